@@ -1,0 +1,1 @@
+"""Instances, sessions, and the requests that move and find KV."""

@@ -1,0 +1,147 @@
+"""Every error of the server and its clients. A class's code is its name on the wire.
+
+KVError
+├── RequestError                 the request itself is wrong; sending it again is no use
+│   ├── BadRequest               a frame, a field or a value that cannot be accepted
+│   ├── UnknownRequest           no request of that name
+│   ├── RequestMismatch          the two sides declare that request differently
+│   ├── TooLarge                 over the size that the server accepts
+│   ├── LayoutError              a cache description that cannot be right
+│   ├── LayoutConflict           another live instance of the model has another layout
+│   ├── HandleError              a memory handle that cannot be attached
+│   ├── UnknownModel             nobody registered the model, or not all of its ranks
+│   ├── UnknownInstance          no such registered cache
+│   └── InstanceExists           that instance id is another live client's
+├── StateError                   right request, wrong moment
+│   ├── StaleBoot                meant for an earlier run of the server: register again
+│   ├── TokensNeeded             the session lacks the tokens of that range: send them
+│   ├── ChunksMissing            a retrieve lacks a chunk; nothing was written
+│   ├── DeadlineExceeded         the deadline passed before the work was done
+│   └── Overloaded               too many requests under way; try again later
+├── ServerError
+│   ├── Internal                 a defect of ours; the server's log has the trace
+│   ├── Unavailable              no server answers, or it went away (client side)
+│   └── Closed                   this end was closed
+└── SetupError                   a flag, a file or the machine does not allow to start
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KVError(Exception):
+    """Root of the tree. `details` are plain values that a program may act on."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, **details: int | str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def __init_subclass__(cls, code: str = "", **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if code:
+            cls.code = code
+            ERRORS[code] = cls
+
+
+ERRORS: dict[str, type[KVError]] = {}
+"""Wire code to class, filled as the classes are declared."""
+
+
+class RequestError(KVError):
+    """The request is wrong in itself."""
+
+
+class BadRequest(RequestError, code="bad_request"):
+    """A frame, a field or a value that cannot be accepted."""
+
+
+class UnknownRequest(RequestError, code="unknown_request"):
+    """No request of that name."""
+
+
+class RequestMismatch(RequestError, code="request_mismatch"):
+    """The two sides declare the request differently: their versions differ."""
+
+
+class TooLarge(RequestError, code="too_large"):
+    """Over the size that the server accepts."""
+
+
+class LayoutError(RequestError, code="bad_layout"):
+    """A cache description that cannot be right."""
+
+
+class LayoutConflict(RequestError, code="layout_conflict"):
+    """Another live instance of this model, world size and rank has another layout."""
+
+
+class HandleError(RequestError, code="bad_handle"):
+    """A memory handle that cannot be attached, or is smaller than it claims."""
+
+
+class UnknownModel(RequestError, code="unknown_model"):
+    """Nobody registered this model with this world size, or not all of its ranks."""
+
+
+class UnknownInstance(RequestError, code="unknown_instance"):
+    """No cache is registered under that instance id by this client."""
+
+
+class InstanceExists(RequestError, code="instance_exists"):
+    """The instance id belongs to another client that is alive."""
+
+
+class StateError(KVError):
+    """A right request at the wrong moment."""
+
+
+class StaleBoot(StateError, code="stale_boot"):
+    """Meant for an earlier run of the server; say hello and register again."""
+
+
+class TokensNeeded(StateError, code="tokens_needed"):
+    """The session lacks tokens; `details["have"]` is where to go on from."""
+
+
+class ChunksMissing(StateError, code="chunks_missing"):
+    """A retrieve lacks a chunk. Nothing was written."""
+
+
+class DeadlineExceeded(StateError, code="deadline_exceeded"):
+    """The deadline passed before the work was done."""
+
+
+class Overloaded(StateError, code="overloaded"):
+    """Too many requests of this client are under way."""
+
+
+class ServerError(KVError):
+    """The other side failed or is not there."""
+
+
+class Internal(ServerError, code="internal"):
+    """A defect of the server; its log has the trace."""
+
+
+class Unavailable(ServerError, code="unavailable"):
+    """No server answers, or the one that was asked is gone."""
+
+
+class Closed(ServerError, code="closed"):
+    """This end was closed."""
+
+
+class SetupError(KVError, code="setup"):
+    """A flag, a file or the machine does not allow to start. Exit code 2."""
+
+
+def from_wire(code: str, message: str, details: dict[str, int | str]) -> KVError:
+    """Build the error that a code names; an unknown code becomes `Internal`."""
+    cls = ERRORS.get(code)
+    if cls is None:
+        return Internal(f"{code}: {message}", **details)
+    return cls(message, **details)

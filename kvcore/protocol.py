@@ -1,0 +1,505 @@
+"""The wire: every request declared once, everything else derived from it.
+
+A request is a frozen Struct that names its reply type and its lane. Its wire name,
+its fingerprint, the decoder, the client's types, the server's dispatch,
+`docs/protocol.md` and the round-trip tests come from that declaration; adding one
+changes nothing for the others.
+
+One ZeroMQ message carries one request or one reply, msgpack in a single frame:
+
+    request  [id, name, fingerprint, boot, deadline_ns, body]
+    reply    [id, code, body]      code "" for a result, else an error's code
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from hashlib import sha256
+from typing import Annotated, Any, ClassVar, Generic, NewType, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta
+
+from kvcore.errors import BadRequest, KVError, RequestMismatch, UnknownRequest
+from kvcore.keys import ExtraKey, SessionKey
+from kvcore.layout import CacheGroup
+
+PROTOCOL_VERSION = 1
+
+BootToken = NewType("BootToken", int)
+"""Names one run of a server; 63 random bits. 0 where no run is meant."""
+
+NO_BOOT = BootToken(0)
+NULL_BLOCK = -1
+"""A block id for 'no block here': an out-of-window position of a cache group."""
+
+
+class Lane(Enum):
+    """Where a request is served."""
+
+    LOOP = "loop"
+    """In the socket loop, in slices; never blocks."""
+    STORE = "store"
+    """On the instance's own thread for copies into L1."""
+    RETRIEVE = "retrieve"
+    """On the instance's own thread for copies out of L1."""
+
+
+ReplyT = TypeVar("ReplyT")
+
+
+class Request(msgspec.Struct, Generic[ReplyT], frozen=True):
+    """Base of every request; `class Ping(Request[Pong])` declares one."""
+
+    lane: ClassVar[Lane] = Lane.LOOP
+
+
+# -- memory handles ---------------------------------------------------------------
+
+
+class PosixShm(msgspec.Struct, frozen=True, tag="posix_shm"):
+    """A range of a POSIX shared-memory object, /dev/shm/`name`."""
+
+    name: str
+    offset: int
+    length: int
+
+
+MemoryHandle = PosixShm
+"""Union of the kinds of memory that an instance may register."""
+
+
+# -- requests and replies ---------------------------------------------------------
+
+
+class Done(msgspec.Struct, frozen=True):
+    """It was done; there is nothing to say."""
+
+
+Text = Annotated[str, Meta(max_length=1024)]
+Count = Annotated[int, Meta(ge=0)]
+Packed = memoryview
+"""Packed bytes, decoded in place without a copy."""
+
+
+class HelloReply(msgspec.Struct, frozen=True):
+    """Who the server is and what it accepts."""
+
+    protocol_version: int
+    boot: BootToken
+    chunk_size: Annotated[int, Meta(description="tokens a chunk")]
+    hash_algorithm: str
+    pid: int
+    pid_namespace: Annotated[int, Meta(description="inode of its pid namespace")]
+    watched: Annotated[
+        bool, Meta(description="the server watches the client's process by pidfd")
+    ]
+    heartbeat_s: Annotated[
+        float, Meta(description="send at least this often when not watched")
+    ]
+    max_message_bytes: int
+
+
+class Hello(Request[HelloReply], frozen=True):
+    """Open a connection. The only request that needs no boot token."""
+
+    protocol_version: int
+    pid: int
+    pid_start: Annotated[int, Meta(description="start time, clock ticks since boot")]
+    pid_namespace: Annotated[int, Meta(description="inode of its pid namespace")]
+    label: Annotated[Text, Meta(description="shown by inspect")] = ""
+
+
+class Pong(msgspec.Struct, frozen=True):
+    """The server's clock."""
+
+    monotonic_ns: int
+
+
+class Ping(Request[Pong], frozen=True):
+    """Ask whether the server serves; also the heartbeat. Also known as NOOP."""
+
+
+class ChunkSize(msgspec.Struct, frozen=True):
+    """Tokens a chunk."""
+
+    chunk_size: int
+
+
+class GetChunkSize(Request[ChunkSize], frozen=True):
+    """Ask for the unit of storing, in tokens."""
+
+
+class RegisterReply(msgspec.Struct, frozen=True):
+    """The chunk layout that the server derived."""
+
+    fingerprints: Annotated[
+        tuple[str, ...], Meta(description="one a cache group, hexadecimal")
+    ]
+    chunk_bytes: Annotated[int, Meta(description="bytes a chunk of this rank")]
+
+
+class RegisterKVCache(Request[RegisterReply], frozen=True):
+    """Register one worker's paged cache. It lives as long as its process.
+
+    Registering the same instance again replaces it. Refused when another live
+    instance of the same model, world size and rank lays out its chunks otherwise.
+    """
+
+    instance_id: Text
+    engine_id: Text
+    model: Annotated[Text, Meta(description="name with revision")]
+    world_size: Annotated[int, Meta(ge=1, le=4096)]
+    rank: Count
+    handles: tuple[MemoryHandle, ...]
+    groups: tuple[CacheGroup, ...]
+
+
+class UnregisterKVCache(Request[Done], frozen=True):
+    """Forget an instance, once its running copies have ended."""
+
+    instance_id: Text
+
+
+class StoreReply(msgspec.Struct, frozen=True):
+    """What became of the chunks, per part of this rank. Readable when this arrives."""
+
+    num_stored: int
+    num_present: Annotated[int, Meta(description="there already, or being written")]
+    num_dropped: Annotated[int, Meta(description="no room, or a null block in it")]
+
+
+class Store(Request[StoreReply], frozen=True):
+    """Copy an instance's blocks of the whole chunks in [start, end) into L1.
+
+    `start` is a multiple of the chunk size; a partial chunk at the end is left out.
+    Aborted when the deadline has passed by the time the copy ends.
+    """
+
+    lane: ClassVar[Lane] = Lane.STORE
+
+    session: SessionKey
+    instance_id: Text
+    start: Count
+    end: Count
+    blocks: Annotated[
+        tuple[Packed, ...],
+        Meta(description="one a cache group: int32 block ids from token `start` on"),
+    ]
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
+    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    extras: tuple[ExtraKey, ...] = ()
+
+
+class RetrieveReply(msgspec.Struct, frozen=True):
+    """The blocks hold the chunks' bytes."""
+
+    num_tokens: Annotated[int, Meta(description="tokens written")]
+
+
+class Retrieve(Request[RetrieveReply], frozen=True):
+    """Copy the chunks in [start, end) from L1 into an instance's blocks, or none.
+
+    Takes this rank off the session's lease on them. The target blocks belong to the
+    server until it answers or its process is gone, whatever the deadline says.
+    """
+
+    lane: ClassVar[Lane] = Lane.RETRIEVE
+
+    session: SessionKey
+    instance_id: Text
+    start: Count
+    end: Count
+    blocks: Annotated[
+        tuple[Packed, ...],
+        Meta(description="one a cache group: int32 block ids from token `start` on"),
+    ]
+    skip_first_n_tokens: Annotated[
+        Count, Meta(description="leave the first tokens after `start` unwritten")
+    ] = 0
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
+    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    extras: tuple[ExtraKey, ...] = ()
+
+
+class LookupReply(msgspec.Struct, frozen=True):
+    """How much is there for all ranks. It is leased to the session's readers."""
+
+    num_chunks: int
+    num_tokens: int
+
+
+class Lookup(Request[LookupReply], frozen=True):
+    """Count the leading chunks of [0, end) that are present, and lease them.
+
+    Replaces the session's earlier lease. An error when no instance of the model has
+    registered with this world size, or not every rank.
+    """
+
+    session: SessionKey
+    model: Text
+    world_size: Annotated[int, Meta(ge=1, le=4096)]
+    end: Annotated[Count, Meta(description="tokens; a partial chunk is not looked up")]
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
+    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    extras: tuple[ExtraKey, ...] = ()
+
+
+class FreeLookupLocks(Request[Done], frozen=True):
+    """End the session's lease on the chunks in [start, end), for all readers."""
+
+    session: SessionKey
+    start: Count
+    end: Count
+
+
+class EndSession(Request[Done], frozen=True):
+    """End a session: its leases now, its hashes when its running work has ended."""
+
+    session: SessionKey
+
+
+class Cleared(msgspec.Struct, frozen=True):
+    """What a clear removed and what it had to leave."""
+
+    num_chunks: int
+    num_kept: Annotated[int, Meta(description="leased or being written")]
+
+
+class Clear(Request[Cleared], frozen=True):
+    """Drop every chunk that nobody reads or writes."""
+
+
+class InstanceStatus(msgspec.Struct, frozen=True):
+    """One registered cache."""
+
+    instance_id: str
+    engine_id: str
+    model: str
+    world_size: int
+    rank: int
+    pid: int
+    groups: tuple[str, ...]
+    group_fingerprints: tuple[str, ...]
+    group_descriptions: tuple[CacheGroup, ...]
+    registered_bytes: int
+    chunk_bytes: int
+
+
+class LeaseStatus(msgspec.Struct, frozen=True):
+    """One lease."""
+
+    engine_id: str
+    request_id: str
+    model: str
+    num_chunks: int
+    waiting_readers: tuple[int, ...]
+    age_s: float
+    expires_in_s: float
+
+
+class L1Status(msgspec.Struct, frozen=True):
+    """Use of the arena."""
+
+    total_bytes: int
+    used_bytes: int
+    page_bytes: int
+    num_chunks: int
+    num_parts: int
+    num_leased: Annotated[int, Meta(description="chunks under a lease or a copy")]
+    num_reserved: Annotated[int, Meta(description="parts being written")]
+
+
+class StatusReply(msgspec.Struct, frozen=True):
+    """The inside of the server at one moment."""
+
+    version: str
+    address: str
+    pid: int
+    boot: BootToken
+    chunk_size: int
+    uptime_s: float
+    num_clients: int
+    num_sessions: int
+    l1: L1Status
+    instances: tuple[InstanceStatus, ...]
+    leases: tuple[LeaseStatus, ...]
+    num_leases: Annotated[int, Meta(description="all of them; `leases` is cut")]
+    counters: dict[str, int]
+
+
+class Status(Request[StatusReply], frozen=True):
+    """Look inside. Costs the server time in proportion to what it lists."""
+
+    max_leases: Count = 100
+
+
+# -- what is derived --------------------------------------------------------------
+
+
+class RequestType(msgspec.Struct, frozen=True):
+    """One declared request and what follows from its declaration."""
+
+    name: str
+    request: type[Request[Any]]
+    reply: type[Any]
+    lane: Lane
+    fingerprint: str
+    decoder: msgspec.msgpack.Decoder[Any]
+    reply_decoder: msgspec.msgpack.Decoder[Any]
+
+
+def wire_name(cls: type[Request[Any]]) -> str:
+    """`RegisterKVCache` is REGISTER_KV_CACHE on the wire."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).upper()
+
+
+def _describe(kind: Any) -> Any:
+    """Render a type so that equal renderings mean equal bytes on the wire."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        config = kind.__struct_config__
+        fields = [
+            (field.encode_name, _describe(field.type), field.required)
+            for field in msgspec.structs.fields(kind)
+        ]
+        return [kind.__name__, config.tag, config.array_like, fields]
+    arguments = get_args(kind)
+    if arguments:
+        origin = getattr(kind, "__origin__", kind)
+        name = getattr(origin, "__name__", str(origin))
+        return [name, [_describe(a) for a in arguments if not isinstance(a, Meta)]]
+    return getattr(kind, "__name__", repr(kind))
+
+
+def _derive(cls: type[Request[Any]]) -> RequestType:
+    reply = get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
+    name = wire_name(cls)
+    shape = msgspec.json.encode([name, _describe(cls), _describe(reply)])
+    return RequestType(
+        name=name,
+        request=cls,
+        reply=reply,
+        lane=cls.lane,
+        fingerprint=sha256(shape).hexdigest()[:8],
+        decoder=msgspec.msgpack.Decoder(cls),
+        reply_decoder=msgspec.msgpack.Decoder(reply),
+    )
+
+
+REQUESTS: dict[str, RequestType] = {
+    kind.name: kind for kind in map(_derive, Request.__subclasses__())
+}
+BY_CLASS: dict[type[Request[Any]], RequestType] = {
+    kind.request: kind for kind in REQUESTS.values()
+}
+
+
+class RequestEnvelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What stands around a request's body."""
+
+    id: int
+    name: str
+    fingerprint: str
+    boot: BootToken
+    deadline_ns: int
+    body: msgspec.Raw
+
+
+class ReplyEnvelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What stands around a reply's body. `id` 0 answers what could not be read."""
+
+    id: int
+    code: str
+    body: msgspec.Raw
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """An error on the wire; its code is the envelope's."""
+
+    message: str
+    details: dict[str, int | str] = {}
+
+
+_encoder = msgspec.msgpack.Encoder()
+_request_envelopes = msgspec.msgpack.Decoder(RequestEnvelope)
+_reply_envelopes = msgspec.msgpack.Decoder(ReplyEnvelope)
+_error_bodies = msgspec.msgpack.Decoder(ErrorBody)
+_loose = msgspec.msgpack.Decoder()
+
+
+def encode_request(
+    request: Request[Any], request_id: int, boot: BootToken, deadline_ns: int
+) -> bytes:
+    """Encode one request; `deadline_ns` is on the host's monotonic clock."""
+    kind = BY_CLASS[type(request)]
+    body = msgspec.Raw(_encoder.encode(request))
+    return _encoder.encode(
+        (request_id, kind.name, kind.fingerprint, boot, deadline_ns, body)
+    )
+
+
+def decode_envelope(frame: bytes | memoryview) -> RequestEnvelope:
+    """Read the outer part of a request.
+
+    Raises:
+        BadRequest: not a request; `details["id"]` names it when that much was read.
+    """
+    try:
+        return _request_envelopes.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"not a request: {error}", id=_salvage_id(frame)) from None
+
+
+def _salvage_id(frame: bytes | memoryview) -> int:
+    try:
+        value = _loose.decode(frame)
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return 0
+    first = value[0] if isinstance(value, list) and value else 0
+    return first if isinstance(first, int) and not isinstance(first, bool) else 0
+
+
+def decode_request(envelope: RequestEnvelope) -> tuple[RequestType, Request[Any]]:
+    """Read a request's body. Packed fields are views into the frame.
+
+    Raises:
+        UnknownRequest, RequestMismatch, BadRequest: naming the request and field.
+    """
+    kind = REQUESTS.get(envelope.name)
+    if kind is None:
+        raise UnknownRequest(f"no request is called {envelope.name[:64]!r}")
+    if envelope.fingerprint != kind.fingerprint:
+        raise RequestMismatch(
+            f"{kind.name}: declared otherwise by the client "
+            f"({envelope.fingerprint[:16]}) than here ({kind.fingerprint}); "
+            "their versions differ"
+        )
+    try:
+        return kind, kind.decoder.decode(envelope.body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise BadRequest(f"{kind.name}: {error}") from None
+
+
+def encode_reply(request_id: int, reply: Any) -> bytes:
+    """Encode a result."""
+    return _encoder.encode((request_id, "", msgspec.Raw(_encoder.encode(reply))))
+
+
+def encode_error(request_id: int, error: KVError) -> bytes:
+    """Encode an error; the client raises the class that its code names."""
+    body = ErrorBody(error.message, error.details)
+    return _encoder.encode((request_id, error.code, msgspec.Raw(_encoder.encode(body))))
+
+
+def decode_reply(frame: bytes | memoryview) -> ReplyEnvelope:
+    """Read the outer part of a reply; raises `BadRequest` for anything else."""
+    try:
+        return _reply_envelopes.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"not a reply: {error}") from None
+
+
+def decode_error(body: msgspec.Raw) -> ErrorBody:
+    """Read an error's body."""
+    return _error_bodies.decode(body)

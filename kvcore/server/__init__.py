@@ -1,0 +1,1 @@
+"""The socket loop, its lanes, and what keeps watch over clients."""

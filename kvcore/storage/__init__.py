@@ -1,0 +1,1 @@
+"""Host memory: the arena, L1 on it, leases, eviction."""

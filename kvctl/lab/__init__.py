@@ -1,0 +1,1 @@
+"""The laboratory: engines that are played, load, and what came of it."""
