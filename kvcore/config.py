@@ -1,0 +1,151 @@
+"""The server's options, each declared once: its file key, its flag, its help."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from msgspec import Meta
+
+from kvcore.options import ByteSize as ByteSize
+from kvcore.options import Options, require
+from kvcore.options import describe as describe
+from kvcore.options import load as load
+
+
+class L1Config(Options, frozen=True):
+    """Host memory that holds the chunks."""
+
+    size: Annotated[
+        ByteSize, Meta(description="memory for chunks, taken at start from /dev/shm")
+    ] = ByteSize(1 << 30)
+    page: Annotated[
+        ByteSize, Meta(description="unit of allocation; a part wastes less than one")
+    ] = ByteSize(64 << 10)
+    eviction: Annotated[
+        str, Meta(description="which chunks go first when room is needed")
+    ] = "lru"
+
+    def check(self) -> None:
+        """The size holds at least one page, and pages suit the machine's."""
+        require(
+            self.page >= 4096 and self.page & (self.page - 1) == 0,
+            "l1.page", self.page, "must be a power of two of at least 4KiB",
+        )  # fmt: skip
+        require(
+            self.size >= self.page,
+            "l1.size",
+            self.size,
+            f"less than a page, {self.page}",
+        )
+
+
+class WireConfig(Options, frozen=True):
+    """Bounds on what clients may ask at once."""
+
+    max_requests_per_client: Annotated[
+        int, Meta(description="unanswered requests; more are answered `overloaded`")
+    ] = 1024
+    max_message: Annotated[
+        ByteSize, Meta(description="largest request that is read")
+    ] = ByteSize(64 << 20)
+    slice_chunks: Annotated[
+        int, Meta(description="chunks hashed before others are served")
+    ] = 32
+    heartbeat_s: Annotated[
+        float, Meta(description="a client that cannot be watched sends this often")
+    ] = 5.0
+
+    def check(self) -> None:
+        """Every bound leaves room for one request."""
+        requests, slices = self.max_requests_per_client, self.slice_chunks
+        require(requests >= 1, "wire.max_requests_per_client", requests, "at least 1")
+        require(
+            self.max_message >= 4096,
+            "wire.max_message",
+            self.max_message,
+            "at least 4KiB",
+        )
+        require(slices >= 1, "wire.slice_chunks", slices, "at least 1")
+        require(
+            self.heartbeat_s > 0, "wire.heartbeat_s", self.heartbeat_s, "more than 0"
+        )
+
+
+class SessionConfig(Options, frozen=True):
+    """How long what a request left behind is kept."""
+
+    idle_s: Annotated[
+        float, Meta(description="a session without requests is forgotten after this")
+    ] = 600.0
+    lease_s: Annotated[
+        float, Meta(description="chunks found are held for their readers this long")
+    ] = 60.0
+    max_sessions: Annotated[
+        int, Meta(description="the longest idle are forgotten beyond this")
+    ] = 100_000
+
+    def check(self) -> None:
+        """A lease does not outlive its session."""
+        require(self.lease_s > 0, "sessions.lease_s", self.lease_s, "more than 0")
+        require(
+            self.idle_s >= self.lease_s,
+            "sessions.idle_s",
+            self.idle_s,
+            f"less than sessions.lease_s, {self.lease_s}",
+        )
+        require(
+            self.max_sessions >= 1,
+            "sessions.max_sessions",
+            self.max_sessions,
+            "at least 1",
+        )
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ServerConfig(Options, frozen=True):
+    """Everything that `kvctl serve` can be told."""
+
+    address: Annotated[
+        str, Meta(description="tcp://HOST:PORT or ipc://PATH; port 0 takes a free one")
+    ] = "tcp://127.0.0.1:5555"
+    chunk_size: Annotated[
+        int, Meta(description="tokens a chunk; a multiple of every engine's block size")
+    ] = 256
+    l1: L1Config = L1Config()
+    wire: WireConfig = WireConfig()
+    sessions: SessionConfig = SessionConfig()
+    metrics_port: Annotated[
+        int | None,
+        Meta(description="serve Prometheus metrics on 127.0.0.1 at this port"),
+    ] = None
+    ready_file: Annotated[
+        str | None, Meta(description="write the bound address here once serving")
+    ] = None
+    log_level: Annotated[
+        str, Meta(description=f"what goes to stderr: {', '.join(LOG_LEVELS)}")
+    ] = "info"
+
+    def check(self) -> None:
+        """The address can be bound and the chunk size cut into blocks."""
+        require(
+            is_address(self.address),
+            "address", self.address, "must be tcp://HOST:PORT or ipc://PATH",
+        )  # fmt: skip
+        require(self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
+        port = self.metrics_port
+        require(port is None or 0 <= port < 1 << 16, "metrics_port", port, "0 to 65535")
+        require(
+            self.log_level in LOG_LEVELS,
+            "log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}",
+        )  # fmt: skip
+
+
+def is_address(text: str) -> bool:
+    """Say whether this is an address that a server can listen on."""
+    if text.startswith("ipc://"):
+        return len(text) > len("ipc://")
+    match = re.fullmatch(r"tcp://(?:[^\s:/]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", text)
+    return match is not None and int(match[1]) < 1 << 16
