@@ -16,7 +16,18 @@ from __future__ import annotations
 import re
 from enum import Enum
 from hashlib import sha256
-from typing import Annotated, Any, ClassVar, Generic, NewType, TypeVar, get_args
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    NewType,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import msgspec
 from msgspec import Meta
@@ -352,7 +363,9 @@ class RequestType(msgspec.Struct, frozen=True):
 
 def wire_name(cls: type[Request[Any]]) -> str:
     """`RegisterKVCache` is REGISTER_KV_CACHE on the wire."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).upper()
+    return re.sub(
+        r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
+    ).upper()
 
 
 def _describe(kind: Any) -> Any:
@@ -364,15 +377,19 @@ def _describe(kind: Any) -> Any:
             for field in msgspec.structs.fields(kind)
         ]
         return [kind.__name__, config.tag, config.array_like, fields]
-    arguments = get_args(kind)
+    arguments = [a for a in get_args(kind) if not isinstance(a, Meta)]
+    if get_origin(kind) is Annotated:
+        return _describe(arguments[0])
     if arguments:
-        origin = getattr(kind, "__origin__", kind)
-        name = getattr(origin, "__name__", str(origin))
-        return [name, [_describe(a) for a in arguments if not isinstance(a, Meta)]]
+        # `int | None` is a UnionType or a Union, depending on Python's version.
+        is_union = get_origin(kind) in (Union, UnionType)
+        name = "union" if is_union else get_origin(kind).__name__
+        return [name, [_describe(argument) for argument in arguments]]
     return getattr(kind, "__name__", repr(kind))
 
 
-def _derive(cls: type[Request[Any]]) -> RequestType:
+def derive(cls: type[Request[Any]]) -> RequestType:
+    """Derive what follows from a request's declaration, and from nothing else."""
     reply = get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
     name = wire_name(cls)
     shape = msgspec.json.encode([name, _describe(cls), _describe(reply)])
@@ -388,7 +405,7 @@ def _derive(cls: type[Request[Any]]) -> RequestType:
 
 
 REQUESTS: dict[str, RequestType] = {
-    kind.name: kind for kind in map(_derive, Request.__subclasses__())
+    kind.name: kind for kind in map(derive, Request.__subclasses__())
 }
 BY_CLASS: dict[type[Request[Any]], RequestType] = {
     kind.request: kind for kind in REQUESTS.values()
