@@ -1,0 +1,263 @@
+"""Copies between a cache in this host's memory and the arena.
+
+Two ways, both a few large numpy calls that release the GIL:
+
+- by runs: one strided copy for each run of consecutive blocks and each group of
+  evenly spaced planes. It can move anything and is best when runs are long;
+- by rows: for scattered whole blocks, one `take` (or indexed assignment) over the
+  cache seen as rows of a block's bytes, for all planes of a part at once.
+
+docs/performance.md has the shares of a plain copy that either reaches.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.layout import KVLayout
+from kvcore.protocol import NULL_BLOCK
+from kvcore.shm import Bytes
+from kvcore.storage.arena import Extent
+from kvcore.transport.paged import (
+    Run,
+    Span,
+    block_units,
+    check_spans,
+    coalesce,
+)
+
+Rows = npt.NDArray[np.void]
+Index = npt.NDArray[np.intp]
+
+MIN_RUN_BLOCKS = 2
+"""Mean blocks a run from which strided copies beat rows (tests/benchmarks)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One direction. Both functions take the cache's side first."""
+
+    view: Callable[[Bytes, Bytes], None]
+    rows: Callable[[Rows, Index, Rows], None]
+
+
+def _take_rows(cache: Rows, index: Index, part: Rows) -> None:
+    # "clip" is the only mode that writes to `out` without a buffer between.
+    np.take(cache, index, out=part, mode="clip")
+
+
+def _put_rows(cache: Rows, index: Index, part: Rows) -> None:
+    cache[index] = part
+
+
+_GATHER = _Copy(view=lambda cache, part: np.copyto(part, cache), rows=_take_rows)
+_SCATTER = _Copy(view=np.copyto, rows=_put_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    """Evenly spaced planes of one handle: `[planes, blocks, units, unit bytes]`."""
+
+    first: int
+    view: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _RowPlanes:
+    """Planes that share one row grid: `base[p, 0] + block * step` is a block's row."""
+
+    first: int
+    rows: Rows
+    base: Index
+    step: int
+
+
+class HostCache:
+    """A `PagedCache` in memory that this process has mapped.
+
+    `handles` are flat arrays, writable, and stay mapped as long as this object is
+    used. Every view into them is checked against their sizes here, once.
+    """
+
+    def __init__(self, layout: KVLayout, handles: Sequence[Bytes]) -> None:
+        self.layout = layout
+        part = layout.part
+        self._block_bytes = block_units(layout) * part.unit_bytes
+        self._strides = (part.plane_bytes, self._block_bytes, part.unit_bytes, 1)
+        self._planes = _even_planes(layout, handles)
+        self._row_planes = _row_planes(layout, handles)
+
+    def wait(self, event: bytes | None) -> None:
+        """Do nothing: a host's store is visible once the request has arrived."""
+
+    def record(self) -> bytes | None:
+        """Return None: copies have ended when their call returns."""
+        return None
+
+    def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
+        """Copy blocks into parts; see `PagedCache`."""
+        check_spans(self.layout, spans, nulls=False)
+        self._copy(spans, arena, _GATHER)
+
+    def scatter(self, spans: Sequence[Span], arena: Bytes) -> None:
+        """Copy parts into blocks; see `PagedCache`."""
+        check_spans(self.layout, spans, nulls=True)
+        self._copy(spans, arena, _SCATTER)
+
+    def _copy(self, spans: Sequence[Span], arena: Bytes, copy: _Copy) -> None:
+        for span in spans:
+            part = _Part(arena, span.extents, copy, self._strides)
+            runs = list(coalesce(self.layout, span))
+            if self._scattered(span, runs):
+                for row_planes in self._row_planes:
+                    self._copy_rows(row_planes, span, part)
+            else:
+                for run in runs:
+                    self._copy_run(run, part)
+
+    def _scattered(self, span: Span, runs: list[Run]) -> bool:
+        """Tell whether rows are the better way, and possible: a whole part."""
+        num_blocks = len(span.blocks)
+        return (
+            len(self._row_planes) > 0
+            and len(runs) * MIN_RUN_BLOCKS > num_blocks
+            and span.first_token == 0
+            and span.end_token == self.layout.part.chunk_size
+            and NULL_BLOCK not in span.blocks
+        )
+
+    def _copy_run(self, run: Run, part: _Part) -> None:
+        inside = run.index * self._block_bytes + run.first * self._strides[2]
+        blocks = slice(run.block, run.block + run.num_blocks)
+        for planes in self._planes:
+            view = planes.view[:, blocks, run.first : run.end]
+            part.copy(view, planes.first * self._strides[0] + inside)
+
+    def _copy_rows(self, planes: _RowPlanes, span: Span, part: _Part) -> None:
+        blocks = span.blocks.astype(np.intp) * planes.step
+        index = (planes.base + blocks).ravel()
+        part.copy_rows(planes.rows, index, planes.first * self._strides[0])
+
+
+class _Part:
+    """One part's bytes, wherever its extents lie, and the direction of the copy.
+
+    `strides` are a part's own: from plane to plane, block, unit, byte.
+    """
+
+    __slots__ = ("_arena", "_copy", "_extents", "_starts", "_strides")
+
+    def __init__(
+        self,
+        arena: Bytes,
+        extents: tuple[Extent, ...],
+        copy: _Copy,
+        strides: tuple[int, ...],
+    ) -> None:
+        self._arena = arena
+        self._extents = extents
+        self._starts = list(accumulate((e.length for e in extents), initial=0))
+        self._copy = copy
+        self._strides = strides
+
+    def copy(self, cache: Bytes, offset: int) -> None:
+        """Copy a view, whose axes are the last ones of `[planes, ..., bytes]`.
+
+        What crosses from one extent to the next is taken apart, axis by axis.
+        """
+        strides = self._strides[-cache.ndim :]
+        inner = 1 + sum(
+            (size - 1) * stride
+            for size, stride in zip(cache.shape[1:], strides[1:], strict=True)
+        )
+        while len(cache):
+            place = self._from(offset)
+            fit = min(len(cache), (place.length - inner) // strides[0] + 1)
+            if fit > 0:
+                shape = (fit, *cache.shape[1:])
+                there = np.ndarray(shape, np.uint8, self._arena, place.offset, strides)
+                self._copy.view(cache[:fit], there)
+            else:
+                fit = 1
+                self.copy(cache[0], offset)
+            cache = cache[fit:]
+            offset += fit * strides[0]
+
+    def copy_rows(self, cache: Rows, index: Index, offset: int) -> None:
+        """Copy the indexed rows, which follow each other in the part."""
+        size = cache.itemsize
+        while len(index):
+            place = self._from(offset)
+            fit = min(len(index), place.length // size)
+            if fit:
+                there = self._arena[place.offset : place.offset + fit * size]
+                self._copy.rows(cache, index[:fit], there.view(cache.dtype))
+            else:
+                fit = 1
+                row = int(index[0])
+                self.copy(cache[row : row + 1].view(np.uint8), offset)
+            index = index[fit:]
+            offset += fit * size
+
+    def _from(self, offset: int) -> Extent:
+        """Return the rest of the extent that holds the part's byte `offset`."""
+        number = bisect_right(self._starts, offset) - 1
+        extent = self._extents[number]
+        inside = offset - self._starts[number]
+        return Extent(extent.offset + inside, extent.length - inside)
+
+
+def _even_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_Planes, ...]:
+    """Split the planes where the handle or the distance to the next changes."""
+    names, offsets = layout.plane_handles, layout.plane_offsets.tolist()
+    inner = (layout.block_stride, layout.slot_stride, 1)
+    shape = (layout.num_blocks, block_units(layout), layout.part.unit_bytes)
+    groups = []
+    first = 0
+    while first < len(offsets):
+        end = first + 1
+        step = offsets[end] - offsets[first] if end < len(offsets) else 0
+        while (
+            end < len(offsets)
+            and names[end] == names[first]
+            and offsets[end] - offsets[end - 1] == step
+        ):
+            end += 1
+        view: Bytes = np.ndarray(
+            (end - first, *shape),
+            np.uint8,
+            handles[names[first]],
+            offsets[first],
+            (step, *inner),
+        )
+        groups.append(_Planes(first, view))
+        first = end
+    return tuple(groups)
+
+
+def _row_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_RowPlanes, ...]:
+    """Group neighbouring planes by handle and row grid; () when blocks are no rows."""
+    units = block_units(layout)
+    unit_bytes = layout.part.unit_bytes
+    size = units * unit_bytes
+    if layout.block_stride % size or (units > 1 and layout.slot_stride != unit_bytes):
+        return ()
+    grids = list(
+        zip(layout.plane_handles, (layout.plane_offsets % size).tolist(), strict=True)
+    )
+    changes = [p for p in range(1, len(grids)) if grids[p] != grids[p - 1]]
+    groups = []
+    for first, end in pairwise([0, *changes, len(grids)]):
+        name, start = grids[first]
+        num_rows = (handles[name].size - start) // size
+        rows = handles[name][start : start + num_rows * size].view(f"V{size}")
+        base = (layout.plane_offsets[first:end] // size).astype(np.intp)
+        step = layout.block_stride // size
+        groups.append(_RowPlanes(first, rows, base[:, np.newaxis], step))
+    return tuple(groups)
