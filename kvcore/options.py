@@ -78,10 +78,16 @@ def require(condition: bool, key: str, value: object, need: str) -> None:
 ConfigT = TypeVar("ConfigT", bound=msgspec.Struct)
 
 
-def load(cls: type[ConfigT], path: Path | None, overrides: Sequence[str]) -> ConfigT:
-    """Read an option Struct from a TOML file, then apply `key.sub=value` overrides.
+def load(
+    cls: type[ConfigT],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+) -> ConfigT:
+    """Read an option Struct from a TOML file, then overrides, then flags.
 
-    A value of an override is read as TOML, and as a string where it is not TOML.
+    An override reads `key.sub=value`; its value is read as TOML, and as a string where
+    it is not TOML. Flags are values by dotted key; one that is None was not given.
 
     Raises:
         SetupError: naming the file and line or the override, the key, and for an
@@ -91,7 +97,13 @@ def load(cls: type[ConfigT], path: Path | None, overrides: Sequence[str]) -> Con
     source = _Source(str(path or ""), text)
     data = source.parse()
     for override in overrides:
-        source.apply(data, override)
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise SetupError(f"--set {override}: must read key=value or key.sub=value")
+        source.put(data, key.strip(), _toml_value(value.strip()), f"--set {override}")
+    for key, given in (flags or {}).items():
+        if given is not None:
+            source.put(data, key, given, f"{flag_name(key)} {given}")
     unknown = _unknown_key(inspect.type_info(cls), data, "")
     if unknown is not None:
         raise SetupError(f"{source.place(unknown.key)}{unknown.message}")
@@ -105,6 +117,11 @@ def load(cls: type[ConfigT], path: Path | None, overrides: Sequence[str]) -> Con
     except SetupError as error:
         key = str(error.details.get("key", ""))
         raise SetupError(f"{source.place(key)}{error.message}") from None
+
+
+def flag_name(key: str) -> str:
+    """Return the flag of an option: `l1.size` is `--l1-size`."""
+    return "--" + key.replace(".", "-").replace("_", "-")
 
 
 def _read(path: Path) -> str:
@@ -139,7 +156,8 @@ class _Source:
     def __init__(self, name: str, text: str) -> None:
         self.name = name
         self.text = text
-        self.overrides: dict[str, str] = {}
+        self.given: dict[str, str] = {}
+        """Keys set beside the file, and how."""
 
     def parse(self) -> dict[str, Any]:
         try:
@@ -150,24 +168,23 @@ class _Source:
             at = f"{self.name}:{line}" if line.isdigit() else self.name
             raise SetupError(f"{at}: {message}") from None
 
-    def apply(self, data: dict[str, Any], override: str) -> None:
-        key, equals, value = override.partition("=")
-        names = key.strip().split(".")
-        if not equals or not all(names):
-            raise SetupError(f"--set {override}: must read key=value or key.sub=value")
+    def put(self, data: dict[str, Any], key: str, value: object, shown: str) -> None:
+        names = key.split(".")
+        if not all(names):
+            raise SetupError(f"{shown}: must read key=value or key.sub=value")
         table = data
         for name in names[:-1]:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise SetupError(f"--set {override}: {name} has no keys of its own")
-        table[names[-1]] = _toml_value(value.strip())
-        self.overrides[key.strip()] = override
+                raise SetupError(f"{shown}: {name} has no keys of its own")
+        table[names[-1]] = value
+        self.given[key] = shown
 
     def place(self, key: str) -> str:
         """Return the prefix of a message about this key."""
-        for set_key, override in self.overrides.items():
+        for set_key, shown in self.given.items():
             if set_key in _stems(key) or set_key.startswith(f"{key}."):
-                return f"--set {override}: "
+                return f"{shown}: "
         if not self.name:
             return ""
         for stem in _stems(key):

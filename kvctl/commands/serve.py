@@ -1,0 +1,83 @@
+"""`kvctl serve`: start a cache server and say when it is ready."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from kvcore.config import ServerConfig
+from kvcore.errors import SetupError
+from kvcore.options import describe, flag_name, load
+from kvctl import console
+
+app = typer.Typer(add_completion=False)
+
+_OPTIONS = {option.key: option for option in describe(ServerConfig)}
+
+
+def _flag(key: str) -> Any:
+    option = _OPTIONS[key]
+    default = "" if option.default == "none" else f" (default {option.default})"
+    return typer.Option(flag_name(key), help=option.description + default)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of options; flags go before it")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="the port of the tcp address")
+    ] = None,
+    address: Annotated[str | None, _flag("address")] = None,
+    l1_size: Annotated[str | None, _flag("l1.size")] = None,
+    chunk_size: Annotated[int | None, _flag("chunk_size")] = None,
+    ready_file: Annotated[str | None, _flag("ready_file")] = None,
+    metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
+    log_level: Annotated[str | None, _flag("log_level")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="any option as key=value (`kvctl inspect config`)"),
+    ] = None,
+) -> None:
+    """Start a cache server. SIGINT and SIGTERM stop it cleanly."""
+    flags = {
+        "address": address,
+        "l1.size": l1_size,
+        "chunk_size": chunk_size,
+        "ready_file": ready_file,
+        "metrics_port": metrics_port,
+        "log_level": log_level,
+    }
+    options = load(ServerConfig, config, overrides or (), flags)
+    if port is not None:
+        options = _with_port(options, port)
+    _log_to_stderr(options.log_level)
+    _run(options)
+
+
+def _run(options: ServerConfig) -> None:
+    from kvcore.server.app import run
+
+    held = f"L1 {console.size(options.l1.size)}, chunks of {options.chunk_size} tokens"
+    run(options, lambda bound: console.line(f"kvctl: ready at {bound} ({held})"))
+
+
+def _with_port(options: ServerConfig, port: int) -> ServerConfig:
+    host, _, _ = options.address.rpartition(":")
+    if not options.address.startswith("tcp://"):
+        raise SetupError(f"--port {port}: {options.address} has no port")
+    return msgspec.structs.replace(options, address=f"{host}:{port}")
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )

@@ -1,0 +1,154 @@
+"""The only module that prints.
+
+Results go to stdout, errors and progress to stderr. On a terminal tables are drawn
+and progress moves; elsewhere the same comes as plain lines without colour.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+PLAIN_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
+PLAIN_INTERVAL_S = 2.0
+"""Between two progress lines where nothing can be redrawn."""
+
+
+class Table(Struct, frozen=True):
+    """Rows of text under a title. A column named `>x` is aligned right, headed `x`."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def line(text: str = "") -> None:
+    """Print one line to stdout, now."""
+    print(text, flush=True)
+
+
+def error(text: str) -> None:
+    """Print one line to stderr."""
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines, one under another."""
+    console = _console()
+    for part in parts:
+        console.print(_drawn(part), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def live(*parts: Table | str) -> Iterator[Callable[..., None]]:
+    """Give a function that replaces what is shown; elsewhere it prints once more."""
+    from rich.live import Live
+
+    console = _console()
+    if not console.is_terminal:
+        yield show
+        return
+    with Live(_stacked(parts), console=console, auto_refresh=False) as display:
+        yield lambda *new: display.update(_stacked(new), refresh=True)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Work under way. `update` may be called as often as one likes."""
+
+    label: str
+    clock: Callable[[], float] = time.monotonic
+    _draw: Callable[[float, str], None] | None = None
+    _next: float = field(default=0.0)
+
+    def update(self, share: float, note: str = "") -> None:
+        """Show how much is done, 0 to 1, and a few words."""
+        if self._draw is not None:
+            self._draw(share, note)
+            return
+        now = self.clock()
+        if now >= self._next:
+            self._next = now + PLAIN_INTERVAL_S
+            error(f"{self.label} {share:4.0%} {note}")
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """Show progress on stderr for as long as the block runs."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield Progress(label)
+        return
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(label, total=1.0, note="")
+        yield Progress(
+            label,
+            _draw=lambda share, note: bars.update(task, completed=share, note=note),
+        )
+
+
+def bar(share: float, width: int = 30) -> str:
+    """Draw a share of a whole, 0 to 1, as text."""
+    filled = round(max(0.0, min(1.0, share)) * width)
+    return f"[{'#' * filled}{'.' * (width - filled)}] {share:.1%}"
+
+
+def size(num_bytes: float) -> str:
+    """Write a number of bytes for people: `1.5 GiB`."""
+    if abs(num_bytes) < 1024:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        num_bytes /= 1024
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} TiB"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+def _drawn(part: Table | str) -> RenderableType:
+    if isinstance(part, str):
+        return part
+    from rich import box
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    table = Drawn(title=part.title or None, title_justify="left", box=box.SIMPLE)
+    for name in part.columns:
+        right = name.startswith(">")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left")
+    for row in part.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _stacked(parts: Sequence[Table | str]) -> RenderableType:
+    from rich.console import Group
+
+    return Group(*(_drawn(part) for part in parts))
