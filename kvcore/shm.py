@@ -1,0 +1,284 @@
+"""Named shared memory: how processes of one host see the same bytes.
+
+`os.open` and `mmap`, not `multiprocessing.shared_memory`, whose tracker unlinks what
+other processes still use.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.errors import Closed, HandleError, SetupError
+
+SHM_DIR = Path("/dev/shm")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_MAX_NAME = 255
+# O_NONBLOCK: a FIFO that someone put there must not stop us.
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MAX_CREATE_ATTEMPTS = 8
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Segment:
+    """A named POSIX shared-memory object, or a range of one, mapped read and write.
+
+    Whoever creates a segment owns it: it holds an flock on the object for as long as
+    it is mapped there, which is how `remove_dead` tells a dead owner's segment from a
+    living one's, in whatever pid namespace the owner ran. A forked child that
+    inherits the descriptor counts as the owner.
+
+    The object must not shrink while it is mapped: touching what was cut off ends the
+    process with SIGBUS.
+    """
+
+    def __init__(self, name: str, mapping: mmap.mmap, array: Bytes, lock: int | None):
+        self.name = name
+        self._mapping: mmap.mmap | None = mapping
+        self._array: Bytes | None = array
+        self._lock = lock
+        self._linked = lock is not None
+        self.num_bytes = array.nbytes
+
+    @classmethod
+    def create(cls, name: str, num_bytes: int, *, touch: bool) -> Segment:
+        """Create a segment of this user alone (mode 0600) and own it.
+
+        With `touch` every page is there at return; the first touch of fresh memory
+        is some eight times slower than a copy into warm memory.
+
+        Raises:
+            SetupError: the name is taken, or there is no room for `num_bytes`.
+            HandleError: not a name of a segment.
+        """
+        path = _path(name)
+        if num_bytes <= 0:
+            raise SetupError(f"a segment of {num_bytes} bytes cannot be made")
+        _require_room(name, num_bytes, touch)
+        fd = _create_locked(path)
+        try:
+            if touch:
+                os.posix_fallocate(fd, 0, num_bytes)
+            else:
+                os.ftruncate(fd, num_bytes)
+            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if touch else 0)
+            mapping = mmap.mmap(fd, num_bytes, flags)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+            raise SetupError(
+                f"cannot make {num_bytes:,} bytes of shared memory {name!r}: "
+                f"{error.strerror}; make it smaller or /dev/shm larger"
+            ) from error
+        return cls(name, mapping, np.frombuffer(mapping, np.uint8), fd)
+
+    @classmethod
+    def attach(cls, name: str, *, offset: int, length: int) -> Segment:
+        """Map `length` bytes from `offset` of a segment that another process made.
+
+        Raises:
+            HandleError: no such segment, not one of ours to open, or smaller than
+                `offset + length`.
+        """
+        path = _path(name)
+        if offset < 0 or length <= 0:
+            raise HandleError(
+                f"segment {name!r}: no range has offset {offset} and length {length}"
+            )
+        fd = _open_existing(path)
+        try:
+            _check_size(name, os.fstat(fd), offset + length)
+            start = offset - offset % mmap.ALLOCATIONGRANULARITY
+            mapping = mmap.mmap(fd, offset - start + length, offset=start)
+        except (OSError, ValueError, OverflowError) as error:
+            raise HandleError(f"segment {name!r} cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+        array = np.frombuffer(mapping, np.uint8, count=length, offset=offset - start)
+        return cls(name, mapping, array, None)
+
+    @property
+    def array(self) -> Bytes:
+        """The mapped range, `[num_bytes]`; raises `Closed` after `close`."""
+        if self._array is None:
+            raise Closed(f"segment {self.name!r} is closed")
+        return self._array
+
+    def close(self) -> None:
+        """Let go of the memory and of the ownership; the name stays.
+
+        Views of the array that are still about keep the mapping (never dangling), and
+        with it the ownership; it goes with the last of them.
+        """
+        self._array = None
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            with suppress(BufferError):  # A view lives: the last one unmaps.
+                mapping.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+    def unlink(self) -> None:
+        """Remove the name if it is the creator's: nobody can attach from here on.
+
+        Does nothing on an attached segment. Who has mapped it keeps the memory.
+        """
+        if self._linked:
+            self._linked = False
+            _path(self.name).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unlink()
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._array is None else "mapped"
+        return f"<Segment {self.name} {self.num_bytes} bytes {state}>"
+
+
+def remove_dead(prefix: str) -> list[str]:
+    """Unlink the segments called `prefix...` whose owner is gone; return their names.
+
+    Safe beside living owners and beside others who call it: a name is removed only
+    while we hold the lock that its owner would hold.
+    """
+    names = sorted(name for name in os.listdir(SHM_DIR) if name.startswith(prefix))
+    return [name for name in names if _NAME.fullmatch(name) and _remove_if_dead(name)]
+
+
+def _remove_if_dead(name: str) -> bool:
+    path = SHM_DIR / name
+    try:
+        fd = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+    except OSError:
+        return False  # Gone by now, or another user's.
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _try_lock(fd):
+            return False
+        if os.fstat(fd).st_nlink == 0:
+            return False  # The name went while we opened: it may be another's now.
+        path.unlink()
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _create_locked(path: Path) -> int:
+    """Create the file and lock it, as often as `remove_dead` comes in between."""
+    for _ in range(_MAX_CREATE_ATTEMPTS):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+        except OSError as error:
+            raise SetupError(
+                f"cannot create shared memory {path}: {error.strerror}"
+            ) from error
+        # Who holds the new file's lock took it for a dead owner's and is about to
+        # remove it: wait for that, and begin anew.
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink > 0:
+            return fd
+        os.close(fd)
+    raise SetupError(f"shared memory {path} is removed as soon as it is created")
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _path(name: str) -> Path:
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        raise HandleError(
+            f"{name[:64]!r} is no segment name: letters, digits, '.', '_' and '-', "
+            "not beginning with '.'"
+        )
+    return SHM_DIR / name
+
+
+def _open_existing(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | _OPEN_FLAGS)
+    except FileNotFoundError:
+        raise HandleError(
+            f"no segment {path.name!r} in {SHM_DIR}: it is gone, or belongs to "
+            "another ipc namespace or mount"
+        ) from None
+    except OSError as error:
+        raise HandleError(
+            f"segment {path.name!r} cannot be opened: {error.strerror}"
+        ) from error
+
+
+def _check_size(name: str, status: os.stat_result, end: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise HandleError(f"{name!r} is not a shared-memory segment")
+    if status.st_size < end:
+        raise HandleError(
+            f"segment {name!r} has {status.st_size:,} bytes; the handle claims {end:,}",
+            size=status.st_size,
+            claimed=end,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    place: str
+    num_bytes: int
+    advice: str
+
+
+def _require_room(name: str, num_bytes: int, touch: bool) -> None:
+    for room in _rooms(touch):
+        if num_bytes > room.num_bytes:
+            raise SetupError(
+                f"shared memory {name!r} wants {num_bytes:,} bytes; {room.place} has "
+                f"{room.num_bytes:,}: make it smaller or {room.advice}"
+            )
+
+
+def _rooms(touch: bool) -> Iterator[_Room]:
+    shm = os.statvfs(SHM_DIR)
+    yield _Room(
+        "/dev/shm",
+        shm.f_bavail * shm.f_frsize,
+        "enlarge /dev/shm (a container: --shm-size or --ipc=host)",
+    )
+    if not touch:
+        return
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+            yield _Room("the machine's free memory", free, "free some memory")
+    if _CGROUP_LIMIT.exists():
+        limit = _CGROUP_LIMIT.read_text().strip()
+        if limit.isdigit():
+            yield _Room("the container", int(limit), "raise its memory limit")

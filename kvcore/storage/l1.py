@@ -1,0 +1,421 @@
+"""L1: which chunks are in the arena, who writes them, who reads them.
+
+A part is reserved, written outside the lock by whoever reserved it, and then
+committed or aborted. A chunk is there for a reader when every part that the reader
+needs is committed. Parts of a chunk are evicted together, never while the chunk is
+held or written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NewType
+
+from kvcore.errors import Internal
+from kvcore.keys import ChunkHash
+from kvcore.storage.arena import Allocation, Arena, Extent
+from kvcore.storage.eviction import EvictionPolicy
+
+PartId = NewType("PartId", int)
+"""Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
+group, layout fingerprint) of a (model, world size)."""
+
+
+@dataclass(slots=True)
+class Part:
+    """A chunk's bytes of one rank and group: where they are."""
+
+    extents: Allocation
+    num_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """What L1 knows of one chunk. Changed by `L1` alone, under its lock.
+
+    Who holds a chunk may read `parts[p]` for every p in `ready` without the lock:
+    those stay as they are until the hold ends.
+    """
+
+    hash: ChunkHash
+    parts: dict[PartId, Part]
+    """Committed ones and those being written."""
+    ready: int = 0
+    """Mask of committed parts."""
+    reserved: int = 0
+    """Mask of parts being written."""
+    holds: int = 0
+    """Leases and running copies that read it."""
+    listed: bool = False
+    """The eviction policy knows it."""
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """The right and the duty to write one part, and then to commit or abort it."""
+
+    index: int
+    """Place in the hashes that were asked for."""
+    chunk: Chunk
+    part: PartId
+    extents: Allocation
+    settled: bool = False
+    """Committed or aborted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What became of each chunk that should be written; the three counts add up."""
+
+    reservations: list[Reservation]
+    """In the order of the hashes."""
+    num_present: int
+    """There already, or being written by another."""
+    num_dropped: int
+    """No room."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClearResult:
+    """What a clear removed, and what it left because it is held or written."""
+
+    num_chunks: int
+    num_kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class L1Stats:
+    """Use of L1 at one moment."""
+
+    num_chunks: int
+    """Known chunks, those still being written included."""
+    num_parts: int
+    """Committed parts."""
+    num_held: int
+    """Chunks with a hold."""
+    num_reserved: int
+    """Parts being written."""
+    num_evicted: int
+    """Chunks evicted so far."""
+    used_bytes: int
+    total_bytes: int
+    page_bytes: int
+
+
+class L1:
+    """The index of chunks, and the only one who touches the arena's bookkeeping.
+
+    Threads call it as they like; one lock guards all state and nothing slow happens
+    under it. The cost of a call grows with the chunks named in it (and those it
+    evicts), not with the chunks held.
+    """
+
+    def __init__(self, arena: Arena, policy: EvictionPolicy) -> None:
+        self._arena = arena
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._index: dict[ChunkHash, Chunk] = {}
+        self._closed = False
+        self._num_parts = 0
+        self._num_held = 0
+        self._num_reserved = 0
+        self._num_evicted = 0
+
+    # -- writing ----------------------------------------------------------------------
+
+    def reserve(
+        self, hashes: Sequence[ChunkHash], part: PartId, num_bytes: int
+    ) -> Reserved:
+        """Make room to write one part of each chunk that lacks it.
+
+        Evicts others for it, but none of `hashes`. Once one finds no room, the later
+        ones are dropped too: a suffix without its prefix is no use. Every
+        reservation must be committed or aborted, once.
+        """
+        bit = 1 << part
+        reservations: list[Reservation] = []
+        num_present = 0
+        with self._lock:
+            full = self._closed
+            present = self._hold_known(hashes)
+            for index, key in enumerate(hashes):
+                chunk = self._index.get(key)
+                if chunk is not None and (chunk.ready | chunk.reserved) & bit:
+                    num_present += 1
+                    continue
+                extents = None if full else self._make_room(num_bytes)
+                if extents is None:
+                    full = True
+                    continue
+                chunk = self._begin(key, part, Part(extents, num_bytes))
+                reservations.append(Reservation(index, chunk, part, extents))
+            self._release(present)
+        num_dropped = len(hashes) - num_present - len(reservations)
+        return Reserved(reservations, num_present, num_dropped)
+
+    def commit(self, reservations: Sequence[Reservation]) -> int:
+        """Make written parts readable; return how many.
+
+        Less than all only when some were settled before, or L1 was closed.
+        """
+        num_committed = 0
+        with self._lock:
+            for reservation in reversed(reservations):
+                if self._settle(reservation):
+                    chunk = reservation.chunk
+                    chunk.ready |= 1 << reservation.part
+                    self._touch(chunk)
+                    num_committed += 1
+            self._num_parts += num_committed
+        return num_committed
+
+    def abort(self, reservations: Sequence[Reservation]) -> None:
+        """Give parts back that were not written; nobody has seen them."""
+        with self._lock:
+            for reservation in reversed(reservations):
+                if self._settle(reservation):
+                    chunk = reservation.chunk
+                    self._arena.free(chunk.parts.pop(reservation.part).extents)
+                    if not chunk.parts:
+                        del self._index[chunk.hash]
+                    elif not (chunk.listed or chunk.reserved or chunk.holds):
+                        self._touch(chunk)
+
+    # -- reading ----------------------------------------------------------------------
+
+    def present(self, hashes: Sequence[ChunkHash], needs: int) -> list[Chunk]:
+        """Return the leading chunks that have all parts of the mask `needs`.
+
+        They may be gone by the time the caller looks: `acquire_leading` holds them.
+        """
+        with self._lock:
+            return self._leading(hashes, needs)
+
+    def peek(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
+        """Return what is known of each chunk, for callers with rules of their own.
+
+        None for an unknown one. `ready` may be 0, and may change: `acquire` decides.
+        """
+        with self._lock:
+            return [*map(self._index.get, hashes)]
+
+    def acquire_leading(self, hashes: Sequence[ChunkHash], needs: int) -> list[Chunk]:
+        """Hold and return the leading chunks that have all parts of `needs`.
+
+        Each must be given to `release` once.
+        """
+        with self._lock:
+            chunks = self._leading(hashes, needs)
+            self._hold(chunks)
+        return chunks
+
+    def acquire(
+        self, hashes: Sequence[ChunkHash], needs: Sequence[int]
+    ) -> list[Chunk | None] | None:
+        """Hold every chunk i with all parts of `needs[i]`, or none at all (None).
+
+        Where `needs[i]` is 0 the chunk is not wanted: that entry is None and nothing
+        is held. The list as it is can be given to `release`, once.
+        """
+        chunks: list[Chunk | None] = []
+        with self._lock:
+            get = self._index.get
+            for key, need in zip(hashes, needs, strict=True):
+                chunk = get(key) if need else None
+                if need and (chunk is None or chunk.ready & need != need):
+                    return None
+                chunks.append(chunk)
+            self._hold(chunks)
+        return chunks
+
+    def release(self, chunks: Sequence[Chunk | None]) -> None:
+        """End one hold on each chunk."""
+        with self._lock:
+            self._release(chunks)
+
+    def touch(self, hashes: Sequence[ChunkHash]) -> None:
+        """Note the use of a request's chunks, from its start on, at its end.
+
+        Tail to head, so that leaves are evicted first. Unknown ones are passed over.
+        """
+        with self._lock:
+            for key in reversed(hashes):
+                chunk = self._index.get(key)
+                if chunk is not None and chunk.ready:
+                    self._touch(chunk)
+
+    # -- the whole --------------------------------------------------------------------
+
+    def clear(self) -> ClearResult:
+        """Drop every chunk that nobody holds or writes. Takes time per chunk."""
+        with self._lock:
+            idle = [
+                chunk
+                for chunk in self._index.values()
+                if not (chunk.holds or chunk.reserved)
+            ]
+            for chunk in idle:
+                self._policy.discard(chunk.hash)
+                self._drop(chunk)
+            return ClearResult(len(idle), len(self._index))
+
+    def stats(self) -> L1Stats:
+        """Return the counts, all kept as they change."""
+        with self._lock:
+            return L1Stats(
+                num_chunks=len(self._index),
+                num_parts=self._num_parts,
+                num_held=self._num_held,
+                num_reserved=self._num_reserved,
+                num_evicted=self._num_evicted,
+                used_bytes=self._arena.used_bytes,
+                total_bytes=self._arena.total_bytes,
+                page_bytes=self._arena.page_bytes,
+            )
+
+    def close(self) -> None:
+        """Forget everything. What comes later is harmless and finds nothing.
+
+        The arena stays open and is its owner's to close, after the last copy.
+        """
+        with self._lock:
+            self._closed = True
+            self._index.clear()
+            self._num_parts = 0
+
+    # -- under the lock ---------------------------------------------------------------
+
+    def _leading(self, hashes: Sequence[ChunkHash], needs: int) -> list[Chunk]:
+        chunks = []
+        get = self._index.get
+        for key in hashes:
+            chunk = get(key)
+            if chunk is None or chunk.ready & needs != needs:
+                break
+            chunks.append(chunk)
+        return chunks
+
+    def _hold_known(self, hashes: Iterable[ChunkHash]) -> list[Chunk]:
+        chunks = [chunk for chunk in map(self._index.get, hashes) if chunk is not None]
+        self._hold(chunks)
+        return chunks
+
+    def _hold(self, chunks: Iterable[Chunk | None]) -> None:
+        for chunk in chunks:
+            if chunk is not None:
+                if not chunk.holds:
+                    self._num_held += 1
+                chunk.holds += 1
+
+    def _release(self, chunks: Sequence[Chunk | None]) -> None:
+        for chunk in reversed(chunks):
+            if chunk is not None:
+                chunk.holds -= 1
+                if not chunk.holds:
+                    self._num_held -= 1
+                    if not (chunk.listed or chunk.reserved):
+                        self._touch(chunk)
+
+    def _touch(self, chunk: Chunk) -> None:
+        if not self._closed:
+            chunk.listed = True
+            self._policy.touch(chunk.hash)
+
+    def _begin(self, key: ChunkHash, part: PartId, place: Part) -> Chunk:
+        chunk = self._index.get(key)
+        if chunk is None:
+            chunk = self._index[key] = Chunk(key, {})
+        chunk.parts[part] = place
+        chunk.reserved |= 1 << part
+        self._num_reserved += 1
+        return chunk
+
+    def _settle(self, reservation: Reservation) -> bool:
+        """End a reservation; False when there is nothing left to do for it."""
+        if reservation.settled:
+            return False
+        reservation.settled = True
+        reservation.chunk.reserved &= ~(1 << reservation.part)
+        self._num_reserved -= 1
+        return not self._closed
+
+    def _make_room(self, num_bytes: int) -> Allocation | None:
+        if num_bytes > self._arena.total_bytes:
+            return None  # Evicting everything would not help.
+        extents = self._arena.allocate(num_bytes)
+        while extents is None:
+            victim = self._policy.evict(self._evictable)
+            if victim is None:
+                return None
+            self._drop(self._index[victim])
+            self._num_evicted += 1
+            extents = self._arena.allocate(num_bytes)
+        return extents
+
+    def _evictable(self, key: ChunkHash) -> bool:
+        chunk = self._index[key]
+        # The policy forgets it either way; the end of what stands in the way
+        # (release, commit, abort) puts it back.
+        chunk.listed = False
+        return not (chunk.holds or chunk.reserved)
+
+    def _drop(self, chunk: Chunk) -> None:
+        del self._index[chunk.hash]
+        self._num_parts -= len(chunk.parts)
+        for part in chunk.parts.values():
+            self._arena.free(part.extents)
+
+    # -- for tests --------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `Internal` when the state contradicts itself. Walks over everything."""
+        with self._lock:
+            chunks = list(self._index.values())
+            for key, chunk in self._index.items():
+                _check_chunk(key, chunk)
+            extents = _extents(chunks)
+            pages = sum(self._arena.num_pages_for(extent.length) for extent in extents)
+            counts = {
+                "parts": (self._num_parts, _num_bits(c.ready for c in chunks)),
+                "reserved": (self._num_reserved, _num_bits(c.reserved for c in chunks)),
+                "held": (self._num_held, sum(c.holds > 0 for c in chunks)),
+                "bytes": (self._arena.used_bytes, pages * self._arena.page_bytes),
+            }
+            for what, (kept, counted) in counts.items():
+                if kept != counted:
+                    raise Internal(f"{what}: kept {kept}, counted {counted}")
+            for extent, following in pairwise(extents):
+                if extent.offset + extent.length > following.offset:
+                    raise Internal(f"{extent} overlaps {following}")
+
+
+def _num_bits(masks: Iterable[int]) -> int:
+    return sum(mask.bit_count() for mask in masks)
+
+
+def _extents(chunks: Iterable[Chunk]) -> list[Extent]:
+    parts = (part for chunk in chunks for part in chunk.parts.values())
+    extents = (extent for part in parts for extent in part.extents)
+    return sorted(extents, key=lambda extent: extent.offset)
+
+
+def _check_chunk(key: ChunkHash, chunk: Chunk) -> None:
+    known = sum(1 << part for part in chunk.parts)
+    idle = not (chunk.holds or chunk.reserved)
+    wrong = {
+        "indexed under another hash": chunk.hash != key,
+        "without a part": not chunk.parts,
+        "with masks unlike its parts": chunk.ready | chunk.reserved != known,
+        "with a part ready and reserved": bool(chunk.ready & chunk.reserved),
+        "with fewer than no holds": chunk.holds < 0,
+        "idle but out of eviction's sight": idle and not chunk.listed,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise Internal(f"a chunk {what}: {chunk}")
+    for part in chunk.parts.values():
+        if sum(extent.length for extent in part.extents) != part.num_bytes:
+            raise Internal(f"a part's extents are not its size: {part}")
