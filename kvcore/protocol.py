@@ -64,6 +64,8 @@ class Request(msgspec.Struct, Generic[ReplyT], frozen=True):
     """Base of every request; `class Ping(Request[Pong])` declares one."""
 
     lane: ClassVar[Lane] = Lane.LOOP
+    is_void_late: ClassVar[bool] = False
+    """Refused once its deadline has passed; what cleans up is done however late."""
 
 
 # -- memory handles ---------------------------------------------------------------
@@ -120,6 +122,10 @@ class Hello(Request[HelloReply], frozen=True):
     pid_start: Annotated[int, Meta(description="start time, clock ticks since boot")]
     pid_namespace: Annotated[int, Meta(description="inode of its pid namespace")]
     label: Annotated[Text, Meta(description="shown by inspect")] = ""
+
+
+class Goodbye(Request[Done], frozen=True):
+    """Close a connection: what the client registered and leased ends now."""
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -189,6 +195,7 @@ class Store(Request[StoreReply], frozen=True):
     """
 
     lane: ClassVar[Lane] = Lane.STORE
+    is_void_late: ClassVar[bool] = True
 
     session: SessionKey
     instance_id: Text
@@ -217,6 +224,7 @@ class Retrieve(Request[RetrieveReply], frozen=True):
     """
 
     lane: ClassVar[Lane] = Lane.RETRIEVE
+    is_void_late: ClassVar[bool] = True
 
     session: SessionKey
     instance_id: Text
@@ -247,6 +255,8 @@ class Lookup(Request[LookupReply], frozen=True):
     Replaces the session's earlier lease. An error when no instance of the model has
     registered with this world size, or not every rank.
     """
+
+    is_void_late: ClassVar[bool] = True
 
     session: SessionKey
     model: Text
@@ -450,9 +460,9 @@ def encode_request(
 ) -> bytes:
     """Encode one request; `deadline_ns` is on the host's monotonic clock."""
     kind = BY_CLASS[type(request)]
-    body = msgspec.Raw(_encoder.encode(request))
+    # The body is encoded in place: one copy of the tokens instead of two.
     return _encoder.encode(
-        (request_id, kind.name, kind.fingerprint, boot, deadline_ns, body)
+        (request_id, kind.name, kind.fingerprint, boot, deadline_ns, request)
     )
 
 
@@ -500,13 +510,13 @@ def decode_request(envelope: RequestEnvelope) -> tuple[RequestType, Request[Any]
 
 def encode_reply(request_id: int, reply: Any) -> bytes:
     """Encode a result."""
-    return _encoder.encode((request_id, "", msgspec.Raw(_encoder.encode(reply))))
+    return _encoder.encode((request_id, "", reply))
 
 
 def encode_error(request_id: int, error: KVError) -> bytes:
     """Encode an error; the client raises the class that its code names."""
     body = ErrorBody(error.message, error.details)
-    return _encoder.encode((request_id, error.code, msgspec.Raw(_encoder.encode(body))))
+    return _encoder.encode((request_id, error.code, body))
 
 
 def decode_reply(frame: bytes | memoryview) -> ReplyEnvelope:

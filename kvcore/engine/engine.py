@@ -1,0 +1,373 @@
+"""The requests that move and find KV. The loop thread calls it; copies run on lanes.
+
+A handler returns its reply, or `Running` work whose reply comes later, or is a
+generator that yields wherever others may be served and returns either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, TypeVar
+
+import msgspec
+
+from kvcore.config import ServerConfig
+from kvcore.engine.copies import Copier, Range, check_targets, read_blocks
+from kvcore.engine.counters import Counters
+from kvcore.engine.instance import Instance, derive_layouts
+from kvcore.engine.registry import Needs, Registry
+from kvcore.engine.sessions import Session, SessionTable
+from kvcore.errors import (
+    BadRequest,
+    ChunksMissing,
+    DeadlineExceeded,
+    UnknownInstance,
+)
+from kvcore.keys import ChunkHash
+from kvcore.protocol import (
+    Clear,
+    Cleared,
+    Done,
+    EndSession,
+    FreeLookupLocks,
+    InstanceStatus,
+    Lookup,
+    LookupReply,
+    RegisterKVCache,
+    RegisterReply,
+    Retrieve,
+    RetrieveReply,
+    Store,
+    StoreReply,
+    UnregisterKVCache,
+)
+from kvcore.storage.l1 import L1, Chunk
+from kvcore.storage.leases import LeaseTable
+
+T = TypeVar("T")
+
+ACQUIRE_CHUNKS = 256
+"""Chunks found and held in one step of a lookup, about 50 us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The client that a request came from."""
+
+    client: Hashable
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Work on another thread.
+
+    When the future is done, however it ended, the loop thread calls `finish` once:
+    it settles what the work held and returns the reply or raises.
+    """
+
+    future: Future[Any]
+    finish: Callable[[], msgspec.Struct]
+
+
+class Engine:
+    """Instances, sessions and leases over one L1."""
+
+    def __init__(
+        self, config: ServerConfig, l1: L1, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self.chunk_size = config.chunk_size
+        self.l1 = l1
+        self.counters = Counters()
+        self.registry = Registry(config.chunk_size)
+        self.leases = LeaseTable(l1, config.sessions.lease_s, clock)
+        self.sessions = SessionTable(
+            config.chunk_size,
+            config.wire.slice_chunks,
+            config.sessions.idle_s,
+            config.sessions.max_sessions,
+            self._session_ended,
+            clock,
+        )
+        self._copier = Copier(l1, config.chunk_size)
+        # Closing an instance waits for its running copies, which nobody else should.
+        self._closer = ThreadPoolExecutor(1, "closer")
+
+    # -- registration -------------------------------------------------------------
+
+    def register_kv_cache(
+        self, request: RegisterKVCache, caller: Caller
+    ) -> RegisterReply:
+        """Attach a worker's memory and enter it, in place of its earlier self."""
+        layouts = derive_layouts(request, self.chunk_size)
+        parts = tuple(layout.part for layout in layouts)
+        space = self.registry.space(request.model, request.world_size)
+        self.registry.check(
+            caller.client, request.instance_id, space, request.rank, parts
+        )
+        instance = Instance(caller.client, caller.pid, request, space, layouts)
+        earlier = self.registry.instances.get(request.instance_id)
+        if earlier is not None:
+            self._remove(earlier)
+        self.registry.add(instance)
+        return RegisterReply(
+            tuple(part.fingerprint for part in parts), instance.chunk_bytes
+        )
+
+    def unregister_kv_cache(
+        self, request: UnregisterKVCache, caller: Caller
+    ) -> Running:
+        """Forget an instance; the reply comes when its memory is unmapped."""
+        instance = self.registry.get(caller.client, request.instance_id)
+        return Running(self._remove(instance), Done)
+
+    def _remove(self, instance: Instance) -> Future[None]:
+        self.registry.remove(instance)
+        return self._closer.submit(instance.close)
+
+    def client_gone(self, client: Hashable) -> None:
+        """Undo what a dead client leaves: instances, leases, its reads to come."""
+        self.counters.clients_gone += 1
+        for instance in self.registry.of_client(client):
+            self._remove(instance)
+            self.leases.drop_reader(instance.engine_id, instance.rank)
+        self.leases.end_client(client)
+
+    # -- copies -------------------------------------------------------------------
+
+    def store(
+        self, request: Store, caller: Caller, deadline_ns: int
+    ) -> Generator[None, None, Running | StoreReply]:
+        """Take the whole chunks of a range from an instance's blocks."""
+        instance = self.registry.get(caller.client, request.instance_id)
+        end = max(request.end - request.end % self.chunk_size, request.start)
+        tokens = self._range(request.start, end)
+        blocks = read_blocks(instance, request.blocks, tokens)
+        if tokens.end == tokens.start:
+            return StoreReply(0, 0, 0)
+        session = self.sessions.open(request.session, instance.space)
+        self.sessions.enter(session)
+        try:
+            yield from self._extend(session, request, tokens.end)
+            hashes = self._hashes(session, tokens)
+            future = instance.store_lane.submit(
+                self._copier.store, instance, hashes, blocks, deadline_ns
+            )
+        except BaseException:
+            self.sessions.leave(session)
+            raise
+
+        def finish() -> StoreReply:
+            self.sessions.leave(session)
+            self.counters.stores += 1
+            stored = self._result(future)
+            self.counters.parts_stored += stored.num_stored
+            self.counters.parts_present += stored.num_present
+            self.counters.parts_dropped += stored.num_dropped
+            self.counters.bytes_stored += stored.num_bytes
+            return StoreReply(
+                stored.num_stored, stored.num_present, stored.num_dropped
+            )
+
+        return Running(future, finish)
+
+    def retrieve(
+        self, request: Retrieve, caller: Caller, deadline_ns: int
+    ) -> Generator[None, None, Running | RetrieveReply]:
+        """Write a range's chunks into an instance's blocks, all or none."""
+        instance = self.registry.get(caller.client, request.instance_id)
+        tokens = self._range(
+            request.start, request.end, request.skip_first_n_tokens
+        )
+        blocks = read_blocks(instance, request.blocks, tokens)
+        if tokens.first_token == tokens.end:
+            return RetrieveReply(0)
+        check_targets(instance, blocks, tokens)
+        session = self.sessions.open(request.session, instance.space)
+        self.sessions.enter(session)
+        try:
+            whole = tokens.end_chunk * self.chunk_size
+            yield from self._extend(session, request, whole)
+            hashes = self._hashes(session, tokens)
+            future = instance.retrieve_lane.submit(
+                self._copier.retrieve, instance, hashes, blocks, tokens, deadline_ns
+            )
+        except BaseException:
+            self.sessions.leave(session)
+            raise
+
+        def finish() -> RetrieveReply:
+            self.sessions.leave(session)
+            self.counters.retrieves += 1
+            self.counters.bytes_retrieved += self._result(future)
+            self.leases.read(
+                request.session, tokens.first_chunk, tokens.end_chunk, instance.rank
+            )
+            return RetrieveReply(tokens.end - tokens.first_token)
+
+        return Running(future, finish)
+
+    def _range(self, start: int, end: int, skip: int = 0) -> Range:
+        if start % self.chunk_size or start > end or skip > end - start:
+            raise BadRequest(
+                f"range {start} to {end}, skipping {skip}: must begin at a multiple of "
+                f"the chunk size {self.chunk_size} and not be shorter than what it skips"
+            )
+        return Range(start, end, start + skip, self.chunk_size)
+
+    def _extend(
+        self, session: Session, request: Store | Retrieve | Lookup, end: int
+    ) -> Generator[None, None, None]:
+        return self.sessions.extend(
+            session, request.tokens, request.token_offset, request.extras, end
+        )
+
+    def _hashes(self, session: Session, tokens: Range) -> list[ChunkHash]:
+        return session.chain.hashes[tokens.first_chunk : tokens.end_chunk]
+
+    def _result(self, future: Future[T]) -> T:
+        """Return what a lane made, its errors counted."""
+        try:
+            return future.result()
+        except CancelledError:
+            raise UnknownInstance("unregistered before the copy's turn came") from None
+        except DeadlineExceeded:
+            self.counters.deadlines_exceeded += 1
+            raise
+        except ChunksMissing:
+            self.counters.retrieves_missing += 1
+            raise
+
+    # -- lookups and sessions -----------------------------------------------------
+
+    def lookup(
+        self, request: Lookup, caller: Caller
+    ) -> Generator[None, None, LookupReply]:
+        """Count and lease the leading chunks that are there for all ranks."""
+        space, needs = self.registry.lookup(request.model, request.world_size)
+        num_chunks = request.end // self.chunk_size
+        session = self.sessions.open(request.session, space)
+        self.sessions.enter(session)
+        try:
+            yield from self._extend(session, request, num_chunks * self.chunk_size)
+            hashes = session.chain.hashes[:num_chunks]
+            chunks = yield from self._acquire(hashes, needs)
+        finally:
+            self.sessions.leave(session)
+        if session.ended or not chunks:
+            self.l1.release(chunks)
+            self.leases.end(request.session)
+        else:
+            readers = (1 << space.world_size) - 1
+            self.leases.grant(
+                request.session, space.model, chunks, readers, caller.client
+            )
+        self.counters.lookups += 1
+        self.counters.lookup_chunks += num_chunks
+        self.counters.lookup_chunks_hit += len(chunks)
+        return LookupReply(len(chunks), len(chunks) * self.chunk_size)
+
+    def _acquire(
+        self, hashes: list[ChunkHash], needs: Needs
+    ) -> Generator[None, None, list[Chunk]]:
+        """Hold the leading chunks that make a hit, in steps."""
+        chunks: list[Chunk] = []
+        try:
+            for first in range(0, len(hashes), ACQUIRE_CHUNKS):
+                if first:
+                    yield
+                step = hashes[first : first + ACQUIRE_CHUNKS]
+                found = self.l1.acquire_leading(step, needs.full)
+                chunks += found
+                if len(found) < len(step):
+                    break
+        except GeneratorExit:
+            self.l1.release(chunks)
+            raise
+        hit = self._fit_windows(chunks, needs) if needs.windows else len(chunks)
+        self.l1.release(chunks[hit:])
+        return chunks[:hit]
+
+    def _fit_windows(self, chunks: list[Chunk], needs: Needs) -> int:
+        """Return the longest prefix whose last windows are present.
+
+        n chunks are a hit when every window group has the parts that cover the last
+        window before token n, on all ranks; older window parts are never read.
+        """
+        runs = [0] * len(needs.windows)
+        best = 0
+        for n, chunk in enumerate(chunks, 1):
+            fits = True
+            for index, need in enumerate(needs.windows):
+                present = chunk.ready & need.mask == need.mask
+                runs[index] = runs[index] + 1 if present else 0
+                covered = -(-need.window // self.chunk_size)
+                fits = fits and runs[index] >= min(n, covered)
+            if fits:
+                best = n
+        return best
+
+    def free_lookup_locks(self, request: FreeLookupLocks, caller: Caller) -> Done:
+        """End a session's lease on a range, for all readers."""
+        first = request.start // self.chunk_size
+        self.leases.free(request.session, first, -(-request.end // self.chunk_size))
+        return Done()
+
+    def end_session(self, request: EndSession, caller: Caller) -> Done:
+        """End leases at once, the session when its running work has ended."""
+        self.leases.end(request.session)
+        session = self.sessions.find(request.session)
+        if session is not None:
+            self.sessions.end(session)
+        return Done()
+
+    def _session_ended(self, session: Session) -> None:
+        self.counters.sessions_ended += 1
+        if not session.ended:
+            self.leases.end(session.key)
+        # Once a request, tail to head: its leaves are the first to be evicted.
+        self.l1.touch(session.chain.hashes)
+
+    def clear(self, request: Clear, caller: Caller) -> Cleared:
+        """Drop every chunk that nobody reads or writes."""
+        cleared = self.l1.clear()
+        return Cleared(cleared.num_chunks, cleared.num_kept)
+
+    # -- upkeep -------------------------------------------------------------------
+
+    def expire(self) -> float | None:
+        """End what is past its time; return when to look again."""
+        self.leases.expire()
+        self.sessions.expire()
+        deadlines = (self.leases.next_deadline(), self.sessions.next_deadline())
+        return min((d for d in deadlines if d is not None), default=None)
+
+    def instances(self) -> tuple[InstanceStatus, ...]:
+        """Describe what is registered."""
+        return tuple(
+            InstanceStatus(
+                instance_id=instance.instance_id,
+                engine_id=instance.engine_id,
+                model=instance.space.model,
+                world_size=instance.space.world_size,
+                rank=instance.rank,
+                pid=instance.pid,
+                groups=tuple(map(str, instance.part_layouts)),
+                group_fingerprints=tuple(
+                    part.fingerprint for part in instance.part_layouts
+                ),
+                group_descriptions=instance.request.groups,
+                registered_bytes=instance.registered_bytes,
+                chunk_bytes=instance.chunk_bytes,
+            )
+            for instance in self.registry.instances.values()
+        )
+
+    def close(self) -> None:
+        """Drop queued copies, wait for running ones, unmap every instance."""
+        for instance in list(self.registry.instances.values()):
+            self._remove(instance)
+        self._closer.shutdown(wait=True)

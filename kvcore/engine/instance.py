@@ -1,0 +1,107 @@
+"""One registered cache: its layouts, its memory, and a lane for each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvcore.errors import BadRequest, LayoutError
+from kvcore.layout import KVLayout, PartLayout
+from kvcore.protocol import RegisterKVCache
+from kvcore.shm import Segment
+from kvcore.storage.l1 import PartId
+from kvcore.transport.host import HostCache
+from kvcore.transport.paged import PagedCache
+
+if TYPE_CHECKING:
+    from kvcore.engine.registry import Space
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One cache group of an instance."""
+
+    layout: KVLayout
+    part: PartId
+    part_bytes: int
+    cache: PagedCache
+
+
+class Instance:
+    """A worker's cache as registered. Made and closed by the loop thread.
+
+    Copies run on `store_lane` and `retrieve_lane`, one thread each, so that a large
+    copy delays nobody but its own direction.
+    """
+
+    def __init__(
+        self,
+        client: Hashable,
+        pid: int,
+        request: RegisterKVCache,
+        space: Space,
+        layouts: Sequence[KVLayout],
+    ) -> None:
+        self.client = client
+        self.pid = pid
+        self.instance_id = request.instance_id
+        self.engine_id = request.engine_id
+        self.rank = request.rank
+        self.request = request
+        self.space = space
+        self.part_layouts = tuple(layout.part for layout in layouts)
+        self._segments = [
+            Segment.attach(handle.name, offset=handle.offset, length=handle.length)
+            for handle in request.handles
+        ]
+        arrays = [segment.array for segment in self._segments]
+        parts = space.part_ids(request.rank, self.part_layouts)
+        self.groups = tuple(
+            Group(layout, part, layout.part.num_bytes, HostCache(layout, arrays))
+            for layout, part in zip(layouts, parts, strict=True)
+        )
+        name = request.instance_id[:40]
+        self.store_lane = ThreadPoolExecutor(1, f"store-{name}")
+        self.retrieve_lane = ThreadPoolExecutor(1, f"retrieve-{name}")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk's parts of this rank."""
+        return sum(group.part_bytes for group in self.groups)
+
+    @property
+    def registered_bytes(self) -> int:
+        """Bytes of the memory it registered."""
+        return sum(handle.length for handle in self.request.handles)
+
+    def close(self) -> None:
+        """Drop queued copies, wait for running ones, then unmap. May block."""
+        for lane in (self.store_lane, self.retrieve_lane):
+            lane.shutdown(wait=True, cancel_futures=True)
+        for segment in self._segments:
+            segment.close()
+
+
+def derive_layouts(request: RegisterKVCache, chunk_size: int) -> list[KVLayout]:
+    """Validate what a worker registers.
+
+    Raises:
+        BadRequest: the rank is not below the world size.
+        LayoutError: naming group and field.
+    """
+    if request.rank >= request.world_size:
+        raise BadRequest(
+            f"rank {request.rank} of a world size of {request.world_size}"
+        )
+    if not request.groups:
+        raise LayoutError("groups: at least one cache group is needed")
+    sizes = [handle.length for handle in request.handles]
+    layouts = []
+    for index, group in enumerate(request.groups):
+        try:
+            layouts.append(KVLayout.derive(group, sizes, chunk_size))
+        except LayoutError as error:
+            raise LayoutError(f"groups[{index}]: {error.message}") from None
+    return layouts

@@ -1,0 +1,195 @@
+"""Sessions: the tokens of one request of one engine, hashed once, shared by clients."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from time import monotonic
+
+from kvcore.engine.registry import Space
+from kvcore.errors import BadRequest, TokensNeeded
+from kvcore.keys import ExtraKey, HashChain, SessionKey
+
+Slices = Generator[None, None, None]
+
+
+@dataclass(slots=True)
+class Session:
+    """What the server knows of one request. Loop thread only."""
+
+    key: SessionKey
+    space: Space
+    chain: HashChain
+    last_used: float
+    num_running: int = 0
+    extending: bool = False
+    ended: bool = False
+
+
+class SessionTable:
+    """Sessions by key, oldest use first."""
+
+    def __init__(
+        self,
+        chunk_size: int,
+        slice_chunks: int,
+        idle_s: float,
+        max_sessions: int,
+        on_end: Callable[[Session], None],
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._chunk_size = chunk_size
+        self._slice_chunks = slice_chunks
+        self._idle_s = idle_s
+        self._max_sessions = max_sessions
+        self._on_end = on_end
+        self._clock = clock
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, key: SessionKey, space: Space) -> Session:
+        """Return a session, made when it is not known.
+
+        Raises:
+            BadRequest: it is known for another model or world size.
+        """
+        now = self._clock()
+        session = self._sessions.get(key)
+        if session is None or session.ended:
+            self._make_room()
+            chain = HashChain(space.seed, self._chunk_size)
+            session = Session(key, space, chain, now)
+            self._sessions[key] = session
+        elif session.space is not space:
+            raise BadRequest(
+                f"session {key.engine_id}/{key.request_id} is about model "
+                f"{session.space.model!r} with world size {session.space.world_size}, "
+                f"not {space.model!r} with {space.world_size}"
+            )
+        session.last_used = now
+        self._sessions.move_to_end(key)
+        return session
+
+    def extend(
+        self,
+        session: Session,
+        tokens: memoryview,
+        offset: int,
+        extras: tuple[ExtraKey, ...],
+        end: int,
+    ) -> Slices:
+        """Take in the tokens that a request brings, in slices.
+
+        Tokens may be appended where the session ends, or sent again from any chunk
+        boundary before it: then what follows is hashed anew, so that a reused
+        request id can never reach another prompt's chunks.
+
+        Raises:
+            TokensNeeded: they do not join, or the session still ends before `end`.
+            BadRequest: not whole tokens.
+        """
+        while session.extending:
+            yield
+        chain = session.chain
+        if extras and extras != chain.extras:
+            chain = self._change_extras(session, extras)
+        if len(tokens):
+            if len(tokens) % 4:
+                raise BadRequest(f"tokens: {len(tokens)} bytes are not whole uint32")
+            self._join(session, offset)
+            session.extending = True
+            try:
+                yield from chain.extend(tokens, self._slice_chunks)
+            finally:
+                session.extending = False
+        if chain.num_tokens < end:
+            raise TokensNeeded(
+                f"the session has {chain.num_tokens} tokens, the request needs {end}",
+                have=chain.num_tokens,
+            )
+
+    def _join(self, session: Session, offset: int) -> None:
+        chain = session.chain
+        if offset == chain.num_tokens:
+            return
+        have = min(offset, chain.num_tokens)
+        if offset > chain.num_tokens or offset % self._chunk_size:
+            raise TokensNeeded(
+                f"tokens from {offset} do not join the session's {chain.num_tokens}",
+                have=have - have % self._chunk_size
+                if offset < chain.num_tokens
+                else have,
+            )
+        chain.rewind(offset // self._chunk_size)
+
+    def _change_extras(
+        self, session: Session, extras: tuple[ExtraKey, ...]
+    ) -> HashChain:
+        """Adopt extras that only add to what is not hashed yet, else start again."""
+        chain = session.chain
+        hashed = len(chain.hashes) * self._chunk_size
+        known = chain.extras
+        adds = extras[: len(known)] == known and all(
+            extra.start >= hashed for extra in extras[len(known) :]
+        )
+        if adds:
+            chain.extras = extras
+        else:
+            session.chain = HashChain(session.space.seed, self._chunk_size, extras)
+        return session.chain
+
+    def find(self, key: SessionKey) -> Session | None:
+        """Return a session if it is known."""
+        return self._sessions.get(key)
+
+    def end(self, session: Session) -> None:
+        """End it now, or when its running work has ended."""
+        session.ended = True
+        if not session.num_running:
+            self._drop(session)
+
+    def enter(self, session: Session) -> None:
+        """Count work that needs the session; `leave` must follow, whatever comes."""
+        session.num_running += 1
+
+    def leave(self, session: Session) -> None:
+        """Count that work as done."""
+        session.num_running -= 1
+        if session.ended and not session.num_running:
+            self._drop(session)
+
+    def expire(self) -> None:
+        """End the sessions that nobody has used for `idle_s`."""
+        horizon = self._clock() - self._idle_s
+        while self._sessions:
+            session = next(iter(self._sessions.values()))
+            if session.last_used > horizon:
+                return
+            if session.num_running:
+                session.last_used = self._clock()
+                self._sessions.move_to_end(session.key)
+            else:
+                self._drop(session)
+
+    def next_deadline(self) -> float | None:
+        """Return when the longest unused one expires."""
+        for session in self._sessions.values():
+            return session.last_used + self._idle_s
+        return None
+
+    def _make_room(self) -> None:
+        """Beyond the limit the longest unused session gives way."""
+        if len(self._sessions) < self._max_sessions:
+            return
+        for session in self._sessions.values():
+            if not session.num_running:
+                self._drop(session)
+                return
+
+    def _drop(self, session: Session) -> None:
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+        self._on_end(session)
