@@ -13,6 +13,7 @@ CHUNK = 256
 
 
 def derive(geometry: Geometry, rank: int = 0, world_size: int = 1) -> list[KVLayout]:
+    """Derive every group of a rank, as the server does."""
     cache = geometry.groups(8, rank, world_size)
     return [KVLayout.derive(g, cache.handle_bytes, CHUNK) for g in cache.groups]
 

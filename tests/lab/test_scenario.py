@@ -1,0 +1,73 @@
+"""Scenario files: what they say, and what is said about a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvcore.errors import SetupError
+from kvctl.lab.scenario import Chat, Mooncake, read
+
+TEXT = """\
+engines = 2
+ranks = 2
+[model]
+preset = "tiny-llama"
+block_size = 32
+[workload]
+kind = "chat"
+turns = 3
+[server]
+l1.size = "64MiB"
+[load]
+concurrency = 2
+"""
+
+
+def scenario(tmp_path: Path, text: str = TEXT) -> Path:
+    """Write a scenario file."""
+    path = tmp_path / "s.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_scenario_reads_with_presets_and_overrides(tmp_path: Path) -> None:
+    """The preset's fields, those that the file changes, and those that --set does."""
+    found = read(scenario(tmp_path), ["load.concurrency=8", "server.chunk_size=512"])
+    assert found.model.geometry().block_size == 32
+    assert found.model.geometry().num_layers == 2
+    assert isinstance(found.workload, Chat)
+    assert found.workload.turns == 3
+    assert found.load.concurrency == 8
+    assert (found.server.l1.size, found.server.chunk_size) == (64 << 20, 512)
+
+
+def test_another_workload_can_be_set(tmp_path: Path) -> None:
+    """The kind of a workload decides its keys."""
+    text = '[model]\npreset = "tiny-mla"\n[workload]\nkind = "mooncake"\n'
+    found = read(scenario(tmp_path, text), ["workload.trace=a.jsonl"])
+    assert found.workload == Mooncake(trace="a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("turns = 3", "turnz = 3", r"s\.toml:8: .*workload\.turnz.*workload\.turns"),
+        ("ranks = 2", "rank = 2", r"s\.toml:2: .*rank; did you mean ranks"),
+        ('"chat"', '"chatty"', r"s\.toml.*workload.*chatty"),
+        ("turns = 3", 'turns = "x"', r"s\.toml:8: workload\.turns"),
+        ('"tiny-llama"', '"tinny-llama"', r"s\.toml.*did you mean 'tiny-llama'"),
+        ("block_size = 32", "block_size = 48", r"s\.toml.*server\.chunk_size = 256"),
+        ("ranks = 2", "ranks = 3", r"s\.toml.*2 KV heads: 3 ranks"),
+        ('kind = "chat"\nturns = 3', 'kind = "mooncake"', "--trace FILE"),
+        ("engines = 2", "engines = [", r"s\.toml"),
+        ("concurrency = 2", "concurrency = 0", r"s\.toml:12: load\.concurrency"),
+    ],
+)
+def test_a_wrong_file_says_where_and_what(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    """File, line and key of what is wrong, and the nearest known key."""
+    with pytest.raises(SetupError, match=says):
+        read(scenario(tmp_path, TEXT.replace(old, new)))
