@@ -163,10 +163,10 @@ class _Source:
         try:
             return tomllib.loads(self.text)
         except tomllib.TOMLDecodeError as error:
-            message, _, where = str(error).partition(" (at line ")
-            line = where.partition(",")[0]
-            at = f"{self.name}:{line}" if line.isdigit() else self.name
-            raise SetupError(f"{at}: {message}") from None
+            message, _, where = str(error).partition(" (at ")
+            found = re.match(r"line (\d+)", where)
+            line = found[1] if found else len(self.text.splitlines())
+            raise SetupError(f"{self.name}:{line}: {message}") from None
 
     def put(self, data: dict[str, Any], key: str, value: object, shown: str) -> None:
         names = key.split(".")
@@ -183,7 +183,8 @@ class _Source:
     def place(self, key: str) -> str:
         """Return the prefix of a message about this key."""
         for set_key, shown in self.given.items():
-            if set_key in _stems(key) or set_key.startswith(f"{key}."):
+            nested = set_key.startswith(f"{key}.") or set_key.endswith(f".{key}")
+            if nested or set_key in _stems(key):
                 return f"{shown}: "
         if not self.name:
             return ""
@@ -215,13 +216,13 @@ def _line_of(text: str, key: str) -> int | None:
         header = re.match(r"\s*\[{1,2}\s*([^\]]+?)\s*\]", line)
         name = re.match(r"\s*([\w.\-\"' ]+?)\s*=", line)
         if header:
-            table = header[1]
-            found = table
+            table = found = header[1]
         elif name:
-            found = f"{table}.{name[1]}" if table else name[1]
+            found = f"{table}.{name[1]}"
         else:
             continue
-        if re.sub(r"[\"' ]", "", found) == key:
+        found = re.sub("[\"' ]", "", found)
+        if found == key or found.endswith(f".{key}"):
             return number
     return None
 

@@ -1,0 +1,149 @@
+"""`kvctl inspect`: look inside a server, a layout, the protocol, options, a result."""
+
+from __future__ import annotations
+
+import threading
+from typing import Annotated
+
+import msgspec
+import typer
+
+from kvcore.client import KVClient
+from kvcore.config import ServerConfig
+from kvcore.errors import SetupError
+from kvcore.options import describe
+from kvcore.protocol import InstanceStatus, StatusReply
+from kvctl import console
+from kvctl.lab import geometry
+from kvctl.views import protocol as protocol_view
+from kvctl.views import status as status_view
+from kvctl.views.layout import LayoutPage
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Look inside a server, a layout, the protocol or a result.",
+)
+
+TIMEOUT_S = 1.5
+REFRESH_S = 1.0
+UNBOUNDED = 1 << 62
+"""Bytes of a handle whose size is not known here; the server checked it."""
+
+DEFAULTS = ServerConfig()
+ServerOption = Annotated[str, typer.Option("--server", help="the server's address")]
+
+
+@app.command()
+def server(
+    address: ServerOption = DEFAULTS.address,
+    watch: Annotated[bool, typer.Option(help="show again every second")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+) -> None:
+    """Show a server's registrations, memory, sessions, leases and counters."""
+    if as_json:
+        encoded = msgspec.json.encode(_status(address))
+        console.line(msgspec.json.format(encoded).decode())
+        return
+    if not watch:
+        console.show(*status_view.parts(_status(address)))
+        return
+    with console.live(*status_view.parts(_status(address))) as update:
+        while not threading.Event().wait(REFRESH_S):
+            update(*status_view.parts(_status(address)))
+
+
+@app.command()
+def layout(
+    preset: Annotated[
+        str | None, typer.Option(help="geometry of a model, such as llama-3.1-8b")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--server", help="a server with a live registration")
+    ] = None,
+    instance: Annotated[
+        str | None, typer.Option(help="its instance; the first where left out")
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="tokens a chunk (default the server's)")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="tokens a block, with --preset")
+    ] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="ranks, with --preset")] = 1,
+) -> None:
+    """Show a cache's axes, its chunk's parts and bytes, and the runs of a copy."""
+    if (preset is None) == (address is None):
+        raise SetupError("inspect layout: give either --preset or --server")
+    if address is not None:
+        status = _status(address)
+        one = _instance(status, instance)
+        page = LayoutPage(
+            name=f"{one.model}, {one.instance_id}",
+            groups=one.group_descriptions,
+            handle_bytes=_unbounded(one),
+            world_size=one.world_size,
+            chunk_size=chunk_size or status.chunk_size,
+        )
+    else:
+        page = _preset_page(str(preset), block_size, world_size, chunk_size)
+    console.show(*page.parts())
+
+
+@app.command()
+def protocol(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="the page docs/protocol.md")
+    ] = False,
+) -> None:
+    """Show every request, its fields and its reply, and the error codes."""
+    if markdown:
+        console.line(protocol_view.markdown().rstrip("\n"))
+    else:
+        console.show(*protocol_view.tables())
+
+
+@app.command()
+def config() -> None:
+    """Show the options of `kvctl serve`: file keys, also for --set."""
+    columns = ("key", "type", "default", "meaning")
+    rows = tuple(
+        (option.key, option.type, option.default, option.description)
+        for option in describe(ServerConfig)
+    )
+    console.show(console.Table("options of the server", columns, rows))
+
+
+def _status(address: str) -> StatusReply:
+    with KVClient(address, timeout_s=TIMEOUT_S) as client:
+        return client.status()
+
+
+def _instance(status: StatusReply, wanted: str | None) -> InstanceStatus:
+    for one in status.instances:
+        if wanted in (None, one.instance_id):
+            return one
+    known = ", ".join(one.instance_id for one in status.instances) or "none"
+    raise SetupError(f"--instance {wanted or 'left out'}: registered are {known}")
+
+
+def _unbounded(one: InstanceStatus) -> list[int]:
+    tensors = (tensor for group in one.group_descriptions for tensor in group.tensors)
+    return [UNBOUNDED] * (1 + max(tensor.handle for tensor in tensors))
+
+
+def _preset_page(
+    name: str, block_size: int | None, world_size: int, chunk_size: int | None
+) -> LayoutPage:
+    shape = geometry.preset(name)
+    if block_size is not None:
+        shape = msgspec.structs.replace(shape, block_size=block_size)
+    chunk_size = chunk_size or DEFAULTS.chunk_size
+    cache = shape.groups(chunk_size // shape.block_size or 1, 0, world_size)
+    return LayoutPage(
+        name=name,
+        groups=cache.groups,
+        handle_bytes=cache.handle_bytes,
+        world_size=world_size,
+        chunk_size=chunk_size,
+    )

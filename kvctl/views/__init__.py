@@ -1,0 +1,1 @@
+"""What `kvctl inspect` shows: values in, tables and lines out."""

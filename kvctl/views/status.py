@@ -1,0 +1,86 @@
+"""A server's status as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcore.protocol import InstanceStatus, L1Status, LeaseStatus, StatusReply
+from kvctl.console import Table, bar, size
+
+
+def parts(status: StatusReply) -> list[Table | str]:
+    """Return what is shown of a server, most asked first."""
+    shown: list[Table | str] = [_headline(status), *_memory(status.l1)]
+    if status.instances:
+        shown.append(_instances(status.instances))
+    if status.leases:
+        shown.append(_leases(status.leases, status.num_leases))
+    shown.append(_counters(status.counters))
+    return shown
+
+
+def _headline(status: StatusReply) -> str:
+    return (
+        f"kvctl {status.version} at {status.address}, pid {status.pid}, "
+        f"up {_duration(status.uptime_s)}: {status.num_clients} clients, "
+        f"{len(status.instances)} instances, {status.num_sessions} sessions, "
+        f"{status.num_leases} leases, chunks of {status.chunk_size} tokens"
+    )
+
+
+def _memory(l1: L1Status) -> list[str]:
+    share = l1.used_bytes / l1.total_bytes if l1.total_bytes else 0.0
+    return [
+        f"L1 {bar(share)} of {size(l1.total_bytes)} in pages of {size(l1.page_bytes)}",
+        f"   {l1.num_chunks} chunks in {l1.num_parts} parts, {l1.num_leased} leased; "
+        f"{l1.num_reserved} parts being written",
+    ]
+
+
+def _instances(instances: Sequence[InstanceStatus]) -> Table:
+    columns = ("instance", "engine", "model", ">rank", ">pid", ">cache", ">chunk")
+    rows = tuple(
+        (
+            one.instance_id,
+            one.engine_id,
+            one.model,
+            f"{one.rank} of {one.world_size}",
+            str(one.pid),
+            size(one.registered_bytes),
+            size(one.chunk_bytes),
+            "\n".join(one.groups),
+        )
+        for one in instances
+    )
+    return Table("registrations", (*columns, "layout"), rows)
+
+
+def _leases(leases: Sequence[LeaseStatus], num_leases: int) -> Table:
+    columns = ("engine", "request", "model", ">chunks", ">age", ">expires in")
+    rows = tuple(
+        (
+            lease.engine_id,
+            lease.request_id,
+            lease.model,
+            str(lease.num_chunks),
+            _duration(lease.age_s),
+            _duration(lease.expires_in_s),
+            " ".join(map(str, lease.waiting_readers)),
+        )
+        for lease in leases
+    )
+    cut = f" ({len(leases)} of {num_leases})" if num_leases > len(leases) else ""
+    return Table(f"leases{cut}", (*columns, "ranks to read"), rows)
+
+
+def _counters(counters: dict[str, int]) -> Table:
+    rows = tuple((name, f"{value:,}") for name, value in sorted(counters.items()))
+    return Table("counters", ("counter", ">value"), rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
