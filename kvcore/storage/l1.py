@@ -11,59 +11,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NewType
 
 from kvcore.errors import Internal
 from kvcore.keys import ChunkHash
-from kvcore.storage.arena import Allocation, Arena, Extent
+from kvcore.storage.arena import Allocation, Arena
+from kvcore.storage.chunk import (
+    Chunk,
+    Part,
+    PartId,
+    Reservation,
+    check_chunk,
+    used_extents,
+)
 from kvcore.storage.eviction import EvictionPolicy
 
-PartId = NewType("PartId", int)
-"""Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
-group, layout fingerprint) of a (model, world size)."""
-
-
-@dataclass(slots=True)
-class Part:
-    """A chunk's bytes of one rank and group: where they are."""
-
-    extents: Allocation
-    num_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """What L1 knows of one chunk. Changed by `L1` alone, under its lock.
-
-    Who holds a chunk may read `parts[p]` for every p in `ready` without the lock:
-    those stay as they are until the hold ends.
-    """
-
-    hash: ChunkHash
-    parts: dict[PartId, Part]
-    """Committed ones and those being written."""
-    ready: int = 0
-    """Mask of committed parts."""
-    reserved: int = 0
-    """Mask of parts being written."""
-    holds: int = 0
-    """Leases and running copies that read it."""
-    listed: bool = False
-    """The eviction policy knows it."""
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """The right and the duty to write one part, and then to commit or abort it."""
-
-    index: int
-    """Place in the hashes that were asked for."""
-    chunk: Chunk
-    part: PartId
-    extents: Allocation
-    settled: bool = False
-    """Committed or aborted."""
+__all__ = [
+    "L1",
+    "Chunk",
+    "ClearResult",
+    "L1Stats",
+    "Part",
+    "PartId",
+    "Reservation",
+    "Reserved",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,20 +275,24 @@ class L1:
         return chunks
 
     def _hold(self, chunks: Iterable[Chunk | None]) -> None:
+        num_new = 0
         for chunk in chunks:
             if chunk is not None:
                 if not chunk.holds:
-                    self._num_held += 1
+                    num_new += 1
                 chunk.holds += 1
+        self._num_held += num_new
 
     def _release(self, chunks: Sequence[Chunk | None]) -> None:
+        num_idle = 0
         for chunk in reversed(chunks):
             if chunk is not None:
-                chunk.holds -= 1
-                if not chunk.holds:
-                    self._num_held -= 1
+                chunk.holds = holds = chunk.holds - 1
+                if not holds:
+                    num_idle += 1
                     if not (chunk.listed or chunk.reserved):
                         self._touch(chunk)
+        self._num_held -= num_idle
 
     def _touch(self, chunk: Chunk) -> None:
         if not self._closed:
@@ -373,49 +348,21 @@ class L1:
     def check(self) -> None:
         """Raise `Internal` when the state contradicts itself. Walks over everything."""
         with self._lock:
-            chunks = list(self._index.values())
+            chunks = self._index.values()
             for key, chunk in self._index.items():
-                _check_chunk(key, chunk)
-            extents = _extents(chunks)
-            pages = sum(self._arena.num_pages_for(extent.length) for extent in extents)
-            counts = {
-                "parts": (self._num_parts, _num_bits(c.ready for c in chunks)),
-                "reserved": (self._num_reserved, _num_bits(c.reserved for c in chunks)),
-                "held": (self._num_held, sum(c.holds > 0 for c in chunks)),
-                "bytes": (self._arena.used_bytes, pages * self._arena.page_bytes),
-            }
-            for what, (kept, counted) in counts.items():
-                if kept != counted:
-                    raise Internal(f"{what}: kept {kept}, counted {counted}")
-            for extent, following in pairwise(extents):
-                if extent.offset + extent.length > following.offset:
-                    raise Internal(f"{extent} overlaps {following}")
-
-
-def _num_bits(masks: Iterable[int]) -> int:
-    return sum(mask.bit_count() for mask in masks)
-
-
-def _extents(chunks: Iterable[Chunk]) -> list[Extent]:
-    parts = (part for chunk in chunks for part in chunk.parts.values())
-    extents = (extent for part in parts for extent in part.extents)
-    return sorted(extents, key=lambda extent: extent.offset)
-
-
-def _check_chunk(key: ChunkHash, chunk: Chunk) -> None:
-    known = sum(1 << part for part in chunk.parts)
-    idle = not (chunk.holds or chunk.reserved)
-    wrong = {
-        "indexed under another hash": chunk.hash != key,
-        "without a part": not chunk.parts,
-        "with masks unlike its parts": chunk.ready | chunk.reserved != known,
-        "with a part ready and reserved": bool(chunk.ready & chunk.reserved),
-        "with fewer than no holds": chunk.holds < 0,
-        "idle but out of eviction's sight": idle and not chunk.listed,
-    }
-    for what, is_so in wrong.items():
-        if is_so:
-            raise Internal(f"a chunk {what}: {chunk}")
-    for part in chunk.parts.values():
-        if sum(extent.length for extent in part.extents) != part.num_bytes:
-            raise Internal(f"a part's extents are not its size: {part}")
+                check_chunk(key, chunk)
+            pages = sum(
+                self._arena.num_pages_for(extent.length)
+                for extent in used_extents(chunks)
+            )
+            kept = (self._num_parts, self._num_reserved, self._num_held)
+            counted = (
+                sum(chunk.ready.bit_count() for chunk in chunks),
+                sum(chunk.reserved.bit_count() for chunk in chunks),
+                sum(chunk.holds > 0 for chunk in chunks),
+            )
+            if (*kept, self._arena.used_bytes) != (
+                *counted,
+                pages * self._arena.page_bytes,
+            ):
+                raise Internal(f"kept {kept}, counted {counted}, in {pages} pages")
