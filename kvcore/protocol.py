@@ -104,6 +104,7 @@ class HelloReply(msgspec.Struct, frozen=True):
     chunk_size: Annotated[int, Meta(description="tokens a chunk")]
     hash_algorithm: str
     pid: int
+    pid_start: Annotated[int, Meta(description="start time, clock ticks since boot")]
     pid_namespace: Annotated[int, Meta(description="inode of its pid namespace")]
     watched: Annotated[
         bool, Meta(description="the server watches the client's process by pidfd")
@@ -115,7 +116,10 @@ class HelloReply(msgspec.Struct, frozen=True):
 
 
 class Hello(Request[HelloReply], frozen=True):
-    """Open a connection. The only request that needs no boot token."""
+    """Open a connection. The only request that needs no boot token.
+
+    Saying it again from the same process changes nothing.
+    """
 
     protocol_version: int
     pid: int

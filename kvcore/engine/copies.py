@@ -17,11 +17,12 @@ from kvcore.engine.instance import Group, Instance
 from kvcore.errors import BadRequest, ChunksMissing, DeadlineExceeded
 from kvcore.keys import ChunkHash
 from kvcore.protocol import NULL_BLOCK
+from kvcore.storage.arena import Allocation, Arena
 from kvcore.storage.l1 import L1, Reservation
 from kvcore.transport.paged import Span, check_blocks, check_range
 
 Blocks = npt.NDArray[np.int32]
-"""Block ids of one group, `[chunks, blocks a chunk]`; NULL_BLOCK where there is none."""
+"""Block ids of one group, `[chunks, blocks a chunk]`; NULL_BLOCK for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,14 @@ class Copier:
     """Stores into and retrieves from one L1."""
 
     def __init__(
-        self, l1: L1, chunk_size: int, clock_ns: Callable[[], int] = monotonic_ns
+        self,
+        l1: L1,
+        arena: Arena,
+        chunk_size: int,
+        clock_ns: Callable[[], int] = monotonic_ns,
     ) -> None:
         self._l1 = l1
+        self._arena = arena
         self._chunk_size = chunk_size
         self._clock_ns = clock_ns
 
@@ -135,7 +141,7 @@ class Copier:
         stored: Stored,
     ) -> None:
         """Reserve and fill one group's parts; one with a null block is not stored."""
-        whole = np.flatnonzero((rows != NULL_BLOCK).all(axis=1))
+        whole = np.flatnonzero((rows != NULL_BLOCK).all(axis=1)).tolist()
         asked = [hashes[i] for i in whole]
         got = self._l1.reserve(asked, group.part, group.part_bytes)
         reserved += got.reservations
@@ -147,7 +153,7 @@ class Copier:
             Span(r.extents, rows[whole[r.index]], 0, self._chunk_size)
             for r in got.reservations
         ]
-        group.cache.gather(spans, self._l1.arena.array)
+        group.cache.gather(spans, self._arena.array)
 
     def retrieve(
         self,
@@ -165,7 +171,11 @@ class Copier:
         """
         wanted = [self._wanted(rows, tokens) for rows in blocks]
         needs = [
-            sum(1 << g.part for g, w in zip(instance.groups, wanted, strict=True) if w[i])
+            sum(
+                1 << g.part
+                for g, w in zip(instance.groups, wanted, strict=True)
+                if w[i]
+            )
             for i in range(len(hashes))
         ]
         chunks = self._l1.acquire(hashes, needs)
@@ -182,7 +192,7 @@ class Copier:
                     for i, (chunk, row) in enumerate(zip(chunks, rows, strict=True))
                     if want[i] and chunk is not None
                 ]
-                group.cache.scatter(spans, self._l1.arena.array)
+                group.cache.scatter(spans, self._arena.array)
                 num_bytes += sum(
                     group.part_bytes * (span.end_token - span.first_token)
                     for span in spans
@@ -198,7 +208,7 @@ class Copier:
         return [bool(want) for want in wanted]
 
     def _span(
-        self, extents: tuple, row: Blocks, index: int, tokens: Range
+        self, extents: Allocation, row: Blocks, index: int, tokens: Range
     ) -> Span:
         base = (tokens.first_chunk + index) * tokens.chunk_size
         first = max(tokens.first_token - base, 0)
@@ -210,9 +220,7 @@ class Copier:
             raise DeadlineExceeded("the deadline passed; nothing was kept or written")
 
 
-def check_targets(
-    instance: Instance, blocks: Sequence[Blocks], tokens: Range
-) -> None:
+def check_targets(instance: Instance, blocks: Sequence[Blocks], tokens: Range) -> None:
     """Refuse a retrieve that could only write a part of what it names.
 
     Raises:

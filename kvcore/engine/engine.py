@@ -44,6 +44,8 @@ from kvcore.protocol import (
     StoreReply,
     UnregisterKVCache,
 )
+from kvcore.storage.arena import Arena
+from kvcore.storage.eviction import POLICIES
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 
@@ -55,10 +57,12 @@ ACQUIRE_CHUNKS = 256
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The client that a request came from."""
+    """The client that a request came from, and how long it waits."""
 
     client: Hashable
     pid: int
+    deadline_ns: int = 0
+    """On the host's monotonic clock; 0 waits for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,16 @@ class Engine:
     """Instances, sessions and leases over one L1."""
 
     def __init__(
-        self, config: ServerConfig, l1: L1, clock: Callable[[], float] = monotonic
+        self,
+        config: ServerConfig,
+        arena: Arena,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self.chunk_size = config.chunk_size
-        self.l1 = l1
+        self.l1 = L1(arena, POLICIES[config.l1.eviction]())
         self.counters = Counters()
         self.registry = Registry(config.chunk_size)
-        self.leases = LeaseTable(l1, config.sessions.lease_s, clock)
+        self.leases = LeaseTable(self.l1, config.sessions.lease_s, clock)
         self.sessions = SessionTable(
             config.chunk_size,
             config.wire.slice_chunks,
@@ -92,7 +99,7 @@ class Engine:
             self._session_ended,
             clock,
         )
-        self._copier = Copier(l1, config.chunk_size)
+        self._copier = Copier(self.l1, arena, config.chunk_size)
         # Closing an instance waits for its running copies, which nobody else should.
         self._closer = ThreadPoolExecutor(1, "closer")
 
@@ -139,7 +146,7 @@ class Engine:
     # -- copies -------------------------------------------------------------------
 
     def store(
-        self, request: Store, caller: Caller, deadline_ns: int
+        self, request: Store, caller: Caller
     ) -> Generator[None, None, Running | StoreReply]:
         """Take the whole chunks of a range from an instance's blocks."""
         instance = self.registry.get(caller.client, request.instance_id)
@@ -154,7 +161,7 @@ class Engine:
             yield from self._extend(session, request, tokens.end)
             hashes = self._hashes(session, tokens)
             future = instance.store_lane.submit(
-                self._copier.store, instance, hashes, blocks, deadline_ns
+                self._copier.store, instance, hashes, blocks, caller.deadline_ns
             )
         except BaseException:
             self.sessions.leave(session)
@@ -168,20 +175,16 @@ class Engine:
             self.counters.parts_present += stored.num_present
             self.counters.parts_dropped += stored.num_dropped
             self.counters.bytes_stored += stored.num_bytes
-            return StoreReply(
-                stored.num_stored, stored.num_present, stored.num_dropped
-            )
+            return StoreReply(stored.num_stored, stored.num_present, stored.num_dropped)
 
         return Running(future, finish)
 
     def retrieve(
-        self, request: Retrieve, caller: Caller, deadline_ns: int
+        self, request: Retrieve, caller: Caller
     ) -> Generator[None, None, Running | RetrieveReply]:
         """Write a range's chunks into an instance's blocks, all or none."""
         instance = self.registry.get(caller.client, request.instance_id)
-        tokens = self._range(
-            request.start, request.end, request.skip_first_n_tokens
-        )
+        tokens = self._range(request.start, request.end, request.skip_first_n_tokens)
         blocks = read_blocks(instance, request.blocks, tokens)
         if tokens.first_token == tokens.end:
             return RetrieveReply(0)
@@ -193,7 +196,12 @@ class Engine:
             yield from self._extend(session, request, whole)
             hashes = self._hashes(session, tokens)
             future = instance.retrieve_lane.submit(
-                self._copier.retrieve, instance, hashes, blocks, tokens, deadline_ns
+                self._copier.retrieve,
+                instance,
+                hashes,
+                blocks,
+                tokens,
+                caller.deadline_ns,
             )
         except BaseException:
             self.sessions.leave(session)
@@ -214,7 +222,7 @@ class Engine:
         if start % self.chunk_size or start > end or skip > end - start:
             raise BadRequest(
                 f"range {start} to {end}, skipping {skip}: must begin at a multiple of "
-                f"the chunk size {self.chunk_size} and not be shorter than what it skips"
+                f"the chunk size {self.chunk_size} and be no shorter than what it skips"
             )
         return Range(start, end, start + skip, self.chunk_size)
 
@@ -371,3 +379,4 @@ class Engine:
         for instance in list(self.registry.instances.values()):
             self._remove(instance)
         self._closer.shutdown(wait=True)
+        self.l1.close()

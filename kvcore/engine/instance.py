@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcore.errors import BadRequest, LayoutError
-from kvcore.layout import KVLayout, PartLayout
+from kvcore.layout import KVLayout
 from kvcore.protocol import RegisterKVCache
 from kvcore.shm import Segment
 from kvcore.storage.l1 import PartId
@@ -92,9 +92,7 @@ def derive_layouts(request: RegisterKVCache, chunk_size: int) -> list[KVLayout]:
         LayoutError: naming group and field.
     """
     if request.rank >= request.world_size:
-        raise BadRequest(
-            f"rank {request.rank} of a world size of {request.world_size}"
-        )
+        raise BadRequest(f"rank {request.rank} of a world size of {request.world_size}")
     if not request.groups:
         raise LayoutError("groups: at least one cache group is needed")
     sizes = [handle.length for handle in request.handles]

@@ -2,12 +2,13 @@
 
 Two ways, both a few large numpy calls that release the GIL:
 
+- by rows: one `take` (or indexed assignment) over the cache seen as rows of a block's
+  bytes, for all planes of a part at once;
 - by runs: one strided copy for each run of consecutive blocks and each group of
-  evenly spaced planes. It can move anything and is best when runs are long;
-- by rows: for scattered whole blocks, one `take` (or indexed assignment) over the
-  cache seen as rows of a block's bytes, for all planes of a part at once.
+  evenly spaced planes. It can move anything, cut blocks too, and is better where all
+  of a chunk's blocks follow each other in memory.
 
-docs/performance.md has the shares of a plain copy that either reaches.
+tests/benchmarks/test_copies.py measures the share of a plain copy that they reach.
 """
 
 from __future__ import annotations
@@ -25,18 +26,16 @@ from kvcore.protocol import NULL_BLOCK
 from kvcore.shm import Bytes
 from kvcore.storage.arena import Extent
 from kvcore.transport.paged import (
-    Run,
+    BlockIds,
     Span,
     block_units,
-    check_spans,
+    breaks,
+    checked_blocks,
     coalesce,
 )
 
 Rows = npt.NDArray[np.void]
 Index = npt.NDArray[np.intp]
-
-MIN_RUN_BLOCKS = 2
-"""Mean blocks a run from which strided copies beat rows (tests/benchmarks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,11 @@ class _RowPlanes:
     base: Index
     step: int
 
+    def index(self, blocks: BlockIds) -> Index:
+        """Return the rows of whole parts, `[spans, planes x blocks]`."""
+        rows = blocks[:, np.newaxis].astype(np.intp) * self.step + self.base
+        return rows.reshape(len(blocks), self.base.size * blocks.shape[1])
+
 
 class HostCache:
     """A `PagedCache` in memory that this process has mapped.
@@ -88,8 +92,8 @@ class HostCache:
     def __init__(self, layout: KVLayout, handles: Sequence[Bytes]) -> None:
         self.layout = layout
         part = layout.part
-        self._block_bytes = block_units(layout) * part.unit_bytes
-        self._strides = (part.plane_bytes, self._block_bytes, part.unit_bytes, 1)
+        block_bytes = block_units(layout) * part.unit_bytes
+        self._strides = (part.plane_bytes, block_bytes, part.unit_bytes, 1)
         self._planes = _even_planes(layout, handles)
         self._row_planes = _row_planes(layout, handles)
 
@@ -102,47 +106,52 @@ class HostCache:
 
     def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
         """Copy blocks into parts; see `PagedCache`."""
-        check_spans(self.layout, spans, nulls=False)
-        self._copy(spans, arena, _GATHER)
+        blocks = checked_blocks(self.layout, spans, nulls=False)
+        self._copy(spans, blocks, arena, _GATHER)
 
     def scatter(self, spans: Sequence[Span], arena: Bytes) -> None:
         """Copy parts into blocks; see `PagedCache`."""
-        check_spans(self.layout, spans, nulls=True)
-        self._copy(spans, arena, _SCATTER)
+        blocks = checked_blocks(self.layout, spans, nulls=True)
+        self._copy(spans, blocks, arena, _SCATTER)
 
-    def _copy(self, spans: Sequence[Span], arena: Bytes, copy: _Copy) -> None:
-        for span in spans:
+    def _copy(
+        self, spans: Sequence[Span], blocks: BlockIds, arena: Bytes, copy: _Copy
+    ) -> None:
+        by_rows = self._by_rows(spans, blocks)
+        indexes = [planes.index(blocks[by_rows]) for planes in self._row_planes]
+        number = 0
+        for span, rows in zip(spans, by_rows.tolist(), strict=True):
             part = _Part(arena, span.extents, copy, self._strides)
-            runs = list(coalesce(self.layout, span))
-            if self._scattered(span, runs):
-                for row_planes in self._row_planes:
-                    self._copy_rows(row_planes, span, part)
-            else:
-                for run in runs:
-                    self._copy_run(run, part)
+            if not rows:
+                self._copy_runs(span, part)
+                continue
+            for planes, index in zip(self._row_planes, indexes, strict=True):
+                part.copy_rows(
+                    planes.rows, index[number], planes.first * self._strides[0]
+                )
+            number += 1
 
-    def _scattered(self, span: Span, runs: list[Run]) -> bool:
-        """Tell whether rows are the better way, and possible: a whole part."""
-        num_blocks = len(span.blocks)
-        return (
-            len(self._row_planes) > 0
-            and len(runs) * MIN_RUN_BLOCKS > num_blocks
-            and span.first_token == 0
-            and span.end_token == self.layout.part.chunk_size
-            and NULL_BLOCK not in span.blocks
+    def _by_rows(
+        self, spans: Sequence[Span], blocks: BlockIds
+    ) -> npt.NDArray[np.bool_]:
+        """Tell which spans go by rows: whole parts of scattered blocks, no null."""
+        if not spans or not self._row_planes:
+            return np.zeros(len(spans), np.bool_)
+        chunk_size = self.layout.part.chunk_size
+        whole = np.array(
+            [s.first_token == 0 and s.end_token == chunk_size for s in spans]
         )
+        cut = breaks(blocks).any(axis=1) | (self._row_planes[0].step > 1)
+        return whole & cut & (blocks.min(axis=1) != NULL_BLOCK)
 
-    def _copy_run(self, run: Run, part: _Part) -> None:
-        inside = run.index * self._block_bytes + run.first * self._strides[2]
-        blocks = slice(run.block, run.block + run.num_blocks)
-        for planes in self._planes:
-            view = planes.view[:, blocks, run.first : run.end]
-            part.copy(view, planes.first * self._strides[0] + inside)
-
-    def _copy_rows(self, planes: _RowPlanes, span: Span, part: _Part) -> None:
-        blocks = span.blocks.astype(np.intp) * planes.step
-        index = (planes.base + blocks).ravel()
-        part.copy_rows(planes.rows, index, planes.first * self._strides[0])
+    def _copy_runs(self, span: Span, part: _Part) -> None:
+        plane_bytes, block_bytes, unit_bytes, _ = self._strides
+        for run in coalesce(self.layout, span):
+            inside = run.index * block_bytes + run.first * unit_bytes
+            blocks = slice(run.block, run.block + run.num_blocks)
+            for planes in self._planes:
+                view = planes.view[:, blocks, run.first : run.end]
+                part.copy(view, planes.first * plane_bytes + inside)
 
 
 class _Part:
@@ -172,6 +181,9 @@ class _Part:
         What crosses from one extent to the next is taken apart, axis by axis.
         """
         strides = self._strides[-cache.ndim :]
+        if len(self._extents) == 1:
+            self._place(cache, self._extents[0].offset + offset, strides)
+            return
         inner = 1 + sum(
             (size - 1) * stride
             for size, stride in zip(cache.shape[1:], strides[1:], strict=True)
@@ -180,14 +192,16 @@ class _Part:
             place = self._from(offset)
             fit = min(len(cache), (place.length - inner) // strides[0] + 1)
             if fit > 0:
-                shape = (fit, *cache.shape[1:])
-                there = np.ndarray(shape, np.uint8, self._arena, place.offset, strides)
-                self._copy.view(cache[:fit], there)
+                self._place(cache[:fit], place.offset, strides)
             else:
                 fit = 1
                 self.copy(cache[0], offset)
             cache = cache[fit:]
             offset += fit * strides[0]
+
+    def _place(self, cache: Bytes, offset: int, strides: tuple[int, ...]) -> None:
+        there: Bytes = np.ndarray(cache.shape, np.uint8, self._arena, offset, strides)
+        self._copy.view(cache, there)
 
     def copy_rows(self, cache: Rows, index: Index, offset: int) -> None:
         """Copy the indexed rows, which follow each other in the part."""

@@ -118,8 +118,8 @@ def check_range(part: PartLayout, first: int, end: int) -> None:
         )
 
 
-def check_spans(layout: KVLayout, spans: Sequence[Span], *, nulls: bool) -> None:
-    """Refuse spans that `layout` cannot move, before any of them is moved.
+def checked_blocks(layout: KVLayout, spans: Sequence[Span], *, nulls: bool) -> BlockIds:
+    """Return the block ids `[spans, blocks a chunk]`, once every span can be moved.
 
     Raises:
         BadRequest: see `check_blocks` and `check_range`; or a null block where
@@ -127,18 +127,18 @@ def check_spans(layout: KVLayout, spans: Sequence[Span], *, nulls: bool) -> None
     """
     chunk_size = layout.part.chunk_size
     per_chunk = chunk_size // layout.block_size
+    for first, end in {(span.first_token, span.end_token) for span in spans}:
+        check_range(layout.part, first, end)
+        if end > chunk_size:
+            raise BadRequest(f"token {end} of a chunk of {chunk_size}")
     for span in spans:
-        check_range(layout.part, span.first_token, span.end_token)
-        if span.end_token > chunk_size:
-            raise BadRequest(f"token {span.end_token} of a chunk of {chunk_size}")
         if len(span.blocks) != per_chunk:
             raise BadRequest(f"{len(span.blocks)} blocks for a chunk of {per_chunk}")
-    if not spans:
-        return
-    blocks = np.concatenate([span.blocks for span in spans])
+    blocks = np.array([span.blocks for span in spans], np.int32)
     check_blocks(layout, blocks)
-    if not nulls and blocks.min() == NULL_BLOCK:
+    if not nulls and (blocks == NULL_BLOCK).any():
         raise BadRequest("a null block holds nothing to copy")
+    return blocks
 
 
 def block_units(layout: KVLayout) -> int:
@@ -174,10 +174,19 @@ def _cut(span: Span, index: int, first: int, end: int) -> Iterator[Run]:
 def _whole(blocks: BlockIds, lead: int, tail: int, units: int) -> Iterator[Run]:
     if lead == tail:
         return
-    before, after = blocks[lead : tail - 1], blocks[lead + 1 : tail]
-    breaks = (after - before != 1) | (before == NULL_BLOCK)
-    cuts = [lead, *(np.flatnonzero(breaks) + lead + 1).tolist(), tail]
+    cuts = [
+        lead,
+        *(np.flatnonzero(breaks(blocks[lead:tail])) + lead + 1).tolist(),
+        tail,
+    ]
     for index, following in pairwise(cuts):
         block = int(blocks[index])
         if block != NULL_BLOCK:
             yield Run(index, block, following - index, 0, units)
+
+
+def breaks(blocks: BlockIds) -> npt.NDArray[np.bool_]:
+    """Tell, along the last axis, whether a run ends between a block and the next."""
+    before, after = blocks[..., :-1], blocks[..., 1:]
+    broken: npt.NDArray[np.bool_] = (after - before != 1) | (before == NULL_BLOCK)
+    return broken

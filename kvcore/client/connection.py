@@ -1,0 +1,446 @@
+"""One connection to a server: requests go out, each gets its one answer.
+
+The socket belongs to whoever holds `_io`. A short call takes it, sends, waits for its
+own answer and hands it back: no other thread takes part, which is worth 50 us a call
+(docs/performance.md). While futures are outstanding the connection's own thread holds
+it; a call that finds it taken queues its frame and wakes the holder.
+
+A server that was replaced refuses what was meant for its predecessor. The connection
+then says hello, registers again what was registered, and sends the refused requests
+once more; callers see nothing of it but the time it took.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import secrets
+import select
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from itertools import count
+from time import monotonic_ns
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+
+from kvcore.client.peer import Peer
+from kvcore.errors import (
+    BadRequest,
+    Closed,
+    DeadlineExceeded,
+    KVError,
+    Overloaded,
+    StaleBoot,
+    TooLarge,
+    Unavailable,
+    from_wire,
+)
+from kvcore.process import pid_namespace, start_time
+from kvcore.protocol import (
+    BY_CLASS,
+    NO_BOOT,
+    PROTOCOL_VERSION,
+    Goodbye,
+    Hello,
+    HelloReply,
+    Ping,
+    RegisterKVCache,
+    Request,
+    Retrieve,
+    decode_error,
+    decode_reply,
+    encode_request,
+)
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+Retry = Callable[[KVError], Request[Any] | None]
+"""Given an error, returns the request to send in its place, or None to let it be."""
+
+HELLO_AGAIN_NS = 1_000_000_000
+"""An unanswered hello is said again after this."""
+
+MAX_SENDS = 4
+"""Times that one request is sent before its error counts: an endless loop ends."""
+
+
+class Pending:
+    """A request on its way, and what to do with its answer."""
+
+    __slots__ = ("boot", "deadline_ns", "future", "id", "num_sends", "request", "retry")
+
+    def __init__(
+        self, request: Request[Any], deadline_ns: int, retry: Retry | None = None
+    ) -> None:
+        self.request = request
+        self.deadline_ns = deadline_ns
+        self.retry = retry
+        self.id = 0
+        self.boot = NO_BOOT
+        self.num_sends = 0
+        self.future: Future[Any] = Future()
+        # Nobody can call back what the server may already be doing.
+        self.future.set_running_or_notify_cancel()
+
+    @property
+    def expires(self) -> bool:
+        """Whether its deadline ends it.
+
+        Not a retrieve's: until the server answers or is gone it may still write.
+        """
+        return self.deadline_ns > 0 and type(self.request) is not Retrieve
+
+
+class Connection:
+    """A DEALER socket, the requests under way on it, and one thread to serve them."""
+
+    def __init__(self, address: str, label: str) -> None:
+        self._address = address
+        self._label = label
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        # Chosen here so that it stays the same when TCP reconnects.
+        self._socket.setsockopt(zmq.ROUTING_ID, b"k" + secrets.token_bytes(15))
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            self._context.term()
+            raise Unavailable(f"{address}: {error.strerror}") from None
+        self._io = threading.Lock()
+        self._ids = count(1)
+        self._outbox: deque[Pending] = deque()
+        self._pending: dict[int, Pending] = {}
+        self._refused: deque[Pending] = deque()
+        self._deadlines: list[tuple[int, int, Pending]] = []
+        self._registrations: dict[str, RegisterKVCache] = {}
+        self._hello: Pending | None = None
+        self._boot = NO_BOOT
+        self._closed = False
+        self.peer: Peer | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._sources: list[tuple[Any, int]] = [
+            (self._socket, zmq.POLLIN),
+            (self._epoll.fileno(), zmq.POLLIN),
+        ]
+        self._thread = threading.Thread(target=self._serve, name="kvcore", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"boot {self._boot:x}"
+        return f"<Connection {self._address} {state}, {len(self._pending)} pending>"
+
+    # -- for callers ----------------------------------------------------------------
+
+    def submit(
+        self, request: Request[R], timeout_s: float, retry: Retry | None = None
+    ) -> Future[R]:
+        """Send a request soon; never waits for the network.
+
+        The future ends with the reply or the error that the server named, with
+        `DeadlineExceeded` after `timeout_s` (a retrieve's does not: its blocks belong
+        to the server until it answers or is gone), or with `Unavailable` when the
+        server dies. Its callbacks run on the connection's thread and must not wait
+        for other requests.
+        """
+        pending = self._make(request, timeout_s, retry)
+        self._outbox.append(pending)
+        os.eventfd_write(self._wake, 1)
+        return pending.future
+
+    def call(
+        self, request: Request[R], timeout_s: float, retry: Retry | None = None
+    ) -> R:
+        """Send a request and wait for its answer; errors as for `submit`."""
+        if not self._io.acquire(blocking=False):
+            return self.submit(request, timeout_s, retry).result()
+        try:
+            pending = self._make(request, timeout_s, retry)
+            self._transmit(pending)
+            self._drive(pending.future.done)
+        finally:
+            self._io.release()
+        if self._pending or self._outbox:
+            os.eventfd_write(self._wake, 1)
+        result: R = pending.future.result()
+        return result
+
+    def remember(self, request: RegisterKVCache) -> None:
+        """Register this again whenever another run of the server is met."""
+        self._registrations[request.instance_id] = request
+
+    def forget(self, instance_id: str) -> None:
+        """Register it no more."""
+        self._registrations.pop(instance_id, None)
+
+    def close(self) -> None:
+        """Say goodbye; what is unanswered ends with `Closed`. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        with self._io:
+            self._fail_all(Closed("the connection was closed"))
+            if self._boot:
+                self._transmit(Pending(Goodbye(), 0))
+            self._socket.close()
+            self._context.term()
+            if self.peer is not None:
+                self.peer.close()
+            self._epoll.close()
+            os.close(self._wake)
+
+    def _make(
+        self, request: Request[Any], timeout_s: float, retry: Retry | None
+    ) -> Pending:
+        if self._closed:
+            raise Closed("the connection was closed")
+        return Pending(request, monotonic_ns() + int(timeout_s * 1e9), retry)
+
+    # -- the connection's thread ----------------------------------------------------
+
+    def _serve(self) -> None:
+        """Sleep until there is something for this thread, then take the socket."""
+        while not self._closed:
+            events = self._epoll.poll(self._heartbeat_s())
+            with self._io:
+                if not events and self.peer is not None:
+                    self._transmit(Pending(Ping(), monotonic_ns() + 10**9))
+                self._drive(self._idle)
+
+    def _idle(self) -> bool:
+        return self._closed or not (
+            self._pending or self._outbox or self._refused or self._hello
+        )
+
+    def _heartbeat_s(self) -> float | None:
+        peer = self.peer
+        if peer is None or peer.hello.watched:
+            return None
+        return peer.hello.heartbeat_s / 2
+
+    # -- whoever holds the socket ---------------------------------------------------
+
+    def _drive(self, done: Callable[[], bool]) -> None:
+        """Send, receive and expire until `done`."""
+        while True:
+            while self._outbox:
+                self._transmit(self._outbox.popleft())
+            if done():
+                return
+            for source, _ in zmq.zmq_poll(self._sources, self._timeout_ms()):
+                if source is self._socket:
+                    self._receive()
+                else:
+                    self._look_around()
+            if self._deadlines and self._deadlines[0][0] <= monotonic_ns():
+                self._expire()
+
+    def _timeout_ms(self) -> int:
+        if not self._deadlines:
+            return -1
+        return max(0, (self._deadlines[0][0] - monotonic_ns()) // 1_000_000 + 1)
+
+    def _transmit(self, pending: Pending) -> None:
+        """Send a request; without a server it waits here for a hello's answer."""
+        if pending.expires and not pending.num_sends:
+            entry = (pending.deadline_ns, next(self._ids), pending)
+            heapq.heappush(self._deadlines, entry)
+        if self._boot == NO_BOOT and pending is not self._hello:
+            self._refused.append(pending)
+            self._greet()
+            return
+        pending.id = next(self._ids)
+        pending.boot = self._boot
+        pending.num_sends += 1
+        try:
+            self._send(pending)
+        except Exception as error:  # noqa: BLE001 - the future carries it
+            self._pending.pop(pending.id, None)
+            pending.future.set_exception(error)
+
+    def _send(self, pending: Pending) -> None:
+        frame = encode_request(
+            pending.request, pending.id, pending.boot, pending.deadline_ns
+        )
+        peer = self.peer
+        if peer is not None and len(frame) > peer.hello.max_message_bytes:
+            raise TooLarge(
+                f"a request of {len(frame)} bytes; the server reads at most "
+                f"{peer.hello.max_message_bytes}"
+            )
+        self._pending[pending.id] = pending
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            raise Overloaded("too many requests are waiting to be sent") from None
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(frame)
+            if not self._pending:
+                return
+
+    def _take(self, frame: bytes) -> None:
+        try:
+            envelope = decode_reply(frame)
+        except BadRequest as error:
+            log.warning("dropped a frame from %s: %s", self._address, error)
+            return
+        pending = self._pending.pop(envelope.id, None)
+        if pending is None:
+            return
+        try:
+            if envelope.code:
+                body = decode_error(envelope.body)
+                self._take_error(
+                    pending, from_wire(envelope.code, body.message, body.details)
+                )
+            else:
+                decoder = BY_CLASS[type(pending.request)].reply_decoder
+                pending.future.set_result(decoder.decode(envelope.body))
+        except msgspec.MsgspecError as error:
+            pending.future.set_exception(BadRequest(f"reply: {error}"))
+
+    def _take_error(self, pending: Pending, error: KVError) -> None:
+        if pending.num_sends < MAX_SENDS:
+            if isinstance(error, StaleBoot):
+                if pending.boot == self._boot:
+                    self._boot = NO_BOOT
+                self._transmit(pending)
+                return
+            request = pending.retry(error) if pending.retry else None
+            if request is not None:
+                pending.request = request
+                self._transmit(pending)
+                return
+        pending.future.set_exception(error)
+
+    # -- greeting -------------------------------------------------------------------
+
+    def _greet(self) -> None:
+        """Say hello, once at a time; `_greeted` goes on."""
+        if self._hello is not None:
+            return
+        pid = os.getpid()
+        hello = Hello(
+            protocol_version=PROTOCOL_VERSION,
+            pid=pid,
+            pid_start=start_time(pid) or 0,
+            pid_namespace=pid_namespace(),
+            label=self._label,
+        )
+        self._hello = Pending(hello, monotonic_ns() + HELLO_AGAIN_NS)
+        self._hello.future.add_done_callback(self._greeted)
+        self._transmit(self._hello)
+
+    def _greeted(self, future: Future[HelloReply]) -> None:
+        self._hello = None
+        error = future.exception()
+        if isinstance(error, DeadlineExceeded):
+            # It may have reached a server that died: say it again while it matters.
+            if not self._closed and (self._refused or self._registrations):
+                self._greet()
+            return
+        if error is not None:
+            self._fail(self._refused, error)
+            return
+        self._meet(future.result())
+        for request in list(self._registrations.values()):
+            again = Pending(request, 0)
+            again.future.add_done_callback(_log_failure)
+            self._transmit(again)
+        for _ in range(len(self._refused)):
+            self._transmit(self._refused.popleft())
+
+    def _meet(self, hello: HelloReply) -> None:
+        """Take up with a run of the server; watch its process if that can be done."""
+        earlier = self.peer
+        self._boot = hello.boot
+        if earlier is not None:
+            if earlier.hello.boot == hello.boot:
+                return
+            if earlier.pidfd is None:
+                # Its address is another's now, so it is gone, although unwatched.
+                self._fail_sent(earlier)
+            self._leave(earlier)
+        self.peer = Peer.meet(hello)
+        if self.peer.pidfd is not None:
+            self._epoll.register(self.peer.pidfd, select.EPOLLIN)
+
+    def _look_around(self) -> None:
+        peer = self.peer
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+            elif peer is not None and fd == peer.pidfd:
+                self._server_gone(peer)
+
+    def _server_gone(self, peer: Peer) -> None:
+        self._leave(peer)
+        self.peer = None
+        self._boot = NO_BOOT
+        self._fail_sent(peer)
+        if self._registrations:
+            self._greet()
+
+    def _leave(self, peer: Peer) -> None:
+        if peer.pidfd is not None:
+            self._epoll.unregister(peer.pidfd)
+        peer.close()
+
+    # -- failing --------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        now = monotonic_ns()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, pending = heapq.heappop(self._deadlines)
+            if pending.future.done():
+                continue
+            self._pending.pop(pending.id, None)
+            if pending in self._refused:
+                self._refused.remove(pending)
+                error: KVError = Unavailable(f"no server answers at {self._address}")
+            else:
+                error = DeadlineExceeded("no answer before the deadline")
+            pending.future.set_exception(error)
+
+    def _fail_sent(self, peer: Peer) -> None:
+        """End what a dead server was asked; it can write no more."""
+        sent = [p for p in self._pending.values() if p.boot == peer.hello.boot]
+        for pending in sent:
+            del self._pending[pending.id]
+        self._fail(sent, Unavailable(f"the server (process {peer.hello.pid}) is gone"))
+
+    def _fail_all(self, error: KVError) -> None:
+        self._hello = None
+        left = [*self._pending.values(), *self._outbox, *self._refused]
+        self._pending.clear()
+        self._outbox.clear()
+        self._refused.clear()
+        self._fail(left, error)
+
+    def _fail(self, pendings: Iterable[Pending], error: BaseException) -> None:
+        for pending in pendings:
+            if not pending.future.done():
+                pending.future.set_exception(error)
+
+
+def _log_failure(future: Future[Any]) -> None:
+    error = future.exception()
+    if error is not None and not isinstance(error, Closed):
+        log.warning("could not register again: %s", error)

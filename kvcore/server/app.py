@@ -1,0 +1,225 @@
+"""A whole server: it is put together here, runs, and is taken apart again."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from time import monotonic, monotonic_ns
+from typing import Any
+
+from kvcore import __version__
+from kvcore.config import ServerConfig
+from kvcore.engine.engine import Caller, Engine
+from kvcore.errors import BadRequest
+from kvcore.keys import HASH_ALGORITHM
+from kvcore.process import pid_namespace, start_time
+from kvcore.protocol import (
+    PROTOCOL_VERSION,
+    REQUESTS,
+    BootToken,
+    ChunkSize,
+    Done,
+    GetChunkSize,
+    Goodbye,
+    Hello,
+    HelloReply,
+    L1Status,
+    Ping,
+    Pong,
+    Status,
+    StatusReply,
+)
+from kvcore.server.clients import Client, ClientTable
+from kvcore.server.loop import Handler, Loop
+from kvcore.server.socket import bind
+from kvcore.shm import remove_dead
+from kvcore.storage.arena import SEGMENT_PREFIX, Arena
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """One run of the server. `run` serves in the calling thread until `stop`."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.boot = BootToken(secrets.randbits(63) | 1)
+        self._started = monotonic()
+        with ExitStack() as stack:
+            bound = stack.enter_context(bind(config.address, config.wire))
+            self.address = bound.address
+            arena = Arena(config.l1.size, config.l1.page)
+            stack.callback(arena.close)
+            self.engine = Engine(config, arena)
+            stack.callback(self.engine.close)
+            self.clients = ClientTable(
+                config.wire.heartbeat_s, self._watch, self._unwatch
+            )
+            stack.callback(self.clients.close)
+            self.loop = Loop(
+                bound.socket,
+                self.boot,
+                self.clients,
+                config.wire.max_requests_per_client,
+            )
+            stack.callback(self.loop.close)
+            self._stack = stack.pop_all()
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then release everything."""
+        try:
+            self.loop.serve(self._handlers(), self._client_gone, self._upkeep)
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Make `run` return. Any thread, and signal handlers."""
+        self.loop.stop()
+
+    def close(self) -> None:
+        """Release memory, threads and socket; for a server that never ran."""
+        self._stack.close()
+
+    def _watch(self, fd: int) -> None:
+        self.loop.watch(fd)
+
+    def _unwatch(self, fd: int) -> None:
+        self.loop.unwatch(fd)
+
+    # -- requests -----------------------------------------------------------------
+
+    def _handlers(self) -> dict[str, Handler]:
+        """Find each declared request's handler: here, or the engine's of that name."""
+        return {name: self._handler(name.lower()) for name in REQUESTS}
+
+    def _handler(self, name: str) -> Handler:
+        own: Handler | None = getattr(self, f"_{name}", None)
+        if own is not None:
+            return own
+        serve = getattr(self.engine, name)
+
+        def handler(request: Any, client: Client, deadline_ns: int) -> Any:
+            return serve(request, Caller(client.identity, client.pid, deadline_ns))
+
+        return handler
+
+    def _hello(self, request: Hello, client: Client, deadline_ns: int) -> HelloReply:
+        if request.protocol_version != PROTOCOL_VERSION:
+            self.loop.drop(client)
+            raise BadRequest(
+                f"the client speaks protocol version {request.protocol_version}, "
+                f"the server {PROTOCOL_VERSION}"
+            )
+        return HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            boot=self.boot,
+            chunk_size=self.config.chunk_size,
+            hash_algorithm=HASH_ALGORITHM,
+            pid=os.getpid(),
+            pid_start=start_time(os.getpid()) or 0,
+            pid_namespace=pid_namespace(),
+            watched=client.pidfd is not None,
+            heartbeat_s=self.config.wire.heartbeat_s,
+            max_message_bytes=self.config.wire.max_message,
+        )
+
+    def _goodbye(self, request: Goodbye, client: Client, deadline_ns: int) -> Done:
+        self.loop.drop(client)
+        self.engine.client_gone(client.identity)
+        return Done()
+
+    def _ping(self, request: Ping, client: Client, deadline_ns: int) -> Pong:
+        return Pong(monotonic_ns())
+
+    def _get_chunk_size(
+        self, request: GetChunkSize, client: Client, deadline_ns: int
+    ) -> ChunkSize:
+        return ChunkSize(self.config.chunk_size)
+
+    def _status(self, request: Status, client: Client, deadline_ns: int) -> StatusReply:
+        return StatusReply(
+            version=__version__,
+            address=self.address,
+            pid=os.getpid(),
+            boot=self.boot,
+            chunk_size=self.config.chunk_size,
+            uptime_s=monotonic() - self._started,
+            num_clients=len(self.clients),
+            num_sessions=len(self.engine.sessions),
+            l1=self.l1_status(),
+            instances=self.engine.instances(),
+            leases=tuple(self.engine.leases.status(request.max_leases)),
+            num_leases=len(self.engine.leases),
+            counters=self.counters(),
+        )
+
+    def l1_status(self) -> L1Status:
+        """Return the use of the arena."""
+        stats = self.engine.l1.stats()
+        return L1Status(
+            total_bytes=stats.total_bytes,
+            used_bytes=stats.used_bytes,
+            page_bytes=stats.page_bytes,
+            num_chunks=stats.num_chunks,
+            num_parts=stats.num_parts,
+            num_leased=stats.num_held,
+            num_reserved=stats.num_reserved,
+        )
+
+    def counters(self) -> dict[str, int]:
+        """Return everything counted since the start, by name."""
+        return {
+            "requests": self.loop.num_requests,
+            "errors": self.loop.num_errors,
+            "replies_lost": self.loop.num_replies_lost,
+            **self.engine.counters.as_dict(),
+            "chunks_evicted": self.engine.l1.stats().num_evicted,
+            "leases_granted": self.engine.leases.num_granted,
+            **{
+                f"leases_{reason.value}": count
+                for reason, count in self.engine.leases.num_ended.items()
+            },
+        }
+
+    # -- upkeep -------------------------------------------------------------------
+
+    def _client_gone(self, client: Client) -> None:
+        log.info("client %s (%s) is gone", client.pid, client.label)
+        self.engine.client_gone(client.identity)
+
+    def _upkeep(self) -> float | None:
+        self.loop.expire_silent()
+        deadlines = (self.engine.expire(), self.clients.next_deadline())
+        return min((d for d in deadlines if d is not None), default=None)
+
+
+def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM. `on_ready` gets the bound address.
+
+    Raises:
+        SetupError: the address is taken, or there is not enough memory.
+    """
+    for name in remove_dead(SEGMENT_PREFIX):
+        log.info("removed %s, left behind by a dead server", name)
+    server = Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.stop())
+    _tame_gc()
+    on_ready(server.address)
+    server.run()
+
+
+def _tame_gc() -> None:
+    """Keep the collector from walking every chunk ever held.
+
+    A full collection visits each of a million chunks, for a second, and finds
+    nothing: what the server keeps has no cycles. Young generations stay on.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 1_000_000)

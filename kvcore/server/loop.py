@@ -1,0 +1,313 @@
+"""The socket loop: one thread that receives, serves short requests, and answers.
+
+Nothing in it blocks. Handlers that hash or look up much are generators and run one
+slice at a time between receives; copies run elsewhere and come back as finished
+futures through an eventfd. It sleeps in one poll over the socket, that eventfd and
+the pidfds of the clients, until the next of them or the next deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import monotonic, monotonic_ns
+from typing import Any
+
+import msgspec
+import zmq
+
+from kvcore.engine.engine import Running
+from kvcore.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Internal,
+    KVError,
+    Overloaded,
+    StaleBoot,
+)
+from kvcore.protocol import (
+    BootToken,
+    Hello,
+    Request,
+    RequestEnvelope,
+    RequestType,
+    decode_envelope,
+    decode_request,
+    encode_error,
+    encode_reply,
+)
+from kvcore.server.clients import Client, ClientTable
+
+log = logging.getLogger(__name__)
+
+MAX_RECEIVES = 32
+"""Requests taken in before slices and timers get their turn."""
+
+Handler = Callable[[Any, Client, int], Any]
+"""Takes a request, its client and its deadline; returns a reply, `Running` work, or a
+generator that yields between slices and returns either."""
+
+
+@dataclass(slots=True)
+class Task:
+    """A request being served, and where its reply goes."""
+
+    client: Client
+    request_id: int
+    name: str
+    steps: Generator[None, None, Any] | None = None
+    running: Running | None = None
+
+
+class Loop:
+    """Serves the requests that `handlers` name, for clients that said hello."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        boot: BootToken,
+        clients: ClientTable,
+        max_requests_per_client: int,
+    ) -> None:
+        self._socket = socket
+        self._boot = boot
+        self._clients = clients
+        self._max_requests = max_requests_per_client
+        self._handlers: dict[str, Handler] = {}
+        self._on_gone: Callable[[Client], None]
+        self._sliced: deque[Task] = deque()
+        self._finished: deque[Task] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._stopping = False
+        self.num_requests = 0
+        self.num_errors = 0
+        self.num_replies_lost = 0
+
+    def serve(
+        self,
+        handlers: dict[str, Handler],
+        on_gone: Callable[[Client], None],
+        upkeep: Callable[[], float | None],
+    ) -> None:
+        """Run until `stop`. `upkeep` ends what is past its time and says when next."""
+        self._handlers = handlers
+        self._on_gone = on_gone
+        sources: list[tuple[Any, int]] = [
+            (self._socket, zmq.POLLIN),
+            (self._epoll.fileno(), zmq.POLLIN),
+        ]
+        while not self._stopping:
+            deadline = upkeep()
+            for source, _ in zmq.zmq_poll(sources, self._timeout_ms(deadline)):
+                if source is self._socket:
+                    self._receive()
+                else:
+                    self._look_around()
+            self._step()
+
+    def stop(self) -> None:
+        """Make `serve` return soon. Any thread, and signal handlers."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    def watch(self, fd: int) -> None:
+        """Have a pidfd wake the loop."""
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching a pidfd."""
+        self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """Release what the loop itself made; not the socket."""
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _timeout_ms(self, deadline: float | None) -> int:
+        if self._sliced:
+            return 0
+        if deadline is None:
+            return -1
+        return max(0, int((deadline - monotonic()) * 1e3) + 1)
+
+    # -- receiving ----------------------------------------------------------------
+
+    def _receive(self) -> None:
+        for _ in range(MAX_RECEIVES):
+            try:
+                identity = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            frames = []
+            while self._socket.rcvmore:
+                frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
+            self.num_requests += 1
+            self._serve_message(identity, frames)
+
+    def _serve_message(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        request_id = 0
+        try:
+            if len(frames) != 1:
+                raise BadRequest(f"a request is one frame, not {len(frames)}")
+            envelope = decode_envelope(frames[0].buffer)
+            request_id = envelope.id
+            kind, request = decode_request(envelope)
+            client = self._admit(identity, envelope, request)
+        except KVError as error:
+            if not request_id:
+                request_id = int(error.details.get("id", 0))
+            self._send_error(identity, request_id, error)
+            return
+        self._start(client, envelope, kind, request)
+
+    def _admit(
+        self, identity: bytes, envelope: RequestEnvelope, request: Request[Any]
+    ) -> Client:
+        """Return whose request this is; a hello makes a client."""
+        client = self._clients.get(identity)
+        if isinstance(request, Hello):
+            if client is not None and client.pid == request.pid:
+                return client
+            if client is not None:
+                self._gone(client)
+            return self._clients.add(identity, request)
+        if client is None or envelope.boot != self._boot:
+            raise StaleBoot("not a client of this run of the server: say hello first")
+        self._clients.seen(client)
+        if client.num_running >= self._max_requests:
+            raise Overloaded(
+                f"{client.num_running} requests of this client are unanswered"
+            )
+        return client
+
+    def _start(
+        self,
+        client: Client,
+        envelope: RequestEnvelope,
+        kind: RequestType,
+        request: Request[Any],
+    ) -> None:
+        task = Task(client, envelope.id, kind.name)
+        client.num_running += 1
+        deadline = envelope.deadline_ns
+        try:
+            if kind.request.is_void_late and 0 < deadline < monotonic_ns():
+                raise DeadlineExceeded("the deadline had passed on arrival")
+            result = self._handlers[kind.name](request, client, deadline)
+        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            self._fail(task, error)
+            return
+        if isinstance(result, Generator):
+            task.steps = result
+            self._advance(task)
+        else:
+            self._settle(task, result)
+
+    # -- serving ------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Run one slice of one request, so that a receive comes between any two."""
+        if self._sliced:
+            self._advance(self._sliced.popleft())
+
+    def _advance(self, task: Task) -> None:
+        if task.steps is None:
+            return
+        try:
+            next(task.steps)
+        except StopIteration as stop:
+            task.steps = None
+            self._settle(task, stop.value)
+        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            task.steps = None
+            self._fail(task, error)
+        else:
+            self._sliced.append(task)
+
+    def _settle(self, task: Task, result: msgspec.Struct | Running) -> None:
+        if not isinstance(result, Running):
+            self._reply(task, result)
+            return
+        task.running = result
+
+        def done(_: Future[Any]) -> None:
+            self._finished.append(task)
+            os.eventfd_write(self._wake, 1)
+
+        result.future.add_done_callback(done)
+
+    def _look_around(self) -> None:
+        """Take in finished work and dead clients."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                client = self._clients.by_pidfd(fd)
+                if client is not None:
+                    self._gone(client)
+        self.finish()
+
+    def finish(self) -> None:
+        """Answer the requests whose work on other threads has ended."""
+        while self._finished:
+            task = self._finished.popleft()
+            if task.running is None:
+                continue
+            try:
+                reply = task.running.finish()
+            except Exception as error:  # noqa: BLE001 - answered, whatever it is
+                self._fail(task, error)
+            else:
+                self._reply(task, reply)
+
+    def drop(self, client: Client) -> None:
+        """Forget a client: its slices end here, its running work is not answered."""
+        for task in [task for task in self._sliced if task.client is client]:
+            self._sliced.remove(task)
+            if task.steps is not None:
+                task.steps.close()
+        self._clients.remove(client)
+
+    def _gone(self, client: Client) -> None:
+        self.drop(client)
+        self._on_gone(client)
+
+    def expire_silent(self) -> None:
+        """Give up on unwatched clients that no longer send heartbeats."""
+        for client in self._clients.silent():
+            log.info("client %s (%s) fell silent", client.pid, client.label)
+            self._gone(client)
+
+    # -- answering ----------------------------------------------------------------
+
+    def _reply(self, task: Task, reply: msgspec.Struct) -> None:
+        task.client.num_running -= 1
+        self._send(task.client.identity, encode_reply(task.request_id, reply))
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        task.client.num_running -= 1
+        if not isinstance(error, KVError):
+            log.error("%s failed", task.name, exc_info=error)
+            error = Internal(f"{task.name}: {type(error).__name__}: {error}")
+        self._send_error(task.client.identity, task.request_id, error)
+
+    def _send_error(self, identity: bytes, request_id: int, error: KVError) -> None:
+        self.num_errors += 1
+        self._send(identity, encode_error(request_id, error))
+
+    def _send(self, identity: bytes, frame: bytes) -> None:
+        """Send without waiting; a client that left or does not read loses it."""
+        try:
+            self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self.num_replies_lost += 1
