@@ -138,11 +138,13 @@ class HostCache:
         if not spans or not self._row_planes:
             return np.zeros(len(spans), np.bool_)
         chunk_size = self.layout.part.chunk_size
-        whole = np.array(
+        by_rows = np.array(
             [s.first_token == 0 and s.end_token == chunk_size for s in spans]
         )
-        cut = breaks(blocks).any(axis=1) | (self._row_planes[0].step > 1)
-        return whole & cut & (blocks.min(axis=1) != NULL_BLOCK)
+        by_rows &= blocks.min(axis=1) != NULL_BLOCK
+        if self._row_planes[0].step == 1:
+            by_rows &= breaks(blocks).any(axis=1)
+        return by_rows
 
     def _copy_runs(self, span: Span, part: _Part) -> None:
         plane_bytes, block_bytes, unit_bytes, _ = self._strides
