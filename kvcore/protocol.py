@@ -456,7 +456,11 @@ _encoder = msgspec.msgpack.Encoder()
 _request_envelopes = msgspec.msgpack.Decoder(RequestEnvelope)
 _reply_envelopes = msgspec.msgpack.Decoder(ReplyEnvelope)
 _error_bodies = msgspec.msgpack.Decoder(ErrorBody)
-_loose = msgspec.msgpack.Decoder()
+_pieces = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_ids = msgspec.msgpack.Decoder(int)
+
+UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What decoding raises for foreign bytes; ValueError where text is not UTF-8."""
 
 
 def encode_request(
@@ -478,17 +482,16 @@ def decode_envelope(frame: bytes | memoryview) -> RequestEnvelope:
     """
     try:
         return _request_envelopes.decode(frame)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise BadRequest(f"not a request: {error}", id=_salvage_id(frame)) from None
 
 
 def _salvage_id(frame: bytes | memoryview) -> int:
     try:
-        value = _loose.decode(frame)
-    except (msgspec.MsgspecError, RecursionError, ValueError):
+        pieces = _pieces.decode(frame)
+        return _ids.decode(pieces[0]) if pieces else 0
+    except UNREADABLE:
         return 0
-    first = value[0] if isinstance(value, list) and value else 0
-    return first if isinstance(first, int) and not isinstance(first, bool) else 0
 
 
 def decode_request(envelope: RequestEnvelope) -> tuple[RequestType, Request[Any]]:
@@ -508,7 +511,7 @@ def decode_request(envelope: RequestEnvelope) -> tuple[RequestType, Request[Any]
         )
     try:
         return kind, kind.decoder.decode(envelope.body)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadRequest(f"{kind.name}: {error}") from None
 
 
@@ -527,7 +530,7 @@ def decode_reply(frame: bytes | memoryview) -> ReplyEnvelope:
     """Read the outer part of a reply; raises `BadRequest` for anything else."""
     try:
         return _reply_envelopes.decode(frame)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise BadRequest(f"not a reply: {error}") from None
 
 
