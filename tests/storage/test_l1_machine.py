@@ -1,0 +1,346 @@
+"""L1 and leases under random operations, beside a model that cannot be wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+)
+
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.storage.arena import Allocation, Arena
+from kvcore.storage.eviction import LRU
+from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
+from kvcore.storage.leases import EndReason, LeaseTable
+
+PAGE = 64
+NUM_PAGES = 14
+PROMPTS = [[ChunkHash(bytes([p, i])) for i in range(5)] for p in range(3)]
+PART_BYTES = {PartId(0): 50, PartId(1): 100}
+TTL_S = 10.0
+
+prompts = st.sampled_from(PROMPTS)
+lengths = st.integers(1, 5)
+parts = st.sampled_from(sorted(PART_BYTES))
+masks = st.integers(1, 3)
+owners = st.builds(SessionKey, st.sampled_from("xy"), st.sampled_from("12"))
+clients = st.sampled_from(["p", "q"])
+places = st.integers(0, 6)
+
+
+@dataclass
+class ModelLease:
+    """Who still has to read which chunk."""
+
+    chunks: list[Chunk]
+    waiting: list[int]
+    client: str
+    deadline: float
+
+
+@dataclass
+class Clock:
+    """Time that the machine moves."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        """Return the set time."""
+        return self.now
+
+
+class L1Machine(RuleBasedStateMachine):
+    """The model: what was committed, what is being written, and who holds what."""
+
+    reservations = Bundle("reservations")
+    acquired = Bundle("acquired")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena(NUM_PAGES * PAGE, PAGE)
+        self.policy = LRU()
+        self.l1 = L1(self.arena, self.policy)
+        self.clock = Clock()
+        self.table = LeaseTable(self.l1, TTL_S, self.clock)
+        self.ready: dict[ChunkHash, int] = {}
+        self.writing: list[Reservation] = []
+        self.held: list[Chunk] = []
+        self.leases: dict[SessionKey, ModelLease] = {}
+
+    # -- writing --------------------------------------------------------------------
+
+    @rule(target=reservations, prompt=prompts, start=places, end=places, part=parts)
+    def reserve(self, prompt: list[ChunkHash], start: int, end: int, part: PartId):
+        """Reserve, and write the bytes at once."""
+        hashes = prompt[start:end]
+        result = self.l1.reserve(hashes, part, PART_BYTES[part])
+        made = result.reservations
+        assert len(made) + result.num_present + result.num_dropped == len(hashes)
+        dropped = [h for h in hashes if not self._known(h, part)]
+        assert len(dropped) == result.num_dropped
+        if dropped and made:
+            assert hashes.index(dropped[0]) > made[-1].index
+        for reservation in made:
+            assert reservation.chunk.hash == hashes[reservation.index]
+            self.arena.array[_places(reservation.extents)] = self._pattern(
+                reservation.chunk.hash, part
+            )
+        self.writing += made
+        return multiple(*made)
+
+    @rule(some=st.lists(consumes(reservations), max_size=4), write=st.booleans())
+    def settle(self, some: list[Reservation], write: bool) -> None:
+        """Commit or abort, in any grouping."""
+        self.writing = [each for each in self.writing if each not in some]
+        if not write:
+            self.l1.abort(some)
+            return
+        assert self.l1.commit(some) == len(some)
+        for each in some:
+            old = self.ready.get(each.chunk.hash, 0)
+            self.ready[each.chunk.hash] = old | 1 << each.part
+
+    # -- reading --------------------------------------------------------------------
+
+    @rule(target=acquired, prompt=prompts, length=lengths, needs=masks)
+    def acquire_leading(self, prompt: list[ChunkHash], length: int, needs: int):
+        """Hold the leading run."""
+        chunks = self.l1.acquire_leading(prompt[:length], needs)
+        assert [c.hash for c in chunks] == self._leading(prompt[:length], needs)
+        self.held += chunks
+        return chunks
+
+    @rule(
+        target=acquired,
+        prompt=prompts,
+        needs=st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    )
+    def acquire(self, prompt: list[ChunkHash], needs: list[int]):
+        """Hold all or nothing."""
+        chunks = self.l1.acquire(prompt, needs)
+        have = [
+            self.ready.get(h, 0) & n == n for h, n in zip(prompt, needs, strict=True)
+        ]
+        assert (chunks is not None) == all(have)
+        if chunks is None:
+            return multiple()
+        assert [c is not None for c in chunks] == [n != 0 for n in needs]
+        self.held += [chunk for chunk in chunks if chunk]
+        return chunks
+
+    @rule(chunks=consumes(acquired))
+    def release(self, chunks: list[Chunk | None]) -> None:
+        """End a copy's hold."""
+        self.l1.release(chunks)
+        for chunk in chunks:
+            if chunk is not None:
+                self.held.remove(chunk)
+
+    @rule(prompt=prompts, length=lengths)
+    def touch(self, prompt: list[ChunkHash], length: int) -> None:
+        """End a request."""
+        self.l1.touch(prompt[:length])
+
+    @rule()
+    def clear(self) -> None:
+        """Drop all that is idle."""
+        used = {c.hash for c in self._in_use()}
+        before = self.l1.stats().num_chunks
+        result = self.l1.clear()
+        assert result.num_kept == len(used)
+        assert result.num_chunks == before - len(used)
+        assert set(self.ready).intersection(self._present()) <= used
+
+    # -- leases ---------------------------------------------------------------------
+
+    @rule(
+        owner=owners, prompt=prompts, needs=masks, readers=st.integers(0, 3),
+        client=clients,
+    )  # fmt: skip
+    def grant(
+        self,
+        owner: SessionKey,
+        prompt: list[ChunkHash],
+        needs: int,
+        readers: int,
+        client: str,
+    ) -> None:
+        """Look up and lease."""
+        chunks = self.l1.acquire_leading(prompt, needs)
+        self.table.grant(owner, "model", chunks, readers, client)
+        self.leases.pop(owner, None)
+        if chunks and readers:
+            waiting = [readers] * len(chunks)
+            deadline = self.clock.now + TTL_S
+            self.leases[owner] = ModelLease(chunks, waiting, client, deadline)
+
+    @rule(owner=owners, start=places, end=places, rank=st.integers(0, 2))
+    def read(self, owner: SessionKey, start: int, end: int, rank: int) -> None:
+        """A rank has read some."""
+        self.table.read(owner, start, end, rank)
+        self._take(owner, start, end, 1 << rank)
+
+    @rule(owner=owners, start=places, end=places)
+    def free(self, owner: SessionKey, start: int, end: int) -> None:
+        """The scheduler does not want some."""
+        self.table.free(owner, start, end)
+        self._take(owner, start, end, 0b111)
+
+    @rule(owner=owners)
+    def end(self, owner: SessionKey) -> None:
+        """The session ends."""
+        self.table.end(owner)
+        self.leases.pop(owner, None)
+
+    @rule(client=clients)
+    def end_client(self, client: str) -> None:
+        """A scheduler dies."""
+        self.table.end_client(client)
+        for owner in [o for o, lease in self.leases.items() if lease.client == client]:
+            del self.leases[owner]
+
+    @rule(engine_id=st.sampled_from("xy"), rank=st.integers(0, 1))
+    def drop_reader(self, engine_id: str, rank: int) -> None:
+        """A worker dies."""
+        self.table.drop_reader(engine_id, rank)
+        for owner in [o for o in self.leases if o.engine_id == engine_id]:
+            self._take(owner, 0, 5, 1 << rank)
+
+    @rule(seconds=st.sampled_from([0.5, 4.0, 11.0]))
+    def expire(self, seconds: float) -> None:
+        """Time goes by."""
+        self.clock.now += seconds
+        late = [o for o, le in self.leases.items() if le.deadline <= self.clock.now]
+        assert self.table.expire() == len(late)
+        for owner in late:
+            del self.leases[owner]
+
+    # -- what always holds ----------------------------------------------------------
+
+    @invariant()
+    def state_is_consistent(self) -> None:
+        """L1's own judge finds nothing, and the policy knows what it should."""
+        self.l1.check()
+        known = [chunk for prompt in PROMPTS for chunk in self.l1.peek(prompt) if chunk]
+        assert len(self.policy) == sum(chunk.listed for chunk in known)
+
+    @invariant()
+    def what_is_used_stays(self) -> None:
+        """Held and reserved chunks are in the index, with as many holds as holders."""
+        holders = Counter(self.held)
+        for lease in self.leases.values():
+            holders.update(
+                c for c, w in zip(lease.chunks, lease.waiting, strict=True) if w
+            )
+        for chunk in self._in_use():
+            assert self.l1.peek([chunk.hash]) == [chunk]
+        for prompt in PROMPTS:
+            for chunk in self.l1.peek(prompt):
+                assert chunk is None or chunk.holds == holders[chunk]
+        assert self.l1.stats().num_held == len(holders)
+        assert self.l1.stats().num_reserved == len(self.writing)
+
+    @invariant()
+    def what_is_ready_was_committed(self) -> None:
+        """Chunks vanish as a whole, and every ready part has the bytes written."""
+        self.ready = {h: mask for h, mask in self.ready.items() if h in self._present()}
+        for prompt in PROMPTS:
+            for chunk in self.l1.peek(prompt):
+                if chunk is None:
+                    continue
+                assert chunk.ready == self.ready.get(chunk.hash, 0)
+                for part_id, part in chunk.parts.items():
+                    seen = self.arena.array[_places(part.extents)]
+                    assert part.num_bytes == PART_BYTES[part_id]
+                    assert np.all(seen == self._pattern(chunk.hash, part_id))
+
+    @invariant()
+    def ledger_balances(self) -> None:
+        """Granted is ended plus live, and the live ones are the model's."""
+        ended = sum(self.table.num_ended[reason] for reason in EndReason)
+        assert self.table.num_granted == ended + len(self.table)
+        live = {
+            (s.engine_id, s.request_id): (s.num_chunks, s.waiting_readers)
+            for s in self.table.status(99)
+        }
+        assert live == {
+            (o.engine_id, o.request_id): _describe(le) for o, le in self.leases.items()
+        }
+        deadlines = [lease.deadline for lease in self.leases.values()]
+        assert self.table.next_deadline() == min(deadlines, default=None)
+
+    def teardown(self) -> None:
+        """End what is left: all pages come back."""
+        for owner in list(self.leases):
+            self.table.end(owner)
+        self.l1.release(self.held)
+        self.l1.abort(self.writing)
+        self.l1.clear()
+        assert self.arena.used_bytes == 0
+        self.arena.close()
+
+    # -- the model's own ------------------------------------------------------------
+
+    def _take(self, owner: SessionKey, start: int, end: int, ranks: int) -> None:
+        lease = self.leases.get(owner)
+        if lease is not None:
+            for i in range(start, min(end, len(lease.waiting))):
+                lease.waiting[i] &= ~ranks
+            if not any(lease.waiting):
+                del self.leases[owner]
+
+    def _in_use(self) -> set[Chunk]:
+        leased = (
+            chunk
+            for lease in self.leases.values()
+            for chunk, waiting in zip(lease.chunks, lease.waiting, strict=True)
+            if waiting
+        )
+        return {*self.held, *leased, *(each.chunk for each in self.writing)}
+
+    def _present(self) -> set[ChunkHash]:
+        known = (chunk for prompt in PROMPTS for chunk in self.l1.peek(prompt))
+        return {chunk.hash for chunk in known if chunk and chunk.ready}
+
+    def _leading(self, hashes: list[ChunkHash], needs: int) -> list[ChunkHash]:
+        have = [self.ready.get(h, 0) & needs == needs for h in hashes]
+        return hashes[: have.index(False)] if False in have else hashes
+
+    def _known(self, key: ChunkHash, part: PartId) -> bool:
+        (chunk,) = self.l1.peek([key])
+        return chunk is not None and part in chunk.parts
+
+    def _pattern(self, key: ChunkHash, part: PartId) -> int:
+        return 1 + key[0] * 32 + key[1] * 4 + part
+
+
+def _places(extents: Allocation) -> npt.NDArray[np.int64]:
+    """Where a part's bytes lie, one by one."""
+    pieces = [np.arange(e.offset, e.offset + e.length) for e in extents]
+    return np.concatenate(pieces)
+
+
+def _describe(lease: ModelLease) -> tuple[int, tuple[int, ...]]:
+    waiting = 0
+    for mask in lease.waiting:
+        waiting |= mask
+    ranks = tuple(rank for rank in range(8) if waiting >> rank & 1)
+    return sum(mask != 0 for mask in lease.waiting), ranks
+
+
+TestL1Machine = L1Machine.TestCase
+TestL1Machine.__doc__ = """Random operations agree with the model after every step."""
+TestL1Machine.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None
+)
