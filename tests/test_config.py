@@ -81,7 +81,7 @@ def test_sizes_are_read_with_their_units(text: str, num_bytes: int) -> None:
 @pytest.mark.parametrize("text", ["", "MiB", "-1MiB", "1XiB", "1.5", "1e3", "0.3B"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     """Neither a missing number, an unknown unit nor half a byte passes."""
-    with pytest.raises(ValueError, match="size|whole number|units"):
+    with pytest.raises(ValueError, match=r"size|whole number|units"):
         ByteSize.parse(text)
 
 
