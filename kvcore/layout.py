@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Annotated, Literal, NewType
+from typing import Annotated, Literal, NamedTuple, NewType
 
 import msgspec
 import numpy as np
@@ -76,9 +76,10 @@ class PartLayout(msgspec.Struct, frozen=True):
     """What the bytes of a part mean: planes of units, `[KV, L, units, unit bytes]`.
 
     `order` is "token" when a unit is one token, so a part is `[KV, L, T, D]`; "block"
-    when a unit is a block with its inside as the engine has it (`inner`, letters of
-    `CacheGroup.axes`), where single tokens would be tiny pieces; "page" when nobody
-    looks inside a block.
+    when a unit is a block with its inside as the engine has it, where single tokens
+    would be tiny pieces; "page" when nobody looks inside a block. `inner` names the
+    axes inside a unit with their sizes, outermost first; it is empty for a token
+    that is `[head, dim]` and for a page.
     """
 
     order: Literal["token", "block", "page"]
@@ -119,19 +120,21 @@ class PartLayout(msgspec.Struct, frozen=True):
             size = self.unit_bytes // DTYPE_BYTES[self.dtype]
             shape = (self.num_kv, self.num_layers, units, size)
             return MemoryLayoutDesc((shape,), (self.dtype,))
-        return MemoryLayoutDesc(((self.num_layers, units, self.unit_bytes),), ("uint8",))
+        pages = (self.num_layers, units, self.unit_bytes)
+        return MemoryLayoutDesc((pages,), ("uint8",))
 
     def __str__(self) -> str:
         heads = "" if self.num_kv == 2 else ", one plane a layer"
         window = f", window {self.window}" if self.window else ""
-        unit = "token" if self.unit_tokens == 1 else f"{self.unit_tokens}-token {self.order}"
+        size = "" if self.order == "token" else f"{self.unit_tokens}-token "
+        replicated = ", replicated" if self.replicated else ""
         return (
-            f"{self.num_layers} layers{heads}, {self.unit_bytes} bytes a {unit}"
-            f" ({self.dtype}){window}{', replicated' if self.replicated else ''}"
+            f"{self.num_layers} layers{heads}, {self.unit_bytes} bytes a "
+            f"{size}{self.order} ({self.dtype}){window}{replicated}"
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KVLayout:
     """One cache group of one instance, ready to be copied.
 
@@ -160,6 +163,27 @@ class KVLayout:
         return _Derivation(group, handle_bytes, chunk_size).layout()
 
 
+_AXES = {"tokens": ("LKNSHD", "NSD"), "pages": ("LNP", "NP")}
+"""Of each kind, the axes that may be there and those that must be."""
+
+
+class _Dim(NamedTuple):
+    """One dimension of a tensor; the smaller the stride, the further inside."""
+
+    stride: int
+    size: int
+    axis: str
+
+
+class _Unit(NamedTuple):
+    """What moves as one; see `PartLayout` and `KVLayout`."""
+
+    order: Literal["token", "block", "page"]
+    num_bytes: int
+    slot_stride: int
+    inner: str
+
+
 class _Derivation:
     """One registered group on its way to a `KVLayout`."""
 
@@ -169,127 +193,142 @@ class _Derivation:
         self.group = group
         self.handle_bytes = handle_bytes
         self.chunk_size = chunk_size
-        allowed, needed = ("LNP", "NP") if group.kind == "pages" else ("LKNSHD", "NSD")
-        names = group.axes if group.kind == "tokens" else group.axes.replace("P", "", group.axes.count("P") - 1)
-        if set(names) - set(allowed) or set(needed) - set(names) or len(set(names)) != len(names):
-            raise LayoutError(
-                f"axes {group.axes!r}: {group.kind} take each of {allowed} at most "
-                f"once and need {needed}"
-            )
-        if group.dtype not in DTYPE_BYTES:
-            raise LayoutError(
-                f"dtype {group.dtype!r}: known are {', '.join(sorted(DTYPE_BYTES))}"
-            )
-        if chunk_size % group.block_size:
-            raise LayoutError(
-                f"block_size {group.block_size} does not divide the chunk size "
-                f"{chunk_size}"
-            )
-        if group.window is not None and group.window < 1:
-            raise LayoutError(f"window {group.window}: must be at least 1")
+        self._check_axes()
+        self._check_values()
         self.item = DTYPE_BYTES[group.dtype]
-        first = group.tensors[0]
         for index, tensor in enumerate(group.tensors):
-            self._check(index, tensor)
-            if (tensor.shape, tensor.strides) != (first.shape, first.strides):
-                raise LayoutError(
-                    f"tensors[{index}]: shape and strides differ from tensors[0]'s; "
-                    "layers of other shapes make a group of their own"
-                )
-        self.size = dict(zip(group.axes, first.shape, strict=True))
-        self.stride = dict(zip(group.axes, first.strides, strict=True))
-
-    def _check(self, index: int, tensor: TensorView) -> None:
-        where = f"tensors[{index}]"
-        rank = len(self.group.axes)
-        if len(tensor.shape) != rank or len(tensor.strides) != rank:
-            raise LayoutError(f"{where}: axes {self.group.axes!r} need {rank} dimensions")
-        if tensor.handle >= len(self.handle_bytes):
-            raise LayoutError(f"{where}: no handle {tensor.handle}")
-        if min(tensor.shape) < 1 or min(tensor.strides) < 1:
-            raise LayoutError(f"{where}: sizes and strides must be positive")
-        extent = self.item
-        for size, stride in sorted(zip(tensor.shape, tensor.strides, strict=True), key=lambda dim: dim[1]):
-            if size > 1 and stride < extent:
-                raise LayoutError(f"{where}: strides {tensor.strides} overlap")
-            extent += (size - 1) * stride
-        room = self.handle_bytes[tensor.handle]
-        if tensor.offset + extent > room:
-            raise LayoutError(
-                f"{where}: ends at byte {tensor.offset + extent} of a handle of {room}"
-            )
+            self._check_tensor(f"tensors[{index}]", tensor)
+        self.dims = self._dims(group.tensors[0])
+        self.size = {dim.axis: dim.size for dim in self.dims}
+        self.stride = {dim.axis: dim.stride for dim in self.dims}
 
     def layout(self) -> KVLayout:
-        group, size, stride = self.group, self.size, self.stride
-        order, unit_bytes, slot_stride, inner = self._unit()
-        tensors_have_layers = "L" in size
-        num_layers = len(group.tensors) * size.get("L", 1)
-        num_kv = size.get("K", 1)
+        """Derive what was validated; a few checks need the unit and come here."""
+        group, stride = self.group, self.stride
+        unit = self._unit()
+        num_kv, num_layers = self.size.get("K", 1), self.size.get("L", 1)
         if num_kv > 2:
-            raise LayoutError(f"axis K is K and V, not {num_kv}")
+            raise LayoutError(f"axes K: is K and V, not {num_kv}")
         planes = [
             (t.handle, t.offset + kv * stride.get("K", 0) + layer * stride.get("L", 0))
             for kv in range(num_kv)
             for t in group.tensors
-            for layer in range(size["L"] if tensors_have_layers else 1)
+            for layer in range(num_layers)
         ]
         part = PartLayout(
-            order=order,
+            order=unit.order,
             num_kv=num_kv,
-            num_layers=num_layers,
-            unit_tokens=1 if order == "token" else group.block_size,
-            unit_bytes=unit_bytes,
+            num_layers=len(group.tensors) * num_layers,
+            unit_tokens=1 if unit.order == "token" else group.block_size,
+            unit_bytes=unit.num_bytes,
             chunk_size=self.chunk_size,
             dtype=group.dtype,
-            inner=inner,
+            inner=unit.inner,
             window=group.window,
             replicated=group.replicated,
         )
         return KVLayout(
             part=part,
             block_size=group.block_size,
-            num_blocks=size["N"],
+            num_blocks=self.size["N"],
             block_stride=stride["N"],
-            slot_stride=slot_stride,
+            slot_stride=unit.slot_stride,
             plane_handles=tuple(handle for handle, _ in planes),
             plane_offsets=np.array([offset for _, offset in planes], dtype=np.int64),
         )
 
-    def _unit(self) -> tuple[Literal["token", "block", "page"], int, int, str]:
-        """Return order, unit bytes, bytes from slot to slot, and a block's inside."""
-        size, stride, item = self.size, self.stride, self.item
+    def _check_axes(self) -> None:
+        axes, kind = self.group.axes, self.group.kind
+        allowed, needed = _AXES[kind]
+        names = axes.replace("P", "") + "P" * ("P" in axes)
+        known = set(needed) <= set(names) <= set(allowed)
+        if not known or len(set(names)) != len(names):
+            raise LayoutError(
+                f"axes {axes!r}: {kind} take each of {allowed} at most once (P may be "
+                f"several) and need {needed}"
+            )
+
+    def _check_values(self) -> None:
+        group = self.group
+        if group.dtype not in DTYPE_BYTES:
+            known = ", ".join(sorted(DTYPE_BYTES))
+            raise LayoutError(f"dtype {group.dtype!r}: known are {known}")
+        if self.chunk_size % group.block_size:
+            raise LayoutError(
+                f"block_size {group.block_size} does not divide the chunk size "
+                f"{self.chunk_size}"
+            )
+        if group.window is not None and group.window < 1:
+            raise LayoutError(f"window {group.window}: must be at least 1")
+
+    def _check_tensor(self, where: str, tensor: TensorView) -> None:
+        rank, first = len(self.group.axes), self.group.tensors[0]
+        if len(tensor.shape) != rank or len(tensor.strides) != rank:
+            raise LayoutError(
+                f"{where}: axes {self.group.axes!r} need {rank} dimensions"
+            )
+        if (tensor.shape, tensor.strides) != (first.shape, first.strides):
+            raise LayoutError(
+                f"{where}: shape and strides differ from tensors[0]'s; layers of other "
+                "shapes make a group of their own"
+            )
+        if tensor.handle >= len(self.handle_bytes):
+            raise LayoutError(f"{where}: no handle {tensor.handle}")
+        if min(tensor.shape) < 1 or min(tensor.strides) < 1:
+            raise LayoutError(f"{where}: sizes and strides must be positive")
+        self._check_bounds(where, tensor)
+
+    def _check_bounds(self, where: str, tensor: TensorView) -> None:
+        extent = self.item
+        for dim in self._dims(tensor):
+            if dim.size > 1 and dim.stride < extent:
+                raise LayoutError(f"{where}: strides {tensor.strides} overlap")
+            extent += (dim.size - 1) * dim.stride
+        end, room = tensor.offset + extent, self.handle_bytes[tensor.handle]
+        if end > room:
+            raise LayoutError(f"{where}: ends at byte {end} of a handle of {room}")
+
+    def _dims(self, tensor: TensorView) -> list[_Dim]:
+        """Return the dimensions from the innermost out."""
+        dims = zip(tensor.strides, tensor.shape, self.group.axes, strict=True)
+        return sorted(_Dim(*dim) for dim in dims)
+
+    def _unit(self) -> _Unit:
         if self.group.kind == "pages":
-            page = self._contiguous([i for i, a in enumerate(self.group.axes) if a == "P"])
+            page = self._contiguous("P")
             if page is None:
                 raise LayoutError("axes P: a page must be contiguous")
-            return "page", page, 0, ""
-        if size["S"] != self.group.block_size:
+            return _Unit("page", page, 0, "")
+        num_slots, block_size = self.size["S"], self.group.block_size
+        if num_slots != block_size:
             raise LayoutError(
-                f"axis S has {size['S']} slots, block_size is {self.group.block_size}"
+                f"axes S: {num_slots} slots, but block_size is {block_size}"
             )
-        row = self._contiguous([i for i, a in enumerate(self.group.axes) if a in "HD"])
-        head_major = size.get("H", 1) > 1 and stride["H"] > stride["S"]
-        if row is not None and not head_major:
-            return "token", row, stride["S"], ""
-        inside = [i for i, a in enumerate(self.group.axes) if a in "SHD"]
-        block = self._contiguous(inside)
-        if block is None:
-            raise LayoutError(
-                "neither a token's heads nor a block's inside is contiguous: register "
-                "such a cache as opaque pages"
-            )
-        letters = sorted((self.group.axes[i] for i in inside), key=lambda a: -stride[a])
-        dims = ",".join(f"{letter}{size[letter]}" for letter in letters)
-        return "block", block, item, dims
+        token, block = self._contiguous("HD"), self._contiguous("SHD")
+        if token is not None:
+            inner = self._inner("HD")
+            transposed = inner.startswith("D") and "," in inner
+            inner = inner if transposed else ""
+            return _Unit("token", token, self.stride["S"], inner)
+        if block is not None:
+            return _Unit("block", block, self.item, self._inner("SHD"))
+        raise LayoutError(
+            "axes: neither a token's heads nor a block's inside is contiguous; "
+            "register such a cache as opaque pages"
+        )
 
-    def _contiguous(self, dims: list[int]) -> int | None:
-        """Return the bytes that these dimensions cover without a gap, else None."""
-        tensor = self.group.tensors[0]
+    def _inner(self, axes: str) -> str:
+        """Return these axes with their sizes, outermost first, without those of 1."""
+        dims = [dim for dim in self.dims if dim.axis in axes and dim.size > 1]
+        return ",".join(f"{dim.axis}{dim.size}" for dim in reversed(dims))
+
+    def _contiguous(self, axes: str) -> int | None:
+        """Return the bytes that these axes cover without a gap, else None."""
         extent = self.item
-        for size, stride in sorted(
-            ((tensor.shape[i], tensor.strides[i]) for i in dims), key=lambda dim: dim[1]
-        ):
-            if size > 1 and stride != extent:
+        for dim in self.dims:
+            if dim.axis not in axes or dim.size == 1:
+                continue
+            if dim.stride != extent:
                 return None
-            extent *= size
+            extent *= dim.size
         return extent
