@@ -91,6 +91,12 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         row = self._heads_of_rank(world_size) * self.head_dim * self._item
         return row * self.num_layers * (1 if self.latent else 2)
 
+    def piece_bytes(self, world_size: int) -> int:
+        """Contiguous bytes of one block on one rank: a plane's share, or a page."""
+        block = self._heads_of_rank(world_size) * self.head_dim * self._item
+        block *= self.block_size
+        return block * 2 if "P" in self.cache_shape and not self.latent else block
+
     @property
     def _item(self) -> int:
         if self.dtype not in DTYPE_BYTES:

@@ -1,0 +1,291 @@
+"""The driver of a run: starts everything, watches it, stops it, keeps what it found."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from types import FrameType
+
+from msgspec.structs import replace
+
+from kvcore.client import KVClient
+from kvcore.errors import KVError, SetupError, Unavailable
+from kvcore.shm import remove_dead
+from kvctl.lab import ceilings
+from kvctl.lab.cast import Actor, Cast
+from kvctl.lab.local_server import LocalServer
+from kvctl.lab.measure import time_calls
+from kvctl.lab.messages import (
+    EnginePlan,
+    EngineReport,
+    Failed,
+    Ready,
+    Start,
+    Stop,
+    Tally,
+    receive,
+)
+from kvctl.lab.result import Result
+from kvctl.lab.scenario import Scenario
+from kvctl.lab.summary import Evidence, summarise
+from kvctl.lab.worker import SEGMENT_PREFIX
+from kvctl.lab.workload import Survey, survey
+
+TICK_S = 0.5
+READY_S = 60.0
+GRACE_S = 15.0
+"""For requests under way to end, once a run is to stop."""
+NUM_PINGS = 500
+MAX_LEASES_LOOKED_AT = 100_000
+
+
+class Watcher:
+    """Told how far a run is. This one says nothing."""
+
+    def phase(self, name: str) -> None:
+        """Begin a phase of the run."""
+
+    def progress(self, done: Tally, planned: Survey) -> None:
+        """Some requests are done."""
+
+
+@dataclass(slots=True)
+class Interrupts:
+    """SIGINT or SIGTERM was received. A second one raises KeyboardInterrupt."""
+
+    received: bool = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Take the signals for as long as the block runs."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._receive) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def run(
+    name: str,
+    scenario: Scenario,
+    seed: int,
+    address: str | None,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Play a scenario, against a server of its own where no address is given.
+
+    The result says what went wrong while it ran.
+
+    Raises:
+        SetupError: it could not begin.
+        Unavailable: no server answers at the address.
+    """
+    watcher = watcher or Watcher()
+    planned = survey(scenario.workload, seed)
+    _check_room(scenario, planned)
+    remove_dead(SEGMENT_PREFIX)
+    interrupts = Interrupts()
+    with interrupts.caught():
+        watcher.phase("starting")
+        server = None if address else LocalServer(scenario.server)
+        where = address or (server.address if server else "")
+        evidence = Evidence(name, scenario, seed)
+        try:
+            play = Play(evidence, where, server, planned, interrupts, watcher)
+            play.run()
+        finally:
+            trouble = server.stop() if server else None
+        if trouble and trouble not in evidence.failures:
+            evidence.failures.append(trouble)
+        return summarise(evidence)
+
+
+def _check_room(scenario: Scenario, planned: Survey) -> None:
+    geometry = scenario.model.geometry()
+    blocks = -(-planned.longest // geometry.block_size)
+    if not planned.num_requests:
+        raise SetupError("the workload has no requests")
+    if blocks > scenario.cache_blocks:
+        raise SetupError(
+            f"the longest request has {planned.longest} tokens, {blocks} blocks: "
+            f"cache_blocks = {scenario.cache_blocks} cannot hold it"
+        )
+
+
+@dataclass(slots=True)
+class Play:
+    """One run under way."""
+
+    evidence: Evidence
+    address: str
+    server: LocalServer | None
+    planned: Survey
+    interrupts: Interrupts
+    watcher: Watcher
+    run_id: str = field(default_factory=lambda: f"{os.getpid()}.{secrets.token_hex(3)}")
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    ready: set[str] = field(default_factory=set)
+    reported: set[int] = field(default_factory=set)
+    chunk_bytes: int = 0
+    stop_by: float | None = None
+    """When patience ends, once a stop was asked for."""
+
+    def run(self) -> None:
+        """Fill the evidence."""
+        with KVClient(self.address, label="bench driver") as client:
+            served = replace(
+                self.evidence.scenario.server, chunk_size=client.chunk_size
+            )
+            self.evidence.scenario = replace(self.evidence.scenario, server=served)
+            cast = Cast(self._plans())
+            try:
+                self._set_up(cast)
+                self._watch(cast)
+            finally:
+                cast.close()
+            self._look_after(client)
+
+    def _plans(self) -> list[EnginePlan]:
+        scenario = self.evidence.scenario
+        return [
+            EnginePlan(
+                address=self.address,
+                engine=engine,
+                engine_id=f"{self.run_id}-{engine}",
+                model=f"{scenario.model.geometry().model}@{self.run_id}",
+                seed=self.evidence.seed,
+                scenario=scenario,
+            )
+            for engine in range(scenario.engines)
+        ]
+
+    def _set_up(self, cast: Cast) -> None:
+        """Wait until every process has set itself up.
+
+        Raises:
+            SetupError: one of them could not.
+        """
+        give_up = monotonic() + READY_S
+        while len(self.ready) < len(cast.actors) and not self.interrupts.received:
+            self._step(cast)
+            if self.evidence.failures:
+                raise SetupError("; ".join(self.evidence.failures))
+            if monotonic() > give_up:
+                raise Unavailable(f"the engines were not ready in {READY_S:.0f} s")
+        self.watcher.phase("playing")
+
+    def _watch(self, cast: Cast) -> None:
+        """Let them play until all have reported or the patience of a stop ends."""
+        begun = monotonic()
+        cast.tell_schedulers(Start())
+        while len(self.reported) < len(cast.schedulers):
+            self._step(cast)
+            if self.interrupts.received:
+                self.evidence.interrupted = True
+            if self.evidence.interrupted or self.evidence.failures:
+                self._ask_to_stop(cast)
+            if self.stop_by is not None and monotonic() > self.stop_by:
+                self._give_up(cast)
+                break
+        self.evidence.elapsed_s = monotonic() - begun
+
+    def _ask_to_stop(self, cast: Cast) -> None:
+        if self.stop_by is None:
+            self.watcher.phase("stopping")
+            self.stop_by = monotonic() + GRACE_S
+            cast.tell_schedulers(Stop())
+
+    def _give_up(self, cast: Cast) -> None:
+        for actor in cast.schedulers:
+            if actor.engine not in self.reported and actor.process.is_alive():
+                self.evidence.failures.append(f"{actor.name} did not stop")
+
+    def _step(self, cast: Cast) -> None:
+        """Wait a little for something to happen, and take note of it."""
+        actors = {a.control: a for a in cast.actors if not a.control.closed}
+        waiting: list[Connection | int] = [*actors]
+        if self.server and self.stop_by is None:
+            waiting.append(self.server.exited)
+        for source in wait(waiting, TICK_S):
+            if isinstance(source, Connection):
+                self._hear(actors[source])
+            else:
+                self._server_ended()
+
+    def _server_ended(self) -> None:
+        words = self.server.last_words() if self.server else ""
+        self.evidence.failures.append(f"the server ended: {words}")
+
+    def _hear(self, actor: Actor) -> None:
+        try:
+            message = receive(actor.control)
+        except (EOFError, OSError):
+            self._lost(actor)
+            return
+        match message:
+            case Ready(chunk_bytes):
+                self.ready.add(actor.name)
+                self.chunk_bytes = max(self.chunk_bytes, chunk_bytes)
+            case Failed(text):
+                self.evidence.failures.append(f"{actor.name}: {text}")
+            case Tally():
+                self.tallies[actor.engine] = message
+                self._show_progress()
+            case EngineReport():
+                self.reported.add(actor.engine)
+                self.evidence.reports.append(message)
+
+    def _lost(self, actor: Actor) -> None:
+        """A process ended. Early, it is a failure; and so is any that crashed."""
+        actor.control.close()
+        actor.process.join(TICK_S)
+        code = actor.process.exitcode
+        if code or actor.engine not in self.reported:
+            self.evidence.failures.append(f"{actor.name} ended with exit code {code}")
+        if not actor.is_rank:
+            self.reported.add(actor.engine)
+
+    def _show_progress(self) -> None:
+        total = Tally()
+        for tally in self.tallies.values():
+            total.add(tally)
+        self.watcher.progress(total, self.planned)
+
+    def _look_after(self, client: KVClient) -> None:
+        """With the engines gone: leaked leases, pings, and the ceilings."""
+        self.watcher.phase("measuring ceilings")
+        try:
+            leases = client.status(MAX_LEASES_LOOKED_AT).leases
+            ours = [
+                lease for lease in leases if lease.engine_id.startswith(self.run_id)
+            ]
+            self.evidence.leases_leaked = len(ours)
+            self.evidence.pings = time_calls(client.ping, NUM_PINGS)
+            self.evidence.ceilings = self._ceilings()
+        except KVError as error:
+            self.evidence.failures.append(f"after the run: {error.message}")
+
+    def _ceilings(self) -> ceilings.Ceilings:
+        """Measure with the sizes of this run's typical copy and lookup."""
+        scenario, planned = self.evidence.scenario, self.planned
+        mean_tokens = planned.num_tokens // planned.num_requests
+        chunks = max(1, mean_tokens // scenario.server.chunk_size)
+        return ceilings.measure(
+            copy_bytes=chunks * self.chunk_bytes,
+            piece_bytes=scenario.model.geometry().piece_bytes(scenario.ranks),
+            lookup_bytes=mean_tokens * 4,
+        )

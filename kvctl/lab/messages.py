@@ -1,0 +1,123 @@
+"""What the driver, the schedulers and the ranks of a run tell each other."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from kvcore.keys import SessionKey
+from kvctl.lab.geometry import Geometry
+from kvctl.lab.measure import Samples
+from kvctl.lab.scenario import Scenario
+
+
+class EnginePlan(msgspec.Struct, frozen=True):
+    """One engine of a run; enough to play it."""
+
+    address: str
+    engine: int
+    engine_id: str
+    model: str
+    """Carries the run's id, so that runs on one server never share chunks."""
+    seed: int
+    scenario: Scenario
+
+    @property
+    def geometry(self) -> Geometry:
+        """The model's KV."""
+        return self.scenario.model.geometry()
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A process has set itself up."""
+
+    chunk_bytes: int = 0
+    """Of a rank: bytes of a chunk in it."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A process cannot go on."""
+
+    message: str
+    wrong_use: bool = False
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Begin to play."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Begin no more requests; finish those under way and report."""
+
+
+class Tally(msgspec.Struct, tag=True):
+    """What an engine has counted so far. Chunks are whole ones of prompts."""
+
+    requests: int = 0
+    errors: int = 0
+    bytes_wrong: int = 0
+    tokens: int = 0
+    tokens_hit: int = 0
+    chunks: int = 0
+    chunks_hit: int = 0
+    parts_stored: int = 0
+    parts_present: int = 0
+    parts_dropped: int = 0
+    store_bytes: int = 0
+    """Of stores that copied every part; likewise `store_s`."""
+    store_s: float = 0.0
+    retrieve_bytes: int = 0
+    retrieve_s: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        """Count another's in."""
+        for name in self.__struct_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class EngineReport(msgspec.Struct, frozen=True, tag=True):
+    """Everything that an engine measured, at its end."""
+
+    tally: Tally
+    samples: Samples
+    chunk_heads: bytes
+    """First eight bytes of the hash of each chunk asked for, once each."""
+    errors: tuple[str, ...] = ()
+
+
+class Play(msgspec.Struct, frozen=True):
+    """To a rank: retrieve chunks [0, hit) and check them; write and store the rest."""
+
+    session: SessionKey
+    hit_tokens: int
+    end_tokens: int
+    hashes: bytes
+    """32 bytes a chunk."""
+    blocks: tuple[bytes, ...]
+    """One a cache group: int32 ids of the blocks of [0, end)."""
+
+
+class Played(msgspec.Struct, frozen=True):
+    """From a rank: how it went."""
+
+    tally: Tally
+    durations: dict[str, float]
+    errors: tuple[str, ...] = ()
+
+
+Control = Ready | Failed | Start | Stop | Tally | EngineReport
+
+_control = msgspec.msgpack.Decoder(Control)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def send(connection: Connection, message: msgspec.Struct) -> None:
+    """Send one message; `OSError` when the other end is gone."""
+    connection.send_bytes(_encoder.encode(message))
+
+
+def receive(connection: Connection) -> Control:
+    """Receive one control message; `EOFError` when the other end is gone."""
+    message: Control = _control.decode(connection.recv_bytes())
+    return message

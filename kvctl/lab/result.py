@@ -1,0 +1,120 @@
+"""What a run measured: one versioned JSON file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from kvcore.errors import SetupError
+from kvcore.options import decode_hook, encode_hook
+from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.environment import Environment
+from kvctl.lab.measure import Latency
+from kvctl.lab.scenario import Scenario
+
+RESULT_VERSION = 1
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What must repeat from run to run, timing aside."""
+
+    requests: int
+    errors: int
+    bytes_wrong: int
+    leases_leaked: Annotated[
+        int, Meta(description="leases that outlived their session")
+    ]
+    tokens: Annotated[int, Meta(description="of prompts")]
+    tokens_hit: int
+    tokens_hit_ideal: Annotated[int, Meta(description="with an endless cache")]
+    chunks: Annotated[int, Meta(description="whole chunks of prompts")]
+    chunks_hit: int
+    chunks_hit_ideal: int
+    parts_stored: int
+    parts_present: Annotated[int, Meta(description="stored before, or by another")]
+    parts_dropped: Annotated[int, Meta(description="no room, or a null block in it")]
+    retrieved_bytes: Annotated[int, Meta(description="every one of them was checked")]
+    stored_bytes: Annotated[int, Meta(description="of stores that copied every part")]
+
+
+class HitRates(msgspec.Struct, frozen=True):
+    """Shares of what was asked for. A block here is a chunk, the unit of reuse."""
+
+    by_block: float
+    by_token: float
+    ideal_by_block: float
+    ideal_by_token: float
+
+
+class Throughput(msgspec.Struct, frozen=True):
+    """GB are 10**9 bytes. Copies: bytes by the time in calls, round trip included."""
+
+    requests_per_s: float
+    tokens_per_s: float
+    store_gb_per_s: float | None
+    retrieve_gb_per_s: float | None
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """Shares of the ceilings that were reached; 1 is the ceiling."""
+
+    store: float | None
+    retrieve: float | None
+    ping: float | None
+    lookup: float | None
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One run."""
+
+    version: int
+    name: str
+    scenario: Scenario
+    seed: int
+    started: Annotated[str, Meta(description="UTC, ISO 8601")]
+    elapsed_s: float
+    interrupted: bool
+    environment: Environment
+    counts: Counts
+    hit_rates: HitRates
+    operations: dict[str, Latency]
+    throughput: Throughput
+    ceilings: Ceilings | None
+    shares: Shares
+    errors: Annotated[tuple[str, ...], Meta(description="the first ones")]
+    problems: Annotated[
+        tuple[str, ...], Meta(description="why the exit code is 1; none: it is 0")
+    ]
+
+    def save(self, folder: Path) -> Path:
+        """Write `NAME-STARTED.json` into a folder, made if need be; whole or not."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = self.started.replace(":", "").replace("-", "").partition("+")[0]
+        path = folder / f"{self.name}-{stamp}.json"
+        text = msgspec.json.format(msgspec.json.encode(self, enc_hook=encode_hook))
+        part = path.with_suffix(".part")
+        part.write_bytes(text + b"\n")
+        return part.replace(path)
+
+
+def read(path: Path) -> Result:
+    """Read a saved result; `SetupError` says what is wrong with the file."""
+    try:
+        data = path.read_bytes()
+        version = msgspec.json.decode(data, type=_Versioned).version
+        if version != RESULT_VERSION:
+            raise SetupError(
+                f"{path}: result version {version}; this kvctl reads {RESULT_VERSION}"
+            )
+        return msgspec.json.decode(data, type=Result, dec_hook=decode_hook)
+    except OSError as error:
+        raise SetupError(f"{path}: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise SetupError(f"{path}: not a result: {error}") from None
+
+
+class _Versioned(msgspec.Struct):
+    version: int

@@ -1,0 +1,186 @@
+"""From what the processes of a run measured to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.environment import detect
+from kvctl.lab.measure import Latency, Samples
+from kvctl.lab.messages import EngineReport, Tally
+from kvctl.lab.result import (
+    RESULT_VERSION,
+    Counts,
+    HitRates,
+    Result,
+    Shares,
+    Throughput,
+)
+from kvctl.lab.scenario import Limits, Scenario
+from kvctl.lab.scheduler import HEAD_BYTES
+
+MAX_ERRORS_TOLD = 10
+
+
+@dataclass(slots=True)
+class Evidence:
+    """All that a driver gathered. What it could not gather keeps its default."""
+
+    name: str
+    scenario: Scenario
+    seed: int
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    elapsed_s: float = 0.0
+    interrupted: bool = False
+    reports: list[EngineReport] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """What went wrong outside of requests; each counts as an error."""
+    leases_leaked: int = 0
+    pings: Latency | None = None
+    ceilings: Ceilings | None = None
+
+    def tally(self) -> Tally:
+        """Add up what the engines counted."""
+        total = Tally()
+        for report in self.reports:
+            total.add(report.tally)
+        return total
+
+
+def summarise(evidence: Evidence) -> Result:
+    """Make the result."""
+    tally = evidence.tally()
+    operations = Samples.merge(r.samples for r in evidence.reports).summary()
+    if evidence.pings:
+        operations["ping"] = evidence.pings
+    counts = _counts(evidence, tally)
+    rates = _hit_rates(counts)
+    throughput = _throughput(tally, evidence.elapsed_s)
+    told = [message for report in evidence.reports for message in report.errors]
+    problems = _problems(counts, rates, evidence)
+    return Result(
+        version=RESULT_VERSION,
+        name=evidence.name,
+        scenario=evidence.scenario,
+        seed=evidence.seed,
+        started=evidence.started.isoformat(timespec="milliseconds"),
+        elapsed_s=evidence.elapsed_s,
+        interrupted=evidence.interrupted,
+        environment=detect(),
+        counts=counts,
+        hit_rates=rates,
+        operations=operations,
+        throughput=throughput,
+        ceilings=evidence.ceilings,
+        shares=_shares(throughput, operations, evidence.ceilings),
+        errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
+        problems=tuple(problems),
+    )
+
+
+def _counts(evidence: Evidence, tally: Tally) -> Counts:
+    """Count; with an endless cache a chunk misses once, whoever asks first."""
+    heads = [_heads(report.chunk_heads) for report in evidence.reports]
+    chunks_hit_ideal = tally.chunks - len(set().union(*heads))
+    chunk_size = evidence.scenario.server.chunk_size
+    return Counts(
+        requests=tally.requests,
+        errors=tally.errors + len(evidence.failures),
+        bytes_wrong=tally.bytes_wrong,
+        leases_leaked=evidence.leases_leaked,
+        tokens=tally.tokens,
+        tokens_hit=tally.tokens_hit,
+        tokens_hit_ideal=chunks_hit_ideal * chunk_size,
+        chunks=tally.chunks,
+        chunks_hit=tally.chunks_hit,
+        chunks_hit_ideal=chunks_hit_ideal,
+        parts_stored=tally.parts_stored,
+        parts_present=tally.parts_present,
+        parts_dropped=tally.parts_dropped,
+        retrieved_bytes=tally.retrieve_bytes,
+        stored_bytes=tally.store_bytes,
+    )
+
+
+def _heads(packed: bytes) -> set[bytes]:
+    return {packed[at : at + HEAD_BYTES] for at in range(0, len(packed), HEAD_BYTES)}
+
+
+def _hit_rates(counts: Counts) -> HitRates:
+    return HitRates(
+        by_block=_ratio(counts.chunks_hit, counts.chunks),
+        by_token=_ratio(counts.tokens_hit, counts.tokens),
+        ideal_by_block=_ratio(counts.chunks_hit_ideal, counts.chunks),
+        ideal_by_token=_ratio(counts.tokens_hit_ideal, counts.tokens),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _throughput(tally: Tally, elapsed_s: float) -> Throughput:
+    stored, retrieved = tally.store_s > 0, tally.retrieve_s > 0
+    return Throughput(
+        requests_per_s=_ratio(tally.requests, elapsed_s),
+        tokens_per_s=_ratio(tally.tokens, elapsed_s),
+        store_gb_per_s=tally.store_bytes / tally.store_s / 1e9 if stored else None,
+        retrieve_gb_per_s=(
+            tally.retrieve_bytes / tally.retrieve_s / 1e9 if retrieved else None
+        ),
+    )
+
+
+def _shares(
+    throughput: Throughput, operations: dict[str, Latency], ceilings: Ceilings | None
+) -> Shares:
+    if ceilings is None:
+        return Shares(store=None, retrieve=None, ping=None, lookup=None)
+
+    def of_copy(gb_per_s: float | None) -> float | None:
+        return None if gb_per_s is None else gb_per_s / ceilings.copy_gb_per_s
+
+    def of_trip(name: str, bare_s: float) -> float | None:
+        latency = operations.get(name)
+        return None if latency is None else bare_s / latency.p50_s
+
+    return Shares(
+        store=of_copy(throughput.store_gb_per_s),
+        retrieve=of_copy(throughput.retrieve_gb_per_s),
+        ping=of_trip("ping", ceilings.ping_round_trip_s),
+        lookup=of_trip("lookup", ceilings.lookup_round_trip_s),
+    )
+
+
+def _problems(counts: Counts, rates: HitRates, evidence: Evidence) -> list[str]:
+    """Say what makes the exit code 1. An interrupted run has no hit rate to reach."""
+    limits = evidence.scenario.limits
+    problems = list(evidence.failures)
+    if counts.bytes_wrong:
+        problems.append(f"{counts.bytes_wrong} bytes were wrong")
+    if counts.leases_leaked:
+        problems.append(f"{counts.leases_leaked} leases outlived their sessions")
+    if counts.errors > limits.max_errors:
+        problems.append(
+            f"{counts.errors} errors, limits.max_errors is {limits.max_errors}"
+        )
+    if not evidence.interrupted:
+        problems += _missed(limits, rates)
+        if not counts.requests:
+            problems.append("no request was played")
+    return problems
+
+
+def _missed(limits: Limits, rates: HitRates) -> Sequence[str]:
+    share = _ratio(rates.by_token, rates.ideal_by_token)
+    reached = {"min_hit_rate": rates.by_token, "min_share_of_ideal": share}
+    return [
+        f"{name} is {limit}, reached {reached[name]:.3f}"
+        for name, limit in (
+            ("min_hit_rate", limits.min_hit_rate),
+            ("min_share_of_ideal", limits.min_share_of_ideal),
+        )
+        if limit is not None and reached[name] < limit
+    ]

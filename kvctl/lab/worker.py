@@ -1,0 +1,203 @@
+"""One rank of a played engine: a process with a paged cache of its own.
+
+It obeys its scheduler: it retrieves what was found and checks every byte, then writes
+what was not, as a model would, and stores it. Bytes are made and checked outside the
+timed calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from time import perf_counter
+
+import msgspec
+import numpy as np
+
+from kvcore.client import KVClient
+from kvcore.errors import KVError, SetupError
+from kvcore.keys import SessionKey
+from kvcore.protocol import RegisterKVCache
+from kvctl.lab.messages import EnginePlan, Failed, Play, Played, Ready, Tally, send
+from kvctl.lab.paged import Indices, PagedCache
+from kvctl.lab.pattern import Pattern, Seeds, chunk_seeds
+
+SEGMENT_PREFIX = "kvlab-"
+"""Of the shared memory of every played cache."""
+
+_plays = msgspec.msgpack.Decoder(Play)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One request on its way through a rank."""
+
+    session: SessionKey
+    seeds: Seeds
+    blocks: list[Indices]
+    tally: Tally = field(default_factory=Tally)
+    durations: dict[str, float] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+
+class Rank:
+    """A registered cache, and the pattern that it is filled and checked with."""
+
+    def __init__(self, plan: EnginePlan, rank: int, client: KVClient) -> None:
+        geometry, ranks = plan.geometry, plan.scenario.ranks
+        self.client = client
+        self.chunk_size = client.chunk_size
+        self.block_size = geometry.block_size
+        self.instance_id = f"{plan.engine_id}/{rank}"
+        self.cache = PagedCache(
+            f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}",
+            geometry.groups(plan.scenario.cache_blocks, rank, ranks),
+        )
+        self.patterns = [
+            Pattern(
+                view,
+                number,
+                None if group.replicated else rank,
+                self.chunk_size // self.block_size,
+            )
+            for number, (group, view) in enumerate(
+                zip(self.cache.groups, self.cache.views, strict=True)
+            )
+        ]
+        self.chunk_bytes = client.register_kv_cache(
+            RegisterKVCache(
+                instance_id=self.instance_id,
+                engine_id=plan.engine_id,
+                model=plan.model,
+                world_size=ranks,
+                rank=rank,
+                handles=self.cache.handles,
+                groups=self.cache.groups,
+            )
+        ).chunk_bytes
+
+    def play(self, task: Play) -> Played:
+        """Retrieve and check, then write and store; errors are told, not raised."""
+        blocks = [np.frombuffer(packed, np.int32) for packed in task.blocks]
+        turn = _Turn(task.session, chunk_seeds(task.hashes), blocks)
+        have = task.hit_tokens if self._retrieve(turn, task.hit_tokens) else 0
+        if have < task.end_tokens:
+            self._store(turn, have, task.end_tokens)
+        return Played(turn.tally, turn.durations, tuple(turn.errors))
+
+    def _retrieve(self, turn: _Turn, hit: int) -> bool:
+        """Load and check [0, hit); say whether the blocks can be used."""
+        if not hit:
+            return True
+        blocks = [
+            _in_window(
+                ids[: hit // self.block_size], hit, group.window, self.block_size
+            )
+            for group, ids in zip(self.cache.groups, turn.blocks, strict=True)
+        ]
+        for number, ids in enumerate(blocks):
+            self.cache.poison(number, ids)
+        retrieve = self.client.retrieve
+        call = partial(retrieve, turn.session, self.instance_id, 0, hit, blocks)
+        begun = perf_counter()
+        try:
+            call()
+        except KVError as error:
+            turn.errors.append(f"retrieve: {error.code}: {error.message}")
+            return False
+        turn.tally.retrieve_s = turn.durations["retrieve"] = perf_counter() - begun
+        turn.tally.retrieve_bytes = self._num_bytes(blocks)
+        turn.tally.bytes_wrong = self._count_wrong_bytes(turn, hit, blocks)
+        return True
+
+    def _num_bytes(self, blocks: Sequence[Indices]) -> int:
+        return sum(
+            int(np.count_nonzero(ids >= 0)) * view[0].nbytes
+            for ids, view in zip(blocks, self.cache.views, strict=True)
+        )
+
+    def _count_wrong_bytes(
+        self, turn: _Turn, hit: int, blocks: Sequence[Indices]
+    ) -> int:
+        seeds = turn.seeds[: hit // self.chunk_size]
+        return sum(
+            pattern.count_wrong_bytes(seeds, ids)
+            for pattern, ids in zip(self.patterns, blocks, strict=True)
+        )
+
+    def _store(self, turn: _Turn, start: int, end: int) -> None:
+        first, last = start // self.block_size, end // self.block_size
+        seeds = turn.seeds[start // self.chunk_size : end // self.chunk_size]
+        blocks = [ids[first:last] for ids in turn.blocks]
+        for pattern, ids in zip(self.patterns, blocks, strict=True):
+            pattern.write(seeds, ids)
+        begun = perf_counter()
+        try:
+            reply = self.client.store(
+                turn.session, self.instance_id, start, end, blocks
+            )
+        except KVError as error:
+            turn.errors.append(f"store: {error.code}: {error.message}")
+            return
+        took = turn.durations["store"] = perf_counter() - begun
+        tally = turn.tally
+        tally.parts_stored = reply.num_stored
+        tally.parts_present = reply.num_present
+        tally.parts_dropped = reply.num_dropped
+        if reply.num_stored == len(seeds) * len(self.patterns):
+            tally.store_bytes = len(seeds) * self.chunk_bytes
+            tally.store_s = took
+
+    def close(self) -> None:
+        """Unregister and let go of the cache."""
+        with suppress(KVError):  # Where the server is gone, so is the registration.
+            self.client.unregister_kv_cache(self.instance_id)
+        self.patterns.clear()
+        self.cache.close()
+
+
+def _in_window(
+    ids: Indices, num_tokens: int, window: int | None, block_size: int
+) -> Indices:
+    """Null the blocks that no token after `num_tokens` attends to."""
+    if window is None or num_tokens < window:
+        return ids
+    ids = ids.copy()
+    ids[: (num_tokens - window + 1) // block_size] = -1
+    return ids
+
+
+def run(
+    plan: EnginePlan, control: Connection, rank: int, slots: list[Connection]
+) -> None:
+    """Be a rank until the scheduler has closed every slot, or the driver is gone."""
+    try:
+        with KVClient(plan.address, label=f"bench {plan.engine_id}/{rank}") as client:
+            played = Rank(plan, rank, client)
+            try:
+                send(control, Ready(played.chunk_bytes))
+                _obey(played, control, slots)
+            finally:
+                played.close()
+    except KVError as error:
+        send(control, Failed(error.message, isinstance(error, SetupError)))
+    except OSError:
+        pass  # The driver or the scheduler is gone: nobody is left to tell.
+
+
+def _obey(played: Rank, control: Connection, slots: list[Connection]) -> None:
+    waiting: list[Connection] = [control, *slots]
+    while len(waiting) > 1:
+        for source in wait(waiting):
+            if source is control:
+                return  # The driver says nothing to ranks: it is gone.
+            slot = next(slot for slot in slots if slot is source)
+            try:
+                task = _plays.decode(slot.recv_bytes())
+            except EOFError:
+                waiting.remove(slot)
+                continue
+            send(slot, played.play(task))
