@@ -53,7 +53,7 @@ class Server:
         with ExitStack() as stack:
             bound = stack.enter_context(bind(config.address, config.wire))
             self.address = bound.address
-            arena = Arena(config.l1.size, config.l1.page)
+            arena = Arena(int(config.l1.size), int(config.l1.page))
             stack.callback(arena.close)
             self.engine = Engine(config, arena)
             stack.callback(self.engine.close)
@@ -125,7 +125,7 @@ class Server:
             pid_namespace=pid_namespace(),
             watched=client.pidfd is not None,
             heartbeat_s=self.config.wire.heartbeat_s,
-            max_message_bytes=self.config.wire.max_message,
+            max_message_bytes=int(self.config.wire.max_message),
         )
 
     def _goodbye(self, request: Goodbye, client: Client, deadline_ns: int) -> Done:
