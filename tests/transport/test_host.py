@@ -325,6 +325,18 @@ def test_gathering_a_null_block_is_refused() -> None:
         cache.gather([span], np.zeros(size, np.uint8))
 
 
+def test_block_zero_after_a_null_block_is_written() -> None:
+    """Ids -1 and 0 follow each other but are no run."""
+    layout = latent(8)
+    arena = np.full(layout.part.num_bytes, POISON, np.uint8)
+    handle = np.zeros(2 * 8 * 16 * 1152, np.uint8)
+    span = Span((Extent(0, arena.size),), np.array([NULL_BLOCK, 0], np.int32), 0, 32)
+    HostCache(layout, [handle]).scatter([span], arena)
+    written = handle.reshape(2, 8, -1) == POISON
+    assert written[:, 0].all()
+    assert not written[:, 1:].any()
+
+
 def test_host_memory_needs_no_events() -> None:
     """Waiting for nothing and recording give None: copies end with their call."""
     cache = HostCache(latent(2), [np.zeros(2 * 2 * 16 * 1152, np.uint8)])
