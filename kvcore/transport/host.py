@@ -135,11 +135,11 @@ class HostCache:
         self, spans: Sequence[Span], blocks: BlockIds
     ) -> npt.NDArray[np.bool_]:
         """Tell which spans go by rows: whole parts of scattered blocks, no null."""
-        if not spans or not self._row_planes:
+        if not self._row_planes:
             return np.zeros(len(spans), np.bool_)
         chunk_size = self.layout.part.chunk_size
         by_rows = np.array(
-            [s.first_token == 0 and s.end_token == chunk_size for s in spans]
+            [s.first_token == 0 and s.end_token == chunk_size for s in spans], np.bool_
         )
         by_rows &= blocks.min(axis=1) != NULL_BLOCK
         if self._row_planes[0].step == 1:

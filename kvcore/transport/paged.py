@@ -135,6 +135,7 @@ def checked_blocks(layout: KVLayout, spans: Sequence[Span], *, nulls: bool) -> B
         if len(span.blocks) != per_chunk:
             raise BadRequest(f"{len(span.blocks)} blocks for a chunk of {per_chunk}")
     blocks = np.array([span.blocks for span in spans], np.int32)
+    blocks = blocks.reshape(len(spans), per_chunk)
     check_blocks(layout, blocks)
     if not nulls and (blocks == NULL_BLOCK).any():
         raise BadRequest("a null block holds nothing to copy")

@@ -337,6 +337,14 @@ def test_block_zero_after_a_null_block_is_written() -> None:
     assert not written[:, 1:].any()
 
 
+@pytest.mark.parametrize("way", ["gather", "scatter"])
+def test_no_spans_are_no_work(way: str) -> None:
+    """A request whose chunks are all there already copies nothing."""
+    handle = np.zeros(2 * 8 * 16 * 1152, np.uint8)
+    getattr(HostCache(latent(8), [handle]), way)([], np.zeros(8, np.uint8))
+    assert not handle.any()
+
+
 def test_host_memory_needs_no_events() -> None:
     """Waiting for nothing and recording give None: copies end with their call."""
     cache = HostCache(latent(2), [np.zeros(2 * 2 * 16 * 1152, np.uint8)])
