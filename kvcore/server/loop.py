@@ -288,8 +288,13 @@ class Loop:
     # -- answering ----------------------------------------------------------------
 
     def _reply(self, task: Task, reply: msgspec.Struct) -> None:
+        try:
+            frame = encode_reply(task.request_id, reply)
+        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            self._fail(task, error)
+            return
         task.client.num_running -= 1
-        self._send(task.client.identity, encode_reply(task.request_id, reply))
+        self._send(task.client.identity, frame)
 
     def _fail(self, task: Task, error: Exception) -> None:
         task.client.num_running -= 1
