@@ -174,6 +174,18 @@ def test_passed_over_chunks_return_with_their_leaves_first(l1: L1) -> None:
     assert len(l1.present(chain("a", 8), 1)) == 6
 
 
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_chunk_that_a_second_rank_writes_is_no_victim(l1: L1, end: str) -> None:
+    """Its first part stays while the second is written, and may go afterwards."""
+    store(l1, chain("a", 4))
+    writing = l1.reserve(chain("a", 4), RANK1, PAGE).reservations
+    assert store(l1, chain("b", 1)) == 0
+    assert len(l1.present(chain("a", 4), 1)) == 4
+    getattr(l1, end)(writing)
+    assert store(l1, chain("b", 8)) == 8
+    assert l1.present(chain("a", 4), 1) == []
+
+
 def test_impossible_part_evicts_nothing(l1: L1) -> None:
     """A part larger than the arena is dropped and costs nobody's chunks."""
     store(l1, chain("a", 8))

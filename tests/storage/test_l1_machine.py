@@ -10,11 +10,9 @@ import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     invariant,
-    multiple,
+    precondition,
     rule,
 )
 
@@ -63,9 +61,6 @@ class Clock:
 class L1Machine(RuleBasedStateMachine):
     """The model: what was committed, what is being written, and who holds what."""
 
-    reservations = Bundle("reservations")
-    acquired = Bundle("acquired")
-
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(NUM_PAGES * PAGE, PAGE)
@@ -75,15 +70,17 @@ class L1Machine(RuleBasedStateMachine):
         self.table = LeaseTable(self.l1, TTL_S, self.clock)
         self.ready: dict[ChunkHash, int] = {}
         self.writing: list[Reservation] = []
-        self.held: list[Chunk] = []
+        self.acquired: list[list[Chunk | None]] = []
         self.leases: dict[SessionKey, ModelLease] = {}
 
     # -- writing --------------------------------------------------------------------
 
-    @rule(target=reservations, prompt=prompts, start=places, end=places, part=parts)
-    def reserve(self, prompt: list[ChunkHash], start: int, end: int, part: PartId):
+    @rule(prompt=prompts, start=st.integers(0, 4), length=lengths, part=parts)
+    def reserve(
+        self, prompt: list[ChunkHash], start: int, length: int, part: PartId
+    ) -> None:
         """Reserve, and write the bytes at once."""
-        hashes = prompt[start:end]
+        hashes = prompt[start : start + length]
         result = self.l1.reserve(hashes, part, PART_BYTES[part])
         made = result.reservations
         assert len(made) + result.num_present + result.num_dropped == len(hashes)
@@ -91,17 +88,17 @@ class L1Machine(RuleBasedStateMachine):
         assert len(dropped) == result.num_dropped
         if dropped and made:
             assert hashes.index(dropped[0]) > made[-1].index
-        for reservation in made:
-            assert reservation.chunk.hash == hashes[reservation.index]
-            self.arena.array[_places(reservation.extents)] = self._pattern(
-                reservation.chunk.hash, part
-            )
+        for each in made:
+            assert each.chunk.hash == hashes[each.index]
+            self.arena.array[_places(each.extents)] = _pattern(each.chunk.hash, part)
         self.writing += made
-        return multiple(*made)
 
-    @rule(some=st.lists(consumes(reservations), max_size=4), write=st.booleans())
-    def settle(self, some: list[Reservation], write: bool) -> None:
-        """Commit or abort, in any grouping."""
+    @precondition(lambda self: self.writing)
+    @rule(data=st.data(), write=st.booleans())
+    def settle(self, data: st.DataObject, write: bool) -> None:
+        """Commit or abort some, whoever reserved them."""
+        places = st.integers(0, len(self.writing) - 1)
+        some = [self.writing[i] for i in sorted(data.draw(st.sets(places, min_size=1)))]
         self.writing = [each for each in self.writing if each not in some]
         if not write:
             self.l1.abort(some)
@@ -111,41 +108,46 @@ class L1Machine(RuleBasedStateMachine):
             old = self.ready.get(each.chunk.hash, 0)
             self.ready[each.chunk.hash] = old | 1 << each.part
 
+    @rule(prompt=prompts, length=lengths, part=parts)
+    def store(self, prompt: list[ChunkHash], length: int, part: PartId) -> None:
+        """Reserve and commit, as most stores go."""
+        others = self.writing
+        self.writing = []
+        self.reserve(prompt, 0, length, part)
+        done, self.writing = self.writing, others
+        assert self.l1.commit(done) == len(done)
+        for each in done:
+            old = self.ready.get(each.chunk.hash, 0)
+            self.ready[each.chunk.hash] = old | 1 << part
+
     # -- reading --------------------------------------------------------------------
 
-    @rule(target=acquired, prompt=prompts, length=lengths, needs=masks)
-    def acquire_leading(self, prompt: list[ChunkHash], length: int, needs: int):
+    @rule(prompt=prompts, length=lengths, needs=masks)
+    def acquire_leading(self, prompt: list[ChunkHash], length: int, needs: int) -> None:
         """Hold the leading run."""
+        expected = self._leading(prompt[:length], needs)
         chunks = self.l1.acquire_leading(prompt[:length], needs)
-        assert [c.hash for c in chunks] == self._leading(prompt[:length], needs)
-        self.held += chunks
-        return chunks
+        assert [chunk.hash for chunk in chunks] == expected
+        self.acquired.append([*chunks])
 
-    @rule(
-        target=acquired,
-        prompt=prompts,
-        needs=st.lists(st.integers(0, 3), min_size=5, max_size=5),
-    )
-    def acquire(self, prompt: list[ChunkHash], needs: list[int]):
+    @rule(prompt=prompts, needs=st.lists(st.integers(0, 3), min_size=5, max_size=5))
+    def acquire(self, prompt: list[ChunkHash], needs: list[int]) -> None:
         """Hold all or nothing."""
-        chunks = self.l1.acquire(prompt, needs)
         have = [
-            self.ready.get(h, 0) & n == n for h, n in zip(prompt, needs, strict=True)
+            self.ready.get(key, 0) & need == need
+            for key, need in zip(prompt, needs, strict=True)
         ]
+        chunks = self.l1.acquire(prompt, needs)
         assert (chunks is not None) == all(have)
-        if chunks is None:
-            return multiple()
-        assert [c is not None for c in chunks] == [n != 0 for n in needs]
-        self.held += [chunk for chunk in chunks if chunk]
-        return chunks
+        if chunks is not None:
+            assert [c is not None for c in chunks] == [n != 0 for n in needs]
+            self.acquired.append(chunks)
 
-    @rule(chunks=consumes(acquired))
-    def release(self, chunks: list[Chunk | None]) -> None:
+    @precondition(lambda self: self.acquired)
+    @rule(place=st.integers(0, 99))
+    def release(self, place: int) -> None:
         """End a copy's hold."""
-        self.l1.release(chunks)
-        for chunk in chunks:
-            if chunk is not None:
-                self.held.remove(chunk)
+        self.l1.release(self.acquired.pop(place % len(self.acquired)))
 
     @rule(prompt=prompts, length=lengths)
     def touch(self, prompt: list[ChunkHash], length: int) -> None:
@@ -238,7 +240,7 @@ class L1Machine(RuleBasedStateMachine):
     @invariant()
     def what_is_used_stays(self) -> None:
         """Held and reserved chunks are in the index, with as many holds as holders."""
-        holders = Counter(self.held)
+        holders = Counter(self._held())
         for lease in self.leases.values():
             holders.update(
                 c for c, w in zip(lease.chunks, lease.waiting, strict=True) if w
@@ -263,7 +265,7 @@ class L1Machine(RuleBasedStateMachine):
                 for part_id, part in chunk.parts.items():
                     seen = self.arena.array[_places(part.extents)]
                     assert part.num_bytes == PART_BYTES[part_id]
-                    assert np.all(seen == self._pattern(chunk.hash, part_id))
+                    assert np.all(seen == _pattern(chunk.hash, part_id))
 
     @invariant()
     def ledger_balances(self) -> None:
@@ -282,13 +284,16 @@ class L1Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """End what is left: all pages come back."""
-        for owner in list(self.leases):
-            self.table.end(owner)
-        self.l1.release(self.held)
-        self.l1.abort(self.writing)
-        self.l1.clear()
-        assert self.arena.used_bytes == 0
-        self.arena.close()
+        try:
+            for owner in list(self.leases):
+                self.table.end(owner)
+            for chunks in self.acquired:
+                self.l1.release(chunks)
+            self.l1.abort(self.writing)
+            self.l1.clear()
+            assert self.arena.used_bytes == 0
+        finally:
+            self.arena.close()
 
     # -- the model's own ------------------------------------------------------------
 
@@ -307,7 +312,7 @@ class L1Machine(RuleBasedStateMachine):
             for chunk, waiting in zip(lease.chunks, lease.waiting, strict=True)
             if waiting
         )
-        return {*self.held, *leased, *(each.chunk for each in self.writing)}
+        return {*self._held(), *leased, *(each.chunk for each in self.writing)}
 
     def _present(self) -> set[ChunkHash]:
         known = (chunk for prompt in PROMPTS for chunk in self.l1.peek(prompt))
@@ -321,8 +326,13 @@ class L1Machine(RuleBasedStateMachine):
         (chunk,) = self.l1.peek([key])
         return chunk is not None and part in chunk.parts
 
-    def _pattern(self, key: ChunkHash, part: PartId) -> int:
-        return 1 + key[0] * 32 + key[1] * 4 + part
+    def _held(self) -> list[Chunk]:
+        return [chunk for chunks in self.acquired for chunk in chunks if chunk]
+
+
+def _pattern(key: ChunkHash, part: PartId) -> int:
+    """The byte that fills a part."""
+    return 1 + key[0] * 32 + key[1] * 4 + part
 
 
 def _places(extents: Allocation) -> npt.NDArray[np.int64]:
@@ -342,5 +352,5 @@ def _describe(lease: ModelLease) -> tuple[int, tuple[int, ...]]:
 TestL1Machine = L1Machine.TestCase
 TestL1Machine.__doc__ = """Random operations agree with the model after every step."""
 TestL1Machine.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None
+    max_examples=100, stateful_step_count=50, deadline=None
 )

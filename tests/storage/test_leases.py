@@ -184,6 +184,18 @@ def test_chunks_that_are_not_needed_have_a_place_in_a_lease(bench: Bench) -> Non
     bench.table.end(ALICE)
 
 
+def test_leaves_of_an_ended_lease_go_first(bench: Bench) -> None:
+    """However its chunks were read, the last ones are the first to be evicted."""
+    bench.grant(ALICE)
+    bench.table.read(ALICE, 2, 4, 0)
+    others = [ChunkHash(bytes([i])) for i in range(10, 14)]
+    dropped = bench.l1.reserve(others, PartId(0), 64)
+    assert (len(dropped.reservations), dropped.num_dropped) == (2, 2)
+    bench.table.end(ALICE)
+    assert len(bench.l1.reserve(others[2:], PartId(0), 64).reservations) == 2
+    assert len(bench.l1.present(HASHES, 1)) == 4
+
+
 def test_unknown_sessions_are_no_error(bench: Bench) -> None:
     """A read or an end that comes after the lease's end finds nothing to do."""
     bench.table.read(BOB, 0, 3, 0)
