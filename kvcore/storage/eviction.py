@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
+from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 
 
@@ -45,8 +46,11 @@ class LRU:
 
     def touch(self, key: ChunkHash) -> None:
         """Make the chunk the most recent one."""
-        self._order[key] = None
-        self._order.move_to_end(key)
+        order = self._order
+        if key in order:
+            order.move_to_end(key)
+        else:
+            order[key] = None
 
     def discard(self, key: ChunkHash) -> None:
         """Forget a chunk, known or not."""
@@ -67,3 +71,15 @@ class LRU:
 
 POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRU}
 """Name in the configuration to policy."""
+
+
+def make_policy(name: str) -> EvictionPolicy:
+    """Make the policy that the configuration names.
+
+    Raises:
+        SetupError: there is no such policy.
+    """
+    if name not in POLICIES:
+        known = ", ".join(sorted(POLICIES))
+        raise SetupError(f"l1.eviction = {name!r}: known policies are {known}")
+    return POLICIES[name]()

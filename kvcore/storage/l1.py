@@ -213,10 +213,12 @@ class L1:
         Tail to head, so that leaves are evicted first. Unknown ones are passed over.
         """
         with self._lock:
-            for key in reversed(hashes):
-                chunk = self._index.get(key)
+            touch = self._policy.touch
+            for chunk in map(self._index.get, reversed(hashes)):
                 if chunk is not None and chunk.ready:
-                    self._touch(chunk)
+                    touch(chunk.hash)
+                    if not chunk.listed:
+                        chunk.listed = True
 
     # -- the whole --------------------------------------------------------------------
 
