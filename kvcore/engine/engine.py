@@ -45,7 +45,7 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.storage.arena import Arena
-from kvcore.storage.eviction import POLICIES
+from kvcore.storage.eviction import make_policy
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 
@@ -87,7 +87,7 @@ class Engine:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.chunk_size = config.chunk_size
-        self.l1 = L1(arena, POLICIES[config.l1.eviction]())
+        self.l1 = L1(arena, make_policy(config.l1.eviction))
         self.counters = Counters()
         self.registry = Registry(config.chunk_size)
         self.leases = LeaseTable(self.l1, config.sessions.lease_s, clock)

@@ -60,7 +60,6 @@ class Server:
             self.clients = ClientTable(
                 config.wire.heartbeat_s, self._watch, self._unwatch
             )
-            stack.callback(self.clients.close)
             self.loop = Loop(
                 bound.socket,
                 self.boot,
@@ -68,6 +67,7 @@ class Server:
                 config.wire.max_requests_per_client,
             )
             stack.callback(self.loop.close)
+            stack.callback(self.clients.close)
             self._stack = stack.pop_all()
 
     def run(self) -> None:
@@ -210,7 +210,11 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     _tame_gc()
-    on_ready(server.address)
+    try:
+        on_ready(server.address)
+    except BaseException:
+        server.close()
+        raise
     server.run()
 
 
