@@ -20,7 +20,7 @@ from kvcore.shm import remove_dead
 from kvctl.lab import ceilings
 from kvctl.lab.cast import Actor, Cast
 from kvctl.lab.local_server import LocalServer
-from kvctl.lab.measure import time_calls
+from kvctl.lab.measure import Samples, time_calls
 from kvctl.lab.messages import (
     EnginePlan,
     EngineReport,
@@ -41,6 +41,8 @@ TICK_S = 0.5
 READY_S = 60.0
 GRACE_S = 15.0
 """For requests under way to end, once a run is to stop."""
+SERVERLESS_GRACE_S = 3.0
+"""For the same once the server is gone: what waits for another waits in vain."""
 NUM_PINGS = 500
 MAX_LEASES_LOOKED_AT = 100_000
 
@@ -109,7 +111,7 @@ def run(
             play.run()
         finally:
             trouble = server.stop() if server else None
-        if trouble and trouble not in evidence.failures:
+        if trouble:
             evidence.failures.append(trouble)
         return summarise(evidence)
 
@@ -143,6 +145,7 @@ class Play:
     chunk_bytes: int = 0
     stop_by: float | None = None
     """When patience ends, once a stop was asked for."""
+    server_gone: bool = False
 
     def run(self) -> None:
         """Fill the evidence."""
@@ -157,7 +160,8 @@ class Play:
                 self._watch(cast)
             finally:
                 cast.close()
-            self._look_after(client)
+            if not self.server_gone:
+                self._look_after(client)
 
     def _plans(self) -> list[EnginePlan]:
         scenario = self.evidence.scenario
@@ -206,19 +210,23 @@ class Play:
     def _ask_to_stop(self, cast: Cast) -> None:
         if self.stop_by is None:
             self.watcher.phase("stopping")
-            self.stop_by = monotonic() + GRACE_S
+            grace = SERVERLESS_GRACE_S if self.server_gone else GRACE_S
+            self.stop_by = monotonic() + grace
             cast.tell_schedulers(Stop())
 
     def _give_up(self, cast: Cast) -> None:
+        """End without the last reports: what was told on the way stands for them."""
         for actor in cast.schedulers:
-            if actor.engine not in self.reported and actor.process.is_alive():
+            if actor.engine not in self.reported:
                 self.evidence.failures.append(f"{actor.name} did not stop")
+                tally = self.tallies.get(actor.engine, Tally())
+                self.evidence.reports.append(EngineReport(tally, Samples(), b""))
 
     def _step(self, cast: Cast) -> None:
         """Wait a little for something to happen, and take note of it."""
         actors = {a.control: a for a in cast.actors if not a.control.closed}
         waiting: list[Connection | int] = [*actors]
-        if self.server and self.stop_by is None:
+        if self.server and not self.server_gone:
             waiting.append(self.server.exited)
         for source in wait(waiting, TICK_S):
             if isinstance(source, Connection):
@@ -227,8 +235,9 @@ class Play:
                 self._server_ended()
 
     def _server_ended(self) -> None:
-        words = self.server.last_words() if self.server else ""
-        self.evidence.failures.append(f"the server ended: {words}")
+        """Take note once; how it ended is said when it is stopped."""
+        self.server_gone = True
+        self.evidence.failures.append("the server ended during the run")
 
     def _hear(self, actor: Actor) -> None:
         try:
@@ -250,11 +259,14 @@ class Play:
                 self.evidence.reports.append(message)
 
     def _lost(self, actor: Actor) -> None:
-        """A process ended. Early, it is a failure; and so is any that crashed."""
+        """A process ended: a failure where it crashed, or never told what it did.
+
+        Ranks end when their scheduler lets go of them, a moment before its report.
+        """
         actor.control.close()
         actor.process.join(TICK_S)
         code = actor.process.exitcode
-        if code or actor.engine not in self.reported:
+        if code or not (actor.is_rank or actor.engine in self.reported):
             self.evidence.failures.append(f"{actor.name} ended with exit code {code}")
         if not actor.is_rank:
             self.reported.add(actor.engine)

@@ -17,7 +17,8 @@ from kvcore.config import ServerConfig
 from kvcore.errors import SetupError, Unavailable
 from kvcore.options import encode_hook
 
-READY_S = 30.0
+READY_S = 120.0
+"""The touch of a large L1 takes a while on a busy machine."""
 STOP_S = 10.0
 
 
@@ -91,8 +92,8 @@ class LocalServer:
         os.close(self.exited)
         self._folder.cleanup()
         if early or code:
-            when = "during the run" if early else "when told to stop"
-            return f"the server ended {when} with exit code {code}: {words}"
+            when = "early" if early else "when told to stop"
+            return f"the server ended {when} with exit code {code}, saying: {words}"
         return None
 
 

@@ -69,6 +69,9 @@ class Tally(msgspec.Struct, tag=True):
     store_s: float = 0.0
     retrieve_bytes: int = 0
     retrieve_s: float = 0.0
+    copy_bytes: int = 0
+    """Of plain copies in the ranks, timed between their calls; likewise `copy_s`."""
+    copy_s: float = 0.0
 
     def add(self, other: Tally) -> None:
         """Count another's in."""
@@ -104,6 +107,8 @@ class Played(msgspec.Struct, frozen=True):
     tally: Tally
     durations: dict[str, float]
     errors: tuple[str, ...] = ()
+    unavailable: str | None = None
+    """The server is gone, and with it everything else that could be played."""
 
 
 Control = Ready | Failed | Start | Stop | Tally | EngineReport

@@ -88,25 +88,23 @@ def duration(seconds: float) -> str:
 
 def _copies(result: Result) -> Table:
     ceilings, rates, shares = result.ceilings, result.throughput, result.shares
-    plain = f"{ceilings.copy_gb_per_s:.2f}" if ceilings else NOTHING
-    pieces = f"{ceilings.gather_gb_per_s:.2f}" if ceilings else NOTHING
-    rows = (
-        ("store", _number(rates.store_gb_per_s), plain, pieces, _share(shares.store)),
-        (
-            "retrieve",
-            _number(rates.retrieve_gb_per_s),
-            plain,
-            pieces,
-            _share(shares.retrieve),
-        ),
-    )
-    title = "copies, GB/s in calls"
-    if ceilings:
-        title += (
-            f" (ceilings: {ceilings.copy_bytes:,} bytes, "
-            f"pieces of {ceilings.piece_bytes:,})"
+    idle = _number(ceilings.copy_gb_per_s if ceilings else None)
+    pieces = _number(ceilings.gather_gb_per_s if ceilings else None)
+    beside = _number(rates.plain_copy_gb_per_s)
+    rows = tuple(
+        (name, _number(rate), beside, _share(share), idle, pieces)
+        for name, rate, share in (
+            ("store", rates.store_gb_per_s, shares.store),
+            ("retrieve", rates.retrieve_gb_per_s, shares.retrieve),
         )
-    return Table(title, ("", ">GB/s", ">plain copy", ">in pieces", ">share"), rows)
+    )
+    columns = (">in calls", ">plain copy beside", ">share", ">idle", ">idle in pieces")
+    sizes = (
+        f" (idle: {ceilings.copy_bytes:,} bytes, pieces of {ceilings.piece_bytes:,})"
+        if ceilings
+        else ""
+    )
+    return Table(f"copies, GB/s{sizes}", ("", *columns), rows)
 
 
 def _round_trips(result: Result) -> Table:

@@ -56,10 +56,18 @@ class Throughput(msgspec.Struct, frozen=True):
     tokens_per_s: float
     store_gb_per_s: float | None
     retrieve_gb_per_s: float | None
+    plain_copy_gb_per_s: Annotated[
+        float | None,
+        Meta(description="of as many bytes, by the ranks themselves, between calls"),
+    ]
 
 
 class Shares(msgspec.Struct, frozen=True):
-    """Shares of the ceilings that were reached; 1 is the ceiling."""
+    """Shares of the ceilings that were reached; 1 is the ceiling.
+
+    Copies are held against the plain copies that the ranks made under the same load,
+    p50 of round trips against bare ones on the idle machine.
+    """
 
     store: float | None
     retrieve: float | None

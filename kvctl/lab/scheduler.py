@@ -171,9 +171,11 @@ class Engine:
                 rank.close()
 
     def _fail(self, message: str) -> None:
+        """Stop every slot; the first reason is told, the others follow from it."""
         self.queue.stop()
-        self.failure = self.failure or message
-        self.score.add(Tally(), {}, errors=(message,))
+        if self.failure is None:
+            self.failure = message
+            self.score.add(Tally(), {}, errors=(message,))
 
     def _play(self, access: Access, ranks: Sequence[Connection]) -> None:
         """One request's life: look up, load and compute, store, end.
@@ -230,6 +232,8 @@ class Engine:
             for rank in ranks:
                 played = _played.decode(rank.recv_bytes())
                 self.score.add(played.tally, played.durations, errors=played.errors)
+                if played.unavailable:
+                    raise Unavailable(played.unavailable)
         finally:
             self.pool.free(blocks)
 

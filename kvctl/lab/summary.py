@@ -122,35 +122,36 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _throughput(tally: Tally, elapsed_s: float) -> Throughput:
-    stored, retrieved = tally.store_s > 0, tally.retrieve_s > 0
     return Throughput(
         requests_per_s=_ratio(tally.requests, elapsed_s),
         tokens_per_s=_ratio(tally.tokens, elapsed_s),
-        store_gb_per_s=tally.store_bytes / tally.store_s / 1e9 if stored else None,
-        retrieve_gb_per_s=(
-            tally.retrieve_bytes / tally.retrieve_s / 1e9 if retrieved else None
-        ),
+        store_gb_per_s=_gb_per_s(tally.store_bytes, tally.store_s),
+        retrieve_gb_per_s=_gb_per_s(tally.retrieve_bytes, tally.retrieve_s),
+        plain_copy_gb_per_s=_gb_per_s(tally.copy_bytes, tally.copy_s),
     )
+
+
+def _gb_per_s(num_bytes: int, seconds: float) -> float | None:
+    return num_bytes / seconds / 1e9 if seconds else None
 
 
 def _shares(
     throughput: Throughput, operations: dict[str, Latency], ceilings: Ceilings | None
 ) -> Shares:
-    if ceilings is None:
-        return Shares(store=None, retrieve=None, ping=None, lookup=None)
+    plain = throughput.plain_copy_gb_per_s
 
     def of_copy(gb_per_s: float | None) -> float | None:
-        return None if gb_per_s is None else gb_per_s / ceilings.copy_gb_per_s
+        return gb_per_s / plain if gb_per_s and plain else None
 
     def of_trip(name: str, bare_s: float) -> float | None:
         latency = operations.get(name)
-        return None if latency is None else bare_s / latency.p50_s
+        return bare_s / latency.p50_s if latency else None
 
     return Shares(
         store=of_copy(throughput.store_gb_per_s),
         retrieve=of_copy(throughput.retrieve_gb_per_s),
-        ping=of_trip("ping", ceilings.ping_round_trip_s),
-        lookup=of_trip("lookup", ceilings.lookup_round_trip_s),
+        ping=of_trip("ping", ceilings.ping_round_trip_s) if ceilings else None,
+        lookup=of_trip("lookup", ceilings.lookup_round_trip_s) if ceilings else None,
     )
 
 

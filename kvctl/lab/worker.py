@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from kvcore.client import KVClient
-from kvcore.errors import KVError, SetupError
+from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab.messages import EnginePlan, Failed, Play, Played, Ready, Tally, send
@@ -27,6 +27,10 @@ from kvctl.lab.pattern import Pattern, Seeds, chunk_seeds
 
 SEGMENT_PREFIX = "kvlab-"
 """Of the shared memory of every played cache."""
+
+COPY_EVERY = 8
+"""Requests to a plain copy, which the calls are held against."""
+MAX_COPY_BYTES = 32 << 20
 
 _plays = msgspec.msgpack.Decoder(Play)
 
@@ -56,6 +60,9 @@ class Rank:
             f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}",
             geometry.groups(plan.scenario.cache_blocks, rank, ranks),
         )
+        self.num_played = 0
+        size = min(self.cache.segment.num_bytes, MAX_COPY_BYTES)
+        self.scratch = np.ones(size, np.uint8)
         self.patterns = [
             Pattern(
                 view,
@@ -83,9 +90,15 @@ class Rank:
         """Retrieve and check, then write and store; errors are told, not raised."""
         blocks = [np.frombuffer(packed, np.int32) for packed in task.blocks]
         turn = _Turn(task.session, chunk_seeds(task.hashes), blocks)
-        have = task.hit_tokens if self._retrieve(turn, task.hit_tokens) else 0
-        if have < task.end_tokens:
-            self._store(turn, have, task.end_tokens)
+        try:
+            have = task.hit_tokens if self._retrieve(turn, task.hit_tokens) else 0
+            if have < task.end_tokens:
+                self._store(turn, have, task.end_tokens)
+        except Unavailable as error:
+            return Played(turn.tally, turn.durations, (), unavailable=error.message)
+        self.num_played += 1
+        if self.num_played % COPY_EVERY == 0:
+            self._copy(turn.tally)
         return Played(turn.tally, turn.durations, tuple(turn.errors))
 
     def _retrieve(self, turn: _Turn, hit: int) -> bool:
@@ -105,6 +118,8 @@ class Rank:
         begun = perf_counter()
         try:
             call()
+        except Unavailable:
+            raise
         except KVError as error:
             turn.errors.append(f"retrieve: {error.code}: {error.message}")
             return False
@@ -139,6 +154,8 @@ class Rank:
             reply = self.client.store(
                 turn.session, self.instance_id, start, end, blocks
             )
+        except Unavailable:
+            raise
         except KVError as error:
             turn.errors.append(f"store: {error.code}: {error.message}")
             return
@@ -151,9 +168,21 @@ class Rank:
             tally.store_bytes = len(seeds) * self.chunk_bytes
             tally.store_s = took
 
+    def _copy(self, tally: Tally) -> None:
+        """Copy as many bytes as this request moved, from anywhere in the cache."""
+        size = min(tally.retrieve_bytes or tally.store_bytes, self.scratch.size)
+        room = self.cache.segment.num_bytes - size
+        start = self.num_played * size % (room + 1)
+        source, target = self.cache.segment.array[start:], self.scratch[:size]
+        begun = perf_counter()
+        np.copyto(target, source[:size])
+        tally.copy_s = perf_counter() - begun
+        tally.copy_bytes = size
+
     def close(self) -> None:
         """Unregister and let go of the cache."""
         with suppress(KVError):  # Where the server is gone, so is the registration.
+            _ = self.client.server
             self.client.unregister_kv_cache(self.instance_id)
         self.patterns.clear()
         self.cache.close()
