@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Look inside a server, a layout, the protocol or a result.",
 )
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 1.2
 REFRESH_S = 1.0
 UNBOUNDED = 1 << 62
 """Bytes of a handle whose size is not known here; the server checked it."""
@@ -101,6 +102,17 @@ def protocol(
         console.line(protocol_view.markdown().rstrip("\n"))
     else:
         console.show(*protocol_view.tables())
+
+
+@app.command()
+def result(
+    file: Annotated[Path, typer.Argument(help="a JSON that `kvctl bench run` saved")],
+) -> None:
+    """Show a saved result again."""
+    from kvctl.lab import report
+    from kvctl.lab.result import read
+
+    console.show(*report.parts(read(file)))
 
 
 @app.command()

@@ -65,7 +65,23 @@ def _run(options: ServerConfig) -> None:
     from kvcore.server.app import run
 
     held = f"L1 {console.size(options.l1.size)}, chunks of {options.chunk_size} tokens"
-    run(options, lambda bound: console.line(f"kvctl: ready at {bound} ({held})"))
+
+    def on_ready(bound: str) -> None:
+        if options.ready_file is not None:
+            _write_ready_file(Path(options.ready_file), bound)
+        console.line(f"kvctl: ready at {bound} ({held})")
+
+    run(options, on_ready)
+
+
+def _write_ready_file(path: Path, bound: str) -> None:
+    """Write the address under its final name only when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(f"{bound}\n")
+        part.replace(path)
+    except OSError as error:
+        raise SetupError(f"ready_file = {path}: {error.strerror}") from None
 
 
 def _with_port(options: ServerConfig, port: int) -> ServerConfig:

@@ -22,16 +22,20 @@ class LayoutPage:
     chunk_size: int
 
     def parts(self) -> list[Table | str]:
-        """Return what is shown; raises `LayoutError` where the layout cannot be."""
-        layouts = [
-            KVLayout.derive(group, self.handle_bytes, self.chunk_size)
-            for group in self.groups
-        ]
+        """Return what is shown."""
+        layouts = self.layouts()
         return [
             self._groups(),
             self._chunk_parts(layouts),
             self._pieces(layouts),
             self._total(layouts),
+        ]
+
+    def layouts(self) -> list[KVLayout]:
+        """Derive each group's layout; `LayoutError` where it cannot be."""
+        return [
+            KVLayout.derive(group, self.handle_bytes, self.chunk_size)
+            for group in self.groups
         ]
 
     def _groups(self) -> Table:
@@ -87,9 +91,9 @@ class LayoutPage:
         )
         chunks = GIB // chunk_bytes
         return (
-            f"a chunk: {size(rank_bytes)} a rank, {size(chunk_bytes)} for "
-            f"{self.world_size} ranks; a GiB of L1 holds {chunks} chunks, "
-            f"{chunks * self.chunk_size} tokens"
+            f"bytes a chunk: {size(rank_bytes)} a rank, {size(chunk_bytes)} in all "
+            f"(world size {self.world_size}); chunks a GiB: {chunks:,}, which is "
+            f"{chunks * self.chunk_size:,} tokens"
         )
 
 

@@ -1,0 +1,116 @@
+"""The command line: what it imports, and how it says that it was used wrongly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcore import __version__
+
+QUIET = ("serve", "--port", "0", "--log-level", "warning")
+HEAVY = ("zmq", "numpy", "torch", "prometheus_client", "kvcore.protocol")
+
+
+def kvctl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "kvctl", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`kvctl --help` answers at once: it loads no subcommand and no library of one."""
+    script = (
+        "import sys\n"
+        "from kvctl.cli import main\n"
+        "sys.argv = ['kvctl', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as ended:\n"
+        "    assert ended.code == 0\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("serve", "bench", "inspect"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--help"),
+        ("bench", "--help"),
+        ("bench", "run", "--help"),
+        ("inspect", "--help"),
+        ("inspect", "server", "--help"),
+    ],
+)
+def test_every_command_has_help(arguments: tuple[str, ...]) -> None:
+    """Help names the whole command and exits with 0."""
+    done = kvctl(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(("kvctl", *arguments[:-1])) in done.stdout
+
+
+def test_the_version_is_the_library_s() -> None:
+    """One version, said once."""
+    assert kvctl("--version").stdout == f"kvctl {__version__}\n"
+
+
+def test_flags_take_their_help_from_the_options() -> None:
+    """The flag says what the file key's declaration says."""
+    shown = " ".join(kvctl("serve", "--help").stdout.replace("│", " ").split())
+    assert "memory for chunks, taken at start from /dev/shm (default 1GiB)" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--prot",), "No such option: --prot"),
+        (("srve",), "No such command 'srve'. Did you mean 'serve'?"),
+        (("serve", "--prt", "1"), "kvctl serve: No such option: --prt"),
+        (("serve", "--port", "x"), "kvctl serve: Invalid value for '--port'"),
+        (("serve", "--port", "70000"), "kvctl serve: Invalid value for '--port'"),
+        (("serve", "extra"), "kvctl serve: Got unexpected extra argument"),
+        (("serve", "--set", "l1.sise=1"), "did you mean l1.size?"),
+        (("serve", "--set", "l1"), "--set l1: must read key=value"),
+        (("serve", "--l1-size", "1XiB"), "--l1-size 1XiB: l1.size: '1XiB'"),
+        (("serve", "--log-level", "loud"), "--log-level loud: log_level = 'loud'"),
+        (("serve", "--config", "/nowhere.toml"), "/nowhere.toml: No such file"),
+        (("serve", "--address", "ipc:///run/x", "--port", "1"), "has no port"),
+        ((*QUIET, "--set", "l1.eviction=zzz"), "'zzz': known policies"),
+        ((*QUIET, "--set", "l1.size=4TiB"), "/dev/shm"),
+        (("bench", "run", "/nowhere.toml"), "/nowhere.toml: No such file"),
+        (("inspect", "layout"), "give either --preset or --server"),
+        (("inspect", "layout", "--preset", "llama-3.1-8"), "llama-3.1-8b"),
+        (("inspect", "result", "/nowhere.json"), "/nowhere.json: No such file"),
+        (("inspect", "server", "--server", "tcp://127.0.0.1:1"), "no server answers"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], said: str
+) -> None:
+    """No usage page, no trace: the line that says what to change."""
+    done = kvctl(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("kvctl")
+    assert said in done.stderr
+
+
+def test_an_error_in_a_file_is_placed(tmp_path: Path) -> None:
+    """The line names file, line, key and the nearest known key."""
+    path = tmp_path / "server.toml"
+    path.write_text("[l1]\nsiez = '1GiB'\n")
+    done = kvctl("serve", "--config", str(path))
+    assert done.returncode == 2
+    assert f"{path}:2: unknown key l1.siez; did you mean l1.size?" in done.stderr

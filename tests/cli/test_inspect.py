@@ -1,0 +1,144 @@
+"""`kvctl inspect`: what is shown follows from what is declared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from kvcore.errors import ERRORS
+from kvcore.protocol import (
+    REQUESTS,
+    BootToken,
+    InstanceStatus,
+    L1Status,
+    LeaseStatus,
+    StatusReply,
+)
+from kvctl import console
+from kvctl.commands import inspect
+from kvctl.lab.geometry import PRESETS
+from kvctl.views import protocol, status
+from kvctl.views.layout import LayoutPage, Pieces
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_protocol_s_page_is_up_to_date() -> None:
+    """`make docs` was run after the last change of a request."""
+    assert (ROOT / "docs/protocol.md").read_text() == protocol.markdown()
+
+
+def test_the_protocol_s_page_names_every_request_and_error() -> None:
+    """What is declared is documented, without anybody writing it down."""
+    page = protocol.markdown()
+    for kind in REQUESTS.values():
+        assert f"### {kind.name}\n" in page
+        assert kind.fingerprint in page
+        for field in kind.request.__struct_fields__:
+            assert f"| {field} |" in page
+    assert all(f"| {code} |" in page for code in ERRORS)
+
+
+def test_the_protocol_s_tables_are_the_page_s(capsys) -> None:
+    """On a terminal the same requests are shown."""
+    inspect.protocol(markdown=False)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in REQUESTS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_layout(name: str, capsys) -> None:
+    """Axes, parts, runs, bytes a chunk and chunks a GiB of every known model."""
+    inspect.layout(preset=name)
+    shown = capsys.readouterr().out
+    for word in ("axes", "parts of a chunk", "runs", "bytes a chunk", "chunks a GiB"):
+        assert word in shown
+
+
+def test_bytes_a_chunk_are_those_of_the_model(capsys) -> None:
+    """256 tokens x 32 layers x K and V x 8 heads x 128 x 2 bytes are 32 MiB."""
+    inspect.layout(preset="llama-3.1-8b")
+    assert "bytes a chunk: 32.0 MiB a rank" in capsys.readouterr().out
+
+
+def test_the_pieces_of_a_copy_are_counted() -> None:
+    """A block of a plane is a piece; neighbours in memory merge into one."""
+    cache = PRESETS["llama-3.1-8b"].groups(64, 0, 1)
+    page = LayoutPage("x", cache.groups, cache.handle_bytes, 1, 256)
+    layout = page.layouts()[0]
+    assert Pieces.of(layout) == Pieces(
+        piece_bytes=16 * 8 * 128 * 2, num_scattered=64 * 16, num_adjacent=64
+    )
+
+
+STATUS = StatusReply(
+    version="1",
+    address="tcp://127.0.0.1:5555",
+    pid=7,
+    boot=BootToken(1),
+    chunk_size=256,
+    uptime_s=3,
+    num_clients=2,
+    num_sessions=1,
+    l1=L1Status(1 << 30, 1 << 28, 65536, 3, 6, 1, 0),
+    instances=(
+        InstanceStatus(
+            instance_id="worker-0",
+            engine_id="engine-0",
+            model="some-model",
+            world_size=2,
+            rank=1,
+            pid=8,
+            groups=("4 layers of tokens",),
+            group_fingerprints=("f",),
+            group_descriptions=(),
+            registered_bytes=1 << 30,
+            chunk_bytes=1 << 20,
+        ),
+    ),
+    leases=(LeaseStatus("engine-0", "request-9", "some-model", 3, (0, 1), 1.5, 58.5),),
+    num_leases=2,
+    counters={"lookups": 1234567},
+)
+
+
+def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
+    """Registrations with layout, L1 use, sessions, leases and counters are there."""
+    console.show(*status.parts(STATUS))
+    shown = capsys.readouterr().out
+    for word in (
+        "1 sessions", "25.0% of 1.0 GiB", "worker-0", "1 of 2", "4 layers of tokens",
+        "leases (1 of 2)", "request-9", "1.5 s", "58.5 s", "0 1", "1,234,567",
+    ):  # fmt: skip
+        assert word in shown
+
+
+def test_an_instance_that_is_not_there_is_named() -> None:
+    """The error lists those that are."""
+    with pytest.raises(inspect.SetupError, match=r"--instance w: .*are worker-0"):
+        inspect._instance(STATUS, "w")
+    assert inspect._instance(STATUS, None).instance_id == "worker-0"
+
+
+def test_a_live_registration_s_layout_needs_no_handle_sizes() -> None:
+    """The server has checked them; the page has one entry a handle."""
+    cache = PRESETS["small-hybrid"].groups(4, 0, 1)
+    one = replace(STATUS.instances[0], group_descriptions=cache.groups)
+    assert len(inspect._unbounded(one)) == len(cache.handle_bytes)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (1 << 40, "1.0 TiB")],
+)
+def test_sizes_are_written_for_people(num_bytes: int, text: str) -> None:
+    """The unit follows the size."""
+    assert console.size(num_bytes) == text
+
+
+def test_an_error_stays_on_one_line(capsys) -> None:
+    """Whatever a message holds, a caller can read it line by line."""
+    console.error("first\n  second")
+    assert capsys.readouterr().err == "first second\n"
