@@ -139,7 +139,12 @@ def _drawn(part: Table | str) -> RenderableType:
     from rich.table import Table as Drawn
     from rich.text import Text
 
-    table = Drawn(title=part.title or None, title_justify="left", box=box.SIMPLE)
+    table = Drawn(
+        title=part.title or None,
+        title_justify="left",
+        box=box.SIMPLE,
+        show_header=any(name.removeprefix(">") for name in part.columns),
+    )
     for name in part.columns:
         right = name.startswith(">")
         table.add_column(name.removeprefix(">"), justify="right" if right else "left")
