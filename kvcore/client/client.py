@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -104,6 +104,12 @@ class KVClient:
     def submit(self, request: Request[R], timeout_s: float | None = None) -> Future[R]:
         """Send any declared request."""
         return self._connection.submit(request, timeout_s or self.timeout_s)
+
+    def call_all(
+        self, requests: Sequence[Request[Any]], timeout_s: float | None = None
+    ) -> list[Any]:
+        """Send requests at once, in order, and wait for all of their replies."""
+        return self._connection.call_all(requests, timeout_s or self.timeout_s)
 
     # -- a worker's -----------------------------------------------------------------
 

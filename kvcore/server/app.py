@@ -73,7 +73,9 @@ class Server:
     def run(self) -> None:
         """Serve until `stop` is called, then release everything."""
         try:
-            self.loop.serve(self._handlers(), self._client_gone, self._upkeep)
+            config = self.config
+            soonest = min(config.sessions.lease_s, config.wire.heartbeat_s)
+            self.loop.serve(self._handlers(), self._client_gone, self._upkeep, soonest)
         finally:
             self.close()
 

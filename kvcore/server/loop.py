@@ -45,9 +45,6 @@ from kvcore.server.clients import Client, ClientTable
 
 log = logging.getLogger(__name__)
 
-MAX_RECEIVES = 32
-"""Requests taken in before slices and timers get their turn."""
-
 Handler = Callable[[Any, Client, int], Any]
 """Takes a request, its client and its deadline; returns a reply, `Running` work, or a
 generator that yields between slices and returns either."""
@@ -95,21 +92,31 @@ class Loop:
         handlers: dict[str, Handler],
         on_gone: Callable[[Client], None],
         upkeep: Callable[[], float | None],
+        upkeep_s: float,
     ) -> None:
-        """Run until `stop`. `upkeep` ends what is past its time and says when next."""
+        """Run until `stop`.
+
+        `upkeep` ends what is past its time and says when to look again, None when
+        there is nothing to wait for; nothing that begins is due within `upkeep_s`.
+        """
         self._handlers = handlers
         self._on_gone = on_gone
         sources: list[tuple[Any, int]] = [
             (self._socket, zmq.POLLIN),
             (self._epoll.fileno(), zmq.POLLIN),
         ]
+        look_again: float | None = None
         while not self._stopping:
-            deadline = upkeep()
-            for source, _ in zmq.zmq_poll(sources, self._timeout_ms(deadline)):
+            if look_again is not None and monotonic() >= look_again:
+                look_again = upkeep()
+            for source, _ in zmq.zmq_poll(sources, self._timeout_ms(look_again)):
                 if source is self._socket:
                     self._receive()
                 else:
                     self._look_around()
+                if look_again is None:
+                    # What begins now cannot be due before this.
+                    look_again = monotonic() + upkeep_s
             self._step()
 
     def stop(self) -> None:
@@ -140,16 +147,19 @@ class Loop:
     # -- receiving ----------------------------------------------------------------
 
     def _receive(self) -> None:
-        for _ in range(MAX_RECEIVES):
-            try:
-                identity = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            frames = []
-            while self._socket.rcvmore:
-                frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
-            self.num_requests += 1
-            self._serve_message(identity, frames)
+        """Take in one message.
+
+        Whether there is another, the next poll says more cheaply than a refusal.
+        """
+        try:
+            identity = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
+        while frames[-1].more:
+            frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
+        self.num_requests += 1
+        self._serve_message(identity, frames)
 
     def _serve_message(self, identity: bytes, frames: list[zmq.Frame]) -> None:
         request_id = 0
