@@ -36,6 +36,7 @@ from kvcore.protocol import (
 )
 from kvcore.server.clients import Client, ClientTable
 from kvcore.server.loop import Handler, Loop
+from kvcore.server.metrics import exposed
 from kvcore.server.socket import bind
 from kvcore.shm import remove_dead
 from kvcore.storage.arena import SEGMENT_PREFIX, Arena
@@ -68,6 +69,10 @@ class Server:
             )
             stack.callback(self.loop.close)
             stack.callback(self.clients.close)
+            if config.metrics_port is not None:
+                stack.enter_context(
+                    exposed(config.metrics_port, self.counters, self.l1_status)
+                )
             self._stack = stack.pop_all()
 
     def run(self) -> None:
