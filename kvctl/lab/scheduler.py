@@ -19,7 +19,8 @@ from msgspec.structs import replace
 
 from kvcore.client import KVClient
 from kvcore.errors import Closed, KVError, Unavailable
-from kvcore.keys import HashChain, SessionKey, chain_seed, pack_tokens
+from kvcore.keys import ChunkHash, HashChain, SessionKey, chain_seed, pack_tokens
+from kvcore.protocol import LookupReply
 from kvctl.lab.blocks import BlockPool
 from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
@@ -32,7 +33,7 @@ from kvctl.lab.messages import (
     Tally,
     send,
 )
-from kvctl.lab.workload import Access, accesses
+from kvctl.lab.workload import Access, Tokens, accesses
 
 PROGRESS_S = 0.5
 MAX_ERRORS_TOLD = 10
@@ -187,21 +188,14 @@ class Engine:
         session = SessionKey(self.plan.engine_id, access.request_id)
         durations: dict[str, float] = {}
         begun = perf_counter()
-        try:
-            found = self.client.lookup(
-                session, self.plan.model, self.plan.scenario.ranks, tokens
-            )
-        except (Unavailable, Closed):
-            raise
-        except KVError as error:
-            told = f"lookup: {error.code}: {error.message}"
-            self.score.add(Tally(requests=1), durations, errors=(told,))
+        found = self._lookup(session, tokens, durations)
+        if found is None:
             return
-        durations["lookup"] = perf_counter() - begun
-        chain = HashChain(self.seed, self.chunk_size)
-        for _ in chain.extend(pack_tokens(tokens), HASH_SLICE):
-            pass
-        hashes = chain.hashes
+        hashes = self._hashes(tokens)
+        if hashes:
+            self._load_and_store(session, found.num_tokens, hashes, ranks)
+        self._end(session, durations)
+        durations["request"] = perf_counter() - begun
         tally = Tally(
             requests=1,
             tokens=len(tokens),
@@ -209,11 +203,30 @@ class Engine:
             chunks=len(hashes),
             chunks_hit=found.num_chunks,
         )
-        if hashes:
-            self._load_and_store(session, found.num_tokens, hashes, ranks)
-        self._end(session, durations)
-        durations["request"] = perf_counter() - begun
         self.score.add(tally, durations, [head[:HEAD_BYTES] for head in hashes])
+
+    def _lookup(
+        self, session: SessionKey, tokens: Tokens, durations: dict[str, float]
+    ) -> LookupReply | None:
+        """Look up; what the server refuses is counted, and nothing is found."""
+        model, ranks = self.plan.model, self.plan.scenario.ranks
+        begun = perf_counter()
+        try:
+            found = self.client.lookup(session, model, ranks, tokens)
+        except (Unavailable, Closed):
+            raise
+        except KVError as error:
+            told = f"lookup: {error.code}: {error.message}"
+            self.score.add(Tally(requests=1), {}, errors=(told,))
+            return None
+        durations["lookup"] = perf_counter() - begun
+        return found
+
+    def _hashes(self, tokens: Tokens) -> list[ChunkHash]:
+        chain = HashChain(self.seed, self.chunk_size)
+        for _ in chain.extend(pack_tokens(tokens), HASH_SLICE):
+            pass
+        return chain.hashes
 
     def _load_and_store(
         self,

@@ -166,10 +166,12 @@ def begin_long(scenario: Path, out: Path) -> subprocess.Popen[str]:
     flags = ("--set", "workload.turns=5", "--set", "workload.num_sessions=100000")
     process = start(scenario, "--out", out, *flags)
     assert process.stderr is not None
+    said = []
     for line in process.stderr:
+        said.append(line)
         if " requests, " in line:
             return process
-    raise AssertionError("it never played")
+    raise AssertionError(f"it never played: {said}, {process.communicate()}")
 
 
 def descendants(pid: int) -> list[int]:
