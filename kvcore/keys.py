@@ -58,7 +58,10 @@ def pack_tokens(tokens: Tokens) -> bytes:
     Raises:
         BadRequest: an id is negative or over 2**32 - 1.
     """
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise BadRequest("tokens must be a flat sequence of integers") from None
     if array.size == 0:
         return b""
     if array.dtype.kind not in "iu" or array.ndim != 1:

@@ -53,6 +53,8 @@ T = TypeVar("T")
 
 ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""
+CLEAR_CHUNKS = 32
+"""Chunks dropped in one step of a clear, about 80 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,10 +341,14 @@ class Engine:
         # Once a request, tail to head: its leaves are the first to be evicted.
         self.l1.touch(session.chain.hashes)
 
-    def clear(self, request: Clear, caller: Caller) -> Cleared:
+    def clear(self, request: Clear, caller: Caller) -> Generator[None, None, Cleared]:
         """Drop every chunk that nobody reads or writes."""
-        cleared = self.l1.clear()
-        return Cleared(cleared.num_chunks, cleared.num_kept)
+        hashes = self.l1.hashes()
+        num_dropped = 0
+        for first in range(0, len(hashes), CLEAR_CHUNKS):
+            num_dropped += self.l1.drop(hashes[first : first + CLEAR_CHUNKS])
+            yield
+        return Cleared(num_dropped, len(hashes) - num_dropped)
 
     # -- upkeep -------------------------------------------------------------------
 

@@ -28,7 +28,6 @@ from kvcore.storage.eviction import EvictionPolicy
 __all__ = [
     "L1",
     "Chunk",
-    "ClearResult",
     "L1Stats",
     "Part",
     "PartId",
@@ -50,14 +49,6 @@ class Reserved:
 
 
 @dataclass(frozen=True, slots=True)
-class ClearResult:
-    """What a clear removed, and what it left because it is held or written."""
-
-    num_chunks: int
-    num_kept: int
-
-
-@dataclass(frozen=True, slots=True)
 class L1Stats:
     """Use of L1 at one moment."""
 
@@ -74,6 +65,10 @@ class L1Stats:
     used_bytes: int
     total_bytes: int
     page_bytes: int
+
+
+RESERVE_CHUNKS = 32
+"""Chunks for which room is made in one go."""
 
 
 class L1:
@@ -106,24 +101,25 @@ class L1:
         ones are dropped too: a suffix without its prefix is no use. Every
         reservation must be committed or aborted, once.
         """
-        bit = 1 << part
         reservations: list[Reservation] = []
         num_present = 0
         with self._lock:
-            full = self._closed
             present = self._hold_known(hashes)
-            for index, key in enumerate(hashes):
-                chunk = self._index.get(key)
-                if chunk is not None and (chunk.ready | chunk.reserved) & bit:
-                    num_present += 1
-                    continue
-                extents = None if full else self._make_room(num_bytes)
-                if extents is None:
-                    full = True
-                    continue
-                chunk = self._begin(key, part, Part(extents, num_bytes))
-                reservations.append(Reservation(index, chunk, part, extents))
-            self._release(present)
+            full = self._closed
+        for first in range(0, len(hashes), RESERVE_CHUNKS):
+            # Making room takes 5 us a chunk: let lookups have the lock in between.
+            with self._lock:
+                for index in range(first, min(first + RESERVE_CHUNKS, len(hashes))):
+                    if self._has(hashes[index], part):
+                        num_present += 1
+                        continue
+                    extents = None if full else self._make_room(num_bytes)
+                    if extents is None:
+                        full = True
+                        continue
+                    chunk = self._begin(hashes[index], part, Part(extents, num_bytes))
+                    reservations.append(Reservation(index, chunk, part, extents))
+        self.release(present)
         num_dropped = len(hashes) - num_present - len(reservations)
         return Reserved(reservations, num_present, num_dropped)
 
@@ -222,18 +218,24 @@ class L1:
 
     # -- the whole --------------------------------------------------------------------
 
-    def clear(self) -> ClearResult:
-        """Drop every chunk that nobody holds or writes. Takes time per chunk."""
+    def hashes(self) -> list[ChunkHash]:
+        """Return a copy of the index's keys, 10 ns each."""
         with self._lock:
-            idle = [
-                chunk
-                for chunk in self._index.values()
-                if not (chunk.holds or chunk.reserved)
-            ]
-            for chunk in idle:
-                self._policy.discard(chunk.hash)
-                self._drop(chunk)
-            return ClearResult(len(idle), len(self._index))
+            return list(self._index)
+
+    def drop(self, hashes: Sequence[ChunkHash]) -> int:
+        """Drop the chunks among these that nobody holds or writes; return how many.
+
+        2.5 us a chunk under the lock: callers cut long lists.
+        """
+        num_dropped = 0
+        with self._lock:
+            for chunk in map(self._index.get, hashes):
+                if chunk is not None and not (chunk.holds or chunk.reserved):
+                    self._policy.discard(chunk.hash)
+                    self._drop(chunk)
+                    num_dropped += 1
+        return num_dropped
 
     def stats(self) -> L1Stats:
         """Return the counts, all kept as they change."""
@@ -270,6 +272,10 @@ class L1:
                 break
             chunks.append(chunk)
         return chunks
+
+    def _has(self, key: ChunkHash, part: PartId) -> bool:
+        chunk = self._index.get(key)
+        return chunk is not None and bool((chunk.ready | chunk.reserved) >> part & 1)
 
     def _hold_known(self, hashes: Iterable[ChunkHash]) -> list[Chunk]:
         chunks = [chunk for chunk in map(self._index.get, hashes) if chunk is not None]

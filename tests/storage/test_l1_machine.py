@@ -159,9 +159,8 @@ class L1Machine(RuleBasedStateMachine):
         """Drop all that is idle."""
         used = {c.hash for c in self._in_use()}
         before = self.l1.stats().num_chunks
-        result = self.l1.clear()
-        assert result.num_kept == len(used)
-        assert result.num_chunks == before - len(used)
+        assert self.l1.drop(self.l1.hashes()) == before - len(used)
+        assert self.l1.stats().num_chunks == len(used)
         assert set(self.ready).intersection(self._present()) <= used
 
     # -- leases ---------------------------------------------------------------------
@@ -290,7 +289,7 @@ class L1Machine(RuleBasedStateMachine):
             for chunks in self.acquired:
                 self.l1.release(chunks)
             self.l1.abort(self.writing)
-            self.l1.clear()
+            self.l1.drop(self.l1.hashes())
             assert self.arena.used_bytes == 0
         finally:
             self.arena.close()
