@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
@@ -42,6 +43,8 @@ class Cast:
         self._context = multiprocessing.get_context("spawn")
         self.run_prefix = plans[0].engine_id.rpartition("-")[0]
         self.actors: list[Actor] = []
+        # Its start would unblock what is blocked next.
+        resource_tracker.ensure_running()
         # Blocked, not ignored: a signal that comes meanwhile reaches the driver later.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -123,7 +123,7 @@ def _round_trips(result: Result) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
+    return NOTHING if value is None else f"{value:.3g}"
 
 
 def _share(value: float | None) -> str:

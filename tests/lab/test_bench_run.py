@@ -55,6 +55,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -189,10 +190,10 @@ def command_of(pid: int) -> str:
 
 
 def test_an_interrupt_keeps_what_was_measured(scenario: Path, tmp_path: Path) -> None:
-    """SIGINT: a result marked interrupted, no process and no shared memory left."""
+    """Ctrl-C reaches the whole group: a result says so, and nothing is left over."""
     process = begin_long(scenario, tmp_path / "out")
     children = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     code, _, err = finish(process)
     assert code == 0, err
     result = result_in(tmp_path / "out")
