@@ -7,8 +7,9 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from socket import socketpair
 from time import monotonic, monotonic_ns
 from typing import Any
 
@@ -42,6 +43,8 @@ from kvcore.shm import remove_dead
 from kvcore.storage.arena import SEGMENT_PREFIX, Arena
 
 log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server:
@@ -214,15 +217,41 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     for name in remove_dead(SEGMENT_PREFIX):
         log.info("removed %s, left behind by a dead server", name)
     server = Server(config)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: server.stop())
-    _tame_gc()
-    try:
-        on_ready(server.address)
-    except BaseException:
-        server.close()
-        raise
-    server.run()
+    with _stopped_by_signals(server):
+        _tame_gc()
+        try:
+            on_ready(server.address)
+        except BaseException:
+            server.close()
+            raise
+        server.run()
+
+
+@contextmanager
+def _stopped_by_signals(server: Server) -> Iterator[None]:
+    """Stop the server on the first SIGINT or SIGTERM; later ones change nothing.
+
+    Python runs a handler between two of its own instructions, so a signal that comes
+    just before the poll would be seen only after it: the wake-up descriptor, which is
+    written at once, ends the poll.
+    """
+
+    def stop(*_: object) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        server.stop()
+
+    watched, written = socketpair()
+    with watched, written:
+        written.setblocking(False)
+        server.loop.watch(watched.fileno())
+        signal.set_wakeup_fd(written.fileno())
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
 
 
 def _tame_gc() -> None:
