@@ -1,0 +1,104 @@
+"""`kvctl serve`: one ready line, one server an address, a clean end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kvcore.client import KVClient
+
+STOP_S = 10
+Serve = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Give a function that starts a small server; whatever it started is stopped."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", "kvctl", "serve", "--l1-size", "4MiB"]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [*command, "--log-level", "warning", *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def address_of(server: subprocess.Popen[str]) -> str:
+    """Read the ready line and return the address in it."""
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert line.startswith("kvctl: ready at tcp://127.0.0.1:"), line
+    assert line.endswith(" (L1 4.0 MiB, chunks of 256 tokens)\n")
+    return line.split()[3]
+
+
+def segments(pid: int) -> list[str]:
+    """List what a server has in /dev/shm."""
+    return [path.name for path in Path("/dev/shm").glob(f"kvcore-{pid}-*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(serve: Serve, number: signal.Signals) -> None:
+    """One line in all, exit code 0, and nothing left in /dev/shm."""
+    server = serve("--port", "0")
+    address_of(server)
+    assert len(segments(server.pid)) == 1
+    server.send_signal(number)
+    out, err = server.communicate(timeout=STOP_S)
+    assert (server.returncode, out, err) == (0, "", "")
+    assert segments(server.pid) == []
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_a_signal_right_after_a_request_is_not_lost(serve: Serve, attempt: int) -> None:
+    """A signal that meets the loop on its way back to the poll still ends it."""
+    server = serve("--port", "0")
+    KVClient(address_of(server)).close()
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(STOP_S) == 0
+
+
+def test_the_ready_file_holds_the_bound_address(serve: Serve, tmp_path: Path) -> None:
+    """It is there, whole, before the ready line."""
+    path = tmp_path / "address"
+    server = serve("--port", "0", "--ready-file", str(path))
+    address = address_of(server)
+    assert path.read_text() == f"{address}\n"
+    with KVClient(address) as client:
+        assert client.chunk_size == 256
+
+
+def test_a_second_server_at_an_address_is_refused(serve: Serve) -> None:
+    """One line that names the address, exit code 2, and the first serves on."""
+    address = address_of(serve("--port", "0"))
+    second = serve("--address", address)
+    out, err = second.communicate(timeout=STOP_S)
+    assert (second.returncode, out) == (2, "")
+    assert err.startswith(f"kvctl: cannot serve at {address}: Address already in use")
+    assert err.count("\n") == 1
+    with KVClient(address) as client:
+        client.ping()
+
+
+def test_a_ready_file_that_cannot_be_written_ends_it(serve: Serve) -> None:
+    """Who waits for that file would wait for ever; nothing stays in /dev/shm."""
+    server = serve("--port", "0", "--ready-file", "/nowhere/address")
+    _, err = server.communicate(timeout=STOP_S)
+    assert server.returncode == 2
+    assert err == "kvctl: ready_file = /nowhere/address: No such file or directory\n"
+    assert segments(server.pid) == []
