@@ -7,10 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from kvcore.options import ByteSize as ByteSize
-from kvcore.options import Options, require
-from kvcore.options import describe as describe
-from kvcore.options import load as load
+from kvcore.options import ByteSize, Options, require
 
 
 class L1Config(Options, frozen=True):
