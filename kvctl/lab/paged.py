@@ -6,7 +6,6 @@ the transport that the server copies with, so that one checks the other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +19,8 @@ from kvctl.lab.geometry import RankCache
 POISON = 0xA5
 """What blocks hold before a retrieve, so that one that writes nothing shows."""
 
-LOGICAL_AXES = "NKLSHD"
+LOGICAL_AXES = "NLKSHD"
+"""Layers before K and V, as in every known engine: numpy keeps memory's order."""
 
 Words = npt.NDArray[np.uint64] | npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int32]
@@ -55,7 +55,7 @@ class PagedCache:
 def logical_view(
     memory: npt.NDArray[np.uint8], group: CacheGroup, starts: Sequence[int]
 ) -> Words:
-    """View a group as `[N, K, L, S, H, words]`, whatever order its memory has.
+    """View a group as `[N, L, K, S, H, words]`, whatever order its memory has.
 
     `starts` are the handles' offsets in `memory`. Axes that the group lacks have size
     one; an opaque page is one row of words. Words are eight bytes where a row of D
@@ -79,8 +79,3 @@ def logical_view(
         offsets[0],
         tuple(strides.get(axis, word) for axis in LOGICAL_AXES),
     )
-
-
-def plane_words(view: Words) -> int:
-    """Words of one block in one plane (K or V of a layer)."""
-    return math.prod(view.shape[3:])

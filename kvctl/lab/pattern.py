@@ -1,7 +1,7 @@
 """Bytes that can be checked without a copy of the truth.
 
 A 64-bit word is a function of the chunk's hash, the rank, the group, K or V, the
-layer, and its place in the plane. So swapped chunks, ranks, groups, layers, halves,
+layer, and its place in the chunk. So swapped chunks, ranks, groups, layers, halves,
 slots or heads all show. What is replicated (MLA) is the same on every rank.
 """
 
@@ -19,7 +19,7 @@ from kvctl.lab.paged import Indices, Words
 Seeds = npt.NDArray[np.uint64]
 
 HASH_BYTES = 32
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 1 << 20
 """Made at once: enough to keep numpy busy, little enough to stay in cache."""
 
 WEYL = np.uint64(0x9E3779B97F4A7C15)
@@ -45,7 +45,7 @@ class _Batch:
     blocks: Indices
     """`[chunks, blocks of a chunk]`"""
     words: Words
-    """`[chunks, blocks of a chunk, K, L, S, H, words]`, a view of scratch memory."""
+    """`[chunks, blocks of a chunk, L, K, S, H, words]`, a view of scratch memory."""
 
 
 class Pattern:
@@ -60,15 +60,17 @@ class Pattern:
     ) -> None:
         self.view = view
         self.chunk_blocks = chunk_blocks
-        self.num_kv, self.num_layers = view.shape[1:3]
-        planes = range(self.num_kv * self.num_layers)
+        planes = range(view.shape[1] * view.shape[2])
         self.salts = np.array([_salt(rank, group, plane) for plane in planes])
         block_bytes = view[0, 0, 0].nbytes
-        self.plane_bytes = chunk_blocks * block_bytes
-        steps = np.arange(-(-self.plane_bytes // 8), dtype=np.uint64) * WEYL
-        self.steps = steps
-        self.batch_chunks = max(1, BATCH_BYTES // (len(planes) * self.plane_bytes))
-        self.scratch = np.empty((self.batch_chunks, len(planes), steps.size), np.uint64)
+        self.block_words = block_bytes // view.itemsize
+        num_words = -(-block_bytes // 8)
+        steps = np.arange(chunk_blocks * num_words, dtype=np.uint64) * WEYL
+        self.steps = steps.reshape(chunk_blocks, 1, num_words)
+        chunk_words = steps.size * len(planes)
+        self.batch_chunks = max(1, BATCH_BYTES // (8 * chunk_words))
+        shape = (self.batch_chunks, chunk_blocks, len(planes), num_words)
+        self.scratch = np.empty(shape, np.uint64)
 
     def write(self, seeds: Seeds, blocks: Indices) -> None:
         """Write the chunks' bytes into blocks; null ones (-1) are left out."""
@@ -101,13 +103,9 @@ class Pattern:
         """Make whole chunks in the scratch memory, shaped as the view's blocks."""
         planes = mix(seeds[:, None] + self.salts)
         made = self.scratch[: len(seeds)]
-        np.add(planes[:, :, None], self.steps, out=made)
-        words = made.view(self.view.dtype)[
-            ..., : self.plane_bytes // self.view.itemsize
-        ]
-        inside = self.view.shape[3:]
-        shape = (len(seeds), self.num_kv, self.num_layers, self.chunk_blocks, *inside)
-        return words.reshape(shape).transpose(0, 3, 1, 2, 4, 5, 6)
+        np.add(planes[:, None, :, None], self.steps, out=made)
+        words = made.view(self.view.dtype)[..., : self.block_words]
+        return words.reshape(len(seeds), self.chunk_blocks, *self.view.shape[1:])
 
 
 def _salt(rank: int | None, group: int, plane: int) -> np.uint64:

@@ -69,7 +69,7 @@ def test_another_rank_or_group_shows() -> None:
 def test_a_single_wrong_byte_is_counted() -> None:
     """One flipped byte is one wrong byte."""
     pattern = make()
-    pattern.view[7, 1, 0, 3, 1, 0] ^= 0xFF00
+    pattern.view[7, 0, 1, 3, 1, 0] ^= 0xFF00
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) == 1
 
 
@@ -82,7 +82,7 @@ def test_rows_that_are_not_whole_words_check() -> None:
     pattern = Pattern(view, 0, 0, CHUNK_BLOCKS)
     pattern.write(SEEDS, BLOCKS)
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) == 0
-    view[7, 1, 0, 3, 1, 9] ^= 1
+    view[7, 0, 1, 3, 1, 9] ^= 1
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) == 1
 
 
