@@ -24,7 +24,6 @@ from itertools import count
 from time import monotonic_ns
 from typing import Any, TypeVar
 
-import msgspec
 import zmq
 
 from kvcore.client.peer import Peer
@@ -44,6 +43,7 @@ from kvcore.protocol import (
     BY_CLASS,
     NO_BOOT,
     PROTOCOL_VERSION,
+    UNREADABLE,
     Goodbye,
     Hello,
     HelloReply,
@@ -369,7 +369,7 @@ class Connection:
             else:
                 decoder = BY_CLASS[type(pending.request)].reply_decoder
                 pending.succeed(decoder.decode(envelope.body))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             pending.fail(BadRequest(f"reply: {error}"))
 
     def _take_error(self, pending: Pending, error: KVError) -> None:

@@ -103,7 +103,9 @@ def main() -> None:
             for number in range(rounds + 3):
                 copy = plain(cache.array, other.array)
                 rows.append((copy, *bench.round(number)))
-            copies, stores, retrieves = (list(column) for column in zip(*rows[3:], strict=True))
+            copies, stores, retrieves = (
+                list(column) for column in zip(*rows[3:], strict=True)
+            )
             share = [
                 statistics.median(c / t for c, t in zip(copies, times, strict=True))
                 for times in (stores, retrieves)

@@ -179,7 +179,8 @@ def many(address: str, num_tokens: int, seconds: float) -> float:
     start, queue = context.Event(), context.Queue()
     processes = [
         context.Process(
-            target=cycle_worker, args=(address, num_tokens, seconds, start, f"c{i}", queue)
+            target=cycle_worker,
+            args=(address, num_tokens, seconds, start, f"c{i}", queue),
         )
         for i in range(4)
     ]
@@ -215,9 +216,14 @@ def main() -> None:
             cycles = Cycles(client, num_tokens, "one")
             cycle_ms = p50_us(cycles, seconds) / 1e3
             lookup_ms = statistics.median(cycles.lookups) * 1e3
-            print(f"{num_tokens:7d} tokens: lookup {lookup_ms:.3f} ms, cycle {cycle_ms:.3f}")
+            print(
+                f"{num_tokens:7d} tokens: lookup {lookup_ms:.3f} ms, cycle {cycle_ms:.3f}"
+            )
         short = Cycles(client, 1024, "short")
-        alone = p50_us(client.ping, 1), p50_us(short, 1) and statistics.median(short.lookups)
+        alone = (
+            p50_us(client.ping, 1),
+            p50_us(short, 1) and statistics.median(short.lookups),
+        )
         short.lookups.clear()
         ping = beside(address, 131072, lambda: p50_us(client.ping, 2))
         beside(address, 131072, lambda: p50_us(short, 2))
@@ -228,7 +234,9 @@ def main() -> None:
             f"({statistics.median(short.lookups) / alone[1]:.1f} x)"
         )
         for num_tokens in LENGTHS[:3]:
-            print(f"4 clients, {num_tokens} tokens: {many(address, num_tokens, 2):.0f} cycles/s")
+            print(
+                f"4 clients, {num_tokens} tokens: {many(address, num_tokens, 2):.0f} cycles/s"
+            )
         segment.close()
         segment.unlink()
 
