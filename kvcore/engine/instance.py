@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from kvcore.engine.space import Space
 from kvcore.errors import BadRequest, LayoutError
 from kvcore.layout import KVLayout
 from kvcore.protocol import RegisterKVCache
@@ -14,9 +14,6 @@ from kvcore.shm import Segment
 from kvcore.storage.l1 import PartId
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import PagedCache
-
-if TYPE_CHECKING:
-    from kvcore.engine.registry import Space
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,108 +1,19 @@
-"""Who registered which cache, and the layout of a model's chunks.
-
-A `Space` is one (model, world size): the seed of its hashes and the part bits of its
-chunks. It outlives its instances, since chunks do; only while every rank of it is
-registered can it be looked up.
-"""
+"""Who registered which cache, and whether those caches can share chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable
 
 from kvcore.engine.instance import Instance
+from kvcore.engine.space import Needs, Space
 from kvcore.errors import (
     InstanceExists,
     LayoutConflict,
     UnknownInstance,
     UnknownModel,
 )
-from kvcore.keys import ChunkHash, chain_seed
+from kvcore.keys import chain_seed
 from kvcore.layout import PartLayout
-from kvcore.storage.l1 import PartId
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Parts that a lookup asks for, as masks over a chunk's ready parts."""
-
-    full: int
-    windows: tuple[WindowNeed, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WindowNeed:
-    """Parts of one sliding-window group: needed in the last `num_chunks` only."""
-
-    mask: int
-    window: int
-
-
-@dataclass(slots=True)
-class _Rank:
-    layouts: tuple[PartLayout, ...]
-    num_instances: int = 0
-
-
-@dataclass(slots=True)
-class Space:
-    """One (model, world size) whose chunks share keys."""
-
-    model: str
-    world_size: int
-    seed: ChunkHash
-    bits: dict[tuple[int, int, str], PartId] = field(default_factory=dict)
-    ranks: dict[int, _Rank] = field(default_factory=dict)
-    needs: Needs | None = None
-    """What a lookup needs; None while not every rank is registered."""
-
-    def part_ids(self, rank: int, layouts: Iterable[PartLayout]) -> tuple[PartId, ...]:
-        """Return the bit of each group's part; all ranks share a replicated one.
-
-        A bit names rank, group and layout fingerprint for as long as the server
-        runs, so bytes of another layout are another part and never reached.
-        """
-        return tuple(
-            self.bits.setdefault(
-                (0 if layout.replicated else rank, group, layout.fingerprint),
-                PartId(len(self.bits)),
-            )
-            for group, layout in enumerate(layouts)
-        )
-
-    def missing_ranks(self) -> list[int]:
-        """Return the ranks that nobody has registered."""
-        return [rank for rank in range(self.world_size) if rank not in self.ranks]
-
-    def add(self, rank: int, layouts: tuple[PartLayout, ...]) -> None:
-        """Count one more instance of a rank."""
-        self.ranks.setdefault(rank, _Rank(layouts)).num_instances += 1
-        self._update()
-
-    def remove(self, rank: int) -> None:
-        """Count one less; the layout of a rank goes with its last instance."""
-        held = self.ranks[rank]
-        held.num_instances -= 1
-        if not held.num_instances:
-            del self.ranks[rank]
-        self._update()
-
-    def _update(self) -> None:
-        if len(self.ranks) < self.world_size:
-            self.needs = None
-            return
-        full = 0
-        windows: dict[int, int] = {}
-        for rank, held in self.ranks.items():
-            bits = self.part_ids(rank, held.layouts)
-            for layout, bit in zip(held.layouts, bits, strict=True):
-                if layout.window is None:
-                    full |= 1 << bit
-                else:
-                    windows[layout.window] = windows.get(layout.window, 0) | 1 << bit
-        self.needs = Needs(
-            full, tuple(WindowNeed(mask, size) for size, mask in windows.items())
-        )
 
 
 class Registry:

@@ -208,8 +208,8 @@ def main() -> None:
                 pings.append(p50_us(client.ping, seconds / 4))
                 ratios.append(pings[-1] / raw)
         print(
-            f"PING p50 {statistics.median(pings):.0f} us, {statistics.median(ratios):.2f}"
-            f" x bare echo [{min(ratios):.2f}..{max(ratios):.2f}]"
+            f"PING p50 {statistics.median(pings):.0f} us, "
+            f"{statistics.median(ratios):.2f} x bare echo [{min(ratios):.2f}..{max(ratios):.2f}]"
         )
         for num_tokens in LENGTHS:
             store(client, num_tokens)
@@ -217,7 +217,8 @@ def main() -> None:
             cycle_ms = p50_us(cycles, seconds) / 1e3
             lookup_ms = statistics.median(cycles.lookups) * 1e3
             print(
-                f"{num_tokens:7d} tokens: lookup {lookup_ms:.3f} ms, cycle {cycle_ms:.3f}"
+                f"{num_tokens:7d} tokens: lookup {lookup_ms:.3f} ms, "
+                f"cycle {cycle_ms:.3f} ms"
             )
         short = Cycles(client, 1024, "short")
         alone = (
@@ -234,9 +235,8 @@ def main() -> None:
             f"({statistics.median(short.lookups) / alone[1]:.1f} x)"
         )
         for num_tokens in LENGTHS[:3]:
-            print(
-                f"4 clients, {num_tokens} tokens: {many(address, num_tokens, 2):.0f} cycles/s"
-            )
+            rate = many(address, num_tokens, 2)
+            print(f"4 clients, {num_tokens} tokens: {rate:.0f} cycles/s")
         segment.close()
         segment.unlink()
 
