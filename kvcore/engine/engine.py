@@ -18,8 +18,9 @@ from kvcore.config import ServerConfig
 from kvcore.engine.copies import Copier, Range, check_targets, read_blocks
 from kvcore.engine.counters import Counters
 from kvcore.engine.instance import Instance, derive_layouts
-from kvcore.engine.registry import Needs, Registry
+from kvcore.engine.registry import Registry
 from kvcore.engine.sessions import Session, SessionTable
+from kvcore.engine.space import Needs
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,

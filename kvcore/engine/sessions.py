@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from time import monotonic
 
-from kvcore.engine.registry import Space
+from kvcore.engine.space import Space
 from kvcore.errors import BadRequest, TokensNeeded
 from kvcore.keys import ExtraKey, HashChain, SessionKey
 

@@ -209,7 +209,8 @@ def main() -> None:
                 ratios.append(pings[-1] / raw)
         print(
             f"PING p50 {statistics.median(pings):.0f} us, "
-            f"{statistics.median(ratios):.2f} x bare echo [{min(ratios):.2f}..{max(ratios):.2f}]"
+            f"{statistics.median(ratios):.2f} x a bare echo "
+            f"[{min(ratios):.2f}..{max(ratios):.2f}]"
         )
         for num_tokens in LENGTHS:
             store(client, num_tokens)
