@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from typing import NewType
+from typing import Any, NewType
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from kvcore.errors import BadRequest
 
@@ -47,7 +46,7 @@ class ExtraKey(msgspec.Struct, frozen=True, array_like=True):
     material: bytes
 
 
-Tokens = Sequence[int] | npt.NDArray[np.integer]
+Tokens = Sequence[int] | np.ndarray[Any, np.dtype[np.integer]]
 
 
 def pack_tokens(tokens: Tokens) -> bytes:

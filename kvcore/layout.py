@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Annotated, Literal, NamedTuple, NewType
+from typing import Annotated, Any, Literal, NamedTuple, NewType
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from msgspec import Meta
 
 from kvcore.errors import LayoutError
@@ -149,7 +148,7 @@ class KVLayout:
     block_stride: int
     slot_stride: int
     plane_handles: tuple[int, ...]
-    plane_offsets: npt.NDArray[np.int64]
+    plane_offsets: np.ndarray[Any, np.dtype[np.int64]]
 
     @classmethod
     def derive(

@@ -14,7 +14,9 @@ One ZeroMQ message carries one request or one reply, msgpack in a single frame:
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from hashlib import sha256
 from types import UnionType
 from typing import (
@@ -363,16 +365,34 @@ class Status(Request[StatusReply], frozen=True):
 # -- what is derived --------------------------------------------------------------
 
 
-class RequestType(msgspec.Struct, frozen=True):
-    """One declared request and what follows from its declaration."""
+@dataclass(frozen=True)
+class RequestType:
+    """One declared request and what follows from its declaration.
+
+    What takes a millisecond to derive is derived when first asked for: a client uses
+    a few requests, and imports them all.
+    """
 
     name: str
     request: type[Request[Any]]
     reply: type[Any]
     lane: Lane
-    fingerprint: str
-    decoder: msgspec.msgpack.Decoder[Any]
-    reply_decoder: msgspec.msgpack.Decoder[Any]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Eight digits that change when a field of the request or reply does."""
+        parts = [self.name, _describe(self.request), _describe(self.reply)]
+        return sha256(msgspec.json.encode(parts)).hexdigest()[:8]
+
+    @cached_property
+    def decoder(self) -> msgspec.msgpack.Decoder[Any]:
+        """Reads the request's body."""
+        return msgspec.msgpack.Decoder(self.request)
+
+    @cached_property
+    def reply_decoder(self) -> msgspec.msgpack.Decoder[Any]:
+        """Reads the reply's body."""
+        return msgspec.msgpack.Decoder(self.reply)
 
 
 def wire_name(cls: type[Request[Any]]) -> str:
@@ -405,17 +425,7 @@ def _describe(kind: Any) -> Any:
 def derive(cls: type[Request[Any]]) -> RequestType:
     """Derive what follows from a request's declaration, and from nothing else."""
     reply = get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
-    name = wire_name(cls)
-    shape = msgspec.json.encode([name, _describe(cls), _describe(reply)])
-    return RequestType(
-        name=name,
-        request=cls,
-        reply=reply,
-        lane=cls.lane,
-        fingerprint=sha256(shape).hexdigest()[:8],
-        decoder=msgspec.msgpack.Decoder(cls),
-        reply_decoder=msgspec.msgpack.Decoder(reply),
-    )
+    return RequestType(wire_name(cls), cls, reply, cls.lane)
 
 
 REQUESTS: dict[str, RequestType] = {

@@ -16,10 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcore.errors import Closed, HandleError, SetupError
 
@@ -32,7 +31,7 @@ _MAX_NAME = 255
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MAX_CREATE_ATTEMPTS = 8
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Segment:

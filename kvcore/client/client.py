@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from kvcore.client.connection import Connection, Retry
 from kvcore.errors import KVError, TokensNeeded, Unavailable
@@ -41,7 +40,7 @@ R = TypeVar("R")
 TokenRequest = Store | Retrieve | Lookup
 """Requests that carry tokens."""
 
-BlockLists = Sequence[Sequence[int] | npt.NDArray[np.integer]]
+BlockLists = Sequence[Sequence[int] | np.ndarray[Any, np.dtype[np.integer]]]
 """Block ids, one list a cache group, from the request's first token on."""
 
 
