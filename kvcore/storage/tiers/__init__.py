@@ -1,0 +1,1 @@
+"""Where chunks go beyond L1: one small contract, and the stores behind it."""
