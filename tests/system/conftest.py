@@ -1,0 +1,100 @@
+"""Real servers and real workers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from tests.system.server import Server
+from tests.system.worker import Worker
+
+Prompt = Callable[[int], list[int]]
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start a server with these options."""
+    servers: list[Server] = []
+
+    def start(*options: str, **rest: str) -> Server:
+        server = Server(tmp_path_factory.mktemp("server"), *options, **rest)
+        servers.append(server)
+        return server
+
+    yield start
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.close)
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Iterator[Server]:
+    """The module's server."""
+    server = serve()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[KVClient]:
+    """The test's own connection to the module's server."""
+    with KVClient(server.address, label="test", timeout_s=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def hire() -> Iterator[Callable[[str], Worker]]:
+    """Start a worker of a server; `answer` once before the first `ask`."""
+    with ExitStack() as stack:
+
+        def start(address: str) -> Worker:
+            worker = Worker(address)
+            stack.callback(worker.close)
+            return worker
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def workers(server: Server, hire: Callable[[str], Worker]) -> list[Worker]:
+    """Two workers of the module's server."""
+    both = [hire(server.address) for _ in range(2)]
+    for worker in both:
+        worker.answer()
+    return both
+
+
+@pytest.fixture
+def model() -> str:
+    """A model that no other test has chunks of."""
+    return f"model-{next(_numbers)}"
+
+
+@pytest.fixture
+def session(client: KVClient) -> Iterator[SessionKey]:
+    """A session that no other test knows; after its end nothing may be held."""
+    key = SessionKey("engine", f"request-{next(_numbers)}")
+    yield key
+    client.end_session(key)
+    status = client.status()
+    assert (status.num_leases, status.l1.num_leased, status.l1.num_reserved) == (
+        (0, 0, 0)
+    )
+
+
+@pytest.fixture
+def prompt() -> Prompt:
+    """Make a prompt of so many tokens, unlike any other."""
+
+    def make(num_tokens: int) -> list[int]:
+        rng = np.random.default_rng(next(_numbers))
+        return rng.integers(0, 1 << 31, num_tokens).tolist()
+
+    return make

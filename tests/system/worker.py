@@ -1,0 +1,230 @@
+"""A worker process for tests: a cache in shared memory, a client, and a pipe.
+
+It does what it is told: a method of its own, or one of its client's, by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.client import KVClient
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.protocol import PosixShm, RegisterKVCache
+from kvcore.shm import SHM_DIR, Segment
+
+BLOCK = 16
+"""Tokens a block of every cache here."""
+
+POISON = 0xA5
+ANSWER_S = 50
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cache group of uint8; `shape` has 0 where the number of blocks goes."""
+
+    axes: str = "LKNSD"
+    shape: tuple[int, ...] = (2, 2, 0, BLOCK, 32)
+    kind: str = "tokens"
+    window: int | None = None
+    replicated: bool = False
+
+
+PLAIN = (Group(),)
+LARGE = (Group(shape=(2, 2, 0, BLOCK, 1 << 15)),)
+"""2 MiB a block: copies that last."""
+MLA = (Group("LNSD", (2, 0, BLOCK, 32), replicated=True),)
+PAGES = (Group("LNP", (2, 0, 1024), kind="pages"),)
+
+
+class Cache:
+    """Groups one after the other in one segment."""
+
+    def __init__(self, name: str, groups: tuple[Group, ...], num_blocks: int) -> None:
+        self.views: list[npt.NDArray[np.uint8]] = []
+        described = []
+        shapes = [tuple(size or num_blocks for size in g.shape) for g in groups]
+        self.segment = Segment.create(name, sum(map(math.prod, shapes)), touch=True)
+        offset = 0
+        for group, shape in zip(groups, shapes, strict=True):
+            end = offset + math.prod(shape)
+            view = self.segment.array[offset:end].reshape(shape)
+            tensor = TensorView(0, offset, shape, view.strides)
+            described.append(
+                CacheGroup(
+                    axes=group.axes,
+                    dtype="uint8",
+                    block_size=BLOCK,
+                    tensors=(tensor,),
+                    kind=group.kind,  # type: ignore[arg-type]
+                    window=group.window,
+                    replicated=group.replicated,
+                )
+            )
+            self.views.append(np.moveaxis(view, group.axes.index("N"), 0))
+            offset = end
+        self.handles = (PosixShm(name, 0, self.segment.num_bytes),)
+        self.groups = tuple(described)
+
+    def close(self) -> None:
+        """Remove the segment."""
+        self.views.clear()
+        self.segment.unlink()
+        self.segment.close()
+
+
+class _Told:
+    """What a worker process can be told to do."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self.client = KVClient(address, label=name, timeout_s=20)
+        self.name = name
+        self.caches: dict[str, Cache] = {}
+        self.futures: dict[str, Future[Any]] = {}
+
+    def register(
+        self,
+        instance_id: str,
+        model: str,
+        groups: tuple[Group, ...] = PLAIN,
+        *,
+        num_blocks: int = 64,
+        rank: int = 0,
+        world_size: int = 1,
+        engine_id: str = "engine",
+    ) -> Any:
+        """Allocate a cache and register it, in place of the instance's earlier one."""
+        cache = Cache(f"{self.name}-{next(_numbers)}", groups, num_blocks)
+        request = RegisterKVCache(
+            instance_id,
+            engine_id,
+            model,
+            world_size,
+            rank,
+            cache.handles,
+            cache.groups,
+        )
+        try:
+            reply = self.client.register_kv_cache(request)
+        except BaseException:
+            cache.close()
+            raise
+        earlier = self.caches.get(instance_id)
+        if earlier is not None:
+            earlier.close()
+        self.caches[instance_id] = cache
+        return reply
+
+    def fill(self, instance_id: str, blocks: list[int], seed: int = 0) -> None:
+        """Write random bytes into blocks, of every group."""
+        rng = np.random.default_rng((seed, os.getpid()))
+        for view in self.caches[instance_id].views:
+            view[blocks] = rng.integers(0, 256, view[blocks].shape, np.uint8)
+
+    def poison(self, instance_id: str, blocks: list[int]) -> None:
+        """Write what no store wrote."""
+        for view in self.caches[instance_id].views:
+            for block in blocks:  # In place: these caches may be large.
+                view[block] = POISON
+
+    def read(
+        self, instance_id: str, blocks: list[int], group: int = 0
+    ) -> npt.NDArray[np.uint8]:
+        """Return blocks, `[blocks, other axes in their order]`."""
+        return self.caches[instance_id].views[group][blocks].copy()
+
+    def digest(self, instance_id: str, blocks: list[int]) -> int:
+        """Return a hash of the blocks, for large ones."""
+        return hash(self.read(instance_id, blocks).tobytes())
+
+    def begin(self, key: str, method: str, *args: Any, **options: Any) -> None:
+        """Submit a request and keep its future."""
+        self.futures[key] = getattr(self.client, method)(*args, **options)
+
+    def is_done(self, key: str) -> bool:
+        """Say whether a kept future is done."""
+        return self.futures[key].done()
+
+    def result(self, key: str) -> Any:
+        """Wait for a kept future."""
+        return self.futures.pop(key).result(ANSWER_S)
+
+    def close(self) -> None:
+        """Say goodbye and remove the caches."""
+        self.client.close()
+        for cache in self.caches.values():
+            cache.close()
+
+
+def _obey(address: str, name: str, pipe: Connection) -> None:
+    told = _Told(address, name)
+    pipe.send((True, os.getpid()))
+    while True:
+        try:
+            method, args, options = pipe.recv()
+        except EOFError:
+            break
+        own = getattr(told, method, None)
+        try:
+            answer = (own or getattr(told.client, method))(*args, **options)
+            pipe.send((True, answer))
+        except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            pipe.send((False, error))
+    told.close()
+
+
+class Worker:
+    """A worker process as the test sees it."""
+
+    def __init__(self, address: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = f"kvtest-{os.getpid()}-{next(_numbers)}"
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_obey, args=(address, self.name, theirs))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, method: str, *args: Any, **options: Any) -> Any:
+        """Have it done; returns what it returned and raises what it raised."""
+        self.tell(method, *args, **options)
+        return self.answer()
+
+    def tell(self, method: str, *args: Any, **options: Any) -> None:
+        """Have it begun; `answer` waits for the end."""
+        self._pipe.send((method, args, options))
+
+    def answer(self) -> Any:
+        """Wait for what was told."""
+        assert self._pipe.poll(ANSWER_S), "the worker does not answer"
+        is_well, answer = self._pipe.recv()
+        if is_well:
+            return answer
+        raise answer
+
+    def kill(self) -> None:
+        """End it without a word, by SIGKILL."""
+        self.process.kill()
+        self.process.join()
+
+    def close(self) -> None:
+        """End it if it lives, and remove what it left."""
+        self._pipe.close()
+        self.process.join(20)
+        with suppress(ValueError):
+            self.process.kill()
+            self.process.join()
+        for path in SHM_DIR.glob(f"{self.name}-*"):
+            path.unlink(missing_ok=True)
