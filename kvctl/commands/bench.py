@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvcore.errors import SetupError
 from kvctl import console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -47,6 +48,8 @@ def run(
     from kvctl.lab.progress import Shown
     from kvctl.lab.scenario import read
 
+    if out.exists() and not out.is_dir():
+        raise SetupError(f"--out {out}: not a folder")
     settings = list(overrides or ())
     if trace is not None:
         settings.append(f"workload.trace={json.dumps(str(trace))}")

@@ -97,12 +97,12 @@ def run(
         Unavailable: no server answers at the address.
     """
     watcher = watcher or Watcher()
+    watcher.phase("starting")
     planned = survey(scenario.workload, seed)
     _check_room(scenario, planned)
     remove_dead(SEGMENT_PREFIX)
     interrupts = Interrupts()
     with interrupts.caught():
-        watcher.phase("starting")
         server = None if address else LocalServer(scenario.server)
         where = address or (server.address if server else "")
         evidence = Evidence(name, scenario, seed)

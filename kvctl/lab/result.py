@@ -98,14 +98,21 @@ class Result(msgspec.Struct, frozen=True):
     ]
 
     def save(self, folder: Path) -> Path:
-        """Write `NAME-STARTED.json` into a folder, made if need be; whole or not."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `NAME-STARTED.json` into a folder, made if need be; whole or not.
+
+        Raises:
+            SetupError: the folder or the file cannot be written.
+        """
         stamp = self.started.replace(":", "").replace("-", "").partition("+")[0]
         path = folder / f"{self.name}-{stamp}.json"
         text = msgspec.json.format(msgspec.json.encode(self, enc_hook=encode_hook))
         part = path.with_suffix(".part")
-        part.write_bytes(text + b"\n")
-        return part.replace(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(text + b"\n")
+            return part.replace(path)
+        except OSError as error:
+            raise SetupError(f"--out {folder}: {error.strerror}") from None
 
 
 def read(path: Path) -> Result:

@@ -147,6 +147,7 @@ def test_a_missed_limit_is_exit_code_1(scenario: Path, tmp_path: Path) -> None:
         (["--set", "server.l1.size=1024TiB"], "did not start"),
         (["--server", "nonsense"], "nonsense"),
         (["--trace", "x.jsonl"], "workload.trace"),
+        (["--out", "/dev/null"], "--out /dev/null: not a folder"),
         (["--seed", "-1"], "--seed"),
     ],
 )
