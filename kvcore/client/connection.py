@@ -271,6 +271,9 @@ class Connection:
         while not self._closed:
             events = self._epoll.poll(self._heartbeat_s())
             with self._io:
+                # Here, since `_drive` does not look when there is nothing to do:
+                # an idle client would never see that its server died.
+                self._look_around()
                 if not events and self.peer is not None:
                     self._transmit(Pending(Ping(), monotonic_ns() + 10**9))
                 self._drive(self._idle)

@@ -84,7 +84,7 @@ class ClientTable:
             return None
         try:
             pidfd = os.pidfd_open(hello.pid)
-        except OSError:
+        except (OSError, OverflowError):  # Gone, or no pid at all.
             return None
         # The pid may have been given to another process since: compare start times
         # while the descriptor holds the number.

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import inf
 from time import monotonic, monotonic_ns
 from typing import Any
 
@@ -105,18 +106,18 @@ class Loop:
             (self._socket, zmq.POLLIN),
             (self._epoll.fileno(), zmq.POLLIN),
         ]
-        look_again: float | None = None
+        look_again = inf
         while not self._stopping:
-            if look_again is not None and monotonic() >= look_again:
-                look_again = upkeep()
+            if monotonic() >= look_again:
+                due = upkeep()
+                look_again = inf if due is None else due
             for source, _ in zmq.zmq_poll(sources, self._timeout_ms(look_again)):
                 if source is self._socket:
                     self._receive()
                 else:
                     self._look_around()
-                if look_again is None:
-                    # What begins now cannot be due before this.
-                    look_again = monotonic() + upkeep_s
+                # What begins now cannot be due before this, but before all else.
+                look_again = min(look_again, monotonic() + upkeep_s)
             self._step()
 
     def stop(self) -> None:
@@ -137,10 +138,10 @@ class Loop:
         self._epoll.close()
         os.close(self._wake)
 
-    def _timeout_ms(self, deadline: float | None) -> int:
+    def _timeout_ms(self, deadline: float) -> int:
         if self._sliced:
             return 0
-        if deadline is None:
+        if deadline == inf:
             return -1
         return max(0, int((deadline - monotonic()) * 1e3) + 1)
 
