@@ -111,7 +111,9 @@ class HashChain:
             packed = b"".join((self.tail, packed))
         size = self.chunk_bytes
         num_chunks = len(packed) // size
-        self.tail = bytes(packed[num_chunks * size :])
+        # Until the end, what is left over follows hashes that are not there yet: who
+        # stops in between leaves a shorter chain, not a wrong one.
+        self.tail = b""
         parent = self.hashes[-1] if self.hashes else self.seed
         extras = self._extras_by_chunk() if self.extras else None
         hashes = self.hashes
@@ -127,6 +129,7 @@ class HashChain:
                 hashes.append(parent)
             if first + slice_chunks < num_chunks:
                 yield
+        self.tail = bytes(packed[num_chunks * size :])
 
     def _extras_by_chunk(self) -> dict[int, list[bytes]]:
         chunk_size = self.chunk_bytes // TOKEN_BYTES

@@ -98,7 +98,7 @@ class Pending:
 
     @property
     def expires(self) -> bool:
-        """Whether its deadline ends it.
+        """Whether its deadline ends it once it is sent.
 
         Not a retrieve's: until the server answers or is gone it may still write.
         """
@@ -313,7 +313,7 @@ class Connection:
 
     def _transmit(self, pending: Pending) -> None:
         """Send a request; without a server it waits here for a hello's answer."""
-        if pending.expires:
+        if pending.deadline_ns:
             self._earliest_ns = min(self._earliest_ns, pending.deadline_ns)
         if self._boot == NO_BOOT and pending is not self._hello:
             self._refused.append(pending)
@@ -471,16 +471,15 @@ class Connection:
         once a deadline and costs nothing in between.
         """
         now = monotonic_ns()
-        unsent = [p for p in self._refused if p.expires and p.deadline_ns <= now]
+        unsent = [p for p in self._refused if 0 < p.deadline_ns <= now]
         sent = [p for p in self._pending.values() if p.expires and p.deadline_ns <= now]
         for pending in unsent:
             self._refused.remove(pending)
         for pending in sent:
             del self._pending[pending.id]
-        left = [*self._pending.values(), *self._refused]
-        self._earliest_ns = min(
-            (p.deadline_ns for p in left if p.expires), default=NEVER_NS
-        )
+        left = [p.deadline_ns for p in self._pending.values() if p.expires]
+        left += [p.deadline_ns for p in self._refused if p.deadline_ns]
+        self._earliest_ns = min(left, default=NEVER_NS)
         self._fail(unsent, Unavailable(f"no server answers at {self._address}"))
         self._fail(sent, DeadlineExceeded("no answer before the deadline"))
 

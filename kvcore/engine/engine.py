@@ -56,6 +56,7 @@ ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""
 CLEAR_CHUNKS = 32
 """Chunks dropped in one step of a clear, about 80 us."""
+GONE_MEANWHILE = "unregistered before the copy's turn came"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class Engine:
         try:
             yield from self._extend(session, request, tokens.end)
             hashes = self._hashes(session, tokens)
+            self._check_registered(instance)
             future = instance.store_lane.submit(
                 self._copier.store, instance, hashes, blocks, caller.deadline_ns
             )
@@ -198,6 +200,7 @@ class Engine:
             whole = tokens.end_chunk * self.chunk_size
             yield from self._extend(session, request, whole)
             hashes = self._hashes(session, tokens)
+            self._check_registered(instance)
             future = instance.retrieve_lane.submit(
                 self._copier.retrieve,
                 instance,
@@ -239,12 +242,17 @@ class Engine:
     def _hashes(self, session: Session, tokens: Range) -> list[ChunkHash]:
         return session.chain.hashes[tokens.first_chunk : tokens.end_chunk]
 
+    def _check_registered(self, instance: Instance) -> None:
+        """Refuse to copy when the instance went while tokens were hashed."""
+        if self.registry.instances.get(instance.instance_id) is not instance:
+            raise UnknownInstance(GONE_MEANWHILE)
+
     def _result(self, future: Future[T]) -> T:
         """Return what a lane made, its errors counted."""
         try:
             return future.result()
         except CancelledError:
-            raise UnknownInstance("unregistered before the copy's turn came") from None
+            raise UnknownInstance(GONE_MEANWHILE) from None
         except DeadlineExceeded:
             self.counters.deadlines_exceeded += 1
             raise

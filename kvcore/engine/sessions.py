@@ -94,7 +94,9 @@ class SessionTable:
         while session.extending:
             yield
         chain = session.chain
-        if extras and extras != chain.extras:
+        # Tokens from the first one on bring all the extras that there are.
+        begins_anew = offset == 0 and len(tokens) > 0
+        if (extras or begins_anew) and extras != chain.extras:
             chain = self._change_extras(session, extras)
         if len(tokens):
             if len(tokens) % 4:

@@ -60,7 +60,6 @@ class Server:
             arena = Arena(int(config.l1.size), int(config.l1.page))
             stack.callback(arena.close)
             self.engine = Engine(config, arena)
-            stack.callback(self.engine.close)
             self.clients = ClientTable(
                 config.wire.heartbeat_s, self._watch, self._unwatch
             )
@@ -71,6 +70,8 @@ class Server:
                 config.wire.max_requests_per_client,
             )
             stack.callback(self.loop.close)
+            # Before the loop: copies that end wake it.
+            stack.callback(self.engine.close)
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
                 stack.enter_context(
@@ -120,7 +121,7 @@ class Server:
 
     def _hello(self, request: Hello, client: Client, deadline_ns: int) -> HelloReply:
         if request.protocol_version != PROTOCOL_VERSION:
-            self.loop.drop(client)
+            self._forget(client)
             raise BadRequest(
                 f"the client speaks protocol version {request.protocol_version}, "
                 f"the server {PROTOCOL_VERSION}"
@@ -139,9 +140,12 @@ class Server:
         )
 
     def _goodbye(self, request: Goodbye, client: Client, deadline_ns: int) -> Done:
+        self._forget(client)
+        return Done()
+
+    def _forget(self, client: Client) -> None:
         self.loop.drop(client)
         self.engine.client_gone(client.identity)
-        return Done()
 
     def _ping(self, request: Ping, client: Client, deadline_ns: int) -> Pong:
         return Pong(monotonic_ns())
