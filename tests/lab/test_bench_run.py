@@ -94,6 +94,12 @@ def test_a_run_checks_every_byte_and_saves_a_result(
     assert result.operations["store"].count > 0
     assert result.ceilings is not None
     assert result.shares.ping is not None
+    (path,) = (tmp_path / "out").glob("*.json")
+    data: dict[str, Any] = json.loads(path.read_text())
+    assert data.keys() >= {"version", "scenario", "environment", "hit_rates"}
+    assert data["counts"]["bytes_wrong"] == data["counts"]["leases_leaked"] == 0
+    assert data["operations"]["lookup"].keys() >= {"p50_s", "p99_s", "max_s"}
+    assert data["ceilings"]["copy_gb_per_s"] > 0
     assert not segments(process)
 
 
@@ -251,13 +257,12 @@ def test_a_given_server_is_used_and_left_running(
         assert server.stop() is None
 
 
-def test_json_shape_is_stable(scenario: Path, tmp_path: Path) -> None:
-    """Scripts find version, counts, hit rates, operations and ceilings by name."""
-    code, _, err = finish(start(scenario, "--out", tmp_path / "out"))
+def test_a_run_can_be_limited_in_time(scenario: Path, tmp_path: Path) -> None:
+    """`load.max_s`: no request begins after that, and nothing is wrong with it."""
+    settings = ["load.max_s=0.3", "workload.num_sessions=10000"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    code, _, err = finish(start(scenario, "--out", tmp_path / "out", *flags))
     assert code == 0, err
-    (path,) = (tmp_path / "out").glob("*.json")
-    data: dict[str, Any] = json.loads(path.read_text())
-    for key in ("version", "scenario", "environment", "counts", "hit_rates"):
-        assert key in data
-    assert data["operations"]["lookup"].keys() >= {"p50_s", "p99_s", "max_s", "count"}
-    assert data["ceilings"]["copy_gb_per_s"] > 0
+    result = result_in(tmp_path / "out")
+    assert not result.interrupted
+    assert 0 < result.counts.requests < 30_000
