@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from kvcore.client.connection import Connection, Retry
+from kvcore.client.connection import Connection
+from kvcore.client.pending import Retry
 from kvcore.errors import KVError, TokensNeeded, Unavailable
 from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens
 from kvcore.protocol import (

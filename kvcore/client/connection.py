@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import zmq
 
 from kvcore.client.peer import Peer
+from kvcore.client.pending import Pending, Retry
 from kvcore.errors import (
     BadRequest,
     Closed,
@@ -50,7 +51,6 @@ from kvcore.protocol import (
     Ping,
     RegisterKVCache,
     Request,
-    Retrieve,
     decode_error,
     decode_reply,
     encode_request,
@@ -59,76 +59,12 @@ from kvcore.protocol import (
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Retry = Callable[[KVError], Request[Any] | None]
-"""Given an error, returns the request to send in its place, or None to let it be."""
-
 NEVER_NS = 2**63 - 1
 HELLO_AGAIN_NS = 1_000_000_000
 """An unanswered hello is said again after this."""
 
 MAX_SENDS = 4
 """Times that one request is sent before its error counts: an endless loop ends."""
-
-
-class Pending:
-    """A request on its way, and its answer when that has come.
-
-    Only a request that somebody submitted has a future: for a call, whose thread
-    itself waits at the socket, making and waking one would cost 4 us.
-    """
-
-    __slots__ = (
-        "boot", "deadline_ns", "error", "future", "id", "is_done", "num_sends",
-        "reply", "request", "retry",
-    )  # fmt: skip
-
-    def __init__(
-        self, request: Request[Any], deadline_ns: int, retry: Retry | None = None
-    ) -> None:
-        self.request = request
-        self.deadline_ns = deadline_ns
-        self.retry = retry
-        self.id = 0
-        self.boot = NO_BOOT
-        self.num_sends = 0
-        self.is_done = False
-        self.reply: Any = None
-        self.error: BaseException | None = None
-        self.future: Future[Any] | None = None
-
-    @property
-    def expires(self) -> bool:
-        """Whether its deadline ends it once it is sent.
-
-        Not a retrieve's: until the server answers or is gone it may still write.
-        """
-        return self.deadline_ns > 0 and type(self.request) is not Retrieve
-
-    def promise(self) -> Future[Any]:
-        """Give it a future, which nobody can cancel: the server may be at it."""
-        self.future = Future()
-        self.future.set_running_or_notify_cancel()
-        return self.future
-
-    def succeed(self, reply: Any) -> None:
-        """End it with its reply."""
-        self.is_done = True
-        self.reply = reply
-        if self.future is not None:
-            self.future.set_result(reply)
-
-    def fail(self, error: BaseException) -> None:
-        """End it with an error."""
-        self.is_done = True
-        self.error = error
-        if self.future is not None:
-            self.future.set_exception(error)
-
-    def result(self) -> Any:
-        """Return the reply or raise the error."""
-        if self.error is not None:
-            raise self.error
-        return self.reply
 
 
 class Connection:
