@@ -84,9 +84,8 @@ def session(client: KVClient) -> Iterator[SessionKey]:
     yield key
     client.end_session(key)
     status = client.status()
-    assert (status.num_leases, status.l1.num_leased, status.l1.num_reserved) == (
-        (0, 0, 0)
-    )
+    held = (status.num_leases, status.l1.num_leased, status.l1.num_reserved)
+    assert held == (0, 0, 0)
 
 
 @pytest.fixture
