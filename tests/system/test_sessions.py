@@ -1,0 +1,208 @@
+"""Tokens sent once, requests that overtake each other, ids used twice, salts."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded
+from kvcore.keys import ExtraKey, SessionKey, pack_tokens
+from kvcore.protocol import Lookup
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK
+from tests.system.worker import Worker
+
+ONE = [0, 1, 2, 3]
+TWO = [4, 5, 6, 7]
+
+
+@pytest.fixture
+def worker(workers: list[Worker], model: str) -> Worker:
+    """A worker with the instance "a" of the model, filled."""
+    worker = workers[0]
+    worker.ask("register", "a", model)
+    worker.ask("fill", "a", list(range(64)))
+    return worker
+
+
+def num_hit(
+    client: KVClient,
+    model: str,
+    tokens: list[int],
+    extras: tuple[ExtraKey, ...] = (),
+) -> int:
+    """Chunks that a session of its own finds."""
+    key = SessionKey("probe", "probe")
+    found = client.lookup(key, model, 1, tokens, extras=extras).num_chunks
+    client.end_session(key)
+    return found
+
+
+def test_a_worker_without_tokens_uses_the_schedulers(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """They share the session, on sockets of their own."""
+    tokens = prompt(2 * CHUNK)
+    client.lookup(session, model, 1, tokens)
+    stored = worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO])
+    assert stored.num_stored == 2
+
+
+def test_tokens_that_nobody_sent_are_asked_for(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """The error says from where; a client that has them sends them by itself."""
+    tokens = prompt(2 * CHUNK)
+    with pytest.raises(TokensNeeded) as needed:
+        worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO])
+    assert needed.value.details == {"have": 0}
+    client.lookup(session, model, 1, tokens[: CHUNK + 1])
+    with pytest.raises(TokensNeeded) as needed:
+        worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO])
+    assert needed.value.details == {"have": CHUNK + 1}
+    worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO], tokens)
+    assert num_hit(client, model, tokens) == 2
+
+
+def test_a_session_is_extended_where_it_ended(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """With known=n the first n tokens are not sent again, wherever n lies."""
+    tokens = prompt(3 * CHUNK)
+    client.lookup(session, model, 1, tokens[: CHUNK + 7])
+    client.lookup(session, model, 1, tokens, known=CHUNK + 7)
+    worker.ask("store", session, "a", 0, len(tokens), [list(range(12))])
+    assert num_hit(client, model, tokens) == 3
+
+
+def test_a_gap_or_a_cut_in_the_tokens_is_told(
+    client: KVClient, worker: Worker, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """A client that claims more than the server knows sends the rest by itself."""
+    tokens = prompt(3 * CHUNK)
+    assert client.lookup(session, model, 1, tokens, known=CHUNK).num_chunks == 0
+    packed = memoryview(pack_tokens(tokens))
+    beyond = Lookup(session, model, 1, len(tokens), packed, 4 * CHUNK)
+    with pytest.raises(TokensNeeded) as needed:
+        client.call(beyond)
+    assert needed.value.details == {"have": 3 * CHUNK}
+    with pytest.raises(TokensNeeded) as needed:
+        client.call(msgspec.structs.replace(beyond, token_offset=CHUNK + 3))
+    assert needed.value.details == {"have": CHUNK}
+    with pytest.raises(BadRequest, match="not whole uint32"):
+        client.call(Lookup(session, model, 1, CHUNK, packed[:-1], 0))
+
+
+def test_a_new_lookup_replaces_the_prompt(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """A request id used for other tokens never reaches the old prompt's chunks."""
+    old, new = prompt(2 * CHUNK), prompt(2 * CHUNK)
+    client.lookup(session, model, 1, old)
+    worker.ask("store", session, "a", 0, len(old), [ONE + TWO])
+    assert client.lookup(session, model, 1, old).num_chunks == 2
+    assert client.lookup(session, model, 1, new).num_chunks == 0
+    with pytest.raises(ChunksMissing):
+        worker.ask("retrieve", session, "a", 0, len(new), [ONE + TWO])
+    mixed = old[:CHUNK] + new[CHUNK:]
+    assert client.lookup(session, model, 1, mixed).num_chunks == 1
+
+
+def test_one_request_id_in_two_engines_is_two_sessions(
+    worker: Worker, client: KVClient, model: str, prompt: Prompt
+) -> None:
+    """Neither sees the other's tokens, nor ends its lease."""
+    first, second = (SessionKey(f"engine-{n}", "the-same") for n in (1, 2))
+    one, two = prompt(CHUNK), prompt(CHUNK)
+    worker.ask("store", first, "a", 0, CHUNK, [ONE], one)
+    worker.ask("store", second, "a", 0, CHUNK, [TWO], two)
+    for key, tokens in ((first, one), (second, two)):
+        assert client.lookup(key, model, 1, tokens).num_chunks == 1
+    client.end_session(first)
+    assert [lease.engine_id for lease in client.status().leases] == ["engine-2"]
+    worker.ask("retrieve", second, "a", 0, CHUNK, [[8, 9, 10, 11]])
+    expected = worker.ask("read", "a", TWO)
+    assert np.array_equal(worker.ask("read", "a", [8, 9, 10, 11]), expected)
+    client.end_session(second)
+
+
+def test_a_session_is_about_one_model(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """Using it for another is refused, with both named."""
+    tokens = prompt(CHUNK)
+    client.lookup(session, model, 1, tokens)
+    worker.ask("register", "other", f"{model}-other")
+    with pytest.raises(BadRequest, match=f"'{model}'.*'{model}-other'"):
+        client.lookup(session, f"{model}-other", 1, tokens)
+
+
+def test_a_store_may_come_after_its_sessions_end(
+    worker: Worker, client: KVClient, model: str, prompt: Prompt
+) -> None:
+    """Overtaken, it asks for the tokens, and what it stores is there for all."""
+    session, tokens = SessionKey("engine", "overtaken"), prompt(CHUNK)
+    client.lookup(session, model, 1, tokens)
+    client.end_session(session)
+    assert client.status().num_sessions == 0
+    with pytest.raises(TokensNeeded):
+        worker.ask("store", session, "a", 0, CHUNK, [ONE])
+    worker.ask("store", session, "a", 0, CHUNK, [ONE], tokens)
+    assert num_hit(client, model, tokens) == 1
+    client.end_session(session)
+    assert client.status().num_sessions == 0
+
+
+SALT = ExtraKey(0, b"tenant-1")
+
+
+def test_a_salt_keeps_chunks_apart(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """The same tokens with another salt, or none, are a miss."""
+    tokens = prompt(CHUNK)
+    client.lookup(session, model, 1, tokens, extras=(SALT,))
+    worker.ask("store", session, "a", 0, CHUNK, [ONE])
+    assert num_hit(client, model, tokens, (SALT,)) == 1
+    assert num_hit(client, model, tokens) == 0
+    assert num_hit(client, model, tokens, (ExtraKey(0, b"tenant-2"),)) == 0
+
+
+def test_a_prompt_sent_anew_brings_its_own_salt(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """A request id used again without a salt does not read under the last one's."""
+    tokens = prompt(CHUNK)
+    worker.ask("store", session, "a", 0, CHUNK, [ONE], tokens, extras=(SALT,))
+    assert client.lookup(session, model, 1, tokens, extras=(SALT,)).num_chunks == 1
+    assert client.lookup(session, model, 1, tokens).num_chunks == 0
+
+
+def test_an_image_changes_what_follows_it_only(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """Chunks before it are shared between images; its own and later ones are not."""
+    tokens, blocks = prompt(3 * CHUNK), list(range(12))
+    cat, dog = (ExtraKey(CHUNK + 5, kind) for kind in (b"cat", b"dog"))
+    worker.ask("store", session, "a", 0, len(tokens), [blocks], tokens, extras=(cat,))
+    assert num_hit(client, model, tokens, (cat,)) == 3
+    assert num_hit(client, model, tokens, (dog,)) == 1
+    assert num_hit(client, model, tokens) == 1
+    moved = ExtraKey(CHUNK + 6, b"cat")
+    assert num_hit(client, model, tokens, (moved,)) == 1
+
+
+def test_an_image_may_come_with_later_tokens(
+    worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """Extras of tokens that are still to come extend a session like the tokens do."""
+    tokens, blocks = prompt(3 * CHUNK), list(range(12))
+    cat = (ExtraKey(2 * CHUNK, b"cat"),)
+    worker.ask("store", session, "a", 0, len(tokens), [blocks], tokens, extras=cat)
+    later = SessionKey("engine", "later")
+    client.lookup(later, model, 1, tokens[: 2 * CHUNK])
+    found = client.lookup(later, model, 1, tokens, known=2 * CHUNK, extras=cat)
+    assert found.num_chunks == 3
+    client.end_session(later)
