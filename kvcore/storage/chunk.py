@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 from typing import NewType
 
 import msgspec
 
 from kvcore.errors import Internal
-from kvcore.keys import ChunkHash
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.layout import Fingerprint
 from kvcore.storage.arena import Allocation, Extent
+from kvcore.storage.tiers.contract import Checksum, PartKey
 
 PartId = NewType("PartId", int)
 """Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
 group, layout fingerprint) of a (model, world size)."""
+
+
+class PartName(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a part is beside its chunk's hash; one value for all chunks' parts of it.
+
+    Equal names and hashes mean equal bytes on every server that ever runs.
+    """
+
+    model: str
+    world_size: int
+    rank: int
+    group: int
+    layout: Fingerprint
+
+    def key(self, chunk: ChunkHash) -> PartKey:
+        """Return what tiers call this part of a chunk."""
+        return PartKey(chunk, self.rank, self.group, self.layout)
+
+
+NO_CHECKSUM = Checksum(b"")
+"""Of a part whose checksum nobody asked for."""
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):
@@ -23,6 +47,9 @@ class Part(msgspec.Struct, frozen=True, gc=False):
 
     extents: Allocation
     num_bytes: int
+    name: PartName | None = None
+    """None keeps it out of tiers and of the journal."""
+    checksum: Checksum = NO_CHECKSUM
 
 
 class Chunk(msgspec.Struct, eq=False, gc=False):
@@ -46,6 +73,27 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     """Leases and running copies that read it."""
     listed: bool = False
     """The eviction policy knows it."""
+    saved: int = 0
+    """Mask of parts that some tier has."""
+    dropped: bool = False
+    """Out of the index; its memory is freed with the last hold."""
+
+
+class DropReason(Enum):
+    """Why a chunk left L1."""
+
+    EVICTED = "evicted"
+    CLEARED = "cleared"
+    CORRUPT = "corrupt"
+    """Its bytes were not those of its checksum."""
+
+
+Gone = Callable[[Chunk, DropReason, SessionKey | None], None]
+"""Told of a chunk that leaves L1, and for whom room was made.
+
+Called under L1's lock, in the order of what happens: it must be short, must not raise
+and must not call L1.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,8 +105,41 @@ class Reservation:
     chunk: Chunk
     part: PartId
     extents: Allocation
+    checksum: Checksum = NO_CHECKSUM
+    """Of what was written, where it is wanted; set before commit."""
     settled: bool = False
     """Committed or aborted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What became of each chunk that should be written; the three counts add up."""
+
+    reservations: list[Reservation]
+    """In the order of the hashes."""
+    num_present: int
+    """There already, or being written by another."""
+    num_dropped: int
+    """No room."""
+
+
+@dataclass(frozen=True, slots=True)
+class L1Stats:
+    """Use of L1 at one moment."""
+
+    num_chunks: int
+    """Known chunks, those still being written included."""
+    num_parts: int
+    """Committed parts."""
+    num_held: int
+    """Chunks with a hold."""
+    num_reserved: int
+    """Parts being written."""
+    num_evicted: int
+    """Chunks evicted so far."""
+    used_bytes: int
+    total_bytes: int
+    page_bytes: int
 
 
 def used_extents(chunks: Iterable[Chunk]) -> list[Extent]:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kvcore.errors import Internal
-from kvcore.keys import ChunkHash
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.storage.arena import Allocation, Arena
 from kvcore.storage.chunk import (
     Chunk,
+    DropReason,
+    Gone,
+    L1Stats,
     Part,
     PartId,
+    PartName,
     Reservation,
+    Reserved,
     check_chunk,
     used_extents,
 )
@@ -34,37 +38,6 @@ __all__ = [
     "Reservation",
     "Reserved",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """What became of each chunk that should be written; the three counts add up."""
-
-    reservations: list[Reservation]
-    """In the order of the hashes."""
-    num_present: int
-    """There already, or being written by another."""
-    num_dropped: int
-    """No room."""
-
-
-@dataclass(frozen=True, slots=True)
-class L1Stats:
-    """Use of L1 at one moment."""
-
-    num_chunks: int
-    """Known chunks, those still being written included."""
-    num_parts: int
-    """Committed parts."""
-    num_held: int
-    """Chunks with a hold."""
-    num_reserved: int
-    """Parts being written."""
-    num_evicted: int
-    """Chunks evicted so far."""
-    used_bytes: int
-    total_bytes: int
-    page_bytes: int
 
 
 RESERVE_CHUNKS = 32
@@ -84,27 +57,45 @@ class L1:
         self._policy = policy
         self._lock = threading.Lock()
         self._index: dict[ChunkHash, Chunk] = {}
+        self._dropped: set[Chunk] = set()
+        self._watchers: list[Gone] = []
         self._closed = False
         self._num_parts = 0
         self._num_held = 0
         self._num_reserved = 0
         self._num_evicted = 0
 
+    def watch(self, gone: Gone) -> None:
+        """Have `gone` told of every chunk that leaves, from now on."""
+        with self._lock:
+            self._watchers.append(gone)
+
     # -- writing ----------------------------------------------------------------------
 
     def reserve(
-        self, hashes: Sequence[ChunkHash], part: PartId, num_bytes: int
+        self,
+        hashes: Sequence[ChunkHash],
+        part: PartId,
+        num_bytes: int,
+        *,
+        name: PartName | None = None,
+        owner: SessionKey | None = None,
+        prefix: Sequence[ChunkHash] = (),
     ) -> Reserved:
         """Make room to write one part of each chunk that lacks it.
 
-        Evicts others for it, but none of `hashes`. Once one finds no room, the later
-        ones are dropped too: a suffix without its prefix is no use. Every
-        reservation must be committed or aborted, once.
+        Evicts others for it, but none of `hashes` nor of their `prefix`, the chunks
+        before them: a suffix without its prefix is no use. For the same reason, once
+        one finds no room, the later ones are dropped too. Every reservation must be
+        committed or aborted, once.
         """
         reservations: list[Reservation] = []
         num_present = 0
         with self._lock:
-            present = self._hold_known(hashes)
+            room = len(hashes) * self._arena.num_pages_for(num_bytes)
+            crowded = room * self._arena.page_bytes > self._arena.free_bytes
+            held = self._hold_known(prefix) if crowded else []
+            held += self._hold_known(hashes)
             full = self._closed
         for first in range(0, len(hashes), RESERVE_CHUNKS):
             # Making room takes 5 us a chunk: let lookups have the lock in between.
@@ -113,26 +104,32 @@ class L1:
                     if self._has(hashes[index], part):
                         num_present += 1
                         continue
-                    extents = None if full else self._make_room(num_bytes)
+                    extents = None if full else self._make_room(num_bytes, owner)
                     if extents is None:
                         full = True
                         continue
-                    chunk = self._begin(hashes[index], part, Part(extents, num_bytes))
+                    place = Part(extents, num_bytes, name)
+                    chunk = self._begin(hashes[index], part, place)
                     reservations.append(Reservation(index, chunk, part, extents))
-        self.release(present)
+        self.release(held)
         num_dropped = len(hashes) - num_present - len(reservations)
         return Reserved(reservations, num_present, num_dropped)
 
-    def commit(self, reservations: Sequence[Reservation]) -> int:
+    def commit(self, reservations: Sequence[Reservation], *, hold: bool = False) -> int:
         """Make written parts readable; return how many.
 
-        Less than all only when some were settled before, or L1 was closed.
+        Less than all only when some were settled before, their chunk was found
+        corrupt meanwhile, or L1 was closed. With `hold`, each reservation's chunk is
+        held once and must be given to `release`.
         """
         num_committed = 0
         with self._lock:
+            if hold:
+                self._hold([reservation.chunk for reservation in reservations])
             for reservation in reversed(reservations):
                 if self._settle(reservation):
                     chunk = reservation.chunk
+                    self._note_checksum(reservation)
                     chunk.ready |= 1 << reservation.part
                     self._touch(chunk)
                     num_committed += 1
@@ -232,10 +229,21 @@ class L1:
         with self._lock:
             for chunk in map(self._index.get, hashes):
                 if chunk is not None and not (chunk.holds or chunk.reserved):
-                    self._policy.discard(chunk.hash)
-                    self._drop(chunk)
+                    self._drop(chunk, DropReason.CLEARED)
                     num_dropped += 1
         return num_dropped
+
+    def condemn(self, chunk: Chunk) -> bool:
+        """Take out a chunk whose bytes are wrong, though it may be held or written.
+
+        Nobody finds it from here on, and what is being written to it will not be
+        kept; its memory is freed with the last hold. False when it was out before.
+        """
+        with self._lock:
+            known = self._index.get(chunk.hash) is chunk
+            if known:
+                self._drop(chunk, DropReason.CORRUPT)
+        return known
 
     def stats(self) -> L1Stats:
         """Return the counts, all kept as they change."""
@@ -298,7 +306,9 @@ class L1:
                 chunk.holds = holds = chunk.holds - 1
                 if not holds:
                     num_idle += 1
-                    if not (chunk.listed or chunk.reserved):
+                    if chunk.dropped:
+                        self._free(chunk)
+                    elif not (chunk.listed or chunk.reserved):
                         self._touch(chunk)
         self._num_held -= num_idle
 
@@ -321,11 +331,22 @@ class L1:
         if reservation.settled:
             return False
         reservation.settled = True
-        reservation.chunk.reserved &= ~(1 << reservation.part)
+        chunk = reservation.chunk
+        chunk.reserved &= ~(1 << reservation.part)
         self._num_reserved -= 1
-        return not self._closed
+        if chunk.dropped:
+            self._free(chunk)
+        return not (self._closed or chunk.dropped)
 
-    def _make_room(self, num_bytes: int) -> Allocation | None:
+    def _note_checksum(self, reservation: Reservation) -> None:
+        if reservation.checksum:
+            parts, part = reservation.chunk.parts, reservation.part
+            place = parts[part]
+            parts[part] = Part(
+                place.extents, place.num_bytes, place.name, reservation.checksum
+            )
+
+    def _make_room(self, num_bytes: int, owner: SessionKey | None) -> Allocation | None:
         if num_bytes > self._arena.total_bytes:
             return None  # Evicting everything would not help.
         extents = self._arena.allocate(num_bytes)
@@ -333,7 +354,7 @@ class L1:
             victim = self._policy.evict(self._evictable)
             if victim is None:
                 return None
-            self._drop(self._index[victim])
+            self._drop(self._index[victim], DropReason.EVICTED, owner)
             self._num_evicted += 1
             extents = self._arena.allocate(num_bytes)
         return extents
@@ -345,9 +366,26 @@ class L1:
         chunk.listed = False
         return not (chunk.holds or chunk.reserved)
 
-    def _drop(self, chunk: Chunk) -> None:
+    def _drop(
+        self, chunk: Chunk, reason: DropReason, owner: SessionKey | None = None
+    ) -> None:
+        """Take a chunk out; the policy may know it or not."""
+        if chunk.listed:
+            self._policy.discard(chunk.hash)
+            chunk.listed = False
+        for gone in self._watchers:
+            gone(chunk, reason, owner)
         del self._index[chunk.hash]
-        self._num_parts -= len(chunk.parts)
+        self._num_parts -= chunk.ready.bit_count()
+        chunk.dropped = True
+        self._dropped.add(chunk)
+        self._free(chunk)
+
+    def _free(self, chunk: Chunk) -> None:
+        """Free a dropped chunk's memory, unless somebody still reads or writes it."""
+        if chunk.holds or chunk.reserved or self._closed:
+            return
+        self._dropped.discard(chunk)
         for part in chunk.parts.values():
             self._arena.free(part.extents)
 
@@ -356,16 +394,16 @@ class L1:
     def check(self) -> None:
         """Raise `Internal` when the state contradicts itself. Walks over everything."""
         with self._lock:
-            chunks = self._index.values()
             for key, chunk in self._index.items():
                 check_chunk(key, chunk)
+            chunks = [*self._index.values(), *self._dropped]
             pages = sum(
                 self._arena.num_pages_for(extent.length)
                 for extent in used_extents(chunks)
             )
             kept = (self._num_parts, self._num_reserved, self._num_held)
             counted = (
-                sum(chunk.ready.bit_count() for chunk in chunks),
+                sum(chunk.ready.bit_count() for chunk in self._index.values()),
                 sum(chunk.reserved.bit_count() for chunk in chunks),
                 sum(chunk.holds > 0 for chunk in chunks),
             )

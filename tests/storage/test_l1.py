@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import Internal
-from kvcore.keys import ChunkHash
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.storage.arena import Arena
 from kvcore.storage.eviction import LRU
 from kvcore.storage.l1 import L1, Chunk, PartId
@@ -327,3 +327,63 @@ def test_readers_see_whole_parts_beside_writers_and_eviction(arena: Arena) -> No
     assert traffic.wrong == []
     traffic.l1.check()
     assert (traffic.l1.stats().num_held, traffic.l1.stats().num_reserved) == (0, 0)
+
+
+def test_watchers_hear_of_every_chunk_that_leaves(l1: L1) -> None:
+    """With why, and for whom room was made."""
+    heard: list[tuple[bytes, str, object]] = []
+    l1.watch(lambda chunk, why, who: heard.append((chunk.hash, why.value, who)))
+    store(l1, chain("a", 8))
+    who = SessionKey("e", "r")
+    l1.abort(l1.reserve(chain("b", 1), RANK0, PAGE, owner=who).reservations)
+    l1.drop(chain("a", 1))
+    [chunk] = l1.present(chain("a", 2)[1:], 1)
+    assert l1.condemn(chunk)
+    assert not l1.condemn(chunk)
+    assert heard == [
+        (b"a7", "evicted", who),
+        (b"a0", "cleared", None),
+        (b"a1", "corrupt", None),
+    ]
+
+
+def test_a_condemned_chunk_keeps_its_memory_until_its_last_hold_ends(l1: L1) -> None:
+    """Nobody finds it, and a reader's bytes do not become another's."""
+    [held] = store_and_hold(l1, "a")
+    writing = l1.reserve(chain("a", 1), RANK1, PAGE).reservations
+    assert l1.condemn(held)
+    assert l1.present(chain("a", 1), 1) == []
+    assert l1.commit(writing) == 0
+    assert l1.stats().used_bytes == 2 * PAGE
+    l1.check()
+    l1.release([held])
+    assert l1.stats().used_bytes == 0
+
+
+def test_a_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
+    """Though it is the oldest that is there."""
+    store(l1, chain("a", 4))
+    store(l1, chain("b", 4))
+    prompt = chain("a", 8)
+    reserved = l1.reserve(prompt[4:], RANK0, PAGE, prefix=prompt[:4])
+    l1.commit(reserved.reservations)
+    assert names(l1.present(prompt, 1)) == names_of(prompt)
+
+
+def test_commit_can_hold_what_it_makes_readable(l1: L1) -> None:
+    """No eviction comes in between."""
+    [held] = store_and_hold(l1, "a")
+    assert held.holds == 1
+    l1.release([held])
+
+
+def store_and_hold(l1: L1, name: str) -> list[Chunk]:
+    """Store one chunk; it is held when it becomes readable."""
+    reservations = l1.reserve(chain(name, 1), RANK0, PAGE).reservations
+    assert l1.commit(reservations, hold=True) == 1
+    return [reservation.chunk for reservation in reservations]
+
+
+def names_of(hashes: Sequence[ChunkHash]) -> list[str]:
+    """Hashes as text."""
+    return [key.decode() for key in hashes]
