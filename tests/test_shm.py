@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvcore import shm
+import kvcore.shm
 from kvcore.errors import Closed, HandleError, SetupError
 from kvcore.shm import SHM_DIR, Segment, remove_dead
 
@@ -124,10 +125,10 @@ def test_full_dev_shm_at_the_last_moment_leaves_nothing(
 ) -> None:
     """When another took the room after the check, the error is the same kind."""
 
-    def full(fd: int, offset: int, length: int) -> None:
+    def full(mapping: object, fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(kvcore.shm, "_touch", full)
     with pytest.raises(SetupError, match="No space left"):
         Segment.create(name, 4_096, touch=True)
     assert not (SHM_DIR / name).exists()
