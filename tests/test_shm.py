@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from kvcore import shm
-import kvcore.shm
 from kvcore.errors import Closed, HandleError, SetupError
 from kvcore.shm import SHM_DIR, Segment, remove_dead
 
@@ -128,7 +127,7 @@ def test_full_dev_shm_at_the_last_moment_leaves_nothing(
     def full(mapping: object, fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kvcore.shm, "_touch", full)
+    monkeypatch.setattr(shm, "_touch", full)
     with pytest.raises(SetupError, match="No space left"):
         Segment.create(name, 4_096, touch=True)
     assert not (SHM_DIR / name).exists()
