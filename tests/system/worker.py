@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvcore.client import KVClient
 from kvcore.layout import CacheGroup, TensorView
-from kvcore.protocol import PosixShm, RegisterKVCache
+from kvcore.protocol import Ping, PosixShm, RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 
 BLOCK = 16
@@ -149,6 +149,19 @@ class _Told:
     def digest(self, instance_id: str, blocks: list[int]) -> int:
         """Return a hash of the blocks, for large ones."""
         return hash(self.read(instance_id, blocks).tobytes())
+
+    def copy(self, instance_id: str, source: list[int], target: list[int]) -> None:
+        """Copy blocks into others."""
+        for view in self.caches[instance_id].views:
+            view[target] = view[source]
+
+    def differs(self, instance_id: str, block: int) -> bool:
+        """Say whether a poisoned block has been written to."""
+        return any((v[block] != POISON).any() for v in self.caches[instance_id].views)
+
+    def due(self, timeout_s: float) -> None:
+        """Ask for the server's clock, with a deadline."""
+        self.client.call(Ping(), timeout_s)
 
     def begin(self, key: str, method: str, *args: Any, **options: Any) -> None:
         """Submit a request and keep its future."""

@@ -1,0 +1,116 @@
+"""Workers that are killed, and what they leave to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.worker import LARGE, Worker
+
+NUM_CHUNKS = 8
+SIZE = NUM_CHUNKS * CHUNK
+BLOCKS = list(range(4 * NUM_CHUNKS))
+REQUESTS = [SessionKey("engine", f"large-{n}") for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Iterator[Server]:
+    """A server with room for a few copies that last: 64 MiB each."""
+    server = serve("--l1-size", "320MiB", "--set", "l1.page=64KiB")
+    yield server
+    server.close()
+
+
+def store_and_be_killed(
+    client: KVClient, victim: Worker, prompts: list[list[int]]
+) -> None:
+    """Have a worker store, each prompt a request, and kill it at the first one."""
+    for n, (key, tokens) in enumerate(zip(REQUESTS, prompts, strict=True)):
+        victim.ask("begin", str(n), "submit_store", key, "v", 0, SIZE, [BLOCKS], tokens)
+    wait_until(lambda: client.status().l1.num_reserved > 0)
+    victim.kill()
+
+
+def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
+    server: Server,
+    client: KVClient,
+    hire: Callable[[str], Worker],
+    model: str,
+    prompt: Prompt,
+) -> None:
+    """Each of its requests is there wholly or not at all; others go on."""
+    victim, other = hire(server.address), hire(server.address)
+    victim.answer()
+    other.answer()
+    victim.ask("register", "v", model, LARGE, num_blocks=32)
+    other.ask("register", "o", model, LARGE, num_blocks=32)
+    victim.ask("fill", "v", BLOCKS[:4])
+    expected = victim.ask("read", "v", BLOCKS[:4])
+    prompts = [prompt(SIZE) for _ in REQUESTS]
+    # Every chunk holds the same bytes, so that any other byte shows.
+    for first in range(4, len(BLOCKS), 4):
+        victim.ask("copy", "v", BLOCKS[:4], BLOCKS[first : first + 4])
+
+    store_and_be_killed(client, victim, prompts)
+
+    wait_until(lambda: client.status().l1.num_reserved == 0)
+    wait_until(lambda: {i.instance_id for i in client.status().instances} == {"o"})
+    for key, tokens in zip(REQUESTS, prompts, strict=True):
+        found = client.lookup(key, model, 1, tokens).num_chunks
+        assert found in (0, NUM_CHUNKS)
+        if not found:
+            continue
+        other.ask("poison", "o", BLOCKS)
+        other.ask("retrieve", key, "o", 0, SIZE, [BLOCKS])
+        for first in range(0, len(BLOCKS), 4):
+            read = other.ask("read", "o", BLOCKS[first : first + 4])
+            assert (read == expected).all()
+    for key in REQUESTS:
+        client.end_session(key)
+    assert client.status().l1.num_leased == 0
+    assert client.status().num_sessions == 0
+    fresh = prompt(CHUNK)
+    stored = other.ask("store", REQUESTS[0], "o", 0, CHUNK, [BLOCKS[:4]], fresh)
+    assert stored.num_stored == 1
+    client.end_session(REQUESTS[0])
+
+
+def test_a_lease_does_not_wait_for_a_killed_worker(
+    server: Server,
+    client: KVClient,
+    hire: Callable[[str], Worker],
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """Of two ranks one is killed: the lease waits for the other alone."""
+    ranks = [hire(server.address) for _ in range(2)]
+    tokens = prompt(CHUNK)
+    for rank, worker in enumerate(ranks):
+        worker.answer()
+        worker.ask("register", f"r{rank}", model, rank=rank, world_size=2)
+        worker.ask("store", session, f"r{rank}", 0, CHUNK, [BLOCKS[:4]], tokens)
+    assert client.lookup(session, model, 2, tokens).num_chunks == 1
+    assert client.status().leases[0].waiting_readers == (0, 1)
+    ranks[1].kill()
+    wait_until(lambda: client.status().leases[0].waiting_readers == (0,))
+    ranks[0].ask("retrieve", session, "r0", 0, CHUNK, [BLOCKS[:4]])
+    assert client.status().num_leases == 0
+
+
+def test_an_id_is_free_when_its_process_is_gone(
+    server: Server, client: KVClient, hire: Callable[[str], Worker], model: str
+) -> None:
+    """A worker that was killed is replaced by one of the same instance id."""
+    first, second = hire(server.address), hire(server.address)
+    first.answer()
+    second.answer()
+    first.ask("register", "phoenix", model)
+    first.kill()
+    wait_until(lambda: not any(i.model == model for i in client.status().instances))
+    second.ask("register", "phoenix", model)

@@ -1,0 +1,205 @@
+"""A server that stands still past deadlines and goes on: a late copy corrupts nothing.
+
+SIGSTOP is what a swapped-out, frozen or debugged process looks like to its clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.errors import DeadlineExceeded
+from kvcore.keys import SessionKey
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.worker import LARGE, Worker
+
+NUM_CHUNKS = 8
+SIZE = NUM_CHUNKS * CHUNK
+BLOCKS = list(range(4 * NUM_CHUNKS))
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Iterator[Server]:
+    """A server with room for a few copies that last: 64 MiB each."""
+    server = serve("--l1-size", "320MiB", "--set", "l1.page=64KiB")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def worker(workers: list[Worker], model: str) -> Worker:
+    """A worker with a large cache "a" of the model, filled."""
+    worker = workers[0]
+    worker.ask("register", "a", model, LARGE, num_blocks=len(BLOCKS))
+    worker.ask("fill", "a", BLOCKS)
+    return worker
+
+
+@pytest.fixture
+def stopped(server: Server) -> Iterator[Callable[[], None]]:
+    """Stop the server; it goes on at the end of the test at the latest."""
+    yield server.pause
+    server.resume()
+
+
+def test_a_store_that_was_not_begun_is_void_when_late(
+    worker: Worker,
+    server: Server,
+    stopped: Callable[[], None],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """Its blocks are the engine's again, who may write others' tokens into them."""
+    tokens = prompt(SIZE)
+    client.lookup(session, model, 1, tokens)
+    stopped()
+    with pytest.raises(DeadlineExceeded):
+        worker.ask("store", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.2)
+    worker.ask("poison", "a", BLOCKS)
+    server.resume()
+    worker.ask("ping")
+    assert client.lookup(session, model, 1, tokens).num_chunks == 0
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_copy_that_stood_still_is_not_kept(
+    worker: Worker,
+    server: Server,
+    stopped: Callable[[], None],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+    part: int,
+) -> None:
+    """Stopped in the middle of a store, past its deadline, and continued: aborted.
+
+    Where the copy was faster than the stop, its bytes are those from before.
+    """
+    tokens = prompt(SIZE)
+    client.lookup(session, model, 1, tokens)
+    before = worker.ask("digest", "a", BLOCKS)
+    options = {"timeout_s": 0.5}
+    worker.ask("begin", "s", "submit_store", session, "a", 0, SIZE, [BLOCKS], **options)
+    wait_until(lambda: worker.ask("is_done", "s") or is_copying(client))
+    stopped()
+    was_late = False
+    try:
+        worker.ask("result", "s")
+    except DeadlineExceeded:
+        was_late = True
+    worker.ask("poison", "a", BLOCKS)
+    server.resume()
+    wait_until(lambda: not is_copying(client))
+    found = client.lookup(session, model, 1, tokens).num_chunks
+    assert found == NUM_CHUNKS or (was_late and found == 0)
+    if found:
+        worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS])
+        assert worker.ask("digest", "a", BLOCKS) == before
+
+
+def is_copying(client: KVClient) -> bool:
+    """Whether a part is being written."""
+    return client.status().l1.num_reserved > 0
+
+
+def test_a_retrieve_is_not_done_before_the_server_is(
+    worker: Worker,
+    server: Server,
+    stopped: Callable[[], None],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """Past its deadline its blocks are still the server's; its answer ends that."""
+    tokens = prompt(SIZE)
+    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    expected = worker.ask("digest", "a", BLOCKS)
+    worker.ask("poison", "a", BLOCKS)
+    client.lookup(session, model, 1, tokens)
+    stopped()
+    worker.ask(
+        "begin",
+        "r",
+        "submit_retrieve",
+        session,
+        "a",
+        0,
+        SIZE,
+        [BLOCKS],
+        timeout_s=0.1,
+    )
+    with pytest.raises(DeadlineExceeded):
+        # Sent later and due later: had the retrieve ended by its deadline, it would
+        # have done so before this.
+        worker.ask("due", 0.4)
+    assert not worker.ask("is_done", "r")
+    server.resume()
+    with pytest.raises(DeadlineExceeded, match="on arrival"):
+        worker.ask("result", "r")
+    worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS])
+    assert worker.ask("digest", "a", BLOCKS) == expected
+
+
+def test_a_retrieve_stopped_while_it_writes_ends_right(
+    worker: Worker,
+    server: Server,
+    stopped: Callable[[], None],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """It began in time, so it may end late; until then nobody reuses its blocks."""
+    tokens = prompt(SIZE)
+    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    expected = worker.ask("digest", "a", BLOCKS)
+    worker.ask("poison", "a", BLOCKS)
+    client.lookup(session, model, 1, tokens)
+    worker.ask(
+        "begin",
+        "r",
+        "submit_retrieve",
+        session,
+        "a",
+        0,
+        SIZE,
+        [BLOCKS],
+        timeout_s=1,
+    )
+    wait_until(lambda: worker.ask("is_done", "r") or worker.ask("differs", "a", 0))
+    stopped()
+    with pytest.raises(DeadlineExceeded):
+        worker.ask("due", 1.1)
+    server.resume()
+    assert worker.ask("result", "r").num_tokens == SIZE
+    assert worker.ask("digest", "a", BLOCKS) == expected
+
+
+def test_other_requests_end_at_their_deadline_and_work_again(
+    server: Server, stopped: Callable[[], None], workers: list[Worker], model: str
+) -> None:
+    """Nobody waits longer than it said, and nobody has to connect again."""
+    other = workers[1]
+    other.ask("register", "b", model)
+    stopped()
+    for _ in range(3):
+        with pytest.raises(DeadlineExceeded):
+            other.ask("due", 0.05)
+    server.resume()
+    other.ask("ping")
+    tokens, key = list(range(CHUNK)), SessionKey("engine", "after")
+    other.ask("fill", "b", [0, 1, 2, 3])
+    other.ask("store", key, "b", 0, CHUNK, [[0, 1, 2, 3]], tokens)
+    assert other.ask("lookup", key, model, 1, tokens).num_chunks == 1
+    other.ask("retrieve", key, "b", 0, CHUNK, [[4, 5, 6, 7]])
+    one, two = (other.ask("read", "b", blocks) for blocks in ([0, 1], [4, 5]))
+    assert np.array_equal(one, two)
+    other.ask("end_session", key)
