@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -99,6 +99,43 @@ class SessionConfig(Options, frozen=True):
         )
 
 
+Patterns = tuple[tuple[int, ...], ...]
+
+
+class BlendConfig(Options, frozen=True):
+    """How `--engine blend` finds documents in a prompt."""
+
+    matcher: Annotated[
+        Literal["anywhere", "separated"],
+        Meta(
+            description="anywhere: at any offset, by their tokens; separated: "
+            "paragraphs between token patterns, each a document from its start on"
+        ),
+    ] = "anywhere"
+    preset: Annotated[
+        str, Meta(description="patterns of a model family (docs/blend.md); none: own")
+    ] = ""
+    start: Annotated[
+        Patterns, Meta(description="token ids after which a paragraph begins")
+    ] = ()
+    end: Annotated[
+        Patterns, Meta(description="token ids before which a paragraph ends")
+    ] = ()
+
+    def check(self) -> None:
+        """No pattern is empty, and no preset has patterns beside it."""
+        patterns = [*self.start, *self.end]
+        require(all(patterns), "blend.start", self.start, "no pattern may be empty")
+        known = all(0 <= token < 1 << 32 for p in patterns for token in p)
+        require(known, "blend.start", self.start, "token ids of 0 to 2**32-1")
+        require(
+            not (self.preset and patterns),
+            "blend.preset",
+            self.preset,
+            "takes no blend.start or blend.end beside it",
+        )
+
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -111,6 +148,11 @@ class ServerConfig(Options, frozen=True):
     chunk_size: Annotated[
         int, Meta(description="tokens a chunk; a multiple of every engine's block size")
     ] = 256
+    engine: Annotated[
+        Literal["prefix", "blend"],
+        Meta(description="blend also serves documents at any position (CB_ requests)"),
+    ] = "prefix"
+    blend: BlendConfig = BlendConfig()
     l1: L1Config = L1Config()
     wire: WireConfig = WireConfig()
     sessions: SessionConfig = SessionConfig()

@@ -37,6 +37,7 @@ from msgspec import Meta
 from kvcore.errors import BadRequest, KVError, RequestMismatch, UnknownRequest
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.layout import CacheGroup
+from kvcore.rope import Rope
 
 PROTOCOL_VERSION = 1
 
@@ -360,6 +361,139 @@ class Status(Request[StatusReply], frozen=True):
     """Look inside. Costs the server time in proportion to what it lists."""
 
     max_leases: Count = 100
+
+
+# -- blend: documents at any position ---------------------------------------------
+
+
+class CBRegisterKVCache(Request[RegisterReply], frozen=True):
+    """Register one worker's buffer `[K, L, T, D]`, contiguous and token-addressed.
+
+    K is 2 (K and V), or 1 with MLA, when every rank holds the same bytes. It lives as
+    long as its process, like a paged cache, and shares chunks with such of its model.
+    """
+
+    instance_id: Text
+    engine_id: Text
+    model: Annotated[Text, Meta(description="name with revision")]
+    world_size: Annotated[int, Meta(ge=1, le=4096)]
+    rank: Count
+    handle: MemoryHandle
+    shape: Annotated[
+        tuple[int, ...],
+        Meta(description="[K, L, T, D]: T tokens, D elements of all heads of a token"),
+    ]
+    dtype: str
+    rope: Annotated[
+        Rope | None, Meta(description="how keys turn, for retrieves that turn them")
+    ] = None
+
+
+class CBUnregisterKVCache(Request[Done], frozen=True):
+    """Forget a buffer, once its running copies have ended."""
+
+    instance_id: Text
+
+
+class CBStorePreComputed(Request[StoreReply], frozen=True):
+    """Store a document's whole chunks in the document space.
+
+    Its tokens lie in the buffer from `offset` on, its keys computed at positions from
+    0 on. A partial chunk at its end is left out.
+    """
+
+    lane: ClassVar[Lane] = Lane.STORE
+    is_void_late: ClassVar[bool] = True
+
+    instance_id: Text
+    offset: Annotated[Count, Meta(description="slot of the document's first token")]
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids, all of them")]
+
+
+class CBRange(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, end) of a prompt: whole chunks of one document, in its order."""
+
+    start: Count
+    end: Count
+
+
+class CBMatch(msgspec.Struct, frozen=True, array_like=True):
+    """One chunk of a document, found in a prompt."""
+
+    old_start: Annotated[Count, Meta(description="position in its document")]
+    start: Annotated[Count, Meta(description="position in the prompt")]
+    hash: Annotated[bytes, Meta(description="of the chunk, chained from its document")]
+
+
+class CBLookupReply(msgspec.Struct, frozen=True):
+    """What is there for all ranks, in the prompt's order; nothing overlaps.
+
+    It is leased to the session's readers.
+    """
+
+    ranges: tuple[CBRange, ...]
+    matches: Annotated[
+        tuple[CBMatch, ...], Meta(description="the chunks that the ranges consist of")
+    ]
+    num_tokens: int
+
+
+class CBLookupPreComputed(Request[CBLookupReply], frozen=True):
+    """Find stored documents in a prompt, wherever they stand, and lease them.
+
+    Replaces the session's earlier lease on documents. An error when no instance of
+    the model has registered with this world size, or not every rank.
+    """
+
+    is_void_late: ClassVar[bool] = True
+
+    session: SessionKey
+    model: Text
+    world_size: Annotated[int, Meta(ge=1, le=4096)]
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids, all of them")]
+
+
+class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
+    """Copy documents' chunks from L1 to their places in a prompt's buffer, or none.
+
+    Names either matches, or ranges of the session's last lookup. Takes this rank off
+    the session's lease on them. The target slots belong to the server until it
+    answers or its process is gone, whatever the deadline says.
+    """
+
+    lane: ClassVar[Lane] = Lane.RETRIEVE
+    is_void_late: ClassVar[bool] = True
+
+    session: SessionKey
+    instance_id: Text
+    offset: Annotated[Count, Meta(description="slot of the prompt's first token")]
+    ranges: tuple[CBRange, ...] = ()
+    matches: tuple[CBMatch, ...] = ()
+    turn_keys: Annotated[
+        bool, Meta(description="turn K from old positions to those in the prompt")
+    ] = False
+    tokens: Annotated[
+        Packed, Meta(description="of the whole prompt; ranges are then found anew")
+    ] = memoryview(b"")
+
+
+class CBStoreFinal(Request[StoreReply], frozen=True):
+    """Store the whole chunks of [start, end) of a prompt in the normal space.
+
+    As STORE, from the slots of a buffer.
+    """
+
+    lane: ClassVar[Lane] = Lane.STORE
+    is_void_late: ClassVar[bool] = True
+
+    session: SessionKey
+    instance_id: Text
+    offset: Annotated[Count, Meta(description="slot of the prompt's first token")]
+    start: Count
+    end: Count
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
+    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    extras: tuple[ExtraKey, ...] = ()
 
 
 # -- what is derived --------------------------------------------------------------

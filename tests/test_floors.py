@@ -19,6 +19,7 @@ FLOORS = (
         "kvcore.options",
         "kvcore.config",
         "kvcore.keys",
+        "kvcore.rope",
         "kvcore.layout",
         "kvcore.protocol",
         "kvcore.process",
@@ -27,17 +28,20 @@ FLOORS = (
     ("kvcore.storage",),
     ("kvcore.transport",),
     ("kvcore.engine",),
+    ("kvcore.blend",),
     ("kvcore.server", "kvcore.client"),
     ("kvcore.vllm",),
     ("kvctl",),
 )
 """Lowest first. A module imports its own floor and those beneath it."""
 
+SERVER_SIDE = ("kvcore.server", "kvcore.blend", "kvcore.engine", "kvcore.storage")
+
 NEVER = {
-    "kvcore.client": ("kvcore.server", "kvcore.engine", "kvcore.storage"),
-    "kvcore.vllm": ("kvcore.server", "kvcore.engine", "kvcore.storage"),
+    "kvcore.client": SERVER_SIDE,
+    "kvcore.vllm": SERVER_SIDE,
     "kvcore.server": ("kvcore.client",),
-    "kvctl.lab": ("kvcore.server", "kvcore.engine", "kvcore.storage", "kvctl.commands"),
+    "kvctl.lab": (*SERVER_SIDE, "kvctl.commands"),
     "kvctl.console": ("kvctl.lab", "kvctl.commands", "kvctl.views"),
     "kvctl.views": ("kvctl.commands", "kvcore.server", "kvcore.engine"),
 }

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from kvcore.client.connection import Connection
+from kvcore.client.connection import Connection, Registration
 from kvcore.client.pending import Retry
 from kvcore.errors import KVError, TokensNeeded, Unavailable
 from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens
 from kvcore.protocol import (
+    CBUnregisterKVCache,
     Clear,
     Cleared,
     Done,
@@ -25,7 +26,6 @@ from kvcore.protocol import (
     LookupReply,
     Ping,
     Pong,
-    RegisterKVCache,
     RegisterReply,
     Request,
     Retrieve,
@@ -97,13 +97,23 @@ class KVClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def call(self, request: Request[R], timeout_s: float | None = None) -> R:
+    def call(
+        self,
+        request: Request[R],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+    ) -> R:
         """Send any declared request and wait for its reply."""
-        return self._connection.call(request, timeout_s or self.timeout_s)
+        return self._connection.call(request, timeout_s or self.timeout_s, retry)
 
-    def submit(self, request: Request[R], timeout_s: float | None = None) -> Future[R]:
+    def submit(
+        self,
+        request: Request[R],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+    ) -> Future[R]:
         """Send any declared request."""
-        return self._connection.submit(request, timeout_s or self.timeout_s)
+        return self._connection.submit(request, timeout_s or self.timeout_s, retry)
 
     def call_all(
         self, requests: Sequence[Request[Any]], timeout_s: float | None = None
@@ -113,16 +123,20 @@ class KVClient:
 
     # -- a worker's -----------------------------------------------------------------
 
-    def register_kv_cache(self, request: RegisterKVCache) -> RegisterReply:
-        """Register a cache, now and with every later run of the server."""
+    def register_kv_cache(self, request: Registration) -> RegisterReply:
+        """Register a cache or a buffer, now and with every later run of the server."""
         reply = self.call(request)
         self._connection.remember(request)
         return reply
 
     def unregister_kv_cache(self, instance_id: str) -> Done:
         """Forget a cache; when this returns the server has unmapped it."""
-        self._connection.forget(instance_id)
-        return self.call(UnregisterKVCache(instance_id))
+        return self.unregister(UnregisterKVCache(instance_id))
+
+    def unregister(self, request: UnregisterKVCache | CBUnregisterKVCache) -> Done:
+        """Forget a cache or a buffer, and that it was to be registered again."""
+        self._connection.forget(request.instance_id)
+        return self.call(request)
 
     def submit_store(
         self,
@@ -282,14 +296,12 @@ class KVClient:
     def _submit_tokens(
         self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
     ) -> Future[R]:
-        retry = _resend(request, tokens)
-        return self._connection.submit(request, timeout_s or self.timeout_s, retry)
+        return self.submit(request, timeout_s, resend(request, tokens))
 
     def _call_tokens(
         self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
     ) -> R:
-        retry = _resend(request, tokens)
-        return self._connection.call(request, timeout_s or self.timeout_s, retry)
+        return self.call(request, timeout_s, resend(request, tokens))
 
 
 def _lookup(
@@ -304,7 +316,7 @@ def _lookup(
     return Lookup(session, model, world_size, len(tokens), packed, known, extras)
 
 
-def _resend(request: Request[R], tokens: Tokens | None) -> Retry | None:
+def resend(request: Request[R], tokens: Tokens | None) -> Retry | None:
     """Answer `TokensNeeded` with the tokens from where the server says it ends."""
     if tokens is None:
         return None

@@ -45,6 +45,7 @@ from kvcore.protocol import (
     NO_BOOT,
     PROTOCOL_VERSION,
     UNREADABLE,
+    CBRegisterKVCache,
     Goodbye,
     Hello,
     HelloReply,
@@ -59,6 +60,7 @@ from kvcore.protocol import (
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
+Registration = RegisterKVCache | CBRegisterKVCache
 NEVER_NS = 2**63 - 1
 HELLO_AGAIN_NS = 1_000_000_000
 """An unanswered hello is said again after this."""
@@ -90,7 +92,7 @@ class Connection:
         self._pending: dict[int, Pending] = {}
         self._refused: deque[Pending] = deque()
         self._earliest_ns = NEVER_NS
-        self._registrations: dict[str, RegisterKVCache] = {}
+        self._registrations: dict[str, Registration] = {}
         self._hello: Pending | None = None
         self._boot = NO_BOOT
         self._closed = False
@@ -167,7 +169,7 @@ class Connection:
         if self._pending or self._outbox or self._refused:
             os.eventfd_write(self._wake, 1)
 
-    def remember(self, request: RegisterKVCache) -> None:
+    def remember(self, request: Registration) -> None:
         """Register this again whenever another run of the server is met."""
         self._registrations[request.instance_id] = request
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvcore.errors import KVError
-from kvcore.protocol import NO_BOOT, Request, Retrieve
+from kvcore.protocol import NO_BOOT, Lane, Request
 
 Retry = Callable[[KVError], Request[Any] | None]
 """Given an error, returns the request to send in its place, or None to let it be."""
@@ -45,7 +45,7 @@ class Pending:
 
         Not a retrieve's: until the server answers or is gone it may still write.
         """
-        return self.deadline_ns > 0 and type(self.request) is not Retrieve
+        return self.deadline_ns > 0 and self.request.lane is not Lane.RETRIEVE
 
     def promise(self) -> Future[Any]:
         """Give it a future, which nobody can cancel: the server may be at it."""

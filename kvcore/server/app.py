@@ -14,6 +14,7 @@ from time import monotonic, monotonic_ns
 from typing import Any
 
 from kvcore import __version__
+from kvcore.blend.engine import BlendEngine, NoBlend
 from kvcore.config import ServerConfig
 from kvcore.engine.engine import Caller, Engine
 from kvcore.errors import BadRequest
@@ -72,6 +73,8 @@ class Server:
             stack.callback(self.loop.close)
             # Before the loop: copies that end wake it.
             stack.callback(self.engine.close)
+            blend = config.engine == "blend"
+            self.blend = BlendEngine(config.blend, self.engine) if blend else None
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
                 stack.enter_context(
@@ -112,12 +115,17 @@ class Server:
         own: Handler | None = getattr(self, f"_{name}", None)
         if own is not None:
             return own
-        serve = getattr(self.engine, name)
+        serve = getattr(self._part(name), name)
 
         def handler(request: Any, client: Client, deadline_ns: int) -> Any:
             return serve(request, Caller(client.identity, client.pid, deadline_ns))
 
         return handler
+
+    def _part(self, name: str) -> Engine | BlendEngine | NoBlend:
+        if not name.startswith("cb_"):
+            return self.engine
+        return self.blend or NoBlend()
 
     def _hello(self, request: Hello, client: Client, deadline_ns: int) -> HelloReply:
         if request.protocol_version != PROTOCOL_VERSION:
@@ -192,6 +200,7 @@ class Server:
             "errors": self.loop.num_errors,
             "replies_lost": self.loop.num_replies_lost,
             **self.engine.counters.as_dict(),
+            **(self.blend.counts() if self.blend else {}),
             "chunks_evicted": self.engine.l1.stats().num_evicted,
             "leases_granted": self.engine.leases.num_granted,
             **{

@@ -1,0 +1,1 @@
+"""Reuse of documents at any position, composed of the engine."""
