@@ -11,9 +11,9 @@ What holds for every tier, and `tests/tiers` checks of each:
 - After a failure a tier is down for a short while: it answers MISSING, FAILED and
   False at once. Then one call is let through, and the rest when that one succeeds.
 - What a store returns MUST be of the key that was asked for, of the length that the
-  slot has, and whole; the tier rejects anything else. That the bytes are right is the
-  caller's to check, with `checksum_of` and the checksum that came with them. On a
-  mismatch the caller deletes the key, since `store` keeps what is present.
+  slot has, and whole; the tier rejects and removes anything else. That the bytes are
+  right is the caller's to check, with `checksum_of` and the checksum that came with
+  them. On a mismatch the caller deletes the key, since `store` keeps what is there.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class LoadOutcome(Enum):
     DONE = "done"
     MISSING = "missing"
     FAILED = "failed"
+    REJECTED = "rejected"
+    """What was there is not the record of that slot; the tier has removed it."""
 
 
 class Loaded(msgspec.Struct, frozen=True):

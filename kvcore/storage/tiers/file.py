@@ -1,0 +1,253 @@
+"""One local directory: a file a part, written aside and renamed, bounded, LRU.
+
+Files are not synced: after a power cut some may be cut off or empty, which their
+length, header or checksum shows. The order of use survives a restart only as the
+order in which files were written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kvcore.errors import BadRequest, DeadlineExceeded, Unavailable
+from kvcore.shm import Bytes
+from kvcore.storage.tiers.backend import Deadline, Usage
+from kvcore.storage.tiers.contract import (
+    Blob,
+    Loaded,
+    LoadOutcome,
+    PartKey,
+    Slot,
+    Stored,
+    num_bytes_of,
+)
+from kvcore.storage.tiers.direct import (
+    Mode,
+    file_bytes,
+    probe,
+    read_record,
+    write_record,
+)
+from kvcore.storage.tiers.index import FileIndex
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_INCOMING = "incoming"
+"""Folder of files that are being written."""
+
+
+class FileBackend:
+    """`Backend` over a directory, which it makes and which it alone uses.
+
+    It opens the directory when first asked, and reads what is there in the background:
+    meanwhile the disk is asked what is there, and stores wait.
+    """
+
+    batch = 1
+
+    def __init__(self, directory: Path, max_bytes: int | None) -> None:
+        self._directory = directory
+        self._index = FileIndex(max_bytes)
+        self._lock = threading.Lock()
+        self._lock_fd: int | None = None
+        self._mode = Mode.BUFFERED
+        self._run = secrets.token_hex(4)
+        self._numbers = itertools.count()
+        self._scanned = threading.Event()
+        self._scan: threading.Thread | None = None
+
+    def attach(self, name: str, arena: Bytes) -> None:
+        """Nothing to do: any page-aligned memory will do."""
+
+    @property
+    def num_evicted(self) -> int:
+        """See `Backend.num_evicted`."""
+        return self._index.num_evicted
+
+    def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
+        """Look into the index, and before that is complete onto the disk."""
+        self._open()
+        if self._scanned.is_set():
+            return [str(key) in self._index for key in keys]
+        return [self._path(str(key)).exists() for key in keys]
+
+    def load(self, slots: Sequence[Slot], deadline: Deadline) -> Iterator[Loaded]:
+        """Read straight into the slots."""
+        self._open()
+        for slot in slots:
+            yield self._load(slot, deadline)
+
+    def store(self, blobs: Sequence[Blob], deadline: Deadline) -> Iterator[Stored]:
+        """Write beside, rename, evict what is then too much."""
+        self._open()
+        if not self._scanned.wait(deadline.left()):
+            raise DeadlineExceeded(f"{self._directory} is still being read")
+        for blob in blobs:
+            yield self._store(blob, deadline)
+
+    def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
+        """Remove files, whether the index knows them or not."""
+        self._open()
+        return sum(self._remove(str(key)) for key in keys)
+
+    def usage(self, deadline: Deadline) -> Usage:
+        """Bytes of the files known so far."""
+        return Usage(self._index.used_bytes, self._index.max_bytes)
+
+    def close(self) -> None:
+        """Leave the directory to the next."""
+        if self._scan is not None:
+            self._scan.join()
+        self._unlock()
+
+    # -- one part -----------------------------------------------------------------
+
+    def _load(self, slot: Slot, deadline: Deadline) -> Loaded:
+        name = str(slot.key)
+        try:
+            checksum = read_record(self._path(name), slot, self._mode, deadline)
+        except FileNotFoundError:
+            self._index.remove(name)
+            return Loaded(LoadOutcome.MISSING)
+        except OSError as error:
+            raise self._failure(error) from error
+        if checksum is None:
+            return Loaded(LoadOutcome.REJECTED)
+        self._index.touch(name)
+        return Loaded(LoadOutcome.DONE, checksum)
+
+    def _store(self, blob: Blob, deadline: Deadline) -> Stored:
+        name = str(blob.key)
+        if name in self._index:
+            return Stored.PRESENT
+        size = file_bytes(num_bytes_of(blob.buffers))
+        room = self._index.claim(size)
+        self._unlink(room.evicted)
+        if not room.granted:
+            return Stored.FULL
+        try:
+            self._write(name, blob, deadline)
+        except OSError as error:
+            self._index.release(size)
+            if error.errno not in _NO_ROOM:
+                raise self._failure(error) from error
+            # The disk is smaller than the bound, or others fill it: give some back.
+            self._unlink(self._index.shrink(size))
+            return Stored.FULL
+        except DeadlineExceeded:
+            self._index.release(size)
+            raise
+        self._index.settle(name, size)
+        return Stored.DONE
+
+    def _write(self, name: str, blob: Blob, deadline: Deadline) -> None:
+        aside = self._directory / _INCOMING / f"{self._run}-{next(self._numbers)}"
+        try:
+            write_record(aside, blob, self._mode, deadline)
+            path = self._path(name)
+            try:
+                aside.rename(path)
+            except FileNotFoundError:
+                path.parent.mkdir()
+                aside.rename(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+    def _remove(self, name: str) -> bool:
+        known = self._index.remove(name)
+        self._unlink([name])
+        return known
+
+    def _unlink(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self._path(name).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._failure(error) from error
+
+    def _path(self, name: str) -> Path:
+        return self._directory / name[:2] / name
+
+    # -- the directory ------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Take the directory and have it read, unless that is done."""
+        with self._lock:
+            if self._lock_fd is not None:
+                return
+            incoming = self._directory / _INCOMING
+            try:
+                incoming.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = self._take()
+                self._mode = probe(incoming)
+            except OSError as error:
+                self._unlock()
+                raise Unavailable(f"{self._directory}: {error.strerror}") from error
+            if self._scan is not None:
+                self._scan.join()
+            self._index.clear()
+            self._scanned.clear()
+            self._scan = threading.Thread(target=self._read_names, daemon=True)
+            self._scan.start()
+
+    def _take(self) -> int:
+        path = self._directory / ".lock"
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise Unavailable(
+                f"{self._directory} is another server's: give each its own"
+            ) from error
+        return fd
+
+    def _unlock(self) -> None:
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _failure(self, error: OSError) -> Unavailable:
+        """Translate an error, and open the directory anew next time."""
+        with self._lock:
+            self._unlock()
+        return Unavailable(f"{self._directory}: {error.strerror}")
+
+    def _read_names(self) -> None:
+        """Fill the index with what an earlier server left."""
+        try:
+            for path in (self._directory / _INCOMING).iterdir():
+                if not path.name.startswith(self._run):
+                    path.unlink(missing_ok=True)
+            files = sorted(_parts_under(self._directory), reverse=True)
+            evicted = self._index.add_old((name, size) for _, name, size in files)
+            self._unlink(evicted)
+        except (OSError, Unavailable):
+            pass  # Whoever asks next meets the same, and tells.
+        finally:
+            self._scanned.set()
+
+
+def _parts_under(directory: Path) -> Iterator[tuple[float, str, int]]:
+    """Yield when each part was written, its name and its size."""
+    for folder in directory.glob("[0-9a-f][0-9a-f]"):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_part(entry.name):
+                    status = entry.stat()
+                    yield status.st_mtime, entry.name, status.st_size
+
+
+def _is_part(name: str) -> bool:
+    try:
+        PartKey.parse(name)
+    except BadRequest:
+        return False
+    return True

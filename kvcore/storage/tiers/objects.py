@@ -1,0 +1,167 @@
+"""Object stores (S3, GCS, Azure, ...) through obstore: an object a part.
+
+What comes back is copied into L1's pages here, when all of it has arrived: obstore
+cannot read into memory of ours, and an answer after its deadline then finds no page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvcore.errors import DeadlineExceeded, SetupError, Unavailable
+from kvcore.shm import Bytes
+from kvcore.storage.tiers.backend import Deadline, Usage
+from kvcore.storage.tiers.contract import (
+    HEADER_BYTES,
+    Blob,
+    Loaded,
+    LoadOutcome,
+    PartKey,
+    Slot,
+    Stored,
+    num_bytes_of,
+    pack_header,
+    read_header,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+ResultT = TypeVar("ResultT")
+
+_REJECTED = Loaded(LoadOutcome.REJECTED)
+_NO_ROOM = ("507", "insufficient storage", "quotaexceeded", "storagefull")
+"""How servers say that they are full; S3 itself never is."""
+
+
+class ObjectsBackend:
+    """`Backend` over whatever obstore opens from a URL."""
+
+    batch = 1
+    num_evicted = 0
+    """A lifecycle rule may remove objects; nobody tells us."""
+
+    def __init__(
+        self, url: str, config: Mapping[str, str], *, insecure: bool, timeout_s: float
+    ) -> None:
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise SetupError(
+                "object stores need obstore: pip install 'kvctl[objects]'"
+            ) from None
+        self._api = obstore
+        client = {"timeout": f"{int(timeout_s * 1000)}ms", "allow_http": insecure}
+        options: dict[str, Any] = dict(config)
+        if not url.startswith("memory:"):
+            # Trying again is the tier's affair.
+            options |= {"client_options": client, "retry_config": {"max_retries": 0}}
+        try:
+            self._store: ObjectStore = from_url(url, **options)
+        except obstore.exceptions.BaseError as error:
+            raise SetupError(_first_line(error)) from None
+
+    def attach(self, name: str, arena: Bytes) -> None:
+        """Nothing to do: obstore has memory of its own."""
+
+    def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
+        """Ask for all keys at once: there is no request for many."""
+        return self._run(self._each(self._exists, keys), deadline)
+
+    def load(self, slots: Sequence[Slot], deadline: Deadline) -> Iterator[Loaded]:
+        """Get, then copy."""
+        for slot in slots:
+            value = self._run(self._get(slot.key), deadline)
+            yield Loaded(LoadOutcome.MISSING) if value is None else _fill(slot, value)
+
+    def store(self, blobs: Sequence[Blob], deadline: Deadline) -> Iterator[Stored]:
+        """Put what is not there, out of a copy: it may outlive the deadline."""
+        for blob in blobs:
+            if self._run(self._exists(blob.key), deadline):
+                yield Stored.PRESENT
+                continue
+            value = b"".join([pack_header(blob), *blob.buffers])
+            yield self._put(blob.key, value, deadline)
+
+    def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
+        """Delete all keys; object stores do not tell which were there."""
+        self._run(self._each(self._remove, keys), deadline)
+        return len(keys)
+
+    def usage(self, deadline: Deadline) -> Usage:
+        """Nobody knows without listing everything."""
+        return Usage()
+
+    def close(self) -> None:
+        """Nothing to do: connections end with the store."""
+
+    async def _each(
+        self, ask: Callable[[PartKey], Awaitable[ResultT]], keys: Sequence[PartKey]
+    ) -> list[ResultT]:
+        return await asyncio.gather(*map(ask, keys))
+
+    async def _exists(self, key: PartKey) -> bool:
+        try:
+            await self._api.head_async(self._store, str(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def _get(self, key: PartKey) -> memoryview | None:
+        try:
+            result = await self._api.get_async(self._store, str(key))
+            return memoryview(await result.buffer_async())
+        except FileNotFoundError:
+            return None
+
+    async def _remove(self, key: PartKey) -> None:
+        with suppress(FileNotFoundError):
+            await self._api.delete_async(self._store, str(key))
+
+    async def _upload(self, key: PartKey, value: bytes) -> None:
+        put = self._api.put_async
+        await put(self._store, str(key), value, use_multipart=False)
+
+    def _put(self, key: PartKey, value: bytes, deadline: Deadline) -> Stored:
+        try:
+            self._run(self._upload(key, value), deadline)
+        except Unavailable as error:
+            if any(mark in error.message.lower() for mark in _NO_ROOM):
+                return Stored.FULL
+            raise
+        return Stored.DONE
+
+    def _run(self, work: Coroutine[Any, Any, ResultT], deadline: Deadline) -> ResultT:
+        """Run in a loop of this call's own, and drop it at the deadline."""
+
+        async def bounded() -> ResultT:
+            return await asyncio.wait_for(work, deadline.at - time.monotonic())
+
+        try:
+            return asyncio.run(bounded())
+        except TimeoutError:
+            raise DeadlineExceeded("the store has not answered in time") from None
+        except (self._api.exceptions.BaseError, OSError) as error:
+            raise Unavailable(_first_line(error)) from error
+
+
+def _fill(slot: Slot, value: memoryview) -> Loaded:
+    if value.nbytes != HEADER_BYTES + num_bytes_of(slot.buffers):
+        return _REJECTED
+    checksum = read_header(value, slot)
+    if checksum is None:
+        return _REJECTED
+    start = HEADER_BYTES
+    for buffer in slot.buffers:
+        buffer[:] = value[start : start + buffer.nbytes]
+        start += buffer.nbytes
+    return Loaded(LoadOutcome.DONE, checksum)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
