@@ -156,6 +156,7 @@ class LeaseTable:
     def status(self, limit: int) -> list[LeaseStatus]:
         """Describe the `limit` oldest leases."""
         now = self._clock()
+        limit = min(limit, len(self._leases))
         return [_describe(lease, now) for lease in islice(self._leases.values(), limit)]
 
     def _take(
