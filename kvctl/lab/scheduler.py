@@ -8,7 +8,6 @@ slots, and every call is timed where an engine would wait for it.
 from __future__ import annotations
 
 import threading
-from array import array
 from collections.abc import Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -22,7 +21,7 @@ from kvcore.errors import Closed, KVError, Unavailable
 from kvcore.keys import ChunkHash, HashChain, SessionKey, chain_seed, pack_tokens
 from kvcore.protocol import LookupReply
 from kvctl.lab.blocks import BlockPool
-from kvctl.lab.measure import Samples
+from kvctl.lab.measure import Recorder
 from kvctl.lab.messages import (
     EnginePlan,
     EngineReport,
@@ -38,6 +37,15 @@ from kvctl.lab.workload import Access, Tokens, accesses
 PROGRESS_S = 0.5
 MAX_ERRORS_TOLD = 10
 HEAD_BYTES = 8
+COUNTED_IN_TIME = (
+    "requests",
+    "errors",
+    "tokens",
+    "tokens_hit",
+    "store_bytes",
+    "retrieve_bytes",
+)
+"""Of a tally, what a result shows over time."""
 HASH_SLICE = 1 << 20
 """Chunks hashed at once: nobody else is served by this thread."""
 
@@ -50,7 +58,7 @@ class Score:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tally = Tally()
-        self._durations: dict[str, array[float]] = {}
+        self._recorder = Recorder()
         self._heads: set[bytes] = set()
         self._errors: list[str] = []
 
@@ -67,20 +75,27 @@ class Score:
             self._tally.errors += len(errors)
             self._heads.update(heads)
             self._errors += errors[: MAX_ERRORS_TOLD - len(self._errors)]
-            for name, seconds in durations.items():
-                self._durations.setdefault(name, array("d")).append(seconds)
+        self._recorder.add(durations)
 
     def tally(self) -> Tally:
         """Return a copy of the counts so far."""
         with self._lock:
             return replace(self._tally)
 
+    def roll(self) -> Tally:
+        """End a window of time; return a copy of the counts so far."""
+        tally = self.tally()
+        counts = {name: int(getattr(tally, name)) for name in COUNTED_IN_TIME}
+        self._recorder.roll(counts)
+        return tally
+
     def report(self) -> EngineReport:
         """Return everything."""
+        self.roll()
         with self._lock:
             return EngineReport(
                 tally=self._tally,
-                samples=Samples.pack(self._durations),
+                samples=self._recorder.samples(),
                 chunk_heads=b"".join(sorted(self._heads)),
                 errors=tuple(self._errors),
             )
@@ -293,7 +308,7 @@ def _play_all(
             engine.queue.stop()
         if deadline is not None and monotonic() >= deadline:
             engine.queue.stop()
-        send(control, engine.score.tally())
+        send(control, engine.score.roll())
 
 
 def _announce(threads: Sequence[threading.Thread], last_one: Connection) -> None:
