@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.client import KVClient
+from kvcore.errors import Unavailable
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import Ping, PosixShm, RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
@@ -162,6 +163,13 @@ class _Told:
     def due(self, timeout_s: float) -> None:
         """Ask for the server's clock, with a deadline."""
         self.client.call(Ping(), timeout_s)
+
+    def is_unavailable(self) -> bool:
+        """Say whether the client knows that its server is gone."""
+        try:
+            return not self.client.server
+        except Unavailable:
+            return True
 
     def begin(self, key: str, method: str, *args: Any, **options: Any) -> None:
         """Submit a request and keep its future."""

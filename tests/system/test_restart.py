@@ -1,0 +1,185 @@
+"""A server that is killed and started again at its address, under its clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.errors import KVError, Unavailable, UnknownModel
+from kvcore.keys import SessionKey
+from kvcore.protocol import EndSession, Ping
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.worker import Worker
+
+ONE = [0, 1, 2, 3]
+
+
+@pytest.fixture
+def old(serve: Callable[..., Server]) -> Server:
+    """A server of the test's own."""
+    return serve()
+
+
+@pytest.fixture
+def worker(old: Server, hire: Callable[[str], Worker]) -> Worker:
+    """A worker with the instance "a" of model "m"."""
+    worker = hire(old.address)
+    worker.answer()
+    worker.ask("register", "a", "m")
+    worker.ask("fill", "a", ONE)
+    return worker
+
+
+@pytest.fixture
+def scheduler(old: Server) -> Iterator[KVClient]:
+    """A client that looks up."""
+    with KVClient(old.address, timeout_s=20) as client:
+        yield client
+
+
+@pytest.fixture
+def again(old: Server) -> Iterator[Callable[[], Server]]:
+    """Start the next run."""
+    runs: list[Server] = []
+
+    def start() -> Server:
+        runs.append(old.again())
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
+
+
+def is_found(client: KVClient, key: SessionKey, tokens: list[int], chunks: int) -> bool:
+    """Whether a lookup of model "m" is answered so; not while nobody registered."""
+    try:
+        return client.lookup(key, "m", 1, tokens).num_chunks == chunks
+    except UnknownModel:
+        return False
+
+
+def test_all_goes_on_by_itself(
+    old: Server,
+    worker: Worker,
+    scheduler: KVClient,
+    again: Callable[[], Server],
+    prompt: Prompt,
+) -> None:
+    """An idle worker registers again; lookups, stores and retrieves work again."""
+    key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
+    worker.ask("store", key, "a", 0, CHUNK, [ONE], tokens)
+    assert is_found(scheduler, key, tokens, 1)
+    old.kill()
+    assert old.segments
+    run = again()
+    assert not old.segments
+    wait_until(lambda: [i.instance_id for i in scheduler.status().instances] == ["a"])
+    assert scheduler.server.pid == run.pid
+    assert is_found(scheduler, key, tokens, 0)
+    worker.ask("store", key, "a", 0, CHUNK, [ONE], tokens)
+    assert is_found(scheduler, key, tokens, 1)
+    worker.ask("retrieve", key, "a", 0, CHUNK, [[4, 5, 6, 7]])
+    one, two = (worker.ask("read", "a", blocks) for blocks in (ONE, [4, 5, 6, 7]))
+    assert np.array_equal(one, two)
+
+
+def test_what_a_killed_server_was_asked_is_unavailable(
+    old: Server, worker: Worker, scheduler: KVClient, prompt: Prompt
+) -> None:
+    """At once, retrieves too: a dead process writes no more."""
+    key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
+    worker.ask("store", key, "a", 0, CHUNK, [ONE], tokens)
+    scheduler.lookup(key, "m", 1, tokens)
+    old.pause()
+    lookup = scheduler.submit_lookup(key, "m", 1, tokens)
+    for method in ("store", "retrieve"):
+        worker.ask("begin", method, f"submit_{method}", key, "a", 0, CHUNK, [ONE])
+    assert not lookup.done()
+    old.kill()
+    for asked in (
+        lambda: lookup.result(20),
+        lambda: worker.ask("result", "store"),
+        lambda: worker.ask("result", "retrieve"),
+    ):
+        with pytest.raises(Unavailable, match=f"process {old.pid}.* is gone"):
+            asked()
+
+
+def test_what_is_asked_meanwhile_is_served_by_the_next_run(
+    old: Server,
+    worker: Worker,
+    scheduler: KVClient,
+    again: Callable[[], Server],
+    prompt: Prompt,
+) -> None:
+    """It waits for the next run, behind the registration."""
+    old.kill()
+    wait_until(lambda: is_gone(scheduler))
+    key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
+    wait_until(lambda: worker.ask("is_unavailable"))
+    worker.ask("begin", "s", "submit_store", key, "a", 0, CHUNK, [ONE], tokens)
+    ping = scheduler.submit(Ping())
+    assert not ping.done()
+    assert not worker.ask("is_done", "s")
+    again()
+    assert worker.ask("result", "s").num_stored == 1
+    ping.result(20)
+    wait_until(lambda: is_found(scheduler, key, tokens, 1))
+
+
+def is_gone(client: KVClient) -> bool:
+    """Whether the client has noticed."""
+    try:
+        return client.server is None
+    except Unavailable:
+        return True
+
+
+def test_what_is_asked_of_nobody_ends_at_its_deadline(
+    old: Server, worker: Worker, scheduler: KVClient
+) -> None:
+    """Retrieves too: what was never sent writes nowhere."""
+    old.kill()
+    wait_until(lambda: is_gone(scheduler))
+    wait_until(lambda: worker.ask("is_unavailable"))
+    key = SessionKey("engine", "r")
+    with pytest.raises(Unavailable, match="no server answers"):
+        scheduler.submit(EndSession(key), 0.1).result(20)
+    for method in ("store", "retrieve"):
+        with pytest.raises(Unavailable, match="no server answers"):
+            worker.ask(method, key, "a", 0, CHUNK, [ONE], timeout_s=0.1)
+
+
+def test_requests_in_the_queue_find_the_next_run(
+    old: Server,
+    worker: Worker,
+    scheduler: KVClient,
+    again: Callable[[], Server],
+    prompt: Prompt,
+) -> None:
+    """Of many that were under way each has one end, and new ones are served."""
+    key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
+    scheduler.lookup(key, "m", 1, tokens)
+    old.pause()
+    asked = [scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(200)]
+    old.kill()
+    asked += [scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(200)]
+    again()
+    ends = [future.exception(20) for future in asked]
+    allowed = (Unavailable, UnknownModel)
+    assert all(end is None or isinstance(end, allowed) for end in ends)
+    assert isinstance(ends[0], Unavailable)
+    assert not isinstance(ends[-1], Unavailable)
+    wait_until(lambda: is_found(scheduler, key, tokens, 0))
+
+
+def test_a_client_needs_a_server_to_begin_with(old: Server) -> None:
+    """Within its timeout, and says where."""
+    old.kill()
+    with pytest.raises(KVError, match=old.address):
+        KVClient(old.address, timeout_s=0.1)
