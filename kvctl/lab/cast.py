@@ -61,6 +61,11 @@ class Cast:
         """One an engine."""
         return [actor for actor in self.actors if not actor.is_rank]
 
+    @property
+    def ranks(self) -> list[Actor]:
+        """All engines'."""
+        return [actor for actor in self.actors if actor.is_rank]
+
     def tell_schedulers(self, message: msgspec.Struct) -> None:
         """Send a message to every scheduler that is still there."""
         for actor in self.schedulers:

@@ -8,34 +8,39 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection, wait
-from time import monotonic
+from time import monotonic, perf_counter
 from types import FrameType
 
 from msgspec.structs import replace
 
 from kvcore.client import KVClient
 from kvcore.errors import KVError, SetupError, Unavailable
+from kvcore.keys import SessionKey
 from kvcore.shm import remove_dead
-from kvctl.lab import ceilings
+from kvctl.lab import alone, ceilings
 from kvctl.lab.cast import Actor, Cast
 from kvctl.lab.local_server import LocalServer
 from kvctl.lab.measure import Samples, time_calls
 from kvctl.lab.messages import (
+    AloneDone,
     EnginePlan,
     EngineReport,
     Failed,
+    PlayAlone,
     Ready,
     Start,
     Stop,
     Tally,
     receive,
+    send,
 )
 from kvctl.lab.result import Result
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.summary import Evidence, summarise
 from kvctl.lab.worker import SEGMENT_PREFIX
-from kvctl.lab.workload import Survey, survey
+from kvctl.lab.workload import Survey, accesses, survey
 
 TICK_S = 0.5
 READY_S = 60.0
@@ -45,6 +50,10 @@ SERVERLESS_GRACE_S = 3.0
 """For the same once the server is gone: what waits for another waits in vain."""
 NUM_PINGS = 500
 MAX_LEASES_LOOKED_AT = 100_000
+MAX_ALONE = 4
+"""Ranks that make calls alone; more would tell nothing new."""
+NUM_LOOKED_AT = 1_000
+NUM_LOOKUPS = 200
 
 
 class Watcher:
@@ -146,6 +155,8 @@ class Play:
     stop_by: float | None = None
     """When patience ends, once a stop was asked for."""
     server_gone: bool = False
+    alone_wanted: str | None = None
+    """The rank that is making calls alone."""
 
     def run(self) -> None:
         """Fill the evidence."""
@@ -158,6 +169,7 @@ class Play:
             try:
                 self._set_up(cast)
                 self._watch(cast)
+                self._play_alone(cast, client)
             finally:
                 cast.close()
             if not self.server_gone:
@@ -254,15 +266,15 @@ class Play:
             case Tally():
                 self.tallies[actor.engine] = message
                 self._show_progress()
+            case AloneDone():
+                self.alone_wanted = None
+                self.evidence.alone.append(message)
             case EngineReport():
                 self.reported.add(actor.engine)
                 self.evidence.reports.append(message)
 
     def _lost(self, actor: Actor) -> None:
-        """A process ended: a failure where it crashed, or never told what it did.
-
-        Ranks end when their scheduler lets go of them, a moment before its report.
-        """
+        """A process ended: a failure where it crashed, or never told what it did."""
         actor.control.close()
         actor.process.join(TICK_S)
         code = actor.process.exitcode
@@ -276,6 +288,44 @@ class Play:
         for tally in self.tallies.values():
             total.add(tally)
         self.watcher.progress(total, self.planned)
+
+    def _play_alone(self, cast: Cast, client: KVClient) -> None:
+        """With the load over, let ranks call one after another, then look up."""
+        evidence = self.evidence
+        if evidence.interrupted or evidence.failures or self.server_gone:
+            return
+        self.watcher.phase("calling alone")
+        try:
+            max_bytes = min(alone.COPY_BYTES, client.status().l1.total_bytes // 8)
+            for seed, actor in enumerate(cast.ranks[:MAX_ALONE]):
+                send(actor.control, PlayAlone(max_bytes, seed))
+                self.alone_wanted = actor.name
+                while self.alone_wanted and not evidence.failures:
+                    self._step(cast)
+            self._look_up_alone(client)
+        except (KVError, OSError) as error:
+            evidence.failures.append(f"calls alone: {error}")
+
+    def _look_up_alone(self, client: KVClient) -> None:
+        """Look up a request of about the mean length, again and again."""
+        scenario, seed = self.evidence.scenario, self.evidence.seed
+        some = islice(accesses(scenario.workload, seed), NUM_LOOKED_AT)
+        access = min(some, key=lambda one: abs(one.num_tokens - self._mean_tokens()))
+        tokens = access.tokens()
+        plan = self._plans()[0]
+
+        def look_up(number: int) -> float:
+            session = SessionKey(f"{self.run_id}-alone", str(number))
+            begun = perf_counter()
+            client.lookup(session, plan.model, scenario.ranks, tokens)
+            taken = perf_counter() - begun
+            client.end_session(session)
+            return taken
+
+        self.evidence.lookup_alone = alone.median_of(look_up, NUM_LOOKUPS, len(tokens))
+
+    def _mean_tokens(self) -> int:
+        return self.planned.num_tokens // self.planned.num_requests
 
     def _look_after(self, client: KVClient) -> None:
         """With the engines gone: leaked leases, pings, and the ceilings."""
@@ -293,8 +343,7 @@ class Play:
 
     def _ceilings(self) -> ceilings.Ceilings:
         """Measure with the sizes of this run's typical copy and lookup."""
-        scenario, planned = self.evidence.scenario, self.planned
-        mean_tokens = planned.num_tokens // planned.num_requests
+        scenario, mean_tokens = self.evidence.scenario, self._mean_tokens()
         chunks = max(1, mean_tokens // scenario.server.chunk_size)
         return ceilings.measure(
             copy_bytes=chunks * self.chunk_bytes,

@@ -111,7 +111,23 @@ class Played(msgspec.Struct, frozen=True):
     """The server is gone, and with it everything else that could be played."""
 
 
-Control = Ready | Failed | Start | Stop | Tally | EngineReport
+class PlayAlone(msgspec.Struct, frozen=True, tag=True):
+    """To a rank, once nobody plays: time calls of about so many bytes."""
+
+    max_bytes: int
+    seed: int
+
+
+class AloneDone(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: how long its calls took, with plain copies of as many bytes."""
+
+    num_bytes: int
+    samples: Samples
+    """Of `store`, `retrieve` and `copy`."""
+    bytes_wrong: int = 0
+
+
+Control = Ready | Failed | Start | Stop | Tally | EngineReport | PlayAlone | AloneDone
 
 _control = msgspec.msgpack.Decoder(Control)
 _encoder = msgspec.msgpack.Encoder()

@@ -16,9 +16,7 @@ def parts(result: Result) -> Iterator[Table | str]:
     yield _headline(result)
     yield _counts(result)
     yield _operations(result)
-    yield _copies(result)
-    if result.ceilings:
-        yield _round_trips(result)
+    yield _limits(result)
     for message in result.errors:
         yield f"error: {message}"
     for problem in result.problems:
@@ -86,40 +84,50 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _copies(result: Result) -> Table:
-    ceilings, rates, shares = result.ceilings, result.throughput, result.shares
-    idle = _number(ceilings.copy_gb_per_s if ceilings else None)
-    pieces = _number(ceilings.gather_gb_per_s if ceilings else None)
+def _limits(result: Result) -> Table:
+    """What each call reached of what the machine could, alone and under load."""
+    rows = (*_copies(result), *_round_trips(result))
+    columns = ("", ">alone", ">limit", ">share", ">under load", ">limit", ">share")
+    title = "share of the machine's limit: plain copies of as many bytes, GB/s"
+    return Table(f"{title}; bare sockets, p50", columns, rows)
+
+
+def _copies(result: Result) -> Iterator[tuple[str, ...]]:
+    alone, rates, shares = result.alone, result.throughput, result.shares
     beside = _number(rates.plain_copy_gb_per_s)
-    rows = tuple(
-        (name, _number(rate), beside, _share(share), idle, pieces)
-        for name, rate, share in (
-            ("store", rates.store_gb_per_s, shares.store),
-            ("retrieve", rates.retrieve_gb_per_s, shares.retrieve),
+    for name in ("store", "retrieve"):
+        loaded = _number(getattr(rates, f"{name}_gb_per_s"))
+        yield (
+            name,
+            _number(getattr(alone, f"{name}_gb_per_s", None)),
+            _number(alone.plain_copy_gb_per_s if alone else None),
+            _share(getattr(alone, name, None)),
+            loaded,
+            beside,
+            _share(getattr(shares, name)),
         )
-    )
-    columns = (">in calls", ">plain copy beside", ">share", ">idle", ">idle in pieces")
-    sizes = (
-        f" (idle: {ceilings.copy_bytes:,} bytes, pieces of {ceilings.piece_bytes:,})"
-        if ceilings
-        else ""
-    )
-    return Table(f"copies, GB/s{sizes}", ("", *columns), rows)
 
 
-def _round_trips(result: Result) -> Table:
-    ceilings, shares = result.ceilings, result.shares
+def _round_trips(result: Result) -> Iterator[tuple[str, ...]]:
+    """Pings are made with everybody else gone, lookups both ways."""
+    ceilings, alone, shares = result.ceilings, result.alone, result.shares
     if ceilings is None:
-        return Table("", (), ())
-    rows = tuple(
-        (name, duration(result.operations[name].p50_s), duration(bare), _share(share))
-        for name, bare, share in (
-            ("ping", ceilings.ping_round_trip_s, shares.ping),
-            ("lookup", ceilings.lookup_round_trip_s, shares.lookup),
-        )
-        if name in result.operations
+        return
+    loaded = result.operations.get("lookup")
+    bare = duration(ceilings.lookup_round_trip_s)
+    yield (
+        "lookup",
+        duration(alone.lookup_s) if alone else NOTHING,
+        bare,
+        _share(alone.lookup if alone else None),
+        duration(loaded.p50_s) if loaded else NOTHING,
+        bare,
+        _share(shares.lookup),
     )
-    return Table("round trips, p50", ("", ">ours", ">bare sockets", ">share"), rows)
+    ping = result.operations.get("ping")
+    if ping:
+        trip = duration(ceilings.ping_round_trip_s)
+        yield ("ping", duration(ping.p50_s), trip, _share(shares.ping), *[NOTHING] * 3)
 
 
 def _number(value: float | None) -> str:

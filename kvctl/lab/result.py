@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from kvcore.errors import SetupError
 from kvcore.options import decode_hook, encode_hook
+from kvctl.lab.alone import Alone
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import Environment
 from kvctl.lab.measure import Latency
@@ -96,6 +97,9 @@ class Result(msgspec.Struct, frozen=True):
     problems: Annotated[
         tuple[str, ...], Meta(description="why the exit code is 1; none: it is 0")
     ]
+    alone: Annotated[
+        Alone | None, Meta(description="calls with the machine to themselves")
+    ] = None
 
     def save(self, folder: Path) -> Path:
         """Write `NAME-STARTED.json` into a folder, made if need be; whole or not.

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from kvctl.lab.alone import LookupAlone, summarise_alone
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import detect
 from kvctl.lab.measure import Latency, Samples
-from kvctl.lab.messages import EngineReport, Tally
+from kvctl.lab.messages import AloneDone, EngineReport, Tally
 from kvctl.lab.result import (
     RESULT_VERSION,
     Counts,
@@ -40,6 +41,9 @@ class Evidence:
     leases_leaked: int = 0
     pings: Latency | None = None
     ceilings: Ceilings | None = None
+    alone: list[AloneDone] = field(default_factory=list)
+    """From ranks that called alone, after the load; likewise `lookup_alone`."""
+    lookup_alone: LookupAlone | None = None
 
     def tally(self) -> Tally:
         """Add up what the engines counted."""
@@ -75,6 +79,11 @@ def summarise(evidence: Evidence) -> Result:
         throughput=throughput,
         ceilings=evidence.ceilings,
         shares=_shares(throughput, operations, evidence.ceilings),
+        alone=summarise_alone(
+            evidence.alone,
+            evidence.lookup_alone,
+            evidence.ceilings.lookup_round_trip_s if evidence.ceilings else None,
+        ),
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
         problems=tuple(problems),
     )
@@ -88,7 +97,7 @@ def _counts(evidence: Evidence, tally: Tally) -> Counts:
     return Counts(
         requests=tally.requests,
         errors=tally.errors + len(evidence.failures),
-        bytes_wrong=tally.bytes_wrong,
+        bytes_wrong=tally.bytes_wrong + sum(a.bytes_wrong for a in evidence.alone),
         leases_leaked=evidence.leases_leaked,
         tokens=tally.tokens,
         tokens_hit=tally.tokens_hit,

@@ -21,7 +21,18 @@ from kvcore.client import KVClient
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
-from kvctl.lab.messages import EnginePlan, Failed, Play, Played, Ready, Tally, send
+from kvctl.lab.alone import play_alone
+from kvctl.lab.messages import (
+    EnginePlan,
+    Failed,
+    Play,
+    PlayAlone,
+    Played,
+    Ready,
+    Tally,
+    receive,
+    send,
+)
 from kvctl.lab.paged import Indices, PagedCache
 from kvctl.lab.pattern import Pattern, Seeds, chunk_seeds
 
@@ -55,6 +66,7 @@ class Rank:
         self.client = client
         self.chunk_size = client.chunk_size
         self.block_size = geometry.block_size
+        self.engine_id = plan.engine_id
         self.instance_id = f"{plan.engine_id}/{rank}"
         self.cache = PagedCache(
             f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}",
@@ -202,7 +214,7 @@ def _in_window(
 def run(
     plan: EnginePlan, control: Connection, rank: int, slots: list[Connection]
 ) -> None:
-    """Be a rank until the scheduler has closed every slot, or the driver is gone."""
+    """Be a rank until the driver lets go of it, or is gone."""
     try:
         with KVClient(plan.address, label=f"bench {plan.engine_id}/{rank}") as client:
             played = Rank(plan, rank, client)
@@ -218,15 +230,22 @@ def run(
 
 
 def _obey(played: Rank, control: Connection, slots: list[Connection]) -> None:
+    """Play what slots ask, and alone when the driver asks, until it lets go."""
     waiting: list[Connection] = [control, *slots]
-    while len(waiting) > 1:
+    while True:
         for source in wait(waiting):
             if source is control:
-                return  # The driver says nothing to ranks: it is gone.
+                try:
+                    task = receive(control)
+                except EOFError:
+                    return
+                if isinstance(task, PlayAlone):
+                    send(control, play_alone(played, task))
+                continue
             slot = next(slot for slot in slots if slot is source)
             try:
-                task = _plays.decode(slot.recv_bytes())
+                play = _plays.decode(slot.recv_bytes())
             except EOFError:
                 waiting.remove(slot)
                 continue
-            send(slot, played.play(task))
+            send(slot, played.play(play))
