@@ -41,7 +41,11 @@ def bind(address: str, wire: WireConfig) -> Iterator[Bound]:
     socket.setsockopt(zmq.SNDHWM, 2 * wire.max_requests_per_client)
     socket.setsockopt(zmq.RCVHWM, 2 * wire.max_requests_per_client)
     try:
-        yield Bound(socket, _bind(socket, address))
+        bound = _bind(socket, address)
+        try:
+            yield Bound(socket, bound)
+        finally:
+            _remove_file(bound)
     finally:
         socket.close()
         context.term()
@@ -54,6 +58,12 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     except zmq.ZMQError as error:
         raise SetupError(f"cannot serve at {address}: {error.strerror}") from None
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def _remove_file(address: str) -> None:
+    """ZeroMQ leaves the file of a Unix socket behind; it goes while it is ours."""
+    if address.startswith("ipc://"):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _refuse_served(address: str) -> None:
