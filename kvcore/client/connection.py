@@ -63,7 +63,9 @@ R = TypeVar("R")
 Registration = RegisterKVCache | CBRegisterKVCache
 NEVER_NS = 2**63 - 1
 HELLO_AGAIN_NS = 1_000_000_000
-"""An unanswered hello is said again after this."""
+"""An unanswered hello is said again after this, then after twice that, and so on."""
+MAX_HELLO_AGAIN_NS = 64 * HELLO_AGAIN_NS
+"""ZeroMQ queues what nobody takes, up to a bound: few hellos for a long absence."""
 
 MAX_SENDS = 4
 """Times that one request is sent before its error counts: an endless loop ends."""
@@ -92,8 +94,10 @@ class Connection:
         self._pending: dict[int, Pending] = {}
         self._refused: deque[Pending] = deque()
         self._earliest_ns = NEVER_NS
+        self._beat_ns = NEVER_NS
         self._registrations: dict[str, Registration] = {}
         self._hello: Pending | None = None
+        self._hello_again_ns = HELLO_AGAIN_NS
         self._boot = NO_BOOT
         self._closed = False
         self.peer: Peer | None = None
@@ -188,6 +192,7 @@ class Connection:
             self._fail_all(Closed("the connection was closed"))
             if self._boot:
                 self._transmit(Pending(Goodbye(), 0))
+                self._pending.clear()
             self._socket.close()
             self._context.term()
             if self.peer is not None:
@@ -207,13 +212,12 @@ class Connection:
     def _serve(self) -> None:
         """Sleep until there is something for this thread, then take the socket."""
         while not self._closed:
-            events = self._epoll.poll(self._heartbeat_s())
+            self._epoll.poll(self._seconds_to_beat())
             with self._io:
                 # Here, since `_drive` does not look when there is nothing to do:
                 # an idle client would never see that its server died.
                 self._look_around()
-                if not events and self.peer is not None:
-                    self._transmit(Pending(Ping(), monotonic_ns() + 10**9))
+                self._beat()
                 self._drive(self._idle)
 
     def _idle(self) -> bool:
@@ -221,11 +225,10 @@ class Connection:
             self._pending or self._outbox or self._refused or self._hello
         )
 
-    def _heartbeat_s(self) -> float | None:
-        peer = self.peer
-        if peer is None or peer.hello.watched:
+    def _seconds_to_beat(self) -> float | None:
+        if self._beat_ns == NEVER_NS:
             return None
-        return peer.hello.heartbeat_s / 2
+        return max(0, self._beat_ns - monotonic_ns()) / 1e9
 
     # -- whoever holds the socket ---------------------------------------------------
 
@@ -241,13 +244,22 @@ class Connection:
                     self._receive()
                 else:
                     self._look_around()
-            if self._earliest_ns <= monotonic_ns():
+            if min(self._earliest_ns, self._beat_ns) <= monotonic_ns():
                 self._expire()
+                self._beat()
 
     def _timeout_ms(self) -> int:
-        if self._earliest_ns == NEVER_NS:
+        earliest_ns = min(self._earliest_ns, self._beat_ns)
+        if earliest_ns == NEVER_NS:
             return -1
-        return max(0, (self._earliest_ns - monotonic_ns()) // 1_000_000 + 1)
+        return max(0, (earliest_ns - monotonic_ns()) // 1_000_000 + 1)
+
+    def _beat(self) -> None:
+        """Show life, when it is time, to a server that cannot watch this process."""
+        now = monotonic_ns()
+        if self.peer is not None and self._beat_ns <= now:
+            self._beat_ns = now + self.peer.beat_ns
+            self._transmit(Pending(Ping(), now + self.peer.beat_ns))
 
     def _transmit(self, pending: Pending) -> None:
         """Send a request; without a server it waits here for a hello's answer."""
@@ -341,7 +353,8 @@ class Connection:
             pid_namespace=pid_namespace(),
             label=self._label,
         )
-        self._hello = Pending(hello, monotonic_ns() + HELLO_AGAIN_NS)
+        self._hello = Pending(hello, monotonic_ns() + self._hello_again_ns)
+        self._hello_again_ns = min(2 * self._hello_again_ns, MAX_HELLO_AGAIN_NS)
         self._hello.promise().add_done_callback(self._greeted)
         self._transmit(self._hello)
 
@@ -368,6 +381,7 @@ class Connection:
         """Take up with a run of the server; watch its process if that can be done."""
         earlier = self.peer
         self._boot = hello.boot
+        self._hello_again_ns = HELLO_AGAIN_NS
         if earlier is not None:
             if earlier.hello.boot == hello.boot:
                 return
@@ -376,6 +390,11 @@ class Connection:
                 self._fail_sent(earlier)
             self._leave(earlier)
         self.peer = Peer.meet(hello)
+        self._beat_ns = NEVER_NS
+        if not hello.watched:
+            self._beat_ns = monotonic_ns() + self.peer.beat_ns
+            # The connection's thread sleeps without end: it must look at the clock.
+            os.eventfd_write(self._wake, 1)
         if self.peer.pidfd is not None:
             self._epoll.register(self.peer.pidfd, select.EPOLLIN)
 
@@ -390,6 +409,7 @@ class Connection:
     def _server_gone(self, peer: Peer) -> None:
         self._leave(peer)
         self.peer = None
+        self._beat_ns = NEVER_NS
         self._boot = NO_BOOT
         self._fail_sent(peer)
         if self._registrations:

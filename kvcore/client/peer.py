@@ -20,6 +20,11 @@ class Peer:
     hello: HelloReply
     pidfd: int | None
 
+    @property
+    def beat_ns(self) -> int:
+        """How often to show life, where the server cannot watch this process."""
+        return int(self.hello.heartbeat_s * 1e9 / 2)
+
     @classmethod
     def meet(cls, hello: HelloReply) -> Peer:
         """Watch exactly the process that answered."""
