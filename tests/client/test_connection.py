@@ -1,0 +1,290 @@
+"""A connection against a played server: what real ones do seldom or never."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from kvcore.client import KVClient
+from kvcore.errors import (
+    BadRequest,
+    Closed,
+    DeadlineExceeded,
+    KVError,
+    StaleBoot,
+)
+from kvcore.keys import HASH_ALGORITHM, SessionKey
+from kvcore.process import pid_namespace, start_time
+from kvcore.protocol import (
+    PROTOCOL_VERSION,
+    BootToken,
+    Done,
+    EndSession,
+    Goodbye,
+    Hello,
+    HelloReply,
+    Ping,
+    Pong,
+    RegisterKVCache,
+    RegisterReply,
+    Request,
+    Retrieve,
+    decode_envelope,
+    decode_request,
+    encode_error,
+    encode_reply,
+)
+
+KEY = SessionKey("e", "r")
+
+
+class Played:
+    """A server that runs on a thread and answers as it is told.
+
+    `answers` maps a request's class to what is answered: a reply, an error, bytes as
+    they are, or None for nothing.
+    """
+
+    def __init__(self, address: str, *, watched: bool = True) -> None:
+        self.address = address
+        self.watched = watched
+        self.namespace = pid_namespace() if watched else 0
+        self.boot = BootToken(1)
+        self.seen: list[Request[Any]] = []
+        self.news = threading.Condition()
+        self.answers: dict[type[Request[Any]], Any] = {
+            Ping: Pong(0),
+            EndSession: Done(),
+            RegisterKVCache: RegisterReply((), 0),
+        }
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._stop = threading.Event()
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            if not self._socket.poll(20):
+                continue
+            identity, frame = self._socket.recv_multipart()
+            envelope = decode_envelope(frame)
+            _, request = decode_request(envelope)
+            if isinstance(request, Hello):
+                answer = self.answers.get(Hello, self.hello())
+            elif envelope.boot != self.boot:
+                answer = StaleBoot("of another run")
+            else:
+                answer = self.answers.get(type(request))
+            with self.news:
+                self.seen.append(request)
+                self.news.notify_all()
+            if answer is None:
+                continue
+            if isinstance(answer, KVError):
+                answer = encode_error(envelope.id, answer)
+            elif not isinstance(answer, bytes):
+                answer = encode_reply(envelope.id, answer)
+            self._socket.send_multipart([identity, answer])
+
+    def hello(self) -> HelloReply:
+        """What it says of itself."""
+        return HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            boot=self.boot,
+            chunk_size=64,
+            hash_algorithm=HASH_ALGORITHM,
+            pid=os.getpid(),
+            pid_start=start_time(os.getpid()) or 0,
+            pid_namespace=self.namespace,
+            watched=self.watched,
+            heartbeat_s=0.02,
+            max_message_bytes=1 << 20,
+        )
+
+    def wait_for(self, kind: type[Request[Any]], count: int = 1) -> None:
+        """Wait until so many requests of a kind came."""
+        with self.news:
+            is_so = self.news.wait_for(
+                lambda: sum(isinstance(s, kind) for s in self.seen) >= count, 20
+            )
+        assert is_so, self.names()
+
+    def names(self) -> list[str]:
+        """What came, in order."""
+        return [type(request).__name__ for request in self.seen]
+
+    def close(self) -> None:
+        """Stop."""
+        self._stop.set()
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture
+def played(tmp_path: Path) -> Iterator[Played]:
+    """A played server."""
+    server = Played(f"ipc://{tmp_path}/played")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def unwatched(tmp_path: Path) -> Iterator[Played]:
+    """A played server of another pid namespace."""
+    server = Played(f"ipc://{tmp_path}/unwatched", watched=False)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Played], KVClient]]:
+    """Connect to a played server."""
+    clients: list[KVClient] = []
+
+    def start(server: Played) -> KVClient:
+        clients.append(KVClient(server.address, timeout_s=20))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+def test_another_run_is_met_in_order(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """Refused as stale: hello, the registrations, and then the request once more."""
+    client = connect(played)
+    client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
+    played.seen.clear()
+    played.boot = BootToken(2)
+    client.end_session(KEY)
+    assert played.names() == ["EndSession", "Hello", "RegisterKVCache", "EndSession"]
+    assert client.server.boot == 2
+
+
+def test_what_was_unregistered_is_not_registered_again(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """Only what should be there is restored."""
+    client = connect(played)
+    client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
+    client._connection.forget("i")
+    played.seen.clear()
+    played.boot = BootToken(2)
+    client.end_session(KEY)
+    assert played.names() == ["EndSession", "Hello", "EndSession"]
+
+
+def test_a_server_that_is_never_content_is_given_up(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """A request is sent a few times, not for ever."""
+    client = connect(played)
+    played.answers[EndSession] = StaleBoot("never")
+    with pytest.raises(StaleBoot, match="never"):
+        client.end_session(KEY)
+    assert played.names().count("EndSession") == 4
+
+
+def test_a_hello_that_is_refused_is_told(played: Played) -> None:
+    """Where versions differ there is no client."""
+    played.answers[Hello] = BadRequest("speak otherwise")
+    with pytest.raises(BadRequest, match="speak otherwise"):
+        KVClient(played.address, timeout_s=20)
+
+
+@pytest.mark.parametrize("frame", [b"", b"junk", encode_reply(10**6, Done())])
+def test_a_frame_that_answers_nothing_is_dropped(
+    played: Played, connect: Callable[[Played], KVClient], frame: bytes
+) -> None:
+    """The request that it might have answered ends at its deadline."""
+    client = connect(played)
+    played.answers[EndSession] = frame
+    with pytest.raises(DeadlineExceeded):
+        client.call(EndSession(KEY), 0.05)
+    client.ping()
+
+
+def test_a_reply_of_the_wrong_shape_fails_its_request(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """It is not passed on as if it were right."""
+    client = connect(played)
+    played.answers[Ping] = Done()
+    with pytest.raises(BadRequest, match="reply"):
+        client.ping()
+
+
+def test_closing_ends_what_is_unanswered(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """With `Closed`, and with a goodbye to the server; nothing can be asked then."""
+    client = connect(played)
+    played.answers[EndSession] = None
+    future = client.submit_end_session(KEY)
+    played.wait_for(EndSession)
+    client.close()
+    client.close()
+    with pytest.raises(Closed):
+        future.result(20)
+    played.wait_for(Goodbye)
+    with pytest.raises(Closed):
+        client.ping()
+
+
+def test_life_is_shown_while_waiting(
+    unwatched: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """To a server that cannot watch the process: idle, or with a request under way."""
+    client = connect(unwatched)
+    unwatched.wait_for(Ping, 4)
+    future = client.submit_retrieve(KEY, "i", 0, 64, [[0]])
+    unwatched.wait_for(Retrieve)
+    unwatched.seen.clear()
+    unwatched.wait_for(Ping, 3)
+    assert not future.done()
+
+
+def test_a_new_run_ends_what_an_unwatched_one_was_asked(
+    unwatched: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """Its address is another's now, so it writes no more: even a retrieve ends."""
+    client = connect(unwatched)
+    future = client.submit_retrieve(KEY, "i", 0, 64, [[0]], timeout_s=0.01)
+    unwatched.wait_for(Retrieve)
+    unwatched.boot = BootToken(2)
+    with pytest.raises(KVError, match="is gone"):
+        future.result(20)
+
+
+def test_any_thread_may_ask(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """Calls from many threads all get their own answers."""
+    client = connect(played)
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            for _ in range(50):
+                client.ping()
+                client.submit_end_session(KEY).result(20)
+        except BaseException as error:  # noqa: BLE001 - told below
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads)
