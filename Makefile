@@ -26,6 +26,7 @@ bench: $(VENV)/.test
 # Everything in docs/ that is derived from the code.
 docs: $(VENV)/.light
 	$(BIN)/kvctl inspect protocol --markdown > docs/protocol.md
+	$(BIN)/kvctl inspect result --schema > docs/result.schema.json
 
 clean:
 	rm -rf $(VENV)

@@ -106,13 +106,24 @@ def protocol(
 
 @app.command()
 def result(
-    file: Annotated[Path, typer.Argument(help="a JSON that `kvctl bench run` saved")],
+    file: Annotated[
+        Path | None, typer.Argument(help="a JSON that `kvctl bench run` saved")
+    ] = None,
+    as_schema: Annotated[
+        bool, typer.Option("--schema", help="the JSON Schema of all such files")
+    ] = False,
 ) -> None:
     """Show a saved result again."""
     from kvctl.lab import report
-    from kvctl.lab.result import read
+    from kvctl.lab.result import read, schema
 
-    console.show(*report.parts(read(file)))
+    if as_schema == (file is not None):
+        raise SetupError("inspect result: give either FILE or --schema")
+    if file is None:
+        encoded = msgspec.json.encode(schema(), order="sorted")
+        console.line(msgspec.json.format(encoded).decode())
+    else:
+        console.show(*report.parts(read(file)))
 
 
 @app.command()

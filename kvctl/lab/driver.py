@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -168,7 +168,9 @@ class Play:
             cast = Cast(self._plans())
             try:
                 self._set_up(cast)
+                before = client.status(0).counters
                 self._watch(cast)
+                self._count(client, before)
                 self._play_alone(cast, client)
             finally:
                 cast.close()
@@ -206,7 +208,7 @@ class Play:
 
     def _watch(self, cast: Cast) -> None:
         """Let them play until all have reported or the patience of a stop ends."""
-        begun = monotonic()
+        self.evidence.begun_s = begun = monotonic()
         cast.tell_schedulers(Start())
         while len(self.reported) < len(cast.schedulers):
             self._step(cast)
@@ -288,6 +290,16 @@ class Play:
         for tally in self.tallies.values():
             total.add(tally)
         self.watcher.progress(total, self.planned)
+
+    def _count(self, client: KVClient, before: Mapping[str, int]) -> None:
+        """Keep by how much the server's counters grew."""
+        if self.server_gone:
+            return
+        with suppress(KVError):  # What ended the server is told when it is stopped.
+            self.evidence.counters = {
+                name: count - before.get(name, 0)
+                for name, count in client.status(0).counters.items()
+            }
 
     def _play_alone(self, cast: Cast, client: KVClient) -> None:
         """With the load over, let ranks call one after another, then look up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import Environment
 from kvctl.lab.measure import Latency
 from kvctl.lab.scenario import Scenario
+from kvctl.lab.series import Series
 
 RESULT_VERSION = 1
 
@@ -76,6 +77,21 @@ class Shares(msgspec.Struct, frozen=True):
     lookup: float | None
 
 
+class System(msgspec.Struct, frozen=True):
+    """What was under the load."""
+
+    name: str = "kvctl"
+    version: str = ""
+
+
+class Repetition(msgspec.Struct, frozen=True):
+    """A run's place among the interleaved runs of two sides."""
+
+    comparison: Annotated[str, Meta(description="the same for all runs of both sides")]
+    side: str
+    number: Annotated[int, Meta(description="runs of one number are a pair")]
+
+
 class Result(msgspec.Struct, frozen=True):
     """One run."""
 
@@ -100,6 +116,12 @@ class Result(msgspec.Struct, frozen=True):
     alone: Annotated[
         Alone | None, Meta(description="calls with the machine to themselves")
     ] = None
+    series: Annotated[Series | None, Meta(description="the load, over time")] = None
+    counters: Annotated[
+        dict[str, int], Meta(description="the server's own, grown during the load")
+    ] = {}
+    system: System = System()
+    repetition: Repetition | None = None
 
     def save(self, folder: Path) -> Path:
         """Write `NAME-STARTED.json` into a folder, made if need be; whole or not.
@@ -107,8 +129,10 @@ class Result(msgspec.Struct, frozen=True):
         Raises:
             SetupError: the folder or the file cannot be written.
         """
+        again = self.repetition
+        suffix = f"-{again.side}-{again.number:02}" if again else ""
         stamp = self.started.replace(":", "").replace("-", "").partition("+")[0]
-        path = folder / f"{self.name}-{stamp}.json"
+        path = folder / f"{self.name}-{stamp}{suffix}.json"
         text = msgspec.json.format(msgspec.json.encode(self, enc_hook=encode_hook))
         part = path.with_suffix(".part")
         try:
@@ -137,3 +161,18 @@ def read(path: Path) -> Result:
 
 class _Versioned(msgspec.Struct):
     version: int
+
+
+SCENARIO_SCHEMA = "scenario.schema.json"
+"""Beside the result's own schema."""
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a saved result; docs/result.schema.json is it."""
+    fields = [
+        (one.encode_name, dict if one.name == "scenario" else one.type)
+        for one in msgspec.structs.fields(Result)
+    ]
+    made = msgspec.json.schema(msgspec.defstruct("Result", fields, frozen=True))
+    made["$defs"]["Result"]["properties"]["scenario"] = {"$ref": SCENARIO_SCHEMA}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from kvcore import __version__
 from kvctl.lab.alone import LookupAlone, summarise_alone
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import detect
@@ -17,10 +18,12 @@ from kvctl.lab.result import (
     HitRates,
     Result,
     Shares,
+    System,
     Throughput,
 )
 from kvctl.lab.scenario import Limits, Scenario
 from kvctl.lab.scheduler import HEAD_BYTES
+from kvctl.lab.series import series
 
 MAX_ERRORS_TOLD = 10
 
@@ -44,6 +47,11 @@ class Evidence:
     alone: list[AloneDone] = field(default_factory=list)
     """From ranks that called alone, after the load; likewise `lookup_alone`."""
     lookup_alone: LookupAlone | None = None
+    begun_s: float = 0.0
+    """When the load began, on the host's monotonic clock."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """The server's own, grown during the load."""
+    system: System = field(default_factory=lambda: System(version=__version__))
 
     def tally(self) -> Tally:
         """Add up what the engines counted."""
@@ -56,7 +64,8 @@ class Evidence:
 def summarise(evidence: Evidence) -> Result:
     """Make the result."""
     tally = evidence.tally()
-    operations = Samples.merge(r.samples for r in evidence.reports).summary()
+    samples = Samples.merge(report.samples for report in evidence.reports)
+    operations = samples.summary()
     if evidence.pings:
         operations["ping"] = evidence.pings
     counts = _counts(evidence, tally)
@@ -86,6 +95,9 @@ def summarise(evidence: Evidence) -> Result:
         ),
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
         problems=tuple(problems),
+        series=series(samples, evidence.begun_s),
+        counters=evidence.counters,
+        system=evidence.system,
     )
 
 
