@@ -256,8 +256,9 @@ def _stopped_by_signals(server: Server) -> Iterator[None]:
     """
 
     def stop(*_: object) -> None:
+        # Not SIG_IGN: Python complains of a signal that came just before that.
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, lambda *_: None)
         server.stop()
 
     watched, written = socketpair()
