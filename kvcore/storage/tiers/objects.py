@@ -7,6 +7,7 @@ cannot read into memory of ours, and an answer after its deadline then finds no 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -64,7 +65,7 @@ class ObjectsBackend:
         try:
             self._store: ObjectStore = from_url(url, **options)
         except obstore.exceptions.BaseError as error:
-            raise SetupError(_first_line(error)) from None
+            raise SetupError(_brief(error)) from None
 
     def attach(self, name: str, arena: Bytes) -> None:
         """Nothing to do: obstore has memory of its own."""
@@ -147,7 +148,7 @@ class ObjectsBackend:
         except TimeoutError:
             raise DeadlineExceeded("the store has not answered in time") from None
         except (self._api.exceptions.BaseError, OSError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise Unavailable(_brief(error)) from error
 
 
 def _fill(slot: Slot, value: memoryview) -> Loaded:
@@ -163,5 +164,9 @@ def _fill(slot: Slot, value: memoryview) -> Loaded:
     return Loaded(LoadOutcome.DONE, checksum)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _brief(error: Exception) -> str:
+    """Shorten what runs over many lines to the first, and the server's own reason."""
+    text = str(error)
+    reason = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+    first = text.partition("\n")[0].partition("<?xml")[0]
+    return f"{first}{reason[1]}" if reason else first

@@ -72,6 +72,7 @@ class _Request:
     url: SplitResult
     query: Query
     timeout_s: float
+    threads: int | None
 
 
 def open_tier(url: str) -> Tier:
@@ -103,7 +104,7 @@ def _open(url: str, shown: str) -> Tier:
     opener = _OPENERS.get(parts.scheme)
     if opener is None:
         raise SetupError(f"no such kind; known: {', '.join(_OPENERS)}")
-    opened = opener(_Request(parts, query, timeout_s))
+    opened = opener(_Request(parts, query, timeout_s, threads))
     query.end()
     return PooledTier(
         name,
@@ -168,6 +169,25 @@ def _open_objects(request: _Request) -> _Opened:
     return _Opened(backend, threads=8)
 
 
+def _open_mooncake(request: _Request) -> _Opened:
+    from kvcore.storage.tiers.mooncake import MooncakeBackend
+    from kvcore.storage.tiers.mooncake_process import Setup
+
+    url, query = request.url, request.query
+    setup = Setup(
+        master=f"{_host(url, unix=False)}:{url.port or 50051}",
+        local=query.text("local") or "127.0.0.1",
+        metadata=query.text("metadata") or "P2PHANDSHAKE",
+        protocol=query.text("protocol") or "tcp",
+        device=query.text("device") or "",
+        segment_bytes=int(query.take("segment", ByteSize.parse) or 0),
+    )
+    threads = request.threads or 2
+    # Loads, stores and a question at once.
+    backend = MooncakeBackend(setup, query.text("prefix") or "", 2 * threads + 1)
+    return _Opened(backend, threads)
+
+
 _OPENERS: dict[str, Callable[[_Request], _Opened]] = {
     "file": _open_file,
     "valkey": _open_valkey,
@@ -180,6 +200,7 @@ _OPENERS: dict[str, Callable[[_Request], _Opened]] = {
     "gs": _open_objects,
     "az": _open_objects,
     "memory": _open_objects,
+    "mooncake": _open_mooncake,
 }
 
 
