@@ -76,6 +76,13 @@ def chain_seed(space: str, model: str, world_size: int, chunk_size: int) -> Chun
     return ChunkHash(sha256(msgspec.msgpack.encode(identity)).digest())
 
 
+def child_hash(parent: ChunkHash, packed: bytes | memoryview) -> ChunkHash:
+    """Return the hash of a chunk that follows `parent`, without extra material."""
+    state = sha256(parent)
+    state.update(packed)
+    return ChunkHash(state.digest())
+
+
 class HashChain:
     """Chained chunk hashes of one token sequence, extended piece by piece.
 

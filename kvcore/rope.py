@@ -71,9 +71,9 @@ class Rope(msgspec.Struct, frozen=True):
                 f"rope: elements {self.first_dim} to {self.first_dim + self.rotary_dim}"
                 f" of a head of {self.head_dim} are no pairs"
             )
-        frequencies = self.frequencies() if self.theta > 0 else np.zeros(1)
-        if not (np.isfinite(frequencies).all() and (frequencies > 0).all()):
-            raise LayoutError("rope: theta and scaling give no finite frequencies")
+        scaling = msgspec.structs.astuple(self.scaling) if self.scaling else ()
+        if not all(0 < value < math.inf for value in (self.theta, *scaling)):
+            raise LayoutError("rope: theta and scaling's numbers must be positive")
 
     def frequencies(self) -> Frequencies:
         """Return radians a position of each pair, `[rotary_dim / 2]`."""

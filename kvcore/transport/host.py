@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from kvcore.layout import KVLayout
 from kvcore.protocol import NULL_BLOCK
+from kvcore.rope import Rope
 from kvcore.shm import Bytes
 from kvcore.storage.arena import Extent
 from kvcore.transport.paged import (
@@ -33,6 +34,7 @@ from kvcore.transport.paged import (
     checked_blocks,
     coalesce,
 )
+from kvcore.transport.rotation import Turn, turn_keys
 
 Rows = npt.NDArray[np.void]
 Index = npt.NDArray[np.intp]
@@ -113,6 +115,14 @@ class HostCache:
         """Copy parts into blocks; see `PagedCache`."""
         blocks = checked_blocks(self.layout, spans, nulls=True)
         self._copy(spans, blocks, arena, _SCATTER)
+
+    def turn_keys(self, rope: Rope, turns: Sequence[Turn]) -> None:
+        """Turn keys in place; see `PagedCache`. K's planes come first."""
+        part = self.layout.part
+        for planes in self._planes:
+            keys = planes.view[: max(part.num_layers - planes.first, 0)]
+            if len(keys):
+                turn_keys(keys, part.dtype, rope, turns)
 
     def _copy(
         self, spans: Sequence[Span], blocks: BlockIds, arena: Bytes, copy: _Copy

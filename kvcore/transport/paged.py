@@ -17,8 +17,10 @@ import numpy.typing as npt
 from kvcore.errors import BadRequest
 from kvcore.layout import KVLayout, PartLayout
 from kvcore.protocol import NULL_BLOCK
+from kvcore.rope import Rope
 from kvcore.shm import Bytes
 from kvcore.storage.arena import Extent
+from kvcore.transport.rotation import Turn
 
 BlockIds = npt.NDArray[np.int32]
 
@@ -62,6 +64,12 @@ class PagedCache(Protocol):
 
         Raises:
             BadRequest: a block id or range that cannot be.
+        """
+
+    def turn_keys(self, rope: Rope, turns: Sequence[Turn]) -> None:
+        """Turn keys in place, after all scatters so far; `check_rope` was asked.
+
+        For caches in token order. The blocks of two turns are never the same.
         """
 
     def record(self) -> bytes | None:

@@ -1,0 +1,137 @@
+"""Which chunks of documents are in L1, by what they say.
+
+An entry is found by the rolling hash of its tokens and confirmed by a SHA-256 digest
+of them. Most of a prompt's windows are in no document: a counting Bloom filter with
+two probes (Fan et al., Summary Cache, 2000) passes over them in numpy.
+
+Memory: the filter takes 16 bytes for each page of the arena, once and for all, and an
+entry about 430 bytes (tests/benchmarks/test_blend.py), however many there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.blend.rolling import Hashes
+from kvcore.keys import ChunkHash
+
+Offsets = npt.NDArray[np.intp]
+
+SLOTS_A_CHUNK = 16
+"""Filter slots for each chunk there can be: 1.4 % of foreign windows pass."""
+MIN_BITS, MAX_BITS = 12, 30
+MAX_COUNT = 255
+"""A slot that once counted so far stays: it is wrong to say no."""
+PROBES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
+"""Odd multipliers whose products' high bits pick a slot (Dietzfelbinger et al.)."""
+WORD = (1 << 64) - 1
+
+
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """One chunk of a document. `before` and `after` share its rolling hash."""
+
+    hash: ChunkHash
+    key: int
+    digest: bytes
+    """Of its own tokens, in its space."""
+    start: int
+    """Position in its document."""
+    before: Entry | None = None
+    after: Entry | None = None
+
+
+class DocumentIndex:
+    """Entries by rolling hash and by chunk hash.
+
+    For one thread, but for `forget`, which any may call: what it names is taken out
+    at the next `add` or `candidates`.
+    """
+
+    def __init__(self, max_chunks: int) -> None:
+        bits = max(1, max_chunks * SLOTS_A_CHUNK - 1).bit_length()
+        bits = min(max(bits, MIN_BITS), MAX_BITS)
+        self._shift = 64 - bits
+        self._filter = bytearray(1 << bits)
+        self._counts = np.frombuffer(self._filter, np.uint8)
+        self._by_key: dict[int, Entry] = {}
+        self._by_hash: dict[ChunkHash, Entry] = {}
+        self._forgotten: deque[ChunkHash] = deque()
+
+    def __len__(self) -> int:
+        return len(self._by_hash)
+
+    def add(self, entry: Entry) -> None:
+        """Enter a chunk; one that is known stays as it is."""
+        self._settle()
+        if entry.hash in self._by_hash:
+            return
+        self._by_hash[entry.hash] = entry
+        twin = self._by_key.get(entry.key)
+        self._by_key[entry.key] = entry
+        if twin is not None:
+            entry.after, twin.before = twin, entry
+            return
+        for slot in self._slots(entry.key):
+            self._filter[slot] = min(self._filter[slot] + 1, MAX_COUNT)
+
+    def forget(self, key: ChunkHash) -> None:
+        """Take out a chunk, known or not. Any thread, under any lock: it only notes."""
+        if key in self._by_hash:
+            self._forgotten.append(key)
+
+    def get(self, key: ChunkHash) -> Entry | None:
+        """Return a chunk's entry."""
+        return self._by_hash.get(key)
+
+    def candidates(self, keys: Hashes) -> Offsets:
+        """Return the places of those keys that some entry may have, ascending."""
+        self._settle()
+        shift = np.uint64(self._shift)
+        places: Offsets = np.arange(0)
+        for number, probe in enumerate(PROBES):
+            asked = keys[places] if number else keys
+            counts = self._counts.take((asked * probe >> shift).view(np.int64))
+            passed = np.flatnonzero(counts)
+            places = places[passed] if number else passed
+        return places
+
+    def known(self, key: int) -> bool:
+        """Say whether some entry has this rolling hash."""
+        return key in self._by_key
+
+    def find(self, key: int, digest: bytes) -> Iterator[Entry]:
+        """Yield the entries of these very tokens, the latest first."""
+        entry = self._by_key.get(key)
+        while entry is not None:
+            if entry.digest == digest:
+                yield entry
+            entry = entry.after
+
+    def _settle(self) -> None:
+        while self._forgotten:
+            entry = self._by_hash.pop(self._forgotten.popleft(), None)
+            if entry is not None:
+                self._unlink(entry)
+
+    def _unlink(self, entry: Entry) -> None:
+        before, after = entry.before, entry.after
+        entry.before = entry.after = None
+        if after is not None:
+            after.before = before
+        if before is not None:
+            before.after = after
+        elif after is not None:
+            self._by_key[entry.key] = after
+        else:
+            del self._by_key[entry.key]
+            for slot in self._slots(entry.key):
+                if self._filter[slot] < MAX_COUNT:
+                    self._filter[slot] -= 1
+
+    def _slots(self, key: int) -> Sequence[int]:
+        return [(key * int(probe) & WORD) >> self._shift for probe in PROBES]

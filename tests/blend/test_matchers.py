@@ -1,0 +1,228 @@
+"""Matching against a brute-force search of everything that is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcore.blend.index import DocumentIndex
+from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Run, Separated
+from kvcore.blend.paragraphs import Markers, cut
+from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash
+from kvcore.keys import ChunkHash, HashChain
+
+SIZE = 4
+SPACE = DocumentSpace("m", 1, SIZE)
+T = TypeVar("T")
+
+
+def end_of(steps: Generator[None, None, T]) -> T:
+    """Run slices to their end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
+def hashes_of(tokens: list[int], space: DocumentSpace = SPACE) -> list[ChunkHash]:
+    """Chain the whole chunks of a document."""
+    chain = HashChain(space.seed, SIZE)
+    for _ in chain.extend(np.array(tokens, np.uint32).tobytes(), 1 << 20):
+        pass
+    return chain.hashes
+
+
+@dataclass
+class Library:
+    """A matcher, and the documents that it knows."""
+
+    matcher: Matcher
+    index: DocumentIndex
+
+    def store(self, tokens: list[int], space: DocumentSpace = SPACE) -> list[ChunkHash]:
+        """Store a document."""
+        hashes = hashes_of(tokens, space)
+        whole = np.array(tokens[: len(hashes) * SIZE], np.uint32)
+        for entry in self.matcher.learn(whole, hashes, space):
+            self.index.add(entry)
+        return hashes
+
+    def find(self, tokens: list[int], space: DocumentSpace = SPACE) -> list[Run]:
+        """Match a prompt."""
+        prompt = np.array(tokens, np.uint32)
+        return end_of(self.matcher.find(prompt, space, lambda _: True))
+
+
+def anywhere(base: int | None = None) -> Library:
+    """Make an empty library; a base of 1 makes a window's hash its sum of tokens."""
+    index = DocumentIndex(1024)
+    return Library(Anywhere(index, RollingHash(SIZE, base)), index)
+
+
+def brute_runs(
+    prompt: list[int], documents: list[list[int]]
+) -> Iterator[tuple[int, int]]:
+    """Yield (start, chunks): left to right, the longest run of any document there."""
+    start = 0
+    while start + SIZE <= len(prompt):
+        best = 0
+        for document in documents:
+            chunks = len(document) // SIZE
+            for first in range(chunks):
+                length = 0
+                while first + length < chunks:
+                    there = document[
+                        (first + length) * SIZE : (first + length + 1) * SIZE
+                    ]
+                    at = start + length * SIZE
+                    if prompt[at : at + SIZE] != there:
+                        break
+                    length += 1
+                best = max(best, length)
+        if best:
+            yield start, best
+        start += best * SIZE or 1
+
+
+def check_hashes(
+    runs: list[Run], prompt: list[int], documents: list[list[int]]
+) -> None:
+    """Each named chunk is one of a document, with the tokens of its place."""
+    chunks = {
+        key: (number * SIZE, document[number * SIZE : (number + 1) * SIZE])
+        for document in documents
+        for number, key in enumerate(hashes_of(document))
+    }
+    for run in runs:
+        for number, key in enumerate(run.hashes):
+            old_start, tokens = chunks[key]
+            at = run.start + number * SIZE
+            assert old_start == run.old_start + number * SIZE
+            assert prompt[at : at + SIZE] == tokens
+
+
+few = st.integers(0, 2)
+documents_of = st.lists(st.lists(few, max_size=24), max_size=5)
+
+
+@st.composite
+def planted(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
+    """Documents of few tokens, and a prompt with pieces of them between glue."""
+    documents = draw(documents_of)
+    prompt: list[int] = []
+    for _ in range(draw(st.integers(0, 4))):
+        prompt += draw(st.lists(few, max_size=5))
+        if documents:
+            document = draw(st.sampled_from(documents))
+            first = draw(st.integers(0, len(document)))
+            prompt += document[first : draw(st.integers(first, len(document)))]
+    return documents, prompt
+
+
+@given(case=planted(), base=st.sampled_from((None, 1)))
+def test_anywhere_equals_a_brute_force_search(
+    case: tuple[list[list[int]], list[int]], base: int | None
+) -> None:
+    """Repeats, overlaps, shared chunks and colliding hashes included."""
+    documents, prompt = case
+    library = anywhere(base)
+    for document in documents:
+        library.store(document)
+    runs = library.find(prompt)
+    found = [(run.start, len(run.hashes)) for run in runs]
+    assert found == list(brute_runs(prompt, documents))
+    check_hashes(runs, prompt, documents)
+
+
+@given(case=planted())
+def test_separated_finds_each_paragraph_from_its_start(
+    case: tuple[list[list[int]], list[int]],
+) -> None:
+    """A paragraph's chunks are chained as if it were a document."""
+    _, prompt = case
+    markers = Markers(start=((0,),))
+    matcher = Separated(markers, SIZE, 2)
+    tokens = np.array(prompt, np.uint32)
+    runs = end_of(matcher.find(tokens, SPACE, lambda _: False))
+    paragraphs = [prompt[p.start : p.end] for p in cut(tokens, markers)]
+    expected = [hashes_of(p) for p in paragraphs if len(p) >= SIZE]
+    assert [run.hashes for run in runs] == expected
+    assert all(run.old_start == 0 for run in runs)
+
+
+def test_a_document_crosses_a_slice_of_windows() -> None:
+    """Where the hashing of a long prompt is cut, nothing is lost or found twice."""
+    library = anywhere()
+    rng = np.random.default_rng(0)
+    document = rng.integers(100, 200, 5 * SIZE).tolist()
+    library.store(document)
+    for shift in range(-2 * SIZE, 2 * SIZE):
+        glue = rng.integers(0, 100, 2 * SLICE_WINDOWS).tolist()
+        at = SLICE_WINDOWS - len(document) // 2 + shift
+        prompt = [*glue[:at], *document, *glue[at:]]
+        assert [(r.start, len(r.hashes)) for r in library.find(prompt)] == [(at, 5)]
+
+
+def test_forged_collisions_are_no_matches() -> None:
+    """Two chunks of one rolling hash are told apart by their content."""
+    base = 0x9E3779B97F4A7C15
+    ours, forged = forge(base)
+    rolling = RollingHash(SIZE, base)
+    windows = [rolling.windows(np.array(w, np.uint32))[0] for w in (ours, forged)]
+    assert windows[0] == windows[1]
+    assert ours != forged
+    library = anywhere(base)
+    library.store(ours)
+    assert library.find([7, *forged, 7]) == []
+    library.store(forged)
+    (run,) = library.find([7, *forged, 7])
+    assert run.hashes == hashes_of(forged)
+    (run,) = library.find([7, *ours, 7])
+    assert run.hashes == hashes_of(ours)
+
+
+def forge(base: int) -> tuple[list[int], list[int]]:
+    """Make two chunks of one hash, as who knows the base can.
+
+    Half of Euclid's algorithm gives small x and y with x + y * inverse = 0 mod 2**64.
+    """
+    modulus = 1 << 64
+    before, now = (modulus, 0), (pow(base, -1, modulus), 1)
+    while now[0] >= 1 << 32:
+        quotient = before[0] // now[0]
+        before, now = (
+            now,
+            (before[0] - quotient * now[0], before[1] - quotient * now[1]),
+        )
+    x, y = -now[0], now[1]
+    middle = [max(0, -x), max(0, -y), 5, 5]
+    return middle, [middle[0] + x, middle[1] + y, 5, 5]
+
+
+def test_models_share_no_documents() -> None:
+    """The same tokens of another model or world size are another document."""
+    library = anywhere()
+    tokens = list(range(2 * SIZE))
+    library.store(tokens)
+    for other in (DocumentSpace("n", 1, SIZE), DocumentSpace("m", 2, SIZE)):
+        assert library.find(tokens, other) == []
+        library.store(tokens, other)
+        (run,) = library.find(tokens, other)
+        assert run.hashes == hashes_of(tokens, other)
+
+
+def test_only_ready_chunks_are_found() -> None:
+    """A run goes on as far as its chunks are ready, and another document may."""
+    library = anywhere()
+    first = library.store([1] * SIZE + [2] * SIZE + [3] * SIZE)
+    second = library.store([9] * SIZE + [2] * SIZE + [3] * SIZE)
+    prompt = np.array([2] * SIZE + [3] * SIZE, np.uint32)
+    gone = {second[1], first[2]}
+    (run, rest) = end_of(library.matcher.find(prompt, SPACE, lambda h: h not in gone))
+    assert (run.hashes, rest.hashes) == ([first[1]], [second[2]])
