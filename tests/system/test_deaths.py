@@ -1,4 +1,4 @@
-"""Workers that are killed, and what they leave to others."""
+"""Workers that are killed or sessions that end in a copy, and what others see."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store_and_be_killed(
     """Have a worker store, each prompt a request, and kill it at the first one."""
     for n, (key, tokens) in enumerate(zip(REQUESTS, prompts, strict=True)):
         victim.ask("begin", str(n), "submit_store", key, "v", 0, SIZE, [BLOCKS], tokens)
-    wait_until(lambda: client.status().l1.num_reserved > 0)
+    wait_until(lambda: is_copying(client))
     victim.kill()
 
 
@@ -58,7 +58,7 @@ def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
 
     store_and_be_killed(client, victim, prompts)
 
-    wait_until(lambda: client.status().l1.num_reserved == 0)
+    wait_until(lambda: not is_copying(client))
     wait_until(lambda: {i.instance_id for i in client.status().instances} == {"o"})
     for key, tokens in zip(REQUESTS, prompts, strict=True):
         found = client.lookup(key, model, 1, tokens).num_chunks
@@ -78,6 +78,31 @@ def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
     stored = other.ask("store", REQUESTS[0], "o", 0, CHUNK, [BLOCKS[:4]], fresh)
     assert stored.num_stored == 1
     client.end_session(REQUESTS[0])
+
+
+def test_the_end_of_a_session_does_not_stop_its_store(
+    server: Server,
+    client: KVClient,
+    hire: Callable[[str], Worker],
+    model: str,
+    prompt: Prompt,
+) -> None:
+    """The copy under way ends well; then the session's hashes are gone."""
+    worker, key, tokens = hire(server.address), REQUESTS[0], prompt(SIZE)
+    worker.answer()
+    worker.ask("register", "w", model, LARGE, num_blocks=32)
+    worker.ask("begin", "s", "submit_store", key, "w", 0, SIZE, [BLOCKS], tokens)
+    wait_until(lambda: worker.ask("is_done", "s") or is_copying(client))
+    client.end_session(key)
+    assert worker.ask("result", "s").num_stored == NUM_CHUNKS
+    assert client.status().num_sessions == 0
+    assert client.lookup(key, model, 1, tokens).num_chunks == NUM_CHUNKS
+    client.end_session(key)
+
+
+def is_copying(client: KVClient) -> bool:
+    """Whether a part is being written."""
+    return client.status().l1.num_reserved > 0
 
 
 def test_a_lease_does_not_wait_for_a_killed_worker(

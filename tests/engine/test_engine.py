@@ -1,0 +1,99 @@
+"""The engine's own legs: what comes between the slices of a request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from kvcore.config import ServerConfig, WireConfig
+from kvcore.engine.engine import Caller, Engine, Running
+from kvcore.errors import UnknownInstance
+from kvcore.keys import SessionKey, pack_tokens
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.protocol import (
+    EndSession,
+    Lookup,
+    PosixShm,
+    RegisterKVCache,
+    Retrieve,
+    Store,
+    UnregisterKVCache,
+)
+from kvcore.shm import Segment
+from kvcore.storage.arena import Arena
+
+CHUNK = 16
+KEY = SessionKey("e", "r")
+ME = Caller(b"me", os.getpid())
+GROUP = CacheGroup("NSD", "uint8", 16, (TensorView(0, 0, (4, 16, 8), (128, 8, 1)),))
+TOKENS = memoryview(pack_tokens(range(4 * CHUNK)))
+BLOCKS = (memoryview(pack_tokens(range(4))),)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine with the instance "i" of model "m", hashing a chunk a slice."""
+    name = f"kvtest-{os.getpid()}-engine"
+    config = ServerConfig(chunk_size=CHUNK, wire=WireConfig(slice_chunks=1))
+    arena = Arena(1 << 16, 4096, f"{name}-arena")
+    engine = Engine(config, arena)
+    with Segment.create(name, 512, touch=True):
+        handles = (PosixShm(name, 0, 512),)
+        engine.register_kv_cache(
+            RegisterKVCache("i", "e", "m", 1, 0, handles, (GROUP,)), ME
+        )
+        yield engine
+        engine.close()
+        arena.close()
+
+
+@pytest.mark.parametrize("kind", [Store, Retrieve])
+def test_an_instance_may_go_while_its_tokens_are_hashed(
+    engine: Engine, kind: type[Store] | type[Retrieve]
+) -> None:
+    """The request is told so, and the session is left as by any other end."""
+    request = kind(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS)
+    steps = (engine.store if kind is Store else engine.retrieve)(request, ME)
+    next(steps)
+    engine.unregister_kv_cache(UnregisterKVCache("i"), ME)
+    with pytest.raises(UnknownInstance):
+        list(steps)
+    engine.end_session(EndSession(KEY), ME)
+    assert len(engine.sessions) == 0
+
+
+def test_a_lookup_that_is_dropped_holds_nothing(engine: Engine) -> None:
+    """Its client died between two slices."""
+    steps = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
+    next(steps)
+    steps.close()
+    engine.end_session(EndSession(KEY), ME)
+    assert len(engine.sessions) == 0
+    assert engine.l1.stats().num_held == 0
+
+
+def test_a_session_that_ends_in_a_lookup_gets_no_lease(engine: Engine) -> None:
+    """END_SESSION overtook it: what it found is let go."""
+    settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
+    engine.end_session(EndSession(KEY), ME)
+    steps = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
+    next(steps)
+    engine.end_session(EndSession(KEY), ME)
+    list(steps)
+    assert len(engine.leases) == 0
+    assert len(engine.sessions) == 0
+    assert engine.l1.stats().num_held == 0
+
+
+def settle(steps: Iterator[None]) -> object:
+    """Run a request to its end."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        running = stop.value
+    assert isinstance(running, Running)
+    running.future.result(20)
+    return running.finish()

@@ -1,0 +1,134 @@
+"""Servers with a file tier beneath them: what one stored, a later one serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.test_ranks import HYBRID
+from tests.system.worker import BLOCK, PLAIN, Group, Worker
+
+PER_CHUNK = CHUNK // BLOCK
+SMALL = ("--l1-size", "64KiB")
+"""Room for sixteen pages: eight chunks of one plain rank."""
+
+Serve = Callable[..., Server]
+Hire = Callable[[str], Worker]
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> str:
+    """A file tier of its own."""
+    return f"file://{tmp_path}/tier"
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[KVClient]:
+    """A client that leaves nothing held."""
+    with KVClient(server.address, label="test", timeout_s=20) as client:
+        yield client
+        wait_until(lambda: is_idle(client))
+
+
+def is_idle(client: KVClient) -> bool:
+    """Say whether nobody holds or moves anything."""
+    status = client.status()
+    writing = sum(tier.write_back.num_parts for tier in status.tiers)
+    held = (status.num_leases, status.l1.num_leased, status.l1.num_reserved)
+    return (status.num_prefetches, writing, *held) == (0, 0, 0, 0, 0)
+
+
+def counter(client: KVClient, name: str) -> int:
+    """One of the server's counters."""
+    return client.status().counters[name]
+
+
+def written(client: KVClient) -> int:
+    """Parts that reached the tiers."""
+    return sum(tier.counters["stored"] for tier in client.status().tiers)
+
+
+def blocks_of(num_chunks: int, first: int = 0) -> list[int]:
+    """Blocks of so many chunks."""
+    return list(range(first * PER_CHUNK, (first + num_chunks) * PER_CHUNK))
+
+
+def staff(
+    hire: Hire, server: Server, model: str, groups: tuple[Group, ...], ranks: int
+) -> list[Worker]:
+    """A worker a rank, each with its own bytes."""
+    workers = [hire(server.address) for _ in range(ranks)]
+    for rank, worker in enumerate(workers):
+        worker.answer()
+        worker.ask("register", f"i{rank}", model, groups, rank=rank, world_size=ranks)
+        worker.ask("fill", f"i{rank}", list(range(64)), 7 + rank)
+    return workers
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("groups", [PLAIN, HYBRID], ids=["plain", "hybrid"])
+def test_a_later_server_serves_what_an_earlier_one_stored(
+    serve: Serve,
+    hire: Hire,
+    prompt: Prompt,
+    tier: str,
+    model: str,
+    ranks: int,
+    groups: tuple[Group, ...],
+) -> None:
+    """All ranks, all groups, byte for byte, in blocks of the reader's choice."""
+    tokens, stored = prompt(5 * CHUNK), blocks_of(5)
+    first = serve("--tier", tier)
+    truth = []
+    with connected(first) as client:
+        workers = staff(hire, first, model, groups, ranks)
+        session = SessionKey("engine", "writer")
+        for rank, worker in enumerate(workers):
+            lists = [stored] * len(groups)
+            worker.ask("store", session, f"i{rank}", 0, len(tokens), lists, tokens)
+            truth.append(
+                [worker.ask("read", f"i{rank}", stored, g) for g in range(len(groups))]
+            )
+        client.end_session(session)
+        wait_until(lambda: written(client) == 5 * ranks * len(groups))
+        for worker in workers:
+            worker.close()
+    assert first.stop() == 0
+
+    second = serve("--tier", tier)
+    with connected(second) as client:
+        workers = staff(hire, second, model, groups, ranks)
+        session = SessionKey("engine", "reader")
+        found = client.lookup(session, model, ranks, tokens)
+        assert found.num_chunks == 5
+        target = blocks_of(5, first=8)
+        for rank, worker in enumerate(workers):
+            worker.ask("poison", f"i{rank}", target)
+            lists = [masked(target, group, 5) for group in groups]
+            worker.ask("retrieve", session, f"i{rank}", 0, len(tokens), lists)
+            for g, ids in enumerate(lists):
+                there = [i for i, block in enumerate(ids) if block >= 0]
+                seen = worker.ask("read", f"i{rank}", [ids[i] for i in there], g)
+                assert np.array_equal(seen, truth[rank][g][there])
+        client.end_session(session)
+        loaded = sum(window_chunks(group, 5) for group in groups) * ranks
+        assert counter(client, "parts_prefetched") == loaded
+
+
+def window_chunks(group: Group, num_chunks: int) -> int:
+    """Chunks of a group that a hit reads."""
+    return num_chunks if group.window is None else -(-group.window // CHUNK)
+
+
+def masked(blocks: list[int], group: Group, num_chunks: int) -> list[int]:
+    """Null what lies before the window's chunks."""
+    null = (num_chunks - window_chunks(group, num_chunks)) * PER_CHUNK
+    return [-1] * null + blocks[null:]
