@@ -136,6 +136,56 @@ class BlendConfig(Options, frozen=True):
         )
 
 
+class PrefetchConfig(Options, frozen=True):
+    """Loads from tiers on behalf of lookups."""
+
+    deadline_s: Annotated[
+        float, Meta(description="a lookup answers at the latest after this")
+    ] = 1.0
+    max_jobs: Annotated[
+        int, Meta(description="lookups that load at once; more get what memory has")
+    ] = 256
+    max_bytes: Annotated[
+        ByteSize, Meta(description="being loaded at once from one tier")
+    ] = ByteSize(128 << 20)
+
+    def check(self) -> None:
+        """Something can be loaded, some time."""
+        require(
+            self.deadline_s > 0, "prefetch.deadline_s", self.deadline_s, "more than 0"
+        )
+        require(self.max_jobs >= 1, "prefetch.max_jobs", self.max_jobs, "at least 1")
+
+
+WRITE_POLICIES = ("write_through", "on_second_use", "on_eviction")
+
+
+class WriteBackConfig(Options, frozen=True):
+    """Writes to tiers behind stores."""
+
+    policy: Annotated[str, Meta(description=f"when: {', '.join(WRITE_POLICIES)}")] = (
+        "write_through"
+    )
+    max_bytes: Annotated[
+        ByteSize, Meta(description="waiting for one tier; more is skipped and counted")
+    ] = ByteSize(256 << 20)
+    watermark: Annotated[
+        float,
+        Meta(description="on_eviction: write ahead when this share of L1 is used"),
+    ] = 0.8
+
+    def check(self) -> None:
+        """The policy is known and the watermark a share."""
+        require(
+            self.policy in WRITE_POLICIES,
+            "write_back.policy", self.policy, f"one of {', '.join(WRITE_POLICIES)}",
+        )  # fmt: skip
+        require(
+            0 <= self.watermark <= 1,
+            "write_back.watermark", self.watermark, "a share, 0 to 1",
+        )  # fmt: skip
+
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -156,6 +206,12 @@ class ServerConfig(Options, frozen=True):
     l1: L1Config = L1Config()
     wire: WireConfig = WireConfig()
     sessions: SessionConfig = SessionConfig()
+    tiers: Annotated[
+        tuple[str, ...],
+        Meta(description="URLs of stores beneath L1, in the order they are asked"),
+    ] = ()
+    prefetch: PrefetchConfig = PrefetchConfig()
+    write_back: WriteBackConfig = WriteBackConfig()
     metrics_port: Annotated[
         int | None,
         Meta(description="serve Prometheus metrics on 127.0.0.1 at this port"),

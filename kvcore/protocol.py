@@ -259,8 +259,10 @@ class LookupReply(msgspec.Struct, frozen=True):
 class Lookup(Request[LookupReply], frozen=True):
     """Count the leading chunks of [0, end) that are present, and lease them.
 
-    Replaces the session's earlier lease. An error when no instance of the model has
-    registered with this world size, or not every rank.
+    What memory lacks and a tier has is loaded first: the reply counts what is there
+    when that is done, or when its time is up. Replaces the session's earlier lease.
+    An error when no instance of the model has registered with this world size, or not
+    every rank.
     """
 
     is_void_late: ClassVar[bool] = True
@@ -272,6 +274,9 @@ class Lookup(Request[LookupReply], frozen=True):
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
     token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
+    wait: Annotated[
+        bool, Meta(description="false: answer at once; what tiers have comes behind")
+    ] = True
 
 
 class FreeLookupLocks(Request[Done], frozen=True):
@@ -339,6 +344,43 @@ class L1Status(msgspec.Struct, frozen=True):
     num_reserved: Annotated[int, Meta(description="parts being written")]
 
 
+class PrefetchStatus(msgspec.Struct, frozen=True):
+    """One lookup's loads from the tiers."""
+
+    engine_id: str
+    request_id: str
+    state: str
+    num_chunks: Annotated[int, Meta(description="that memory lacked, and those after")]
+    num_found: Annotated[int, Meta(description="leading ones that can be had")]
+    num_loaded: Annotated[int, Meta(description="parts")]
+    num_bytes: int
+    age_s: float
+    due_in_s: float
+
+
+class WriteBackStatus(msgspec.Struct, frozen=True):
+    """What waits to be written to one tier."""
+
+    tier: str
+    num_parts: int
+    num_bytes: int
+    num_writing: Annotated[int, Meta(description="parts that the tier has in hand")]
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """One store beneath memory."""
+
+    name: str
+    url: Annotated[str, Meta(description="without its secrets")]
+    up: bool
+    since: Annotated[float, Meta(description="Unix seconds")]
+    last_error: str
+    used_bytes: int | None
+    max_bytes: int | None
+    counters: dict[str, int]
+    write_back: WriteBackStatus
+
+
 class StatusReply(msgspec.Struct, frozen=True):
     """The inside of the server at one moment."""
 
@@ -355,6 +397,9 @@ class StatusReply(msgspec.Struct, frozen=True):
     leases: tuple[LeaseStatus, ...]
     num_leases: Annotated[int, Meta(description="all of them; `leases` is cut")]
     counters: dict[str, int]
+    prefetches: tuple[PrefetchStatus, ...] = ()
+    num_prefetches: Annotated[int, Meta(description="under way; the list is cut")] = 0
+    tiers: tuple[TierStatus, ...] = ()
 
 
 class Status(Request[StatusReply], frozen=True):

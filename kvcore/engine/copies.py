@@ -15,14 +15,20 @@ import numpy.typing as npt
 
 from kvcore.engine.instance import Group, Instance
 from kvcore.errors import BadRequest, ChunksMissing, DeadlineExceeded
-from kvcore.keys import ChunkHash
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import NULL_BLOCK
+from kvcore.rope import Rope
 from kvcore.storage.arena import Allocation, Arena
-from kvcore.storage.l1 import L1, Reservation
+from kvcore.storage.l1 import L1, Chunk, Reservation, Reserved
+from kvcore.storage.tiers.contract import checksum_of
+from kvcore.storage.writeback import buffers_of
 from kvcore.transport.paged import Span, check_blocks, check_range
+from kvcore.transport.rotation import Turn
 
 Blocks = npt.NDArray[np.int32]
 """Block ids of one group, `[chunks, blocks a chunk]`; NULL_BLOCK for none."""
+CHECKSUM_BYTES = 1 << 20
+"""Gathered before their checksums are made: they fit in a core's own cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,21 @@ class Stored:
     num_dropped: int = 0
     num_bytes: int = 0
 
+    def count(self, got: Reserved, num_null: int, part_bytes: int) -> None:
+        """Count one group's parts in; one with a null block is not stored."""
+        self.num_stored += len(got.reservations)
+        self.num_present += got.num_present
+        self.num_dropped += got.num_dropped + num_null
+        self.num_bytes += len(got.reservations) * part_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """How keys turn once they are copied."""
+
+    rope: Rope
+    turns: Sequence[Turn]
+
 
 class Copier:
     """Stores into and retrieves from one L1."""
@@ -100,11 +121,16 @@ class Copier:
         arena: Arena,
         chunk_size: int,
         clock_ns: Callable[[], int] = monotonic_ns,
+        on_stored: Callable[[Sequence[Chunk]], None] | None = None,
+        *,
+        checksums: bool = False,
     ) -> None:
         self._l1 = l1
         self._arena = arena
         self._chunk_size = chunk_size
         self._clock_ns = clock_ns
+        self._on_stored = on_stored
+        self._checksums = checksums or on_stored is not None
 
     def store(
         self,
@@ -112,8 +138,12 @@ class Copier:
         hashes: Sequence[ChunkHash],
         blocks: Sequence[Blocks],
         deadline_ns: int,
+        owner: SessionKey | None = None,
+        prefix: Sequence[ChunkHash] = (),
     ) -> Stored:
         """Copy whole chunks into L1 and make them readable.
+
+        Room is made for `owner`, and none of `prefix`, the chunks before, goes for it.
 
         Raises:
             DeadlineExceeded: by the end of the copy its blocks may have been reused;
@@ -124,36 +154,48 @@ class Copier:
         try:
             self._check_deadline(deadline_ns)
             for group, rows in zip(instance.groups, blocks, strict=True):
-                self._gather(group, hashes, rows, reserved, stored)
+                whole = np.flatnonzero((rows != NULL_BLOCK).all(axis=1)).tolist()
+                got = self._l1.reserve(
+                    [hashes[i] for i in whole],
+                    group.part,
+                    group.part_bytes,
+                    name=group.name,
+                    owner=owner,
+                    prefix=prefix,
+                )
+                reserved += got.reservations
+                stored.count(got, len(rows) - len(whole), group.part_bytes)
+                self._gather(group, rows[whole], got.reservations)
             self._check_deadline(deadline_ns)
         except BaseException:
             self._l1.abort(reserved)
             raise
         self._l1.commit(reserved)
+        if self._on_stored is not None and reserved:
+            self._on_stored([reservation.chunk for reservation in reserved])
         return stored
 
     def _gather(
-        self,
-        group: Group,
-        hashes: Sequence[ChunkHash],
-        rows: Blocks,
-        reserved: list[Reservation],
-        stored: Stored,
+        self, group: Group, rows: Blocks, reservations: Sequence[Reservation]
     ) -> None:
-        """Reserve and fill one group's parts; one with a null block is not stored."""
-        whole = np.flatnonzero((rows != NULL_BLOCK).all(axis=1)).tolist()
-        asked = [hashes[i] for i in whole]
-        got = self._l1.reserve(asked, group.part, group.part_bytes)
-        reserved += got.reservations
-        stored.num_stored += len(got.reservations)
-        stored.num_present += got.num_present
-        stored.num_dropped += got.num_dropped + len(rows) - len(whole)
-        stored.num_bytes += len(got.reservations) * group.part_bytes
+        """Fill one group's parts, `rows` being the blocks of what was asked for.
+
+        With checksums in slices: a part is summed up while the CPU's caches have it.
+        """
         spans = [
-            Span(r.extents, rows[whole[r.index]], 0, self._chunk_size)
-            for r in got.reservations
+            Span(r.extents, rows[r.index], 0, self._chunk_size) for r in reservations
         ]
-        group.cache.gather(spans, self._arena.array)
+        arena = self._arena.array
+        if not self._checksums:
+            group.cache.gather(spans, arena)
+            return
+        memory = arena.data
+        step = max(1, CHECKSUM_BYTES // group.part_bytes)
+        for first in range(0, len(spans), step):
+            group.cache.gather(spans[first : first + step], arena)
+            for reservation in reservations[first : first + step]:
+                buffers = buffers_of(memory, reservation.extents)
+                reservation.checksum = checksum_of(buffers)
 
     def retrieve(
         self,
@@ -162,8 +204,11 @@ class Copier:
         blocks: Sequence[Blocks],
         tokens: Range,
         deadline_ns: int,
+        turning: Turning | None = None,
     ) -> int:
         """Copy chunks into the instance's blocks, all or none; return the bytes.
+
+        Then turn the keys of every group, if asked to.
 
         Raises:
             ChunksMissing: naming the first chunk that is not there.
@@ -193,6 +238,8 @@ class Copier:
                     if want[i] and chunk is not None
                 ]
                 group.cache.scatter(spans, self._arena.array)
+                if turning is not None:
+                    group.cache.turn_keys(turning.rope, turning.turns)
                 num_bytes += sum(
                     group.part_bytes * (span.end_token - span.first_token)
                     for span in spans

@@ -6,28 +6,26 @@ generator that yields wherever others may be served and returns either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from time import monotonic
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from kvcore.config import ServerConfig
-from kvcore.engine.copies import Copier, Range, check_targets, read_blocks
+from kvcore.engine.copies import Copier, Range, Stored, check_targets, read_blocks
 from kvcore.engine.counters import Counters
 from kvcore.engine.instance import Instance, derive_layouts
+from kvcore.engine.lookups import Lookups
 from kvcore.engine.registry import Registry
+from kvcore.engine.running import Caller, Running
 from kvcore.engine.sessions import Session, SessionTable
-from kvcore.engine.space import Needs
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
     DeadlineExceeded,
     UnknownInstance,
 )
-from kvcore.keys import ChunkHash
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
     Clear,
     Cleared,
@@ -49,36 +47,17 @@ from kvcore.storage.arena import Arena
 from kvcore.storage.eviction import make_policy
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
+from kvcore.storage.manager import Manager
+from kvcore.storage.needs import Needs
+from kvcore.storage.tiers.contract import Tier
+
+__all__ = ["Caller", "Engine", "Running"]
 
 T = TypeVar("T")
 
-ACQUIRE_CHUNKS = 256
-"""Chunks found and held in one step of a lookup, about 50 us."""
 CLEAR_CHUNKS = 32
 """Chunks dropped in one step of a clear, about 80 us."""
 GONE_MEANWHILE = "unregistered before the copy's turn came"
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """The client that a request came from, and how long it waits."""
-
-    client: Hashable
-    pid: int
-    deadline_ns: int = 0
-    """On the host's monotonic clock; 0 waits for ever."""
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Work on another thread.
-
-    When the future is done, however it ended, the loop thread calls `finish` once:
-    it settles what the work held and returns the reply or raises.
-    """
-
-    future: Future[Any]
-    finish: Callable[[], msgspec.Struct]
 
 
 class Engine:
@@ -89,12 +68,20 @@ class Engine:
         config: ServerConfig,
         arena: Arena,
         clock: Callable[[], float] = monotonic,
+        tiers: Sequence[Tier] = (),
     ) -> None:
         self.chunk_size = config.chunk_size
         self.l1 = L1(arena, make_policy(config.l1.eviction))
+        self.manager = (
+            Manager(self.l1, arena, tiers, config.prefetch, config.write_back)
+            if tiers
+            else None
+        )
         self.counters = Counters()
         self.registry = Registry(config.chunk_size)
         self.leases = LeaseTable(self.l1, config.sessions.lease_s, clock)
+        self.on_session_end: list[Callable[[SessionKey], None]] = [self.leases.end]
+        """Called at once when END_SESSION asks for it, else when a session expires."""
         self.sessions = SessionTable(
             config.chunk_size,
             config.wire.slice_chunks,
@@ -103,7 +90,22 @@ class Engine:
             self._session_ended,
             clock,
         )
-        self._copier = Copier(self.l1, arena, config.chunk_size)
+        self.lookups = Lookups(
+            self.l1,
+            self.leases,
+            self.sessions,
+            self.counters,
+            config.chunk_size,
+            self.manager,
+            config.prefetch.deadline_s,
+        )
+        self.on_session_end.append(self.lookups.cancel)
+        self.copier = Copier(
+            self.l1,
+            arena,
+            config.chunk_size,
+            on_stored=self.manager.stored if self.manager else None,
+        )
         # Closing an instance waits for its running copies, which nobody else should.
         self._closer = ThreadPoolExecutor(1, "closer")
 
@@ -145,6 +147,7 @@ class Engine:
         for instance in self.registry.of_client(client):
             self._remove(instance)
             self.leases.drop_reader(instance.engine_id, instance.rank)
+        self.lookups.cancel_client(client)
         self.leases.end_client(client)
 
     # -- copies -------------------------------------------------------------------
@@ -164,9 +167,15 @@ class Engine:
         try:
             yield from self._extend(session, request, tokens.end)
             hashes = self._hashes(session, tokens)
-            self._check_registered(instance)
+            self.check_registered(instance)
             future = instance.store_lane.submit(
-                self._copier.store, instance, hashes, blocks, caller.deadline_ns
+                self.copier.store,
+                instance,
+                hashes,
+                blocks,
+                caller.deadline_ns,
+                request.session,
+                session.chain.hashes[: tokens.first_chunk],
             )
         except BaseException:
             self.sessions.leave(session)
@@ -175,14 +184,17 @@ class Engine:
         def finish() -> StoreReply:
             self.sessions.leave(session)
             self.counters.stores += 1
-            stored = self._result(future)
-            self.counters.parts_stored += stored.num_stored
-            self.counters.parts_present += stored.num_present
-            self.counters.parts_dropped += stored.num_dropped
-            self.counters.bytes_stored += stored.num_bytes
-            return StoreReply(stored.num_stored, stored.num_present, stored.num_dropped)
+            return self.count_stored(self.result(future))
 
         return Running(future, finish)
+
+    def count_stored(self, stored: Stored) -> StoreReply:
+        """Count what became of a store, and put it as a reply."""
+        self.counters.parts_stored += stored.num_stored
+        self.counters.parts_present += stored.num_present
+        self.counters.parts_dropped += stored.num_dropped
+        self.counters.bytes_stored += stored.num_bytes
+        return StoreReply(stored.num_stored, stored.num_present, stored.num_dropped)
 
     def retrieve(
         self, request: Retrieve, caller: Caller
@@ -200,9 +212,9 @@ class Engine:
             whole = tokens.end_chunk * self.chunk_size
             yield from self._extend(session, request, whole)
             hashes = self._hashes(session, tokens)
-            self._check_registered(instance)
+            self.check_registered(instance)
             future = instance.retrieve_lane.submit(
-                self._copier.retrieve,
+                self.copier.retrieve,
                 instance,
                 hashes,
                 blocks,
@@ -216,7 +228,7 @@ class Engine:
         def finish() -> RetrieveReply:
             self.sessions.leave(session)
             self.counters.retrieves += 1
-            self.counters.bytes_retrieved += self._result(future)
+            self.counters.bytes_retrieved += self.result(future)
             self.leases.read(
                 request.session, tokens.first_chunk, tokens.end_chunk, instance.rank
             )
@@ -242,12 +254,12 @@ class Engine:
     def _hashes(self, session: Session, tokens: Range) -> list[ChunkHash]:
         return session.chain.hashes[tokens.first_chunk : tokens.end_chunk]
 
-    def _check_registered(self, instance: Instance) -> None:
+    def check_registered(self, instance: Instance) -> None:
         """Refuse to copy when the instance went while tokens were hashed."""
         if self.registry.instances.get(instance.instance_id) is not instance:
             raise UnknownInstance(GONE_MEANWHILE)
 
-    def _result(self, future: Future[T]) -> T:
+    def result(self, future: Future[T]) -> T:
         """Return what a lane made, its errors counted."""
         try:
             return future.result()
@@ -264,7 +276,7 @@ class Engine:
 
     def lookup(
         self, request: Lookup, caller: Caller
-    ) -> Generator[None, None, LookupReply]:
+    ) -> Generator[None, None, LookupReply | Running]:
         """Count and lease the leading chunks that are there for all ranks."""
         space, needs = self.registry.lookup(request.model, request.world_size)
         num_chunks = request.end // self.chunk_size
@@ -273,61 +285,19 @@ class Engine:
         try:
             yield from self._extend(session, request, num_chunks * self.chunk_size)
             hashes = session.chain.hashes[:num_chunks]
-            chunks = yield from self._acquire(hashes, needs)
+            find = self.lookups.find(session, needs, hashes, caller, wait=request.wait)
+            return (yield from find)
         finally:
             self.sessions.leave(session)
-        if session.ended or not chunks:
-            self.l1.release(chunks)
-            self.leases.end(request.session)
-        else:
-            readers = (1 << space.world_size) - 1
-            self.leases.grant(
-                request.session, space.model, chunks, readers, caller.client
-            )
-        self.counters.lookups += 1
-        self.counters.lookup_chunks += num_chunks
-        self.counters.lookup_chunks_hit += len(chunks)
-        return LookupReply(len(chunks), len(chunks) * self.chunk_size)
 
-    def _acquire(
+    def acquire(
         self, hashes: list[ChunkHash], needs: Needs
     ) -> Generator[None, None, list[Chunk]]:
         """Hold the leading chunks that make a hit, in steps."""
-        chunks: list[Chunk] = []
-        try:
-            for first in range(0, len(hashes), ACQUIRE_CHUNKS):
-                if first:
-                    yield
-                step = hashes[first : first + ACQUIRE_CHUNKS]
-                found = self.l1.acquire_leading(step, needs.full)
-                chunks += found
-                if len(found) < len(step):
-                    break
-        except GeneratorExit:
-            self.l1.release(chunks)
-            raise
-        hit = self._fit_windows(chunks, needs) if needs.windows else len(chunks)
+        chunks = yield from self.lookups.acquire(hashes, needs)
+        hit = self.lookups.count(chunks, needs)
         self.l1.release(chunks[hit:])
         return chunks[:hit]
-
-    def _fit_windows(self, chunks: list[Chunk], needs: Needs) -> int:
-        """Return the longest prefix whose last windows are present.
-
-        n chunks are a hit when every window group has the parts that cover the last
-        window before token n, on all ranks; older window parts are never read.
-        """
-        runs = [0] * len(needs.windows)
-        best = 0
-        for n, chunk in enumerate(chunks, 1):
-            fits = True
-            for index, need in enumerate(needs.windows):
-                present = chunk.ready & need.mask == need.mask
-                runs[index] = runs[index] + 1 if present else 0
-                covered = -(-need.window // self.chunk_size)
-                fits = fits and runs[index] >= min(n, covered)
-            if fits:
-                best = n
-        return best
 
     def free_lookup_locks(self, request: FreeLookupLocks, caller: Caller) -> Done:
         """End a session's lease on a range, for all readers."""
@@ -337,7 +307,8 @@ class Engine:
 
     def end_session(self, request: EndSession, caller: Caller) -> Done:
         """End leases at once, the session when its running work has ended."""
-        self.leases.end(request.session)
+        for end in self.on_session_end:
+            end(request.session)
         session = self.sessions.find(request.session)
         if session is not None:
             self.sessions.end(session)
@@ -346,7 +317,8 @@ class Engine:
     def _session_ended(self, session: Session) -> None:
         self.counters.sessions_ended += 1
         if not session.ended:
-            self.leases.end(session.key)
+            for end in self.on_session_end:
+                end(session.key)
         # Once a request, tail to head: its leaves are the first to be evicted.
         self.l1.touch(session.chain.hashes)
 
@@ -394,4 +366,6 @@ class Engine:
         for instance in list(self.registry.instances.values()):
             self._remove(instance)
         self._closer.shutdown(wait=True)
+        if self.manager is not None:
+            self.manager.close()
         self.l1.close()

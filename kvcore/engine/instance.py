@@ -11,7 +11,7 @@ from kvcore.errors import BadRequest, LayoutError
 from kvcore.layout import KVLayout
 from kvcore.protocol import RegisterKVCache
 from kvcore.shm import Segment
-from kvcore.storage.l1 import PartId
+from kvcore.storage.l1 import PartId, PartName
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import PagedCache
 
@@ -22,6 +22,7 @@ class Group:
 
     layout: KVLayout
     part: PartId
+    name: PartName
     part_bytes: int
     cache: PagedCache
 
@@ -56,8 +57,14 @@ class Instance:
         arrays = [segment.array for segment in self._segments]
         parts = space.part_ids(request.rank, self.part_layouts)
         self.groups = tuple(
-            Group(layout, part, layout.part.num_bytes, HostCache(layout, arrays))
-            for layout, part in zip(layouts, parts, strict=True)
+            Group(
+                layout,
+                part,
+                space.part_name(request.rank, number, layout.part),
+                layout.part.num_bytes,
+                HostCache(layout, arrays),
+            )
+            for number, (layout, part) in enumerate(zip(layouts, parts, strict=True))
         )
         name = request.instance_id[:40]
         self.store_lane = ThreadPoolExecutor(1, f"store-{name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from kvcore.engine.instance import Instance
-from kvcore.engine.space import Needs, Space
+from kvcore.engine.space import Space
 from kvcore.errors import (
     InstanceExists,
     LayoutConflict,
@@ -14,6 +14,7 @@ from kvcore.errors import (
 )
 from kvcore.keys import chain_seed
 from kvcore.layout import PartLayout
+from kvcore.storage.needs import Needs
 
 
 class Registry:

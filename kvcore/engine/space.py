@@ -11,23 +11,8 @@ from dataclasses import dataclass, field
 
 from kvcore.keys import ChunkHash
 from kvcore.layout import PartLayout
-from kvcore.storage.l1 import PartId
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Parts that a lookup asks for, as masks over a chunk's ready parts."""
-
-    full: int
-    windows: tuple[WindowNeed, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WindowNeed:
-    """Parts of one sliding-window group: needed in the last `num_chunks` only."""
-
-    mask: int
-    window: int
+from kvcore.storage.l1 import PartId, PartName
+from kvcore.storage.needs import Needs, PartNeed, WindowNeed
 
 
 @dataclass(slots=True)
@@ -62,6 +47,11 @@ class Space:
             for group, layout in enumerate(layouts)
         )
 
+    def part_name(self, rank: int, group: int, layout: PartLayout) -> PartName:
+        """Return what a rank's part of a group is called beyond this server."""
+        rank = 0 if layout.replicated else rank
+        return PartName(self.model, self.world_size, rank, group, layout.fingerprint)
+
     def missing_ranks(self) -> list[int]:
         """Return the ranks that nobody has registered."""
         return [rank for rank in range(self.world_size) if rank not in self.ranks]
@@ -83,15 +73,17 @@ class Space:
         if len(self.ranks) < self.world_size:
             self.needs = None
             return
-        full = 0
+        parts: dict[PartId, PartNeed] = {}
         windows: dict[int, int] = {}
         for rank, held in self.ranks.items():
             bits = self.part_ids(rank, held.layouts)
-            for layout, bit in zip(held.layouts, bits, strict=True):
-                if layout.window is None:
-                    full |= 1 << bit
-                else:
+            for group, (layout, bit) in enumerate(zip(held.layouts, bits, strict=True)):
+                name = self.part_name(rank, group, layout)
+                parts[bit] = PartNeed(bit, name, layout.num_bytes, layout.window)
+                if layout.window is not None:
                     windows[layout.window] = windows.get(layout.window, 0) | 1 << bit
         self.needs = Needs(
-            full, tuple(WindowNeed(mask, size) for size, mask in windows.items())
+            sum(1 << bit for bit, need in parts.items() if need.window is None),
+            tuple(WindowNeed(mask, size) for size, mask in windows.items()),
+            tuple(parts.values()),
         )

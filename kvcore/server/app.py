@@ -15,7 +15,8 @@ from time import monotonic, monotonic_ns
 from typing import Any
 
 from kvcore import __version__
-from kvcore.blend.engine import BlendEngine, NoBlend
+from kvcore.blend.absent import NoBlend
+from kvcore.blend.engine import BlendEngine
 from kvcore.config import ServerConfig
 from kvcore.engine.engine import Caller, Engine
 from kvcore.errors import BadRequest
@@ -43,6 +44,7 @@ from kvcore.server.metrics import exposed
 from kvcore.server.socket import bind
 from kvcore.shm import remove_dead
 from kvcore.storage.arena import SEGMENT_PREFIX, Arena
+from kvcore.storage.manager import open_tiers
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,8 @@ class Server:
             self.address = bound.address
             arena = Arena(int(config.l1.size), int(config.l1.page))
             stack.callback(arena.close)
-            self.engine = Engine(config, arena)
+            tiers = open_tiers(config.tiers)
+            self.engine = Engine(config, arena, tiers=tiers)
             self.clients = ClientTable(
                 config.wire.heartbeat_s, self._watch, self._unwatch
             )
@@ -78,7 +81,7 @@ class Server:
             # Before the loop: copies that end wake it.
             stack.callback(self.engine.close)
             blend = config.engine == "blend"
-            self.blend = BlendEngine(config.blend, self.engine) if blend else None
+            self.blend = BlendEngine(config, self.engine) if blend else None
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
                 stack.enter_context(
@@ -168,6 +171,7 @@ class Server:
         return ChunkSize(self.config.chunk_size)
 
     def _status(self, request: Status, client: Client, deadline_ns: int) -> StatusReply:
+        manager = self.engine.manager
         return StatusReply(
             version=__version__,
             address=self.address,
@@ -181,6 +185,9 @@ class Server:
             instances=self.engine.instances(),
             leases=tuple(self.engine.leases.status(request.max_leases)),
             num_leases=len(self.engine.leases),
+            prefetches=manager.prefetches(request.max_leases) if manager else (),
+            num_prefetches=manager.prefetcher.num_jobs if manager else 0,
+            tiers=manager.status() if manager else (),
             counters=self.counters(),
         )
 
@@ -205,6 +212,7 @@ class Server:
             "replies_lost": self.loop.num_replies_lost,
             **self.engine.counters.as_dict(),
             **(self.blend.counts() if self.blend else {}),
+            **(self.engine.manager.counters() if self.engine.manager else {}),
             "chunks_evicted": self.engine.l1.stats().num_evicted,
             "leases_granted": self.engine.leases.num_granted,
             **{

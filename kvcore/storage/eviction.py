@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from typing import Protocol
 
 from kvcore.errors import SetupError
@@ -32,6 +33,9 @@ class EvictionPolicy(Protocol):
         last hold touches it again. So a held chunk is passed over at most once a
         hold or touch, and nobody walks over the held ones at every eviction.
         """
+
+    def coming(self, count: int) -> list[ChunkHash]:
+        """Return about the next `count` that `evict` would return, changing nothing."""
 
 
 class LRU:
@@ -64,6 +68,10 @@ class LRU:
             if evictable(key):
                 return key
         return None
+
+    def coming(self, count: int) -> list[ChunkHash]:
+        """Return the old end."""
+        return list(islice(self._order, count))
 
     def __len__(self) -> int:
         return len(self._order)

@@ -32,9 +32,11 @@ from kvcore.storage.eviction import EvictionPolicy
 __all__ = [
     "L1",
     "Chunk",
+    "DropReason",
     "L1Stats",
     "Part",
     "PartId",
+    "PartName",
     "Reservation",
     "Reserved",
 ]
@@ -195,6 +197,13 @@ class L1:
             self._hold(chunks)
         return chunks
 
+    def hold(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
+        """Hold what is known of each chunk, whatever parts it has; see `release`."""
+        with self._lock:
+            chunks = [*map(self._index.get, hashes)]
+            self._hold(chunks)
+        return chunks
+
     def release(self, chunks: Sequence[Chunk | None]) -> None:
         """End one hold on each chunk."""
         with self._lock:
@@ -212,6 +221,17 @@ class L1:
                     touch(chunk.hash)
                     if not chunk.listed:
                         chunk.listed = True
+
+    def mark_saved(self, chunk: Chunk, parts: int) -> None:
+        """Note that some tier has these parts of a chunk, a mask."""
+        with self._lock:
+            chunk.saved |= parts
+
+    def coming(self, count: int) -> list[Chunk]:
+        """Return about `count` chunks that will be evicted next."""
+        with self._lock:
+            known = map(self._index.get, self._policy.coming(count))
+            return [chunk for chunk in known if chunk is not None]
 
     # -- the whole --------------------------------------------------------------------
 

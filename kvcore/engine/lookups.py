@@ -1,0 +1,209 @@
+"""Lookups: find leading chunks, have tiers load what is missing, lease what is there.
+
+One path for all: what L1 has is held at once; where tiers may have more, the answer
+waits for a prefetch job, and then counts and leases what L1 has by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass
+from time import monotonic_ns
+
+from kvcore.engine.counters import Counters
+from kvcore.engine.running import Caller, Running
+from kvcore.engine.sessions import Session, SessionTable
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.protocol import LookupReply
+from kvcore.storage.l1 import L1, Chunk
+from kvcore.storage.leases import LeaseTable
+from kvcore.storage.manager import Manager
+from kvcore.storage.needs import Needs, count_hits, num_covered
+from kvcore.storage.prefetch import PrefetchJob
+
+ACQUIRE_CHUNKS = 256
+"""Chunks found and held in one step of a lookup, about 50 us."""
+ANSWER_S = 0.02
+"""What a late answer has to get to its client before the client gives up."""
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A session's prefetch, and whether somebody still wants it."""
+
+    job: PrefetchJob
+    client: Hashable
+    cancelled: bool = False
+
+
+class Lookups:
+    """Counts and leases leading chunks. Loop thread only."""
+
+    def __init__(
+        self,
+        l1: L1,
+        leases: LeaseTable,
+        sessions: SessionTable,
+        counters: Counters,
+        chunk_size: int,
+        manager: Manager | None,
+        deadline_s: float,
+    ) -> None:
+        self._l1 = l1
+        self._leases = leases
+        self._sessions = sessions
+        self._counters = counters
+        self._chunk_size = chunk_size
+        self._manager = manager
+        self._deadline_s = deadline_s
+        self._tasks: dict[SessionKey, _Task] = {}
+
+    def find(
+        self,
+        session: Session,
+        needs: Needs,
+        hashes: Sequence[ChunkHash],
+        caller: Caller,
+        *,
+        wait: bool,
+    ) -> Generator[None, None, LookupReply | Running]:
+        """Answer a lookup of chunks `hashes`, in steps; the session is kept by us."""
+        self.cancel(session.key)
+        self._sessions.enter(session)
+        try:
+            chunks = yield from self.acquire(hashes, needs)
+        except BaseException:
+            self._sessions.leave(session)
+            raise
+        hit = self.count(chunks, needs)
+        if self._manager is None or hit == len(hashes) or session.ended:
+            return self._answer(session, needs, hashes, chunks, caller)
+        first = hit - max(
+            (num_covered(w.window, self._chunk_size) for w in needs.windows), default=0
+        )
+        job = self._manager.submit_prefetch_task(
+            hashes[max(first, 0) :],
+            needs,
+            chunk_size=self._chunk_size,
+            deadline=self._deadline(caller),
+            owner=session.key,
+            wait=wait,
+        )
+        task = self._tasks[session.key] = _Task(job, caller.client)
+        if not wait:
+            return self._answer(session, needs, hashes, chunks, caller)
+
+        def finish() -> LookupReply:
+            self._complete(task, hashes, chunks, needs, caller)
+            if task.cancelled:
+                # The session's lease, if there is one, is a later lookup's.
+                return self._reply(session, hashes, 0)
+            return self._answer(session, needs, hashes, chunks, caller)
+
+        return Running(job.future, finish)
+
+    def acquire(
+        self, hashes: Sequence[ChunkHash], needs: Needs
+    ) -> Generator[None, None, list[Chunk]]:
+        """Hold and return the leading chunks with all full-attention parts, in steps.
+
+        `count_hits` of their `ready` masks says how many of them are a hit.
+        """
+        chunks: list[Chunk] = []
+        try:
+            for first in range(0, len(hashes), ACQUIRE_CHUNKS):
+                if first:
+                    yield
+                step = hashes[first : first + ACQUIRE_CHUNKS]
+                found = self._l1.acquire_leading(step, needs.full)
+                chunks += found
+                if len(found) < len(step):
+                    break
+        except GeneratorExit:
+            self._l1.release(chunks)
+            raise
+        return chunks
+
+    def count(self, chunks: Sequence[Chunk], needs: Needs) -> int:
+        """Return how many of the leading chunks are a hit, windows minded."""
+        if not needs.windows:
+            return len(chunks)
+        masks = [chunk.ready for chunk in chunks]
+        return count_hits(masks, needs, self._chunk_size)
+
+    def _deadline(self, caller: Caller) -> float:
+        """Return when to answer at the latest: ours, or just before the caller's."""
+        now = monotonic_ns()
+        due = now + int(self._deadline_s * 1e9)
+        if caller.deadline_ns:
+            due = min(due, caller.deadline_ns - int(ANSWER_S * 1e9))
+        return due / 1e9
+
+    def _complete(
+        self,
+        task: _Task,
+        hashes: Sequence[ChunkHash],
+        chunks: list[Chunk],
+        needs: Needs,
+        caller: Caller,
+    ) -> None:
+        """Hold what has come, too, and end the job's holds.
+
+        What was cancelled, or is too late for its client, finds nothing.
+        """
+        wanted = not (task.cancelled or 0 < caller.deadline_ns < monotonic_ns())
+        if wanted:
+            chunks += self._l1.acquire_leading(hashes[len(chunks) :], needs.full)
+        else:
+            self._l1.release(chunks)
+            chunks.clear()
+        if self._manager is not None:
+            self._manager.prefetcher.settle(task.job)
+
+    def _answer(
+        self,
+        session: Session,
+        needs: Needs,
+        hashes: Sequence[ChunkHash],
+        chunks: list[Chunk],
+        caller: Caller,
+    ) -> LookupReply:
+        """Lease what makes a hit of the held chunks."""
+        hit = self.count(chunks, needs)
+        self._l1.release(chunks[hit:])
+        del chunks[hit:]
+        if session.ended or not chunks:
+            self._l1.release(chunks)
+            self._leases.end(session.key)
+        else:
+            space = session.space
+            readers = (1 << space.world_size) - 1
+            self._leases.grant(session.key, space.model, chunks, readers, caller.client)
+        if self._manager is not None:
+            self._manager.write_back.used(chunks)
+        return self._reply(session, hashes, hit)
+
+    def _reply(
+        self, session: Session, hashes: Sequence[ChunkHash], hit: int
+    ) -> LookupReply:
+        self._sessions.leave(session)
+        self._counters.lookups += 1
+        self._counters.lookup_chunks += len(hashes)
+        self._counters.lookup_chunks_hit += hit
+        return LookupReply(hit, hit * self._chunk_size)
+
+    def cancel(self, key: SessionKey) -> None:
+        """Load nothing more for a session; a lookup that waits is answered with none.
+
+        For an ended session, and for one that looks up again.
+        """
+        task = self._tasks.pop(key, None)
+        if task is not None and self._manager is not None:
+            task.cancelled = True
+            self._manager.prefetcher.cancel(task.job)
+
+    def cancel_client(self, client: Hashable) -> None:
+        """Load nothing more for a client that is gone."""
+        tasks = self._tasks.items()
+        for key in [key for key, task in tasks if task.client == client]:
+            self.cancel(key)
