@@ -116,21 +116,26 @@ def _edge() -> memoryview:
 
 
 def _vectors(buffers: Buffers, edge: memoryview) -> tuple[list[memoryview], memoryview]:
-    """Split off the end that fills no page; return what is moved, and that end."""
+    """Return what is moved, whole pages together, and an end that is copied apart.
+
+    Where only the last buffer has an end that fills no page, that end goes through
+    `edge`, so that all the memory is aligned. Otherwise padding follows the buffers.
+    """
+    padding = -num_bytes_of(buffers) % PAGE
+    if any(buffer.nbytes % PAGE for buffer in buffers[:-1]):
+        return [edge[:PAGE], *buffers, edge[PAGE : PAGE + padding]], edge[:0]
     last = buffers[-1]
     whole = last.nbytes - last.nbytes % PAGE
-    vectors = [edge[:PAGE], *buffers[:-1]]
-    if whole:
-        vectors.append(last[:whole])
-    if whole < last.nbytes:
-        vectors.append(edge[PAGE:])
-    return vectors, last[whole:]
+    end = edge[PAGE:] if padding else edge[:0]
+    return [edge[:PAGE], *buffers[:-1], last[:whole], end], last[whole:]
 
 
 def _flags(vectors: Sequence[memoryview], mode: Mode) -> int:
     """O_DIRECT where the file system and all of the memory allow it."""
     aligned = all(
-        buffer.nbytes % PAGE == 0 and _address(buffer) % PAGE == 0 for buffer in vectors
+        buffer.nbytes % PAGE == 0 and _address(buffer) % PAGE == 0
+        for buffer in vectors
+        if buffer.nbytes
     )
     return os.O_CLOEXEC | (os.O_DIRECT if aligned and mode is Mode.DIRECT else 0)
 

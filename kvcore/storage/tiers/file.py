@@ -154,7 +154,7 @@ class FileBackend:
             try:
                 aside.rename(path)
             except FileNotFoundError:
-                path.parent.mkdir()
+                path.parent.mkdir(exist_ok=True)  # Another thread may be here.
                 aside.rename(path)
         except BaseException:
             aside.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+"""A store in this process that does what a test tells it to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from engines import Damage, Engine, damaged
+
+from kvcore.errors import DeadlineExceeded, Unavailable
+from kvcore.shm import Bytes
+from kvcore.storage.tiers.backend import Deadline, Usage
+from kvcore.storage.tiers.contract import (
+    HEADER_BYTES,
+    Blob,
+    Loaded,
+    LoadOutcome,
+    PartKey,
+    Slot,
+    Stored,
+    Tier,
+    num_bytes_of,
+    pack_header,
+    read_header,
+)
+from kvcore.storage.tiers.pooled import PooledTier
+
+
+class FakeBackend:
+    """A dict; `alive` and `going` can be cleared to have it refuse and hang."""
+
+    batch = 2
+    num_evicted = 0
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.records: dict[PartKey, bytes] = {}
+        self.alive = threading.Event()
+        self.going = threading.Event()
+        self.going.set()
+        self.entered = threading.Semaphore(0)
+        """Released with every call."""
+
+    def attach(self, name: str, arena: Bytes) -> None:
+        """Nothing to do."""
+
+    def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
+        """See `Backend.contains`."""
+        self._enter(deadline)
+        return [key in self.records for key in keys]
+
+    def load(self, slots: Sequence[Slot], deadline: Deadline) -> Iterator[Loaded]:
+        """See `Backend.load`."""
+        for slot in slots:
+            self._enter(deadline)
+            record = self.records.get(slot.key)
+            if record is None:
+                yield Loaded(LoadOutcome.MISSING)
+                continue
+            checksum = read_header(record, slot)
+            if len(record) != HEADER_BYTES + num_bytes_of(slot.buffers) or not checksum:
+                yield Loaded(LoadOutcome.REJECTED)
+                continue
+            payload = memoryview(record)[HEADER_BYTES:]
+            for buffer in slot.buffers:
+                buffer[:] = payload[: buffer.nbytes]
+                payload = payload[buffer.nbytes :]
+            yield Loaded(LoadOutcome.DONE, checksum)
+
+    def store(self, blobs: Sequence[Blob], deadline: Deadline) -> Iterator[Stored]:
+        """See `Backend.store`."""
+        for blob in blobs:
+            self._enter(deadline)
+            used = sum(map(len, self.records.values()))
+            if blob.key in self.records:
+                yield Stored.PRESENT
+            elif used + num_bytes_of(blob.buffers) > self.max_bytes:
+                yield Stored.FULL
+            else:
+                record = b"".join([pack_header(blob), *blob.buffers])
+                self.records[blob.key] = record
+                yield Stored.DONE
+
+    def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
+        """See `Backend.delete`."""
+        self._enter(deadline)
+        return sum(self.records.pop(key, None) is not None for key in keys)
+
+    def usage(self, deadline: Deadline) -> Usage:
+        """See `Backend.usage`."""
+        return Usage(sum(map(len, self.records.values())), self.max_bytes)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _enter(self, deadline: Deadline) -> None:
+        self.entered.release()
+        if not self.going.wait(deadline.left()):
+            raise DeadlineExceeded("hangs")
+        if not self.alive.is_set():
+            raise Unavailable("dead")
+
+
+class FakeEngine(Engine):
+    """The fake as an engine of the contract's tests."""
+
+    capacity = 32 << 20
+    url = "fake:"
+
+    def __init__(self, folder: Path) -> None:
+        self.backend = FakeBackend(self.capacity)
+
+    def open(self) -> Tier:
+        """Open a tier on it; no URL names it."""
+        return PooledTier(
+            "fake", self.url, self.backend, timeout_s=0.5, retry_s=0.02, threads=2
+        )
+
+    def start(self) -> None:
+        """Answer from here on."""
+        self.backend.alive.set()
+
+    def kill(self) -> None:
+        """Refuse from here on, and forget everything."""
+        self.backend.alive.clear()
+        self.backend.records.clear()
+
+    def pause(self) -> None:
+        """Hang from here on."""
+        self.backend.going.clear()
+
+    def resume(self) -> None:
+        """Go on."""
+        self.backend.going.set()
+
+    def damage(self, key: PartKey, damage: Damage) -> None:
+        """Change a record."""
+        self.backend.records[key] = damaged(self.backend.records[key], damage)
