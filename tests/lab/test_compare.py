@@ -1,0 +1,162 @@
+"""Two sides of results: counts exactly, timings by the spread of their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from kvcore.errors import SetupError
+from kvctl.lab.compare import CountVerdict, compare, gather
+from kvctl.lab.contest import Contest, Contestant
+from kvctl.lab.gate import DEFAULT, Gate
+from kvctl.lab.judge import Verdict
+from kvctl.lab.measure import summarise
+from kvctl.lab.result import Result
+from kvctl.lab.scenario import Chat, ModelConfig, Scenario
+from kvctl.lab.summary import Evidence
+from kvctl.lab.summary import summarise as result_of
+
+SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
+PLAIN = result_of(Evidence("planted", SCENARIO, 0))
+
+
+def run(lookup_s: float, store_s: float = 1.0, **counts: int) -> Result:
+    """A run in which every call of an operation took this long."""
+    seconds = {"lookup": lookup_s, "store": store_s}
+    return replace(
+        PLAIN,
+        operations={name: summarise(np.array([s])) for name, s in seconds.items()},
+        counts=replace(PLAIN.counts, **counts),
+        counters={"chunks_evicted": 7},
+    )
+
+
+def runs(median_s: float, number: int = 12, **counts: int) -> list[Result]:
+    """Runs that spread by some percent."""
+    wobble = 0.02 * np.cos(np.arange(number) * 2.4)
+    return [run(median_s * float(np.exp(one)), **counts) for one in wobble]
+
+
+def test_a_slower_side_is_worse_and_fails_the_gate() -> None:
+    """A tenth slower in lookups: worse there, the same elsewhere, counts the same."""
+    found = compare(runs(1.0), runs(1.1))
+    effect = found.timings["lookup"].effect
+    assert effect.verdict is Verdict.WORSE
+    assert effect.ratio == pytest.approx(1.1, rel=0.02)
+    assert found.timings["store"].effect.verdict is Verdict.SAME
+    assert {one.verdict for one in found.counts.values()} == {CountVerdict.SAME}
+    (line,) = Gate(DEFAULT).broken(found)
+    assert line.startswith("lookup takes 1.10")
+    assert Gate("lookup>5%").broken(found)
+    assert not Gate("lookup>20%,store>1%").broken(found)
+
+
+def test_a_faster_side_is_better_and_passes() -> None:
+    """Better is no regression, and neither is 'cannot tell'."""
+    found = compare(runs(1.1), runs(1.0))
+    assert found.timings["lookup"].effect.verdict is Verdict.BETTER
+    assert not Gate(DEFAULT).broken(found)
+    few = compare(runs(1.0, 2), runs(2.0, 2))
+    assert few.timings["lookup"].effect.verdict is Verdict.CANNOT_TELL
+    assert not Gate(DEFAULT).broken(few)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "new", "verdict"),
+    [
+        ("tokens_hit", [5, 5], [5, 5], CountVerdict.SAME),
+        ("tokens_hit", [5, 5], [4, 4], CountVerdict.WORSE),
+        ("tokens_hit", [5, 5], [6, 6], CountVerdict.BETTER),
+        ("errors", [0, 0], [0, 1], CountVerdict.VARIES),
+        ("errors", [0, 0], [1, 1], CountVerdict.WORSE),
+        ("stored_bytes", [9, 9], [8, 8], CountVerdict.DIFFERS),
+        ("tokens_hit", [4, 6], [5, 5], CountVerdict.VARIES),
+        ("tokens_hit", [4, 6], [3, 3], CountVerdict.WORSE),
+    ],
+)
+def test_counts_are_compared_exactly(
+    name: str, base: Sequence[int], new: Sequence[int], verdict: CountVerdict
+) -> None:
+    """Where they repeat any difference counts, where not what is out of range."""
+    ours = [run(1.0, **{name: value}) for value in base]
+    theirs = [run(1.0, **{name: value}) for value in new]
+    found = compare(ours, theirs)
+    assert found.counts[name].verdict is verdict
+    failing = verdict in (CountVerdict.WORSE, CountVerdict.DIFFERS)
+    assert bool(Gate("counts").broken(found)) is failing
+
+
+def test_other_settings_may_store_other_amounts() -> None:
+    """They are named; what differs then is no failure, what is worse is."""
+    larger = replace(SCENARIO, cache_blocks=2048)
+    base = [run(1.0, stored_bytes=1, chunks_hit=3)] * 2
+    new = [replace(run(1.0, stored_bytes=2, chunks_hit=2), scenario=larger)] * 2
+    found = compare(base, new)
+    assert found.settings == {"cache_blocks": ("1024", "2048")}
+    assert Gate("counts").broken(found) == ["chunks_hit went from 3 to 2"]
+
+
+def test_unlike_machines_are_refused_unless_told() -> None:
+    """The error says what differs and which flag goes on."""
+    elsewhere = replace(PLAIN.environment, cpu="another", num_cores=1)
+    theirs = [replace(one, environment=elsewhere) for one in runs(1.0)]
+    with pytest.raises(SetupError, match=r"cpu: .* and another; .*--anyway"):
+        compare(runs(1.0), theirs)
+    assert "another" in compare(runs(1.0), theirs, anyway=True).notes[0]
+
+
+@pytest.mark.parametrize("rule", ["lookup", "lookup>5", "faster", "lookup > x%"])
+def test_a_wrong_rule_says_what_rules_are(rule: str) -> None:
+    """Wrong use, before anything is played."""
+    with pytest.raises(SetupError, match="what is a regression"):
+        Gate(rule)
+
+
+def test_a_rule_for_an_unknown_operation_names_the_known() -> None:
+    """Only the comparison knows which there are."""
+    with pytest.raises(SetupError, match="operations are lookup, store"):
+        Gate("lokup>5%").broken(compare(runs(1.0), runs(1.0)))
+
+
+def test_a_contest_alternates_and_saves_each_run(tmp_path: Path) -> None:
+    """A B, B A, ...: pairs are judged as such, and read back the same."""
+    order: list[str] = []
+    drift = iter(np.geomspace(1.0, 3.0, 48).tolist())
+
+    def contestant(label: str, factor: float) -> Contestant:
+        def play() -> Result:
+            order.append(label)
+            return run(next(drift) * factor)
+
+        return Contestant(label, play)
+
+    contest = Contest(contestant("a", 1.0), contestant("b", 1.1), tmp_path)
+    found = contest.play(24)
+    assert order[:4] == ["a", "b", "b", "a"]
+    assert found.in_pairs
+    assert found.timings["lookup"].effect.verdict is Verdict.WORSE
+    assert found.timings["store"].effect.verdict is Verdict.SAME
+    again = compare(gather(tmp_path / "base"), gather(tmp_path / "new"), ("a", "b"))
+    assert again == found
+    assert found.save(tmp_path).exists()
+
+
+def test_an_interrupted_contest_judges_what_it_has(tmp_path: Path) -> None:
+    """The pair under way is left out; with no pair at all there is nothing to judge."""
+    cut = replace(run(1.0), interrupted=True)
+    plays = iter([run(1.0), run(1.0), run(1.0), cut, cut])
+    side = Contestant("a", lambda: next(plays))
+    found = Contest(side, side, tmp_path).play(10)
+    assert (found.base.num_runs, found.new.num_runs) == (1, 1)
+    with pytest.raises(SetupError, match="interrupted before"):
+        Contest(side, side, tmp_path).play(10)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    """Nothing to compare is wrong use."""
+    with pytest.raises(SetupError, match="no results in it"):
+        gather(tmp_path)
