@@ -95,6 +95,9 @@ class Connection:
         self._refused: deque[Pending] = deque()
         self._earliest_ns = NEVER_NS
         self._beat_ns = NEVER_NS
+        # The connection's thread may sleep without end: a call that met a server hands
+        # over even when it leaves nothing else.
+        self._beat_is_new = False
         self._registrations: dict[str, Registration] = {}
         self._hello: Pending | None = None
         self._hello_again_ns = HELLO_AGAIN_NS
@@ -170,7 +173,7 @@ class Connection:
 
     def _hand_over(self) -> None:
         """Leave what is still under way to the connection's thread."""
-        if self._pending or self._outbox or self._refused:
+        if self._pending or self._outbox or self._refused or self._beat_is_new:
             os.eventfd_write(self._wake, 1)
 
     def remember(self, request: Registration) -> None:
@@ -217,6 +220,7 @@ class Connection:
                 # Here, since `_drive` does not look when there is nothing to do:
                 # an idle client would never see that its server died.
                 self._look_around()
+                self._beat_is_new = False
                 self._beat()
                 self._drive(self._idle)
 
@@ -393,8 +397,7 @@ class Connection:
         self._beat_ns = NEVER_NS
         if not hello.watched:
             self._beat_ns = monotonic_ns() + self.peer.beat_ns
-            # The connection's thread sleeps without end: it must look at the clock.
-            os.eventfd_write(self._wake, 1)
+            self._beat_is_new = True
         if self.peer.pidfd is not None:
             self._epoll.register(self.peer.pidfd, select.EPOLLIN)
 
