@@ -30,9 +30,10 @@ def store_and_be_killed(
     client: KVClient, victim: Worker, prompts: list[list[int]]
 ) -> None:
     """Have a worker store, each prompt a request, and kill it at the first one."""
+    client.clear()
     for n, (key, tokens) in enumerate(zip(REQUESTS, prompts, strict=True)):
         victim.ask("begin", str(n), "submit_store", key, "v", 0, SIZE, [BLOCKS], tokens)
-    wait_until(lambda: is_copying(client))
+    wait_until(lambda: client.status().l1.num_chunks > 0)
     victim.kill()
 
 
