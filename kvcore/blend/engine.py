@@ -1,32 +1,425 @@
-"""The blend requests, served by a prefix engine and an index of documents."""
+"""The blend requests: documents stored once and reused wherever a prompt has them.
+
+Composed of the engine: a buffer is an instance whose blocks are single tokens, so its
+registration, its lanes, its copies and its final stores are the engine's own. What is
+here is another way to make the plan of a copy, and a hash space for documents.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from functools import partial
+from weakref import WeakKeyDictionary
 
-from kvcore.config import BlendConfig
-from kvcore.engine.engine import Caller, Engine
-from kvcore.errors import UnknownRequest
-from kvcore.protocol import wire_name
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.blend.buffer import as_paged, check_slots, slots_of
+from kvcore.blend.index import DocumentIndex
+from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Run, Separated
+from kvcore.blend.paragraphs import make_markers
+from kvcore.blend.rolling import RollingHash, Tokens
+from kvcore.config import BlendConfig, ServerConfig
+from kvcore.engine.copies import Range, Turning
+from kvcore.engine.engine import Caller, Engine, Running
+from kvcore.engine.instance import Instance
+from kvcore.engine.sessions import Session
+from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded, UnknownInstance
+from kvcore.keys import ChunkHash, HashChain, SessionKey
+from kvcore.protocol import (
+    CBLookupPreComputed,
+    CBLookupReply,
+    CBMatch,
+    CBRange,
+    CBRegisterKVCache,
+    CBRetrievePreComputed,
+    CBStoreFinal,
+    CBStorePreComputed,
+    CBUnregisterKVCache,
+    RegisterReply,
+    RetrieveReply,
+    Store,
+    StoreReply,
+    UnregisterKVCache,
+)
+from kvcore.rope import Rope
+from kvcore.storage.chunk import DropReason
+from kvcore.storage.l1 import Chunk
+from kvcore.storage.needs import Needs
+from kvcore.transport.rotation import Turn, check_rope
+
+HASH_BYTES = 32
 
 
-class NoBlend:
-    """Answers the blend requests of a server that was started without them."""
+class DocumentsOf(SessionKey, frozen=True, array_like=True):
+    """Owner of a session's lease on documents, beside the one on its prefix."""
 
-    def refuse(self, request: Any, caller: Caller) -> NoReturn:
-        """Say what to start the server with."""
-        del caller
-        raise UnknownRequest(
-            f"{wire_name(type(request))}: this server serves prefixes only; start it "
-            "with --engine blend"
+
+@dataclass(slots=True)
+class BlendCounters:
+    """Each only grows; `document_chunks` is what the index holds now."""
+
+    document_lookups: int = 0
+    document_lookup_tokens: int = 0
+    document_tokens_hit: int = 0
+    document_stores: int = 0
+    document_retrieves: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a session's last lookup found: its chunks by their place in the prompt."""
+
+    matches: tuple[CBMatch, ...]
+    numbers: dict[int, int]
+    """Place in the lease, by place in the prompt."""
+
+
+class BlendEngine:
+    """Documents over an engine. The loop thread calls it, as it calls the engine."""
+
+    def __init__(self, config: ServerConfig, engine: Engine) -> None:
+        self.engine = engine
+        self.chunk_size = config.chunk_size
+        self._slice_chunks = config.wire.slice_chunks
+        self.counters = BlendCounters()
+        self.index = DocumentIndex(int(config.l1.size) // int(config.l1.page))
+        self._matcher = self._make_matcher(config.blend)
+        self._buffers: WeakKeyDictionary[Instance, Rope | None] = WeakKeyDictionary()
+        self._spaces: dict[tuple[str, int], DocumentSpace] = {}
+        self._found: dict[SessionKey, _Found] = {}
+        engine.on_session_end.append(self._end_session)
+        engine.l1.watch(self._gone)
+
+    def _make_matcher(self, config: BlendConfig) -> Matcher:
+        if config.matcher == "anywhere":
+            return Anywhere(self.index, RollingHash(self.chunk_size))
+        return Separated(make_markers(config), self.chunk_size, self._slice_chunks)
+
+    def counts(self) -> dict[str, int]:
+        """Return everything counted, by name."""
+        return {**asdict(self.counters), "document_chunks": len(self.index)}
+
+    def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
+        del reason, owner
+        self.index.forget(chunk.hash)
+
+    def _end_session(self, key: SessionKey) -> None:
+        found = self._found.pop(key, None)
+        self.engine.leases.end(_documents_of(key))
+        if found is not None:
+            self.engine.l1.touch([ChunkHash(match.hash) for match in found.matches])
+
+    def _space(self, model: str, world_size: int) -> DocumentSpace:
+        key = (model, world_size)
+        space = self._spaces.get(key)
+        if space is None:
+            space = DocumentSpace(model, world_size, self.chunk_size)
+            self._spaces[key] = space
+        return space
+
+    # -- registration -------------------------------------------------------------
+
+    def cb_register_kv_cache(
+        self, request: CBRegisterKVCache, caller: Caller
+    ) -> RegisterReply:
+        """Register a buffer as a cache whose blocks are single tokens."""
+        paged = as_paged(request)
+        if request.rope is not None:
+            check_rope(
+                request.rope, request.dtype, paged.groups[0].tensors[0].strides[2]
+            )
+        reply = self.engine.register_kv_cache(paged, caller)
+        instance = self.engine.registry.get(caller.client, request.instance_id)
+        self._buffers[instance] = request.rope
+        return reply
+
+    def cb_unregister_kv_cache(
+        self, request: CBUnregisterKVCache, caller: Caller
+    ) -> Running:
+        """Forget a buffer; the reply comes when its memory is unmapped."""
+        self._buffer(request.instance_id, caller)
+        return self.engine.unregister_kv_cache(
+            UnregisterKVCache(request.instance_id), caller
         )
 
-    cb_register_kv_cache = cb_unregister_kv_cache = refuse
-    cb_store_pre_computed = cb_lookup_pre_computed = refuse
-    cb_retrieve_pre_computed = cb_store_final = refuse
+    def _buffer(self, instance_id: str, caller: Caller) -> Instance:
+        instance = self.engine.registry.get(caller.client, instance_id)
+        if instance not in self._buffers:
+            raise UnknownInstance(
+                f"instance {instance_id!r} is a paged cache, not a blend buffer"
+            )
+        return instance
+
+    # -- stores -------------------------------------------------------------------
+
+    def cb_store_pre_computed(
+        self, request: CBStorePreComputed, caller: Caller
+    ) -> Generator[None, None, Running | StoreReply]:
+        """Take a document's whole chunks into the document space."""
+        instance = self._buffer(request.instance_id, caller)
+        tokens = self._whole_chunks(read_tokens(request.tokens))
+        check_slots(instance, request.offset, len(tokens))
+        if not len(tokens):
+            return StoreReply(0, 0, 0)
+        space = self._space(instance.space.model, instance.space.world_size)
+        chain = HashChain(space.seed, self.chunk_size)
+        yield from chain.extend(tokens.data.cast("B"), self._slice_chunks)
+        self.engine.check_registered(instance)
+        slots = slots_of([request.offset], len(tokens))
+        future = instance.store_lane.submit(
+            self.engine.copier.store,
+            instance,
+            chain.hashes,
+            (slots.reshape(-1, self.chunk_size),),
+            caller.deadline_ns,
+        )
+
+        def finish() -> StoreReply:
+            self.counters.document_stores += 1
+            reply = self.engine.count_stored(self.engine.result(future))
+            self._learn(tokens, chain.hashes, space)
+            return reply
+
+        return Running(future, finish)
+
+    def _whole_chunks(self, tokens: Tokens) -> Tokens:
+        return tokens[: len(tokens) - len(tokens) % self.chunk_size]
+
+    def _learn(
+        self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
+    ) -> None:
+        """Enter what is in L1 now; what leaves it from here on, `_gone` is told."""
+        for entry in self._matcher.learn(tokens, hashes, space):
+            self.index.add(entry)
+        for key, chunk in zip(hashes, self.engine.l1.peek(hashes), strict=True):
+            if chunk is None:
+                self.index.forget(key)
+
+    def cb_store_final(
+        self, request: CBStoreFinal, caller: Caller
+    ) -> Generator[None, None, Running | StoreReply]:
+        """Take a prompt's whole chunks into the normal space."""
+        instance = self._buffer(request.instance_id, caller)
+        num_tokens = max(request.end - request.start, 0)
+        check_slots(instance, request.offset + request.start, num_tokens)
+        slots = slots_of([request.offset + request.start], num_tokens)
+        store = Store(
+            session=request.session,
+            instance_id=request.instance_id,
+            start=request.start,
+            end=request.end,
+            blocks=(slots.astype("<i4").data.cast("B"),),
+            tokens=request.tokens,
+            token_offset=request.token_offset,
+            extras=request.extras,
+        )
+        return self.engine.store(store, caller)
+
+    # -- lookups ------------------------------------------------------------------
+
+    def cb_lookup_pre_computed(
+        self, request: CBLookupPreComputed, caller: Caller
+    ) -> Generator[None, None, CBLookupReply]:
+        """Find and lease the documents of a prompt that are there for all ranks."""
+        space, _ = self.engine.registry.lookup(request.model, request.world_size)
+        session = self.engine.sessions.open(request.session, space)
+        tokens = read_tokens(request.tokens)
+        found = yield from self._look_up(session, tokens, caller)
+        hit = len(found.matches) * self.chunk_size
+        self.counters.document_lookups += 1
+        self.counters.document_lookup_tokens += len(tokens)
+        self.counters.document_tokens_hit += hit
+        return CBLookupReply(self._ranges(found.matches), found.matches, hit)
+
+    def _look_up(
+        self, session: Session, tokens: Tokens, caller: Caller
+    ) -> Generator[None, None, _Found]:
+        """Find, lease, and remember for as long as the session lasts."""
+        space, needs = self.engine.registry.lookup(
+            session.space.model, session.space.world_size
+        )
+        documents = self._space(space.model, space.world_size)
+        self.engine.sessions.enter(session)
+        try:
+            is_ready = partial(self._is_ready, needs.full)
+            runs = yield from self._matcher.find(tokens, documents, is_ready)
+            matches, chunks = yield from self._acquire(runs, needs)
+        finally:
+            self.engine.sessions.leave(session)
+        numbers = {match.start: number for number, match in enumerate(matches)}
+        found = _Found(tuple(matches), numbers)
+        owner = _documents_of(session.key)
+        if session.ended or not chunks:
+            self.engine.l1.release(chunks)
+            self.engine.leases.end(owner)
+        else:
+            readers = (1 << space.world_size) - 1
+            self.engine.leases.grant(owner, space.model, chunks, readers, caller.client)
+        if not session.ended:
+            self._found[session.key] = found
+        return found
+
+    def _is_ready(self, full: int, key: ChunkHash) -> bool:
+        chunk = self.engine.l1.peek([key])[0]
+        return chunk is not None and chunk.ready & full == full
+
+    def _acquire(
+        self, runs: Iterable[Run], needs: Needs
+    ) -> Generator[None, None, tuple[list[CBMatch], list[Chunk]]]:
+        """Hold the leading chunks of every run, by the way of every lookup."""
+        matches: list[CBMatch] = []
+        chunks: list[Chunk] = []
+        try:
+            for run in runs:
+                held = yield from self.engine.acquire(run.hashes, needs)
+                chunks += held
+                for number, chunk in enumerate(held):
+                    moved = number * self.chunk_size
+                    old_start, start = run.old_start + moved, run.start + moved
+                    matches.append(CBMatch(old_start, start, chunk.hash))
+        except BaseException:
+            self.engine.l1.release(chunks)
+            raise
+        return matches, chunks
+
+    def _ranges(self, matches: Sequence[CBMatch]) -> tuple[CBRange, ...]:
+        """Join what follows each other in the prompt and in its document."""
+        size = self.chunk_size
+        ranges: list[CBRange] = []
+        last: CBMatch | None = None
+        for match in matches:
+            start, end = match.start, match.start + size
+            follows = last is not None and (
+                (match.start, match.old_start)
+                == (last.start + size, last.old_start + size)
+            )
+            if follows:
+                start = ranges.pop().start
+            ranges.append(CBRange(start, end))
+            last = match
+        return tuple(ranges)
+
+    # -- retrieves ----------------------------------------------------------------
+
+    def cb_retrieve_pre_computed(
+        self, request: CBRetrievePreComputed, caller: Caller
+    ) -> Generator[None, None, Running | RetrieveReply]:
+        """Write matched chunks to their places in a buffer, all or none."""
+        instance = self._buffer(request.instance_id, caller)
+        if request.ranges and request.matches:
+            raise BadRequest("give ranges or matches, not both")
+        session = self.engine.sessions.open(request.session, instance.space)
+        matches: Sequence[CBMatch] = request.matches
+        if request.ranges:
+            matches = yield from self._named(session, request, caller)
+        if not matches:
+            return RetrieveReply(0)
+        self._check_matches(matches, instance, request.offset)
+        turning = self._turning(instance, request, matches)
+        self.engine.check_registered(instance)
+        num_tokens = len(matches) * self.chunk_size
+        starts = [request.offset + match.start for match in matches]
+        future = instance.retrieve_lane.submit(
+            self.engine.copier.retrieve,
+            instance,
+            [ChunkHash(match.hash) for match in matches],
+            (slots_of(starts, self.chunk_size),),
+            Range(0, num_tokens, 0, self.chunk_size),
+            caller.deadline_ns,
+            turning,
+        )
+        return Running(
+            future, partial(self._retrieved, future, request, matches, instance)
+        )
+
+    def _retrieved(
+        self,
+        future: Future[int],
+        request: CBRetrievePreComputed,
+        matches: Sequence[CBMatch],
+        instance: Instance,
+    ) -> RetrieveReply:
+        self.counters.document_retrieves += 1
+        self.engine.counters.bytes_retrieved += self.engine.result(future)
+        found = self._found.get(request.session)
+        numbers = found.numbers if found is not None else {}
+        owner = _documents_of(request.session)
+        for match in matches:
+            number = numbers.get(match.start)
+            if number is not None:
+                self.engine.leases.read(owner, number, number + 1, instance.rank)
+        return RetrieveReply(len(matches) * self.chunk_size)
+
+    def _named(
+        self, session: Session, request: CBRetrievePreComputed, caller: Caller
+    ) -> Generator[None, None, list[CBMatch]]:
+        """Return the chunks that a request's ranges consist of.
+
+        Raises:
+            TokensNeeded: the session's lookup is forgotten, and no prompt was sent.
+            ChunksMissing: a range is not wholly of chunks that the lookup found.
+        """
+        found = self._found.get(request.session)
+        if found is None:
+            if not request.tokens:
+                raise TokensNeeded("no lookup of this session is known", have=0)
+            found = yield from self._look_up(
+                session, read_tokens(request.tokens), caller
+            )
+        named = []
+        for wanted in request.ranges:
+            for start in range(wanted.start, wanted.end, self.chunk_size):
+                number = found.numbers.get(start)
+                if number is None or start + self.chunk_size > wanted.end:
+                    raise ChunksMissing(
+                        f"no chunk was found at token {start} of range "
+                        f"{wanted.start} to {wanted.end}"
+                    )
+                named.append(found.matches[number])
+        return named
+
+    def _check_matches(
+        self, matches: Sequence[CBMatch], instance: Instance, offset: int
+    ) -> None:
+        starts = np.sort(np.array([match.start for match in matches], np.int64))
+        if (np.diff(starts) < self.chunk_size).any():
+            raise BadRequest("two of the chunks would be written to the same slots")
+        check_slots(instance, offset + int(starts[-1]), self.chunk_size)
+        if any(len(match.hash) != HASH_BYTES for match in matches):
+            raise BadRequest(f"a chunk's hash has {HASH_BYTES} bytes")
+
+    def _turning(
+        self,
+        instance: Instance,
+        request: CBRetrievePreComputed,
+        matches: Sequence[CBMatch],
+    ) -> Turning | None:
+        if not request.turn_keys:
+            return None
+        rope = self._buffers[instance]
+        if rope is None:
+            raise BadRequest(
+                f"instance {request.instance_id!r} was registered without rope: "
+                "its keys cannot be turned"
+            )
+        turns = []
+        for match in matches:
+            first = request.offset + match.start
+            distance = match.start - match.old_start
+            turns.append(Turn(first, first + self.chunk_size, distance))
+        return Turning(rope, turns)
 
 
-class BlendEngine(NoBlend):
-    def __init__(self, config: BlendConfig, engine: Engine) -> None: ...
-    def counts(self) -> dict[str, int]:
-        return {}
+def _documents_of(session: SessionKey) -> DocumentsOf:
+    return DocumentsOf(session.engine_id, session.request_id)
+
+
+def read_tokens(packed: memoryview) -> Tokens:
+    """Read packed tokens in place; `BadRequest` when they are not whole ones."""
+    if len(packed) % 4:
+        raise BadRequest(f"tokens: {len(packed)} bytes are not whole uint32")
+    tokens: npt.NDArray[np.uint32] = np.frombuffer(packed, "<u4")
+    return tokens

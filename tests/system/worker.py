@@ -87,7 +87,7 @@ class Cache:
         self.segment.close()
 
 
-class _Told:
+class Told:
     """What a worker process can be told to do."""
 
     def __init__(self, address: str, name: str) -> None:
@@ -190,8 +190,8 @@ class _Told:
             cache.close()
 
 
-def _obey(address: str, name: str, pipe: Connection) -> None:
-    told = _Told(address, name)
+def _obey(kind: type[Told], address: str, name: str, pipe: Connection) -> None:
+    told = kind(address, name)
     pipe.send((True, os.getpid()))
     while True:
         try:
@@ -210,11 +210,13 @@ def _obey(address: str, name: str, pipe: Connection) -> None:
 class Worker:
     """A worker process as the test sees it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, told: type[Told] = Told) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = f"kvtest-{os.getpid()}-{next(_numbers)}"
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_obey, args=(address, self.name, theirs))
+        self.process = context.Process(
+            target=_obey, args=(told, address, self.name, theirs)
+        )
         self.process.start()
         theirs.close()
 
