@@ -104,6 +104,7 @@ def load(
     for key, given in (flags or {}).items():
         if given is not None:
             source.put(data, key, given, f"{flag_name(key)} {given}")
+    _name_kinds(cls, data)
     unknown = _unknown_key(inspect.type_info(cls), data, "")
     if unknown is not None:
         raise SetupError(f"{source.place(unknown.key)}{unknown.message}")
@@ -122,6 +123,15 @@ def load(
 def flag_name(key: str) -> str:
     """Return the flag of an option: `l1.size` is `--l1-size`."""
     return "--" + key.replace(".", "-").replace("_", "-")
+
+
+def _name_kinds(cls: type[msgspec.Struct], data: dict[str, Any]) -> None:
+    """Give a table that names no kind the kind of its default."""
+    for field in msgspec.structs.fields(cls):
+        table = data.get(field.encode_name)
+        config = getattr(field.default, "__struct_config__", None)
+        if isinstance(table, dict) and config is not None and config.tag is not None:
+            table.setdefault(config.tag_field, config.tag)
 
 
 def _read(path: Path) -> str:

@@ -107,8 +107,7 @@ def run(
     """
     watcher = watcher or Watcher()
     watcher.phase("starting")
-    planned = survey(scenario.workload, seed)
-    _check_room(scenario, planned)
+    planned = _survey(scenario, seed)
     remove_dead(SEGMENT_PREFIX)
     interrupts = Interrupts()
     with interrupts.caught():
@@ -123,6 +122,19 @@ def run(
         if trouble:
             evidence.failures.append(trouble)
         return summarise(evidence)
+
+
+def _survey(scenario: Scenario, seed: int) -> Survey:
+    """Add up what the tenants are asked; each must fit its engines' caches."""
+    surveys = []
+    for part in scenario.parts().values():
+        surveys.append(survey(part.workload, seed))
+        _check_room(part, surveys[-1])
+    return Survey(
+        sum(one.num_requests for one in surveys),
+        sum(one.num_tokens for one in surveys),
+        max(one.longest for one in surveys),
+    )
 
 
 def _check_room(scenario: Scenario, planned: Survey) -> None:
@@ -178,18 +190,24 @@ class Play:
                 self._look_after(client)
 
     def _plans(self) -> list[EnginePlan]:
-        scenario = self.evidence.scenario
-        return [
-            EnginePlan(
-                address=self.address,
-                engine=engine,
-                engine_id=f"{self.run_id}-{engine}",
-                model=f"{scenario.model.geometry().model}@{self.run_id}",
-                seed=self.evidence.seed,
-                scenario=scenario,
-            )
-            for engine in range(scenario.engines)
-        ]
+        """One an engine, tenant after tenant."""
+        plans: list[EnginePlan] = []
+        for part in self.evidence.scenario.parts().values():
+            for place in range(part.engines):
+                plans.append(self._plan(len(plans), part, place))
+        return plans
+
+    def _plan(self, engine: int, part: Scenario, place: int) -> EnginePlan:
+        model = part.model.geometry().model
+        return EnginePlan(
+            address=self.address,
+            engine=engine,
+            engine_id=f"{self.run_id}-{engine}",
+            model=f"{model}/{part.ranks}@{self.run_id}",
+            seed=self.evidence.seed,
+            scenario=part,
+            place=place,
+        )
 
     def _set_up(self, cast: Cast) -> None:
         """Wait until every process has set itself up.
@@ -209,7 +227,7 @@ class Play:
     def _watch(self, cast: Cast) -> None:
         """Let them play until all have reported or the patience of a stop ends."""
         self.evidence.begun_s = begun = monotonic()
-        cast.tell_schedulers(Start())
+        cast.tell_schedulers(Start(begun))
         while len(self.reported) < len(cast.schedulers):
             self._step(cast)
             if self.interrupts.received:

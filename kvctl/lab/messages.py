@@ -22,6 +22,11 @@ class EnginePlan(msgspec.Struct, frozen=True):
     """Carries the run's id, so that runs on one server never share chunks."""
     seed: int
     scenario: Scenario
+    """What this engine's tenant plays."""
+    place: int = 0
+    """Among the tenant's engines."""
+    first_index: int = 0
+    """Of the workload, where an engine that was started again goes on."""
 
     @property
     def geometry(self) -> Geometry:
@@ -46,6 +51,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 class Start(msgspec.Struct, frozen=True, tag=True):
     """Begin to play."""
 
+    epoch_s: float = 0.0
+    """On the host's monotonic clock: the time that dues count from."""
+
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Begin no more requests; finish those under way and report."""
@@ -55,6 +63,10 @@ class Tally(msgspec.Struct, tag=True):
     """What an engine has counted so far. Chunks are whole ones of prompts."""
 
     requests: int = 0
+    warm_ups: int = 0
+    """Requests before the measurement, counted nowhere else."""
+    aborted: int = 0
+    preemptions: int = 0
     errors: int = 0
     bytes_wrong: int = 0
     tokens: int = 0
@@ -87,6 +99,10 @@ class EngineReport(msgspec.Struct, frozen=True, tag=True):
     chunk_heads: bytes
     """First eight bytes of the hash of each chunk asked for, once each."""
     errors: tuple[str, ...] = ()
+    warm_heads: bytes = b""
+    """Likewise, of chunks asked for in the warm-up."""
+    journal: bytes = b""
+    """`kvctl.lab.journal.RECORD`s: one a request, warm-up included."""
 
 
 class Play(msgspec.Struct, frozen=True):
@@ -99,6 +115,8 @@ class Play(msgspec.Struct, frozen=True):
     """32 bytes a chunk."""
     blocks: tuple[bytes, ...]
     """One a cache group: int32 ids of the blocks of [0, end)."""
+    retrieve: bool = True
+    """Without it [0, hit) is there already."""
 
 
 class Played(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -12,10 +12,59 @@ from msgspec.structs import replace
 
 from kvcore.config import ServerConfig
 from kvcore.options import Options, load, require
+from kvctl.lab.demand import (
+    Agents,
+    Chat,
+    Giant,
+    Positive,
+    Rag,
+    Reuse,
+    Share,
+    SharedPrefix,
+    Thrash,
+    Trace,
+    Uniform,
+    Workload,
+)
 from kvctl.lab.geometry import Geometry, preset
+from kvctl.lab.load import (
+    Bursts,
+    ClosedLoop,
+    Constant,
+    Load,
+    Poisson,
+    Seconds,
+    Sweep,
+    TraceTimes,
+)
 
-Positive = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+__all__ = [
+    "Agents",
+    "Bursts",
+    "Chat",
+    "ClosedLoop",
+    "Constant",
+    "EngineModel",
+    "Fault",
+    "Giant",
+    "Limits",
+    "Load",
+    "ModelConfig",
+    "Poisson",
+    "Rag",
+    "Reuse",
+    "Scenario",
+    "Service",
+    "SharedPrefix",
+    "Sweep",
+    "Tenant",
+    "Thrash",
+    "Trace",
+    "TraceTimes",
+    "Uniform",
+    "Workload",
+    "read",
+]
 
 
 class ModelConfig(Options, frozen=True):
@@ -44,54 +93,72 @@ class ModelConfig(Options, frozen=True):
         return replace(preset(self.preset), **given)
 
 
-class SharedPrefix(Options, frozen=True, tag="shared_prefix", tag_field="kind"):
-    """Requests that begin with one of a few long prefixes and end on their own."""
+class EngineModel(Options, frozen=True):
+    """How long an engine computes: steps of a continuous batch, in real time.
 
-    num_requests: Positive = 100
-    num_prefixes: Positive = 4
-    prefix_tokens: Positive = 2048
-    suffix_tokens: Annotated[
-        int, Meta(ge=1, description="mean; drawn evenly from half to one and a half")
-    ] = 512
-    vocabulary: Positive = 32_000
+    Without it engines compute nothing and ask as fast as they are answered.
+    """
 
-
-class Chat(Options, frozen=True, tag="chat", tag_field="kind"):
-    """Sessions of several turns; each turn resends all before it, answers included."""
-
-    num_sessions: Positive = 16
-    turns: Positive = 4
-    system_tokens: Annotated[int, Meta(ge=0, description="shared by all")] = 512
-    user_tokens: Positive = 256
-    answer_tokens: Positive = 256
-    vocabulary: Positive = 32_000
-
-
-class Mooncake(Options, frozen=True, tag="mooncake", tag_field="kind"):
-    """Replay of a trace in Mooncake's JSONL."""
-
-    trace: Annotated[str | None, Meta(description="file; --trace sets it")] = None
-    block_size: Annotated[
-        int, Meta(ge=2, description="tokens a hash id, where a row names none")
-    ] = 512
-    max_requests: Positive | None = None
-
-    def check(self) -> None:
-        """A trace is named."""
-        require(bool(self.trace), "workload.trace", self.trace, "give --trace FILE")
-
-
-Workload = SharedPrefix | Chat | Mooncake
-
-
-class ClosedLoop(Options, frozen=True, tag="closed", tag_field="kind"):
-    """Each engine keeps so many requests under way."""
-
-    concurrency: Annotated[int, Meta(ge=1, le=256, description="per engine")] = 4
-    max_s: Annotated[
-        Annotated[float, Meta(gt=0)] | None,
-        Meta(description="begin no request after so long"),
+    prefill_tokens_per_s: Annotated[float, Meta(gt=0)] = 10_000.0
+    decode_s: Annotated[
+        float, Meta(ge=0, description="of one request in a step, beside step_s")
+    ] = 0.0002
+    step_s: Annotated[float, Meta(gt=0, description="of a step, whatever it does")] = (
+        0.01
+    )
+    max_batch: Annotated[int, Meta(ge=1, description="requests that run at once")] = 64
+    max_batched_tokens: Annotated[
+        int, Meta(ge=1, description="of a step; longer prompts go in chunks")
+    ] = 2048
+    max_blocks: Annotated[
+        Positive | None,
+        Meta(description="of running requests; cache_blocks where left out"),
     ] = None
+    abort_share: Annotated[
+        Share, Meta(description="of requests given up: looked up, loading or decoding")
+    ] = 0.0
+    overlap_stores: Annotated[
+        bool, Meta(description="a session's next turn may begin before its store ends")
+    ] = True
+
+
+class Fault(Options, frozen=True):
+    """Something that happens to a process in the middle of a run."""
+
+    at_s: Annotated[float, Meta(ge=0, description="after the start of the load")]
+    target: Literal["server", "worker", "service"] = "server"
+    action: Annotated[
+        Literal["kill", "stop", "restart"],
+        Meta(description="SIGKILL; SIGSTOP, then SIGCONT; SIGTERM. All come back"),
+    ] = "kill"
+    for_s: Annotated[float, Meta(ge=0, description="away for so long")] = 1.0
+    engine: Annotated[int, Meta(ge=0, description="of a worker")] = 0
+    rank: Annotated[int, Meta(ge=0, description="of a worker")] = 0
+    service: Annotated[str, Meta(description="name of a service")] = ""
+
+
+class Service(Options, frozen=True):
+    """A process that the server needs, such as the store beneath a tier."""
+
+    name: str
+    command: Annotated[
+        tuple[str, ...], Meta(description="{folder} is a fresh one, {port} a free one")
+    ]
+    ready: Annotated[
+        str, Meta(description="path in {folder}, or host:port, that says it is ready")
+    ] = ""
+
+
+class Tenant(Options, frozen=True):
+    """More engines beside the scenario's own, with a model and a load of theirs."""
+
+    name: str
+    workload: Workload
+    model: ModelConfig | None = None
+    load: Load | None = None
+    engines: Annotated[int, Meta(ge=1, le=64)] = 1
+    ranks: Annotated[int, Meta(ge=1, le=64)] | None = None
+    cache_blocks: Positive | None = None
 
 
 class Limits(Options, frozen=True):
@@ -101,6 +168,15 @@ class Limits(Options, frozen=True):
     min_hit_rate: Annotated[Share | None, Meta(description="of prompt tokens")] = None
     min_share_of_ideal: Annotated[
         Share | None, Meta(description="token hits, against an endless cache")
+    ] = None
+    ttft_s: Annotated[
+        Seconds | None, Meta(description="of a request that counts as good")
+    ] = None
+    request_s: Annotated[
+        Seconds | None, Meta(description="likewise, from due to done")
+    ] = None
+    min_goodput: Annotated[
+        Share | None, Meta(description="requests within ttft_s and request_s")
     ] = None
 
 
@@ -116,18 +192,61 @@ class Scenario(Options, frozen=True):
         int, Meta(ge=1, description="blocks of each rank's paged cache, a group")
     ] = 1024
     server: ServerConfig = ServerConfig()
-    load: ClosedLoop = ClosedLoop()
+    load: Load = ClosedLoop()
+    engine: EngineModel | None = None
     limits: Limits = Limits()
+    tenants: tuple[Tenant, ...] = ()
+    services: tuple[Service, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    storm: Annotated[
+        int, Meta(ge=0, description="registrations of all ranks at once, before all")
+    ] = 0
+    timeout_s: Annotated[
+        float, Meta(gt=0, description="that engines wait for an answer")
+    ] = 30.0
 
     def check(self) -> None:
-        """Ranks can share the heads, and blocks make up chunks."""
-        geometry = self.model.geometry()
-        geometry.groups(1, 0, self.ranks)
-        require(
-            self.server.chunk_size % geometry.block_size == 0,
-            "server.chunk_size",
-            self.server.chunk_size,
-            f"a multiple of model.block_size, {geometry.block_size}",
+        """Ranks can share the heads, blocks make up chunks, faults have a target."""
+        for name, part in self.parts().items():
+            geometry = part.model.geometry()
+            geometry.groups(1, 0, part.ranks)
+            require(
+                self.server.chunk_size % geometry.block_size == 0,
+                "server.chunk_size",
+                self.server.chunk_size,
+                f"a multiple of {name}.model.block_size, {geometry.block_size}",
+            )
+        for number, fault in enumerate(self.faults):
+            self._check_fault(f"faults[{number}]", fault)
+
+    def _check_fault(self, key: str, fault: Fault) -> None:
+        if fault.target == "worker":
+            parts = list(self.parts().values())
+            ranks = [part.ranks for part in parts for _ in range(part.engines)]
+            require(fault.engine < len(ranks), f"{key}.engine", fault.engine, "unknown")
+            known = fault.rank < ranks[fault.engine]
+            require(known, f"{key}.rank", fault.rank, "unknown")
+        if fault.target == "service":
+            known = fault.service in [service.name for service in self.services]
+            require(known, f"{key}.service", fault.service, "no service of that name")
+
+    def parts(self) -> dict[str, Scenario]:
+        """Return what each tenant plays, as a scenario of its own; ours is `main`."""
+        own = {"main": self} if not self.tenants else {"main": self._alone()}
+        return own | {one.name: self._of_tenant(one) for one in self.tenants}
+
+    def _alone(self) -> Scenario:
+        return replace(self, tenants=(), faults=())
+
+    def _of_tenant(self, tenant: Tenant) -> Scenario:
+        return replace(
+            self._alone(),
+            model=tenant.model or self.model,
+            workload=tenant.workload,
+            load=tenant.load or self.load,
+            engines=tenant.engines,
+            ranks=tenant.ranks or self.ranks,
+            cache_blocks=tenant.cache_blocks or self.cache_blocks,
         )
 
 

@@ -22,7 +22,7 @@ from kvctl.lab.result import (
     Throughput,
 )
 from kvctl.lab.scenario import Limits, Scenario
-from kvctl.lab.scheduler import HEAD_BYTES
+from kvctl.lab.score import HEAD_BYTES
 from kvctl.lab.series import series
 
 MAX_ERRORS_TOLD = 10
@@ -104,7 +104,8 @@ def summarise(evidence: Evidence) -> Result:
 def _counts(evidence: Evidence, tally: Tally) -> Counts:
     """Count; with an endless cache a chunk misses once, whoever asks first."""
     heads = [_heads(report.chunk_heads) for report in evidence.reports]
-    chunks_hit_ideal = tally.chunks - len(set().union(*heads))
+    warm = set[bytes]().union(*(_heads(r.warm_heads) for r in evidence.reports))
+    chunks_hit_ideal = tally.chunks - len(set[bytes]().union(*heads) - warm)
     chunk_size = evidence.scenario.server.chunk_size
     return Counts(
         requests=tally.requests,

@@ -103,7 +103,8 @@ class Rank:
         blocks = [np.frombuffer(packed, np.int32) for packed in task.blocks]
         turn = _Turn(task.session, chunk_seeds(task.hashes), blocks)
         try:
-            have = task.hit_tokens if self._retrieve(turn, task.hit_tokens) else 0
+            loaded = not task.retrieve or self._retrieve(turn, task.hit_tokens)
+            have = task.hit_tokens if loaded else 0
             if have < task.end_tokens:
                 self._store(turn, have, task.end_tokens)
         except Unavailable as error:
@@ -216,7 +217,8 @@ def run(
 ) -> None:
     """Be a rank until the driver lets go of it, or is gone."""
     try:
-        with KVClient(plan.address, label=f"bench {plan.engine_id}/{rank}") as client:
+        label, timeout_s = f"bench {plan.engine_id}/{rank}", plan.scenario.timeout_s
+        with KVClient(plan.address, label=label, timeout_s=timeout_s) as client:
             played = Rank(plan, rank, client)
             try:
                 send(control, Ready(played.chunk_bytes))

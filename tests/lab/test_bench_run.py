@@ -128,7 +128,7 @@ def test_a_trace_replays(scenario: Path, tmp_path: Path) -> None:
     rows = [{"input_length": 90, "hash_ids": row} for row in ids]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = SCENARIO.partition("[workload]")[0].replace("engines = 2", "engines = 1")
-    scenario.write_text(text + '[workload]\nkind = "mooncake"\nblock_size = 32\n')
+    scenario.write_text(text + '[workload]\nkind = "trace"\nblock_size = 32\n')
     flags = ("--trace", trace, "--set", "load.concurrency=1", "--out", tmp_path / "out")
     code, _, err = finish(start(scenario, *flags))
     assert code == 0, err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.scenario import Chat, Mooncake, read
+from kvctl.lab.scenario import Chat, Trace, read
 
 TEXT = """\
 engines = 2
@@ -45,9 +45,9 @@ def test_a_scenario_reads_with_presets_and_overrides(tmp_path: Path) -> None:
 
 def test_another_workload_can_be_set(tmp_path: Path) -> None:
     """The kind of a workload decides its keys."""
-    text = '[model]\npreset = "tiny-mla"\n[workload]\nkind = "mooncake"\n'
+    text = '[model]\npreset = "tiny-mla"\n[workload]\nkind = "trace"\n'
     found = read(scenario(tmp_path, text), ["workload.trace=a.jsonl"])
-    assert found.workload == Mooncake(trace="a.jsonl")
+    assert found.workload == Trace(trace="a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_another_workload_can_be_set(tmp_path: Path) -> None:
         ('"tiny-llama"', '"tinny-llama"', r"s\.toml.*did you mean 'tiny-llama'"),
         ("block_size = 32", "block_size = 48", r"s\.toml.*server\.chunk_size = 256"),
         ("ranks = 2", "ranks = 3", r"s\.toml.*2 KV heads: 3 ranks"),
-        ('kind = "chat"\nturns = 3', 'kind = "mooncake"', "--trace FILE"),
+        ('kind = "chat"\nturns = 3', 'kind = "trace"', "--trace FILE"),
         ("engines = 2", "engines = [", r"s\.toml"),
         ("concurrency = 2", "concurrency = 0", r"s\.toml:12: load\.concurrency"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvctl.lab.scenario import Chat, Mooncake, SharedPrefix, Workload
+from kvctl.lab.scenario import Chat, SharedPrefix, Trace, Workload
 from kvctl.lab.workload import accesses, survey
 
 PREFIX = SharedPrefix(num_requests=20, num_prefixes=2, prefix_tokens=64)
@@ -65,7 +65,7 @@ def test_a_trace_is_cut_after_max_requests(tmp_path: Path) -> None:
     """`max_requests` ends a replay early; requests without a session are their own."""
     path = tmp_path / "t.jsonl"
     path.write_text('{"input_length":4,"hash_ids":[1],"timestamp":250}\n' * 5)
-    found = list(accesses(Mooncake(trace=str(path), block_size=4, max_requests=3), 0))
+    found = list(accesses(Trace(trace=str(path), block_size=4, max_requests=3), 0))
     assert [access.request_id for access in found] == ["0", "1", "2"]
     assert len({access.session for access in found}) == 3
     assert found[0].arrival_s == 0.25

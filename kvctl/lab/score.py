@@ -1,0 +1,95 @@
+"""What the slots of an engine count and measure together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from kvctl.lab.journal import Entry, Journal
+from kvctl.lab.measure import Recorder
+from kvctl.lab.messages import EngineReport, Tally
+
+MAX_ERRORS_TOLD = 10
+HEAD_BYTES = 8
+COUNTED_IN_TIME = (
+    "requests",
+    "errors",
+    "tokens",
+    "tokens_hit",
+    "store_bytes",
+    "retrieve_bytes",
+)
+"""Of a tally, what a result shows over time."""
+
+
+class Score:
+    """Counts, durations and a journal; any thread may add.
+
+    Of what is played to warm up, only wrong bytes and errors count, and that its
+    chunks have been seen.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tally = Tally()
+        self._recorder = Recorder()
+        self._heads: set[bytes] = set()
+        self._warm_heads: set[bytes] = set()
+        self._errors: list[str] = []
+        self.journal = Journal()
+
+    def add(
+        self,
+        tally: Tally,
+        durations: dict[str, float],
+        heads: Sequence[bytes] = (),
+        errors: Sequence[str] = (),
+        *,
+        warm_up: bool = False,
+    ) -> None:
+        """Count something in; each error counts as one."""
+        if warm_up:
+            tally, durations = _of_warm_up(tally), {}
+        with self._lock:
+            self._tally.add(tally)
+            self._tally.errors += len(errors)
+            (self._warm_heads if warm_up else self._heads).update(heads)
+            self._errors += errors[: MAX_ERRORS_TOLD - len(self._errors)]
+        self._recorder.add(durations)
+
+    def note(self, entry: Entry) -> None:
+        """Enter a request in the journal."""
+        self.journal.add(entry)
+
+    def tally(self) -> Tally:
+        """Return a copy of the counts so far."""
+        with self._lock:
+            return replace(self._tally)
+
+    def roll(self) -> Tally:
+        """End a window of time; return a copy of the counts so far."""
+        tally = self.tally()
+        counts = {name: int(getattr(tally, name)) for name in COUNTED_IN_TIME}
+        self._recorder.roll(counts)
+        return tally
+
+    def report(self) -> EngineReport:
+        """Return everything."""
+        self.roll()
+        with self._lock:
+            return EngineReport(
+                tally=self._tally,
+                samples=self._recorder.samples(),
+                chunk_heads=b"".join(sorted(self._heads)),
+                errors=tuple(self._errors),
+                warm_heads=b"".join(sorted(self._warm_heads)),
+                journal=self.journal.packed(),
+            )
+
+
+def _of_warm_up(tally: Tally) -> Tally:
+    return Tally(
+        errors=tally.errors, bytes_wrong=tally.bytes_wrong, warm_ups=tally.requests
+    )
