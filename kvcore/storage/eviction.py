@@ -1,17 +1,19 @@
 """Which chunk goes when room is needed.
 
-A new policy is one class with these three methods and one line in `POLICIES`.
+A new policy is one class with these four methods, in a file of `policies/`, and one
+line in `POLICIES`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from itertools import islice
 from typing import Protocol
 
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
+from kvcore.storage.policies.lru import LRU
+from kvcore.storage.policies.lru_uses import UsesLRU
+from kvcore.storage.policies.s3fifo import S3FIFO
 
 
 class EvictionPolicy(Protocol):
@@ -20,8 +22,15 @@ class EvictionPolicy(Protocol):
     Each method MUST cost the same however many chunks there are, amortised.
     """
 
+    def admit(self, key: ChunkHash) -> None:
+        """Take in a chunk; a known one stays where it is.
+
+        Not a use: that is counted once, by `touch`, when the request ends. So the
+        first touch of a chunk is of the request that stored it.
+        """
+
     def touch(self, key: ChunkHash) -> None:
-        """Take in a chunk, or note that it was used."""
+        """Note that a request used a chunk; take in an unknown one first."""
 
     def discard(self, key: ChunkHash) -> None:
         """Forget a chunk, known or not."""
@@ -30,54 +39,19 @@ class EvictionPolicy(Protocol):
         """Forget and return the least worthy chunk that is `evictable`; or none.
 
         A chunk that is not evictable right now MUST be forgotten too: who ends its
-        last hold touches it again. So a held chunk is passed over at most once a
-        hold or touch, and nobody walks over the held ones at every eviction.
+        last hold admits it again. So a held chunk is passed over at most once a hold
+        or touch, and nobody walks over the held ones at every eviction.
         """
 
     def coming(self, count: int) -> list[ChunkHash]:
         """Return about the next `count` that `evict` would return, changing nothing."""
 
 
-class LRU:
-    """The least recently touched chunk goes first.
-
-    With a request's chunks touched tail to head this gives the hits of an LRU over
-    leaves only: a chunk never outlives its prefix for want of a touch.
-    """
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[ChunkHash, None] = OrderedDict()
-
-    def touch(self, key: ChunkHash) -> None:
-        """Make the chunk the most recent one."""
-        order = self._order
-        if key in order:
-            order.move_to_end(key)
-        else:
-            order[key] = None
-
-    def discard(self, key: ChunkHash) -> None:
-        """Forget a chunk, known or not."""
-        self._order.pop(key, None)
-
-    def evict(self, evictable: Callable[[ChunkHash], bool]) -> ChunkHash | None:
-        """Pop from the old end until one may go."""
-        order = self._order
-        while order:
-            key, _ = order.popitem(last=False)
-            if evictable(key):
-                return key
-        return None
-
-    def coming(self, count: int) -> list[ChunkHash]:
-        """Return the old end."""
-        return list(islice(self._order, count))
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-
-POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRU}
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    "lru": LRU,
+    "lru-uses": UsesLRU,
+    "s3fifo": S3FIFO,
+}
 """Name in the configuration to policy."""
 
 

@@ -1,0 +1,1 @@
+"""Orders of chunks by worth, one a file; the contract is in `storage.eviction`."""
