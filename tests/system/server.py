@@ -47,7 +47,9 @@ class Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         self.process.stdout.close()
-        assert line.startswith("kvctl: ready at "), self.log.read_text()
+        if not line.startswith("kvctl: ready at "):
+            self.kill()
+            raise AssertionError(self.log.read_text())
         self.address = ready.read_text().strip()
         assert f" {self.address} " in line
 

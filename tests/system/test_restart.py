@@ -99,6 +99,8 @@ def test_what_a_killed_server_was_asked_is_unavailable(
     lookup = scheduler.submit_lookup(key, "m", 1, tokens)
     for method in ("store", "retrieve"):
         worker.ask("begin", method, f"submit_{method}", key, "a", 0, CHUNK, [ONE])
+    wait_until(lambda: "1 pending" in repr(scheduler._connection))
+    wait_until(lambda: "2 pending" in worker.ask("state"))
     assert not lookup.done()
     old.kill()
     for asked in (
@@ -165,16 +167,24 @@ def test_requests_in_the_queue_find_the_next_run(
     """Of many that were under way each has one end, and new ones are served."""
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
     scheduler.lookup(key, "m", 1, tokens)
+    asked = []
+
+    def ask() -> None:
+        asked.extend(scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(100))
+
     old.pause()
-    asked = [scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(200)]
+    ask()
+    wait_until(lambda: "100 pending" in repr(scheduler._connection))
     old.kill()
-    asked += [scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(200)]
+    ask()
+    wait_until(lambda: is_gone(scheduler))
+    ask()
     again()
     ends = [future.exception(20) for future in asked]
     allowed = (Unavailable, UnknownModel)
     assert all(end is None or isinstance(end, allowed) for end in ends)
-    assert isinstance(ends[0], Unavailable)
-    assert not isinstance(ends[-1], Unavailable)
+    assert all(isinstance(end, Unavailable) for end in ends[:100])
+    assert not any(isinstance(end, Unavailable) for end in ends[200:])
     wait_until(lambda: is_found(scheduler, key, tokens, 0))
 
 

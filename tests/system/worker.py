@@ -164,6 +164,10 @@ class Told:
         """Ask for the server's clock, with a deadline."""
         self.client.call(Ping(), timeout_s)
 
+    def state(self) -> str:
+        """Return the connection's own report."""
+        return repr(self.client._connection)
+
     def is_unavailable(self) -> bool:
         """Say whether the client knows that its server is gone."""
         try:
