@@ -145,11 +145,9 @@ class Connection:
             return self.submit(request, timeout_s, retry).result()
         try:
             pending = self._make(request, timeout_s, retry)
-            self._transmit(pending)
-            self._drive(lambda: pending.is_done)
+            self._carry((pending,), lambda: pending.is_done or self._closed)
         finally:
             self._io.release()
-            self._hand_over()
         result: R = pending.result()
         return result
 
@@ -163,18 +161,32 @@ class Connection:
             return [future.result() for future in futures]
         try:
             pendings = [self._make(request, timeout_s, None) for request in requests]
-            for pending in pendings:
-                self._transmit(pending)
-            self._drive(lambda: all(pending.is_done for pending in pendings))
+            self._carry(
+                pendings, lambda: self._closed or all(p.is_done for p in pendings)
+            )
         finally:
             self._io.release()
-            self._hand_over()
         return [pending.result() for pending in pendings]
 
+    def _carry(self, pendings: Sequence[Pending], done: Callable[[], bool]) -> None:
+        """Send requests and serve the socket until `done`; for who holds `_io`."""
+        try:
+            for pending in pendings:
+                self._transmit(pending)
+            self._drive(done)
+        finally:
+            self._hand_over()
+
     def _hand_over(self) -> None:
-        """Leave what is still under way to the connection's thread."""
-        if self._pending or self._outbox or self._refused or self._beat_is_new:
-            os.eventfd_write(self._wake, 1)
+        """Leave what is still under way to the connection's thread.
+
+        It may have missed why it was woken, since this one took the wake-up.
+        """
+        if self._closed:
+            self._fail_all(Closed("the connection was closed"))
+        elif not (self._pending or self._outbox or self._refused or self._beat_is_new):
+            return
+        os.eventfd_write(self._wake, 1)
 
     def remember(self, request: Registration) -> None:
         """Register this again whenever another run of the server is met."""
