@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,46 @@ def test_closing_ends_what_is_unanswered(
     played.wait_for(Goodbye)
     with pytest.raises(Closed):
         client.ping()
+
+
+def test_closing_ends_a_call_of_another_thread(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """Who closes does not wait for what may never be answered."""
+    client = connect(played)
+    played.answers[EndSession] = None
+    ends: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.end_session(KEY)
+        except KVError as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    played.wait_for(EndSession)
+    client.close()
+    thread.join(20)
+    assert [type(end) for end in ends] == [Closed]
+
+
+def test_closing_amid_calls_leaves_nobody_waiting(played: Played) -> None:
+    """However the two meet, both end."""
+    for _ in range(50):
+        client = KVClient(played.address, timeout_s=20)
+
+        def ask(client: KVClient = client) -> None:
+            with suppress(Closed):
+                while True:
+                    client.ping()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        client.end_session(KEY)
+        client.close()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_life_is_shown_while_waiting(
