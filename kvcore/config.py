@@ -23,6 +23,14 @@ class L1Config(Options, frozen=True):
         str, Meta(description="which chunks go first when room is needed")
     ] = "lru"
 
+    verify: Annotated[
+        bool, Meta(description="check the bytes' checksums at every retrieve")
+    ] = False
+    keep: Annotated[
+        str | None,
+        Meta(description="keep L1 across restarts, with its journal in this file"),
+    ] = None
+
     def check(self) -> None:
         """The size holds at least one page, and pages suit the machine's."""
         require(

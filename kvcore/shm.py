@@ -90,6 +90,38 @@ class Segment:
         return cls(name, mapping, np.frombuffer(mapping, np.uint8), fd)
 
     @classmethod
+    def adopt(cls, name: str, num_bytes: int) -> Segment | None:
+        """Own a segment that its owner left, with every page touched.
+
+        One of another size is removed. None when there is none of this name and size.
+
+        Raises:
+            SetupError: its owner lives, or it cannot be opened.
+            HandleError: not a name of a segment.
+        """
+        path = _path(name)
+        try:
+            fd = os.open(path, os.O_RDWR | _OPEN_FLAGS)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SetupError(f"shared memory {path}: {error.strerror}") from error
+        try:
+            if not _try_lock(fd):
+                raise SetupError(f"shared memory {path} is another server's, who lives")
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != num_bytes:
+                path.unlink()
+                os.close(fd)
+                return None
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            mapping = mmap.mmap(fd, num_bytes, flags)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(name, mapping, np.frombuffer(mapping, np.uint8), fd)
+
+    @classmethod
     def attach(cls, name: str, *, offset: int, length: int) -> Segment:
         """Map `length` bytes from `offset` of a segment that another process made.
 

@@ -124,6 +124,7 @@ class Copier:
         on_stored: Callable[[Sequence[Chunk]], None] | None = None,
         *,
         checksums: bool = False,
+        verify: bool = False,
     ) -> None:
         self._l1 = l1
         self._arena = arena
@@ -131,6 +132,7 @@ class Copier:
         self._clock_ns = clock_ns
         self._on_stored = on_stored
         self._checksums = checksums or on_stored is not None
+        self._verify = verify
 
     def store(
         self,
@@ -231,6 +233,8 @@ class Copier:
         num_bytes = 0
         try:
             self._check_deadline(deadline_ns)
+            if self._verify:
+                self._check_bytes(chunks, needs)
             for group, rows, want in zip(instance.groups, blocks, wanted, strict=True):
                 spans = [
                     self._span(chunk.parts[group.part].extents, row, i, tokens)
@@ -247,6 +251,19 @@ class Copier:
         finally:
             self._l1.release([chunk for chunk in chunks if chunk is not None])
         return num_bytes // self._chunk_size
+
+    def _check_bytes(
+        self, chunks: Sequence[Chunk | None], needs: Sequence[int]
+    ) -> None:
+        """Raise `ChunksMissing` where bytes are not as they were stored."""
+        memory = self._arena.array.data
+        for chunk, need in zip(chunks, needs, strict=True):
+            for number, part in [*chunk.parts.items()] if chunk else ():
+                if not (chunk and need >> number & 1 and part.checksum):
+                    continue
+                if checksum_of(buffers_of(memory, part.extents)) != part.checksum:
+                    self._l1.condemn(chunk)
+                    raise ChunksMissing("a chunk's bytes were found wrong")
 
     def _wanted(self, rows: Blocks, tokens: Range) -> list[bool]:
         """Return which chunks of a group have somewhere to be written."""

@@ -49,6 +49,7 @@ from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs
+from kvcore.storage.recovery import Recovered
 from kvcore.storage.tiers.contract import Tier
 
 __all__ = ["Caller", "Engine", "Running"]
@@ -69,9 +70,11 @@ class Engine:
         arena: Arena,
         clock: Callable[[], float] = monotonic,
         tiers: Sequence[Tier] = (),
+        recovered: Recovered | None = None,
     ) -> None:
         self.chunk_size = config.chunk_size
-        self.l1 = L1(arena, make_policy(config.l1.eviction))
+        journal = recovered.journal if recovered else None
+        self.l1 = L1(arena, make_policy(config.l1.eviction), journal)
         self.manager = (
             Manager(self.l1, arena, tiers, config.prefetch, config.write_back)
             if tiers
@@ -79,6 +82,11 @@ class Engine:
         )
         self.counters = Counters()
         self.registry = Registry(config.chunk_size)
+        if recovered is not None:
+            self.l1.restore(recovered.parts)
+            for part in recovered.parts:
+                space = self.registry.space(part.name.model, part.name.world_size)
+                space.restore(part.name, part.part)
         self.leases = LeaseTable(self.l1, config.sessions.lease_s, clock)
         self.on_session_end: list[Callable[[SessionKey], None]] = [self.leases.end]
         """Called at once when END_SESSION asks for it, else when a session expires."""
@@ -105,6 +113,8 @@ class Engine:
             arena,
             config.chunk_size,
             on_stored=self.manager.stored if self.manager else None,
+            checksums=config.l1.verify or recovered is not None,
+            verify=config.l1.verify,
         )
         # Closing an instance waits for its running copies, which nobody else should.
         self._closer = ThreadPoolExecutor(1, "closer")

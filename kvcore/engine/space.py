@@ -42,7 +42,7 @@ class Space:
         return tuple(
             self.bits.setdefault(
                 (0 if layout.replicated else rank, group, layout.fingerprint),
-                PartId(len(self.bits)),
+                PartId(max(self.bits.values(), default=-1) + 1),
             )
             for group, layout in enumerate(layouts)
         )
@@ -51,6 +51,10 @@ class Space:
         """Return what a rank's part of a group is called beyond this server."""
         rank = 0 if layout.replicated else rank
         return PartName(self.model, self.world_size, rank, group, layout.fingerprint)
+
+    def restore(self, name: PartName, part: PartId) -> None:
+        """Give a part the bit that it had in an earlier run."""
+        self.bits[name.rank, name.group, name.layout] = part
 
     def missing_ranks(self) -> list[int]:
         """Return the ranks that nobody has registered."""

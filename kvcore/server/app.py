@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from socket import socketpair
 from time import monotonic, monotonic_ns
 from typing import Any
@@ -43,8 +44,9 @@ from kvcore.server.loop import Handler, Loop
 from kvcore.server.metrics import exposed
 from kvcore.server.socket import bind
 from kvcore.shm import remove_dead
-from kvcore.storage.arena import SEGMENT_PREFIX, Arena
+from kvcore.storage.arena import SEGMENT_PREFIX
 from kvcore.storage.manager import open_tiers
+from kvcore.storage.recovery import open_arena, recover
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +66,14 @@ class Server:
         with ExitStack() as stack:
             bound = stack.enter_context(bind(config.address, config.wire))
             self.address = bound.address
-            arena = Arena(int(config.l1.size), int(config.l1.page))
+            arena = open_arena(config.l1)
             stack.callback(arena.close)
+            recovered = None
+            if config.l1.keep is not None:
+                recovered = recover(Path(config.l1.keep), arena)
+                stack.callback(recovered.journal.close)
             tiers = open_tiers(config.tiers)
-            self.engine = Engine(config, arena, tiers=tiers)
+            self.engine = Engine(config, arena, tiers=tiers, recovered=recovered)
             self.clients = ClientTable(
                 config.wire.heartbeat_s, self._watch, self._unwatch
             )
@@ -206,6 +212,7 @@ class Server:
 
     def counters(self) -> dict[str, int]:
         """Return everything counted since the start, by name."""
+        stats = self.engine.l1.stats()
         return {
             "requests": self.loop.num_requests,
             "errors": self.loop.num_errors,
@@ -213,7 +220,8 @@ class Server:
             **self.engine.counters.as_dict(),
             **(self.blend.counts() if self.blend else {}),
             **(self.engine.manager.counters() if self.engine.manager else {}),
-            "chunks_evicted": self.engine.l1.stats().num_evicted,
+            "chunks_evicted": stats.num_evicted,
+            "chunks_corrupt": stats.num_corrupt,
             "leases_granted": self.engine.leases.num_granted,
             **{
                 f"leases_{reason.value}": count

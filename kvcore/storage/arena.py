@@ -9,7 +9,7 @@ from typing import NewType
 
 import msgspec
 
-from kvcore.errors import SetupError
+from kvcore.errors import Internal, SetupError
 from kvcore.shm import Bytes, Segment
 
 SEGMENT_PREFIX = "kvcore-"
@@ -78,6 +78,24 @@ class PageAllocator:
                 count += self._remove(start + count)
             self._insert(start, count)
 
+    def claim(self, runs: Iterable[PageRun]) -> None:
+        """Take runs at their places; for an allocator of which nothing is taken yet.
+
+        Raises:
+            Internal: they overlap, or there are no such pages.
+        """
+        for start, count in sorted(runs):
+            last = self._start_before.get(self.num_pages, self.num_pages)
+            if start < last or start + count > self.num_pages:
+                raise Internal(f"pages {start} to {start + count} cannot be claimed")
+            self._remove(last)
+            self.num_free -= count
+            if start > last:
+                self._insert(last, start - last)
+            if start + count < self.num_pages:
+                rest = self.num_pages - start - count
+                self._insert(start + count, rest)
+
     def free_runs(self) -> list[PageRun]:
         """Return every free run, by place; for tests and inspection."""
         return [PageRun(run) for run in sorted(self._count_at.items())]
@@ -129,13 +147,21 @@ class PageAllocator:
 class Arena:
     """Shared memory in pages, made and touched once, and owned by this process.
 
+    A `kept` one outlives the process: who asks for its name again, and for the same
+    size, gets the same bytes.
+
     Every part starts on a page, so it wastes less than one page. Not thread-safe:
     L1's lock guards it. The bytes themselves need no lock: they belong to whoever
     reserved them, or to everyone once they are committed.
     """
 
     def __init__(
-        self, num_bytes: int, page_bytes: int, name: str | None = None
+        self,
+        num_bytes: int,
+        page_bytes: int,
+        name: str | None = None,
+        *,
+        kept: bool = False,
     ) -> None:
         num_pages = num_bytes // page_bytes
         if num_pages <= 0:
@@ -147,7 +173,13 @@ class Arena:
         self.total_bytes = num_pages * page_bytes
         self.name = name or f"{SEGMENT_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self._pages = PageAllocator(num_pages)
-        self._segment = Segment.create(self.name, self.total_bytes, touch=True)
+        self._kept = kept
+        earlier = Segment.adopt(self.name, self.total_bytes) if kept else None
+        self.was_found = earlier is not None
+        """It is an earlier run's, with the bytes that were left in it."""
+        self._segment = earlier or Segment.create(
+            self.name, self.total_bytes, touch=True
+        )
 
     @property
     def array(self) -> Bytes:
@@ -193,9 +225,22 @@ class Arena:
             for extent in allocation
         )
 
+    def claim(self, allocations: Iterable[Allocation]) -> None:
+        """Take allocations at their places, before any other is made."""
+        page = self.page_bytes
+        self._pages.claim(
+            PageRun((extent.offset // page, self.num_pages_for(extent.length)))
+            for extents in allocations
+            for extent in extents
+        )
+
     def close(self) -> None:
-        """Unlink and unmap the memory; views of it keep their bytes."""
-        self._segment.unlink()
+        """Unlink and unmap the memory; views of it keep their bytes.
+
+        A kept arena's name stays, for a later run.
+        """
+        if not self._kept:
+            self._segment.unlink()
         self._segment.close()
 
     def __repr__(self) -> str:

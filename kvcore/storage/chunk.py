@@ -137,6 +137,8 @@ class L1Stats:
     """Parts being written."""
     num_evicted: int
     """Chunks evicted so far."""
+    num_corrupt: int
+    """Chunks whose bytes were found wrong so far."""
     used_bytes: int
     total_bytes: int
     page_bytes: int

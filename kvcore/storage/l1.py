@@ -9,11 +9,10 @@ held or written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from kvcore.errors import Internal
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.storage.arena import Allocation, Arena
+from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,
     DropReason,
@@ -24,10 +23,10 @@ from kvcore.storage.chunk import (
     PartName,
     Reservation,
     Reserved,
-    check_chunk,
-    used_extents,
 )
 from kvcore.storage.eviction import EvictionPolicy
+from kvcore.storage.journal import Committed, Journal
+from kvcore.storage.table import ChunkTable
 
 __all__ = [
     "L1",
@@ -41,9 +40,10 @@ __all__ = [
     "Reserved",
 ]
 
-
 RESERVE_CHUNKS = 32
 """Chunks for which room is made in one go."""
+NOTE_CHUNKS = 128
+"""Chunks written anew to the journal in one go."""
 
 
 class L1:
@@ -51,26 +51,23 @@ class L1:
 
     Threads call it as they like; one lock guards all state and nothing slow happens
     under it. The cost of a call grows with the chunks named in it (and those it
-    evicts), not with the chunks held.
+    evicts), not with the chunks held. With a journal, what a call committed or freed
+    is in it when the call returns.
     """
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy) -> None:
-        self._arena = arena
-        self._policy = policy
+    def __init__(
+        self, arena: Arena, policy: EvictionPolicy, journal: Journal | None = None
+    ) -> None:
+        self._table = ChunkTable(arena, policy)
         self._lock = threading.Lock()
-        self._index: dict[ChunkHash, Chunk] = {}
-        self._dropped: set[Chunk] = set()
-        self._watchers: list[Gone] = []
-        self._closed = False
-        self._num_parts = 0
-        self._num_held = 0
-        self._num_reserved = 0
-        self._num_evicted = 0
+        self._journal = journal
+        if journal is not None:
+            self._table.watchers.append(journal.note_gone)
 
     def watch(self, gone: Gone) -> None:
         """Have `gone` told of every chunk that leaves, from now on."""
         with self._lock:
-            self._watchers.append(gone)
+            self._table.watchers.append(gone)
 
     # -- writing ----------------------------------------------------------------------
 
@@ -93,27 +90,28 @@ class L1:
         """
         reservations: list[Reservation] = []
         num_present = 0
+        table = self._table
         with self._lock:
-            room = len(hashes) * self._arena.num_pages_for(num_bytes)
-            crowded = room * self._arena.page_bytes > self._arena.free_bytes
-            held = self._hold_known(prefix) if crowded else []
-            held += self._hold_known(hashes)
-            full = self._closed
+            crowded = table.is_crowded(len(hashes), num_bytes)
+            held = table.hold_known(prefix) if crowded else []
+            held += table.hold_known(hashes)
+            full = table.closed
         for first in range(0, len(hashes), RESERVE_CHUNKS):
             # Making room takes 5 us a chunk: let lookups have the lock in between.
             with self._lock:
                 for index in range(first, min(first + RESERVE_CHUNKS, len(hashes))):
-                    if self._has(hashes[index], part):
+                    if table.has(hashes[index], part):
                         num_present += 1
                         continue
-                    extents = None if full else self._make_room(num_bytes, owner)
+                    extents = None if full else table.make_room(num_bytes, owner)
                     if extents is None:
                         full = True
                         continue
                     place = Part(extents, num_bytes, name)
-                    chunk = self._begin(hashes[index], part, place)
+                    chunk = table.begin(hashes[index], part, place)
                     reservations.append(Reservation(index, chunk, part, extents))
         self.release(held)
+        self._write_journal()
         num_dropped = len(hashes) - num_present - len(reservations)
         return Reserved(reservations, num_present, num_dropped)
 
@@ -127,28 +125,38 @@ class L1:
         num_committed = 0
         with self._lock:
             if hold:
-                self._hold([reservation.chunk for reservation in reservations])
+                self._table.hold([reservation.chunk for reservation in reservations])
             for reservation in reversed(reservations):
-                if self._settle(reservation):
-                    chunk = reservation.chunk
-                    self._note_checksum(reservation)
-                    chunk.ready |= 1 << reservation.part
-                    self._touch(chunk)
+                if self._table.commit(reservation):
                     num_committed += 1
-            self._num_parts += num_committed
+                    if self._journal is not None:
+                        self._journal.note(reservation.chunk, reservation.part)
+        self._write_journal()
         return num_committed
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
         """Give parts back that were not written; nobody has seen them."""
         with self._lock:
             for reservation in reversed(reservations):
-                if self._settle(reservation):
-                    chunk = reservation.chunk
-                    self._arena.free(chunk.parts.pop(reservation.part).extents)
-                    if not chunk.parts:
-                        del self._index[chunk.hash]
-                    elif not (chunk.listed or chunk.reserved or chunk.holds):
-                        self._touch(chunk)
+                self._table.abort(reservation)
+
+    def restore(self, found: Sequence[Committed]) -> None:
+        """Enter parts whose bytes lie in the arena from an earlier run.
+
+        For an empty L1 with a journal, which begins with this. They were checked, do
+        not overlap, and come oldest first.
+        """
+        with self._lock:
+            self._table.arena.claim(part.extents for part in found)
+            for part in found:
+                place = Part(part.extents, part.num_bytes, part.name, part.checksum)
+                chunk = self._table.index.setdefault(part.chunk, Chunk(part.chunk, {}))
+                chunk.parts[part.part] = place
+                self._table.enter(chunk, part.part)
+                if self._journal is not None:
+                    self._journal.note(chunk, part.part)
+        if self._journal is not None:
+            self._journal.begin()
 
     # -- reading ----------------------------------------------------------------------
 
@@ -158,7 +166,7 @@ class L1:
         They may be gone by the time the caller looks: `acquire_leading` holds them.
         """
         with self._lock:
-            return self._leading(hashes, needs)
+            return self._table.leading(hashes, needs)
 
     def peek(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
         """Return what is known of each chunk, for callers with rules of their own.
@@ -166,7 +174,7 @@ class L1:
         None for an unknown one. `ready` may be 0, and may change: `acquire` decides.
         """
         with self._lock:
-            return [*map(self._index.get, hashes)]
+            return [*map(self._table.index.get, hashes)]
 
     def acquire_leading(self, hashes: Sequence[ChunkHash], needs: int) -> list[Chunk]:
         """Hold and return the leading chunks that have all parts of `needs`.
@@ -174,8 +182,8 @@ class L1:
         Each must be given to `release` once.
         """
         with self._lock:
-            chunks = self._leading(hashes, needs)
-            self._hold(chunks)
+            chunks = self._table.leading(hashes, needs)
+            self._table.hold(chunks)
         return chunks
 
     def acquire(
@@ -188,26 +196,26 @@ class L1:
         """
         chunks: list[Chunk | None] = []
         with self._lock:
-            get = self._index.get
+            get = self._table.index.get
             for key, need in zip(hashes, needs, strict=True):
                 chunk = get(key) if need else None
                 if need and (chunk is None or chunk.ready & need != need):
                     return None
                 chunks.append(chunk)
-            self._hold(chunks)
+            self._table.hold(chunks)
         return chunks
 
     def hold(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
         """Hold what is known of each chunk, whatever parts it has; see `release`."""
         with self._lock:
-            chunks = [*map(self._index.get, hashes)]
-            self._hold(chunks)
+            chunks = [*map(self._table.index.get, hashes)]
+            self._table.hold(chunks)
         return chunks
 
     def release(self, chunks: Sequence[Chunk | None]) -> None:
         """End one hold on each chunk."""
         with self._lock:
-            self._release(chunks)
+            self._table.release(chunks)
 
     def touch(self, hashes: Sequence[ChunkHash]) -> None:
         """Note the use of a request's chunks, from its start on, at its end.
@@ -215,8 +223,8 @@ class L1:
         Tail to head, so that leaves are evicted first. Unknown ones are passed over.
         """
         with self._lock:
-            touch = self._policy.touch
-            for chunk in map(self._index.get, reversed(hashes)):
+            touch = self._table.policy.touch
+            for chunk in map(self._table.index.get, reversed(hashes)):
                 if chunk is not None and chunk.ready:
                     touch(chunk.hash)
                     if not chunk.listed:
@@ -230,7 +238,7 @@ class L1:
     def coming(self, count: int) -> list[Chunk]:
         """Return about `count` chunks that will be evicted next."""
         with self._lock:
-            known = map(self._index.get, self._policy.coming(count))
+            known = map(self._table.index.get, self._table.policy.coming(count))
             return [chunk for chunk in known if chunk is not None]
 
     # -- the whole --------------------------------------------------------------------
@@ -238,7 +246,7 @@ class L1:
     def hashes(self) -> list[ChunkHash]:
         """Return a copy of the index's keys, 10 ns each."""
         with self._lock:
-            return list(self._index)
+            return list(self._table.index)
 
     def drop(self, hashes: Sequence[ChunkHash]) -> int:
         """Drop the chunks among these that nobody holds or writes; return how many.
@@ -247,10 +255,11 @@ class L1:
         """
         num_dropped = 0
         with self._lock:
-            for chunk in map(self._index.get, hashes):
+            for chunk in map(self._table.index.get, hashes):
                 if chunk is not None and not (chunk.holds or chunk.reserved):
-                    self._drop(chunk, DropReason.CLEARED)
+                    self._table.drop(chunk, DropReason.CLEARED)
                     num_dropped += 1
+        self._write_journal()
         return num_dropped
 
     def condemn(self, chunk: Chunk) -> bool:
@@ -260,24 +269,16 @@ class L1:
         kept; its memory is freed with the last hold. False when it was out before.
         """
         with self._lock:
-            known = self._index.get(chunk.hash) is chunk
+            known = self._table.index.get(chunk.hash) is chunk
             if known:
-                self._drop(chunk, DropReason.CORRUPT)
+                self._table.drop(chunk, DropReason.CORRUPT)
+        self._write_journal()
         return known
 
     def stats(self) -> L1Stats:
         """Return the counts, all kept as they change."""
         with self._lock:
-            return L1Stats(
-                num_chunks=len(self._index),
-                num_parts=self._num_parts,
-                num_held=self._num_held,
-                num_reserved=self._num_reserved,
-                num_evicted=self._num_evicted,
-                used_bytes=self._arena.used_bytes,
-                total_bytes=self._arena.total_bytes,
-                page_bytes=self._arena.page_bytes,
-            )
+            return self._table.stats()
 
     def close(self) -> None:
         """Forget everything. What comes later is harmless and finds nothing.
@@ -285,150 +286,31 @@ class L1:
         The arena stays open and is its owner's to close, after the last copy.
         """
         with self._lock:
-            self._closed = True
-            self._index.clear()
-            self._num_parts = 0
-
-    # -- under the lock ---------------------------------------------------------------
-
-    def _leading(self, hashes: Sequence[ChunkHash], needs: int) -> list[Chunk]:
-        chunks = []
-        get = self._index.get
-        for key in hashes:
-            chunk = get(key)
-            if chunk is None or chunk.ready & needs != needs:
-                break
-            chunks.append(chunk)
-        return chunks
-
-    def _has(self, key: ChunkHash, part: PartId) -> bool:
-        chunk = self._index.get(key)
-        return chunk is not None and bool((chunk.ready | chunk.reserved) >> part & 1)
-
-    def _hold_known(self, hashes: Iterable[ChunkHash]) -> list[Chunk]:
-        chunks = [chunk for chunk in map(self._index.get, hashes) if chunk is not None]
-        self._hold(chunks)
-        return chunks
-
-    def _hold(self, chunks: Iterable[Chunk | None]) -> None:
-        num_new = 0
-        for chunk in chunks:
-            if chunk is not None:
-                if not chunk.holds:
-                    num_new += 1
-                chunk.holds += 1
-        self._num_held += num_new
-
-    def _release(self, chunks: Sequence[Chunk | None]) -> None:
-        num_idle = 0
-        for chunk in reversed(chunks):
-            if chunk is not None:
-                chunk.holds = holds = chunk.holds - 1
-                if not holds:
-                    num_idle += 1
-                    if chunk.dropped:
-                        self._free(chunk)
-                    elif not (chunk.listed or chunk.reserved):
-                        self._touch(chunk)
-        self._num_held -= num_idle
-
-    def _touch(self, chunk: Chunk) -> None:
-        if not self._closed:
-            chunk.listed = True
-            self._policy.touch(chunk.hash)
-
-    def _begin(self, key: ChunkHash, part: PartId, place: Part) -> Chunk:
-        chunk = self._index.get(key)
-        if chunk is None:
-            chunk = self._index[key] = Chunk(key, {})
-        chunk.parts[part] = place
-        chunk.reserved |= 1 << part
-        self._num_reserved += 1
-        return chunk
-
-    def _settle(self, reservation: Reservation) -> bool:
-        """End a reservation; False when there is nothing left to do for it."""
-        if reservation.settled:
-            return False
-        reservation.settled = True
-        chunk = reservation.chunk
-        chunk.reserved &= ~(1 << reservation.part)
-        self._num_reserved -= 1
-        if chunk.dropped:
-            self._free(chunk)
-        return not (self._closed or chunk.dropped)
-
-    def _note_checksum(self, reservation: Reservation) -> None:
-        if reservation.checksum:
-            parts, part = reservation.chunk.parts, reservation.part
-            place = parts[part]
-            parts[part] = Part(
-                place.extents, place.num_bytes, place.name, reservation.checksum
-            )
-
-    def _make_room(self, num_bytes: int, owner: SessionKey | None) -> Allocation | None:
-        if num_bytes > self._arena.total_bytes:
-            return None  # Evicting everything would not help.
-        extents = self._arena.allocate(num_bytes)
-        while extents is None:
-            victim = self._policy.evict(self._evictable)
-            if victim is None:
-                return None
-            self._drop(self._index[victim], DropReason.EVICTED, owner)
-            self._num_evicted += 1
-            extents = self._arena.allocate(num_bytes)
-        return extents
-
-    def _evictable(self, key: ChunkHash) -> bool:
-        chunk = self._index[key]
-        # The policy forgets it either way; the end of what stands in the way
-        # (release, commit, abort) puts it back.
-        chunk.listed = False
-        return not (chunk.holds or chunk.reserved)
-
-    def _drop(
-        self, chunk: Chunk, reason: DropReason, owner: SessionKey | None = None
-    ) -> None:
-        """Take a chunk out; the policy may know it or not."""
-        if chunk.listed:
-            self._policy.discard(chunk.hash)
-            chunk.listed = False
-        for gone in self._watchers:
-            gone(chunk, reason, owner)
-        del self._index[chunk.hash]
-        self._num_parts -= chunk.ready.bit_count()
-        chunk.dropped = True
-        self._dropped.add(chunk)
-        self._free(chunk)
-
-    def _free(self, chunk: Chunk) -> None:
-        """Free a dropped chunk's memory, unless somebody still reads or writes it."""
-        if chunk.holds or chunk.reserved or self._closed:
-            return
-        self._dropped.discard(chunk)
-        for part in chunk.parts.values():
-            self._arena.free(part.extents)
-
-    # -- for tests --------------------------------------------------------------------
+            self._table.close()
 
     def check(self) -> None:
         """Raise `Internal` when the state contradicts itself. Walks over everything."""
         with self._lock:
-            for key, chunk in self._index.items():
-                check_chunk(key, chunk)
-            chunks = [*self._index.values(), *self._dropped]
-            pages = sum(
-                self._arena.num_pages_for(extent.length)
-                for extent in used_extents(chunks)
-            )
-            kept = (self._num_parts, self._num_reserved, self._num_held)
-            counted = (
-                sum(chunk.ready.bit_count() for chunk in self._index.values()),
-                sum(chunk.reserved.bit_count() for chunk in chunks),
-                sum(chunk.holds > 0 for chunk in chunks),
-            )
-            if (*kept, self._arena.used_bytes) != (
-                *counted,
-                pages * self._arena.page_bytes,
-            ):
-                raise Internal(f"kept {kept}, counted {counted}, in {pages} pages")
+            self._table.check()
+
+    # -- the journal ------------------------------------------------------------------
+
+    def _write_journal(self) -> None:
+        """Write what was noted under the lock; I/O is for outside of it."""
+        journal = self._journal
+        if journal is not None and journal.write():
+            journal.compact(self._note_all)
+
+    def _note_all(self) -> None:
+        """Note every readable part again, a few chunks at a time."""
+        hashes = self.hashes()
+        journal = self._journal
+        for first in range(0, len(hashes) if journal else 0, NOTE_CHUNKS):
+            with self._lock:
+                for key in hashes[first : first + NOTE_CHUNKS]:
+                    chunk = self._table.index.get(key)
+                    for part in chunk.parts if chunk and journal else ():
+                        if chunk and journal and chunk.ready >> part & 1:
+                            journal.note(chunk, part)
+            if journal is not None:
+                journal.write()

@@ -1,0 +1,225 @@
+"""The journal of an arena that outlives its server: what was committed and freed.
+
+An append-only file of checksummed records. It says where bytes should be, never that
+they are right: each part carries its own checksum, and whoever starts again checks
+the bytes against it. So nothing here is synced, and a record that was lost or torn
+costs a chunk at most.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from kvcore.errors import SetupError
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.storage.arena import Allocation
+from kvcore.storage.chunk import Chunk, DropReason, PartId, PartName
+from kvcore.storage.tiers.contract import Checksum
+
+_FRAME = struct.Struct("<IQ")
+VERSION = 1
+SPARE_RECORDS = 16_384
+"""More than twice the live parts and these: the journal is written anew."""
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+    """First record: the arena that it is about."""
+
+    version: int
+    total_bytes: int
+    page_bytes: int
+
+
+class Committed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
+    """A part that became readable."""
+
+    chunk: ChunkHash
+    part: PartId
+    name: PartName
+    extents: Allocation
+    num_bytes: int
+    checksum: Checksum
+
+
+class Freed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """A chunk that left, with all its parts."""
+
+    chunk: ChunkHash
+    num_parts: int
+
+
+Record = Opened | Committed | Freed
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+class Journal:
+    """Writes one arena's journal. `note*` under L1's lock, `write` outside of it.
+
+    It is written beside an earlier run's until `begin`.
+    """
+
+    def __init__(self, path: Path, opened: Opened) -> None:
+        self.path = path
+        self._opened = opened
+        self._noted: deque[Record] = deque()
+        self._lock = threading.Lock()
+        self._num_records = 0
+        self._num_live = 0
+        self._compaction: threading.Thread | None = None
+        self._aside: int | None = None
+        """File of a compaction under way; it gets every record, too."""
+        self._file = self._create(self._aside_path)
+
+    def note(self, chunk: Chunk, part: PartId) -> None:
+        """Note a part that is readable; without name or checksum it is not kept."""
+        place = chunk.parts[part]
+        if place.name is not None and place.checksum:
+            self._noted.append(
+                Committed(
+                    chunk.hash,
+                    part,
+                    place.name,
+                    place.extents,
+                    place.num_bytes,
+                    place.checksum,
+                )
+            )
+
+    def note_gone(
+        self, chunk: Chunk, reason: DropReason, owner: SessionKey | None
+    ) -> None:
+        """Note a chunk that left L1."""
+        del reason, owner
+        self._noted.append(Freed(chunk.hash, chunk.ready.bit_count()))
+
+    def write(self) -> bool:
+        """Append what was noted, in its order; True when it is time to compact."""
+        if not self._noted:
+            return False
+        with self._lock:
+            frames = []
+            while self._noted:
+                record = self._noted.popleft()
+                self._count(record)
+                frames.append(_frame(record))
+            self._append(b"".join(frames))
+            waste = self._num_records - 2 * self._num_live
+            return waste > SPARE_RECORDS and self._compaction is None
+
+    def _count(self, record: Record) -> None:
+        self._num_records += 1
+        if isinstance(record, Committed):
+            self._num_live += 1
+        elif isinstance(record, Freed):
+            self._num_live -= record.num_parts
+
+    def _append(self, data: bytes) -> None:
+        for file in (self._file, self._aside):
+            if file is not None:
+                _write_all(file, data)
+
+    def begin(self) -> None:
+        """Take the place of an earlier run's journal."""
+        self.write()
+        self._aside_path.replace(self.path)
+
+    # -- compaction -------------------------------------------------------------------
+
+    def compact(self, note_all: Callable[[], None]) -> None:
+        """Write the journal anew on a thread of its own.
+
+        `note_all` notes every part that is readable, and writes; what happens
+        meanwhile goes to both files.
+        """
+        with self._lock:
+            if self._compaction is not None:
+                return
+            self._aside = self._create(self._aside_path)
+            self._num_records = self._num_live = 0
+            self._compaction = threading.Thread(
+                target=self._compact, args=(note_all,), name="compact", daemon=True
+            )
+            self._compaction.start()
+
+    @property
+    def _aside_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.new")
+
+    def _compact(self, note_all: Callable[[], None]) -> None:
+        note_all()
+        with self._lock:
+            if self._aside is None:
+                return
+            self._aside_path.replace(self.path)
+            os.close(self._file)
+            self._file, self._aside = self._aside, None
+            self._compaction = None
+
+    def _create(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            file = os.open(path, flags, 0o600)
+            _write_all(file, _frame(self._opened))
+        except OSError as error:
+            raise SetupError(f"l1.keep = {path}: {error.strerror}") from None
+        return file
+
+    def close(self) -> None:
+        """Close the file; the last thing that is done with it."""
+        compaction = self._compaction
+        if compaction is not None:
+            compaction.join()
+        self.write()
+        with self._lock:
+            os.close(self._file)
+
+
+def read(path: Path, opened: Opened) -> Iterator[Committed | Freed]:
+    """Yield a journal's records up to the first that is torn.
+
+    Nothing when there is no journal, or it is another arena's.
+    """
+    if not path.exists():
+        return
+    records = _records(path.read_bytes())
+    if next(records, None) != opened:
+        return
+    for record in records:
+        if not isinstance(record, Opened):
+            yield record
+
+
+def _records(data: bytes) -> Iterator[Record]:
+    offset = 0
+    while offset + _FRAME.size <= len(data):
+        length, digest = _FRAME.unpack_from(data, offset)
+        offset += _FRAME.size
+        payload = data[offset : offset + length]
+        if len(payload) < length or xxhash.xxh3_64_intdigest(payload) != digest:
+            return
+        try:
+            yield _decoder.decode(payload)
+        except msgspec.MsgspecError:
+            return
+        offset += length
+
+
+def _frame(record: Record) -> bytes:
+    payload = _encoder.encode(record)
+    return _FRAME.pack(len(payload), xxhash.xxh3_64_intdigest(payload)) + payload
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]

@@ -1,0 +1,111 @@
+"""What an earlier run left in a kept arena: found by its journal, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from kvcore.config import L1Config
+from kvcore.keys import ChunkHash
+from kvcore.storage.arena import Allocation, Arena
+from kvcore.storage.chunk import PartId
+from kvcore.storage.journal import VERSION, Committed, Freed, Journal, Opened, read
+from kvcore.storage.tiers.contract import checksum_of
+from kvcore.storage.writeback import buffers_of
+
+KEPT_PREFIX = "kvkept-"
+"""Of arenas that outlive their server; no other server removes them."""
+CHECK_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A journal begun anew, and the parts to enter into L1, oldest first."""
+
+    journal: Journal
+    parts: list[Committed]
+    num_lost: int
+    """Parts that were committed and whose bytes are not right any more."""
+
+
+def open_arena(l1: L1Config) -> Arena:
+    """Make the arena that the configuration asks for, or find a kept one again.
+
+    Raises:
+        SetupError: there is not enough memory, or another server has it.
+    """
+    size, page = int(l1.size), int(l1.page)
+    if l1.keep is None:
+        return Arena(size, page)
+    return Arena(size, page, arena_name(Path(l1.keep)), kept=True)
+
+
+def arena_name(path: Path) -> str:
+    """Name the segment that a journal at `path` is about."""
+    return KEPT_PREFIX + sha256(str(path.absolute()).encode()).hexdigest()[:16]
+
+
+def recover(path: Path, arena: Arena) -> Recovered:
+    """Read the journal at `path`, check every part's bytes, and begin it anew.
+
+    Raises:
+        SetupError: the journal cannot be written.
+    """
+    opened = Opened(VERSION, arena.total_bytes, arena.page_bytes)
+    claimed = list(replay(read(path, opened), arena)) if arena.was_found else []
+    memory = arena.array.data
+    with ThreadPoolExecutor(CHECK_THREADS, "check") as pool:
+        right = pool.map(lambda part: _is_right(part, memory), claimed)
+        parts = [part for part, good in zip(claimed, right, strict=True) if good]
+    return Recovered(Journal(path, opened), parts, len(claimed) - len(parts))
+
+
+def replay(records: Iterable[Committed | Freed], arena: Arena) -> Iterable[Committed]:
+    """Return the parts that should be there, oldest first; no two share a page.
+
+    Where two claim a page, the earlier one's end was not written down any more.
+    """
+    live: dict[tuple[ChunkHash, PartId], Committed] = {}
+    by_chunk: dict[ChunkHash, set[PartId]] = {}
+    owners: dict[int, tuple[ChunkHash, PartId]] = {}
+    for record in records:
+        if isinstance(record, Freed):
+            for part in by_chunk.pop(record.chunk, ()):
+                live.pop((record.chunk, part), None)
+            continue
+        if not _fits(record, arena):
+            continue
+        key = (record.chunk, record.part)
+        for page in _pages(record.extents, arena):
+            owner = owners.get(page)
+            if owner is not None and owner != key:
+                live.pop(owner, None)
+            owners[page] = key
+        live.pop(key, None)
+        live[key] = record
+        by_chunk.setdefault(record.chunk, set()).add(record.part)
+    return live.values()
+
+
+def _pages(extents: Allocation, arena: Arena) -> Iterable[int]:
+    for extent in extents:
+        first = extent.offset // arena.page_bytes
+        yield from range(first, first + arena.num_pages_for(extent.length))
+
+
+def _fits(part: Committed, arena: Arena) -> bool:
+    """Say whether a record's extents can be the arena's."""
+    return sum(e.length for e in part.extents) == part.num_bytes and all(
+        e.offset >= 0
+        and e.length > 0
+        and e.offset % arena.page_bytes == 0
+        and e.offset + e.length <= arena.total_bytes
+        for e in part.extents
+    )
+
+
+def _is_right(part: Committed, memory: memoryview) -> bool:
+    return checksum_of(buffers_of(memory, part.extents)) == part.checksum

@@ -1,0 +1,193 @@
+"""The journal of a kept arena: what it says, torn or whole, and what is believed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvcore.errors import Internal, SetupError
+from kvcore.keys import ChunkHash
+from kvcore.layout import Fingerprint
+from kvcore.storage import journal as journals
+from kvcore.storage.arena import Arena, Extent
+from kvcore.storage.chunk import PartId, PartName
+from kvcore.storage.journal import Committed, Freed, Opened, read
+from kvcore.storage.l1 import L1, Reservation
+from kvcore.storage.policies.lru import LRU
+from kvcore.storage.recovery import recover, replay
+from kvcore.storage.tiers.contract import Checksum, checksum_of
+from kvcore.storage.writeback import buffers_of
+
+PAGE = 4096
+PARTS = (PartId(0), PartId(1))
+NAMES = {
+    part: PartName("model", 2, part, 0, Fingerprint("0123456789abcdef"))
+    for part in PARTS
+}
+
+
+def key(number: int) -> ChunkHash:
+    """Hash of a chunk."""
+    return ChunkHash(number.to_bytes(32, "little"))
+
+
+@contextmanager
+def kept(path: Path, num_pages: int = 8) -> Iterator[Arena]:
+    """The arena of this journal, as one run of a server has it."""
+    name = f"kvtest-{os.getpid()}-{path.parent.name}"
+    arena = Arena(num_pages * PAGE, PAGE, name, kept=True)
+    try:
+        yield arena
+    finally:
+        arena.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """A journal's place; its arena is removed at the end."""
+    yield tmp_path / "journal"
+    Path(f"/dev/shm/kvtest-{os.getpid()}-{tmp_path.name}").unlink(missing_ok=True)
+
+
+def start(path: Path, arena: Arena) -> L1:
+    """Make L1 of what an earlier run left."""
+    recovered = recover(path, arena)
+    l1 = L1(arena, LRU(), recovered.journal)
+    l1.restore(recovered.parts)
+    l1.check()
+    return l1
+
+
+def write(arena: Arena, reservations: list[Reservation], seed: int = 0) -> None:
+    """Fill parts with bytes of their own, and sum them up."""
+    for reservation in reservations:
+        for extent in reservation.extents:
+            where = slice(extent.offset, extent.offset + extent.length)
+            arena.array[where] = reservation.chunk.hash[0] + reservation.part + seed
+        buffers = buffers_of(arena.array.data, reservation.extents)
+        reservation.checksum = checksum_of(buffers)
+
+
+def store(l1: L1, arena: Arena, *numbers: int, part: PartId = PARTS[0]) -> None:
+    """Store a part of a page and a half of each chunk."""
+    hashes = [key(number) for number in numbers]
+    got = l1.reserve(hashes, part, PAGE + PAGE // 2, name=NAMES[part])
+    write(arena, got.reservations)
+    l1.commit(got.reservations)
+
+
+def there(l1: L1, *numbers: int, needs: int = 1) -> list[bool]:
+    """Which chunks have all parts of a mask."""
+    return [bool(l1.present([key(number)], needs)) for number in numbers]
+
+
+def test_a_later_run_has_what_was_committed(path: Path) -> None:
+    """And neither what was being written, nor what was evicted or dropped."""
+    with kept(path, 12) as arena:
+        l1 = start(path, arena)
+        store(l1, arena, 1, 2, 3)
+        store(l1, arena, 1, part=PARTS[1])
+        l1.drop([key(2)])
+        write(arena, l1.reserve([key(4)], PARTS[0], PAGE, name=NAMES[0]).reservations)
+    with kept(path, 12) as arena:
+        assert arena.was_found
+        l1 = start(path, arena)
+        assert there(l1, 1, 2, 3, 4) == [True, False, True, False]
+        assert there(l1, 1, 3, needs=0b11) == [True, False]
+        store(l1, arena, 5, 6)
+        l1.check()
+    with kept(path, 12) as arena:
+        assert there(start(path, arena), 1, 3, 5, 6) == [True] * 4
+
+
+def test_wrong_bytes_are_not_believed(path: Path) -> None:
+    """Whoever wrote them, and whatever the journal says."""
+    with kept(path) as arena:
+        l1 = start(path, arena)
+        store(l1, arena, 1, 2)
+        [chunk] = l1.present([key(1)], 1)
+        arena.array[chunk.parts[PARTS[0]].extents[0].offset + 7] ^= 1
+    with kept(path) as arena:
+        recovered = recover(path, arena)
+        assert [part.chunk for part in recovered.parts] == [key(2)]
+        assert recovered.num_lost == 1
+
+
+def test_a_new_arena_has_nothing(path: Path) -> None:
+    """After a reboot the journal is of an arena that is gone; so after a resize."""
+    with kept(path) as arena:
+        store(start(path, arena), arena, 1)
+    with kept(path, num_pages=9) as arena:
+        assert not arena.was_found
+        assert there(start(path, arena), 1) == [False]
+
+
+def test_one_server_at_a_time(path: Path) -> None:
+    """A second one does not get the first one's memory."""
+    with kept(path), pytest.raises(SetupError, match="who lives"), kept(path):
+        pass
+
+
+def test_every_torn_tail_leaves_what_came_before(path: Path) -> None:
+    """Cut at any byte: whole records count, the torn one does not."""
+    with kept(path) as arena:
+        store(start(path, arena), arena, 1, 2, 3)
+        opened = Opened(journals.VERSION, arena.total_bytes, PAGE)
+    whole = path.read_bytes()
+    seen = set()
+    for end in range(len(whole) + 1):
+        path.write_bytes(whole[:end])
+        numbers = [r.chunk for r in read(path, opened) if isinstance(r, Committed)]
+        assert numbers == [key(3), key(2), key(1)][: len(numbers)]
+        seen.add(len(numbers))
+    assert seen == {0, 1, 2, 3}
+    path.write_bytes(whole[:-40] + b"\xff" + whole[-39:])
+    assert len(list(read(path, opened))) == 2
+
+
+def test_a_later_owner_of_a_page_is_believed(path: Path) -> None:
+    """An eviction that was not written down any more costs the evicted one only."""
+    with kept(path) as arena:
+
+        def part(number: int, *pages: int) -> Committed:
+            extents = tuple(Extent(page * PAGE, PAGE) for page in pages)
+            size = len(pages) * PAGE
+            return Committed(
+                key(number), PARTS[0], NAMES[0], extents, size, Checksum(b"")
+            )
+
+        records = [part(1, 0, 1), part(2, 2), part(3, 1), Freed(key(2), 1), part(4, 5)]
+        assert [p.chunk for p in replay(records, arena)] == [key(3), key(4)]
+        assert list(replay([part(1, 7, 8)], arena)) == []
+
+
+def test_claims_that_overlap_are_refused(path: Path) -> None:
+    """They would be two parts of the same bytes."""
+    with kept(path) as arena:
+        arena.claim([(Extent(PAGE, 2 * PAGE),), (Extent(5 * PAGE, 10),)])
+        assert arena.used_bytes == 3 * PAGE
+        with pytest.raises(Internal):
+            arena.claim([(Extent(2 * PAGE, PAGE),)])
+
+
+def test_compaction_keeps_what_is_live(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many stores later the journal is short, and still says everything."""
+    monkeypatch.setattr(journals, "SPARE_RECORDS", 32)
+    with kept(path) as arena:
+        l1 = start(path, arena)
+        for number in range(300):
+            store(l1, arena, number)
+        assert l1._journal is not None
+        l1._journal.close()
+        live = [number for number in range(300) if there(l1, number) == [True]]
+    assert path.stat().st_size < 300 * 100
+    with kept(path) as arena:
+        again = start(path, arena)
+        assert live == [number for number in range(300) if there(again, number)[0]]
+        assert len(live) == 4

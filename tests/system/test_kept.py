@@ -1,0 +1,210 @@
+"""L1 across restarts: a server killed under load serves what it had committed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.errors import KVError, SetupError
+from kvcore.keys import SessionKey
+from kvcore.protocol import RegisterKVCache
+from kvcore.shm import SHM_DIR, Segment
+from kvcore.storage.recovery import arena_name
+from tests.system.server import CHUNK, Server
+from tests.system.worker import BLOCK, PLAIN, Cache
+
+PER_CHUNK = CHUNK // BLOCK
+MODEL = "kept"
+NUM_CHUNKS = 4
+"""Of each prompt."""
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Path]:
+    """Where the journal is; the arena that it is about is removed at the end."""
+    path = tmp_path / "journal"
+    yield path
+    (SHM_DIR / arena_name(path)).unlink(missing_ok=True)
+
+
+def tokens_of(number: int) -> npt.NDArray[np.uint32]:
+    """The prompt of a number."""
+    return np.full(NUM_CHUNKS * CHUNK, number, np.uint32)
+
+
+def bytes_of(number: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """The blocks of a prompt."""
+    return np.random.default_rng(number).integers(0, 256, shape, np.uint8)
+
+
+@contextmanager
+def registered(address: str, name: str) -> Iterator[tuple[KVClient, Cache]]:
+    """A client with a cache of its own, of one prompt's size."""
+    cache = Cache(f"kvtest-{os.getpid()}-{name}", PLAIN, NUM_CHUNKS * PER_CHUNK)
+    try:
+        with KVClient(address, timeout_s=20) as client:
+            client.register_kv_cache(
+                RegisterKVCache(
+                    name, "engine", MODEL, 1, 0, cache.handles, cache.groups
+                )
+            )
+            yield client, cache
+    finally:
+        cache.close()
+
+
+def store_on(address: str, first: int, said: Connection) -> None:
+    """Store prompt after prompt until the server is gone, saying which are stored."""
+    with suppress(KVError), registered(address, f"w{first}") as (client, cache):
+        blocks = [list(range(NUM_CHUNKS * PER_CHUNK))]
+        view = cache.views[0]
+        for number in range(first, first + 1_000_000):
+            view[:] = bytes_of(number, view.shape)
+            session = SessionKey("engine", f"s{number}")
+            tokens = tokens_of(number)
+            client.store(
+                session, f"w{first}", 0, len(tokens), blocks, tokens, timeout_s=2
+            )
+            said.send(number)
+            client.submit_end_session(session)
+
+
+def hear(heard: Connection) -> Iterator[int]:
+    """What a loader said before it ended."""
+    with suppress(EOFError):
+        while True:
+            yield heard.recv()
+
+
+def kill_under_load(server: Server, num_stores: int, first: int) -> list[int]:
+    """Have two processes store, and kill the server in between; return what they had.
+
+    `num_stores` prompts are awaited from the first one before.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    loaders = [
+        context.Process(target=store_on, args=(server.address, first + 10**7 * i, said))
+        for i, (_, said) in enumerate(pipes)
+    ]
+    for loader, (_, said) in zip(loaders, pipes, strict=True):
+        loader.start()
+        said.close()
+    heard = pipes[0][0]
+    stored = [heard.recv() for _ in range(num_stores)]
+    server.kill()
+    for loader, (pipe, _) in zip(loaders, pipes, strict=True):
+        stored += hear(pipe)
+        loader.join(20)
+        assert loader.exitcode == 0
+    return stored
+
+
+def count_served(client: KVClient, cache: Cache, numbers: list[int]) -> int:
+    """Retrieve what is found of each prompt, and compare; return the chunks found."""
+    found = 0
+    view = cache.views[0]
+    for number in numbers:
+        session = SessionKey("engine", f"r{number}")
+        tokens = tokens_of(number)
+        reply = client.lookup(session, MODEL, 1, tokens)
+        found += reply.num_chunks
+        if reply.num_tokens:
+            view[:] = 0
+            ids = [list(range(reply.num_chunks * PER_CHUNK))]
+            client.retrieve(session, "reader", 0, reply.num_tokens, ids)
+            expected = bytes_of(number, view.shape)
+            num_blocks = len(ids[0])
+            assert np.array_equal(view[:num_blocks], expected[:num_blocks])
+        client.end_session(session)
+    return found
+
+
+def crash_and_check(
+    serve: Serve, journal: Path, rng: random.Random, *, evicts: bool = False
+) -> None:
+    """Kill three runs in a row; each finds what those before it acknowledged."""
+    size = "1MiB" if evicts else "8MiB"
+    options = ("--set", f"l1.keep={journal}", "--l1-size", size)
+    server = serve(*options)
+    known: list[int] = []
+    for run in range(3):
+        known += kill_under_load(server, rng.randint(1, 12), first=run * 10**4)
+        server = server.again()
+        recent = known[-40:]
+        with registered(server.address, "reader") as (client, cache):
+            found = count_served(client, cache, recent)
+            status = client.status()
+        assert evicts or found == NUM_CHUNKS * len(recent)
+        assert status.l1.num_reserved == 0
+    server.close()
+
+
+def test_a_killed_server_serves_what_it_had_committed(
+    serve: Serve, journal: Path
+) -> None:
+    """Every acknowledged store, right byte for byte, and nothing half written."""
+    crash_and_check(serve, journal, random.Random(0))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(100, 135))
+def test_many_killed_servers(serve: Serve, journal: Path, seed: int) -> None:
+    """A hundred kills at random points, some in a memory that evicts all the time."""
+    crash_and_check(serve, journal, random.Random(seed), evicts=seed % 2 == 0)
+
+
+def test_a_clean_stop_keeps_it_too(serve: Serve, journal: Path) -> None:
+    """And the option is what decides: without it nothing is left."""
+    options = ("--set", f"l1.keep={journal}")
+    first = serve(*options)
+    with registered(first.address, "reader") as (client, cache):
+        cache.views[0][:] = bytes_of(1, cache.views[0].shape)
+        blocks = [list(range(NUM_CHUNKS * PER_CHUNK))]
+        tokens = tokens_of(1)
+        client.store(SessionKey("e", "1"), "reader", 0, len(tokens), blocks, tokens)
+    assert first.stop() == 0
+    second = serve(*options)
+    with registered(second.address, "reader") as (client, cache):
+        assert count_served(client, cache, [1]) == NUM_CHUNKS
+    assert second.stop() == 0
+
+
+def test_wrong_bytes_are_a_miss_at_retrieve(serve: Serve, journal: Path) -> None:
+    """With l1.verify a flipped bit is found, the chunk dropped, and counted."""
+    server = serve("--set", f"l1.keep={journal}", "--set", "l1.verify=true")
+    arena = arena_name(journal)
+    with registered(server.address, "reader") as (client, cache):
+        cache.views[0][:] = bytes_of(5, cache.views[0].shape)
+        blocks = [list(range(NUM_CHUNKS * PER_CHUNK))]
+        tokens = tokens_of(5)
+        session = SessionKey("engine", "5")
+        client.store(session, "reader", 0, len(tokens), blocks, tokens)
+        size = (SHM_DIR / arena).stat().st_size
+        assert client.lookup(session, MODEL, 1, tokens).num_chunks == NUM_CHUNKS
+        with suppress(SetupError):
+            memory = Segment.attach(arena, offset=0, length=size)
+            memory.array[:] ^= 1
+            memory.close()
+        cache.views[0][:] = 0
+        with pytest.raises(KVError, match="found wrong"):
+            client.retrieve(session, "reader", 0, len(tokens), blocks)
+        assert not cache.views[0].any()
+        client.end_session(session)
+        assert client.lookup(session, MODEL, 1, tokens).num_chunks == 0
+        assert client.status().counters["chunks_corrupt"] == 1
+        client.end_session(session)
+    server.close()
