@@ -1,0 +1,264 @@
+"""The worker half: one rank's cache, and the copies into and out of it.
+
+It lives in the engine's worker. Loads and stores are submitted and looked after by
+the client's thread; each step the engine collects what has ended. A rank reports each
+load, and acknowledges each op, exactly once, however often the engine names a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.client import KVClient
+from kvcore.errors import Closed
+from kvcore.keys import ExtraKey, SessionKey
+from kvcore.protocol import RegisterKVCache, RetrieveReply
+from kvcore.vllm.config import ConnectorConfig
+from kvcore.vllm.link import Link
+from kvcore.vllm.plan import (
+    GroupBlocks,
+    Load,
+    OpId,
+    Plan,
+    Store,
+    TokenPiece,
+    real_blocks,
+    unpack_blocks,
+)
+
+Reply = Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A rank's cache, and from which of the engine's groups each of ours takes blocks.
+
+    Layers of one engine group that differ in shape are several groups of ours.
+    """
+
+    request: RegisterKVCache
+    sources: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Tokens:
+    packed: npt.NDArray[np.uint32]
+    extras: tuple[ExtraKey, ...]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A load or store under way."""
+
+    op: OpId
+    request_id: str
+    future: Reply
+    load: Load | None = None
+    told: bool = False
+    """Whether the engine knows how a load ended."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """What has ended since the last time."""
+
+    loaded: set[str] = field(default_factory=set)
+    """Requests whose asynchronous load ended, well or not."""
+    failed: set[str] = field(default_factory=set)
+    """Requests whose load did not end well."""
+    failed_blocks: set[int] = field(default_factory=set)
+    """The blocks of those."""
+    acks: dict[OpId, int] = field(default_factory=dict)
+
+
+class WorkerHalf:
+    """One rank's. Its methods are called by the engine's worker thread alone."""
+
+    def __init__(self, config: ConnectorConfig, engine_id: str, rank: int) -> None:
+        self._config = config
+        self._engine_id = engine_id
+        self._rank = rank
+        self._registration: Registration | None = None
+        self._link: Link | None = None
+        self._tokens: dict[str, _Tokens] = {}
+        self._flights: list[_Flight] = []
+
+    def register(self, registration: Registration) -> None:
+        """Register the cache, now or when a server is there, and with each later one.
+
+        Returns at once.
+        """
+        self._registration = registration
+        self._link = Link(
+            self._config.address,
+            f"{self._engine_id[:40]} rank {self._rank}",
+            self._config.retry_s,
+            self._register,
+        )
+
+    def _register(self, client: KVClient) -> None:
+        if self._registration is not None:
+            client.register_kv_cache(self._registration.request)
+
+    # -- each step --------------------------------------------------------------------
+
+    def learn(self, plan: Plan) -> None:
+        """Take in a plan's tokens; call it before anything else of the plan."""
+        for piece in plan.tokens:
+            self._append(piece)
+
+    def load(self, plan: Plan) -> None:
+        """Begin a plan's loads, and wait for the synchronous ones."""
+        flights = [self._begin_load(load) for load in plan.loads]
+        self._flights += flights
+        awaited = [f.future for f in flights if f.load is not None and f.load.is_sync]
+        if awaited:
+            wait(awaited, self._config.load_timeout_s)
+
+    def store(self, plan: Plan) -> None:
+        """Begin a plan's stores, of blocks that have been computed by now."""
+        self._flights += [self._begin_store(store) for store in plan.stores]
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Forget the tokens of requests that no later plan names."""
+        for request_id in request_ids:
+            self._tokens.pop(request_id, None)
+
+    def collect(self) -> Collected:
+        """Return what has ended, each thing once."""
+        collected = Collected()
+        under_way = []
+        for flight in self._flights:
+            if flight.future.done():
+                self._land(flight, collected)
+            else:
+                under_way.append(flight)
+                if flight.load is not None and flight.load.is_sync:
+                    self._give_up(flight, collected)
+        self._flights = under_way
+        return collected
+
+    @property
+    def num_under_way(self) -> int:
+        """Loads and stores that have not ended."""
+        return len(self._flights)
+
+    def _append(self, piece: TokenPiece) -> None:
+        packed = np.frombuffer(piece.packed, dtype="<u4")
+        known = self._tokens.get(piece.request_id)
+        if known is not None and piece.offset:
+            packed = np.concatenate((known.packed[: piece.offset], packed))
+        self._tokens[piece.request_id] = _Tokens(packed, piece.extras)
+
+    def _begin_load(self, load: Load) -> _Flight:
+        client, tokens = self._client(), self._tokens.get(load.request_id)
+        if client is None or tokens is None:
+            return _Flight(load.op, load.request_id, _refused(), load)
+        future = client.submit_retrieve(
+            SessionKey(self._engine_id, load.request_id),
+            self._instance_id,
+            load.start,
+            load.end,
+            self._blocks(load.blocks),
+            tokens.packed,
+            skip_first_n_tokens=load.skip,
+            extras=tokens.extras,
+            timeout_s=self._config.load_timeout_s,
+        )
+        return _Flight(load.op, load.request_id, future, load)
+
+    def _begin_store(self, store: Store) -> _Flight:
+        client, tokens = self._client(), self._tokens.get(store.request_id)
+        if client is None or tokens is None:
+            return _Flight(store.op, store.request_id, _refused())
+        future = client.submit_store(
+            SessionKey(self._engine_id, store.request_id),
+            self._instance_id,
+            store.start,
+            store.end,
+            self._blocks(store.blocks),
+            tokens.packed,
+            extras=tokens.extras,
+            timeout_s=self._config.store_timeout_s,
+        )
+        return _Flight(store.op, store.request_id, future)
+
+    def _client(self) -> KVClient | None:
+        server = self._link.server if self._link is not None else None
+        return server.client if server is not None else None
+
+    @property
+    def _instance_id(self) -> str:
+        return f"{self._engine_id}:{self._rank}"
+
+    def _blocks(self, packed: GroupBlocks) -> list[npt.NDArray[np.int32]]:
+        sources: Sequence[int] = ()
+        if self._registration is not None:
+            sources = self._registration.sources
+        return [unpack_blocks(packed[source]) for source in sources]
+
+    # -- ends -------------------------------------------------------------------------
+
+    def _land(self, flight: _Flight, collected: Collected) -> None:
+        collected.acks[flight.op] = 1
+        error = flight.future.exception()
+        if error is not None and self._link is not None:
+            self._link.failed(error)
+        if flight.load is None or flight.told:
+            return
+        if not flight.load.is_sync:
+            collected.loaded.add(flight.request_id)
+        if error is not None or not _is_whole(flight):
+            _fail(flight.load, collected)
+
+    def _give_up(self, flight: _Flight, collected: Collected) -> None:
+        """Report a synchronous load that is late; its blocks stay held until it ends.
+
+        What the server may still write into them is what the engine computes anew.
+        """
+        if flight.load is not None and not flight.told:
+            flight.told = True
+            _fail(flight.load, collected)
+
+    def close(self) -> None:
+        """Say goodbye: the server forgets the cache."""
+        if self._link is not None:
+            self._link.close()
+
+
+def _is_whole(flight: _Flight) -> bool:
+    """Say whether a load wrote all that it was asked for."""
+    reply, load = flight.future.result(), flight.load
+    return load is None or (
+        isinstance(reply, RetrieveReply)
+        and reply.num_tokens == load.end - load.start - load.skip
+    )
+
+
+def _fail(load: Load, collected: Collected) -> None:
+    collected.failed.add(load.request_id)
+    collected.failed_blocks.update(_written_blocks(load))
+
+
+def _written_blocks(load: Load) -> list[int]:
+    """List the blocks that a load was to write: not those of what it skips."""
+    num_tokens = load.end - load.start
+    written = []
+    for packed in load.blocks:
+        ids = unpack_blocks(packed)
+        block_size = max(num_tokens // max(len(ids), 1), 1)
+        written.append(ids[load.skip // block_size :].tobytes())
+    return real_blocks(written)
+
+
+def _refused() -> Reply:
+    """Return the outcome of what was never sent."""
+    future: Reply = Future()
+    future.set_exception(Closed("the cache server is not well just now"))
+    return future
