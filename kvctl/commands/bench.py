@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvcore.errors import SetupError
 from kvctl import console
+from kvctl.lab import gate
+
+if TYPE_CHECKING:
+    from kvctl.lab.compare import Comparison
+    from kvctl.lab.contest import Pair
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -21,9 +29,14 @@ def bench() -> None:
     """Play engines against a server, measure and compare."""
 
 
+ScenarioFile = Annotated[Path, typer.Argument(help="a TOML file, see scenarios/")]
+FailOn = Annotated[str, typer.Option("--fail-on", help=gate.HELP)]
+Anyway = Annotated[bool, typer.Option("--anyway", help="compare unlike machines")]
+
+
 @app.command()
 def run(
-    scenario: Annotated[Path, typer.Argument(help="a TOML file, see scenarios/")],
+    scenario: ScenarioFile,
     trace: Annotated[
         Path | None, typer.Option(help="trace file of a replaying workload")
     ] = None,
@@ -38,26 +51,141 @@ def run(
         "results/runs"
     ),
     seed: Annotated[int, typer.Option(min=0, help="of everything drawn")] = 0,
+    versus: Annotated[
+        Path | None, typer.Option(help="another scenario, played in pairs with this")
+    ] = None,
+    versus_set: Annotated[
+        list[str] | None,
+        typer.Option("--versus-set", help="likewise, this scenario with key=value"),
+    ] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=100, help="runs, or pairs of them with --versus")
+    ] = 1,
+    fail_on: FailOn = gate.DEFAULT,
+    turns: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Play a scenario; print what was measured and save it as JSON.
 
-    Exit code 1 when bytes were wrong, errors happened or a limit was missed. Ctrl-C
-    ends the load and keeps what was measured so far.
+    Exit code 1 when bytes were wrong, errors happened, a limit was missed, or the
+    other side of a comparison is a regression. Ctrl-C ends the load and keeps what was
+    measured so far.
     """
-    from kvctl.lab import driver, report
-    from kvctl.lab.progress import Shown
-    from kvctl.lab.scenario import read
-
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
     settings = list(overrides or ())
     if trace is not None:
         settings.append(f"workload.trace={json.dumps(str(trace))}")
-    played = read(scenario, settings)
-    with console.progress(scenario.stem) as shown:
-        result = driver.run(scenario.stem, played, seed, server, Shown(shown))
-    path = result.save(out)
-    console.show(*report.parts(result))
-    console.line(f"saved {path}")
-    if result.problems:
+    ours = Played(scenario, settings, seed, server)
+    if versus is None and not versus_set:
+        if not _play(ours, out, repeat, turns):
+            raise typer.Exit(EXIT_PROBLEM)
+        return
+    theirs = Played(versus or scenario, [*settings, *(versus_set or ())], seed, server)
+    folder = out / f"{scenario.stem}-versus-{time.strftime('%Y%m%dT%H%M%S')}"
+    found = _contest(ours, theirs, repeat, folder)
+    _judge(found, gate.Gate(fail_on), folder)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="a result, or a folder of repetitions")],
+    new: Annotated[Path, typer.Argument(help="likewise")],
+    fail_on: FailOn = gate.DEFAULT,
+    anyway: Anyway = False,
+    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+) -> None:
+    """Judge results: counts exactly, timings by the spread of their repetitions.
+
+    Exit code 0 also where the runs cannot tell; 1 for a regression.
+    """
+    from kvctl.lab.compare import compare as judged
+    from kvctl.lab.compare import gather
+
+    rules = gate.Gate(fail_on)
+    labels = (base.stem, new.stem)
+    found = judged(gather(base), gather(new), labels, anyway=anyway)
+    _judge(found, rules, None, markdown=markdown)
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What one side plays."""
+
+    scenario: Path
+    settings: list[str]
+    seed: int
+    server: str | None
+
+    def arguments(self) -> list[str]:
+        """Write it as the arguments of `bench run`."""
+        flags = [flag for one in self.settings for flag in ("--set", one)]
+        server = ["--server", self.server] if self.server else []
+        return [str(self.scenario), *flags, "--seed", str(self.seed), *server]
+
+
+def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
+    """Play and show; say whether nothing was wrong."""
+    from kvctl.lab import driver, report
+    from kvctl.lab.progress import Shown
+    from kvctl.lab.scenario import read
+
+    name, scenario = one.scenario.stem, read(one.scenario, one.settings)
+    fine = True
+    for _ in range(repeat):
+        with console.progress(name) as progress:
+            result = driver.run(
+                name, scenario, one.seed, one.server, Shown(progress), turns
+            )
+        path = result.save(out)
+        console.show(*report.parts(result))
+        console.line(f"saved {path}")
+        fine = fine and not result.problems
+        if result.interrupted:
+            break
+    return fine
+
+
+def _contest(ours: Played, theirs: Played, repeat: int, folder: Path) -> Comparison:
+    from kvctl.lab.contest import Command, Contest, Duel
+    from kvctl.lab.scenario import read
+    from kvctl.lab.turns import can_take_turns
+
+    sides = [read(side.scenario, side.settings) for side in (ours, theirs)]
+    base, new = (Command(sys.executable, side.arguments()) for side in (ours, theirs))
+    duel = Duel(base, new, in_turns=all(can_take_turns(side) for side in sides))
+    with console.progress("comparing") as progress:
+
+        def play(number: int) -> Pair:
+            progress.update(number / repeat, f"pair {number + 1} of {repeat}")
+            return duel(number)
+
+        contest = Contest(_labels(ours, theirs), folder, play)
+        return contest.run(repeat)
+
+
+def _labels(ours: Played, theirs: Played) -> tuple[str, str]:
+    """Name the sides by what sets them apart."""
+    if ours.scenario != theirs.scenario:
+        return ours.scenario.stem, theirs.scenario.stem
+    return ours.scenario.stem, " ".join(theirs.settings[len(ours.settings) :])
+
+
+def _judge(
+    found: Comparison, rules: gate.Gate, folder: Path | None, *, markdown: bool = False
+) -> None:
+    """Show a comparison and where it is saved; exit 1 where it breaks a rule."""
+    from kvctl.lab import comparison_report as shown
+
+    if folder is not None:
+        found.save(folder)
+    if markdown:
+        console.line(shown.markdown(found))
+    else:
+        console.show(*shown.parts(found))
+    if folder is not None:
+        console.line(f"saved {folder}")
+    broken = rules.broken(found)
+    for line in broken:
+        console.line(f"regression: {line}")
+    if broken:
         raise typer.Exit(EXIT_PROBLEM)

@@ -6,7 +6,8 @@ metric an operation is judged, over the spread between a side's runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ COMPARISON_VERSION = 1
 
 PRIMARY = "p50_s"
 """The metric of each operation that is judged."""
+
+NOT_JUDGED = frozenset({"ping"})
+"""Told for what it says of the machine: pings are made when the load is over."""
 
 COUNTED_BY_SERVER = ("chunks_evicted", "deadlines_exceeded", "retrieves_missing")
 """Of the server's counters, those that are compared beside the run's own counts."""
@@ -252,17 +256,42 @@ def _timings(base: Sequence[Result], new: Sequence[Result]) -> dict[str, Timing]
     names = [
         name
         for name in base[0].operations
-        if all(name in result.operations for result in (*base, *new))
+        if name not in NOT_JUDGED
+        and all(name in result.operations for result in (*base, *new))
     ]
-    ours = {name: [primary(r.operations[name]) for r in base] for name in names}
-    theirs = {name: [primary(r.operations[name]) for r in new] for name in names}
-    contrast: Callable[[Sequence[float], Sequence[float]], Contrast]
-    contrast = paired if in_pairs else unpaired
-    effects = judge({name: contrast(ours[name], theirs[name]) for name in names})
+    effects = judge({name: _contrast(name, base, new, in_pairs) for name in names})
     return {
-        name: Timing(_median(ours[name]), _median(theirs[name]), effects[name])
+        name: Timing(
+            _median([primary(result.operations[name]) for result in base]),
+            _median([primary(result.operations[name]) for result in new]),
+            effects[name],
+        )
         for name in names
     }
+
+
+def _contrast(
+    name: str, base: Sequence[Result], new: Sequence[Result], in_pairs: bool
+) -> Contrast:
+    if in_pairs:
+        return paired([_gap(name, *pair) for pair in zip(base, new, strict=True)])
+    ours = [math.log(primary(result.operations[name])) for result in base]
+    theirs = [math.log(primary(result.operations[name])) for result in new]
+    return unpaired(ours, theirs)
+
+
+def _gap(name: str, base: Result, new: Result) -> float:
+    """Return the logarithm of how many times as long a pair's new run took.
+
+    Where the two took turns, each turn of one is held against the same requests' turn
+    of the other, and the middle one counts.
+    """
+    turns = zip(base.turns.get(name, ()), new.turns.get(name, ()), strict=False)
+    gaps = [math.log(theirs / ours) for ours, theirs in turns if ours and theirs]
+    if gaps:
+        return _median(gaps)
+    ours, theirs = primary(base.operations[name]), primary(new.operations[name])
+    return math.log(theirs / ours)
 
 
 def primary(latency: Latency) -> float:

@@ -72,9 +72,9 @@ class Contrast(msgspec.Struct, frozen=True):
         return float(self.differences[cut - 1]), float(self.differences[-cut])
 
 
-def paired(base: Sequence[float], new: Sequence[float]) -> Contrast:
-    """Contrast durations, measured in pairs one after the other."""
-    each = np.log(np.asarray(new) / np.asarray(base))
+def paired(gaps: Sequence[float]) -> Contrast:
+    """Contrast pairs by each one's difference of logarithms, new less base."""
+    each = np.asarray(gaps)
     rows, columns = np.triu_indices(each.size)
     chances = np.ones(1)
     for rank in range(1, each.size + 1):
@@ -84,8 +84,8 @@ def paired(base: Sequence[float], new: Sequence[float]) -> Contrast:
 
 
 def unpaired(base: Sequence[float], new: Sequence[float]) -> Contrast:
-    """Contrast durations that were measured apart."""
-    differences = np.log(np.asarray(new))[:, None] - np.log(np.asarray(base))
+    """Contrast logarithms of durations that were measured apart."""
+    differences = np.asarray(new)[:, None] - np.asarray(base)
     chances = _mann_whitney(len(base), len(new))
     return Contrast(np.sort(differences.ravel()), chances)
 

@@ -67,6 +67,19 @@ class Samples(msgspec.Struct):
         merged = {name: Histogram.merge(parts) for name, parts in by_name.items()}
         return {name: merged[name] for name in sorted(merged) if merged[name].values}
 
+    def medians(self) -> dict[str, tuple[float | None, ...]]:
+        """Return each operation's median in every window; None where it had none."""
+        names = dict.fromkeys(name for one in self.windows for name in one.durations)
+        return {
+            name: tuple(
+                one.durations[name].quantiles_s([0.5])[0]
+                if name in one.durations
+                else None
+                for one in self.windows
+            )
+            for name in names
+        }
+
     def summary(self) -> dict[str, Latency]:
         """Summarise each operation that was measured."""
         return {name: describe(one) for name, one in self.histograms().items()}

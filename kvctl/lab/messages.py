@@ -27,6 +27,8 @@ class EnginePlan(msgspec.Struct, frozen=True):
     """Among the tenant's engines."""
     first_index: int = 0
     """Of the workload, where an engine that was started again goes on."""
+    turns: str | None = None
+    """Where it meets the engine that it takes turns with, see `kvctl.lab.turns`."""
 
     @property
     def geometry(self) -> Geometry:
@@ -99,6 +101,8 @@ class EngineReport(msgspec.Struct, frozen=True, tag=True):
     chunk_heads: bytes
     """First eight bytes of the hash of each chunk asked for, once each."""
     errors: tuple[str, ...] = ()
+    next_index: int = 0
+    """Of the workload: where another engine could go on."""
     warm_heads: bytes = b""
     """Likewise, of chunks asked for in the warm-up."""
     journal: bytes = b""
@@ -145,7 +149,30 @@ class AloneDone(msgspec.Struct, frozen=True, tag=True):
     bytes_wrong: int = 0
 
 
-Control = Ready | Failed | Start | Stop | Tally | EngineReport | PlayAlone | AloneDone
+class Storm(msgspec.Struct, frozen=True, tag=True):
+    """To a rank, before the load: unregister and register so often, timed."""
+
+    rounds: int
+
+
+class StormDone(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: how long `register` and `unregister` took."""
+
+    samples: Samples
+
+
+Control = (
+    Ready
+    | Failed
+    | Start
+    | Stop
+    | Tally
+    | EngineReport
+    | PlayAlone
+    | AloneDone
+    | Storm
+    | StormDone
+)
 
 _control = msgspec.msgpack.Decoder(Control)
 _encoder = msgspec.msgpack.Encoder()

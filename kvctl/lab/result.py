@@ -13,6 +13,7 @@ from kvcore.options import decode_hook, encode_hook
 from kvctl.lab.alone import Alone
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import Environment
+from kvctl.lab.load_report import LoadReport
 from kvctl.lab.measure import Latency
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.series import Series
@@ -116,12 +117,17 @@ class Result(msgspec.Struct, frozen=True):
     alone: Annotated[
         Alone | None, Meta(description="calls with the machine to themselves")
     ] = None
+    load: LoadReport | None = None
     series: Annotated[Series | None, Meta(description="the load, over time")] = None
     counters: Annotated[
         dict[str, int], Meta(description="the server's own, grown during the load")
     ] = {}
     system: System = System()
     repetition: Repetition | None = None
+    turns: Annotated[
+        dict[str, tuple[float | None, ...]],
+        Meta(description="medians of each turn, where two runs took turns; seconds"),
+    ] = {}
 
     def save(self, folder: Path) -> Path:
         """Write `NAME-STARTED.json` into a folder, made if need be; whole or not.

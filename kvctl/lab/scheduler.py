@@ -35,9 +35,11 @@ from kvctl.lab.player import Player
 from kvctl.lab.score import Score
 from kvctl.lab.stepper import Stepper
 from kvctl.lab.sweep import SweepWatch
+from kvctl.lab.turns import Turns
 from kvctl.lab.workload import accesses
 
 PROGRESS_S = 0.5
+TURN_REQUESTS = 4
 
 
 class Engine:
@@ -66,6 +68,7 @@ class Engine:
         self.stepper = self._make_stepper()
         self.sweep = SweepWatch(scenario.load)
         self.failure: str | None = None
+        self.turns: Turns | None = None
         self._chunk_blocks = self.chunk_size // geometry.block_size
 
     def _make_stepper(self) -> Stepper | None:
@@ -91,18 +94,36 @@ class Engine:
         """Play until there is no more to play; a fatal error stops every slot."""
         player = Player(self, ranks)
         try:
-            while (taken := self.pacer.take()) is not None:
+            while (taken := self._take()) is not None:
                 self.sweep.begin(taken.step)
                 player.play(taken)
                 if self.sweep.end(taken.step, self.clock.now() - self.pacer.epoch_s):
                     self.pacer.stop()
+                if self.turns:
+                    self.turns.done()
         except (EOFError, OSError):
             self._fail(f"a rank of engine {self.plan.engine} is gone")
         except KVError as error:
             self._fail(f"engine {self.plan.engine}: {error.code}: {error.message}")
         finally:
+            if self.turns:
+                self.turns.close()
             for rank in ranks:
                 rank.close()
+
+    def _take(self) -> Taken | None:
+        if self.turns:
+            self.turns.take()
+        return self.pacer.take()
+
+    def meet(self) -> None:
+        """Meet the engine that this one takes turns with, if it does.
+
+        Raises:
+            SetupError, Unavailable: there is none.
+        """
+        if self.plan.turns is not None:
+            self.turns = Turns(self.plan.turns, TURN_REQUESTS, self.score.end_window)
 
     def tell_error(self, message: str, taken: Taken) -> None:
         """Count an error of one request."""
@@ -142,11 +163,12 @@ def run(
             plan.address, label=label, timeout_s=plan.scenario.timeout_s
         ) as client:
             engine = Engine(plan, client)
+            engine.meet()
             send(control, Ready())
             start = receive(control)
             if isinstance(start, Start):
                 _play_all(engine, start.epoch_s, control, slots)
-            send(control, engine.score.report())
+            send(control, engine.score.report(engine.pacer.next_index))
     except KVError as error:
         send(control, Failed(error.message))
     except (EOFError, OSError):
@@ -176,7 +198,9 @@ def _play_all(
             engine.stop()
         if deadline is not None and monotonic() >= deadline:
             engine.pacer.stop()
-        send(control, engine.score.roll())
+        if engine.turns is None:
+            engine.score.end_window()
+        send(control, engine.score.tally())
 
 
 def _announce(threads: Sequence[threading.Thread], last_one: Connection) -> None:

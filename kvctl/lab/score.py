@@ -68,22 +68,22 @@ class Score:
         with self._lock:
             return replace(self._tally)
 
-    def roll(self) -> Tally:
-        """End a window of time; return a copy of the counts so far."""
+    def end_window(self) -> None:
+        """End a window of time, or a turn, and begin the next."""
         tally = self.tally()
         counts = {name: int(getattr(tally, name)) for name in COUNTED_IN_TIME}
         self._recorder.roll(counts)
-        return tally
 
-    def report(self) -> EngineReport:
-        """Return everything."""
-        self.roll()
+    def report(self, next_index: int = 0) -> EngineReport:
+        """Return everything, and where in the workload the engine was."""
+        self.end_window()
         with self._lock:
             return EngineReport(
                 tally=self._tally,
                 samples=self._recorder.samples(),
                 chunk_heads=b"".join(sorted(self._heads)),
                 errors=tuple(self._errors),
+                next_index=next_index,
                 warm_heads=b"".join(sorted(self._warm_heads)),
                 journal=self.journal.packed(),
             )

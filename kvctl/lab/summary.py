@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -10,6 +10,9 @@ from kvcore import __version__
 from kvctl.lab.alone import LookupAlone, summarise_alone
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import detect
+from kvctl.lab.faults import Struck
+from kvctl.lab.journal import unpack
+from kvctl.lab.load_report import LoadReport, report_load
 from kvctl.lab.measure import Latency, Samples
 from kvctl.lab.messages import AloneDone, EngineReport, Tally
 from kvctl.lab.result import (
@@ -47,11 +50,17 @@ class Evidence:
     alone: list[AloneDone] = field(default_factory=list)
     """From ranks that called alone, after the load; likewise `lookup_alone`."""
     lookup_alone: LookupAlone | None = None
+    storms: list[Samples] = field(default_factory=list)
+    """Of registrations, all ranks at once, before the load."""
+    struck: list[Struck] = field(default_factory=list)
+    """Faults that happened."""
     begun_s: float = 0.0
     """When the load began, on the host's monotonic clock."""
     counters: dict[str, int] = field(default_factory=dict)
     """The server's own, grown during the load."""
     system: System = field(default_factory=lambda: System(version=__version__))
+    turns: str | None = None
+    """Where it met the run that it took turns with: half of the time was not its own."""
 
     def tally(self) -> Tally:
         """Add up what the engines counted."""
@@ -65,21 +74,28 @@ def summarise(evidence: Evidence) -> Result:
     """Make the result."""
     tally = evidence.tally()
     samples = Samples.merge(report.samples for report in evidence.reports)
-    operations = samples.summary()
+    operations = samples.summary() | Samples.merge(evidence.storms).summary()
+    load = report_load(
+        evidence.scenario,
+        unpack(report.journal for report in evidence.reports),
+        evidence.begun_s,
+        evidence.struck,
+    )
     if evidence.pings:
         operations["ping"] = evidence.pings
     counts = _counts(evidence, tally)
     rates = _hit_rates(counts)
-    throughput = _throughput(tally, evidence.elapsed_s)
+    elapsed_s = _elapsed_s(evidence, operations)
+    throughput = _throughput(tally, elapsed_s)
     told = [message for report in evidence.reports for message in report.errors]
-    problems = _problems(counts, rates, evidence)
+    problems = _problems(counts, rates, evidence) + missed_goodput(evidence, load)
     return Result(
         version=RESULT_VERSION,
         name=evidence.name,
         scenario=evidence.scenario,
         seed=evidence.seed,
         started=evidence.started.isoformat(timespec="milliseconds"),
-        elapsed_s=evidence.elapsed_s,
+        elapsed_s=elapsed_s,
         interrupted=evidence.interrupted,
         environment=detect(),
         counts=counts,
@@ -93,11 +109,13 @@ def summarise(evidence: Evidence) -> Result:
             evidence.lookup_alone,
             evidence.ceilings.lookup_round_trip_s if evidence.ceilings else None,
         ),
+        load=load,
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
         problems=tuple(problems),
         series=series(samples, evidence.begun_s),
         counters=evidence.counters,
         system=evidence.system,
+        turns=samples.medians() if evidence.turns else {},
     )
 
 
@@ -141,6 +159,14 @@ def _hit_rates(counts: Counts) -> HitRates:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def _elapsed_s(evidence: Evidence, operations: Mapping[str, Latency]) -> float:
+    """Return the time of the load; of a run that took turns, that of its requests."""
+    request = operations.get("request")
+    if evidence.turns and request:
+        return request.mean_s * request.count
+    return evidence.elapsed_s
 
 
 def _throughput(tally: Tally, elapsed_s: float) -> Throughput:
@@ -207,3 +233,14 @@ def _missed(limits: Limits, rates: HitRates) -> Sequence[str]:
         )
         if limit is not None and reached[name] < limit
     ]
+
+
+def missed_goodput(evidence: Evidence, load: LoadReport | None) -> list[str]:
+    """Say when fewer requests than wanted met the limits of time."""
+    wanted = evidence.scenario.limits.min_goodput
+    if wanted is None or evidence.interrupted:
+        return []
+    reached = load.goodput.share if load and load.goodput else 0.0
+    return (
+        [f"min_goodput is {wanted}, reached {reached:.3f}"] if reached < wanted else []
+    )

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvctl.lab.compare import CountVerdict, compare, gather
-from kvctl.lab.contest import Contest, Contestant
+from kvctl.lab.contest import Contest, Pair
 from kvctl.lab.gate import DEFAULT, Gate
 from kvctl.lab.judge import Verdict
 from kvctl.lab.measure import summarise
@@ -122,21 +122,14 @@ def test_a_rule_for_an_unknown_operation_names_the_known() -> None:
         Gate("lokup>5%").broken(compare(runs(1.0), runs(1.0)))
 
 
-def test_a_contest_alternates_and_saves_each_run(tmp_path: Path) -> None:
-    """A B, B A, ...: pairs are judged as such, and read back the same."""
-    order: list[str] = []
-    drift = iter(np.geomspace(1.0, 3.0, 48).tolist())
+def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
+    """A machine that slows down hides nothing; saved runs read back to the same."""
+    drift = np.geomspace(1.0, 3.0, 24).tolist()
 
-    def contestant(label: str, factor: float) -> Contestant:
-        def play() -> Result:
-            order.append(label)
-            return run(next(drift) * factor)
+    def play(number: int) -> Pair:
+        return Pair(run(drift[number]), run(drift[number] * 1.1))
 
-        return Contestant(label, play)
-
-    contest = Contest(contestant("a", 1.0), contestant("b", 1.1), tmp_path)
-    found = contest.play(24)
-    assert order[:4] == ["a", "b", "b", "a"]
+    found = Contest(("a", "b"), tmp_path, play).run(24)
     assert found.in_pairs
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
     assert found.timings["store"].effect.verdict is Verdict.SAME
@@ -145,15 +138,29 @@ def test_a_contest_alternates_and_saves_each_run(tmp_path: Path) -> None:
     assert found.save(tmp_path).exists()
 
 
+def test_turns_are_compared_one_by_one(tmp_path: Path) -> None:
+    """Where runs took turns, a pair's figure is the middle of its turns' ratios."""
+    turns = (1.0, 5.0, 2.0, None)
+
+    def play(number: int) -> Pair:
+        slower = tuple(one and one * 1.1 for one in turns)
+        # The runs' own medians say the opposite.
+        base = replace(run(2.0), turns={"lookup": turns})
+        return Pair(base, replace(run(1.0), turns={"lookup": slower}))
+
+    found = Contest(("a", "b"), tmp_path, play).run(12)
+    assert found.timings["lookup"].effect.ratio == pytest.approx(1.1)
+    assert found.timings["lookup"].effect.verdict is Verdict.WORSE
+
+
 def test_an_interrupted_contest_judges_what_it_has(tmp_path: Path) -> None:
     """The pair under way is left out; with no pair at all there is nothing to judge."""
-    cut = replace(run(1.0), interrupted=True)
-    plays = iter([run(1.0), run(1.0), run(1.0), cut, cut])
-    side = Contestant("a", lambda: next(plays))
-    found = Contest(side, side, tmp_path).play(10)
+    cut = Pair(run(1.0), replace(run(1.0), interrupted=True))
+    whole = Pair(run(1.0), run(1.0))
+    found = Contest(("a", "b"), tmp_path, lambda number: (whole, cut)[number]).run(10)
     assert (found.base.num_runs, found.new.num_runs) == (1, 1)
     with pytest.raises(SetupError, match="interrupted before"):
-        Contest(side, side, tmp_path).play(10)
+        Contest(("a", "b"), tmp_path, lambda _: cut).run(10)
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import combinations, product
 
 import numpy as np
 import pytest
 
-from kvctl.lab.judge import Verdict, judge, paired, unpaired
+from kvctl.lab import judge as judging
+from kvctl.lab.judge import Contrast, Verdict, judge
+
+
+def paired(base: Sequence[float], new: Sequence[float]) -> Contrast:
+    """Contrast durations in pairs."""
+    return judging.paired((np.log(new) - np.log(base)).tolist())
+
+
+def unpaired(base: Sequence[float], new: Sequence[float]) -> Contrast:
+    """Contrast durations measured apart."""
+    return judging.unpaired(np.log(base).tolist(), np.log(new).tolist())
 
 
 def test_signed_ranks_have_their_exact_distribution() -> None:

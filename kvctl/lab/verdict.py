@@ -1,0 +1,111 @@
+"""What a result or a comparison says, in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing
+from kvctl.lab.gate import span
+from kvctl.lab.judge import Verdict
+from kvctl.lab.report import duration
+from kvctl.lab.result import Result
+
+
+def of_result(result: Result) -> str:
+    """Say what a run showed."""
+    if result.problems:
+        return f"{result.name} failed: {result.problems[0]}."
+    counts, rates = result.counts, result.hit_rates
+    checked = "every byte was right" if counts.retrieved_bytes else "nothing came back"
+    cut = ", until it was interrupted" if result.interrupted else ""
+    return (
+        f"{checked[0].upper()}{checked[1:]}{cut}: {rates.by_token:.0%} of the tokens "
+        f"came from the cache, where an endless one gives {rates.ideal_by_token:.0%}, "
+        f"at {result.throughput.requests_per_s:,.3g} requests a second."
+    )
+
+
+def of_comparison(comparison: Comparison) -> str:
+    """Say which side does better, and where."""
+    base, new = comparison.base.label, comparison.new.label
+    found = {verdict: _named(comparison, verdict) for verdict in Verdict}
+    wrong = _counts(comparison, CountVerdict.WORSE)
+    parts = []
+    if found[Verdict.WORSE]:
+        parts.append(f"slower in {_list(found[Verdict.WORSE])}")
+    if found[Verdict.BETTER]:
+        parts.append(f"faster in {_list(found[Verdict.BETTER])}")
+    if wrong:
+        parts.append(f"worse in {_list(wrong)}")
+    if parts:
+        return f"{new} is {', '.join(parts)} than {base}."
+    changed = _counts(comparison, CountVerdict.DIFFERS)
+    if changed:
+        return f"{new} does other work than {base}: {_list(changed)} differ."
+    unsure = len(found[Verdict.CANNOT_TELL])
+    if unsure:
+        return (
+            f"Between {new} and {base} no difference was found; for {unsure} of "
+            f"{len(comparison.timings)} operations more runs would tell."
+        )
+    if comparison.timings:
+        return f"{new} is as fast as {base}, and counts the same."
+    return f"{new} and {base} have no operation in common."
+
+
+def _named(comparison: Comparison, verdict: Verdict) -> list[str]:
+    return [
+        f"{name} ({change(timing)})" if verdict is not Verdict.CANNOT_TELL else name
+        for name, timing in comparison.timings.items()
+        if timing.effect.verdict is verdict
+    ]
+
+
+def _counts(comparison: Comparison, verdict: CountVerdict) -> list[str]:
+    return [
+        f"{words(name)} ({spans(count)})"
+        for name, count in comparison.counts.items()
+        if count.verdict is verdict
+    ]
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def words(name: str) -> str:
+    """Write a field's name as words."""
+    return name.replace("_", " ")
+
+
+def change(timing: Timing) -> str:
+    """Write a ratio as people say it: `+12 %`, `2.3 times as long`."""
+    ratio = timing.effect.ratio
+    if ratio >= 2:
+        return f"{ratio:.1f} times as long"
+    if ratio <= 0.5:
+        return f"{1 / ratio:.1f} times as fast"
+    return f"{ratio - 1:+.1%}"
+
+
+def bounds(timing: Timing) -> str:
+    """Write the interval of a ratio; a dash where there are too few runs for one."""
+    effect = timing.effect
+    if effect.low <= 0:
+        return "-"
+    return f"{effect.low - 1:+.1%} to {effect.high - 1:+.1%}"
+
+
+def times(timing: Timing) -> str:
+    """Write both sides' durations."""
+    return f"{duration(timing.base_s)} -> {duration(timing.new_s)}"
+
+
+def spans(count: Count) -> str:
+    """Write both sides of a count."""
+    return f"{span(*count.base)} -> {span(*count.new)}"
+
+
+def problems(results: Iterable[Result]) -> list[str]:
+    """Say what was wrong with the runs themselves, each once."""
+    return list(dict.fromkeys(line for one in results for line in one.problems))
