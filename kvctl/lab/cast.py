@@ -15,7 +15,7 @@ import msgspec
 
 from kvcore.shm import remove_dead
 from kvctl.lab import scheduler, worker
-from kvctl.lab.messages import EnginePlan, send
+from kvctl.lab.messages import EnginePlan, Storm, send
 
 END_S = 5.0
 """For a process to end once its driver's connection is closed."""
@@ -27,9 +27,17 @@ class Actor:
 
     name: str
     engine: int
+    engine_id: str
     process: SpawnProcess
     control: Connection
-    is_rank: bool = False
+    rank: int | None = None
+    struck: bool = False
+    """It was ended on purpose."""
+
+    @property
+    def is_rank(self) -> bool:
+        """Say whether it is a rank, or else a scheduler."""
+        return self.rank is not None
 
 
 class Cast:
@@ -43,18 +51,12 @@ class Cast:
         self._context = multiprocessing.get_context("spawn")
         self.run_prefix = plans[0].engine_id.rpartition("-")[0]
         self.actors: list[Actor] = []
-        # Its start would unblock what is blocked next.
-        resource_tracker.ensure_running()
-        # Blocked, not ignored: a signal that comes meanwhile reaches the driver later.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for plan in plans:
-                self._start_engine(plan)
+                self.start_engine(plan)
         except BaseException:
             self.close()
             raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     @property
     def schedulers(self) -> list[Actor]:
@@ -72,18 +74,48 @@ class Cast:
             with suppress(OSError):
                 send(actor.control, message)
 
+    def scheduler_of(self, engine: int) -> Actor:
+        """Return an engine's scheduler, the latest one."""
+        return next(a for a in reversed(self.schedulers) if a.engine == engine)
+
+    def rank_of(self, engine: int, rank: int) -> Actor:
+        """Return a rank, the latest one."""
+        return next(
+            a for a in reversed(self.actors) if (a.engine, a.rank) == (engine, rank)
+        )
+
+    def of_engine(self, engine: int) -> list[Actor]:
+        """Return every process that an engine has had."""
+        return [actor for actor in self.actors if actor.engine == engine]
+
+    def storm(self, rounds: int) -> None:
+        """Let all ranks register again so often, at once."""
+        for actor in self.ranks:
+            send(actor.control, Storm(rounds))
+
+    def start_engine(self, plan: EnginePlan) -> None:
+        """Start an engine's processes."""
+        # Its start would unblock what is blocked next.
+        resource_tracker.ensure_running()
+        # Blocked, not ignored: a signal that comes meanwhile reaches the driver later.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._start_engine(plan)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
     def _start_engine(self, plan: EnginePlan) -> None:
         slots = range(plan.scenario.load.concurrency)
         ranks = range(plan.scenario.ranks)
         pairs = [[self._context.Pipe() for _ in ranks] for _ in slots]
         for rank in ranks:
             theirs = [pairs[slot][rank][1] for slot in slots]
-            name = f"rank {rank} of engine {plan.engine}"
+            name = f"rank {rank} of engine {plan.engine_id.rpartition('-')[2]}"
             actor = self._start(name, plan, worker.run, rank, theirs)
-            actor.is_rank = True
+            actor.rank = rank
             _close(theirs)
         ours = [tuple(pairs[slot][rank][0] for rank in ranks) for slot in slots]
-        name = f"scheduler of engine {plan.engine}"
+        name = f"scheduler of engine {plan.engine_id.rpartition('-')[2]}"
         self._start(name, plan, scheduler.run, ours)
         for ends in ours:
             _close(ends)
@@ -98,7 +130,7 @@ class Cast:
         )
         process.start()
         theirs.close()
-        actor = Actor(name, plan.engine, process, control)
+        actor = Actor(name, plan.engine, plan.engine_id, process, control)
         self.actors.append(actor)
         return actor
 

@@ -32,13 +32,19 @@ class LocalServer:
     def __init__(self, config: ServerConfig) -> None:
         if config.address == ServerConfig().address:
             config = msgspec.structs.replace(config, address="tcp://127.0.0.1:0")
+        self._config = config
+        self.away = False
+        """It was ended on purpose, and is to come back."""
         self._folder = tempfile.TemporaryDirectory(prefix="kvlab-")
-        folder = Path(self._folder.name)
-        self._log = folder / "stderr"
-        ready_file = folder / "address"
+        self._log = Path(self._folder.name) / "stderr"
+        self._ready_file = Path(self._folder.name) / "address"
+        self._start()
+
+    def _start(self) -> None:
+        ready_file = self._ready_file
         command = [sys.executable, "-m", "kvctl", "serve"]
         command += ["--ready-file", str(ready_file)]
-        for setting in _settings(config):
+        for setting in _settings(self._config):
             command += ["--set", setting]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -51,6 +57,39 @@ class LocalServer:
         except BaseException:
             self.stop()
             raise
+
+    def kill(self) -> None:
+        """End it at once; `begin` starts it again."""
+        self.away = True
+        self._process.kill()
+
+    def freeze(self) -> None:
+        """Make it stand still."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def begin(self) -> None:
+        """Start it again, at the same address, after it was killed or has ended."""
+        self._forget()
+        self._ready_file.unlink(missing_ok=True)
+        self.away = False
+        self._config = msgspec.structs.replace(self._config, address=self.address)
+        self._start()
+
+    def end(self) -> None:
+        """Ask it to end; `begin` starts it again."""
+        self.away = True
+        self._process.send_signal(signal.SIGTERM)
+
+    def _forget(self) -> None:
+        """Release what belongs to a process that has ended."""
+        self._process.wait(STOP_S)
+        if self._process.stdout:
+            self._process.stdout.close()
+        os.close(self.exited)
 
     @property
     def pid(self) -> int:
@@ -79,7 +118,7 @@ class LocalServer:
 
     def stop(self) -> str | None:
         """Stop it; say what was wrong with how it ended, if anything."""
-        early = self._process.poll() is not None
+        early = self._process.poll() is not None and not self.away
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(STOP_S)
@@ -87,11 +126,9 @@ class LocalServer:
             self._process.kill()
             code = self._process.wait()
         words = self.last_words()
-        if self._process.stdout:
-            self._process.stdout.close()
-        os.close(self.exited)
+        self._forget()
         self._folder.cleanup()
-        if early or code:
+        if early or (code and not self.away):
             when = "early" if early else "when told to stop"
             return f"the server ended {when} with exit code {code}, saying: {words}"
         return None

@@ -80,6 +80,8 @@ class Pacer:
         """Due, but their session has another request under way."""
         self._released: deque[_Freed] = deque()
         self._stopped = False
+        self.next_index = 0
+        """Of the workload, behind the last one that began."""
 
     def start(self, epoch_s: float) -> None:
         """Set the time that all others count from."""
@@ -186,6 +188,7 @@ class Pacer:
         self, head: Due, tokens: Tokens | None, due_s: float, lag_s: float
     ) -> Taken:
         now = self._clock.now()
+        self.next_index = max(self.next_index, head.index + 1)
         return Taken(
             access=head.access,
             tokens=head.access.tokens() if tokens is None else tokens,

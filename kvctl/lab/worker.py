@@ -7,6 +7,7 @@ timed calls.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab.alone import play_alone
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
     EnginePlan,
     Failed,
@@ -29,6 +31,8 @@ from kvctl.lab.messages import (
     PlayAlone,
     Played,
     Ready,
+    Storm,
+    StormDone,
     Tally,
     receive,
     send,
@@ -86,17 +90,16 @@ class Rank:
                 zip(self.cache.groups, self.cache.views, strict=True)
             )
         ]
-        self.chunk_bytes = client.register_kv_cache(
-            RegisterKVCache(
-                instance_id=self.instance_id,
-                engine_id=plan.engine_id,
-                model=plan.model,
-                world_size=ranks,
-                rank=rank,
-                handles=self.cache.handles,
-                groups=self.cache.groups,
-            )
-        ).chunk_bytes
+        self._registration = RegisterKVCache(
+            instance_id=self.instance_id,
+            engine_id=plan.engine_id,
+            model=plan.model,
+            world_size=ranks,
+            rank=rank,
+            handles=self.cache.handles,
+            groups=self.cache.groups,
+        )
+        self.chunk_bytes = client.register_kv_cache(self._registration).chunk_bytes
 
     def play(self, task: Play) -> Played:
         """Retrieve and check, then write and store; errors are told, not raised."""
@@ -192,6 +195,18 @@ class Rank:
         tally.copy_s = perf_counter() - begun
         tally.copy_bytes = size
 
+    def storm(self, rounds: int) -> StormDone:
+        """Unregister and register again and again, beside all others."""
+        durations = {"register": array("d"), "unregister": array("d")}
+        for _ in range(rounds):
+            begun = perf_counter()
+            self.client.unregister_kv_cache(self.instance_id)
+            gone = perf_counter()
+            self.client.register_kv_cache(self._registration)
+            durations["unregister"].append(gone - begun)
+            durations["register"].append(perf_counter() - gone)
+        return StormDone(Samples.pack(durations))
+
     def close(self) -> None:
         """Unregister and let go of the cache."""
         with suppress(KVError):  # Where the server is gone, so is the registration.
@@ -243,6 +258,8 @@ def _obey(played: Rank, control: Connection, slots: list[Connection]) -> None:
                     return
                 if isinstance(task, PlayAlone):
                     send(control, play_alone(played, task))
+                elif isinstance(task, Storm):
+                    send(control, played.storm(task.rounds))
                 continue
             slot = next(slot for slot in slots if slot is source)
             try:

@@ -1,0 +1,97 @@
+"""What is measured when the load is over: calls alone, leaks, ceilings."""
+
+from __future__ import annotations
+
+from itertools import islice
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from kvcore.client import KVClient
+from kvcore.errors import KVError
+from kvcore.keys import SessionKey
+from kvctl.lab import alone, ceilings
+from kvctl.lab.cast import Cast
+from kvctl.lab.measure import time_calls
+from kvctl.lab.messages import PlayAlone, send
+from kvctl.lab.workload import accesses
+
+if TYPE_CHECKING:
+    from kvctl.lab.play import Play
+
+NUM_PINGS = 500
+MAX_LEASES_LOOKED_AT = 100_000
+MAX_ALONE = 4
+"""Ranks that make calls alone; more would tell nothing new."""
+NUM_LOOKED_AT = 1_000
+NUM_LOOKUPS = 200
+
+
+class Aftermath:
+    """Fills the rest of a run's evidence."""
+
+    def __init__(self, play: Play, client: KVClient) -> None:
+        self._play = play
+        self._evidence = play.evidence
+        self._client = client
+
+    def play_alone(self, cast: Cast) -> None:
+        """With the load over, let ranks call one after another, then look up."""
+        evidence, play = self._evidence, self._play
+        if evidence.interrupted or evidence.failures or play.server_gone:
+            return
+        play.watcher.phase("calling alone")
+        try:
+            total_bytes = self._client.status(0).l1.total_bytes
+            task = PlayAlone(min(alone.COPY_BYTES, total_bytes // 8), evidence.seed)
+            for number, actor in enumerate(cast.ranks[:MAX_ALONE], 1):
+                send(actor.control, task)
+                while len(evidence.alone) < number and not evidence.failures:
+                    play.step(cast)
+            self._look_up_alone()
+        except (KVError, OSError) as error:
+            evidence.failures.append(f"calls alone: {error}")
+
+    def _look_up_alone(self) -> None:
+        """Look up a request of about the mean length, again and again."""
+        scenario, seed = self._evidence.scenario, self._evidence.seed
+        some = islice(accesses(scenario.workload, seed), NUM_LOOKED_AT)
+        access = min(some, key=lambda one: abs(one.num_tokens - self._mean_tokens()))
+        tokens = access.tokens()
+        model = self._play.plans()[0].model
+
+        def look_up(number: int) -> float:
+            session = SessionKey(f"{self._play.run_id}-alone", str(number))
+            begun = perf_counter()
+            self._client.lookup(session, model, scenario.ranks, tokens)
+            taken = perf_counter() - begun
+            self._client.end_session(session)
+            return taken
+
+        self._evidence.lookup_alone = alone.median_of(look_up, NUM_LOOKUPS, len(tokens))
+
+    def _mean_tokens(self) -> int:
+        planned = self._play.planned
+        return planned.num_tokens // planned.num_requests
+
+    def look(self) -> None:
+        """With the engines gone: leaked leases, pings, and the ceilings."""
+        self._play.watcher.phase("measuring ceilings")
+        try:
+            leases = self._client.status(MAX_LEASES_LOOKED_AT).leases
+            run_id = self._play.run_id
+            ours = [lease for lease in leases if lease.engine_id.startswith(run_id)]
+            self._evidence.leases_leaked = len(ours)
+            self._evidence.pings = time_calls(self._client.ping, NUM_PINGS)
+            self._evidence.ceilings = self._ceilings()
+        except KVError as error:
+            self._evidence.failures.append(f"after the run: {error.message}")
+
+    def _ceilings(self) -> ceilings.Ceilings:
+        """Measure with the sizes of this run's typical copy and lookup."""
+        scenario, mean_tokens = self._evidence.scenario, self._mean_tokens()
+        chunks = max(1, mean_tokens // scenario.server.chunk_size)
+        return ceilings.measure(
+            copy_bytes=chunks * self._play.chunk_bytes,
+            piece_bytes=scenario.model.geometry().piece_bytes(scenario.ranks),
+            lookup_bytes=mean_tokens * 4,
+        )

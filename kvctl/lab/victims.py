@@ -1,0 +1,119 @@
+"""The processes of a run, as faults strike them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from kvcore.client import KVClient
+from kvcore.errors import SetupError
+from kvctl.lab.cast import Actor, Cast
+from kvctl.lab.faults import Victim
+from kvctl.lab.messages import Stop, send
+from kvctl.lab.scenario import Fault
+
+if TYPE_CHECKING:
+    from kvctl.lab.play import Play
+
+NOTICE_S = 5.0
+POLL_S = 0.002
+REPORT_S = 40.0
+"""For an engine that lost a rank to say what it did."""
+
+
+@dataclass(slots=True)
+class Victims:
+    """Finds what a fault strikes."""
+
+    play: Play
+    cast: Cast
+    client: KVClient
+
+    def of(self, fault: Fault) -> Victim:
+        """Return the victim of a fault.
+
+        Raises:
+            SetupError: there is none, such as a server that was started elsewhere.
+        """
+        if fault.target == "worker":
+            return WorkerVictim(self.play, self.cast, self.client, fault)
+        if fault.target == "service":
+            return self.play.services[fault.service]
+        if self.play.server is None:
+            raise SetupError("faults: the server was not started by this run")
+        return self.play.server
+
+
+@dataclass(slots=True)
+class WorkerVictim:
+    """One rank. Killed, it takes its engine along, which comes back as a new one."""
+
+    play: Play
+    cast: Cast
+    client: KVClient
+    fault: Fault
+
+    def kill(self) -> float | None:
+        """Send SIGKILL; return when the server has noticed."""
+        return self._strike(signal.SIGKILL)
+
+    def end(self) -> float | None:
+        """Send SIGTERM, which a rank does not survive either."""
+        return self._strike(signal.SIGTERM)
+
+    def freeze(self) -> None:
+        """Send SIGSTOP."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Send SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    def begin(self) -> None:
+        """Start the engine again where it was: the rest of its work is left."""
+        engine = self.fault.engine
+        old = self.cast.scheduler_of(engine)
+        if engine not in self.play.reported:
+            send(old.control, Stop())
+        give_up = monotonic() + REPORT_S
+        while engine not in self.play.reported and monotonic() < give_up:
+            self.play.step(self.cast)
+        report = self.play.reported.pop(engine, None)
+        for actor in self.cast.of_engine(engine):
+            actor.struck = True
+            actor.control.close()
+        number = len(self.cast.of_engine(engine))
+        plan = replace(
+            self.play.plans()[engine],
+            engine_id=f"{self.play.run_id}-{engine}.{number}",
+            first_index=report.next_index if report else 0,
+        )
+        self.cast.start_engine(plan)
+
+    def _strike(self, number: signal.Signals) -> float | None:
+        """End the rank; wait until the server no longer lists it."""
+        actor = self._actor()
+        instance_id = f"{actor.engine_id}/{self.fault.rank}"
+        actor.struck = True
+        self._signal(number)
+        give_up, waiting = monotonic() + NOTICE_S, threading.Event()
+        while monotonic() < give_up:
+            instances = self.client.status(0).instances
+            if instance_id not in [one.instance_id for one in instances]:
+                return monotonic()
+            waiting.wait(POLL_S)
+        return None
+
+    def _signal(self, number: signal.Signals) -> None:
+        pid = self._actor().process.pid
+        if pid is not None:
+            os.kill(pid, number)
+
+    def _actor(self) -> Actor:
+        return self.cast.rank_of(self.fault.engine, self.fault.rank)
