@@ -103,7 +103,9 @@ def kill_under_load(server: Server, num_stores: int, first: int) -> list[int]:
         loader.start()
         said.close()
     heard = pipes[0][0]
-    stored = [heard.recv() for _ in range(num_stores)]
+    # Both are at it: a client that is only connecting would wait for a server.
+    stored = [pipe.recv() for pipe, _ in pipes]
+    stored += [heard.recv() for _ in range(num_stores)]
     server.kill()
     for loader, (pipe, _) in zip(loaders, pipes, strict=True):
         stored += hear(pipe)
