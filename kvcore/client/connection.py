@@ -89,6 +89,8 @@ class Connection:
             self._context.term()
             raise Unavailable(f"{address}: {error.strerror}") from None
         self._io = threading.Lock()
+        # Held to submit and to begin to close, so that nothing is submitted later.
+        self._gate = threading.Lock()
         self._ids = count(1)
         self._outbox: deque[Pending] = deque()
         self._pending: dict[int, Pending] = {}
@@ -131,10 +133,11 @@ class Connection:
         server dies. Its callbacks run on the connection's thread and must not wait
         for other requests.
         """
-        pending = self._make(request, timeout_s, retry)
-        future = pending.promise()
-        self._outbox.append(pending)
-        os.eventfd_write(self._wake, 1)
+        with self._gate:
+            pending = self._make(request, timeout_s, retry)
+            future = pending.promise()
+            self._outbox.append(pending)
+            os.eventfd_write(self._wake, 1)
         return future
 
     def call(
@@ -198,10 +201,11 @@ class Connection:
 
     def close(self) -> None:
         """Say goodbye; what is unanswered ends with `Closed`. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        os.eventfd_write(self._wake, 1)
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
         self._thread.join()
         with self._io:
             self._fail_all(Closed("the connection was closed"))
