@@ -39,7 +39,7 @@ from kvctl.lab.turns import Turns
 from kvctl.lab.workload import accesses
 
 PROGRESS_S = 0.5
-TURN_REQUESTS = 4
+TURN_REQUESTS = 1
 
 
 class Engine:
