@@ -330,6 +330,7 @@ class LeaseStatus(msgspec.Struct, frozen=True):
     waiting_readers: tuple[int, ...]
     age_s: float
     expires_in_s: float
+    why: Annotated[str, Meta(description="what it was granted for")] = "lookup"
 
 
 class L1Status(msgspec.Struct, frozen=True):
@@ -539,6 +540,30 @@ class CBStoreFinal(Request[StoreReply], frozen=True):
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
     token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that is known about a miss."""
+
+    code: Annotated[
+        str, Meta(description="such as never_stored, evicted, not_all_ranks, expired")
+    ]
+    message: str
+
+
+class WhyReply(msgspec.Struct, frozen=True):
+    """All that is known, the most telling first; the server forgets old things."""
+
+    findings: tuple[Finding, ...]
+
+
+class Why(Request[WhyReply], frozen=True):
+    """Ask why a lookup missed, or what became of a chunk."""
+
+    about: Annotated[
+        Text,
+        Meta(description="a request's id, ENGINE/REQUEST, or digits of a chunk's hash"),
+    ]
 
 
 # -- what is derived --------------------------------------------------------------

@@ -31,6 +31,7 @@ from kvcore.protocol import (
     Cleared,
     Done,
     EndSession,
+    Finding,
     FreeLookupLocks,
     InstanceStatus,
     Lookup,
@@ -42,9 +43,12 @@ from kvcore.protocol import (
     Store,
     StoreReply,
     UnregisterKVCache,
+    Why,
+    WhyReply,
 )
 from kvcore.storage.arena import Arena
 from kvcore.storage.eviction import make_policy
+from kvcore.storage.history import HASH_DIGITS, MIN_KEY_DIGITS, History
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 from kvcore.storage.manager import Manager
@@ -87,9 +91,15 @@ class Engine:
             for part in recovered.parts:
                 space = self.registry.space(part.name.model, part.name.world_size)
                 space.restore(part.name, part.part)
-        self.leases = LeaseTable(self.l1, config.sessions.lease_s, clock)
+        self.history = History(clock)
+        self.l1.watch(self.history.note_gone)
+        self.leases = LeaseTable(
+            self.l1, config.sessions.lease_s, clock, self.history.note_expired
+        )
         self.on_session_end: list[Callable[[SessionKey], None]] = [self.leases.end]
         """Called at once when END_SESSION asks for it, else when a session expires."""
+        self.on_lookup: list[Callable[[Lookup, Sequence[ChunkHash]], None]] = []
+        """Told what is asked, whatever is found."""
         self.sessions = SessionTable(
             config.chunk_size,
             config.wire.slice_chunks,
@@ -105,6 +115,7 @@ class Engine:
             self.counters,
             config.chunk_size,
             self.manager,
+            self.history,
             config.prefetch.deadline_s,
         )
         self.on_session_end.append(self.lookups.cancel)
@@ -295,6 +306,8 @@ class Engine:
         try:
             yield from self._extend(session, request, num_chunks * self.chunk_size)
             hashes = session.chain.hashes[:num_chunks]
+            for told in self.on_lookup:
+                told(request, hashes)
             find = self.lookups.find(session, needs, hashes, caller, wait=request.wait)
             return (yield from find)
         finally:
@@ -341,6 +354,23 @@ class Engine:
             yield
         return Cleared(num_dropped, len(hashes) - num_dropped)
 
+    def why(self, request: Why, caller: Caller) -> WhyReply:
+        """Tell what is known about a missed lookup or a chunk."""
+        about = request.about
+        findings = [*self.history.why_request(about)]
+        if len(about) >= MIN_KEY_DIGITS and not set(about) - set("0123456789abcdef"):
+            findings += self.history.why_chunk(about)
+            if len(about) == HASH_DIGITS:
+                findings += _presence(self.l1.peek([ChunkHash(bytes.fromhex(about))]))
+        if not findings:
+            findings = [
+                Finding(
+                    "unknown",
+                    "no missed lookup and no chunk that left is known by that name",
+                )
+            ]
+        return WhyReply(tuple(findings))
+
     # -- upkeep -------------------------------------------------------------------
 
     def expire(self) -> float | None:
@@ -379,3 +409,18 @@ class Engine:
         if self.manager is not None:
             self.manager.close()
         self.l1.close()
+
+
+def _presence(chunks: Sequence[Chunk | None]) -> list[Finding]:
+    """Tell which parts of a known chunk are there."""
+    return [
+        Finding(
+            "present" if chunk.ready >> number & 1 else "being_written",
+            f"rank {part.name.rank}'s part of group {part.name.group}, layout "
+            f"{part.name.layout}, {part.num_bytes} bytes, {chunk.holds} holds",
+        )
+        for chunk in chunks
+        if chunk is not None
+        for number, part in [*chunk.parts.items()]
+        if part.name is not None
+    ]

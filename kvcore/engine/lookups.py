@@ -15,11 +15,12 @@ from kvcore.engine.running import Caller, Running
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import LookupReply
+from kvcore.storage.history import History
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs, count_hits, num_covered
-from kvcore.storage.prefetch import PrefetchJob
+from kvcore.storage.prefetch import JobState, PrefetchJob
 
 ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""
@@ -47,6 +48,7 @@ class Lookups:
         counters: Counters,
         chunk_size: int,
         manager: Manager | None,
+        history: History,
         deadline_s: float,
     ) -> None:
         self._l1 = l1
@@ -55,6 +57,7 @@ class Lookups:
         self._counters = counters
         self._chunk_size = chunk_size
         self._manager = manager
+        self._history = history
         self._deadline_s = deadline_s
         self._tasks: dict[SessionKey, _Task] = {}
 
@@ -77,7 +80,7 @@ class Lookups:
             raise
         hit = self.count(chunks, needs)
         if self._manager is None or hit == len(hashes) or session.ended:
-            return self._answer(session, needs, hashes, chunks, caller)
+            return self._answer(session, needs, hashes, chunks, caller, "")
         first = hit - max(
             (num_covered(w.window, self._chunk_size) for w in needs.windows), default=0
         )
@@ -91,14 +94,15 @@ class Lookups:
         )
         task = self._tasks[session.key] = _Task(job, caller.client)
         if not wait:
-            return self._answer(session, needs, hashes, chunks, caller)
+            return self._answer(session, needs, hashes, chunks, caller, "")
 
         def finish() -> LookupReply:
             self._complete(task, hashes, chunks, needs, caller)
             if task.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
                 return self._reply(session, hashes, 0)
-            return self._answer(session, needs, hashes, chunks, caller)
+            tiers = _outcome(job)
+            return self._answer(session, needs, hashes, chunks, caller, tiers)
 
         return Running(job.future, finish)
 
@@ -167,11 +171,18 @@ class Lookups:
         hashes: Sequence[ChunkHash],
         chunks: list[Chunk],
         caller: Caller,
+        tiers: str,
     ) -> LookupReply:
-        """Lease what makes a hit of the held chunks."""
+        """Lease what makes a hit of the held chunks; remember why the rest does not.
+
+        `tiers` says why they did not help, where they were asked.
+        """
         hit = self.count(chunks, needs)
         self._l1.release(chunks[hit:])
         del chunks[hit:]
+        if hit < len(hashes):
+            [first] = self._l1.peek([hashes[hit]])
+            self._history.note_miss(session.key, hashes, hit, first, needs, tiers)
         if session.ended or not chunks:
             self._l1.release(chunks)
             self._leases.end(session.key)
@@ -207,3 +218,12 @@ class Lookups:
         tasks = self._tasks.items()
         for key in [key for key, task in tasks if task.client == client]:
             self.cancel(key)
+
+
+def _outcome(job: PrefetchJob) -> str:
+    """Say why a job that was waited for brought no more."""
+    if job.tier_failed:
+        return "failed"
+    if job.state is JobState.REFUSED:
+        return "refused"
+    return "missing" if job.is_over else "late"

@@ -66,11 +66,17 @@ class LeaseTable:
     """
 
     def __init__(
-        self, l1: L1, ttl_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        l1: L1,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        on_expired: Callable[[SessionKey, int, float], None] | None = None,
     ) -> None:
         self._l1 = l1
         self._ttl_s = ttl_s
         self._clock = clock
+        self._on_expired = on_expired
+        """Told the owner, the chunks still leased, and the lease's age."""
         # In the order of granting, which is that of deadlines. A plain dict would
         # walk over its deleted entries to find the first.
         self._leases: OrderedDict[SessionKey, _Lease] = OrderedDict()
@@ -143,6 +149,9 @@ class LeaseTable:
             lease = self._leases[next(iter(self._leases))]
             if lease.deadline > now:
                 break
+            if self._on_expired is not None:
+                num_chunks = sum(run.end - run.start for run in lease.runs)
+                self._on_expired(lease.owner, num_chunks, now - lease.granted_at)
             self._end(lease, EndReason.EXPIRED)
             num_expired += 1
         return num_expired

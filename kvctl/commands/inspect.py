@@ -13,7 +13,7 @@ from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.options import describe
-from kvcore.protocol import InstanceStatus, StatusReply
+from kvcore.protocol import InstanceStatus, StatusReply, Why
 from kvctl import console
 from kvctl.lab import geometry
 from kvctl.views import protocol as protocol_view
@@ -52,6 +52,25 @@ def server(
     with console.live(*status_view.parts(_status(address))) as update:
         while not threading.Event().wait(REFRESH_S):
             update(*status_view.parts(_status(address)))
+
+
+@app.command()
+def why(
+    about: Annotated[
+        str,
+        typer.Argument(help="a request's id, ENGINE/REQUEST, or digits of a chunk"),
+    ],
+    address: ServerOption = DEFAULTS.address,
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+) -> None:
+    """Tell why a lookup missed: never stored, evicted, not all ranks, tier failed..."""
+    with KVClient(address, timeout_s=TIMEOUT_S) as client:
+        reply = client.call(Why(about))
+    if as_json:
+        console.line(msgspec.json.format(msgspec.json.encode(reply)).decode())
+    else:
+        rows = tuple((finding.code, finding.message) for finding in reply.findings)
+        console.show(console.Table(f"why {about}", ("code", "what is known"), rows))
 
 
 @app.command()

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import time
 
-from kvcore.protocol import InstanceStatus, L1Status, LeaseStatus, StatusReply
+from kvcore.protocol import (
+    InstanceStatus,
+    L1Status,
+    LeaseStatus,
+    PrefetchStatus,
+    StatusReply,
+    TierStatus,
+)
 from kvctl.console import Table, bar, size
 
 
@@ -15,6 +23,11 @@ def parts(status: StatusReply) -> list[Table | str]:
         shown.append(_instances(status.instances))
     if status.leases:
         shown.append(_leases(status.leases, status.num_leases))
+    if status.prefetches:
+        shown.append(_prefetches(status.prefetches, status.num_prefetches))
+    if status.tiers:
+        shown.append(_tiers(status.tiers))
+        shown.append(_tier_counters(status.tiers))
     shown.append(_counters(status.counters))
     return shown
 
@@ -66,11 +79,60 @@ def _leases(leases: Sequence[LeaseStatus], num_leases: int) -> Table:
             _duration(lease.age_s),
             _duration(lease.expires_in_s),
             " ".join(map(str, lease.waiting_readers)),
+            lease.why,
         )
         for lease in leases
     )
     cut = f" ({len(leases)} of {num_leases})" if num_leases > len(leases) else ""
-    return Table(f"leases{cut}", (*columns, "ranks to read"), rows)
+    return Table(f"leases{cut}", (*columns, "ranks to read", "why"), rows)
+
+
+def _prefetches(jobs: Sequence[PrefetchStatus], num_jobs: int) -> Table:
+    columns = ("engine", "request", "state", ">chunks", ">found", ">parts loaded")
+    rows = tuple(
+        (
+            job.engine_id,
+            job.request_id,
+            job.state,
+            str(job.num_chunks),
+            str(job.num_found),
+            str(job.num_loaded),
+            size(job.num_bytes),
+            _duration(job.age_s),
+            _duration(job.due_in_s),
+        )
+        for job in jobs
+    )
+    cut = f" ({len(jobs)} of {num_jobs})" if num_jobs > len(jobs) else ""
+    return Table(f"prefetches{cut}", (*columns, ">bytes", ">age", ">due in"), rows)
+
+
+def _tiers(tiers: Sequence[TierStatus]) -> Table:
+    columns = ("tier", "state", ">used", ">of", ">waiting", ">writing", "last error")
+    rows = tuple(
+        (
+            f"{tier.name}\n{tier.url}",
+            f"{'up' if tier.up else 'down'} for {_duration(time() - tier.since)}",
+            "" if tier.used_bytes is None else size(tier.used_bytes),
+            "" if tier.max_bytes is None else size(tier.max_bytes),
+            size(tier.write_back.num_bytes),
+            str(tier.write_back.num_writing),
+            tier.last_error,
+        )
+        for tier in tiers
+    )
+    return Table("tiers", columns, rows)
+
+
+def _tier_counters(tiers: Sequence[TierStatus]) -> Table:
+    names = list(dict.fromkeys(name for tier in tiers for name in tier.counters))
+    rows = tuple(
+        (name, *(f"{tier.counters.get(name, 0):,}" for tier in tiers))
+        for name in names
+        if any(tier.counters.get(name) for tier in tiers)
+    )
+    columns = ("counter", *(f">{tier.name}" for tier in tiers))
+    return Table("of the tiers", columns, rows)
 
 
 def _counters(counters: dict[str, int]) -> Table:

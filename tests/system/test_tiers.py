@@ -11,6 +11,7 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
+from kvcore.protocol import Why
 from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.test_ranks import HYBRID
@@ -132,3 +133,51 @@ def masked(blocks: list[int], group: Group, num_chunks: int) -> list[int]:
     """Null what lies before the window's chunks."""
     null = (num_chunks - window_chunks(group, num_chunks)) * PER_CHUNK
     return [-1] * null + blocks[null:]
+
+
+def codes(client: KVClient, about: str) -> list[str]:
+    """What the server knows of it."""
+    return [finding.code for finding in client.call(Why(about)).findings]
+
+
+def test_why_tells_what_became_of_a_miss(
+    serve: Serve, hire: Hire, prompt: Prompt, model: str
+) -> None:
+    """Never stored, not all ranks, evicted (for whom), other layout, expired."""
+    server = serve(*SMALL, "--set", "sessions.lease_s=0.3")
+    with connected(server) as client:
+        first, second = staff(hire, server, model, PLAIN, 2)
+        known, other = prompt(2 * CHUNK), prompt(4 * CHUNK)
+        key = SessionKey("engine", "never")
+        assert client.lookup(key, model, 2, known).num_chunks == 0
+        assert codes(client, "engine/never") == ["missed", "never_stored"]
+
+        first.ask("store", key, "i0", 0, len(known), [blocks_of(2)])
+        client.lookup(key, model, 2, known)
+        assert codes(client, "never") == ["missed", "not_all_ranks"]
+
+        second.ask("store", key, "i1", 0, len(known), [blocks_of(2)])
+        assert client.lookup(key, model, 2, known).num_chunks == 2
+        wait_until(lambda: client.status().num_leases == 0)
+        assert codes(client, "never")[-1] == "expired"
+        client.end_session(key)
+
+        greedy = SessionKey("engine", "greedy")
+        for worker, name in ((first, "i0"), (second, "i1")):
+            worker.ask("store", greedy, name, 0, len(other), [blocks_of(4)], other)
+        late = SessionKey("engine", "late")
+        client.lookup(late, model, 2, known)
+        [missed, evicted] = client.call(Why("late")).findings
+        assert (missed.code, evicted.code) == ("missed", "evicted")
+        assert "for engine/greedy" in evicted.message
+        digits = missed.message.rpartition(" ")[2]
+        assert codes(client, digits[:12])[0] == "evicted"
+        assert codes(client, "nothing-of-the-kind") == ["unknown"]
+        for worker, name in ((first, "i0"), (second, "i1")):
+            worker.ask("unregister_kv_cache", name)
+        for rank, worker in enumerate((first, second)):
+            worker.ask(
+                "register", f"i{rank}", model, HYBRID[1:], rank=rank, world_size=2
+            )
+        client.lookup(SessionKey("engine", "wider"), model, 2, other)
+        assert "other_layout" in codes(client, "wider")
