@@ -87,6 +87,34 @@ def run(
 
 
 @app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="a trace that is replayed as prefixes")],
+    policy: Annotated[
+        str | None, typer.Option(help="eviction policies, comma-separated; all")
+    ] = None,
+    capacity: Annotated[
+        str, typer.Option(help="blocks, or shares of the trace's unique ones")
+    ] = "1%,5%,10%,20%,50%",
+    as_json: Annotated[bool, typer.Option("--json", help="rows as JSON")] = False,
+) -> None:
+    """Count a trace's hits under the server's eviction policies, moving no bytes.
+
+    The ideal never evicts; the optimum knows what is asked next.
+    """
+    import msgspec
+
+    from kvctl.lab import simulate as lab
+
+    policies = (policy or ",".join(lab.POLICIES)).split(",")
+    requests = lab.load(trace)
+    rows = list(lab.simulate(requests, policies, capacity.split(",")))
+    if as_json:
+        console.line(msgspec.json.format(msgspec.json.encode(rows)).decode())
+    else:
+        console.show(lab.table(requests, rows))
+
+
+@app.command()
 def compare(
     base: Annotated[Path, typer.Argument(help="a result, or a folder of repetitions")],
     new: Annotated[Path, typer.Argument(help="likewise")],

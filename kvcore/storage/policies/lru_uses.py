@@ -44,19 +44,16 @@ class UsesLRU:
 
     def touch(self, key: ChunkHash) -> None:
         """Count a use, and make the chunk the most recent of its level."""
-        self._now += 1
+        self._now = now = self._now + 1
         uses = self._uses.get(key)
         if uses is None:
-            self.admit(key)
-            uses = self._uses[key]
-        level = self._levels[LEVELS[uses]]
-        if uses < MAX_USES:
-            self._uses[key] = uses + 1
-            del level[key]
-            self._levels[LEVELS[uses + 1]][key] = self._now
+            uses = self._ghosts.pop(key, 0)
         else:
-            level[key] = self._now
-            level.move_to_end(key)
+            del self._levels[LEVELS[uses]][key]
+        if uses < MAX_USES:
+            uses += 1
+        self._uses[key] = uses
+        self._levels[LEVELS[uses]][key] = now
 
     def discard(self, key: ChunkHash) -> None:
         """Forget a chunk, known or not, and that it was ever here."""
@@ -67,9 +64,12 @@ class UsesLRU:
 
     def evict(self, evictable: Callable[[ChunkHash], bool]) -> ChunkHash | None:
         """Pop the least worthy until one may go; what is held counts on later."""
-        while self._uses:
+        uses, ghosts = self._uses, self._ghosts
+        while uses:
             key, _ = self._least().popitem(last=False)
-            self._remember(key, self._uses.pop(key))
+            ghosts[key] = uses.pop(key)
+            while len(ghosts) > len(uses) + 1:
+                ghosts.popitem(last=False)
             if evictable(key):
                 return key
         return None
@@ -88,15 +88,11 @@ class UsesLRU:
     def _least(self) -> OrderedDict[ChunkHash, int]:
         """Return the level whose oldest chunk is worth least, the lowest of equals."""
         bonus = BONUS * len(self._uses)
-        least, least_worth = self._levels[0], inf
-        for number, level in enumerate(self._levels):
-            if level:
-                worth = level[next(iter(level))] + number * bonus
-                if worth < least_worth:
-                    least, least_worth = level, worth
+        least, least_worth, above = self._levels[0], inf, 0.0
+        for level in self._levels:
+            for oldest in level.values():
+                if oldest + above < least_worth:
+                    least, least_worth = level, oldest + above
+                break
+            above += bonus
         return least
-
-    def _remember(self, key: ChunkHash, uses: int) -> None:
-        self._ghosts[key] = uses
-        while len(self._ghosts) > len(self._uses) + 1:
-            self._ghosts.popitem(last=False)

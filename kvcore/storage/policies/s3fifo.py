@@ -15,6 +15,8 @@ from kvcore.keys import ChunkHash
 
 SMALL_SHARE = 0.1
 """Of the resident chunks, those on probation."""
+MAIN_SHARE = 1 - SMALL_SHARE
+"""Of the resident chunks, the others; as many evicted ones are remembered."""
 PROMOTED_USES = 2
 """Uses after the first that take a chunk from probation into the main queue."""
 MAX_USES = 3
@@ -63,22 +65,24 @@ class S3FIFO:
 
     def evict(self, evictable: Callable[[ChunkHash], bool]) -> ChunkHash | None:
         """Pop whichever queue is over its share; used ones go round once more."""
-        while self._small or self._main:
-            resident = len(self._small) + len(self._main)
-            on_probation = not self._main or len(self._small) >= SMALL_SHARE * resident
+        small, main, ghosts = self._small, self._main, self._ghosts
+        while small or main:
+            on_probation = len(small) >= SMALL_SHARE * (len(small) + len(main))
             if on_probation:
-                key, uses = self._small.popitem(last=False)
+                key, uses = small.popitem(last=False)
                 if uses >= PROMOTED_USES:
-                    self._main[key] = 0
+                    main[key] = 0
                     continue
             else:
-                key, uses = self._main.popitem(last=False)
+                key, uses = main.popitem(last=False)
                 if uses > 0:
-                    self._main[key] = uses - 1
+                    main[key] = uses - 1
                     continue
             may_go = evictable(key)
             if on_probation or not may_go:  # What is held is in use: it comes back.
-                self._remember(key)
+                ghosts[key] = None
+                while len(ghosts) > MAIN_SHARE * (len(small) + len(main)) + 1:
+                    ghosts.popitem(last=False)
             if may_go:
                 return key
         return None
@@ -90,10 +94,3 @@ class S3FIFO:
             *(k for k, n in islice(self._main.items(), count) if n <= 0),
         ]
         return old[:count]
-
-    def _remember(self, key: ChunkHash) -> None:
-        """Keep as many ghosts as there are chunks in the main queue, or could be."""
-        self._ghosts[key] = None
-        resident = len(self._small) + len(self._main)
-        while len(self._ghosts) > (1 - SMALL_SHARE) * resident + 1:
-            self._ghosts.popitem(last=False)
