@@ -224,6 +224,10 @@ class ServerConfig(Options, frozen=True):
         int | None,
         Meta(description="serve Prometheus metrics on 127.0.0.1 at this port"),
     ] = None
+    record: Annotated[
+        str | None,
+        Meta(description="write every lookup here, hashes only, to be replayed"),
+    ] = None
     ready_file: Annotated[
         str | None, Meta(description="write the bound address here once serving")
     ] = None

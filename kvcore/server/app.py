@@ -42,6 +42,7 @@ from kvcore.protocol import (
 from kvcore.server.clients import Client, ClientTable
 from kvcore.server.loop import Handler, Loop
 from kvcore.server.metrics import exposed
+from kvcore.server.recording import Recording
 from kvcore.server.socket import bind
 from kvcore.shm import remove_dead
 from kvcore.storage.arena import SEGMENT_PREFIX
@@ -74,6 +75,10 @@ class Server:
                 stack.callback(recovered.journal.close)
             tiers = open_tiers(config.tiers)
             self.engine = Engine(config, arena, tiers=tiers, recovered=recovered)
+            if config.record is not None:
+                recording = Recording(Path(config.record), config.chunk_size)
+                stack.callback(recording.close)
+                self.engine.on_lookup.append(recording.add)
             self.clients = ClientTable(
                 config.wire.heartbeat_s, self._watch, self._unwatch
             )

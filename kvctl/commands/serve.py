@@ -38,8 +38,13 @@ def serve(
     l1_size: Annotated[str | None, _flag("l1.size")] = None,
     chunk_size: Annotated[int | None, _flag("chunk_size")] = None,
     engine: Annotated[str | None, _flag("engine")] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="a store beneath L1, by URL; several are asked in order"),
+    ] = None,
     ready_file: Annotated[str | None, _flag("ready_file")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
+    record: Annotated[str | None, _flag("record")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -51,9 +56,11 @@ def serve(
         "address": address,
         "l1.size": l1_size,
         "chunk_size": chunk_size,
+        "tiers": tier,
         "engine": engine,
         "ready_file": ready_file,
         "metrics_port": metrics_port,
+        "record": record,
         "log_level": log_level,
     }
     options = load(ServerConfig, config, overrides or (), flags)

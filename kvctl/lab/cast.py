@@ -65,8 +65,8 @@ class Cast:
 
     @property
     def ranks(self) -> list[Actor]:
-        """All engines'."""
-        return [actor for actor in self.actors if actor.is_rank]
+        """All engines', those that are still there."""
+        return [a for a in self.actors if a.is_rank and not a.control.closed]
 
     def tell_schedulers(self, message: msgspec.Struct) -> None:
         """Send a message to every scheduler that is still there."""

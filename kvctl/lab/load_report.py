@@ -17,7 +17,8 @@ from kvctl.lab.scenario import Limits, Scenario
 
 NOTABLE_LAG_S = 0.001
 NOTABLE_LAG_SHARE = 0.1
-"""Of the median request: a generator later than both is what limits a run."""
+"""Of the median request: one that is later than both for a tenth of the requests
+limits a run itself."""
 
 
 class Goodput(msgspec.Struct, frozen=True):
@@ -148,7 +149,7 @@ def _latency(seconds: np.typing.NDArray[np.float64]) -> Latency | None:
 def _is_bound(lag: Latency | None, request: Latency | None) -> bool:
     if lag is None or request is None:
         return False
-    return lag.p99_s > max(NOTABLE_LAG_S, NOTABLE_LAG_SHARE * request.p50_s)
+    return lag.p90_s > max(NOTABLE_LAG_S, NOTABLE_LAG_SHARE * request.p50_s)
 
 
 def _goodput(limits: Limits, records: Records, elapsed_s: float) -> Goodput | None:

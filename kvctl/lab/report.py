@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvctl.console import Table
+from kvctl.lab import load_tables
 from kvctl.lab.measure import Latency
-from kvctl.lab.result import Result
+from kvctl.lab.result import DocumentReuse, Result
 
 NOTHING = "-"
 
@@ -15,8 +16,12 @@ def parts(result: Result) -> Iterator[Table | str]:
     """Render a result for `console.show`."""
     yield _headline(result)
     yield _counts(result)
+    if result.documents:
+        yield _documents(result, result.documents)
     yield _operations(result)
     yield _limits(result)
+    if result.load:
+        yield from load_tables.parts(result.load)
     for message in result.errors:
         yield f"error: {message}"
     for problem in result.problems:
@@ -52,6 +57,40 @@ def _counts(result: Result) -> Table:
 
 def _rate(served: float, ideal: float) -> str:
     return f"{served:.3f} (endless cache {ideal:.3f})"
+
+
+def _documents(result: Result, reuse: DocumentReuse) -> Table:
+    """Put reuse by prefix alone beside reuse at any position."""
+    counts, contents = result.counts, reuse.contents or 1
+    tokens, chunks = counts.tokens or 1, reuse.chunks or 1
+    rows = (
+        (
+            "prompt tokens served",
+            f"{counts.tokens_hit / tokens:.3f}",
+            f"{reuse.tokens_hit / tokens:.3f}",
+        ),
+        (
+            "whole chunks served",
+            f"{result.hit_rates.by_block:.3f}",
+            f"{reuse.chunks_hit / chunks:.3f}",
+        ),
+        (
+            "endless cache, whole chunks",
+            f"{result.hit_rates.ideal_by_block:.3f}",
+            f"{reuse.chunks_hit_ideal / chunks:.3f}",
+        ),
+        (
+            "served of the endless cache's",
+            _share(counts.chunks_hit / (counts.chunks_hit_ideal or 1)),
+            _share(reuse.share_of_ideal),
+        ),
+        (
+            "endless cache, contents of any length",
+            f"{reuse.contents_prefix / contents:.3f}",
+            f"{reuse.contents_anywhere / contents:.3f}",
+        ),
+    )
+    return Table("reuse", ("", ">by prefix alone", ">by documents anywhere"), rows)
 
 
 def _operations(result: Result) -> Table:
