@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from kvcore.keys import SessionKey
+from kvcore.protocol import CBMatch
 from kvctl.lab.geometry import Geometry
 from kvctl.lab.measure import Samples
 from kvctl.lab.scenario import Scenario
@@ -83,6 +84,11 @@ class Tally(msgspec.Struct, tag=True):
     store_s: float = 0.0
     retrieve_bytes: int = 0
     retrieve_s: float = 0.0
+    document_tokens_hit: int = 0
+    """Of prompts, found in documents at any position."""
+    document_chunks: int = 0
+    """Whole ones of documents in prompts."""
+    document_chunks_hit: int = 0
     copy_bytes: int = 0
     """Of plain copies in the ranks, timed between their calls; likewise `copy_s`."""
     copy_s: float = 0.0
@@ -105,11 +111,13 @@ class EngineReport(msgspec.Struct, frozen=True, tag=True):
     """Of the workload: where another engine could go on."""
     warm_heads: bytes = b""
     """Likewise, of chunks asked for in the warm-up."""
+    document_heads: bytes = b""
+    """Likewise, of documents' chunks; nothing of the warm-up."""
     journal: bytes = b""
     """`kvctl.lab.journal.RECORD`s: one a request, warm-up included."""
 
 
-class Play(msgspec.Struct, frozen=True):
+class Play(msgspec.Struct, frozen=True, tag=True):
     """To a rank: retrieve chunks [0, hit) and check them; write and store the rest."""
 
     session: SessionKey
@@ -121,6 +129,29 @@ class Play(msgspec.Struct, frozen=True):
     """One a cache group: int32 ids of the blocks of [0, end)."""
     retrieve: bool = True
     """Without it [0, hit) is there already."""
+
+
+class StoredDocument(msgspec.Struct, frozen=True):
+    """A document in a prompt that is to be stored."""
+
+    start: int
+    end: int
+    hashes: bytes
+    """32 bytes a chunk, in the document space."""
+
+
+class PlayDocuments(msgspec.Struct, frozen=True, tag=True):
+    """To a rank: load and check what was found, store documents and the prompt."""
+
+    session: SessionKey
+    slot: int
+    """Of the buffer, from 0."""
+    tokens: bytes
+    """Of the prompt, packed uint32."""
+    matches: tuple[CBMatch, ...]
+    documents: tuple[StoredDocument, ...]
+    hashes: bytes
+    """Of the prompt's chunks, 32 bytes each."""
 
 
 class Played(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from kvcore.keys import ChunkHash, HashChain, SessionKey, pack_tokens
 from kvcore.protocol import LookupReply
 from kvctl.lab import batch
 from kvctl.lab.journal import Entry, Outcome
-from kvctl.lab.messages import Play, Played, Tally, send
+from kvctl.lab.messages import Play, PlayDocuments, Played, Tally, send
 from kvctl.lab.pacer import Taken
 from kvctl.lab.paged import Indices
 from kvctl.lab.score import HEAD_BYTES
@@ -189,7 +189,7 @@ class Player:
         hashes = b"".join(life.hashes)
         return Play(life.session, hit_tokens, end, hashes, ids, retrieve)
 
-    def _tell(self, task: Play) -> None:
+    def _tell(self, task: Play | PlayDocuments) -> None:
         for rank in self._ranks:
             send(rank, task)
 

@@ -78,6 +78,29 @@ class Shares(msgspec.Struct, frozen=True):
     lookup: float | None
 
 
+class DocumentReuse(msgspec.Struct, frozen=True):
+    """What reuse at any position gives beside reuse of prefixes alone."""
+
+    tokens_hit: Annotated[int, Meta(description="of prompts, in documents anywhere")]
+    chunks: Annotated[int, Meta(description="whole chunks of documents in prompts")]
+    chunks_hit: int
+    chunks_hit_ideal: Annotated[int, Meta(description="with an endless cache")]
+    contents: Annotated[
+        int, Meta(description="documents and glue asked for, whatever their length")
+    ]
+    contents_prefix: Annotated[
+        int, Meta(description="of these, reused by an ideal that knows prefixes")
+    ]
+    contents_anywhere: Annotated[
+        int, Meta(description="likewise, that knows them at any position")
+    ]
+
+    @property
+    def share_of_ideal(self) -> float:
+        """What was found of what an endless cache would have found."""
+        return self.chunks_hit / self.chunks_hit_ideal if self.chunks_hit_ideal else 1.0
+
+
 class System(msgspec.Struct, frozen=True):
     """What was under the load."""
 
@@ -118,6 +141,7 @@ class Result(msgspec.Struct, frozen=True):
         Alone | None, Meta(description="calls with the machine to themselves")
     ] = None
     load: LoadReport | None = None
+    documents: DocumentReuse | None = None
     series: Annotated[Series | None, Meta(description="the load, over time")] = None
     counters: Annotated[
         dict[str, int], Meta(description="the server's own, grown during the load")

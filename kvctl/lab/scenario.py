@@ -169,6 +169,10 @@ class Limits(Options, frozen=True):
     min_share_of_ideal: Annotated[
         Share | None, Meta(description="token hits, against an endless cache")
     ] = None
+    min_documents_share: Annotated[
+        Share | None,
+        Meta(description="documents' chunks found, against an endless cache"),
+    ] = None
     ttft_s: Annotated[
         Seconds | None, Meta(description="of a request that counts as good")
     ] = None

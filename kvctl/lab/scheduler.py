@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from time import monotonic
@@ -19,6 +20,8 @@ from kvcore.keys import chain_seed
 from kvctl.lab.arrivals import Due, schedule
 from kvctl.lab.batch import Batch
 from kvctl.lab.blocks import BlockPool
+from kvctl.lab.demand import Documents
+from kvctl.lab.document_player import DocumentPlayer
 from kvctl.lab.messages import (
     EnginePlan,
     Failed,
@@ -68,6 +71,7 @@ class Engine:
         self.stepper = self._make_stepper()
         self.sweep = SweepWatch(scenario.load)
         self.failure: str | None = None
+        self._slots = count()
         self.turns: Turns | None = None
         self._chunk_blocks = self.chunk_size // geometry.block_size
 
@@ -92,7 +96,7 @@ class Engine:
 
     def run_slot(self, ranks: Sequence[Connection]) -> None:
         """Play until there is no more to play; a fatal error stops every slot."""
-        player = Player(self, ranks)
+        player = self._make_player(ranks)
         try:
             while (taken := self._take()) is not None:
                 self.sweep.begin(taken.step)
@@ -110,6 +114,11 @@ class Engine:
                 self.turns.close()
             for rank in ranks:
                 rank.close()
+
+    def _make_player(self, ranks: Sequence[Connection]) -> Player:
+        if isinstance(self.plan.scenario.workload, Documents):
+            return DocumentPlayer(self, ranks, next(self._slots))
+        return Player(self, ranks)
 
     def _take(self) -> Taken | None:
         if self.turns:

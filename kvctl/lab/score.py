@@ -37,6 +37,7 @@ class Score:
         self._recorder = Recorder()
         self._heads: set[bytes] = set()
         self._warm_heads: set[bytes] = set()
+        self._document_heads: set[bytes] = set()
         self._errors: list[str] = []
         self.journal = Journal()
 
@@ -58,6 +59,12 @@ class Score:
             (self._warm_heads if warm_up else self._heads).update(heads)
             self._errors += errors[: MAX_ERRORS_TOLD - len(self._errors)]
         self._recorder.add(durations)
+
+    def add_documents(self, tally: Tally, heads: Sequence[bytes]) -> None:
+        """Count in how a request's documents were reused."""
+        with self._lock:
+            self._document_heads.update(heads)
+            self._tally.add(tally)
 
     def note(self, entry: Entry) -> None:
         """Enter a request in the journal."""
@@ -85,6 +92,7 @@ class Score:
                 errors=tuple(self._errors),
                 next_index=next_index,
                 warm_heads=b"".join(sorted(self._warm_heads)),
+                document_heads=b"".join(sorted(self._document_heads)),
                 journal=self.journal.packed(),
             )
 

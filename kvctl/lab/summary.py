@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from kvcore import __version__
 from kvctl.lab.alone import LookupAlone, summarise_alone
 from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.demand import Documents
+from kvctl.lab.documents import count_contents
 from kvctl.lab.environment import detect
 from kvctl.lab.faults import Struck
 from kvctl.lab.journal import unpack
@@ -18,6 +20,7 @@ from kvctl.lab.messages import AloneDone, EngineReport, Tally
 from kvctl.lab.result import (
     RESULT_VERSION,
     Counts,
+    DocumentReuse,
     HitRates,
     Result,
     Shares,
@@ -88,7 +91,9 @@ def summarise(evidence: Evidence) -> Result:
     elapsed_s = _elapsed_s(evidence, operations)
     throughput = _throughput(tally, elapsed_s)
     told = [message for report in evidence.reports for message in report.errors]
+    documents = _documents(evidence, tally)
     problems = _problems(counts, rates, evidence) + missed_goodput(evidence, load)
+    problems += _missed_documents(evidence, documents)
     return Result(
         version=RESULT_VERSION,
         name=evidence.name,
@@ -110,6 +115,7 @@ def summarise(evidence: Evidence) -> Result:
             evidence.ceilings.lookup_round_trip_s if evidence.ceilings else None,
         ),
         load=load,
+        documents=documents,
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
         problems=tuple(problems),
         series=series(samples, evidence.begun_s),
@@ -142,6 +148,36 @@ def _counts(evidence: Evidence, tally: Tally) -> Counts:
         retrieved_bytes=tally.retrieve_bytes,
         stored_bytes=tally.store_bytes,
     )
+
+
+def _documents(evidence: Evidence, tally: Tally) -> DocumentReuse | None:
+    """Count the reuse of documents, where the workload is made of them."""
+    workload = evidence.scenario.workload
+    if not isinstance(workload, Documents):
+        return None
+    heads = set[bytes]().union(*(_heads(r.document_heads) for r in evidence.reports))
+    contents = count_contents(workload, evidence.seed)
+    return DocumentReuse(
+        tokens_hit=tally.document_tokens_hit,
+        chunks=tally.document_chunks,
+        chunks_hit=tally.document_chunks_hit,
+        chunks_hit_ideal=tally.document_chunks - len(heads),
+        contents=contents.num_asked,
+        contents_prefix=contents.num_prefix,
+        contents_anywhere=contents.num_anywhere,
+    )
+
+
+def _missed_documents(
+    evidence: Evidence, documents: DocumentReuse | None
+) -> Sequence[str]:
+    wanted = evidence.scenario.limits.min_documents_share
+    if wanted is None or documents is None or evidence.interrupted:
+        return ()
+    if documents.share_of_ideal >= wanted:
+        return ()
+    reached = f"{documents.share_of_ideal:.3f}"
+    return (f"min_documents_share is {wanted}, reached {reached}",)
 
 
 def _heads(packed: bytes) -> set[bytes]:

@@ -23,12 +23,15 @@ from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab.alone import play_alone
+from kvctl.lab.demand import Documents
+from kvctl.lab.document_buffer import DocumentBuffer
 from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
     EnginePlan,
     Failed,
     Play,
     PlayAlone,
+    PlayDocuments,
     Played,
     Ready,
     Storm,
@@ -47,7 +50,7 @@ COPY_EVERY = 8
 """Requests to a plain copy, which the calls are held against."""
 MAX_COPY_BYTES = 32 << 20
 
-_plays = msgspec.msgpack.Decoder(Play)
+_plays = msgspec.msgpack.Decoder(Play | PlayDocuments)
 
 
 @dataclass(slots=True)
@@ -90,6 +93,7 @@ class Rank:
                 zip(self.cache.groups, self.cache.views, strict=True)
             )
         ]
+        self.documents: DocumentBuffer | None = None
         self._registration = RegisterKVCache(
             instance_id=self.instance_id,
             engine_id=plan.engine_id,
@@ -100,9 +104,14 @@ class Rank:
             groups=self.cache.groups,
         )
         self.chunk_bytes = client.register_kv_cache(self._registration).chunk_bytes
+        if isinstance(plan.scenario.workload, Documents):
+            name = f"{self.cache.segment.name}-documents"
+            self.documents = DocumentBuffer(name, plan, rank, client)
 
-    def play(self, task: Play) -> Played:
+    def play(self, task: Play | PlayDocuments) -> Played:
         """Retrieve and check, then write and store; errors are told, not raised."""
+        if isinstance(task, PlayDocuments):
+            return self.documents.play(task) if self.documents else Played(Tally(), {})
         blocks = [np.frombuffer(packed, np.int32) for packed in task.blocks]
         turn = _Turn(task.session, chunk_seeds(task.hashes), blocks)
         try:
@@ -209,6 +218,8 @@ class Rank:
 
     def close(self) -> None:
         """Unregister and let go of the cache."""
+        if self.documents is not None:
+            self.documents.close()
         with suppress(KVError):  # Where the server is gone, so is the registration.
             _ = self.client.server
             self.client.unregister_kv_cache(self.instance_id)

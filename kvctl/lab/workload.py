@@ -27,7 +27,7 @@ from kvctl.lab.demand import (
     Uniform,
     Workload,
 )
-from kvctl.lab.documents import requests
+from kvctl.lab.documents import Piece, requests
 from kvctl.lab.traces import reader
 
 Tokens = npt.NDArray[np.uint32]
@@ -48,6 +48,8 @@ class Access:
     output_length: int
     arrival_s: float | None
     tokens: Callable[[], Tokens]
+    documents: tuple[Piece, ...] = ()
+    """Pieces of the prompt that are worth storing on their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,4 +310,5 @@ def _documents(workload: Documents, seed: int) -> Iterator[Access]:
             output_length=request.output_length,
             arrival_s=request.arrival_s,
             tokens=partial(request.tokens, workload.vocabulary),
+            documents=tuple(request.documents),
         )
