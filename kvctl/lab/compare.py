@@ -180,7 +180,7 @@ def differences(base: Result, new: Result) -> dict[str, tuple[str, str]]:
     def flat(result: Result) -> dict[str, str]:
         given = msgspec.to_builtins(result.scenario, enc_hook=encode_hook)
         given |= {"seed": result.seed, "system": result.system.name}
-        return {key: str(value) for key, value in _flatten(given, "")}
+        return {key: str(value) for key, value in flatten(given)}
 
     ours, theirs = flat(base), flat(new)
     keys = [*ours, *(key for key in theirs if key not in ours)]
@@ -193,10 +193,11 @@ def differences(base: Result, new: Result) -> dict[str, tuple[str, str]]:
     }
 
 
-def _flatten(given: dict[str, Any], where: str) -> Iterator[tuple[str, object]]:
+def flatten(given: dict[str, Any], where: str = "") -> Iterator[tuple[str, object]]:
+    """Iterate the leaves of nested dicts with their dotted keys."""
     for name, value in given.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{where}{name}.")
+            yield from flatten(value, f"{where}{name}.")
         else:
             yield f"{where}{name}", value
 

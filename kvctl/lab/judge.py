@@ -37,8 +37,9 @@ class Effect(msgspec.Struct, frozen=True):
     """How many times as long the new side takes; 1.1 is 10 % slower."""
 
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """The bounds; none where there are too few runs for any."""
     chance: float
     """Of a difference like this between equal sides, two-sided."""
     verdict: Verdict
@@ -60,15 +61,15 @@ class Contrast(msgspec.Struct, frozen=True):
         extreme = int(min(above, self.differences.size - above))
         return min(1.0, 2 * float(self.chances[: extreme + 1].sum()))
 
-    def interval(self, chance: float) -> tuple[float, float]:
+    def interval(self, chance: float) -> tuple[float, float] | None:
         """Return the bounds that equal sides would leave with this chance at most.
 
-        They are infinite where there are too few runs to give any.
+        None where there are too few runs to give any.
         """
         upto = np.cumsum(self.chances)
         cut = int(np.searchsorted(upto, chance / 2, side="right"))
         if cut == 0:
-            return -np.inf, np.inf
+            return None
         return float(self.differences[cut - 1]), float(self.differences[-cut])
 
 
@@ -116,8 +117,11 @@ def judge(contrasts: Mapping[str, Contrast]) -> dict[str, Effect]:
 
 
 def _effect(contrast: Contrast, chance: float, level: float, differs: bool) -> Effect:
-    low, high = np.exp(contrast.interval(level)).tolist()
     ratio = float(np.exp(np.median(contrast.differences)))
+    bounds = contrast.interval(level)
+    if bounds is None:
+        return Effect(ratio, None, None, chance, Verdict.CANNOT_TELL)
+    low, high = np.exp(bounds).tolist()
     if low > 1 / (1 + MARGIN) and high < 1 + MARGIN:
         verdict = Verdict.SAME
     elif differs:

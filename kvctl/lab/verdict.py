@@ -91,7 +91,7 @@ def change(timing: Timing) -> str:
 def bounds(timing: Timing) -> str:
     """Write the interval of a ratio; a dash where there are too few runs for one."""
     effect = timing.effect
-    if effect.low <= 0:
+    if effect.low is None or effect.high is None:
         return "-"
     return f"{effect.low - 1:+.1%} to {effect.high - 1:+.1%}"
 

@@ -1,0 +1,172 @@
+"""The plots of a page: how long calls take, and how a run went over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+
+from kvctl.lab.page import svg
+from kvctl.lab.page.side import Side, operations
+from kvctl.lab.page.svg import Axis, Line, Tick
+from kvctl.lab.report import duration
+from kvctl.lab.series import Point, Series
+
+SHARES = (
+    0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97,
+    0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
+)  # fmt: skip
+"""Of calls, at which a distribution is drawn."""
+MARKED = (0.5, 0.9, 0.99, 0.999)
+
+
+def figure(title: str, unit: str, drawn: str) -> str:
+    """Put a plot under its title."""
+    caption = f"{escape(title)} <span>{escape(unit)}</span>"
+    return f'<figure class="plot"><figcaption>{caption}</figcaption>{drawn}</figure>'
+
+
+# -- distributions ----------------------------------------------------------------
+
+
+def distributions(sides: Sequence[Side]) -> Iterator[str]:
+    """Draw how long the calls of each operation take, share by share.
+
+    The horizontal axis gives each further nine of the calls as much room.
+    """
+    for name in operations(sides):
+        drawn = [_distribution(side, name) for side in sides]
+        lines = [line for line in drawn if line.points]
+        if not lines:
+            continue
+        values = [point.y for line in lines for point in line.points]
+        y = svg.logarithmic(values, duration)
+        yield figure(name, "", svg.lines(f"latency of {name}", lines, _nines(lines), y))
+
+
+def _distribution(side: Side, name: str) -> Line:
+    histogram = side.histograms.get(name)
+    if histogram is None or not histogram.values:
+        return Line(side.label, (), side.place)
+    shares = [share for share in SHARES if histogram.count * (1 - share) >= 1]
+    points = [
+        svg.Point(_nine(share), seconds, f"{side.label}, p{share * 100:g}: {said}")
+        for share, seconds in zip(shares, histogram.quantiles_s(shares), strict=True)
+        if (said := duration(seconds))
+    ]
+    return Line(side.label, points, side.place)
+
+
+def _nine(share: float) -> float:
+    return -math.log10(1 - share)
+
+
+def _nines(lines: Sequence[Line]) -> Axis:
+    high = max(point.x for line in lines for point in line.points)
+    ticks = [Tick(_nine(share), f"p{share * 100:g}") for share in MARKED]
+    return Axis(0.0, high, [tick for tick in ticks if tick.value <= high * 1.02])
+
+
+# -- over time --------------------------------------------------------------------
+
+
+def over_time(sides: Sequence[Side]) -> Iterator[str]:
+    """Draw throughput, hit rate, latency and bytes moved, each side's typical run."""
+    courses = [
+        (side, series)
+        for side in sides
+        if (series := side.typical.series) and len(series.points) > 1
+    ]
+    if not courses:
+        return
+    end = max(series.points[-1].end_s for _, series in courses)
+    x = svg.linear([end], lambda value: f"{value:g} s")
+    x = Axis(0.0, end, [tick for tick in x.ticks if tick.value <= end])
+
+    def plot(
+        title: str,
+        unit: str,
+        value: Callable[[Side, Series, Point], float | None],
+        write: Callable[[float], str],
+        *,
+        top: float | None = None,
+        bounds: Sequence[Line] = (),
+    ) -> str:
+        lines = [
+            Line(
+                side.label,
+                [
+                    svg.Point(point.end_s, found, f"{side.label}: {write(found)}")
+                    for point in series.points
+                    if (found := value(side, series, point)) is not None
+                ],
+                side.place,
+            )
+            for side, series in courses
+        ]
+        values = [point.y for line in lines for point in line.points]
+        y = svg.linear([top] if top else values, write)
+        return figure(title, unit, svg.lines(title, [*lines, *bounds], x, y))
+
+    yield plot("Requests", "a second", _requests_per_s, _short)
+    ideal = [
+        Line(
+            f"{side.label}, endless cache",
+            [svg.Point(0, rate), svg.Point(end, rate)],
+            side.place,
+            dashed=True,
+        )
+        for side, _ in courses[:1]
+        if (rate := side.typical.hit_rates.ideal_by_token)
+    ]
+    yield plot(
+        "Hit rate",
+        "of tokens; dashed: an endless cache, over the whole run",
+        _hit_rate, "{:.0%}".format, top=1.0, bounds=ideal,
+    )  # fmt: skip
+    if any("request" in point.operations for _, s in courses for point in s.points):
+        yield plot("Request, p50", "", _median("request"), duration)
+        yield plot("Request, p99", "", _tail("request"), duration)
+    yield plot("Retrieved", "GB a second", _moved("retrieve_bytes"), _short)
+    yield plot("Stored", "GB a second", _moved("store_bytes"), _short)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _requests_per_s(side: Side, series: Series, point: Point) -> float:
+    del side
+    return point.counts.get("requests", 0) / series.width_s
+
+
+def _hit_rate(side: Side, series: Series, point: Point) -> float | None:
+    del side, series
+    tokens = point.counts.get("tokens", 0)
+    return point.counts.get("tokens_hit", 0) / tokens if tokens else None
+
+
+def _median(name: str) -> Callable[[Side, Series, Point], float | None]:
+    def value(side: Side, series: Series, point: Point) -> float | None:
+        del side, series
+        moment = point.operations.get(name)
+        return moment.p50_s if moment else None
+
+    return value
+
+
+def _tail(name: str) -> Callable[[Side, Series, Point], float | None]:
+    def value(side: Side, series: Series, point: Point) -> float | None:
+        del side, series
+        moment = point.operations.get(name)
+        return moment.p99_s if moment else None
+
+    return value
+
+
+def _moved(name: str) -> Callable[[Side, Series, Point], float]:
+    def value(side: Side, series: Series, point: Point) -> float:
+        del side
+        return point.counts.get(name, 0) / series.width_s / 1e9
+
+    return value

@@ -1,0 +1,305 @@
+"""The sections of a page, each a piece of HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import msgspec
+
+from kvcore.options import encode_hook
+from kvctl.console import Table
+from kvctl.lab.compare import Comparison, CountVerdict, Timing, flatten
+from kvctl.lab.judge import Verdict
+from kvctl.lab.page import svg
+from kvctl.lab.page.side import Side
+from kvctl.lab.report import duration
+from kvctl.lab.result import Result
+from kvctl.lab.verdict import bounds, change, spans, words
+
+SMALLEST_REACH = 1.25
+"""An interval's drawing reaches at least from a fifth faster to a fourth slower."""
+LARGEST_REACH = 4.0
+
+VERDICT_STYLES = {
+    Verdict.WORSE: ("worse", "bad", "▲ slower"),
+    Verdict.BETTER: ("better", "good", "▼ faster"),
+    Verdict.SAME: ("same", "", "= same"),
+    Verdict.CANNOT_TELL: ("unsure", "warn", "? cannot tell"),
+}
+COUNT_STYLES = {
+    CountVerdict.WORSE: "bad",
+    CountVerdict.BETTER: "good",
+    CountVerdict.DIFFERS: "warn",
+    CountVerdict.VARIES: "",
+    CountVerdict.SAME: "",
+}
+
+
+def section(title: str, note: str, *inner: str) -> str:
+    """Put pieces under a heading; nothing where there are none."""
+    body = "".join(inner)
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>" if body else ""
+
+
+def chip(text: str, style: str = "") -> str:
+    """Draw a word in a box."""
+    return f'<span class="chip {style}">{escape(text)}</span>'
+
+
+def legend(sides: Sequence[Side]) -> str:
+    """Name the colours; nothing where there is one."""
+    if len(sides) < 2:
+        return ""
+    items = (
+        f'<span><i class="side{side.place}"></i>{escape(side.label)}</span>'
+        for side in sides
+    )
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+# -- figures ----------------------------------------------------------------------
+
+
+def tiles(sides: Sequence[Side]) -> str:
+    """Draw the few figures that a reader looks for first."""
+    results = [side.typical for side in sides]
+    rates = [
+        ("requests a second", [f"{r.throughput.requests_per_s:,.3g}" for r in results]),
+        ("tokens from the cache", [f"{r.hit_rates.by_token:.1%}" for r in results]),
+        ("bytes wrong", [f"{r.counts.bytes_wrong:,}" for r in results]),
+        ("errors", [f"{r.counts.errors:,}" for r in results]),
+    ]
+    more = {
+        "tokens from the cache": f"endless: {results[0].hit_rates.ideal_by_token:.1%}",
+        "bytes wrong": f"of {results[0].counts.retrieved_bytes / 1e9:,.2f} GB checked",
+        "errors": f"in {results[0].counts.requests:,} requests",
+    }
+    shown = [_tile(name, values, more.get(name, "")) for name, values in rates]
+    shown[2:2] = [
+        _tile(f"{name}, p50", _medians(results, name), _tails(results, name))
+        for name in ("ttft", "request", "lookup", "retrieve")
+        if all(name in result.operations for result in results)
+    ]
+    return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def _tile(name: str, values: Sequence[str], more: str) -> str:
+    shown = values[:1] if len(set(values)) == 1 else values
+    lines = "".join(f'<div class="value">{escape(value)}</div>' for value in shown)
+    said = f'<div class="more">{escape(more)}</div>' if more else ""
+    return (
+        f'<div class="tile"><div class="name">{escape(name)}</div>{lines}{said}</div>'
+    )
+
+
+def _medians(results: Sequence[Result], name: str) -> list[str]:
+    return [duration(result.operations[name].p50_s) for result in results]
+
+
+def _tails(results: Sequence[Result], name: str) -> str:
+    return "p99 " + ", ".join(duration(r.operations[name].p99_s) for r in results)
+
+
+# -- comparison -------------------------------------------------------------------
+
+
+def timings(comparison: Comparison) -> str:
+    """Draw what is judged of each operation."""
+    if not comparison.timings:
+        return ""
+    reach = _reach(comparison)
+    rows = "".join(
+        _timing(name, timing, reach) for name, timing in comparison.timings.items()
+    )
+    heads = "".join(
+        f'<th class="{style}">{escape(text)}</th>'
+        for style, text in (
+            ("", "operation, p50"),
+            ("number", comparison.base.label),
+            ("number", comparison.new.label),
+            ("number", "change"),
+            ("", "interval: faster | slower"),
+            ("", ""),
+        )
+    )
+    return (
+        f'<div class="box"><table class="stacked"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _reach(comparison: Comparison) -> float:
+    farthest = SMALLEST_REACH
+    for timing in comparison.timings.values():
+        effect = timing.effect
+        farthest = max(farthest, effect.ratio, 1 / effect.ratio)
+        if effect.low is not None and effect.high is not None:
+            farthest = max(farthest, effect.high, 1 / effect.low)
+    return min(farthest, LARGEST_REACH)
+
+
+def _timing(name: str, timing: Timing, reach: float) -> str:
+    effect = timing.effect
+    style, chip_style, word = VERDICT_STYLES[effect.verdict]
+    drawn = svg.interval(effect.ratio, effect.low, effect.high, reach, style)
+    return (
+        f'<tr><td class="wide"><b>{escape(name)}</b></td>'
+        f'<td class="number" data-label="base">{duration(timing.base_s)}</td>'
+        f'<td class="number" data-label="new">{duration(timing.new_s)}</td>'
+        f'<td class="number" title="{bounds(timing)}">{change(timing)}</td>'
+        f'<td class="wide">{drawn}</td><td>{chip(word, chip_style)}</td></tr>'
+    )
+
+
+def counts(comparison: Comparison) -> str:
+    """List what is counted, the unlike first."""
+    ranked = sorted(
+        comparison.counts.items(), key=lambda item: item[1].verdict is CountVerdict.SAME
+    )
+    rows = "".join(
+        f"<tr><td>{escape(words(name))}</td>"
+        f'<td class="number">{escape(spans(count))}</td>'
+        f"<td>{chip(count.verdict, COUNT_STYLES[count.verdict])}</td></tr>"
+        for name, count in ranked
+    )
+    return f'<div class="box"><table><tbody>{rows}</tbody></table></div>'
+
+
+# -- where tokens came from, and how near to the limit ----------------------------
+
+
+def sources(sides: Sequence[Side]) -> str:
+    """Draw where prompts' tokens came from."""
+    rows = "".join(_sources(side, alone=len(sides) == 1) for side in sides)
+    return f'<div class="box bars">{rows}</div>'
+
+
+def _sources(side: Side, *, alone: bool) -> str:
+    counts = side.typical.counts
+    total = max(1, counts.tokens)
+    lost = max(0, counts.tokens_hit_ideal - counts.tokens_hit)
+    shares = [
+        (f"side{side.place}", "from the cache", counts.tokens_hit / total),
+        (f"side{side.place} weak", "seen before, and gone", lost / total),
+    ]
+    fills = "".join(
+        f'<div class="fill {style}" style="width:{share:.2%}" '
+        f'title="{name}: {share:.1%}"></div>'
+        for style, name, share in shares
+    )
+    label = "all tokens" if alone else side.label
+    figure = f"<b>{shares[0][2]:.1%}</b> cached, {shares[1][2]:.1%} lost"
+    return _bar(label, fills, figure)
+
+
+def _bar(label: str, fills: str, figure: str) -> str:
+    return (
+        f'<div class="bar"><span>{escape(label)}</span>'
+        f'<span class="track">{fills}</span><span class="figure">{figure}</span></div>'
+    )
+
+
+def ceilings(sides: Sequence[Side]) -> str:
+    """Draw what calls reached of what the machine could."""
+    rows = [row for side in sides for row in _ceilings(side, several=len(sides) > 1)]
+    return f'<div class="box bars">{"".join(rows)}</div>' if rows else ""
+
+
+def _ceilings(side: Side, *, several: bool) -> Iterator[str]:
+    for reached in _reached(side.typical):
+        label = f"{side.label}: {reached.name}" if several else reached.name
+        width = f"{min(1.0, reached.share):.2%}"
+        fill = f'<div class="fill side{side.place}" style="width:{width}"></div>'
+        said = f", {reached.gb_per_s:.3g} GB/s" if reached.gb_per_s else ""
+        yield _bar(label, fill, f"<b>{reached.share:.0%}</b>{said}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    name: str
+    share: float
+    gb_per_s: float | None = None
+
+
+def _reached(result: Result) -> Iterator[_Reached]:
+    alone, shares, rates = result.alone, result.shares, result.throughput
+    if alone:
+        yield _Reached("store, alone", alone.store, alone.store_gb_per_s)
+        yield _Reached("retrieve, alone", alone.retrieve, alone.retrieve_gb_per_s)
+    if shares.store:
+        yield _Reached("store, under load", shares.store, rates.store_gb_per_s)
+    if shares.retrieve:
+        gb_per_s = rates.retrieve_gb_per_s
+        yield _Reached("retrieve, under load", shares.retrieve, gb_per_s)
+    if alone and alone.lookup:
+        yield _Reached("lookup, alone", alone.lookup)
+    if shares.ping:
+        yield _Reached("ping", shares.ping)
+
+
+# -- scenario, environment --------------------------------------------------------
+
+
+def table(part: Table) -> str:
+    """Draw a table of the terminal."""
+    styles = ["number" if name.startswith(">") else "" for name in part.columns]
+    heads = "".join(
+        f'<th class="{style}">{escape(name.removeprefix(">"))}</th>'
+        for style, name in zip(styles, part.columns, strict=True)
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="{style}">{escape(cell)}</td>'
+            for style, cell in zip(styles, row, strict=True)
+        )
+        + "</tr>"
+        for row in part.rows
+    )
+    caption = f'<p class="note">{escape(part.title)}</p>' if part.title else ""
+    return (
+        f'{caption}<div class="box"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def settings(sides: Sequence[Side]) -> str:
+    """List the scenario's keys, what the sides do not share first."""
+    return _keys(
+        [
+            dict(flatten(msgspec.to_builtins(one.scenario, enc_hook=encode_hook)))
+            | {"seed": one.seed}
+            for one in (side.typical for side in sides)
+        ]
+    )
+
+
+def environment(sides: Sequence[Side]) -> str:
+    """List the machine and the versions."""
+    found = []
+    for side in sides:
+        one = side.typical
+        row = dict(flatten(msgspec.to_builtins(one.environment)))
+        row |= {"system": f"{one.system.name} {one.system.version}".strip()}
+        row |= {"started": one.started, "runs": len(side.results)}
+        found.append(row)
+    return _keys(found)
+
+
+def _keys(columns: Sequence[dict[str, object]]) -> str:
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    alike: list[str] = []
+    unlike: list[str] = []
+    for key in keys:
+        values = [str(column.get(key, "-")) for column in columns]
+        if set(values) <= {"None", "-", "", "[]", "()", "{}"}:
+            continue
+        same = len(set(values)) == 1
+        cells = "<br>".join(escape(value) for value in (values[:1] if same else values))
+        row = f'<td class="key">{escape(key)}</td><td class="key">{cells}</td>'
+        (alike if same else unlike).append(f"<tr>{row}</tr>")
+    body = "".join(unlike + alike)
+    return f'<div class="box"><table><tbody>{body}</tbody></table></div>'
