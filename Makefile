@@ -27,6 +27,7 @@ bench: $(VENV)/.test
 docs: $(VENV)/.light
 	$(BIN)/kvctl inspect protocol --markdown > docs/protocol.md
 	$(BIN)/kvctl inspect result --schema > docs/result.schema.json
+	$(BIN)/kvctl inspect scenario --schema > docs/scenario.schema.json
 
 clean:
 	rm -rf $(VENV)

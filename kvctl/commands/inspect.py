@@ -23,7 +23,7 @@ from kvctl.views.layout import LayoutPage
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Look inside a server, a layout, the protocol or a result.",
+    help="Look inside a server, a layout, a scenario, a trace, a result.",
 )
 
 TIMEOUT_S = 1.2
@@ -143,6 +143,67 @@ def result(
         console.line(msgspec.json.format(encoded).decode())
     else:
         console.show(*report.parts(read(file)))
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="a trace, or a folder of sessions")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="where the file's beginning does not tell")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+) -> None:
+    """Show a trace's requests, span, lengths, reuse and ideal hit rate."""
+    from kvctl.lab.demand import Trace
+    from kvctl.lab.traces import reader
+    from kvctl.lab.traces.profile import profile
+    from kvctl.views import trace as trace_view
+
+    settings = {"kind": "trace", "trace": str(file), "format": format_name}
+    try:
+        wanted = msgspec.convert(settings, Trace)
+    except msgspec.ValidationError as error:
+        raise SetupError(f"--format {format_name}: {error}") from None
+    name = reader.detect(file) if wanted.format == "auto" else wanted.format
+    found = profile(reader.read(wanted))
+    if as_json:
+        console.line(msgspec.json.encode(found).decode())
+    else:
+        console.show(*trace_view.parts(file.name, name, found))
+
+
+@app.command()
+def scenario(
+    file: Annotated[
+        Path | None, typer.Argument(help="a TOML file, see scenarios/")
+    ] = None,
+    trace_file: Annotated[
+        Path | None, typer.Option("--trace", help="of a replaying workload")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="any key, as key=value")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of everything drawn")] = 0,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="the JSON Schema for editors")
+    ] = False,
+) -> None:
+    """Check a scenario and explain it: what it asks, of whom, how much that is."""
+    from kvctl.lab.scenario import read
+    from kvctl.views import scenario as scenario_view
+
+    if schema:
+        encoded = msgspec.json.encode(scenario_view.schema())
+        console.line(msgspec.json.format(encoded).decode())
+        return
+    if file is None:
+        raise SetupError("inspect scenario: give a FILE, or --schema")
+    settings = list(overrides or ())
+    if trace_file is not None:
+        settings.append(
+            f"workload.trace={msgspec.json.encode(str(trace_file)).decode()}"
+        )
+    console.show(*scenario_view.parts(file.stem, read(file, settings), seed))
 
 
 @app.command()

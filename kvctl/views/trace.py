@@ -1,0 +1,116 @@
+"""A trace's profile, and the catalogue of public ones, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvctl.console import Table, size
+from kvctl.lab.traces.catalogue import PublicTrace
+from kvctl.lab.traces.profile import Lengths, Profile
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def parts(name: str, format_name: str, profile: Profile) -> list[Table | str]:
+    """Return what is shown of a trace."""
+    return [
+        _headline(name, format_name, profile),
+        _lengths(profile),
+        _reuse(profile),
+        _plots(profile),
+    ]
+
+
+def _headline(name: str, format_name: str, profile: Profile) -> str:
+    sessions = f" in {profile.num_sessions:,} sessions" if profile.num_sessions else ""
+    return (
+        f"{name}: {format_name}, {profile.num_requests:,} requests{sessions}, "
+        f"{_span(profile.span_s)}, up to {profile.most_at_once} at one time"
+    )
+
+
+def _span(seconds: float) -> str:
+    if seconds < 7200:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def _lengths(profile: Profile) -> Table:
+    rows = (
+        ("prompts", *_of(profile.prompts)),
+        ("answers", *_of(profile.answers)),
+    )
+    return Table("tokens", ("", ">all", ">p50", ">p90", ">p99", ">longest"), rows)
+
+
+def _of(lengths: Lengths) -> tuple[str, ...]:
+    return tuple(
+        f"{value:,}"
+        for value in (
+            lengths.total,
+            lengths.p50,
+            lengths.p90,
+            lengths.p99,
+            lengths.longest,
+        )
+    )
+
+
+def _reuse(profile: Profile) -> Table:
+    sizes = ", ".join(map(str, profile.block_sizes)) or "-"
+    rows = (
+        (f"blocks of {sizes} tokens", f"{profile.num_blocks:,}"),
+        ("different ones", f"{profile.num_unique_blocks:,}"),
+        ("ideal hit rate of blocks", f"{profile.ideal_hit_rate:.3f}"),
+        ("ideal hit rate of tokens", f"{profile.ideal_token_hit_rate:.3f}"),
+    )
+    return Table("reuse, by an endless cache that all share", ("", ">"), rows)
+
+
+def _plots(profile: Profile) -> Table:
+    powers = range(len(profile.prompt_lengths))
+    first = next((power for power in powers if profile.prompt_lengths[power]), 0)
+    lengths = profile.prompt_lengths[first:]
+    rows = (
+        ("arrivals over time", sparkline(profile.arrivals), _most(profile.arrivals)),
+        (
+            "ideal hit rate over requests",
+            sparkline(profile.hit_rates),
+            f"at most {max(profile.hit_rates, default=0):.2f}",
+        ),
+        (
+            "prompt lengths, by powers of two",
+            sparkline(lengths),
+            f"{2**first:,} to {2 ** (first + len(lengths)):,} tokens",
+        ),
+    )
+    return Table("", ("", "", ""), rows)
+
+
+def _most(values: Sequence[int]) -> str:
+    return f"at most {max(values, default=0):,} in a sixtieth"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Draw values from 0 to their largest as bars of text."""
+    largest = max(values, default=0) or 1
+    steps = len(BARS) - 1
+    return "".join(BARS[round(value / largest * steps)] for value in values)
+
+
+def catalogue(traces: Sequence[PublicTrace]) -> Table:
+    """Return the list of public traces."""
+    rows = tuple(
+        (
+            one.name,
+            one.format,
+            one.about,
+            one.source,
+            one.licence,
+            size(one.num_bytes) if one.num_bytes else "not pinned",
+            one.sha256 or "not pinned",
+        )
+        for one in traces
+    )
+    columns = ("trace", "format", "what", "source", "licence", ">size", "sha256")
+    return Table("public traces", columns, rows)
