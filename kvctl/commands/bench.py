@@ -135,6 +135,53 @@ def compare(
     _judge(found, rules, None, markdown=markdown)
 
 
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="results, folders of repetitions, or one of `run --versus`; the first "
+            "is what the others are compared with"
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file to write")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+) -> None:
+    """Write one page that works offline, or Markdown; else show tables."""
+    from kvctl.lab import reports
+
+    read = reports.collect(results)
+    if out is not None:
+        reports.write(read, out)
+        console.line(f"wrote {out}")
+    if markdown:
+        console.line(reports.markdown(read))
+    elif out is None:
+        console.show(*reports.parts(read))
+
+
+@app.command()
+def traces(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="to fetch; the beginning of a name does")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="to fetch into")] = Path("traces"),
+) -> None:
+    """List public traces, or fetch those named and check them."""
+    from kvctl.lab.traces import catalogue
+    from kvctl.views import trace as trace_view
+
+    if not names:
+        console.show(trace_view.catalogue(catalogue.CATALOGUE))
+        return
+    for name in names:
+        for trace in catalogue.find(name):
+            path = catalogue.fetch(trace, folder)
+            console.line(f"{path}: {trace.licence}, from {trace.source}")
+
+
 @dataclass(frozen=True, slots=True)
 class Played:
     """What one side plays."""
