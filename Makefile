@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test format bench docs clean
+.PHONY: demo test browser format bench docs clean
 
 # Play two engines with two ranks each against a real server.
 demo: $(VENV)/.light
@@ -15,6 +15,11 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Open the report in a real browser: on a desk, on a phone, in the dark, on paper.
+browser: $(VENV)/.test
+	.ci/chromium
+	$(BIN)/python -m pytest -m browser
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -28,34 +28,45 @@ def of_result(result: Result) -> str:
 def of_comparison(comparison: Comparison) -> str:
     """Say which side does better, and where."""
     base, new = comparison.base.label, comparison.new.label
-    found = {verdict: _named(comparison, verdict) for verdict in Verdict}
-    wrong = _counts(comparison, CountVerdict.WORSE)
-    parts = []
-    if found[Verdict.WORSE]:
-        parts.append(f"slower in {_list(found[Verdict.WORSE])}")
-    if found[Verdict.BETTER]:
-        parts.append(f"faster in {_list(found[Verdict.BETTER])}")
-    if wrong:
-        parts.append(f"worse in {_list(wrong)}")
-    if parts:
-        return f"{new} is {', '.join(parts)} than {base}."
+    found = [
+        f"{said} in {_list(names)}"
+        for said, names in (
+            ("slower", _timings(comparison, Verdict.WORSE)),
+            ("faster", _timings(comparison, Verdict.BETTER)),
+            ("worse", _counts(comparison, CountVerdict.WORSE)),
+            ("better", _counts(comparison, CountVerdict.BETTER)),
+        )
+        if names
+    ]
+    if found:
+        return f"{new} is {_list(found)} than {base}."
     changed = _counts(comparison, CountVerdict.DIFFERS)
     if changed:
         return f"{new} does other work than {base}: {_list(changed)} differ."
-    unsure = len(found[Verdict.CANNOT_TELL])
+    return _nothing_found(comparison)
+
+
+def _nothing_found(comparison: Comparison) -> str:
+    base, new = comparison.base.label, comparison.new.label
+    total = len(comparison.timings)
+    unsure = [
+        name
+        for name, timing in comparison.timings.items()
+        if timing.effect.verdict is Verdict.CANNOT_TELL
+    ]
     if unsure:
         return (
-            f"Between {new} and {base} no difference was found; for {unsure} of "
-            f"{len(comparison.timings)} operations more runs would tell."
+            f"Between {new} and {base} no difference was found; for {len(unsure)} of "
+            f"{total} operations more runs would tell."
         )
-    if comparison.timings:
+    if total:
         return f"{new} is as fast as {base}, and counts the same."
     return f"{new} and {base} have no operation in common."
 
 
-def _named(comparison: Comparison, verdict: Verdict) -> list[str]:
+def _timings(comparison: Comparison, verdict: Verdict) -> list[str]:
     return [
-        f"{name} ({change(timing)})" if verdict is not Verdict.CANNOT_TELL else name
+        f"{name} ({change(timing)})"
         for name, timing in comparison.timings.items()
         if timing.effect.verdict is verdict
     ]
@@ -63,13 +74,14 @@ def _named(comparison: Comparison, verdict: Verdict) -> list[str]:
 
 def _counts(comparison: Comparison, verdict: CountVerdict) -> list[str]:
     return [
-        f"{words(name)} ({spans(count)})"
+        words(name)
         for name, count in comparison.counts.items()
         if count.verdict is verdict
     ]
 
 
 def _list(names: Sequence[str]) -> str:
+    """Join as people do: `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 

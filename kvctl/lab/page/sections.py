@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -10,7 +10,7 @@ import msgspec
 
 from kvcore.options import encode_hook
 from kvctl.console import Table
-from kvctl.lab.compare import Comparison, CountVerdict, Timing, flatten
+from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing, flatten
 from kvctl.lab.judge import Verdict
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side
@@ -69,13 +69,17 @@ def tiles(sides: Sequence[Side]) -> str:
     rates = [
         ("requests a second", [f"{r.throughput.requests_per_s:,.3g}" for r in results]),
         ("tokens from the cache", [f"{r.hit_rates.by_token:.1%}" for r in results]),
-        ("bytes wrong", [f"{r.counts.bytes_wrong:,}" for r in results]),
-        ("errors", [f"{r.counts.errors:,}" for r in results]),
+        (
+            "wrong bytes, errors",
+            [f"{r.counts.bytes_wrong:,}, {r.counts.errors:,}" for r in results],
+        ),
     ]
     more = {
         "tokens from the cache": f"endless: {results[0].hit_rates.ideal_by_token:.1%}",
-        "bytes wrong": f"of {results[0].counts.retrieved_bytes / 1e9:,.2f} GB checked",
-        "errors": f"in {results[0].counts.requests:,} requests",
+        "wrong bytes, errors": (
+            f"in {results[0].counts.retrieved_bytes / 1e9:,.2f} GB, "
+            f"{results[0].counts.requests:,} requests"
+        ),
     }
     shown = [_tile(name, values, more.get(name, "")) for name, values in rates]
     shown[2:2] = [
@@ -87,12 +91,18 @@ def tiles(sides: Sequence[Side]) -> str:
 
 
 def _tile(name: str, values: Sequence[str], more: str) -> str:
-    shown = values[:1] if len(set(values)) == 1 else values
-    lines = "".join(f'<div class="value">{escape(value)}</div>' for value in shown)
-    said = f'<div class="more">{escape(more)}</div>' if more else ""
-    return (
-        f'<div class="tile"><div class="name">{escape(name)}</div>{lines}{said}</div>'
+    same = len(set(values)) == 1
+    lines = "".join(
+        f'<div class="value">{"" if same else _mark(place)}{escape(value)}</div>'
+        for place, value in enumerate(values[:1] if same else values)
     )
+    said = f'<div class="more">{escape(more)}</div>' if more else ""
+    head = f'<div class="name">{escape(name)}</div>'
+    return f'<div class="tile">{head}{lines}{said}</div>'
+
+
+def _mark(place: int) -> str:
+    return f'<i class="side{place}"></i>'
 
 
 def _medians(results: Sequence[Result], name: str) -> list[str]:
@@ -146,24 +156,32 @@ def _timing(name: str, timing: Timing, reach: float) -> str:
     style, chip_style, word = VERDICT_STYLES[effect.verdict]
     drawn = svg.interval(effect.ratio, effect.low, effect.high, reach, style)
     return (
-        f'<tr><td class="wide"><b>{escape(name)}</b></td>'
+        f"<tr><td><b>{escape(name)}</b></td>"
         f'<td class="number" data-label="base">{duration(timing.base_s)}</td>'
         f'<td class="number" data-label="new">{duration(timing.new_s)}</td>'
         f'<td class="number" title="{bounds(timing)}">{change(timing)}</td>'
-        f'<td class="wide">{drawn}</td><td>{chip(word, chip_style)}</td></tr>'
+        f"<td>{drawn}</td><td>{chip(word, chip_style)}</td></tr>"
     )
 
 
 def counts(comparison: Comparison) -> str:
-    """List what is counted, the unlike first."""
-    ranked = sorted(
-        comparison.counts.items(), key=lambda item: item[1].verdict is CountVerdict.SAME
-    )
+    """List what is counted: what is unlike, and folded, what is the same."""
+    same = {
+        k: v for k, v in comparison.counts.items() if v.verdict is CountVerdict.SAME
+    }
+    unlike = {k: v for k, v in comparison.counts.items() if k not in same}
+    said = f"{len(same)} of {len(comparison.counts)} are exactly the same"
+    folded = f"<details><summary>{said}</summary>{_counts(same)}</details>"
+    return (_counts(unlike) if unlike else "") + (folded if same else "")
+
+
+def _counts(counts: Mapping[str, Count]) -> str:
     rows = "".join(
         f"<tr><td>{escape(words(name))}</td>"
         f'<td class="number">{escape(spans(count))}</td>'
-        f"<td>{chip(count.verdict, COUNT_STYLES[count.verdict])}</td></tr>"
-        for name, count in ranked
+        f'<td class="number">{chip(count.verdict, COUNT_STYLES[count.verdict])}'
+        "</td></tr>"
+        for name, count in counts.items()
     )
     return f'<div class="box"><table><tbody>{rows}</tbody></table></div>'
 

@@ -64,8 +64,8 @@ def linear(values: Sequence[float], write: Callable[[float], str]) -> Axis:
     top = max(values, default=0.0) or 1.0
     step = _round_step(top / NUM_TICKS)
     count = math.ceil(top / step - 1e-9)
-    ticks = [Tick(step * place, write(step * place)) for place in range(count + 1)]
-    return Axis(0.0, step * count, ticks)
+    above = [Tick(step * place, write(step * place)) for place in range(1, count + 1)]
+    return Axis(0.0, step * count, [Tick(0.0, "0"), *above])
 
 
 def _round_step(about: float) -> float:

@@ -1,0 +1,111 @@
+"""A real browser opens the page: on a desk, on a phone, in the dark, on paper."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.page.test_page import page
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSE_S = 50
+DARK = "--blink-settings=preferredColorScheme=0"
+LIGHT = "--blink-settings=preferredColorScheme=1"
+
+PROBE = """
+<script>addEventListener("load", () => {
+  const seen = [...document.querySelectorAll("svg[role=img]")].map(e =>
+    e.getBoundingClientRect());
+  const text = document.querySelector("svg text").getBoundingClientRect();
+  document.body.dataset.found = JSON.stringify({
+    width: document.documentElement.clientWidth,
+    needed: document.documentElement.scrollWidth,
+    plots: seen.filter(r => r.width > 100 && r.height > 10).length,
+    all: seen.length,
+    outside: seen.filter(r => r.right > document.documentElement.clientWidth).length,
+    text: text.height,
+    paper: getComputedStyle(document.body).backgroundColor,
+    requests: performance.getEntriesByType("resource").length,
+  });
+});</script>
+"""
+"""Added to a copy of the page, with leave to run: what a reader would see."""
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium: `make browser` has it"),
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A page of two sides."""
+    path = tmp_path / "report.html"
+    path.write_text(page(1.0, 1.3))
+    return path
+
+
+def browse(*arguments: str) -> str:
+    """Run the browser without a window."""
+    command = [
+        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu",
+        "--virtual-time-budget=5000", *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSE_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def look(file: Path, width: int, *flags: str) -> dict[str, Any]:
+    """Open a page this wide, in a frame since windows have a least width."""
+    text = file.read_text().replace("default-src 'none'", "default-src 'unsafe-inline'")
+    probed = file.with_name("probed.html")
+    probed.write_text(text.replace("</body>", PROBE + "</body>"))
+    frame = file.with_name("frame.html")
+    frame.write_text(
+        f'<body><iframe src="{probed.name}" style="width:{width}px;height:900px">'
+        '</iframe><script>addEventListener("load", () => setTimeout(() => {'
+        'document.body.dataset.found = document.querySelector("iframe")'
+        ".contentDocument.body.dataset.found}, 500))</script>"
+    )
+    shown = browse(
+        "--allow-file-access-from-files", *flags, "--dump-dom", f"file://{frame}"
+    )
+    match = re.search(r'data-found="([^"]+)"', shown)
+    assert match is not None, shown[:2000]
+    found: dict[str, Any] = json.loads(unescape(match[1]))
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390])
+def test_every_plot_shows_and_nothing_sticks_out(file: Path, width: int) -> None:
+    """On a desk, a tablet and a phone; text stays large enough to read."""
+    found = look(file, width, LIGHT)
+    assert found["width"] <= width
+    assert found["needed"] <= found["width"]
+    assert found["plots"] == found["all"] > 8
+    assert found["outside"] == 0
+    assert found["text"] >= 9
+    assert found["requests"] == 0
+
+
+def test_it_is_dark_in_the_dark(file: Path) -> None:
+    """The reader's own setting decides."""
+    assert look(file, 1280, LIGHT)["paper"] == "rgb(251, 251, 250)"
+    assert look(file, 1280, DARK)["paper"] == "rgb(20, 24, 27)"
+
+
+def test_it_prints_and_is_seen(file: Path) -> None:
+    """To a PDF of some pages; a screenshot has the page in it."""
+    paper, screen = file.with_suffix(".pdf"), file.with_suffix(".png")
+    browse(f"--print-to-pdf={paper}", f"file://{file}")
+    assert paper.read_bytes().startswith(b"%PDF")
+    browse(f"--screenshot={screen}", "--window-size=1280,2000", f"file://{file}")
+    assert screen.stat().st_size > 50_000

@@ -1,0 +1,126 @@
+"""The page of results as text: complete, self-contained, and escaped."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from kvctl.lab.compare import compare
+from kvctl.lab.measure import summarise
+from kvctl.lab.page import svg
+from kvctl.lab.page.page import render
+from kvctl.lab.page.side import Side
+from kvctl.lab.report import duration
+from kvctl.lab.result import Result
+from kvctl.lab.scenario import Chat, ModelConfig, Scenario
+from kvctl.lab.series import Moment, Point, Series
+from kvctl.lab.summary import Evidence
+from kvctl.lab.summary import summarise as result_of
+
+SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat(), question="<b>Is it & fast?</b>")
+VOID = {"meta", "br"}
+
+
+def planted(factor: float) -> Result:
+    """A run with everything that a page shows."""
+    rng = np.random.default_rng(0)
+    calls = rng.lognormal(-7, 0.5, 2000) * factor
+    points = tuple(
+        Point(
+            end_s=0.5 * place,
+            counts={"requests": 10, "tokens": 100, "tokens_hit": 5 * place},
+            operations={"request": Moment(10, 0.01, 0.02)},
+        )
+        for place in range(1, 9)
+    )
+    plain = result_of(Evidence("planted", SCENARIO, 0, elapsed_s=4.0))
+    return replace(
+        plain,
+        operations={"lookup": summarise(calls), "request": summarise(calls * 10)},
+        series=Series(0.5, points),
+        counts=replace(plain.counts, tokens=800, tokens_hit=180, tokens_hit_ideal=400),
+        problems=(),
+    )
+
+
+def page(*factors: float) -> str:
+    """A page of so many sides of ten runs each."""
+    runs = [
+        [planted(factor * (1 + 0.001 * place)) for place in range(10)]
+        for factor in factors
+    ]
+    sides = [Side.of(f"side {n}", n, results) for n, results in enumerate(runs)]
+    return render(sides, [compare(runs[0], other) for other in runs[1:]])
+
+
+class Nesting(HTMLParser):
+    """Checks that every element is closed where it was opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        """Open it, unless it has no end."""
+        del attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        """Let what closes itself be."""
+
+    def handle_endtag(self, tag: str) -> None:
+        """It closes the last one opened."""
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("factors", [(1.0,), (1.0, 1.3), (1.0, 1.0, 0.5, 2.0)])
+def test_a_page_is_whole_and_needs_nothing(factors: tuple[float, ...]) -> None:
+    """Elements nest, nothing is loaded from anywhere, nothing runs."""
+    text = page(*factors)
+    nesting = Nesting()
+    nesting.feed(text)
+    assert nesting.open == []
+    assert not re.search(r"(src|href)=|url\(|@import|<script|https?://", text)
+
+
+def test_a_page_says_what_matters_first() -> None:
+    """The verdict as a sentence, before any figure."""
+    text = page(1.0, 1.3)
+    assert "new is slower in lookup (+30" in text
+    assert text.index("is slower in") < text.index("requests a second")
+    assert "▲ slower" in text
+
+
+def test_what_people_wrote_is_text() -> None:
+    """A scenario's question is no markup."""
+    assert "&lt;b&gt;Is it &amp; fast?" in page(1.0)
+    assert "<b>Is it" not in page(1.0)
+
+
+def test_problems_are_told_above_all() -> None:
+    """A run that failed says so in its sentence."""
+    failed = replace(planted(1.0), problems=("3 bytes were wrong",))
+    text = render([Side.of("a", 0, [failed])], [])
+    assert "planted failed: 3 bytes were wrong." in text
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([7.0], ["0", "2", "4", "6", "8"]), ([0.0], ["0", "0.25", "0.5", "0.75", "1"])],
+)
+def test_axes_have_round_ticks(values: list[float], ticks: list[str]) -> None:
+    """From zero to above the highest value."""
+    axis = svg.linear(values, "{:g}".format)
+    assert [tick.text for tick in axis.ticks] == ticks
+
+
+def test_a_logarithmic_axis_places_by_ratio() -> None:
+    """The geometric middle lies half way."""
+    axis = svg.logarithmic([0.001, 0.1], duration)
+    assert axis.share(0.01) == pytest.approx(0.5)
+    assert "10 ms" in [tick.text for tick in axis.ticks]
