@@ -42,9 +42,10 @@ class Aftermath:
         play.watcher.phase("calling alone")
         try:
             total_bytes = self._client.status(0).l1.total_bytes
-            task = PlayAlone(min(alone.COPY_BYTES, total_bytes // 8), evidence.seed)
+            max_bytes = min(alone.COPY_BYTES, total_bytes // 8)
             for number, actor in enumerate(cast.ranks[:MAX_ALONE], 1):
-                send(actor.control, task)
+                # Tokens of its own: what another has stored would not be copied.
+                send(actor.control, PlayAlone(max_bytes, number))
                 while len(evidence.alone) < number and not evidence.failures:
                     play.step(cast)
             self._look_up_alone()

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 from msgspec.structs import replace
@@ -90,7 +91,8 @@ def run(
             service.name: stack.enter_context(_running(service))
             for service in scenario.services
         }
-        config = _with_places(scenario.server, services)
+        folder = stack.enter_context(TemporaryDirectory(prefix="kvlab-"))
+        config = _with_places(scenario.server, services, folder)
         server = None if address else LocalServer(config)
         where = address or (server.address if server else "")
         evidence = Evidence(name, scenario, seed, turns=turns)
@@ -114,10 +116,10 @@ def _running(service: Service) -> Iterator[RunningService]:
 
 
 def _with_places(
-    config: ServerConfig, services: dict[str, RunningService]
+    config: ServerConfig, services: dict[str, RunningService], folder: str
 ) -> ServerConfig:
-    """Put services' folders and ports, `{NAME.port}`, into the tiers' URLs."""
-    places = {
+    """Put places into the tiers' URLs: `{NAME.port}`, `{NAME.folder}`, `{folder}`."""
+    places = {"folder": folder} | {
         f"{name}.{place}": value
         for name, service in services.items()
         for place, value in service.places.items()

@@ -291,7 +291,7 @@ class Player:
             self._engine.pacer.done(life.taken)
 
     def _note(self, life: Life, outcome: Outcome) -> None:
-        taken, hit = life.taken, life.hit
+        taken, hit, engine = life.taken, life.hit, self._engine.plan.engine
         ended_s = life.ended_s or self._clock.now()
         if outcome is Outcome.DONE:
             life.durations["request"] = ended_s - taken.due_s
@@ -316,8 +316,8 @@ class Player:
                 ttft_s=life.ttft_s,
                 tokens=tally.tokens,
                 tokens_hit=tally.tokens_hit,
-                session=zlib.crc32(taken.access.session.encode()),
-                engine=self._engine.plan.engine,
+                session=zlib.crc32(f"{engine} {taken.access.session}".encode()),
+                engine=engine,
                 step=taken.step,
                 preemptions=life.preemptions,
                 outcome=outcome,

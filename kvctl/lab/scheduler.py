@@ -97,6 +97,7 @@ class Engine:
     def run_slot(self, ranks: Sequence[Connection]) -> None:
         """Play until there is no more to play; a fatal error stops every slot."""
         player = self._make_player(ranks)
+        crashed = True
         try:
             while (taken := self._take()) is not None:
                 self.sweep.begin(taken.step)
@@ -105,11 +106,14 @@ class Engine:
                     self.pacer.stop()
                 if self.turns:
                     self.turns.done()
+            crashed = False
         except (EOFError, OSError):
             self._fail(f"a rank of engine {self.plan.engine} is gone")
         except KVError as error:
             self._fail(f"engine {self.plan.engine}: {error.code}: {error.message}")
         finally:
+            if crashed:  # A defect of ours: the thread's trace is on stderr.
+                self._fail(f"engine {self.plan.engine} crashed")
             if self.turns:
                 self.turns.close()
             for rank in ranks:

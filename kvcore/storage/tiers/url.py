@@ -123,7 +123,8 @@ def _open_file(request: _Request) -> _Opened:
     if url.netloc or not url.path.strip("/"):
         raise SetupError("must read file:///DIRECTORY")
     size = request.query.take("max", ByteSize.parse)
-    return _Opened(FileBackend(Path(unquote(url.path)), size), threads=4)
+    max_bytes = None if size is None else int(size)
+    return _Opened(FileBackend(Path(unquote(url.path)), max_bytes), threads=4)
 
 
 def _open_valkey(request: _Request) -> _Opened:
