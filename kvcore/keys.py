@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from typing import Any, NewType
+from typing import Annotated, Any, NewType
 
 import msgspec
 import numpy as np
@@ -42,7 +42,7 @@ class ExtraKey(msgspec.Struct, frozen=True, array_like=True):
     every later one.
     """
 
-    start: int
+    start: Annotated[int, msgspec.Meta(ge=0, description="a token's place")]
     material: bytes
 
 

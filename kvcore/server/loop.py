@@ -156,18 +156,23 @@ class Loop:
             identity = self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return
-        frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
-        while frames[-1].more:
-            frames.append(self._socket.recv(zmq.NOBLOCK, copy=False))
+        frame = last = self._socket.recv(zmq.NOBLOCK, copy=False)
+        num_frames = 1
+        while last.more:
+            # Not kept: only one frame's size is bounded, not their number.
+            last = self._socket.recv(zmq.NOBLOCK, copy=False)
+            num_frames += 1
         self.num_requests += 1
-        self._serve_message(identity, frames)
+        self._serve_message(identity, frame, num_frames)
 
-    def _serve_message(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+    def _serve_message(
+        self, identity: bytes, frame: zmq.Frame, num_frames: int
+    ) -> None:
         request_id = 0
         try:
-            if len(frames) != 1:
-                raise BadRequest(f"a request is one frame, not {len(frames)}")
-            envelope = decode_envelope(frames[0].buffer)
+            if num_frames != 1:
+                raise BadRequest(f"a request is one frame, not {num_frames}")
+            envelope = decode_envelope(frame.buffer)
             request_id = envelope.id
             kind, request = decode_request(envelope)
             client = self._admit(identity, envelope, request)
