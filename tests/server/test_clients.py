@@ -73,6 +73,7 @@ def test_a_process_of_this_namespace_is_watched(house: House) -> None:
         (0, 0, None),
         (1 << 40, 1, None),
     ],
+    ids=["other start", "other namespace", "nobody", "zero", "no pid"],
 )
 def test_any_other_lives_by_its_heartbeats(
     house: House, pid: int, start: int | None, namespace: int | None
