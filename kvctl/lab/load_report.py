@@ -14,6 +14,7 @@ from kvctl.lab.journal import Outcome, Records
 from kvctl.lab.load import ClosedLoop, Sweep
 from kvctl.lab.measure import Latency, summarise
 from kvctl.lab.scenario import Limits, Scenario
+from kvctl.lab.sweep import GRACE
 
 NOTABLE_LAG_S = 0.001
 NOTABLE_LAG_SHARE = 0.1
@@ -199,8 +200,8 @@ def _steps(scenario: Scenario, records: Records, begun_s: float) -> tuple[Step, 
             continue
         end_s = begun_s + (number + 1) * load.step_s
         done = ours[ours["outcome"] == Outcome.DONE]
-        in_time = np.count_nonzero(done["ended_s"] <= end_s * 1.0 + load.step_s / 10)
-        share = in_time / ours.size
+        in_time = done["ended_s"] <= end_s + load.step_s * GRACE
+        share = int(np.count_nonzero(in_time)) / ours.size
         steps.append(
             Step(
                 rate=load.rate * load.factor**number,

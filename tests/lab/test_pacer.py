@@ -10,26 +10,11 @@ import pytest
 
 from kvctl.lab.arrivals import Due
 from kvctl.lab.messages import EnginePlan
-from kvctl.lab.pacer import Clock, Pacer, Taken
+from kvctl.lab.pacer import Pacer, Taken
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 from kvctl.lab.scheduler import share
 from kvctl.lab.workload import Access
-
-
-class FakeClock(Clock):
-    """Time that passes only when somebody waits, or when it is told to."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        """Return the time."""
-        return self.time
-
-    def wait(self, changed: threading.Condition, timeout_s: float | None) -> None:
-        """Let the time pass at once."""
-        assert timeout_s is not None, "nobody would ever wake this"
-        self.time += timeout_s
+from tests.lab.clock import FakeClock
 
 
 def due(number: int, at_s: float | None, session: str | None = None) -> Due:
@@ -50,7 +35,8 @@ def test_requests_begin_when_they_are_due() -> None:
     """A free slot waits for each one's time, and nothing lags."""
     pacer = Pacer(iter([due(0, 0.5), due(1, 2.0)]), clock=FakeClock())
     first, second = pacer.take(), pacer.take()
-    assert first and second
+    assert first
+    assert second
     assert (first.begun_s, second.begun_s) == (0.5, 2.0)
     assert first.lag_s == second.lag_s == 0.0
     assert pacer.take() is None
@@ -86,7 +72,8 @@ def test_an_open_loop_goes_on_beside_a_busy_session() -> None:
     source = [due(0, 0.0, "a"), due(1, 1.0, "a"), due(2, 2.0, "b")]
     pacer = Pacer(iter(source), clock=clock)
     first, second = pacer.take(), pacer.take()
-    assert first and second
+    assert first
+    assert second
     assert second.access.request_id == "2"
     clock.time = 7.0
     pacer.done(first)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from kvctl.lab.scenario import Chat, SharedPrefix, Trace, Workload
+import pytest
+
+from kvctl.lab.scenario import (
+    Agents,
+    Chat,
+    Giant,
+    Rag,
+    SharedPrefix,
+    Thrash,
+    Trace,
+    Uniform,
+    Workload,
+)
 from kvctl.lab.workload import accesses, survey
 
 PREFIX = SharedPrefix(num_requests=20, num_prefixes=2, prefix_tokens=64)
@@ -69,3 +83,50 @@ def test_a_trace_is_cut_after_max_requests(tmp_path: Path) -> None:
     assert [access.request_id for access in found] == ["0", "1", "2"]
     assert len({access.session for access in found}) == 3
     assert found[0].arrival_s == 0.25
+
+
+GENERATORS = [
+    Rag(num_requests=12, num_documents=6, documents_per_request=2),
+    Agents(num_sessions=3, steps=4, subagents=1),
+    Uniform(num_requests=12, num_prompts=3, prompt_tokens=64),
+    Thrash(num_requests=7, num_prompts=3, prompt_tokens=64),
+    Giant(num_requests=12, every=5, giant_tokens=512, prompt_tokens=64),
+]
+
+
+@pytest.mark.parametrize("workload", GENERATORS, ids=lambda one: type(one).__name__)
+def test_generators_make_what_they_announce(workload: Workload) -> None:
+    """Lengths are right, names unique, and a repetition is the same."""
+    first, again = (list(accesses(workload, 5)) for _ in range(2))
+    assert [one.num_tokens for one in first] == [one.tokens().size for one in first]
+    assert len({one.request_id for one in first}) == len(first)
+    for one, other in zip(first, again, strict=True):
+        assert (one.tokens() == other.tokens()).all()
+
+
+def test_an_agents_context_only_grows() -> None:
+    """Each step begins with the one before; a subagent with half its parent's."""
+    steps: dict[str, list[Any]] = {}
+    for access in accesses(Agents(num_sessions=2, steps=6, subagents=1), 0):
+        steps.setdefault(access.session, []).append(access.tokens())
+    assert [len(steps[name]) for name in sorted(steps)] == [6, 3, 6, 3]
+    for tokens in steps.values():
+        for earlier, later in pairwise(tokens):
+            assert (later[: earlier.size] == earlier).all()
+    parent, child = steps["0"][3], steps["1"][0]
+    shared = parent.size // 2
+    assert (child[:shared] == parent[:shared]).all()
+
+
+def test_thrash_goes_round_and_giants_never_repeat() -> None:
+    """A circle of prompts; each giant prompt is new."""
+    circle = [
+        one.tokens() for one in accesses(Thrash(num_requests=7, num_prompts=3), 0)
+    ]
+    assert (circle[0] == circle[3]).all()
+    assert (circle[0] != circle[1]).any()
+    giant = Giant(num_requests=10, every=5, giant_tokens=512, prompt_tokens=64)
+    first, second = (
+        one.tokens() for one in accesses(giant, 0) if one.num_tokens == 512
+    )
+    assert (first != second).any()
