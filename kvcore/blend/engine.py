@@ -7,18 +7,20 @@ here is another way to make the plan of a copy, and a hash space for documents.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from kvcore.blend.buffer import as_paged, check_slots, slots_of
 from kvcore.blend.index import DocumentIndex
-from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Run, Separated
+from kvcore.blend.lookups import DocumentLookups, Found
+from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Separated
 from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
@@ -47,14 +49,9 @@ from kvcore.protocol import (
 from kvcore.rope import Rope
 from kvcore.storage.chunk import DropReason
 from kvcore.storage.l1 import Chunk
-from kvcore.storage.needs import Needs
 from kvcore.transport.rotation import Turn, check_rope
 
 HASH_BYTES = 32
-
-
-class DocumentsOf(SessionKey, frozen=True, array_like=True):
-    """Owner of a session's lease on documents, beside the one on its prefix."""
 
 
 @dataclass(slots=True)
@@ -66,15 +63,6 @@ class BlendCounters:
     document_tokens_hit: int = 0
     document_stores: int = 0
     document_retrieves: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a session's last lookup found: its chunks by their place in the prompt."""
-
-    matches: tuple[CBMatch, ...]
-    numbers: dict[int, int]
-    """Place in the lease, by place in the prompt."""
 
 
 class BlendEngine:
@@ -89,8 +77,7 @@ class BlendEngine:
         self._matcher = self._make_matcher(config.blend)
         self._buffers: WeakKeyDictionary[Instance, Rope | None] = WeakKeyDictionary()
         self._spaces: dict[tuple[str, int], DocumentSpace] = {}
-        self._found: dict[SessionKey, _Found] = {}
-        engine.on_session_end.append(self._end_session)
+        self.lookups = DocumentLookups(engine, self._matcher)
         engine.l1.watch(self._gone)
 
     def _make_matcher(self, config: BlendConfig) -> Matcher:
@@ -105,12 +92,6 @@ class BlendEngine:
     def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
         del reason, owner
         self.index.forget(chunk.hash)
-
-    def _end_session(self, key: SessionKey) -> None:
-        found = self._found.pop(key, None)
-        self.engine.leases.end(_documents_of(key))
-        if found is not None:
-            self.engine.l1.touch([ChunkHash(match.hash) for match in found.matches])
 
     def _space(self, model: str, world_size: int) -> DocumentSpace:
         key = (model, world_size)
@@ -222,68 +203,22 @@ class BlendEngine:
 
     def cb_lookup_pre_computed(
         self, request: CBLookupPreComputed, caller: Caller
-    ) -> Generator[None, None, CBLookupReply]:
+    ) -> Generator[None, None, msgspec.Struct | Running]:
         """Find and lease the documents of a prompt that are there for all ranks."""
         space, _ = self.engine.registry.lookup(request.model, request.world_size)
         session = self.engine.sessions.open(request.session, space)
         tokens = read_tokens(request.tokens)
-        found = yield from self._look_up(session, tokens, caller)
-        hit = len(found.matches) * self.chunk_size
-        self.counters.document_lookups += 1
-        self.counters.document_lookup_tokens += len(tokens)
-        self.counters.document_tokens_hit += hit
-        return CBLookupReply(self._ranges(found.matches), found.matches, hit)
+        documents = self._space(request.model, request.world_size)
 
-    def _look_up(
-        self, session: Session, tokens: Tokens, caller: Caller
-    ) -> Generator[None, None, _Found]:
-        """Find, lease, and remember for as long as the session lasts."""
-        space, needs = self.engine.registry.lookup(
-            session.space.model, session.space.world_size
-        )
-        documents = self._space(space.model, space.world_size)
-        self.engine.sessions.enter(session)
-        try:
-            is_ready = partial(self._is_ready, needs.full)
-            runs = yield from self._matcher.find(tokens, documents, is_ready)
-            matches, chunks = yield from self._acquire(runs, needs)
-        finally:
-            self.engine.sessions.leave(session)
-        numbers = {match.start: number for number, match in enumerate(matches)}
-        found = _Found(tuple(matches), numbers)
-        owner = _documents_of(session.key)
-        if session.ended or not chunks:
-            self.engine.l1.release(chunks)
-            self.engine.leases.end(owner)
-        else:
-            readers = (1 << space.world_size) - 1
-            self.engine.leases.grant(owner, space.model, chunks, readers, caller.client)
-        if not session.ended:
-            self._found[session.key] = found
-        return found
+        def answer(found: Found) -> CBLookupReply:
+            hit = len(found.matches) * self.chunk_size
+            self.counters.document_lookups += 1
+            self.counters.document_lookup_tokens += len(tokens)
+            self.counters.document_tokens_hit += hit
+            return CBLookupReply(self._ranges(found.matches), found.matches, hit)
 
-    def _is_ready(self, full: int, key: ChunkHash) -> bool:
-        chunk = self.engine.l1.peek([key])[0]
-        return chunk is not None and chunk.ready & full == full
-
-    def _acquire(
-        self, runs: Iterable[Run], needs: Needs
-    ) -> Generator[None, None, tuple[list[CBMatch], list[Chunk]]]:
-        """Hold the leading chunks of every run, by the way of every lookup."""
-        matches: list[CBMatch] = []
-        chunks: list[Chunk] = []
-        try:
-            for run in runs:
-                held = yield from self.engine.acquire(run.hashes, needs)
-                chunks += held
-                for number, chunk in enumerate(held):
-                    moved = number * self.chunk_size
-                    old_start, start = run.old_start + moved, run.start + moved
-                    matches.append(CBMatch(old_start, start, chunk.hash))
-        except BaseException:
-            self.engine.l1.release(chunks)
-            raise
-        return matches, chunks
+        find = self.lookups.find(session, tokens, documents, caller, answer)
+        return (yield from find)
 
     def _ranges(self, matches: Sequence[CBMatch]) -> tuple[CBRange, ...]:
         """Join what follows each other in the prompt and in its document."""
@@ -344,13 +279,7 @@ class BlendEngine:
     ) -> RetrieveReply:
         self.counters.document_retrieves += 1
         self.engine.counters.bytes_retrieved += self.engine.result(future)
-        found = self._found.get(request.session)
-        numbers = found.numbers if found is not None else {}
-        owner = _documents_of(request.session)
-        for match in matches:
-            number = numbers.get(match.start)
-            if number is not None:
-                self.engine.leases.read(owner, number, number + 1, instance.rank)
+        self.lookups.read(request.session, matches, instance.rank)
         return RetrieveReply(len(matches) * self.chunk_size)
 
     def _named(
@@ -362,13 +291,13 @@ class BlendEngine:
             TokensNeeded: the session's lookup is forgotten, and no prompt was sent.
             ChunksMissing: a range is not wholly of chunks that the lookup found.
         """
-        found = self._found.get(request.session)
+        found = self.lookups.found(request.session)
         if found is None:
             if not request.tokens:
                 raise TokensNeeded("no lookup of this session is known", have=0)
-            found = yield from self._look_up(
-                session, read_tokens(request.tokens), caller
-            )
+            tokens = read_tokens(request.tokens)
+            documents = self._space(session.space.model, session.space.world_size)
+            found = yield from self.lookups.find_now(session, tokens, documents, caller)
         named = []
         for wanted in request.ranges:
             for start in range(wanted.start, wanted.end, self.chunk_size):
@@ -411,10 +340,6 @@ class BlendEngine:
             distance = match.start - match.old_start
             turns.append(Turn(first, first + self.chunk_size, distance))
         return Turning(rope, turns)
-
-
-def _documents_of(session: SessionKey) -> DocumentsOf:
-    return DocumentsOf(session.engine_id, session.request_id)
 
 
 def read_tokens(packed: memoryview) -> Tokens:

@@ -119,6 +119,9 @@ class Engine:
             config.prefetch.deadline_s,
         )
         self.on_session_end.append(self.lookups.cancel)
+        self.on_client_gone: list[Callable[[Hashable], None]] = [
+            self.lookups.cancel_client
+        ]
         self.copier = Copier(
             self.l1,
             arena,
@@ -168,7 +171,8 @@ class Engine:
         for instance in self.registry.of_client(client):
             self._remove(instance)
             self.leases.drop_reader(instance.engine_id, instance.rank)
-        self.lookups.cancel_client(client)
+        for gone in self.on_client_gone:
+            gone(client)
         self.leases.end_client(client)
 
     # -- copies -------------------------------------------------------------------

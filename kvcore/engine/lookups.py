@@ -88,7 +88,7 @@ class Lookups:
             hashes[max(first, 0) :],
             needs,
             chunk_size=self._chunk_size,
-            deadline=self._deadline(caller),
+            deadline=self.deadline(caller),
             owner=session.key,
             wait=wait,
         )
@@ -135,7 +135,7 @@ class Lookups:
         masks = [chunk.ready for chunk in chunks]
         return count_hits(masks, needs, self._chunk_size)
 
-    def _deadline(self, caller: Caller) -> float:
+    def deadline(self, caller: Caller) -> float:
         """Return when to answer at the latest: ours, or just before the caller's."""
         now = monotonic_ns()
         due = now + int(self._deadline_s * 1e9)

@@ -1,0 +1,270 @@
+"""Lookups of documents: match, hold, have tiers load what is missing, lease.
+
+Holding and loading are the engine's own. Where tiers may have more, the loads of all
+runs are begun before any is waited for, and the answer comes when the last has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from time import monotonic_ns
+
+import msgspec
+
+from kvcore.blend.matchers import DocumentSpace, Matcher, Run
+from kvcore.blend.rolling import Tokens
+from kvcore.engine.engine import Caller, Engine, Running
+from kvcore.engine.sessions import Session
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.protocol import CBMatch
+from kvcore.storage.l1 import Chunk
+from kvcore.storage.needs import Needs
+from kvcore.storage.prefetch import PrefetchJob
+
+
+class DocumentsOf(SessionKey, frozen=True, array_like=True):
+    """Owner of a session's lease on documents, beside the one on its prefix."""
+
+
+def documents_of(key: SessionKey) -> DocumentsOf:
+    """Return the owner of a session's lease on documents."""
+    return DocumentsOf(key.engine_id, key.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a session's last lookup found."""
+
+    matches: tuple[CBMatch, ...]
+    numbers: dict[int, int]
+    """By a match's place in the prompt, its place in `matches` and in the lease."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A run, and its leading chunks that are held."""
+
+    run: Run
+    chunks: list[Chunk]
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """A session's loads, and whether somebody still wants them."""
+
+    jobs: list[PrefetchJob]
+    client: Hashable
+    cancelled: bool = False
+
+
+Answer = Callable[[Found], msgspec.Struct]
+
+
+class DocumentLookups:
+    """Finds and leases documents, and remembers what a session was told."""
+
+    def __init__(self, engine: Engine, matcher: Matcher) -> None:
+        self._engine = engine
+        self._matcher = matcher
+        self._found: dict[SessionKey, Found] = {}
+        self._waits: dict[SessionKey, _Wait] = {}
+        engine.on_session_end.append(self._end_session)
+        engine.on_client_gone.append(self._cancel_client)
+
+    def found(self, key: SessionKey) -> Found | None:
+        """Return what the session's last lookup found, if that is known."""
+        return self._found.get(key)
+
+    def find(
+        self,
+        session: Session,
+        tokens: Tokens,
+        space: DocumentSpace,
+        caller: Caller,
+        answer: Answer,
+    ) -> Generator[None, None, msgspec.Struct | Running]:
+        """Answer a lookup, in steps, once all that can be had is in L1."""
+        self._cancel(session.key)
+        needs = self._needs(session)
+        self._engine.sessions.enter(session)
+        try:
+            held = yield from self._hold(session, tokens, space, needs)
+        except BaseException:
+            self._engine.sessions.leave(session)
+            raise
+        wait = None if session.ended else self._load(session, held, needs, caller)
+        if wait is None:
+            return answer(self._grant(session, held, caller))
+
+        def finish() -> msgspec.Struct:
+            self._complete(wait, held, needs, caller)
+            if wait.cancelled:
+                # The session's lease, if there is one, is a later lookup's.
+                self._engine.sessions.leave(session)
+                return answer(Found((), {}))
+            return answer(self._grant(session, held, caller))
+
+        return Running(_all_done([job.future for job in wait.jobs]), finish)
+
+    def find_now(
+        self, session: Session, tokens: Tokens, space: DocumentSpace, caller: Caller
+    ) -> Generator[None, None, Found]:
+        """Find and lease what is in L1 already."""
+        self._cancel(session.key)
+        self._engine.sessions.enter(session)
+        try:
+            held = yield from self._hold(session, tokens, space, self._needs(session))
+        except BaseException:
+            self._engine.sessions.leave(session)
+            raise
+        return self._grant(session, held, caller)
+
+    def _needs(self, session: Session) -> Needs:
+        space = session.space
+        return self._engine.registry.lookup(space.model, space.world_size)[1]
+
+    def _hold(
+        self, session: Session, tokens: Tokens, space: DocumentSpace, needs: Needs
+    ) -> Generator[None, None, list[_Held]]:
+        """Match, and hold the leading chunks of every run."""
+        del session
+        runs = yield from self._matcher.find(
+            tokens, space, partial(self._is_ready, needs.full)
+        )
+        held: list[_Held] = []
+        try:
+            for run in runs:
+                chunks = yield from self._engine.acquire(run.hashes, needs)
+                held.append(_Held(run, chunks))
+        except BaseException:
+            self._release(held)
+            raise
+        return held
+
+    def _is_ready(self, full: int, key: ChunkHash) -> bool:
+        chunk = self._engine.l1.peek([key])[0]
+        return chunk is not None and chunk.ready & full == full
+
+    def _release(self, held: Sequence[_Held]) -> None:
+        for each in held:
+            self._engine.l1.release(each.chunks)
+            each.chunks.clear()
+
+    # -- tiers --------------------------------------------------------------------
+
+    def _load(
+        self, session: Session, held: Sequence[_Held], needs: Needs, caller: Caller
+    ) -> _Wait | None:
+        """Begin to load what is missing, of all runs; None when there is nothing."""
+        manager, owner = self._engine.manager, documents_of(session.key)
+        lacking = [each for each in held if len(each.chunks) < len(each.run.hashes)]
+        if manager is None or not lacking:
+            return None
+        jobs = [
+            manager.submit_prefetch_task(
+                each.run.hashes[len(each.chunks) :],
+                needs,
+                chunk_size=self._engine.chunk_size,
+                deadline=self._engine.lookups.deadline(caller),
+                owner=owner,
+                wait=True,
+            )
+            for each in lacking
+        ]
+        wait = self._waits[session.key] = _Wait(jobs, caller.client)
+        return wait
+
+    def _complete(
+        self, wait: _Wait, held: Sequence[_Held], needs: Needs, caller: Caller
+    ) -> None:
+        """Hold what has come, too, and end the jobs' own holds."""
+        if wait.cancelled or 0 < caller.deadline_ns < monotonic_ns():
+            self._release(held)
+        else:
+            for each in held:
+                missing = each.run.hashes[len(each.chunks) :]
+                each.chunks += self._engine.l1.acquire_leading(missing, needs.full)
+        if self._engine.manager is not None:
+            for job in wait.jobs:
+                self._engine.manager.prefetcher.settle(job)
+
+    def _cancel(self, key: SessionKey) -> None:
+        """Load nothing more for a session; a lookup that waits finds nothing."""
+        wait = self._waits.pop(key, None)
+        if wait is not None and self._engine.manager is not None:
+            wait.cancelled = True
+            for job in wait.jobs:
+                self._engine.manager.prefetcher.cancel(job)
+
+    def _cancel_client(self, client: Hashable) -> None:
+        waits = self._waits.items()
+        for key in [key for key, wait in waits if wait.client == client]:
+            self._cancel(key)
+
+    # -- leases -------------------------------------------------------------------
+
+    def _grant(self, session: Session, held: Sequence[_Held], caller: Caller) -> Found:
+        """Lease what is held; remember it for as long as the session lasts."""
+        self._waits.pop(session.key, None)
+        self._engine.sessions.leave(session)
+        matches = tuple(self._matches(held))
+        chunks = [chunk for each in held for chunk in each.chunks]
+        found = Found(matches, {match.start: n for n, match in enumerate(matches)})
+        owner = documents_of(session.key)
+        if session.ended or not chunks:
+            self._release(held)
+            self._engine.leases.end(owner)
+        else:
+            space = session.space
+            readers = (1 << space.world_size) - 1
+            self._engine.leases.grant(
+                owner, space.model, chunks, readers, caller.client
+            )
+        if not session.ended:
+            self._found[session.key] = found
+        if self._engine.manager is not None:
+            self._engine.manager.write_back.used(chunks)
+        return found
+
+    def _matches(self, held: Sequence[_Held]) -> Generator[CBMatch, None, None]:
+        size = self._engine.chunk_size
+        for each in held:
+            old_start, start = each.run.old_start, each.run.start
+            for moved, chunk in zip(count(0, size), each.chunks, strict=False):
+                yield CBMatch(old_start + moved, start + moved, chunk.hash)
+
+    def read(self, key: SessionKey, matches: Sequence[CBMatch], rank: int) -> None:
+        """Note that a rank has read these matches of a session."""
+        found = self._found.get(key)
+        if found is None:
+            return
+        for match in matches:
+            number = found.numbers.get(match.start)
+            if number is not None:
+                self._engine.leases.read(documents_of(key), number, number + 1, rank)
+
+    def _end_session(self, key: SessionKey) -> None:
+        self._cancel(key)
+        self._engine.leases.end(documents_of(key))
+        found = self._found.pop(key, None)
+        if found is not None:
+            self._engine.l1.touch([ChunkHash(match.hash) for match in found.matches])
+
+
+def _all_done(futures: Sequence[Future[None]]) -> Future[None]:
+    """Return a future that is done when all are, however they ended."""
+    everything: Future[None] = Future()
+    left = count(len(futures) - 1, -1)
+
+    def done(_: Future[None]) -> None:
+        # One step of a C iterator: no two callers get the same number.
+        if next(left) == 0:
+            everything.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(done)
+    return everything
