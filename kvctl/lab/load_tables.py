@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from kvctl.console import Table
 from kvctl.lab.faults import FaultReport
@@ -21,6 +21,20 @@ def parts(load: LoadReport) -> Iterator[Table | str]:
         yield _tenants(load.tenants)
     if load.faults:
         yield _faults(load.faults)
+
+
+def tiers(counters: Mapping[str, int]) -> Iterator[str]:
+    """Say how much of what was retrieved came from tiers; nothing without any."""
+    loaded, moved = (
+        counters.get("bytes_prefetched", 0),
+        counters.get("bytes_retrieved", 0),
+    )
+    if loaded and moved:
+        yield (
+            f"hits by tier: {1 - loaded / moved:.2f} of retrieved bytes were in "
+            f"memory, {loaded / moved:.2f} came from tiers "
+            f"({counters['parts_prefetched']:,} parts)"
+        )
 
 
 def _sentences(load: LoadReport) -> Iterator[str]:

@@ -22,6 +22,8 @@ def parts(result: Result) -> Iterator[Table | str]:
     yield _limits(result)
     if result.load:
         yield from load_tables.parts(result.load)
+    if result.counters:
+        yield from load_tables.tiers(result.counters)
     for message in result.errors:
         yield f"error: {message}"
     for problem in result.problems:
