@@ -14,6 +14,7 @@ import typer
 from kvcore.errors import SetupError
 from kvctl import console
 from kvctl.lab import gate
+from kvctl.lab.systems.contract import OURS, SystemSpec
 
 if TYPE_CHECKING:
     from kvctl.lab.compare import Comparison
@@ -61,6 +62,18 @@ def run(
     repeat: Annotated[
         int, typer.Option(min=1, max=100, help="runs, or pairs of them with --versus")
     ] = 1,
+    system: Annotated[
+        str, typer.Option(help="what is under the load: kvctl, lmcache, valkey")
+    ] = OURS,
+    system_python: Annotated[
+        str | None, typer.Option(help="the Python that another system is installed in")
+    ] = None,
+    versus_system: Annotated[
+        str | None, typer.Option(help="another system, played in pairs with the first")
+    ] = None,
+    versus_system_python: Annotated[
+        str | None, typer.Option(help="its Python, where it differs")
+    ] = None,
     fail_on: FailOn = gate.DEFAULT,
     turns: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -75,12 +88,18 @@ def run(
     settings = list(overrides or ())
     if trace is not None:
         settings.append(f"workload.trace={json.dumps(str(trace))}")
-    ours = Played(scenario, settings, seed, server)
-    if versus is None and not versus_set:
+    ours = Played(scenario, settings, seed, server, SystemSpec(system, system_python))
+    if versus is None and versus_system is None and not versus_set:
         if not _play(ours, out, repeat, turns):
             raise typer.Exit(EXIT_PROBLEM)
         return
-    theirs = Played(versus or scenario, [*settings, *(versus_set or ())], seed, server)
+    theirs = Played(
+        versus or scenario,
+        [*settings, *(versus_set or ())],
+        seed,
+        server,
+        SystemSpec(versus_system or system, versus_system_python or system_python),
+    )
     folder = out / f"{scenario.stem}-versus-{time.strftime('%Y%m%dT%H%M%S')}"
     found = _contest(ours, theirs, repeat, folder)
     _judge(found, gate.Gate(fail_on), folder)
@@ -190,12 +209,17 @@ class Played:
     settings: list[str]
     seed: int
     server: str | None
+    system: SystemSpec
 
     def arguments(self) -> list[str]:
         """Write it as the arguments of `bench run`."""
         flags = [flag for one in self.settings for flag in ("--set", one)]
         server = ["--server", self.server] if self.server else []
-        return [str(self.scenario), *flags, "--seed", str(self.seed), *server]
+        system = ["--system", self.system.name]
+        if self.system.python:
+            system += ["--system-python", self.system.python]
+        seed = ["--seed", str(self.seed)]
+        return [str(self.scenario), *flags, *seed, *server, *system]
 
 
 def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
@@ -209,7 +233,13 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
     for _ in range(repeat):
         with console.progress(name) as progress:
             result = driver.run(
-                name, scenario, one.seed, one.server, Shown(progress), turns
+                name,
+                scenario,
+                one.seed,
+                one.server,
+                Shown(progress),
+                turns,
+                one.system,
             )
         path = result.save(out)
         console.show(*report.parts(result))
@@ -240,6 +270,8 @@ def _contest(ours: Played, theirs: Played, repeat: int, folder: Path) -> Compari
 
 def _labels(ours: Played, theirs: Played) -> tuple[str, str]:
     """Name the sides by what sets them apart."""
+    if ours.system.name != theirs.system.name:
+        return ours.system.name, theirs.system.name
     if ours.scenario != theirs.scenario:
         return ours.scenario.stem, theirs.scenario.stem
     return ours.scenario.stem, " ".join(theirs.settings[len(ours.settings) :])

@@ -6,13 +6,13 @@ from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from kvcore.client import KVClient
 from kvcore.errors import KVError
 from kvcore.keys import SessionKey
 from kvctl.lab import alone, ceilings
 from kvctl.lab.cast import Cast
 from kvctl.lab.measure import time_calls
 from kvctl.lab.messages import PlayAlone, send
+from kvctl.lab.systems.contract import Client
 from kvctl.lab.workload import accesses
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ NUM_LOOKUPS = 200
 class Aftermath:
     """Fills the rest of a run's evidence."""
 
-    def __init__(self, play: Play, client: KVClient) -> None:
+    def __init__(self, play: Play, client: Client) -> None:
         self._play = play
         self._evidence = play.evidence
         self._client = client

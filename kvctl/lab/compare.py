@@ -30,6 +30,9 @@ PRIMARY = "p50_s"
 NOT_JUDGED = frozenset({"ping"})
 """Told for what it says of the machine: pings are made when the load is over."""
 
+FIGURES = ("requests_per_s", "tokens_per_s", "store_gb_per_s", "retrieve_gb_per_s")
+"""Of a result's throughput."""
+
 COUNTED_BY_SERVER = ("chunks_evicted", "deadlines_exceeded", "retrieves_missing")
 """Of the server's counters, those that are compared beside the run's own counts."""
 WORSE_WHEN_MORE = frozenset(
@@ -87,6 +90,8 @@ class Comparison(msgspec.Struct, frozen=True):
     """Where the two scenarios differ."""
     timings: dict[str, Timing]
     counts: dict[str, Count]
+    figures: dict[str, tuple[float | None, float | None]] = {}
+    """Medians that are told and not judged."""
     notes: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> Path:
@@ -144,6 +149,7 @@ def compare(
         settings=settings,
         timings=_timings(base, new),
         counts=count(base, new),
+        figures=_figures(base, new),
         notes=tuple(notes + _notes(base, new)),
     )
 
@@ -151,6 +157,17 @@ def compare(
 def _side(label: str, results: Sequence[Result]) -> Side:
     first = results[0]
     return Side(label, first.system, first.environment.git_commit, len(results))
+
+
+def _figures(
+    base: Sequence[Result], new: Sequence[Result]
+) -> dict[str, tuple[float | None, float | None]]:
+    def median(results: Sequence[Result], name: str) -> float | None:
+        values = [getattr(result.throughput, name) for result in results]
+        known = [value for value in values if value is not None]
+        return _median(known) if known else None
+
+    return {name: (median(base, name), median(new, name)) for name in FIGURES}
 
 
 def _unlike_machines(base: Sequence[Result], new: Sequence[Result]) -> list[str]:

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from kvctl.console import Table
 from kvctl.lab.compare import Comparison, CountVerdict
-from kvctl.lab.verdict import bounds, change, of_comparison, spans, times, words
+from kvctl.lab.report import duration
+from kvctl.lab.verdict import bounds, change, of_comparison, spans, words
 
 
 def parts(comparison: Comparison) -> Iterator[Table | str]:
     """Render a comparison for `console.show`."""
     yield of_comparison(comparison)
     yield _timings(comparison)
+    yield _figures(comparison)
     counts = _counts(comparison)
     if counts.rows:
         yield counts
@@ -25,13 +27,29 @@ def parts(comparison: Comparison) -> Iterator[Table | str]:
 
 def _timings(comparison: Comparison) -> Table:
     rows = tuple(
-        (name, times(timing), change(timing), bounds(timing), timing.effect.verdict)
+        (
+            name,
+            duration(timing.base_s),
+            duration(timing.new_s),
+            change(timing),
+            bounds(timing),
+            timing.effect.verdict,
+        )
         for name, timing in comparison.timings.items()
     )
     how = "pairs" if comparison.in_pairs else "runs a side"
     title = f"timings, p50, {comparison.base.num_runs} {how}"
-    sides = f"{comparison.base.label} -> {comparison.new.label}"
-    return Table(title, ("", sides, ">change", ">interval", ""), rows)
+    sides = (f">{comparison.base.label}", f">{comparison.new.label}")
+    return Table(title, ("", *sides, ">change", ">interval", ""), rows)
+
+
+def _figures(comparison: Comparison) -> Table:
+    rows = tuple(
+        (words(name), *("-" if value is None else f"{value:,.3g}" for value in pair))
+        for name, pair in comparison.figures.items()
+    )
+    sides = (f">{comparison.base.label}", f">{comparison.new.label}")
+    return Table("throughput, not judged", ("", *sides), rows)
 
 
 def _counts(comparison: Comparison) -> Table:
@@ -52,7 +70,7 @@ def _same(comparison: Comparison) -> str:
 def markdown(comparison: Comparison) -> str:
     """Write a comparison as Markdown."""
     lines = [f"**{of_comparison(comparison)}**", ""]
-    for part in (_timings(comparison), _counts(comparison)):
+    for part in (_timings(comparison), _figures(comparison), _counts(comparison)):
         if part.rows:
             lines += [f"{part.title}", "", *table(part), ""]
     lines += [f"{_same(comparison)}.", ""]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvcore.client import KVClient
 from kvcore.client.blend import BlendClient
-from kvcore.errors import Closed, KVError, Unavailable
+from kvcore.errors import Closed, KVError, SetupError, Unavailable
 from kvcore.keys import ChunkHash, HashChain, chain_seed
 from kvcore.protocol import CBLookupReply
 from kvctl.lab.journal import Outcome
@@ -31,6 +32,8 @@ class DocumentPlayer(Player):
     def __init__(self, engine: Engine, ranks: Sequence[Connection], slot: int) -> None:
         super().__init__(engine, ranks)
         self._slot = slot
+        if not isinstance(engine.client, KVClient):
+            raise SetupError("documents: only our own system plays them")
         self._blend = BlendClient(engine.client)
         scenario = engine.plan.scenario
         self._world_size = scenario.ranks

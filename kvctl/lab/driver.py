@@ -14,13 +14,14 @@ from msgspec.structs import replace
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.shm import remove_dead
-from kvctl.lab.local_server import LocalServer
 from kvctl.lab.messages import Tally
 from kvctl.lab.play import Play
 from kvctl.lab.result import Result
 from kvctl.lab.scenario import Scenario, Service
 from kvctl.lab.services import RunningService, fill
 from kvctl.lab.summary import Evidence, summarise
+from kvctl.lab.systems.choose import start_server
+from kvctl.lab.systems.contract import SystemSpec
 from kvctl.lab.turns import can_take_turns
 from kvctl.lab.worker import SEGMENT_PREFIX
 from kvctl.lab.workload import Survey, survey
@@ -67,6 +68,7 @@ def run(
     address: str | None,
     watcher: Watcher | None = None,
     turns: str | None = None,
+    system: SystemSpec | None = None,
 ) -> Result:
     """Play a scenario, against a server of its own where no address is given.
 
@@ -77,11 +79,13 @@ def run(
         SetupError: it could not begin.
         Unavailable: no server answers at the address.
     """
-    watcher = watcher or Watcher()
+    watcher, spec = watcher or Watcher(), system or SystemSpec()
     watcher.phase("starting")
     planned = _survey(scenario, seed)
     if turns is not None and not can_take_turns(scenario):
         raise SetupError("--turns: needs one engine and load.concurrency = 1")
+    if not spec.is_ours and scenario.faults:
+        raise SetupError(f"--system {spec.name}: only our own server can be struck")
     if address and any(fault.target != "worker" for fault in scenario.faults):
         raise SetupError("--server: only a server that the run started can be struck")
     remove_dead(SEGMENT_PREFIX)
@@ -93,9 +97,9 @@ def run(
         }
         folder = stack.enter_context(TemporaryDirectory(prefix="kvlab-"))
         config = _with_places(scenario.server, services, folder)
-        server = None if address else LocalServer(config)
+        server = None if address else start_server(spec, config)
         where = address or (server.address if server else "")
-        evidence = Evidence(name, scenario, seed, turns=turns)
+        evidence = Evidence(name, scenario, seed, spec=spec, turns=turns)
         try:
             play = Play(evidence, where, server, services, planned, interrupts, watcher)
             play.run()

@@ -11,6 +11,7 @@ from kvcore.protocol import CBMatch
 from kvctl.lab.geometry import Geometry
 from kvctl.lab.measure import Samples
 from kvctl.lab.scenario import Scenario
+from kvctl.lab.systems.contract import SystemSpec
 
 
 class EnginePlan(msgspec.Struct, frozen=True):
@@ -28,6 +29,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
     """Among the tenant's engines."""
     first_index: int = 0
     """Of the workload, where an engine that was started again goes on."""
+    system: SystemSpec = SystemSpec()
     turns: str | None = None
     """Where it meets the engine that it takes turns with, see `kvctl.lab.turns`."""
 
@@ -129,6 +131,8 @@ class Play(msgspec.Struct, frozen=True, tag=True):
     """One a cache group: int32 ids of the blocks of [0, end)."""
     retrieve: bool = True
     """Without it [0, hit) is there already."""
+    tokens: bytes = b""
+    """Packed, for systems whose ranks ask with them."""
 
 
 class StoredDocument(msgspec.Struct, frozen=True):

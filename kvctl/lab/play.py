@@ -13,7 +13,6 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from kvcore.client import KVClient
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvctl.lab.aftermath import Aftermath
 from kvctl.lab.cast import Actor, Cast
@@ -36,6 +35,9 @@ from kvctl.lab.messages import (
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.services import RunningService
 from kvctl.lab.summary import Evidence
+from kvctl.lab.systems.choose import connect_other
+from kvctl.lab.systems.contract import Client
+from kvctl.lab.systems.foreign_server import ForeignServer
 from kvctl.lab.turns import in_turn
 from kvctl.lab.victims import Victims
 from kvctl.lab.workload import Survey
@@ -74,7 +76,7 @@ class Play:
 
     evidence: Evidence
     address: str
-    server: LocalServer | None
+    server: LocalServer | ForeignServer | None
     services: Mapping[str, RunningService]
     planned: Survey
     interrupts: Interruptible
@@ -94,7 +96,7 @@ class Play:
 
     def run(self) -> None:
         """Fill the evidence."""
-        with KVClient(self.address, label="bench driver") as client:
+        with self._connect() as client:
             served = replace(
                 self.evidence.scenario.server, chunk_size=client.chunk_size
             )
@@ -107,13 +109,17 @@ class Play:
                 before = client.status(0).counters
                 self._watch(cast, client)
                 self._count(client, before)
-                if self.evidence.turns is None:
+                if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)
             finally:
                 cast.close()
             if not self.server_gone:
                 with in_turn(self.evidence.turns):
                     after.look()
+
+    def _connect(self) -> Client:
+        spec, scenario = self.evidence.spec, self.evidence.scenario
+        return connect_other(spec, self.address, scenario.server, scenario.timeout_s)
 
     def plans(self) -> list[EnginePlan]:
         """Return one an engine, tenant after tenant."""
@@ -134,6 +140,7 @@ class Play:
             # Each part knows whether anything may be struck.
             scenario=replace(part, faults=self.evidence.scenario.faults),
             place=place,
+            system=self.evidence.spec,
             turns=self.evidence.turns,
         )
 
@@ -164,7 +171,7 @@ class Play:
         while self.storms_wanted and not self.evidence.failures:
             self.step(cast)
 
-    def _watch(self, cast: Cast, client: KVClient) -> None:
+    def _watch(self, cast: Cast, client: Client) -> None:
         """Let them play until all have reported or the patience of a stop ends."""
         self.evidence.begun_s = begun = monotonic()
         self.faults = FaultPlan(begun, Victims(self, cast, client).of, monotonic)
@@ -270,7 +277,7 @@ class Play:
             total.add(tally)
         self.watcher.progress(total, self.planned)
 
-    def _count(self, client: KVClient, before: Mapping[str, int]) -> None:
+    def _count(self, client: Client, before: Mapping[str, int]) -> None:
         """Keep by how much the server's counters grew."""
         if self.server_gone:
             return

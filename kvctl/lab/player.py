@@ -22,6 +22,7 @@ from kvctl.lab.pacer import Taken
 from kvctl.lab.paged import Indices
 from kvctl.lab.score import HEAD_BYTES
 from kvctl.lab.stepper import Progress, Stepper
+from kvctl.lab.systems.contract import taken_s
 from kvctl.lab.workload import Tokens
 
 if TYPE_CHECKING:
@@ -150,11 +151,11 @@ class Player:
         except KVError as error:
             engine.tell_error(f"lookup: {error.code}: {error.message}", life.taken)
             return None
-        taken_s = self._clock.now() - begun
-        life.waited_s += taken_s
+        lookup_s = taken_s(engine.client, self._clock.now() - begun)
+        life.waited_s += lookup_s
         if life.hit is None:
             life.hit = found
-            life.durations["lookup"] = taken_s
+            life.durations["lookup"] = lookup_s
             life.hashes = self._hashes(tokens)
         return found
 
@@ -168,7 +169,7 @@ class Player:
         begun = self._clock.now()
         self._engine.client.end_session(life.session)
         ended = self._clock.now()
-        life.durations["end_session"] = ended - begun
+        life.durations["end_session"] = taken_s(self._engine.client, ended - begun)
         life.ended_s = life.ended_s or ended
         return outcome
 
@@ -187,7 +188,9 @@ class Player:
         end = len(life.hashes) * engine.chunk_size if store else hit_tokens
         ids = tuple(of_group.tobytes() for of_group in engine.pool.of_groups(blocks))
         hashes = b"".join(life.hashes)
-        return Play(life.session, hit_tokens, end, hashes, ids, retrieve)
+        asks = not engine.plan.system.is_ours
+        tokens = bytes(pack_tokens(life.tokens)) if asks else b""
+        return Play(life.session, hit_tokens, end, hashes, ids, retrieve, tokens)
 
     def _tell(self, task: Play | PlayDocuments) -> None:
         for rank in self._ranks:

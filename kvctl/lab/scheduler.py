@@ -14,7 +14,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 
-from kvcore.client import KVClient
 from kvcore.errors import KVError
 from kvcore.keys import chain_seed
 from kvctl.lab.arrivals import Due, schedule
@@ -38,6 +37,8 @@ from kvctl.lab.player import Player
 from kvctl.lab.score import Score
 from kvctl.lab.stepper import Stepper
 from kvctl.lab.sweep import SweepWatch
+from kvctl.lab.systems.choose import connect
+from kvctl.lab.systems.contract import Client
 from kvctl.lab.turns import Turns
 from kvctl.lab.workload import accesses
 
@@ -49,7 +50,7 @@ class Engine:
     """What the slots of an engine share."""
 
     def __init__(
-        self, plan: EnginePlan, client: KVClient, clock: Clock | None = None
+        self, plan: EnginePlan, client: Client, clock: Clock | None = None
     ) -> None:
         geometry, scenario = plan.geometry, plan.scenario
         self.plan = plan
@@ -172,9 +173,7 @@ def run(
     """Be an engine's scheduler: play when told to, report at the end."""
     label = f"bench {plan.engine_id}"
     try:
-        with KVClient(
-            plan.address, label=label, timeout_s=plan.scenario.timeout_s
-        ) as client:
+        with connect(plan, label) as client:
             engine = Engine(plan, client)
             engine.meet()
             send(control, Ready())

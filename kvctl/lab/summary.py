@@ -30,6 +30,7 @@ from kvctl.lab.result import (
 from kvctl.lab.scenario import Limits, Scenario
 from kvctl.lab.score import HEAD_BYTES
 from kvctl.lab.series import series
+from kvctl.lab.systems.contract import SystemSpec
 
 MAX_ERRORS_TOLD = 10
 
@@ -61,9 +62,9 @@ class Evidence:
     """When the load began, on the host's monotonic clock."""
     counters: dict[str, int] = field(default_factory=dict)
     """The server's own, grown during the load."""
-    system: System = field(default_factory=lambda: System(version=__version__))
+    spec: SystemSpec = field(default_factory=SystemSpec)
     turns: str | None = None
-    """Where it met the run that it took turns with: half of the time was not its own."""
+    """Where it met the run that it took turns with: half of the time was another's."""
 
     def tally(self) -> Tally:
         """Add up what the engines counted."""
@@ -120,9 +121,13 @@ def summarise(evidence: Evidence) -> Result:
         problems=tuple(problems),
         series=series(samples, evidence.begun_s),
         counters=evidence.counters,
-        system=evidence.system,
+        system=_system(evidence.spec),
         turns=samples.medians() if evidence.turns else {},
     )
+
+
+def _system(spec: SystemSpec) -> System:
+    return System(spec.name, __version__ if spec.is_ours else spec.version)
 
 
 def _counts(evidence: Evidence, tally: Tally) -> Counts:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing
 from kvctl.lab.gate import span
 from kvctl.lab.judge import Verdict
-from kvctl.lab.report import duration
 from kvctl.lab.result import Result
 
 
@@ -54,6 +53,8 @@ def _nothing_found(comparison: Comparison) -> str:
         for name, timing in comparison.timings.items()
         if timing.effect.verdict is Verdict.CANNOT_TELL
     ]
+    if total and all(one.effect.low is None for one in comparison.timings.values()):
+        return f"Too few runs to judge {new} against {base}: --repeat gives more."
     if unsure:
         return (
             f"Between {new} and {base} no difference was found; for {len(unsure)} of "
@@ -106,11 +107,6 @@ def bounds(timing: Timing) -> str:
     if effect.low is None or effect.high is None:
         return "-"
     return f"{effect.low - 1:+.1%} to {effect.high - 1:+.1%}"
-
-
-def times(timing: Timing) -> str:
-    """Write both sides' durations."""
-    return f"{duration(timing.base_s)} -> {duration(timing.new_s)}"
 
 
 def spans(count: Count) -> str:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from kvcore.client import KVClient
 from kvcore.errors import SetupError
 from kvctl.lab.cast import Actor, Cast
 from kvctl.lab.faults import Victim
+from kvctl.lab.local_server import LocalServer
 from kvctl.lab.messages import Stop, send
 from kvctl.lab.scenario import Fault
+from kvctl.lab.systems.contract import Client
 
 if TYPE_CHECKING:
     from kvctl.lab.play import Play
@@ -33,7 +34,7 @@ class Victims:
 
     play: Play
     cast: Cast
-    client: KVClient
+    client: Client
 
     def of(self, fault: Fault) -> Victim:
         """Return the victim of a fault.
@@ -45,7 +46,7 @@ class Victims:
             return WorkerVictim(self.play, self.cast, self.client, fault)
         if fault.target == "service":
             return self.play.services[fault.service]
-        if self.play.server is None:
+        if not isinstance(self.play.server, LocalServer):
             raise SetupError("faults: the server was not started by this run")
         return self.play.server
 
@@ -56,7 +57,7 @@ class WorkerVictim:
 
     play: Play
     cast: Cast
-    client: KVClient
+    client: Client
     fault: Fault
 
     def kill(self) -> float | None:

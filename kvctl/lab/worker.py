@@ -20,7 +20,7 @@ import numpy as np
 
 from kvcore.client import KVClient
 from kvcore.errors import KVError, SetupError, Unavailable
-from kvcore.keys import SessionKey
+from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab.alone import play_alone
 from kvctl.lab.demand import Documents
@@ -42,6 +42,8 @@ from kvctl.lab.messages import (
 )
 from kvctl.lab.paged import Indices, PagedCache
 from kvctl.lab.pattern import Pattern, Seeds, chunk_seeds
+from kvctl.lab.systems.choose import connect
+from kvctl.lab.systems.contract import Client, taken_s
 
 SEGMENT_PREFIX = "kvlab-"
 """Of the shared memory of every played cache."""
@@ -60,6 +62,7 @@ class _Turn:
     session: SessionKey
     seeds: Seeds
     blocks: list[Indices]
+    tokens: Tokens | None = None
     tally: Tally = field(default_factory=Tally)
     durations: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -68,7 +71,7 @@ class _Turn:
 class Rank:
     """A registered cache, and the pattern that it is filled and checked with."""
 
-    def __init__(self, plan: EnginePlan, rank: int, client: KVClient) -> None:
+    def __init__(self, plan: EnginePlan, rank: int, client: Client) -> None:
         geometry, ranks = plan.geometry, plan.scenario.ranks
         self.client = client
         self.chunk_size = client.chunk_size
@@ -105,6 +108,8 @@ class Rank:
         )
         self.chunk_bytes = client.register_kv_cache(self._registration).chunk_bytes
         if isinstance(plan.scenario.workload, Documents):
+            if not isinstance(client, KVClient):
+                raise SetupError("documents: only our own system plays them")
             name = f"{self.cache.segment.name}-documents"
             self.documents = DocumentBuffer(name, plan, rank, client)
 
@@ -113,7 +118,8 @@ class Rank:
         if isinstance(task, PlayDocuments):
             return self.documents.play(task) if self.documents else Played(Tally(), {})
         blocks = [np.frombuffer(packed, np.int32) for packed in task.blocks]
-        turn = _Turn(task.session, chunk_seeds(task.hashes), blocks)
+        tokens = np.frombuffer(task.tokens, np.uint32) if task.tokens else None
+        turn = _Turn(task.session, chunk_seeds(task.hashes), blocks, tokens)
         try:
             loaded = not task.retrieve or self._retrieve(turn, task.hit_tokens)
             have = task.hit_tokens if loaded else 0
@@ -139,7 +145,8 @@ class Rank:
         for number, ids in enumerate(blocks):
             self.cache.poison(number, ids)
         retrieve = self.client.retrieve
-        call = partial(retrieve, turn.session, self.instance_id, 0, hit, blocks)
+        where = (turn.session, self.instance_id, 0, hit, blocks, turn.tokens)
+        call = partial(retrieve, *where)
         begun = perf_counter()
         try:
             call()
@@ -148,7 +155,8 @@ class Rank:
         except KVError as error:
             turn.errors.append(f"retrieve: {error.code}: {error.message}")
             return False
-        turn.tally.retrieve_s = turn.durations["retrieve"] = perf_counter() - begun
+        took = taken_s(self.client, perf_counter() - begun)
+        turn.tally.retrieve_s = turn.durations["retrieve"] = took
         turn.tally.retrieve_bytes = self._num_bytes(blocks)
         turn.tally.bytes_wrong = self._count_wrong_bytes(turn, hit, blocks)
         return True
@@ -177,14 +185,15 @@ class Rank:
         begun = perf_counter()
         try:
             reply = self.client.store(
-                turn.session, self.instance_id, start, end, blocks
+                turn.session, self.instance_id, start, end, blocks, turn.tokens
             )
         except Unavailable:
             raise
         except KVError as error:
             turn.errors.append(f"store: {error.code}: {error.message}")
             return
-        took = turn.durations["store"] = perf_counter() - begun
+        took = taken_s(self.client, perf_counter() - begun)
+        turn.durations["store"] = took
         tally = turn.tally
         tally.parts_stored = reply.num_stored
         tally.parts_present = reply.num_present
@@ -243,8 +252,7 @@ def run(
 ) -> None:
     """Be a rank until the driver lets go of it, or is gone."""
     try:
-        label, timeout_s = f"bench {plan.engine_id}/{rank}", plan.scenario.timeout_s
-        with KVClient(plan.address, label=label, timeout_s=timeout_s) as client:
+        with connect(plan, f"bench {plan.engine_id}/{rank}") as client:
             played = Rank(plan, rank, client)
             try:
                 send(control, Ready(played.chunk_bytes))

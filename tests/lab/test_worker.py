@@ -43,7 +43,7 @@ class FakeClient:
         """Forget it."""
 
     def store(
-        self, _session: SessionKey, _instance: str, start: int, end: int, blocks: Any
+        self, _s: SessionKey, _i: str, start: int, end: int, blocks: Any, _tokens: Any
     ) -> StoreReply:
         """Keep copies of the blocks of each group."""
         if self.fails:
@@ -55,7 +55,7 @@ class FakeClient:
         return StoreReply(chunks * len(blocks), 0, 0)
 
     def retrieve(
-        self, _session: SessionKey, _instance: str, start: int, end: int, blocks: Any
+        self, _s: SessionKey, _i: str, start: int, end: int, blocks: Any, _tokens: Any
     ) -> RetrieveReply:
         """Write back what was kept; null blocks are left out."""
         if self.fails:

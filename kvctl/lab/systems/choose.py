@@ -1,0 +1,69 @@
+"""The systems that a load can be played against, by name."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvcore.client import KVClient
+from kvcore.config import ServerConfig
+from kvcore.errors import SetupError
+from kvctl.lab.local_server import LocalServer
+from kvctl.lab.messages import EnginePlan
+from kvctl.lab.systems import lmcache, valkey
+from kvctl.lab.systems.contract import OURS, Client, Foreign, Started, SystemSpec
+from kvctl.lab.systems.foreign_server import ForeignServer
+
+
+class Driver(Protocol):
+    """A module that drives another system."""
+
+    def start(self, spec: SystemSpec, config: ServerConfig) -> Started:
+        """Say how its server is started."""
+
+    def connect(
+        self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
+    ) -> Foreign:
+        """Connect a client."""
+
+
+OTHERS: dict[str, Driver] = {"lmcache": lmcache, "valkey": valkey}
+NAMES = (OURS, *OTHERS)
+
+
+def check(spec: SystemSpec) -> None:
+    """Refuse a system that nobody knows.
+
+    Raises:
+        SetupError: with those that are known.
+    """
+    if spec.name not in NAMES:
+        raise SetupError(f"--system {spec.name}: known are {', '.join(NAMES)}")
+
+
+def start_server(spec: SystemSpec, config: ServerConfig) -> LocalServer | ForeignServer:
+    """Start a system's server with as much memory and chunks as large.
+
+    Raises:
+        SetupError: it is not there, or did not start.
+    """
+    check(spec)
+    if spec.is_ours:
+        return LocalServer(config)
+    return ForeignServer(OTHERS[spec.name].start(spec, config))
+
+
+def connect(plan: EnginePlan, label: str) -> Client:
+    """Connect a scheduler or a rank to the system of its plan."""
+    timeout_s = plan.scenario.timeout_s
+    if plan.system.is_ours:
+        return KVClient(plan.address, label=label, timeout_s=timeout_s)
+    return connect_other(plan.system, plan.address, plan.scenario.server, timeout_s)
+
+
+def connect_other(
+    spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
+) -> Client:
+    """Connect to any system by its address."""
+    if spec.is_ours:
+        return KVClient(address, label="bench driver", timeout_s=timeout_s)
+    return OTHERS[spec.name].connect(spec, address, config, timeout_s)
