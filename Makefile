@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test browser format bench docs clean
+.PHONY: demo test browser regress baseline format bench docs clean
 
 # Play two engines with two ranks each against a real server.
 demo: $(VENV)/.light
@@ -28,6 +28,20 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest tests/benchmarks
+
+# The working tree against a commit, both installed and played in turn:
+# make regress BASE=main. Counts are held against results/baselines as well.
+BASE ?= HEAD
+REPEAT ?= 20
+regress: $(VENV)/.light
+	$(BIN)/kvctl bench regress --base $(BASE) --repeat $(REPEAT)
+
+# New counts on purpose: look at the difference before you commit it.
+baseline: $(VENV)/.light
+	rm -rf results/runs/baseline
+	$(BIN)/kvctl bench run scenarios/regress.toml --out results/runs/baseline
+	mkdir -p results/baselines
+	cp results/runs/baseline/regress-*.json results/baselines/regress.json
 
 # Everything in docs/ that is derived from the code.
 docs: $(VENV)/.light

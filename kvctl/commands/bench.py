@@ -155,6 +155,33 @@ def compare(
 
 
 @app.command()
+def regress(
+    base: Annotated[str, typer.Option(help="the commit to compare with")] = "HEAD",
+    scenario: ScenarioFile = Path("scenarios/regress.toml"),
+    repeat: Annotated[int, typer.Option(min=1, max=100, help="pairs of runs")] = 20,
+    out: Annotated[Path, typer.Option(help="folder for what is found")] = Path(
+        "results/runs/regress"
+    ),
+    fail_on: FailOn = gate.DEFAULT,
+) -> None:
+    """Compare the working tree with a commit: both installed, played in turn.
+
+    Timings are held against the commit, counts also against results/baselines. Exit
+    code 1 for a regression.
+    """
+    from kvctl.lab.regress import Plan, markdown
+
+    folder = out / time.strftime("%Y%m%dT%H%M%S")
+    plan = Plan(Path.cwd(), base, scenario, repeat, folder, gate.Gate(fail_on))
+    with console.progress("regress") as progress:
+        found = plan.run(progress.update)
+    console.line(markdown(found))
+    console.line(f"saved {folder}")
+    if found.failed:
+        raise typer.Exit(EXIT_PROBLEM)
+
+
+@app.command()
 def report(
     results: Annotated[
         list[Path],

@@ -72,6 +72,7 @@ class Command:
     python: str
     arguments: Sequence[str]
     """Scenario and flags, without --out."""
+    cwd: Path | None = None
 
     def start(self, folder: Path, *more: str) -> subprocess.Popen[str]:
         """Start a run that saves its result in an empty folder."""
@@ -81,6 +82,7 @@ class Command:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=self.cwd,
             start_new_session=True,
         )
 

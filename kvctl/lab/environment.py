@@ -106,6 +106,8 @@ def _gpus() -> tuple[Gpu, ...]:
 
 def _git_commit() -> str | None:
     folder = Path(kvcore.__file__).parent
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # Installed somewhere in a checkout, not the checkout itself.
     commit = _git(folder, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return None
