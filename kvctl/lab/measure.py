@@ -69,13 +69,14 @@ class Samples(msgspec.Struct):
 
     def medians(self) -> dict[str, tuple[float | None, ...]]:
         """Return each operation's median in every window; None where it had none."""
-        names = dict.fromkeys(name for one in self.windows for name in one.durations)
+        windows = [one for one in self.windows if one.durations]
+        names = dict.fromkeys(name for one in windows for name in one.durations)
         return {
             name: tuple(
                 one.durations[name].quantiles_s([0.5])[0]
                 if name in one.durations
                 else None
-                for one in self.windows
+                for one in windows
             )
             for name in names
         }
