@@ -14,9 +14,11 @@ tests/benchmarks/test_copies.py measures the share of a plain copy that they rea
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from kvcore.shm import Bytes
 from kvcore.storage.arena import Extent
 from kvcore.transport.paged import (
     BlockIds,
+    Run,
     Span,
     block_units,
     breaks,
@@ -59,6 +62,15 @@ def _put_rows(cache: Rows, index: Index, part: Rows) -> None:
 
 _GATHER = _Copy(view=lambda cache, part: np.copyto(part, cache), rows=_take_rows)
 _SCATTER = _Copy(view=np.copyto, rows=_put_rows)
+
+
+class _Way(IntEnum):
+    """How a span is copied."""
+
+    ROWS = 0
+    RUNS = 1
+    ONE_RUN = 2
+    """All of its blocks follow each other: nothing has to be looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +139,19 @@ class HostCache:
     def _copy(
         self, spans: Sequence[Span], blocks: BlockIds, arena: Bytes, copy: _Copy
     ) -> None:
-        by_rows = self._by_rows(spans, blocks)
+        ways = self._ways(spans, blocks)
+        by_rows = ways == _Way.ROWS
         indexes = [planes.index(blocks[by_rows]) for planes in self._row_planes]
+        units = block_units(self.layout)
         number = 0
-        for span, rows in zip(spans, by_rows.tolist(), strict=True):
+        for span, way in zip(spans, ways.tolist(), strict=True):
             part = _Part(arena, span.extents, copy, self._strides)
-            if not rows:
-                self._copy_runs(span, part)
+            if way == _Way.ONE_RUN:
+                run = Run(0, int(span.blocks[0]), len(span.blocks), 0, units)
+                self._copy_runs((run,), part)
+                continue
+            if way == _Way.RUNS:
+                self._copy_runs(coalesce(self.layout, span), part)
                 continue
             for planes, index in zip(self._row_planes, indexes, strict=True):
                 part.copy_rows(
@@ -141,24 +159,25 @@ class HostCache:
                 )
             number += 1
 
-    def _by_rows(
+    def _ways(
         self, spans: Sequence[Span], blocks: BlockIds
-    ) -> npt.NDArray[np.bool_]:
-        """Tell which spans go by rows: whole parts of scattered blocks, no null."""
-        if not self._row_planes:
-            return np.zeros(len(spans), np.bool_)
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Choose a way for each span; whole parts without a null block go fast."""
         chunk_size = self.layout.part.chunk_size
-        by_rows = np.array(
+        whole = np.array(
             [s.first_token == 0 and s.end_token == chunk_size for s in spans], np.bool_
         )
-        by_rows &= blocks.min(axis=1) != NULL_BLOCK
-        if self._row_planes[0].step == 1:
-            by_rows &= breaks(blocks).any(axis=1)
-        return by_rows
+        whole &= blocks.min(axis=1) != NULL_BLOCK
+        scattered = breaks(blocks).any(axis=1)
+        ways = np.where(whole & ~scattered, _Way.ONE_RUN, _Way.RUNS).astype(np.uint8)
+        if self._row_planes:
+            apart = self._row_planes[0].step != 1
+            ways[whole & (scattered | apart)] = _Way.ROWS
+        return ways
 
-    def _copy_runs(self, span: Span, part: _Part) -> None:
+    def _copy_runs(self, runs: Iterable[Run], part: _Part) -> None:
         plane_bytes, block_bytes, unit_bytes, _ = self._strides
-        for run in coalesce(self.layout, span):
+        for run in runs:
             inside = run.index * block_bytes + run.first * unit_bytes
             blocks = slice(run.block, run.block + run.num_blocks)
             for planes in self._planes:
