@@ -7,7 +7,7 @@ metric an operation is judged, over the spread between a side's runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ WORSE_WHEN_MORE = frozenset(
     {"errors", "bytes_wrong", "leases_leaked", *COUNTED_BY_SERVER}
 )
 WORSE_WHEN_LESS = frozenset({"requests", "tokens_hit", "chunks_hit"})
+MUST_BE_NOTHING = frozenset({"errors", "bytes_wrong", "leases_leaked"})
 OF_ANY_SYSTEM = WORSE_WHEN_LESS | {"errors", "bytes_wrong", "tokens", "chunks"}
 """Counts that mean the same whatever was under the load."""
 
@@ -148,7 +149,7 @@ def compare(
         in_pairs=_in_pairs(base, new),
         settings=settings,
         timings=_timings(base, new),
-        counts=count(base, new),
+        counts=count(base, new, comparable=not _other_work(settings)),
         figures=_figures(base, new),
         notes=tuple(notes + _notes(base, new)),
     )
@@ -222,12 +223,24 @@ def flatten(given: dict[str, Any], where: str = "") -> Iterator[tuple[str, objec
 # -- counts -----------------------------------------------------------------------
 
 
-def count(base: Sequence[Result], new: Sequence[Result]) -> dict[str, Count]:
-    """Compare counts, exactly where they repeat."""
+def _other_work(settings: Iterable[str]) -> bool:
+    """Say whether the sides were asked different things."""
+    return any(key.partition(".")[0] in ("workload", "seed") for key in settings)
+
+
+def count(
+    base: Sequence[Result], new: Sequence[Result], *, comparable: bool = True
+) -> dict[str, Count]:
+    """Compare counts, exactly where they repeat.
+
+    Of sides that were asked different things only what must be nothing is compared.
+    """
     ours, theirs = _counts(base), _counts(new)
     names = [name for name in ours if name in theirs]
     if base[0].system.name != new[0].system.name:
         names = [name for name in names if name in OF_ANY_SYSTEM]
+    if not comparable:
+        names = [name for name in names if name in MUST_BE_NOTHING]
     return {
         name: Count(ours[name], theirs[name], _said(name, ours[name], theirs[name]))
         for name in names

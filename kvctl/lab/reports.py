@@ -37,7 +37,7 @@ def collect(paths: Sequence[Path]) -> Collection:
             labels = _labels(path / COMPARISON)
             named += zip(labels, (path / BASE, path / NEW), strict=True)
         else:
-            named.append((path.stem, path))
+            named.append((_label(path), path))
     if len(named) > MAX_SIDES:
         raise SetupError(f"{len(named)} sides: a page shows {MAX_SIDES} at most")
     read = [(label, gather(path)) for label, path in named]
@@ -47,6 +47,11 @@ def collect(paths: Sequence[Path]) -> Collection:
         for label, runs in read[1:]
     ]
     return Collection(sides, comparisons)
+
+
+def _label(path: Path) -> str:
+    """Name a side after its file or folder, without the time that a file names."""
+    return path.name if path.is_dir() else path.stem.partition("-2")[0]
 
 
 def _labels(path: Path) -> tuple[str, str]:

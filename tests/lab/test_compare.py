@@ -100,6 +100,14 @@ def test_other_settings_may_store_other_amounts() -> None:
     assert Gate("counts").broken(found) == ["chunks_hit went from 3 to 2"]
 
 
+def test_other_work_has_other_counts() -> None:
+    """Of sides that were asked different things only errors and the like compare."""
+    other = replace(SCENARIO, workload=Chat(turns=9))
+    new = [replace(run(1.0, chunks_hit=99), scenario=other)] * 2
+    found = compare(runs(1.0), new)
+    assert found.counts.keys() == {"errors", "bytes_wrong", "leases_leaked"}
+
+
 def test_unlike_machines_are_refused_unless_told() -> None:
     """The error says what differs and which flag goes on."""
     elsewhere = replace(PLAIN.environment, cpu="another", num_cores=1)

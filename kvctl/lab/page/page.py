@@ -70,8 +70,8 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
         ),
         section(
             "Where the tokens came from",
-            "Of all prompts' tokens: found in the cache; seen before but no longer "
-            "there (weak); and never seen before (empty).",
+            "Of all prompts' tokens: from memory; from the tiers beneath it (paler); "
+            "seen before but gone (palest); never seen before (empty).",
             sections.sources(sides),
         ),
         *(_load(side, several=len(sides) > 1) for side in sides),

@@ -196,21 +196,27 @@ def sources(sides: Sequence[Side]) -> str:
 
 
 def _sources(side: Side, *, alone: bool) -> str:
-    counts = side.typical.counts
+    result = side.typical
+    counts = result.counts
     total = max(1, counts.tokens)
-    lost = max(0, counts.tokens_hit_ideal - counts.tokens_hit)
-    shares = [
-        (f"side{side.place}", "from the cache", counts.tokens_hit / total),
-        (f"side{side.place} weak", "seen before, and gone", lost / total),
-    ]
+    cached = counts.tokens_hit / total
+    lost = max(0, counts.tokens_hit_ideal - counts.tokens_hit) / total
+    moved = max(1, counts.retrieved_bytes)
+    tiers = cached * min(1.0, result.counters.get("bytes_prefetched", 0) / moved)
+    colour = f"side{side.place}"
     fills = "".join(
         f'<div class="fill {style}" style="width:{share:.2%}" '
         f'title="{name}: {share:.1%}"></div>'
-        for style, name, share in shares
+        for style, name, share in (
+            (colour, "from memory", cached - tiers),
+            (f"{colour} middle", "from tiers", tiers),
+            (f"{colour} weak", "seen before, and gone", lost),
+        )
+        if share
     )
     label = "all tokens" if alone else side.label
-    figure = f"<b>{shares[0][2]:.1%}</b> cached, {shares[1][2]:.1%} lost"
-    return _bar(label, fills, figure)
+    beneath = f", {tiers:.1%} by tiers" if tiers else ""
+    return _bar(label, fills, f"<b>{cached:.1%}</b>{beneath}, {lost:.1%} lost")
 
 
 def _bar(label: str, fills: str, figure: str) -> str:
