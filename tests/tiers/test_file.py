@@ -1,0 +1,252 @@
+"""The directory: bound, order of use, restarts, foreign files, file systems."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engines import wait_until
+from parts import PAGE, blob_of, key_of, load_checked, view
+
+from kvcore.shm import SHM_DIR, Segment
+from kvcore.storage.tiers import direct, file
+from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
+from kvcore.storage.tiers.direct import Mode, file_bytes, probe
+from kvcore.storage.tiers.index import FileIndex
+from kvcore.storage.tiers.url import open_tier
+
+RECORD = file_bytes(PAGE)
+ROOMY = 32 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the tier keeps its files."""
+    return tmp_path / "tier"
+
+
+@pytest.fixture
+def open_at(folder: Path) -> Iterator[Callable[..., Tier]]:
+    """Opens tiers on the folder with room for some parts, and closes them."""
+    tiers: list[Tier] = []
+
+    def open_one(num_parts: int, place: Path = folder) -> Tier:
+        url = f"file://{place}?max={num_parts * RECORD}B&retry=0.02&threads=1"
+        tiers.append(open_tier(url))
+        return tiers[-1]
+
+    yield open_one
+    for tier in tiers:
+        tier.close()
+
+
+def store(tier: Tier, arena: Segment, *numbers: int) -> list[Stored]:
+    """Store parts of one page."""
+    blobs = [blob_of(number, view(arena, number * PAGE, PAGE)) for number in numbers]
+    return tier.store(blobs).result()
+
+
+def there(tier: Tier, *numbers: int) -> list[bool]:
+    """Say which parts are there."""
+    return tier.contains([key_of(number) for number in numbers]).result()
+
+
+def load(tier: Tier, arena: Segment, number: int) -> LoadOutcome:
+    """Load a part of one page."""
+    slot = Slot(key_of(number), (view(arena, ROOMY, PAGE),))
+    return tier.load([slot]).result()[0].outcome
+
+
+def files_in(folder: Path) -> int:
+    """Bytes of all parts on the disk."""
+    return sum(path.stat().st_size for path in folder.glob("??/*"))
+
+
+def test_the_least_recently_used_parts_make_room(
+    open_at: Callable[..., Tier], arena: Segment, folder: Path
+) -> None:
+    """The bound holds on the disk, and a load counts as a use."""
+    tier = open_at(3)
+    store(tier, arena, 1, 2, 3)
+    assert load(tier, arena, 1) is LoadOutcome.DONE
+    assert store(tier, arena, 4) == [Stored.DONE]
+    assert there(tier, 1, 2, 3, 4) == [True, False, True, True]
+    assert files_in(folder) == 3 * RECORD
+    assert tier.health().counters.evicted == 1
+
+
+def test_a_part_larger_than_the_bound_evicts_nothing(
+    open_at: Callable[..., Tier], arena: Segment
+) -> None:
+    """It is FULL, and what was there stays."""
+    tier = open_at(2)
+    store(tier, arena, 1, 2)
+    assert tier.store([blob_of(9, view(arena, 0, 3 * PAGE))]).result() == [Stored.FULL]
+    assert there(tier, 1, 2) == [True, True]
+
+
+def test_a_restart_finds_what_was_stored(
+    open_at: Callable[..., Tier], arena: Segment
+) -> None:
+    """The next tier on the directory serves its parts, oldest written evicted first."""
+    first = open_at(3)
+    blob = blob_of(2, view(arena, 2 * PAGE, PAGE))
+    for number in (1, 2, 3):
+        store(first, arena, number)
+    first.close()
+    second = open_at(3)
+    assert there(second, 1, 2, 3, 4) == [True, True, True, False]
+    assert load_checked(second, blob, view(arena, ROOMY, PAGE))
+    assert store(second, arena, 3, 4) == [Stored.PRESENT, Stored.DONE]
+    assert there(second, 1, 3, 4) == [False, True, True]
+
+
+def test_a_restart_with_less_room_removes_the_rest(
+    open_at: Callable[..., Tier], arena: Segment, folder: Path
+) -> None:
+    """A smaller bound is held as soon as the directory is read."""
+    first = open_at(4)
+    store(first, arena, 1, 2, 3, 4)
+    first.close()
+    second = open_at(2)
+    store(second, arena, 5)
+    assert files_in(folder) == 2 * RECORD
+
+
+def test_loads_do_not_wait_for_the_index(
+    open_at: Callable[..., Tier], arena: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the directory is read, the disk is asked; stores wait."""
+    first = open_at(3)
+    store(first, arena, 1)
+    first.close()
+    go_on = threading.Event()
+    listing = file._parts_under
+
+    def slow(directory: Path) -> Iterator[tuple[float, str, int]]:
+        go_on.wait()
+        return listing(directory)
+
+    monkeypatch.setattr(file, "_parts_under", slow)
+    second = open_at(3)
+    assert there(second, 1, 2) == [True, False]
+    assert load(second, arena, 1) is LoadOutcome.DONE
+    stored = second.store([blob_of(2, view(arena, 0, PAGE))])
+    assert not stored.done()
+    go_on.set()
+    assert stored.result() == [Stored.DONE]
+
+
+def test_foreign_files_are_left_alone_and_leftovers_removed(
+    open_at: Callable[..., Tier], arena: Segment, folder: Path
+) -> None:
+    """What an ended server was writing goes; what is no part stays and is no part."""
+    (folder / "incoming").mkdir(parents=True)
+    (folder / "incoming" / "1").write_bytes(b"half")
+    (folder / "00").mkdir()
+    (folder / "00" / "notes").write_text("mine")
+    tier = open_at(2)
+    store(tier, arena, 1, 2)
+    assert not (folder / "incoming" / "1").exists()
+    assert (folder / "00" / "notes").exists()
+    assert there(tier, 1, 2) == [True, True]
+
+
+def test_a_directory_serves_one_server(
+    open_at: Callable[..., Tier], arena: Segment
+) -> None:
+    """A second tier on it is down and says why, until the first has closed."""
+    first, second = open_at(2), open_at(2)
+    store(first, arena, 1)
+    assert store(second, arena, 2) == [Stored.FAILED]
+    assert "another server" in second.health().last_error
+    first.close()
+    wait_until(lambda: store(second, arena, 2) == [Stored.DONE], "the lock")
+    assert there(second, 1) == [True]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_full_and_gives_back(
+    open_at: Callable[..., Tier],
+    arena: Segment,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """No room on the disk is FULL, leaves nothing behind and frees an old part."""
+    tier = open_at(9)
+    store(tier, arena, 1, 2)
+
+    def full(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    assert store(tier, arena, 3) == [Stored.FULL]
+    assert list((folder / "incoming").iterdir()) == []
+    assert there(tier, 1, 2, 3) == [False, True, False]
+    assert tier.health().up
+
+
+def test_a_disk_that_fails_is_down(
+    open_at: Callable[..., Tier], arena: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An I/O error fails the part, and the tier is asked again after its back-off."""
+    tier = open_at(9)
+    store(tier, arena, 1)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        assert load(tier, arena, 1) is LoadOutcome.FAILED
+    assert "Input/output error" in tier.health().last_error
+    wait_until(lambda: load(tier, arena, 1) is LoadOutcome.DONE, "back-off")
+
+
+def test_without_direct_io_it_works_as_well(
+    open_at: Callable[..., Tier], arena: Segment, tmp_path: Path
+) -> None:
+    """A file system that knows no O_DIRECT (or a part that suits none) is buffered."""
+    place = SHM_DIR / f"kvtest-dir-{os.getpid()}"
+    place.mkdir()
+    try:
+        assert probe(place) in Mode  # Newer kernels let tmpfs have it.
+        tier = open_at(9, place)
+        blob = blob_of(1, view(arena, 0, PAGE))
+        assert tier.store([blob]).result() == [Stored.DONE]
+        assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
+    finally:
+        tier.close()
+        for path in sorted(place.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        place.rmdir()
+
+
+def test_large_parts_move_in_several_calls(
+    open_at: Callable[..., Tier], arena: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More bytes or extents than one call takes come back whole."""
+    monkeypatch.setattr(direct, "_MAX_MOVE", 3 * 4096)
+    monkeypatch.setattr(direct, "_MAX_VECTORS", 2)
+    tier = open_at(99)
+    pieces = [view(arena, n * PAGE, 8192 + 4096 * (n % 2)) for n in range(7)]
+    blob = blob_of(1, *pieces, view(arena, 8 * PAGE, 5001))
+    assert tier.store([blob]).result() == [Stored.DONE]
+    assert load_checked(tier, blob, view(arena, ROOMY, sum(map(len, blob.buffers))))
+
+
+def test_claims_count_against_the_bound() -> None:
+    """Files being written leave no room for others, and are not evicted."""
+    index = FileIndex(10)
+    assert index.claim(6).granted
+    assert not index.claim(6).granted
+    index.settle("a", 6)
+    room = index.claim(6)
+    assert (room.granted, room.evicted) == (True, ("a",))
+    index.release(6)
+    assert index.used_bytes == 0

@@ -1,0 +1,108 @@
+"""The RESP connection against a server that plays a script."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvcore.errors import DeadlineExceeded, Unavailable
+from kvcore.storage.tiers.backend import Deadline
+from kvcore.storage.tiers.resp import (
+    BulkReply,
+    ErrorReply,
+    RespConnection,
+    Target,
+)
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Callable[[bytes], Target]:
+    """Makes a server that answers the first bytes it gets with a script, and ends."""
+
+    def make(answer: bytes) -> Target:
+        path = tmp_path / "socket"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with listener:
+                connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return Target(path=path)
+
+    return make
+
+
+def test_replies_of_each_kind(scripted: Callable[[bytes], Target]) -> None:
+    """Numbers, texts, errors, nothing and values are told apart, split anywhere."""
+    target = scripted(b"+OK\r\n:-7\r\n-ERR no\r\n$-1\r\n$5\r\nhello\r\n:1\r\n")
+    deadline = Deadline.after(10)
+    connection = RespConnection(target, deadline)
+    connection.send(deadline, ["PING"])
+    replies = [connection.receive(deadline) for _ in range(5)]
+    assert replies == ["OK", -7, ErrorReply("ERR no"), None, BulkReply(5)]
+    first, second = bytearray(2), bytearray(3)
+    connection.take_into([memoryview(first), memoryview(second)], deadline)
+    connection.end_value(deadline)
+    assert (first, second) == (b"he", b"llo")
+    assert connection.receive(deadline) == 1
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400\r\n", b":x\r\n", b"$\r\n", b"x" * 70_000]
+)
+def test_other_protocols_are_refused(
+    scripted: Callable[[bytes], Target], answer: bytes
+) -> None:
+    """Whatever is not RESP makes the server unavailable."""
+    deadline = Deadline.after(10)
+    connection = RespConnection(scripted(answer), deadline)
+    with pytest.raises(Unavailable, match="does not speak RESP"):
+        connection.ask(deadline, ["PING"])
+    connection.close()
+
+
+def test_a_value_that_ends_early_is_an_error(
+    scripted: Callable[[bytes], Target],
+) -> None:
+    """A connection that closes inside a value does not look like a value."""
+    deadline = Deadline.after(10)
+    connection = RespConnection(scripted(b"$9\r\nhalf"), deadline)
+    connection.send(deadline, ["GET", "key"])
+    assert connection.receive(deadline) == BulkReply(9)
+    with pytest.raises(Unavailable, match="closed"):
+        connection.take_into([memoryview(bytearray(9))], deadline)
+    connection.close()
+
+
+def test_a_refused_password_is_unavailable(
+    scripted: Callable[[bytes], Target],
+) -> None:
+    """The server's reason is told."""
+    target = scripted(b"-WRONGPASS no such user\r\n")
+    target = Target(path=target.path, password="wrong")
+    with pytest.raises(Unavailable, match="WRONGPASS"):
+        RespConnection(target, Deadline.after(10))
+
+
+def test_no_answer_ends_at_the_deadline(tmp_path: Path) -> None:
+    """A server that accepts and says nothing is given up."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        connection = RespConnection(
+            Target(path=tmp_path / "socket"), Deadline.after(10)
+        )
+        with pytest.raises(DeadlineExceeded):
+            connection.ask(Deadline.after(0.05), ["PING"])
+        connection.close()
