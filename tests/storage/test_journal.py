@@ -178,15 +178,18 @@ def test_compaction_keeps_what_is_live(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many stores later the journal is short, and still says everything."""
-    monkeypatch.setattr(journals, "SPARE_RECORDS", 32)
-    with kept(path) as arena:
-        l1 = start(path, arena)
-        for number in range(300):
-            store(l1, arena, number)
-        assert l1._journal is not None
-        l1._journal.close()
-        live = [number for number in range(300) if there(l1, number) == [True]]
-    assert path.stat().st_size < 300 * 100
+    whole = path.with_name("whole")
+    for file, spare in ((whole, journals.SPARE_RECORDS), (path, 32)):
+        monkeypatch.setattr(journals, "SPARE_RECORDS", spare)
+        with kept(file) as arena:
+            l1 = start(file, arena)
+            for number in range(300):
+                store(l1, arena, number)
+            assert l1._journal is not None
+            l1._journal.close()
+            live = [number for number in range(300) if there(l1, number) == [True]]
+    # How much shorter depends on when the thread that writes it anew had its turn.
+    assert path.stat().st_size < whole.stat().st_size
     with kept(path) as arena:
         again = start(path, arena)
         assert live == [number for number in range(300) if there(again, number)[0]]
