@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test browser regress baseline format bench docs clean
+.PHONY: demo test test-tiers browser regress baseline format bench docs clean
 
 # Play two engines with two ranks each against a real server.
 demo: $(VENV)/.light
@@ -16,6 +16,11 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+
+# The tiers over real stores, each started and killed by its tests: Valkey, an S3
+# server, Mooncake Store. Fails where one of them cannot be installed.
+test-tiers: $(VENV)/.tiers
+	$(BIN)/python -m pytest -m tiers tests/tiers
 
 # Open the report in a real browser: on a desk, on a phone, in the dark, on paper.
 browser: $(VENV)/.test
@@ -64,3 +69,8 @@ $(VENV)/.light: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.light
+
+$(VENV)/.tiers: pyproject.toml | $(BIN)/python
+	.ci/tiers
+	$(PIP) --editable '.[test-tiers]'
+	@touch $@ $(VENV)/.test $(VENV)/.light

@@ -63,9 +63,9 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     engine.kill()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def arena() -> Iterator[Segment]:
-    """Memory as L1's, of random bytes."""
+    """Memory as L1's, of random bytes; tests write to its second half alone."""
     name = f"kvtest-{os.getpid()}-{secrets.token_hex(4)}"
     with Segment.create(name, ARENA_BYTES, touch=True) as segment:
         segment.array[:] = np.random.default_rng(1).integers(

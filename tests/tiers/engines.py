@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -131,17 +132,27 @@ class ProcessEngine(Engine):
             self.process = None
 
     def pause(self) -> None:
-        """See `Engine.pause`."""
+        """See `Engine.pause`; at return every thread stands."""
         self._signal(signal.SIGSTOP)
+        wait_until(self._stands, "stop")
 
     def resume(self) -> None:
         """See `Engine.resume`."""
         self._signal(signal.SIGCONT)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _stands(self) -> bool:
+        tasks = Path(f"/proc/{self._pid()}/task").glob("*/stat")
+        return all(
+            task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks
+        )
+
+    def _pid(self) -> int:
         if self.process is None:
             raise RuntimeError("not started")
-        self.process.send_signal(number)
+        return self.process.pid
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.kill(self._pid(), number)
 
 
 class FileEngine(Engine):

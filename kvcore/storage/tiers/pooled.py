@@ -183,7 +183,7 @@ class PooledTier:
         deadline: Deadline,
     ) -> None:
         num_done = 0
-        began = time.monotonic()
+        left = deadline.at - time.monotonic()
         try:
             if self._closed:
                 return
@@ -193,8 +193,7 @@ class PooledTier:
                 num_done += 1
             self._breaker.succeed()
         except Exception as error:  # noqa: BLE001 - no failure of a store is ours
-            waited = time.monotonic() - began
-            if isinstance(error, DeadlineExceeded) and waited < self.timeout_s / 2:
+            if isinstance(error, DeadlineExceeded) and left < self.timeout_s / 2:
                 # It stood in line for most of its time: not the store's fault.
                 self._count(late=len(items) - num_done)
             else:

