@@ -1,0 +1,139 @@
+"""A tier that dies or hangs under load: misses in time, and nobody else is slowed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from time import monotonic
+
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.test_tiers import blocks_of, connected, counter, staff
+from tests.system.worker import PLAIN, Worker
+
+DEADLINE_S = 0.5
+
+
+class Hanging:
+    """Accepts connections of a Valkey client and never says a word."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.accepted: list[socket.socket] = []
+        self.thread = threading.Thread(target=self._accept)
+        self.thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                self.accepted.append(self.listener.accept()[0])
+
+    def close(self) -> None:
+        """Let every client see the end."""
+        with suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        self.listener.close()
+        for connection in self.accepted:
+            connection.close()
+
+
+@pytest.fixture
+def hanging() -> Iterator[Hanging]:
+    """A store that hangs."""
+    store = Hanging()
+    yield store
+    store.close()
+
+
+def test_a_hanging_tier_is_a_miss_within_the_deadline(
+    serve: Callable[..., Server],
+    hire: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
+    hanging: Hanging,
+) -> None:
+    """A lookup of it waits its time, pings and hits in L1 meanwhile do not."""
+    server = serve(
+        "--tier",
+        f"valkey://127.0.0.1:{hanging.port}?timeout=3",
+        "--set",
+        f"prefetch.deadline_s={DEADLINE_S}",
+    )
+    with connected(server) as client:
+        [worker] = staff(hire, server, model, PLAIN, 1)
+        known = prompt(2 * CHUNK)
+        stored = SessionKey("engine", "stored")
+        worker.ask("store", stored, "i0", 0, len(known), [blocks_of(2)], known)
+        waiting = client.submit_lookup(
+            SessionKey("engine", "missing"), model, 1, prompt(2 * CHUNK)
+        )
+        for number in range(20):
+            client.ping()
+            session = SessionKey("engine", f"hit-{number}")
+            assert client.lookup(session, model, 1, known).num_chunks == 2
+            client.end_session(session)
+        # All of that was answered while the first one still waited for its tier.
+        assert not waiting.done()
+        begun = monotonic()
+        assert waiting.result(10).num_chunks == 0
+        assert monotonic() - begun < 5
+        assert counter(client, "prefetches_late") == 1
+        client.end_session(SessionKey("engine", "missing"))
+        client.end_session(stored)
+
+
+def test_a_session_that_ends_does_not_wait_for_its_tier(
+    serve: Callable[..., Server],
+    hire: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
+    hanging: Hanging,
+) -> None:
+    """END_SESSION, a later lookup and a client's end cancel; nothing is leased."""
+    server = serve(
+        "--tier",
+        f"valkey://127.0.0.1:{hanging.port}?timeout=3",
+        "--set",
+        "prefetch.deadline_s=60",
+    )
+    with connected(server) as client:
+        staff(hire, server, model, PLAIN, 1)
+        session = SessionKey("engine", "ends")
+        waiting = client.submit_lookup(session, model, 1, prompt(2 * CHUNK))
+        wait_until(lambda: client.status().num_prefetches == 1)
+        client.end_session(session)
+        assert waiting.result(10).num_chunks == 0
+        with KVClient(server.address, timeout_s=20) as leaving:
+            leaving.submit_lookup(
+                SessionKey("engine", "leaves"), model, 1, prompt(2 * CHUNK)
+            )
+            wait_until(lambda: client.status().num_prefetches == 1)
+        wait_until(lambda: client.status().num_prefetches == 0)
+        assert counter(client, "prefetches_cancelled") == 2
+
+
+def test_a_tier_that_is_gone_is_a_miss_at_once(
+    serve: Callable[..., Server],
+    hire: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
+    hanging: Hanging,
+) -> None:
+    """It is shown as down, and WHY says that it failed."""
+    hanging.close()
+    server = serve("--tier", f"valkey://127.0.0.1:{hanging.port}?retry=30")
+    with connected(server) as client:
+        staff(hire, server, model, PLAIN, 1)
+        session = SessionKey("engine", "gone")
+        assert client.lookup(session, model, 1, prompt(CHUNK)).num_chunks == 0
+        [tier] = client.status().tiers
+        assert not tier.up
+        assert tier.last_error
