@@ -22,7 +22,14 @@ class L1Config(Options, frozen=True):
     eviction: Annotated[
         str, Meta(description="which chunks go first when room is needed")
     ] = "lru"
-
+    watermark: Annotated[
+        float,
+        Meta(description="a store that leaves more than this share used evicts down"),
+    ] = 1.0
+    quotas: Annotated[
+        dict[str, ByteSize],
+        Meta(description="what a `salt:NAME` or `model:NAME` may keep under pressure"),
+    ] = {}
     verify: Annotated[
         bool, Meta(description="check the bytes' checksums at every retrieve")
     ] = False
@@ -43,6 +50,14 @@ class L1Config(Options, frozen=True):
             self.size,
             f"less than a page, {self.page}",
         )
+        require(
+            0 < self.watermark <= 1, "l1.watermark", self.watermark, "above 0, up to 1"
+        )
+        for name in self.quotas:
+            require(
+                name.partition(":")[0] in {"salt", "model"} and not name.endswith(":"),
+                "l1.quotas", name, "must read salt:NAME or model:NAME",
+            )  # fmt: skip
 
 
 class WireConfig(Options, frozen=True):

@@ -46,6 +46,18 @@ class ExtraKey(msgspec.Struct, frozen=True, array_like=True):
     material: bytes
 
 
+def cache_salt(extras: Iterable[ExtraKey]) -> str | None:
+    """Return the salt among a prompt's extras: the JSON `["salt", NAME]` at token 0."""
+    for extra in extras:
+        if extra.start == 0 and extra.material.startswith(b'["salt",'):
+            try:
+                _, name = msgspec.json.decode(extra.material, type=tuple[str, str])
+            except msgspec.MsgspecError:
+                continue
+            return name
+    return None
+
+
 Tokens = Sequence[int] | np.ndarray[Any, np.dtype[np.integer]]
 
 

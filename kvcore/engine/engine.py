@@ -25,7 +25,7 @@ from kvcore.errors import (
     DeadlineExceeded,
     UnknownInstance,
 )
-from kvcore.keys import ChunkHash, SessionKey
+from kvcore.keys import ChunkHash, SessionKey, cache_salt
 from kvcore.protocol import (
     Clear,
     Cleared,
@@ -47,12 +47,12 @@ from kvcore.protocol import (
     WhyReply,
 )
 from kvcore.storage.arena import Arena
-from kvcore.storage.eviction import make_policy
 from kvcore.storage.history import HASH_DIGITS, MIN_KEY_DIGITS, History
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs
+from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import Recovered
 from kvcore.storage.tiers.contract import Tier
 
@@ -78,7 +78,8 @@ class Engine:
     ) -> None:
         self.chunk_size = config.chunk_size
         journal = recovered.journal if recovered else None
-        self.l1 = L1(arena, make_policy(config.l1.eviction), journal)
+        policy = make_order(config.l1.eviction, config.l1.quotas, self._salt)
+        self.l1 = L1(arena, policy, journal, watermark=config.l1.watermark)
         self.manager = (
             Manager(self.l1, arena, tiers, config.prefetch, config.write_back)
             if tiers
@@ -340,6 +341,11 @@ class Engine:
         if session is not None:
             self.sessions.end(session)
         return Done()
+
+    def _salt(self, key: SessionKey) -> str | None:
+        """Return a session's cache salt. Any thread, with `key` known or not."""
+        session = self.sessions.find(key)
+        return cache_salt(session.chain.extras) if session else None
 
     def _session_ended(self, session: Session) -> None:
         self.counters.sessions_ended += 1

@@ -14,6 +14,7 @@ from kvcore.errors import Internal
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
 from kvcore.storage.arena import Allocation, Extent
+from kvcore.storage.quotas import Account
 from kvcore.storage.tiers.contract import Checksum, PartKey
 
 PartId = NewType("PartId", int)
@@ -77,6 +78,8 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     """Mask of parts that some tier has."""
     dropped: bool = False
     """Out of the index; its memory is freed with the last hold."""
+    account: Account | None = None
+    """Of the space whose quota it counts for."""
 
 
 class DropReason(Enum):

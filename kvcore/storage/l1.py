@@ -56,9 +56,14 @@ class L1:
     """
 
     def __init__(
-        self, arena: Arena, policy: EvictionPolicy, journal: Journal | None = None
+        self,
+        arena: Arena,
+        policy: EvictionPolicy,
+        journal: Journal | None = None,
+        *,
+        watermark: float = 1.0,
     ) -> None:
-        self._table = ChunkTable(arena, policy)
+        self._table = ChunkTable(arena, policy, watermark)
         self._lock = threading.Lock()
         self._journal = journal
         if journal is not None:
@@ -86,7 +91,7 @@ class L1:
         Evicts others for it, but none of `hashes` nor of their `prefix`, the chunks
         before them: a suffix without its prefix is no use. For the same reason, once
         one finds no room, the later ones are dropped too. Every reservation must be
-        committed or aborted, once.
+        committed or aborted, once. Beyond the watermark others go until it is kept.
         """
         reservations: list[Reservation] = []
         num_present = 0
@@ -95,6 +100,7 @@ class L1:
             crowded = table.is_crowded(len(hashes), num_bytes)
             held = table.hold_known(prefix) if crowded else []
             held += table.hold_known(hashes)
+            account = table.account(name, owner)
             full = table.closed
         for first in range(0, len(hashes), RESERVE_CHUNKS):
             # Making room takes 5 us a chunk: let lookups have the lock in between.
@@ -103,17 +109,25 @@ class L1:
                     if table.has(hashes[index], part):
                         num_present += 1
                         continue
-                    extents = None if full else table.make_room(num_bytes, owner)
+                    extents = (
+                        None if full else table.make_room(num_bytes, owner, account)
+                    )
                     if extents is None:
                         full = True
                         continue
                     place = Part(extents, num_bytes, name)
-                    chunk = table.begin(hashes[index], part, place)
+                    chunk = table.begin(hashes[index], part, place, account)
                     reservations.append(Reservation(index, chunk, part, extents))
+        while crowded and self._evict_down(owner):
+            pass
         self.release(held)
         self._write_journal()
         num_dropped = len(hashes) - num_present - len(reservations)
         return Reserved(reservations, num_present, num_dropped)
+
+    def _evict_down(self, owner: SessionKey | None) -> bool:
+        with self._lock:
+            return self._table.evict_down(RESERVE_CHUNKS, owner)
 
     def commit(self, reservations: Sequence[Reservation], *, hold: bool = False) -> int:
         """Make written parts readable; return how many.
@@ -150,8 +164,11 @@ class L1:
             self._table.arena.claim(part.extents for part in found)
             for part in found:
                 place = Part(part.extents, part.num_bytes, part.name, part.checksum)
-                chunk = self._table.index.setdefault(part.chunk, Chunk(part.chunk, {}))
-                chunk.parts[part.part] = place
+                chunk = self._table.index.setdefault(
+                    part.chunk,
+                    Chunk(part.chunk, {}, account=self._table.account(part.name, None)),
+                )
+                self._table.place(chunk, part.part, place)
                 self._table.enter(chunk, part.part)
                 if self._journal is not None:
                     self._journal.note(chunk, part.part)

@@ -14,20 +14,31 @@ from kvcore.storage.chunk import (
     L1Stats,
     Part,
     PartId,
+    PartName,
     Reservation,
     check_chunk,
     used_extents,
 )
 from kvcore.storage.eviction import EvictionPolicy
+from kvcore.storage.quotas import Account, Quotas
 
 
 class ChunkTable:
     """Index, memory, and order of eviction, kept in step. For one thread at a time."""
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        policy: EvictionPolicy,
+        watermark: float = 1.0,
+    ) -> None:
         self.arena = arena
         self.policy = policy
+        self.quotas = policy if isinstance(policy, Quotas) else None
+        self._high_bytes = int(arena.total_bytes * watermark)
         self.index: dict[ChunkHash, Chunk] = {}
+        if self.quotas is not None:
+            self.quotas.index = self.index
         self.watchers: list[Gone] = []
         self.closed = False
         self._dropped: set[Chunk] = set()
@@ -94,15 +105,31 @@ class ChunkTable:
 
     # -- writing ----------------------------------------------------------------------
 
-    def begin(self, key: ChunkHash, part: PartId, place: Part) -> Chunk:
-        """Enter a part as being written."""
+    def account(
+        self, name: PartName | None, owner: SessionKey | None
+    ) -> Account | None:
+        """Find the account of what a session stores; none without a quota for it."""
+        if self.quotas is None or name is None:
+            return None
+        return self.quotas.account(name.model, owner)
+
+    def begin(
+        self, key: ChunkHash, part: PartId, place: Part, account: Account | None = None
+    ) -> Chunk:
+        """Enter a part as being written; a new chunk goes on the account."""
         chunk = self.index.get(key)
         if chunk is None:
-            chunk = self.index[key] = Chunk(key, {})
-        chunk.parts[part] = place
+            chunk = self.index[key] = Chunk(key, {}, account=account)
+        self.place(chunk, part, place)
         chunk.reserved |= 1 << part
         self._num_reserved += 1
         return chunk
+
+    def place(self, chunk: Chunk, part: PartId, place: Part) -> None:
+        """Note where a part is, on its chunk's account."""
+        chunk.parts[part] = place
+        if chunk.account is not None:
+            chunk.account.used_bytes += place.num_bytes
 
     def commit(self, reservation: Reservation) -> bool:
         """Make a written part readable; False when it is not to be kept."""
@@ -128,7 +155,7 @@ class ChunkTable:
         if not self._settle(reservation):
             return
         chunk = reservation.chunk
-        self.arena.free(chunk.parts.pop(reservation.part).extents)
+        self._free_part(chunk, chunk.parts.pop(reservation.part))
         if not chunk.parts:
             self._take_out(chunk)
         elif not (chunk.listed or chunk.reserved or chunk.holds):
@@ -149,22 +176,44 @@ class ChunkTable:
     # -- room -------------------------------------------------------------------------
 
     def is_crowded(self, count: int, num_bytes: int) -> bool:
-        """Say whether `count` parts of this size need others to go."""
+        """Say whether `count` parts of this size make others go."""
         room = count * self.arena.num_pages_for(num_bytes) * self.arena.page_bytes
-        return room > self.arena.free_bytes
+        return self.arena.used_bytes + room > self._high_bytes
 
-    def make_room(self, num_bytes: int, owner: SessionKey | None) -> Allocation | None:
+    def make_room(
+        self, num_bytes: int, owner: SessionKey | None, account: Account | None = None
+    ) -> Allocation | None:
         """Take room, evicting for it; None when there is no more to evict."""
         if num_bytes > self.arena.total_bytes:
             return None  # Evicting everything would not help.
         extents = self.arena.allocate(num_bytes)
         while extents is None:
-            victim = self.policy.evict(self._evictable)
-            if victim is None:
+            if not self._evict(owner, num_bytes, account):
                 return None
-            self.drop(self.index[victim], DropReason.EVICTED, owner)
             extents = self.arena.allocate(num_bytes)
         return extents
+
+    def evict_down(self, max_chunks: int, owner: SessionKey | None) -> bool:
+        """Evict some while the watermark is crossed; say whether to go on."""
+        for _ in range(max_chunks):
+            if self.arena.used_bytes <= self._high_bytes or not self._evict(owner):
+                return False
+        return True
+
+    def _evict(
+        self,
+        owner: SessionKey | None,
+        num_bytes: int = 0,
+        account: Account | None = None,
+    ) -> bool:
+        """Evict a chunk for an owner, on whose account are so many more bytes."""
+        victim = None
+        if self.quotas and account is not None and account.is_over(num_bytes):
+            victim = self.quotas.evict_from(account, self._evictable)
+        victim = victim or self.policy.evict(self._evictable)
+        if victim is not None:
+            self.drop(self.index[victim], DropReason.EVICTED, owner)
+        return victim is not None
 
     def _evictable(self, key: ChunkHash) -> bool:
         chunk = self.index[key]
@@ -198,7 +247,12 @@ class ChunkTable:
             return
         self._dropped.discard(chunk)
         for part in chunk.parts.values():
-            self.arena.free(part.extents)
+            self._free_part(chunk, part)
+
+    def _free_part(self, chunk: Chunk, part: Part) -> None:
+        self.arena.free(part.extents)
+        if chunk.account is not None:
+            chunk.account.used_bytes -= part.num_bytes
 
     # -- the whole --------------------------------------------------------------------
 
