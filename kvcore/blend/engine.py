@@ -34,7 +34,6 @@ from kvcore.protocol import (
     CBLookupPreComputed,
     CBLookupReply,
     CBMatch,
-    CBRange,
     CBRegisterKVCache,
     CBRetrievePreComputed,
     CBStoreFinal,
@@ -215,27 +214,10 @@ class BlendEngine:
             self.counters.document_lookups += 1
             self.counters.document_lookup_tokens += len(tokens)
             self.counters.document_tokens_hit += hit
-            return CBLookupReply(self._ranges(found.matches), found.matches, hit)
+            return CBLookupReply(found.ranges, found.matches, hit)
 
         find = self.lookups.find(session, tokens, documents, caller, answer)
         return (yield from find)
-
-    def _ranges(self, matches: Sequence[CBMatch]) -> tuple[CBRange, ...]:
-        """Join what follows each other in the prompt and in its document."""
-        size = self.chunk_size
-        ranges: list[CBRange] = []
-        last: CBMatch | None = None
-        for match in matches:
-            start, end = match.start, match.start + size
-            follows = last is not None and (
-                (match.start, match.old_start)
-                == (last.start + size, last.old_start + size)
-            )
-            if follows:
-                start = ranges.pop().start
-            ranges.append(CBRange(start, end))
-            last = match
-        return tuple(ranges)
 
     # -- retrieves ----------------------------------------------------------------
 

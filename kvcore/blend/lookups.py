@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from time import monotonic_ns
@@ -20,7 +20,7 @@ from kvcore.blend.rolling import Tokens
 from kvcore.engine.engine import Caller, Engine, Running
 from kvcore.engine.sessions import Session
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.protocol import CBMatch
+from kvcore.protocol import CBMatch, CBRange
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.needs import Needs
 from kvcore.storage.prefetch import PrefetchJob
@@ -39,8 +39,9 @@ def documents_of(key: SessionKey) -> DocumentsOf:
 class Found:
     """What a session's last lookup found."""
 
-    matches: tuple[CBMatch, ...]
-    numbers: dict[int, int]
+    ranges: tuple[CBRange, ...] = ()
+    matches: tuple[CBMatch, ...] = ()
+    numbers: dict[int, int] = field(default_factory=dict)
     """By a match's place in the prompt, its place in `matches` and in the lease."""
 
 
@@ -105,7 +106,7 @@ class DocumentLookups:
             if wait.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
                 self._engine.sessions.leave(session)
-                return answer(Found((), {}))
+                return answer(Found())
             return answer(self._grant(session, held, caller))
 
         return Running(_all_done([job.future for job in wait.jobs]), finish)
@@ -133,21 +134,20 @@ class DocumentLookups:
         """Match, and hold the leading chunks of every run."""
         del session
         runs = yield from self._matcher.find(
-            tokens, space, partial(self._is_ready, needs.full)
+            tokens, space, partial(self._count_ready, needs.full)
         )
         held: list[_Held] = []
         try:
             for run in runs:
-                chunks = yield from self._engine.acquire(run.hashes, needs)
+                chunks = yield from self._engine.lookups.acquire(run.hashes, needs)
                 held.append(_Held(run, chunks))
         except BaseException:
             self._release(held)
             raise
         return held
 
-    def _is_ready(self, full: int, key: ChunkHash) -> bool:
-        chunk = self._engine.l1.peek([key])[0]
-        return chunk is not None and chunk.ready & full == full
+    def _count_ready(self, full: int, hashes: list[ChunkHash]) -> int:
+        return len(self._engine.l1.present(hashes, full))
 
     def _release(self, held: Sequence[_Held]) -> None:
         for each in held:
@@ -211,9 +211,8 @@ class DocumentLookups:
         """Lease what is held; remember it for as long as the session lasts."""
         self._waits.pop(session.key, None)
         self._engine.sessions.leave(session)
-        matches = tuple(self._matches(held))
+        found = self._told(held)
         chunks = [chunk for each in held for chunk in each.chunks]
-        found = Found(matches, {match.start: n for n, match in enumerate(matches)})
         owner = documents_of(session.key)
         if session.ended or not chunks:
             self._release(held)
@@ -230,12 +229,20 @@ class DocumentLookups:
             self._engine.manager.write_back.used(chunks)
         return found
 
-    def _matches(self, held: Sequence[_Held]) -> Generator[CBMatch, None, None]:
+    def _told(self, held: Sequence[_Held]) -> Found:
+        """Put what is held as ranges and matches, in the prompt's order."""
         size = self._engine.chunk_size
+        ranges: list[CBRange] = []
+        matches: list[CBMatch] = []
         for each in held:
             old_start, start = each.run.old_start, each.run.start
-            for moved, chunk in zip(count(0, size), each.chunks, strict=False):
-                yield CBMatch(old_start + moved, start + moved, chunk.hash)
+            for chunk in each.chunks:
+                matches.append(CBMatch(old_start, start, chunk.hash))
+                old_start, start = old_start + size, start + size
+            if each.chunks:
+                ranges.append(CBRange(each.run.start, start))
+        numbers = {match.start: number for number, match in enumerate(matches)}
+        return Found(tuple(ranges), tuple(matches), numbers)
 
     def read(self, key: SessionKey, matches: Sequence[CBMatch], rank: int) -> None:
         """Note that a rank has read these matches of a session."""

@@ -19,10 +19,11 @@ from kvcore.blend.paragraphs import Markers, cut
 from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash, Tokens
 from kvcore.keys import ChunkHash, HashChain, chain_seed, child_hash
 
-MATCH_STEP = 64
-"""Chunks confirmed before others are served, about 100 us."""
+MATCH_STEP = 128
+"""Chunks confirmed before others are served, about 150 us."""
 
-IsReady = Callable[[ChunkHash], bool]
+CountReady = Callable[[list[ChunkHash]], int]
+"""Says how many leading chunks are there for all ranks."""
 
 
 class DocumentSpace:
@@ -61,7 +62,9 @@ class Matcher(Protocol):
     ) -> Iterable[Entry]:
         """Return what must be known of a document's chunks to find them again."""
 
-    def find(self, tokens: Tokens, space: DocumentSpace, is_ready: IsReady) -> Runs:
+    def find(
+        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
+    ) -> Runs:
         """Return the runs in a prompt, of chunks that may be there."""
 
 
@@ -80,9 +83,11 @@ class Separated:
         del tokens, hashes, space
         return ()
 
-    def find(self, tokens: Tokens, space: DocumentSpace, is_ready: IsReady) -> Runs:
+    def find(
+        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
+    ) -> Runs:
         """Return every paragraph, stored or not: a tier may have what L1 lacks."""
-        del is_ready
+        del count_ready
         runs = []
         num_hashed = 0
         for paragraph in cut(tokens, self._markers):
@@ -117,11 +122,13 @@ class Anywhere:
             digest = space.digest(tokens[start : start + size])
             yield Entry(chunk_hash, key, digest, start)
 
-    def find(self, tokens: Tokens, space: DocumentSpace, is_ready: IsReady) -> Runs:
+    def find(
+        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
+    ) -> Runs:
         """Return the runs of known chunks; ready ones only."""
         runs: list[Run] = []
         free = 0
-        num_confirmed = 0
+        num_hashed = 0
         size, last = self._chunk_size, len(tokens) - self._chunk_size
         for first in range(0, last + 1, SLICE_WINDOWS):
             if first:
@@ -133,54 +140,37 @@ class Anywhere:
                 start = first + place
                 if start < free or not self._index.known(key):
                     continue
-                entries = self._confirmed(key, tokens, start, space, is_ready)
-                run = yield from self._longest(entries, tokens, start, is_ready)
-                if run is None:
-                    continue
-                runs.append(run)
-                free = start + len(run.hashes) * size
-                num_confirmed += len(run.hashes)
-                if num_confirmed >= MATCH_STEP:
-                    num_confirmed = 0
-                    yield
+                run: Run | None = None
+                digest = space.digest(tokens[start : start + size])
+                for entry in [*self._index.find(key, digest)]:
+                    hashes = yield from self._follow(entry, tokens, start)
+                    num_ready = count_ready(hashes)
+                    if num_ready > (len(run.hashes) if run else 0):
+                        run = Run(entry.start, start, hashes[:num_ready])
+                    num_hashed += len(hashes)
+                    if num_hashed >= MATCH_STEP:
+                        num_hashed = 0
+                        yield
+                if run is not None:
+                    runs.append(run)
+                    free = start + len(run.hashes) * size
         return runs
 
-    def _confirmed(
-        self,
-        key: int,
-        tokens: Tokens,
-        start: int,
-        space: DocumentSpace,
-        is_ready: IsReady,
-    ) -> list[Entry]:
-        digest = space.digest(tokens[start : start + self._chunk_size])
-        return [e for e in self._index.find(key, digest) if is_ready(e.hash)]
-
-    def _longest(
-        self, entries: list[Entry], tokens: Tokens, start: int, is_ready: IsReady
-    ) -> Generator[None, None, Run | None]:
-        """Follow all documents that hold the first chunk until one is left over.
+    def _follow(
+        self, entry: Entry, tokens: Tokens, start: int
+    ) -> Generator[None, None, list[ChunkHash]]:
+        """Follow the document of a confirmed chunk as far as the prompt has it.
 
         A document's next chunk has the hash that its last one and the prompt's tokens
         give, so that looking it up confirms it.
         """
         size = self._chunk_size
-        alive = [(entry, [entry.hash]) for entry in entries]
-        best, at = alive, start
-        while alive:
-            best, at = alive, at + size
-            following = tokens[at : at + size]
-            if len(following) < size:
+        hashes = [entry.hash]
+        for at in range(start + size, len(tokens) - size + 1, size):
+            child = child_hash(hashes[-1], tokens[at : at + size].data)
+            if self._index.get(child) is None:
                 break
-            alive = []
-            for number, (entry, hashes) in enumerate(best, 1):
-                if number % MATCH_STEP == 0:
-                    yield
-                child = child_hash(hashes[-1], following.data)
-                if self._index.get(child) is not None and is_ready(child):
-                    hashes.append(child)
-                    alive.append((entry, hashes))
-        if not best:
-            return None
-        entry, hashes = best[0]
-        return Run(entry.start, start, hashes)
+            hashes.append(child)
+            if len(hashes) % MATCH_STEP == 0:
+                yield
+        return hashes

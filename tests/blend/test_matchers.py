@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +57,7 @@ class Library:
     def find(self, tokens: list[int], space: DocumentSpace = SPACE) -> list[Run]:
         """Match a prompt."""
         prompt = np.array(tokens, np.uint32)
-        return end_of(self.matcher.find(prompt, space, lambda _: True))
+        return end_of(self.matcher.find(prompt, space, len))
 
 
 def anywhere(base: int | None = None) -> Library:
@@ -149,7 +150,7 @@ def test_separated_finds_each_paragraph_from_its_start(
     markers = Markers(start=((0,),))
     matcher = Separated(markers, SIZE, 2)
     tokens = np.array(prompt, np.uint32)
-    runs = end_of(matcher.find(tokens, SPACE, lambda _: False))
+    runs = end_of(matcher.find(tokens, SPACE, lambda _: 0))
     paragraphs = [prompt[p.start : p.end] for p in cut(tokens, markers)]
     expected = [hashes_of(p) for p in paragraphs if len(p) >= SIZE]
     assert [run.hashes for run in runs] == expected
@@ -224,5 +225,42 @@ def test_only_ready_chunks_are_found() -> None:
     second = library.store([9] * SIZE + [2] * SIZE + [3] * SIZE)
     prompt = np.array([2] * SIZE + [3] * SIZE, np.uint32)
     gone = {second[1], first[2]}
-    (run, rest) = end_of(library.matcher.find(prompt, SPACE, lambda h: h not in gone))
+
+    def count_ready(hashes: list[ChunkHash]) -> int:
+        return next((n for n, h in enumerate(hashes) if h in gone), len(hashes))
+
+    (run, rest) = end_of(library.matcher.find(prompt, SPACE, count_ready))
     assert (run.hashes, rest.hashes) == ([first[1]], [second[2]])
+
+
+def many(num_chunks: int) -> None:
+    """Fill an index with random chunks, then match random prompts and one true one."""
+    size = 16
+    space, index = DocumentSpace("m", 1, size), DocumentIndex(num_chunks)
+    rng = np.random.default_rng(5)
+    matcher = Anywhere(index, RollingHash(size))
+    per_document = 1000
+    for _ in range(num_chunks // per_document):
+        tokens = rng.integers(0, 1000, per_document * size, dtype=np.uint32)
+        chain = HashChain(space.seed, size)
+        end_of(chain.extend(tokens.tobytes(), 1 << 20))  # type: ignore[arg-type]
+        for entry in matcher.learn(tokens, chain.hashes, space):
+            index.add(entry)
+    assert len(index) == num_chunks
+    for _ in range(10):
+        prompt = rng.integers(0, 1000, 32_768, dtype=np.uint32)
+        assert end_of(matcher.find(prompt, space, len)) == []
+    prompt[777 : 777 + 40 * size] = tokens[5 * size : 45 * size]
+    (run,) = end_of(matcher.find(prompt, space, len))
+    assert (run.start, run.old_start, len(run.hashes)) == (777, 5 * size, 40)
+
+
+def test_no_random_prompt_matches_among_many_chunks() -> None:
+    """Twenty thousand chunks and 300k random windows: no wrong match, one right."""
+    many(20_000)
+
+
+@pytest.mark.soak
+def test_no_random_prompt_matches_among_a_million_chunks() -> None:
+    """The same with a million chunks; some twenty seconds."""
+    many(1_000_000)
