@@ -112,6 +112,16 @@ def bar(share: float, width: int = 30) -> str:
     return f"[{'#' * filled}{'.' * (width - filled)}] {share:.1%}"
 
 
+SPARKS = " ▁▂▃▄▅▆▇█"
+
+
+def spark(values: Sequence[float]) -> str:
+    """Draw how values run, from nothing to the highest, a character each."""
+    top = max(values, default=0.0) or 1.0
+    steps = len(SPARKS) - 1
+    return "".join(SPARKS[round(max(0.0, value) / top * steps)] for value in values)
+
+
 def size(num_bytes: float) -> str:
     """Write a number of bytes for people: `1.5 GiB`."""
     if abs(num_bytes) < 1024:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvctl.console import Table
+from kvctl.console import Table, spark
 from kvctl.lab import load_tables
 from kvctl.lab.measure import Latency
 from kvctl.lab.result import DocumentReuse, Result
 
 NOTHING = "-"
+MIN_POINTS = 3
 
 
 def parts(result: Result) -> Iterator[Table | str]:
@@ -19,6 +20,7 @@ def parts(result: Result) -> Iterator[Table | str]:
     if result.documents:
         yield _documents(result, result.documents)
     yield _operations(result)
+    yield from _courses(result)
     yield _limits(result)
     if result.load:
         yield from load_tables.parts(result.load)
@@ -93,6 +95,27 @@ def _documents(result: Result, reuse: DocumentReuse) -> Table:
         ),
     )
     return Table("reuse", ("", ">by prefix alone", ">by documents anywhere"), rows)
+
+
+def _courses(result: Result) -> Iterator[Table]:
+    """Draw how the run went, where it was long enough to see."""
+    points = result.series.points if result.series else ()
+    if len(points) < MIN_POINTS or result.series is None:
+        return
+    width = result.series.width_s
+    requests = [point.counts.get("requests", 0) / width for point in points]
+    hits = [
+        point.counts.get("tokens_hit", 0) / max(1, point.counts.get("tokens", 0))
+        for point in points
+    ]
+    moments = [point.operations.get("request") for point in points]
+    tails = [moment.p99_s if moment else 0.0 for moment in moments]
+    rows = (
+        ("requests/s", spark(requests), f"{max(requests):,.3g}"),
+        ("hit rate", spark(hits), f"{max(hits):.3f}"),
+        ("request p99", spark(tails), duration(max(tails))),
+    )
+    yield Table(f"over {points[-1].end_s:g} s", ("", "", ">highest"), rows)
 
 
 def _operations(result: Result) -> Table:
