@@ -82,6 +82,24 @@ def pack_tokens(tokens: Tokens) -> bytes:
     return array.astype("<u4", copy=False).tobytes()
 
 
+def view_tokens(tokens: Tokens) -> memoryview:
+    """Pack as `pack_tokens`, but without a copy where the ids are packed already.
+
+    The view is right for as long as the caller leaves the array alone. Worth it for
+    long prompts: fresh memory costs more than the copy (docs/performance.md).
+    """
+    packed = (
+        isinstance(tokens, np.ndarray)
+        and tokens.dtype == np.dtype("<u4")
+        and tokens.ndim == 1
+        and tokens.size > 0
+        and tokens.flags.c_contiguous
+    )
+    if packed:
+        return memoryview(tokens).cast("B")  # type: ignore[arg-type]
+    return memoryview(pack_tokens(tokens))
+
+
 def chain_seed(space: str, model: str, world_size: int, chunk_size: int) -> ChunkHash:
     """Return the parent of a first chunk."""
     identity = (HASH_ALGORITHM, space, model, world_size, chunk_size)

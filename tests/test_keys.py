@@ -16,8 +16,10 @@ from kvcore.keys import (
     ChunkHash,
     ExtraKey,
     HashChain,
+    Tokens,
     chain_seed,
     pack_tokens,
+    view_tokens,
 )
 
 CHUNK = 4
@@ -221,3 +223,19 @@ def test_no_tokens_pack_to_nothing() -> None:
     """An empty request carries an empty field."""
     assert pack_tokens([]) == b""
     assert pack_tokens(deque()) == b""
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.arange(9, dtype=np.uint32),
+        np.arange(9, dtype=np.uint32)[::2],
+        np.arange(9, dtype=np.int64),
+        [3, 1, 2],
+        np.array([], dtype=np.uint32),
+    ],
+    ids=["packed", "strided", "wide", "list", "empty"],
+)
+def test_a_view_of_tokens_has_the_packed_bytes(tokens: Tokens) -> None:
+    """Whether they could be viewed in place or had to be packed."""
+    assert bytes(view_tokens(tokens)) == pack_tokens(tokens)

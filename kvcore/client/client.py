@@ -12,7 +12,7 @@ import numpy as np
 from kvcore.client.connection import Connection, Registration
 from kvcore.client.pending import Retry
 from kvcore.errors import KVError, TokensNeeded, Unavailable
-from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens
+from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens, view_tokens
 from kvcore.protocol import (
     CBUnregisterKVCache,
     Clear,
@@ -237,7 +237,9 @@ class KVClient:
         timeout_s: float | None = None,
     ) -> Future[LookupReply]:
         """Count and lease the leading chunks of `tokens` that are there."""
-        request = _lookup(session, model, world_size, tokens, known, extras)
+        # Sent later, when the caller may have changed its array.
+        kept = tokens.copy() if isinstance(tokens, np.ndarray) else tokens
+        request = _lookup(session, model, world_size, kept, known, extras)
         return self._submit_tokens(request, tokens, timeout_s)
 
     def lookup(
@@ -312,7 +314,7 @@ def _lookup(
     known: int,
     extras: tuple[ExtraKey, ...],
 ) -> Lookup:
-    packed = memoryview(pack_tokens(tokens[known:] if known else tokens))
+    packed = view_tokens(tokens[known:] if known else tokens)
     return Lookup(session, model, world_size, len(tokens), packed, known, extras)
 
 
