@@ -202,7 +202,8 @@ def test_dies_under_load_and_comes_back(
     assert failed.wait(END_S)
     thread.join()
     assert LoadOutcome.REJECTED not in seen
-    assert not tier.health().up
+    # Not that it is down now: a call that began before may have ended well since.
+    assert tier.health().counters.failures
     engine.start()
     blob = blob_of(99, view(arena, 0, size))
     wait_until(lambda: tier.store([blob]).result() == [Stored.DONE], "up again")
