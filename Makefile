@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-tiers browser regress baseline format bench docs clean
+.PHONY: demo test test-tiers browser regress baseline format bench docs clean \
+  demo-vllm test-vllm
 
 # Play two engines with two ranks each against a real server.
 demo: $(VENV)/.light
@@ -26,6 +27,20 @@ test-tiers: $(VENV)/.tiers
 browser: $(VENV)/.test
 	.ci/chromium
 	$(BIN)/python -m pytest -m browser
+
+# vLLM for CPUs in a venv of its own, 3.4 GB, made once.
+VLLM_VENV ?= .venv-vllm
+$(VLLM_VENV)/.ready: .ci/vllm pyproject.toml
+	PYTHON=$(PYTHON) .ci/vllm $(VLLM_VENV)
+	@touch $@
+
+# Prompts for a real vLLM: without the server, with it, and once more in a new process.
+demo-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m kvctl bench run scenarios/vllm.toml
+
+# The connector in real engines: three kinds of model, kills, ranks, noise.
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

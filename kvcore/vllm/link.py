@@ -19,6 +19,7 @@ from kvcore.client import KVClient
 from kvcore.errors import (
     DeadlineExceeded,
     KVError,
+    RequestError,
     RequestMismatch,
     StaleBoot,
     Unavailable,
@@ -129,8 +130,8 @@ class Link:
             self._ill.wait()
             if self._closed.wait(self._pause_s()):
                 return
-            while not self._try():
-                if self._closed.wait(self._retry_s):
+            while (error := self._try()) is not None:
+                if self._closed.wait(self._retry_pause_s(error)):
                     return
 
     def _pause_s(self) -> float:
@@ -139,7 +140,14 @@ class Link:
             return 0.0
         return float(min(self._retry_s * 2**self._num_late, MAX_PAUSE_S))
 
-    def _try(self) -> bool:
+    def _retry_pause_s(self, error: KVError) -> float:
+        """Ask seldom what was refused: only a change on the other side helps."""
+        if isinstance(error, RequestError):
+            return max(self._retry_s, MAX_PAUSE_S / 3)
+        return self._retry_s
+
+    def _try(self) -> KVError | None:
+        """Take up with the server; return what is wrong."""
         try:
             client = self._client
             if client is None:
@@ -152,22 +160,21 @@ class Link:
                 self._on_well(client)
         except KVError as error:
             self._warn(error)
-            return False
+            return error
         self._ill.clear()
         if self._warned:
             log.warning("the cache server at %s is back", self._address)
             self._warned = False
-        return True
+        return None
 
     def _warn(self, error: BaseException) -> None:
         """Warn once until the server is well again."""
         if not self._warned and not self._closed.is_set():
             self._warned = True
             log.warning(
-                "no KV cache for now: %s; trying %s again every %g s",
+                "no KV cache for now: %s; %s is tried again from time to time",
                 error,
                 self._address,
-                self._retry_s,
             )
 
     def _tell(self, error: BaseException) -> None:

@@ -145,6 +145,11 @@ class WorkerHalf:
         return collected
 
     @property
+    def is_well(self) -> bool:
+        """Whether the server knows the cache and answers."""
+        return self._client() is not None
+
+    @property
     def num_under_way(self) -> int:
         """Loads and stores that have not ended."""
         return len(self._flights)

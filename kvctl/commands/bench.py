@@ -83,9 +83,14 @@ def run(
     other side of a comparison is a regression. Ctrl-C ends the load and keeps what was
     measured so far.
     """
+    from kvctl.lab import served
+
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
     settings = list(overrides or ())
+    if served.is_served(scenario):
+        _serve(scenario, settings, trace, seed, out)
+        return
     if trace is not None:
         settings.append(f"workload.trace={json.dumps(str(trace))}")
     ours = Played(scenario, settings, seed, server, SystemSpec(system, system_python))
@@ -247,6 +252,24 @@ class Played:
             system += ["--system-python", self.system.python]
         seed = ["--seed", str(self.seed)]
         return [str(self.scenario), *flags, *seed, *server, *system]
+
+
+def _serve(
+    scenario: Path, settings: list[str], trace: Path | None, seed: int, out: Path
+) -> None:
+    """Send a workload to real engines and show what they answered."""
+    from kvctl.lab import served
+
+    if trace is not None:
+        settings += ["workload.kind=trace", f"workload.trace={json.dumps(str(trace))}"]
+    name, read = scenario.stem, served.read(scenario, settings)
+    with console.progress(name) as progress:
+        result = served.run(name, read, seed, progress.update)
+    path = result.save(out)
+    console.show(*served.parts(result))
+    console.line(f"saved {path}")
+    if result.problems:
+        raise typer.Exit(EXIT_PROBLEM)
 
 
 def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:

@@ -10,11 +10,16 @@ import pytest
 
 from kvcore.errors import SetupError
 from kvctl.console import Table
+from kvctl.lab import served
 from kvctl.lab.scenario import Scenario, read
 from kvctl.views import scenario as scenario_view
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "scenarios").glob("*.toml"))
+FILES = [
+    path
+    for path in sorted((ROOT / "scenarios").glob("*.toml"))
+    if not served.is_served(path)
+]
 NEEDS_TRACE = ('workload.trace="x.jsonl"',)
 
 

@@ -5,6 +5,7 @@ The child reads a command a line and answers a line, both JSON.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -23,6 +24,10 @@ CONNECTOR = {
 }
 
 
+PATIENCE = {"lookup_timeout_s": 30, "store_timeout_s": 30, "load_timeout_s": 30}
+"""A busy machine changes no outcome; tests of faults set less."""
+
+
 class Engine:
     """An engine as the test sees it; ready when this returns."""
 
@@ -34,6 +39,7 @@ class Engine:
         address: str = "",
         connector: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
+        wait: bool = True,
         **options: Any,
     ) -> None:
         options = {
@@ -47,7 +53,7 @@ class Engine:
             **options,
         }
         if address:
-            extra = {"address": address, **(connector or {})}
+            extra = {"address": address, **PATIENCE, **(connector or {})}
             options["kv_transfer_config"] = {
                 **CONNECTOR,
                 "kv_connector_extra_config": extra,
@@ -72,7 +78,14 @@ class Engine:
                 env=environment,
                 text=True,
             )
-        self._expect(START_S)
+        try:
+            self._expect(START_S)
+            if address and wait:
+                self.ask("connect")
+        except BaseException:
+            self.process.kill()
+            self.process.communicate()
+            raise
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """Have it done; returns what the command returned."""
@@ -102,7 +115,9 @@ class Engine:
         return self.log.read_text(errors="replace")
 
     def close(self) -> None:
-        """Let it end; it must end well."""
+        """Let it end; it must end well. Idempotent."""
+        if self.process.returncode is not None:
+            return
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:
@@ -117,6 +132,33 @@ class Engine:
 
 class _Child:
     """What the child can be told to do."""
+
+    def connect(self) -> Any:
+        """Wait until the server is well and knows every rank of this engine."""
+        from kvcore.errors import KVError
+        from kvcore.keys import SessionKey
+
+        half = self.scheduler.connector._scheduler
+        pause = threading.Event()
+        for number in itertools.count():
+            server = half._link.server
+            if server is not None:
+                session = SessionKey("probe", f"{os.getpid()}-{number}")
+                tokens = range(server.chunk_size)
+                try:
+                    server.client.lookup(session, half._model, half._world_size, tokens)
+                    server.client.end_session(session)
+                except KVError:
+                    pass
+                else:
+                    return number
+            pause.wait(0.05)
+        return None
+
+    @property
+    def scheduler(self) -> Any:
+        """The engine's scheduler, which lives in this process."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
@@ -146,7 +188,7 @@ class _Child:
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
-        scheduler = engine.engine_core.engine_core.scheduler
+        scheduler = self.scheduler
         self.number += 1
         request_id = f"aborted-{self.number}"
         params = SamplingParams(temperature=0, max_tokens=8)
@@ -160,10 +202,22 @@ class _Child:
                 engine.abort_request([request_id])
         return {"was_loading": was_loading}
 
+    def break_loads(self, broken: bool) -> Any:
+        """Let every load fail from now on, after it was found and promised."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        link = get_kv_transfer_group()._worker._link
+        if not broken:
+            link.__class__ = self.link_class
+            return None
+        self.link_class = type(link)
+        link.__class__ = type("Broken", (self.link_class,), {"server": None})
+        return None
+
     def settle(self) -> Any:
         """Step until no copy is under way; return the scheduler's free blocks."""
         engine = self.llm.llm_engine
-        scheduler = engine.engine_core.engine_core.scheduler
+        scheduler = self.scheduler
         while scheduler.has_requests():
             engine.engine_core.engine_core.step()
         pool = scheduler.kv_cache_manager.block_pool
@@ -172,6 +226,12 @@ class _Child:
             "all": pool.num_gpu_blocks,
             "requests": len(scheduler.requests),
         }
+
+    def counted(self, counter: str) -> Any:
+        """Return one of vLLM's own counters."""
+        return sum(
+            m.value for m in self.llm.get_metrics() if m.name == f"vllm:{counter}"
+        )
 
     def reset(self) -> Any:
         """Forget the engine's own prefix cache."""

@@ -1,0 +1,75 @@
+"""The adapter against real servers, without vLLM."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from tests.adapter.engine import Engine, Request
+from tests.system.server import Server
+
+Start = Callable[..., Engine]
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start a server with these options."""
+    with ExitStack() as stack:
+
+        def start(*options: str, **rest: str) -> Server:
+            server = Server(tmp_path_factory.mktemp("server"), *options, **rest)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Server:
+    """The module's server."""
+    return serve()
+
+
+@pytest.fixture
+def model() -> str:
+    """A model that no other test has chunks of."""
+    return f"model-{next(_numbers)}"
+
+
+@pytest.fixture
+def start(server: Server, model: str) -> Iterator[Start]:
+    """Start an engine at the module's server, or at `address`."""
+    with ExitStack() as stack:
+
+        def make(address: str = server.address, **options: object) -> Engine:
+            options.setdefault("model", model)
+            engine = Engine(address, **options)  # type: ignore[arg-type]
+            stack.callback(engine.close)
+            return engine
+
+        yield make
+
+
+@pytest.fixture
+def request_of() -> Callable[[int], Request]:
+    """Make a request with a prompt of so many tokens, unlike any other."""
+
+    def make(num_tokens: int) -> Request:
+        number = next(_numbers)
+        tokens = np.random.default_rng(number).integers(0, 1 << 31, num_tokens)
+        return Request(f"request-{number}", tokens.tolist())
+
+    return make
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[KVClient]:
+    """The test's own connection to the module's server."""
+    with KVClient(server.address, label="test", timeout_s=20) as client:
+        yield client

@@ -1,0 +1,256 @@
+"""What the adapter reads from an engine's configuration and tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcore.config import ServerConfig
+from kvcore.errors import HandleError, LayoutError, SetupError
+from kvcore.keys import ExtraKey
+from kvcore.layout import KVLayout
+from kvcore.protocol import PosixShm
+from kvcore.vllm import config, groups, memory
+from kvcore.vllm.identity import extra_keys, model_identity
+
+
+@dataclass
+class Storage:
+    """A storage that has been shared already."""
+
+    name: str
+    size: int
+
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.size
+
+    def data_ptr(self) -> int:
+        """Where it lies."""
+        return id(self)
+
+    def is_shared(self) -> bool:
+        """Whether it is in shared memory."""
+        return False
+
+    def _share_filename_cpu_(self) -> tuple[bytes, bytes, int]:
+        return b"manager", f"/{self.name}".encode(), self.size
+
+
+@dataclass
+class Tensor:
+    """A float32 tensor of a storage."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage: Storage
+    offset: int = 0
+    dtype: str = "torch.float32"
+    device: Any = field(default_factory=lambda: SimpleNamespace(type="cpu"))
+
+    def stride(self) -> tuple[int, ...]:
+        """Elements between neighbours."""
+        return self.strides
+
+    def storage_offset(self) -> int:
+        """Elements before the first."""
+        return self.offset
+
+    def element_size(self) -> int:
+        """Bytes of one."""
+        return 4
+
+    def data_ptr(self) -> int:
+        """Where its first element lies."""
+        return self.storage.data_ptr() + self.offset
+
+    def untyped_storage(self) -> Storage:
+        """Return its storage."""
+        return self.storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A storage whose file is there."""
+    monkeypatch.setattr(memory, "SHM_DIR", tmp_path)
+    (tmp_path / "torch_1").write_bytes(bytes(64 + (1 << 16)))
+    return Storage("torch_1", 1 << 16)
+
+
+def group(*layers: str, **changes: Any) -> groups.EngineGroup:
+    """Make a group of these layers."""
+    values: dict[str, Any] = {"block_size": 32, "window": None, "is_mla": False}
+    return groups.EngineGroup(layers, **{**values, **changes})
+
+
+def test_views_of_one_storage_share_a_handle(storage: Storage) -> None:
+    """Interleaved layers are one group of pages, in memory that begins after 64 B."""
+    caches = {
+        f"layer{i}": Tensor((8, 2, 32, 4), (512, 128, 4, 1), storage, offset=i * 256)
+        for i in range(2)
+    }
+    described = groups.describe(
+        [group("layer0", "layer1")], caches, 8, replicate_mla=True
+    )
+    assert described.handles == (PosixShm("torch_1", 64, 1 << 16),)
+    (one,) = described.groups
+    assert (one.axes, one.kind, len(one.tensors)) == ("NPPP", "pages", 2)
+    layout = KVLayout.derive(one, [1 << 16], 64)
+    assert layout.num_blocks == 8
+    assert layout.part.unit_bytes == 2 * 32 * 4 * 4
+    assert layout.plane_offsets.tolist() == [0, 1024]
+
+
+def test_other_shapes_make_groups_of_their_own(storage: Storage) -> None:
+    """They take the blocks of the engine's group that they are in."""
+    caches = {
+        "wide": Tensor((8, 64), (64, 1), storage),
+        "slim": Tensor((8, 32), (32, 1), storage, offset=1024),
+        "shared": Tensor((8, 32), (32, 1), storage, offset=1024),
+        "mla": Tensor((8, 16), (16, 1), storage, offset=2048),
+    }
+    described = groups.describe(
+        [group("wide", "slim", "shared"), group("mla", is_mla=True, window=64)],
+        caches,
+        8,
+        replicate_mla=True,
+    )
+    assert described.sources == (0, 0, 1)
+    assert [len(g.tensors) for g in described.groups] == [1, 1, 1]
+    assert [g.replicated for g in described.groups] == [False, False, True]
+    assert [g.window for g in described.groups] == [None, None, 64]
+
+
+def test_k_and_v_apart_and_smaller_kernel_blocks(storage: Storage) -> None:
+    """K's half and V's are planes; kernel blocks that follow each other are a page."""
+    halves = Tensor((2, 8, 32), (256, 32, 1), storage)
+    described = groups.describe(
+        [group("layer")], {"layer": halves}, 8, replicate_mla=False
+    )
+    assert [t.offset for t in described.groups[0].tensors] == [0, 1024]
+    small = Tensor((16, 32), (32, 1), storage)
+    described = groups.describe(
+        [group("layer")], {"layer": small}, 8, replicate_mla=False
+    )
+    (view,) = described.groups[0].tensors
+    assert (view.shape, view.strides) == ((8, 2, 32), (256, 128, 4))
+
+
+def test_what_cannot_be_described_is_refused(storage: Storage) -> None:
+    """A tensor without blocks, and layers without tokens."""
+    odd = Tensor((7, 32), (32, 1), storage)
+    with pytest.raises(LayoutError, match="8 blocks"):
+        groups.describe([group("layer")], {"layer": odd}, 8, replicate_mla=False)
+    with pytest.raises(LayoutError, match="no layers"):
+        groups.describe([group("layer")], {}, 8, replicate_mla=False)
+    with pytest.raises(LayoutError, match="list"):
+        groups.describe(
+            [group("layer")],
+            {"layer": []},
+            8,
+            replicate_mla=False,  # type: ignore[dict-item]
+        )
+
+    class MambaSpec:
+        block_size = 32
+
+    mamba = SimpleNamespace(layer_names=["layer"], kv_cache_spec=MambaSpec())
+    with pytest.raises(LayoutError, match="MambaSpec"):
+        groups.engine_groups(SimpleNamespace(kv_cache_groups=[mamba]))
+
+
+def test_memory_that_cannot_be_shared_is_refused(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's for now, what does not fit, and what is not where it should be."""
+    tensor = Tensor((8, 32), (32, 1), storage)
+    tensor.device = SimpleNamespace(type="cuda")
+    with pytest.raises(HandleError, match="cuda device"):
+        memory.share(tensor)
+    tensor.device = SimpleNamespace(type="cpu")
+    storage.name = "elsewhere"
+    with pytest.raises(HandleError, match="elsewhere"):
+        memory.share(tensor)
+    monkeypatch.setattr(memory, "MARGIN_BYTES", 1 << 60)
+    with pytest.raises(HandleError, match="does not fit"):
+        memory.share(tensor)
+
+
+class HfConfig:
+    """A model's configuration."""
+
+    def __init__(self, **values: object) -> None:
+        self.values = values
+        self._commit_hash = "abc"
+
+    def to_dict(self) -> dict[str, object]:
+        """Return its values."""
+        return self.values
+
+
+def engine_config(name: str = "org/model", **changes: Any) -> Any:
+    """Make what vLLM calls its configuration."""
+    values: dict[str, Any] = {"dtype": "float32", "tp": 1, "hf": HfConfig(layers=4)}
+    values.update(changes)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=name, hf_config=values["hf"], dtype=values["dtype"],
+            quantization=None, revision=None, seed=0,
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=values["tp"], pipeline_parallel_size=1
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="auto"),
+        speculative_config=None,
+    )  # fmt: skip
+
+
+def test_identity_tells_apart_what_differs(tmp_path: Path) -> None:
+    """Revision, dtype, configuration, ranks, platform, and a folder's weights."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(100_000))
+    local = engine_config(str(tmp_path))
+    names = [
+        model_identity(engine_config(), "cpu"),
+        model_identity(engine_config(), "gpu"),
+        model_identity(engine_config(dtype="bfloat16"), "cpu"),
+        model_identity(engine_config(tp=2), "cpu"),
+        model_identity(engine_config(hf=HfConfig(layers=5)), "cpu"),
+        model_identity(local, "cpu"),
+    ]
+    assert names[0].startswith("org/model@abc#")
+    assert model_identity(local, "cpu") == names[-1]
+    weights.write_bytes(b"1" * 100_000)
+    names.append(model_identity(local, "cpu"))
+    assert len(set(names)) == len(names)
+
+
+def test_extras_name_salt_adapter_and_images() -> None:
+    """Each from the token on that it shapes."""
+    image = SimpleNamespace(
+        identifier="hash", mm_position=SimpleNamespace(offset=70, length=9)
+    )
+    request = SimpleNamespace(
+        cache_salt="salt",
+        lora_request=SimpleNamespace(lora_name="a", lora_path="/p"),
+        mm_features=[image],
+    )
+    assert extra_keys(request) == (
+        ExtraKey(0, b'["salt", "salt"]'),
+        ExtraKey(0, b'["lora", "a", "/p"]'),
+        ExtraKey(70, b'["mm", "hash", 9]'),
+    )
+
+
+def test_settings_of_the_connector() -> None:
+    """Defaults meet the server's; an unknown key and a wrong value are named."""
+    assert config.read({}).address == ServerConfig().address
+    with pytest.raises(SetupError, match="adress"):
+        config.read({"adress": "x"})
+    with pytest.raises(SetupError, match="lookup_timeout_s"):
+        config.read({"lookup_timeout_s": 0})

@@ -1,0 +1,106 @@
+"""Other ways to run: ranks, types, synchronous loads, two engines, tiers."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcore.client import KVClient
+from tests.system.server import CHUNK, wait_until
+from tests.vllm.conftest import Serve, Start, ask_in_turn, make_prompt
+from tests.vllm.test_models import assert_nothing_held
+
+Prompts = list[list[int]]
+
+TWO_RANKS = {
+    "tensor_parallel_size": 2,
+    "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "ranks": TWO_RANKS,
+    "sync": {"connector": {"load": "sync"}},
+    "bfloat16": {"dtype": "bfloat16", "enable_prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_engine_answers_the_same(way: str, serve: Serve, start: Start) -> None:
+    """Without a connector, cold, and warm in a new process."""
+    options = {"max_num_batched_tokens": 256, **WAYS[way]}
+    prompts = [make_prompt(length, seed) for seed, length in enumerate((200, 700, 192))]
+    plain_options = {k: v for k, v in options.items() if k != "connector"}
+    plain = start(**plain_options)
+    expected = ask_in_turn(plain, prompts)["tokens"]
+    plain.close()
+    server = serve()
+    for cached in ([0, 0, 0], [192, 640, 192]):
+        engine = start(address=server.address, **options)
+        answers = ask_in_turn(engine, prompts)
+        if way == "sync" and cached[0]:
+            cached[-1] -= 1  # The engine computes at least one token.
+        assert answers == {"tokens": expected, "cached": cached}
+        assert_nothing_held(server)
+        engine.close()
+
+
+def test_two_engines_at_once_share_prompts(serve: Serve, start: Start) -> None:
+    """What one has computed the other loads, while both are busy."""
+    server = serve()
+    options = {
+        "address": server.address,
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        "enable_prefix_caching": False,
+    }
+    one, two = start(**options), start(**options)
+    mine = [make_prompt(5 * CHUNK + 7, seed) for seed in range(8)]
+    yours = [make_prompt(5 * CHUNK + 7, seed) for seed in range(100, 108)]
+    with ThreadPoolExecutor(2) as threads:
+
+        def both(first: Prompts, second: Prompts) -> tuple[Any, Any]:
+            asked = threads.submit(ask_in_turn, one, first)
+            theirs = ask_in_turn(two, second)
+            return asked.result(), theirs
+
+        cold = both(mine, yours)
+        warm = both(yours, mine)
+    assert [answer["cached"] for answer in cold] == [[0] * 8] * 2
+    assert [answer["cached"] for answer in warm] == [[5 * CHUNK] * 8] * 2
+    assert [answer["tokens"] for answer in warm] == [
+        answer["tokens"] for answer in reversed(cold)
+    ]
+    assert_nothing_held(server)
+    one.close()
+    two.close()
+
+
+def test_a_file_tier_outlives_the_server(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
+    """A new server, with the same files, gives what the one before it was given."""
+    tier = ("--tier", f"file://{tmp_path}/tier")
+    prompts = [make_prompt(length, seed) for seed, length in enumerate((200, 1050))]
+    server = serve(*tier)
+    first = start(address=server.address)
+    cold = ask_in_turn(first, prompts)
+    first.close()
+    with KVClient(server.address) as client:
+        wait_until(lambda: _is_written(client))
+    server.stop()
+    server = server.again()
+    try:
+        second = start(address=server.address)
+        warm = ask_in_turn(second, prompts)
+        second.close()
+        assert warm == {"tokens": cold["tokens"], "cached": [192, 1024]}
+        assert_nothing_held(server)
+    finally:
+        server.close()
+
+
+def _is_written(client: KVClient) -> bool:
+    """Say whether nothing waits to be written to a tier."""
+    waiting = [tier.write_back for tier in client.status().tiers]
+    return not any(one.num_parts or one.num_writing for one in waiting)
