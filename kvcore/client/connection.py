@@ -387,7 +387,8 @@ class Connection:
                 self._greet()
             return
         if error is not None:
-            self._fail(self._refused, error)
+            refused, self._refused = self._refused, deque()
+            self._fail(refused, error)
             return
         self._meet(future.result())
         for request in list(self._registrations.values()):

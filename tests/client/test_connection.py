@@ -329,3 +329,19 @@ def test_any_thread_may_ask(
         thread.join(40)
     assert not failures
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_what_a_refused_hello_ended_is_never_sent(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """A request that has failed does not come back with the next good hello."""
+    client = connect(played)
+    played.boot = BootToken(2)
+    played.answers[Hello] = BadRequest("another version")
+    with pytest.raises(BadRequest, match="another version"):
+        client.submit(EndSession(KEY)).result(20)
+    del played.answers[Hello]
+    client.submit(Ping()).result(20)
+    client.submit(Ping()).result(20)
+    # Once to the earlier run, which refused it; not again.
+    assert played.names().count("EndSession") == 1
