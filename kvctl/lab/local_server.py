@@ -114,7 +114,7 @@ class LocalServer:
     def last_words(self) -> str:
         """Return the last line of its log."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._process.returncode}"
+        return lines[-1] if lines else "nothing in its log"
 
     def stop(self) -> str | None:
         """Stop it; say what was wrong with how it ended, if anything."""
@@ -130,7 +130,10 @@ class LocalServer:
         self._folder.cleanup()
         if early or (code and not self.away):
             when = "early" if early else "when told to stop"
-            return f"the server ended {when} with exit code {code}, saying: {words}"
+            how = (
+                f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            )
+            return f"the server ended {when}, {how}; its last words: {words}"
         return None
 
 

@@ -27,7 +27,8 @@ def parts(result: Result) -> Iterator[Table | str]:
     if result.counters:
         yield from load_tables.tiers(result.counters)
     for message in result.errors:
-        yield f"error: {message}"
+        if message not in result.problems:
+            yield f"error: {message}"
     for problem in result.problems:
         yield f"problem: {problem}"
 

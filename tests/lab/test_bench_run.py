@@ -218,9 +218,11 @@ def kill_one(process: subprocess.Popen[str], word: str) -> None:
     os.kill(victims[0], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("word", ["spawn_main", " serve "])
+@pytest.mark.parametrize(
+    ("word", "told"), [("spawn_main", "exit code"), (" serve ", "SIGKILL")]
+)
 def test_a_death_ends_the_run_with_an_error(
-    scenario: Path, tmp_path: Path, word: str
+    scenario: Path, tmp_path: Path, word: str, told: str
 ) -> None:
     """A killed rank or server is named in the result; exit code 1, nothing left."""
     process = begin_long(scenario, tmp_path / "out")
@@ -229,7 +231,8 @@ def test_a_death_ends_the_run_with_an_error(
     assert code == 1
     result = result_in(tmp_path / "out")
     assert result.counts.errors >= 1
-    assert any("exit code" in problem for problem in result.problems), out
+    assert any(told in problem for problem in result.problems), out
+    assert out.count(told) == 1
     assert not segments(process)
 
 
