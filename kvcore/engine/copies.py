@@ -213,7 +213,7 @@ class Copier:
         Then turn the keys of every group, if asked to.
 
         Raises:
-            ChunksMissing: naming the first chunk that is not there.
+            ChunksMissing: a chunk is not there, or its bytes were found wrong.
             DeadlineExceeded: it passed before the first byte was written.
         """
         wanted = [self._wanted(rows, tokens) for rows in blocks]
