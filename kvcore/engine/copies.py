@@ -14,7 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.engine.instance import Group, Instance
-from kvcore.errors import BadRequest, ChunksMissing, DeadlineExceeded
+from kvcore.errors import (
+    BadRequest,
+    ChunksMissing,
+    DeadlineExceeded,
+    UnknownInstance,
+)
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import NULL_BLOCK
 from kvcore.rope import Rope
@@ -150,6 +155,7 @@ class Copier:
         Raises:
             DeadlineExceeded: by the end of the copy its blocks may have been reused;
                 nothing of it is kept.
+            UnknownInstance: its client has gone meanwhile; nothing is kept either.
         """
         stored = Stored()
         reserved: list[Reservation] = []
@@ -169,6 +175,8 @@ class Copier:
                 stored.count(got, len(rows) - len(whole), group.part_bytes)
                 self._gather(group, rows[whole], got.reservations)
             self._check_deadline(deadline_ns)
+            if instance.is_abandoned:
+                raise UnknownInstance("its client went while it was copied from")
         except BaseException:
             self._l1.abort(reserved)
             raise

@@ -170,6 +170,7 @@ class Engine:
         """Undo what a dead client leaves: instances, leases, its reads to come."""
         self.counters.clients_gone += 1
         for instance in self.registry.of_client(client):
+            instance.is_abandoned = True
             self._remove(instance)
             self.leases.drop_reader(instance.engine_id, instance.rank)
         for gone in self.on_client_gone:

@@ -67,6 +67,8 @@ class Instance:
             for number, (layout, part) in enumerate(zip(layouts, parts, strict=True))
         )
         name = request.instance_id[:40]
+        self.is_abandoned = False
+        """Its client is gone: what a running copy has taken from it is not kept."""
         self.store_lane = ThreadPoolExecutor(1, f"store-{name}")
         self.retrieve_lane = ThreadPoolExecutor(1, f"retrieve-{name}")
 

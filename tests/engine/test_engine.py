@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import wait
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ from kvcore.protocol import (
 )
 from kvcore.shm import Segment
 from kvcore.storage.arena import Arena
+from kvcore.transport.host import HostCache
 
 CHUNK = 16
 KEY = SessionKey("e", "r")
@@ -87,6 +90,23 @@ def test_a_session_that_ends_in_a_lookup_gets_no_lease(engine: Engine) -> None:
     assert engine.l1.stats().num_held == 0
 
 
+def test_a_store_whose_client_dies_is_not_kept(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reservations are aborted, though the copy itself came to its end."""
+    gather = HostCache.gather
+
+    def gather_and_die(cache: HostCache, *args: Any) -> None:
+        gather(cache, *args)
+        engine.client_gone(ME.client)
+
+    monkeypatch.setattr(HostCache, "gather", gather_and_die)
+    with pytest.raises(UnknownInstance):
+        settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
+    stats = engine.l1.stats()
+    assert (stats.num_parts, stats.num_reserved, stats.used_bytes) == (0, 0, 0)
+
+
 def settle(steps: Iterator[None]) -> object:
     """Run a request to its end."""
     try:
@@ -95,5 +115,5 @@ def settle(steps: Iterator[None]) -> object:
     except StopIteration as stop:
         running = stop.value
     assert isinstance(running, Running)
-    running.future.result(20)
+    wait([running.future], 20)
     return running.finish()
