@@ -21,12 +21,11 @@ from kvcore.errors import (
     UnknownInstance,
 )
 from kvcore.keys import ChunkHash, SessionKey
+from kvcore.parts import Allocation, buffers_of, checksum_of
 from kvcore.protocol import NULL_BLOCK
 from kvcore.rope import Rope
-from kvcore.storage.arena import Allocation, Arena
+from kvcore.storage.arena import Arena
 from kvcore.storage.l1 import L1, Chunk, Reservation, Reserved
-from kvcore.storage.tiers.contract import checksum_of
-from kvcore.storage.writeback import buffers_of
 from kvcore.transport.paged import Span, check_blocks, check_range
 from kvcore.transport.rotation import Turn
 

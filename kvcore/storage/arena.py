@@ -7,24 +7,13 @@ import secrets
 from collections.abc import Iterable
 from typing import NewType
 
-import msgspec
-
 from kvcore.errors import Internal, SetupError
+from kvcore.parts import Allocation, Extent
 from kvcore.shm import Bytes, Segment
 
 SEGMENT_PREFIX = "kvcore-"
 """Names of arenas begin so; `remove_dead` at start-up looks for them."""
 
-
-class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Adjacent bytes of the arena."""
-
-    offset: int
-    length: int
-
-
-Allocation = tuple[Extent, ...]
-"""A part's bytes in order. Extents begin on pages; lengths sum to the part's size."""
 
 PageRun = NewType("PageRun", tuple[int, int])
 """First page and number of pages."""

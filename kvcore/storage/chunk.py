@@ -13,9 +13,9 @@ import msgspec
 from kvcore.errors import Internal
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
-from kvcore.storage.arena import Allocation, Extent
+from kvcore.parts import NO_CHECKSUM, Allocation, Checksum, Extent
 from kvcore.storage.quotas import Account
-from kvcore.storage.tiers.contract import Checksum, PartKey
+from kvcore.storage.tiers.contract import PartKey
 
 PartId = NewType("PartId", int)
 """Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
@@ -37,10 +37,6 @@ class PartName(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def key(self, chunk: ChunkHash) -> PartKey:
         """Return what tiers call this part of a chunk."""
         return PartKey(chunk, self.rank, self.group, self.layout)
-
-
-NO_CHECKSUM = Checksum(b"")
-"""Of a part whose checksum nobody asked for."""
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):

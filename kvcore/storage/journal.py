@@ -20,9 +20,8 @@ import xxhash
 
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.storage.arena import Allocation
+from kvcore.parts import Allocation, Checksum
 from kvcore.storage.chunk import Chunk, DropReason, PartId, PartName
-from kvcore.storage.tiers.contract import Checksum
 
 _FRAME = struct.Struct("<IQ")
 VERSION = 1

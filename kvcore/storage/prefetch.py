@@ -16,19 +16,14 @@ from enum import Enum
 from functools import partial
 
 from kvcore.keys import ChunkHash, SessionKey
+from kvcore.parts import buffers_of, checksum_of
 from kvcore.protocol import PrefetchStatus
 from kvcore.shm import Bytes
 from kvcore.storage.coordinator import Coordinator, Timer
 from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
 from kvcore.storage.needs import Needs, PartNeed, count_hits, num_covered
-from kvcore.storage.tiers.contract import (
-    Loaded,
-    LoadOutcome,
-    Slot,
-    Tier,
-    checksum_of,
-)
-from kvcore.storage.writeback import WriteBack, buffers_of
+from kvcore.storage.tiers.contract import Loaded, LoadOutcome, Slot, Tier
+from kvcore.storage.writeback import WriteBack
 
 BATCH_BYTES = 16 << 20
 """Asked of a tier in one go: enough for its threads, little enough to come in turn."""

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from kvcore.config import L1Config
 from kvcore.keys import ChunkHash
-from kvcore.storage.arena import Allocation, Arena
+from kvcore.parts import Allocation, buffers_of, checksum_of
+from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId
 from kvcore.storage.journal import VERSION, Committed, Freed, Journal, Opened, read
-from kvcore.storage.tiers.contract import checksum_of
-from kvcore.storage.writeback import buffers_of
 
 KEPT_PREFIX = "kvkept-"
 """Of arenas that outlive their server; no other server removes them."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from kvcore.errors import Internal
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.storage.arena import Allocation, Arena
+from kvcore.parts import Allocation
+from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,
     DropReason,

@@ -15,12 +15,12 @@ from enum import Enum
 from functools import partial
 
 from kvcore.keys import ChunkHash, SessionKey
+from kvcore.parts import buffers_of
 from kvcore.protocol import WriteBackStatus
 from kvcore.shm import Bytes
-from kvcore.storage.arena import Allocation
 from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.l1 import L1, Chunk, DropReason, Part, PartId
-from kvcore.storage.tiers.contract import Blob, Buffers, Stored, Tier
+from kvcore.storage.tiers.contract import Blob, Stored, Tier
 
 BATCH_BYTES = 16 << 20
 """Given to a tier in one go."""
@@ -261,13 +261,6 @@ class WriteBack:
             for item in queue.items:
                 _forget(queue, item)
             queue.items.clear()
-
-
-def buffers_of(memory: memoryview, extents: Allocation) -> Buffers:
-    """Return a part's bytes in the arena, in order, without copying."""
-    return tuple(
-        memory[extent.offset : extent.offset + extent.length] for extent in extents
-    )
 
 
 def _take(items: deque[_Item]) -> list[_Item]:

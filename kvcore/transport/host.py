@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.layout import KVLayout
+from kvcore.parts import Extent
 from kvcore.protocol import NULL_BLOCK
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
-from kvcore.storage.arena import Extent
 from kvcore.transport.paged import (
     BlockIds,
     Run,

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from kvcore.errors import BadRequest
 from kvcore.layout import KVLayout, PartLayout
+from kvcore.parts import Extent
 from kvcore.protocol import NULL_BLOCK
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
-from kvcore.storage.arena import Extent
 from kvcore.transport.rotation import Turn
 
 BlockIds = npt.NDArray[np.int32]

@@ -20,14 +20,8 @@ from pathlib import Path
 
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
-from kvcore.storage.tiers.contract import (
-    Blob,
-    LoadOutcome,
-    PartKey,
-    Slot,
-    Tier,
-    checksum_of,
-)
+from kvcore.parts import checksum_of
+from kvcore.storage.tiers.contract import Blob, LoadOutcome, PartKey, Slot, Tier
 from kvcore.storage.tiers.url import open_tier
 
 ROUNDS = 15

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from kvcore.layout import CacheGroup, KVLayout, TensorView
+from kvcore.parts import Extent
 from kvcore.shm import Segment
-from kvcore.storage.arena import Extent
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import Span
 

@@ -25,6 +25,7 @@ from kvcore.config import PrefetchConfig, WriteBackConfig
 from kvcore.errors import KVError
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import CacheGroup, Fingerprint, TensorView
+from kvcore.parts import buffers_of, checksum_of
 from kvcore.protocol import PosixShm, RegisterKVCache
 from kvcore.shm import Segment
 from kvcore.storage.arena import Arena
@@ -33,8 +34,6 @@ from kvcore.storage.eviction import make_policy
 from kvcore.storage.l1 import L1
 from kvcore.storage.manager import Manager, open_tiers
 from kvcore.storage.needs import Needs, PartNeed
-from kvcore.storage.tiers.contract import checksum_of
-from kvcore.storage.writeback import buffers_of
 from tests.benchmarks.wire import Cycles, p50_us, register, served, store
 
 CHUNK_BYTES = 1 << 20

@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvcore.parts import Checksum, checksum_of
 from kvcore.storage.tiers.contract import (
     Blob,
-    Checksum,
     Loaded,
     LoadOutcome,
     PartKey,
@@ -17,7 +17,6 @@ from kvcore.storage.tiers.contract import (
     Stored,
     TierCounters,
     TierHealth,
-    checksum_of,
 )
 
 

@@ -12,15 +12,14 @@ import pytest
 from kvcore.errors import Internal, SetupError
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
+from kvcore.parts import Checksum, Extent, buffers_of, checksum_of
 from kvcore.storage import journal as journals
-from kvcore.storage.arena import Arena, Extent
+from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
 from kvcore.storage.journal import Committed, Freed, Opened, read
 from kvcore.storage.l1 import L1, Reservation
 from kvcore.storage.policies.lru import LRU
 from kvcore.storage.recovery import recover, replay
-from kvcore.storage.tiers.contract import Checksum, checksum_of
-from kvcore.storage.writeback import buffers_of
 
 PAGE = 4096
 PARTS = (PartId(0), PartId(1))

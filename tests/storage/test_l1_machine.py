@@ -17,7 +17,8 @@ from hypothesis.stateful import (
 )
 
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.storage.arena import Allocation, Arena
+from kvcore.parts import Allocation
+from kvcore.storage.arena import Arena
 from kvcore.storage.eviction import LRU
 from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
 from kvcore.storage.leases import EndReason, LeaseTable

@@ -11,6 +11,7 @@ from kvcore.config import PrefetchConfig, WriteBackConfig
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
 from kvcore.options import ByteSize
+from kvcore.parts import buffers_of, checksum_of
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
 from kvcore.storage.coordinator import Coordinator
@@ -19,8 +20,6 @@ from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs, PartNeed, WindowNeed
 from kvcore.storage.policies.lru import LRU
 from kvcore.storage.prefetch import JobState, PrefetchJob
-from kvcore.storage.tiers.contract import checksum_of
-from kvcore.storage.writeback import buffers_of
 from tests.storage.played import PlayedTier
 
 PAGE = 64

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
+from kvcore.parts import checksum_of
 from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import (
-    Blob,
-    LoadOutcome,
-    PartKey,
-    Slot,
-    Tier,
-    checksum_of,
-)
+from kvcore.storage.tiers.contract import Blob, LoadOutcome, PartKey, Slot, Tier
 
 LAYOUT = Fingerprint("0123456789abcdef")
 PAGE = 64 << 10

@@ -10,15 +10,9 @@ from engines import Damage, Engine, wait_until
 from parts import PAGE, blob_of, key_of, load_checked, outcome, view
 
 from kvcore.layout import Fingerprint
+from kvcore.parts import checksum_of
 from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import (
-    Loaded,
-    LoadOutcome,
-    Slot,
-    Stored,
-    Tier,
-    checksum_of,
-)
+from kvcore.storage.tiers.contract import Loaded, LoadOutcome, Slot, Stored, Tier
 
 ROOMY = 32 << 20
 """Where in the arena the tests load to; they store from its start."""

@@ -14,8 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from kvcore.errors import BadRequest
 from kvcore.layout import DTYPE_BYTES, CacheGroup, KVLayout, TensorView
+from kvcore.parts import Extent
 from kvcore.protocol import NULL_BLOCK
-from kvcore.storage.arena import Extent
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import Span
 

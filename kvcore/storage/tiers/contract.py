@@ -22,7 +22,7 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import Future
 from enum import Enum
-from typing import NewType, Protocol, Self
+from typing import Protocol, Self
 
 import msgspec
 import xxhash
@@ -30,13 +30,8 @@ import xxhash
 from kvcore.errors import BadRequest
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
+from kvcore.parts import Buffers, Checksum
 from kvcore.shm import Bytes
-
-Checksum = NewType("Checksum", bytes)
-"""16 bytes: xxh3-128."""
-
-Buffers = tuple[memoryview, ...]
-"""A part's bytes in order; contiguous, of single bytes."""
 
 
 class PartKey(msgspec.Struct, frozen=True, order=True):
@@ -200,14 +195,6 @@ _MAGIC = b"KVPt"
 _VERSION = 1
 HEADER_BYTES = _HEADER.size
 """Of every record, before the payload."""
-
-
-def checksum_of(buffers: Sequence[memoryview]) -> Checksum:
-    """Return xxh3-128 over the buffers in order; some 10 GB/s, without the GIL."""
-    state = xxhash.xxh3_128()
-    for buffer in buffers:
-        state.update(buffer)
-    return Checksum(state.digest())
 
 
 def num_bytes_of(buffers: Sequence[memoryview]) -> int:

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kvcore.parts import Buffers, Checksum
 from kvcore.storage.tiers.backend import Deadline
 from kvcore.storage.tiers.contract import (
     HEADER_BYTES,
     Blob,
-    Buffers,
-    Checksum,
     Slot,
     num_bytes_of,
     pack_header,

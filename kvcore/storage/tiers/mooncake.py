@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from kvcore.errors import SetupError
+from kvcore.parts import Buffers
 from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Deadline, Usage
 from kvcore.storage.tiers.contract import (
     HEADER_BYTES,
     Blob,
-    Buffers,
     Loaded,
     LoadOutcome,
     PartKey,
