@@ -46,3 +46,14 @@ def checksum_of(buffers: Sequence[memoryview]) -> Checksum:
     for buffer in buffers:
         state.update(buffer)
     return Checksum(state.digest())
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One part to copy: of which of the chunks asked for, and where it lies.
+
+    With a checksum, it is that of the bytes that should be there.
+    """
+
+    index: int
+    extents: Allocation
+    checksum: Checksum = NO_CHECKSUM

@@ -24,7 +24,6 @@ from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Separated
 from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
-from kvcore.engine.copies import Range, Turning
 from kvcore.engine.engine import Caller, Engine, Running
 from kvcore.engine.instance import Instance
 from kvcore.engine.sessions import Session
@@ -48,6 +47,8 @@ from kvcore.protocol import (
 from kvcore.rope import Rope
 from kvcore.storage.chunk import DropReason
 from kvcore.storage.l1 import Chunk
+from kvcore.transport.moves import Turning
+from kvcore.transport.plan import Range
 from kvcore.transport.rotation import Turn, check_rope
 
 HASH_BYTES = 32

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TypeVar
 
 from kvcore.config import ServerConfig
-from kvcore.engine.copies import Copier, Range, Stored, check_targets, read_blocks
+from kvcore.engine.copies import Copier, Stored
 from kvcore.engine.counters import Counters
 from kvcore.engine.instance import Instance, derive_layouts
 from kvcore.engine.lookups import Lookups
@@ -20,7 +20,6 @@ from kvcore.engine.registry import Registry
 from kvcore.engine.running import Caller, Running
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.errors import (
-    BadRequest,
     ChunksMissing,
     DeadlineExceeded,
     UnknownInstance,
@@ -55,6 +54,7 @@ from kvcore.storage.needs import Needs
 from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import Recovered
 from kvcore.storage.tiers.contract import Tier
+from kvcore.transport.plan import Range, check_targets, read_blocks
 
 __all__ = ["Caller", "Engine", "Running"]
 
@@ -184,10 +184,9 @@ class Engine:
     ) -> Generator[None, None, Running | StoreReply]:
         """Take the whole chunks of a range from an instance's blocks."""
         instance = self.registry.get(caller.client, request.instance_id)
-        end = max(request.end - request.end % self.chunk_size, request.start)
-        tokens = self._range(request.start, end)
-        blocks = read_blocks(instance, request.blocks, tokens)
-        if tokens.end == tokens.start:
+        tokens = Range.to_store(request.start, request.end, self.chunk_size)
+        blocks = read_blocks(instance.layouts, request.blocks, tokens)
+        if tokens.is_empty:
             return StoreReply(0, 0, 0)
         session = self.sessions.open(request.session, instance.space)
         self.sessions.enter(session)
@@ -228,11 +227,13 @@ class Engine:
     ) -> Generator[None, None, Running | RetrieveReply]:
         """Write a range's chunks into an instance's blocks, all or none."""
         instance = self.registry.get(caller.client, request.instance_id)
-        tokens = self._range(request.start, request.end, request.skip_first_n_tokens)
-        blocks = read_blocks(instance, request.blocks, tokens)
-        if tokens.first_token == tokens.end:
+        tokens = Range.to_retrieve(
+            request.start, request.end, request.skip_first_n_tokens, self.chunk_size
+        )
+        blocks = read_blocks(instance.layouts, request.blocks, tokens)
+        if tokens.is_empty:
             return RetrieveReply(0)
-        check_targets(instance, blocks, tokens)
+        check_targets(instance.layouts, blocks, tokens)
         session = self.sessions.open(request.session, instance.space)
         self.sessions.enter(session)
         try:
@@ -262,14 +263,6 @@ class Engine:
             return RetrieveReply(tokens.end - tokens.first_token)
 
         return Running(future, finish)
-
-    def _range(self, start: int, end: int, skip: int = 0) -> Range:
-        if start % self.chunk_size or start > end or skip > end - start:
-            raise BadRequest(
-                f"range {start} to {end}, skipping {skip}: must begin at a multiple of "
-                f"the chunk size {self.chunk_size} and be no shorter than what it skips"
-            )
-        return Range(start, end, start + skip, self.chunk_size)
 
     def _extend(
         self, session: Session, request: Store | Retrieve | Lookup, end: int

@@ -49,6 +49,7 @@ class Instance:
         self.rank = request.rank
         self.request = request
         self.space = space
+        self.layouts = tuple(layouts)
         self.part_layouts = tuple(layout.part for layout in layouts)
         self._segments = [
             Segment.attach(handle.name, offset=handle.offset, length=handle.length)
@@ -66,6 +67,7 @@ class Instance:
             )
             for number, (layout, part) in enumerate(zip(layouts, parts, strict=True))
         )
+        self.caches = tuple(group.cache for group in self.groups)
         name = request.instance_id[:40]
         self.is_abandoned = False
         """Its client is gone: what a running copy has taken from it is not kept."""

@@ -49,6 +49,8 @@ class PagedCache(Protocol):
     from different threads. Two spans of one call never share bytes.
     """
 
+    layout: KVLayout
+
     def wait(self, event: bytes | None) -> None:
         """Order all later copies after the worker's event; must not block for it."""
 

@@ -1,0 +1,106 @@
+"""The one place where KV's bytes move, between paged caches and the arena.
+
+The server's lanes call it, and workers that copy themselves. Whoever calls has
+reserved or held the parts, and settles that afterwards, whatever happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvcore.parts import Checksum, Place, buffers_of, checksum_of
+from kvcore.rope import Rope
+from kvcore.shm import Bytes
+from kvcore.transport.paged import PagedCache
+from kvcore.transport.plan import Blocks, Range, spans_in, whole_spans
+from kvcore.transport.rotation import Turn
+
+CHECKSUM_BYTES = 1 << 20
+"""Gathered before their checksums are made: they fit in a core's own cache."""
+
+Places = Sequence[Sequence[Place]]
+"""Parts to copy, one list a cache group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """How keys turn once they are copied."""
+
+    rope: Rope
+    turns: Sequence[Turn]
+
+
+class Mover:
+    """Copies into and out of one arena. Any thread, one call a cache and direction."""
+
+    def __init__(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> None:
+        self._arena = arena
+        self._chunk_size = chunk_size
+        self._checksums = checksums
+
+    def gather(
+        self,
+        caches: Sequence[PagedCache],
+        blocks: Sequence[Blocks],
+        places: Places,
+    ) -> list[Checksum]:
+        """Fill whole parts from blocks; return their checksums, group after group.
+
+        None at all where no checksums are wanted.
+        """
+        checksums: list[Checksum] = []
+        for cache, rows, parts in zip(caches, blocks, places, strict=True):
+            if self._checksums:
+                checksums += self._gather_summed(cache, rows, parts)
+            else:
+                cache.gather(whole_spans(rows, parts, self._chunk_size), self._arena)
+        return checksums
+
+    def _gather_summed(
+        self, cache: PagedCache, rows: Blocks, places: Sequence[Place]
+    ) -> list[Checksum]:
+        """Gather in slices: a part is summed up while the CPU's caches have it."""
+        spans = whole_spans(rows, places, self._chunk_size)
+        step = max(1, CHECKSUM_BYTES // cache.layout.part.num_bytes)
+        checksums: list[Checksum] = []
+        for first in range(0, len(spans), step):
+            cache.gather(spans[first : first + step], self._arena)
+            checksums += map(self._checksum, places[first : first + step])
+        return checksums
+
+    def find_wrong(self, places: Places) -> list[int]:
+        """Return the indexes of chunks whose bytes are not those of their checksum.
+
+        Parts without a checksum pass.
+        """
+        return sorted(
+            {
+                place.index
+                for parts in places
+                for place in parts
+                if place.checksum and self._checksum(place) != place.checksum
+            }
+        )
+
+    def _checksum(self, place: Place) -> Checksum:
+        return checksum_of(buffers_of(self._arena.data, place.extents))
+
+    def scatter(
+        self,
+        caches: Sequence[PagedCache],
+        blocks: Sequence[Blocks],
+        places: Places,
+        tokens: Range,
+        turning: Turning | None = None,
+    ) -> int:
+        """Write a range to blocks, turn the keys if asked to; return the bytes."""
+        num_bytes = 0
+        for cache, rows, parts in zip(caches, blocks, places, strict=True):
+            spans = spans_in(rows, parts, tokens)
+            cache.scatter(spans, self._arena)
+            if turning is not None:
+                cache.turn_keys(turning.rope, turning.turns)
+            num_tokens = sum(span.end_token - span.first_token for span in spans)
+            num_bytes += num_tokens * cache.layout.part.num_bytes // self._chunk_size
+        return num_bytes
