@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -29,10 +30,11 @@ NUM_LOOKUPS = 200
 class Aftermath:
     """Fills the rest of a run's evidence."""
 
-    def __init__(self, play: Play, client: Client) -> None:
+    def __init__(self, play: Play, clients: Sequence[Client]) -> None:
         self._play = play
         self._evidence = play.evidence
-        self._client = client
+        self._clients = clients
+        self._client = clients[0]
 
     def play_alone(self, cast: Cast) -> None:
         """With the load over, let ranks call one after another, then look up."""
@@ -78,14 +80,15 @@ class Aftermath:
         """With the engines gone: leaked leases, pings, and the ceilings."""
         self._play.watcher.phase("measuring ceilings")
         try:
-            leases = self._client.status(MAX_LEASES_LOOKED_AT).leases
-            run_id = self._play.run_id
-            ours = [lease for lease in leases if lease.engine_id.startswith(run_id)]
-            self._evidence.leases_leaked = len(ours)
+            self._evidence.leases_leaked = sum(map(self._num_leaked, self._clients))
             self._evidence.pings = time_calls(self._client.ping, NUM_PINGS)
             self._evidence.ceilings = self._ceilings()
         except KVError as error:
             self._evidence.failures.append(f"after the run: {error.message}")
+
+    def _num_leaked(self, client: Client) -> int:
+        leases, run_id = client.status(MAX_LEASES_LOOKED_AT).leases, self._play.run_id
+        return sum(lease.engine_id.startswith(run_id) for lease in leases)
 
     def _ceilings(self) -> ceilings.Ceilings:
         """Measure with the sizes of this run's typical copy and lookup."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.shm import remove_dead
+from kvctl.lab.local_server import LocalServer
 from kvctl.lab.messages import Tally
 from kvctl.lab.play import Play
 from kvctl.lab.result import Result
@@ -22,6 +23,7 @@ from kvctl.lab.services import RunningService, fill
 from kvctl.lab.summary import Evidence, summarise
 from kvctl.lab.systems.choose import start_server
 from kvctl.lab.systems.contract import SystemSpec
+from kvctl.lab.systems.foreign_server import ForeignServer
 from kvctl.lab.turns import can_take_turns
 from kvctl.lab.worker import SEGMENT_PREFIX
 from kvctl.lab.workload import Survey, survey
@@ -88,6 +90,8 @@ def run(
         raise SetupError(f"--system {spec.name}: only our own server can be struck")
     if address and any(fault.target != "worker" for fault in scenario.faults):
         raise SetupError("--server: only a server that the run started can be struck")
+    if scenario.hosts > 1 and (address or not spec.is_ours):
+        raise SetupError(f"hosts = {scenario.hosts}: only of servers that a run starts")
     remove_dead(SEGMENT_PREFIX)
     interrupts = Interrupts()
     with interrupts.caught(), ExitStack() as stack:
@@ -96,18 +100,40 @@ def run(
             for service in scenario.services
         }
         folder = stack.enter_context(TemporaryDirectory(prefix="kvlab-"))
-        config = _with_places(scenario.server, services, folder)
-        server = None if address else start_server(spec, config)
-        where = address or (server.address if server else "")
         evidence = Evidence(name, scenario, seed, spec=spec, turns=turns)
-        try:
-            play = Play(evidence, where, server, services, planned, interrupts, watcher)
-            play.run()
-        finally:
-            trouble = server.stop() if server else None
-        if trouble:
-            evidence.failures.append(trouble)
+        configs = [] if address else _configs(scenario, services, folder)
+        with _serving(spec, configs, evidence.failures) as servers:
+            where = [address] if address else [one.address for one in servers]
+            Play(evidence, where, servers, services, planned, interrupts, watcher).run()
         return summarise(evidence)
+
+
+@contextmanager
+def _serving(
+    spec: SystemSpec, configs: Sequence[ServerConfig], failures: list[str]
+) -> Iterator[list[LocalServer | ForeignServer]]:
+    """Start servers; after the block stop them, and note which ended wrongly."""
+    servers: list[LocalServer | ForeignServer] = []
+    try:
+        servers.extend(start_server(spec, config) for config in configs)
+        yield servers
+    finally:
+        failures += filter(None, [server.stop() for server in servers])
+
+
+def _configs(
+    scenario: Scenario, services: dict[str, RunningService], folder: str
+) -> list[ServerConfig]:
+    """Write each host's server down."""
+    if scenario.hosts == 1:
+        return [_with_places(scenario.server, services, folder, "127.0.0.1")]
+    hosts = [f"127.0.0.{number}" for number in range(1, scenario.hosts + 1)]
+    return [
+        _with_places(
+            replace(scenario.server, address=f"tcp://{host}:0"), services, folder, host
+        )
+        for host in hosts
+    ]
 
 
 @contextmanager
@@ -120,10 +146,10 @@ def _running(service: Service) -> Iterator[RunningService]:
 
 
 def _with_places(
-    config: ServerConfig, services: dict[str, RunningService], folder: str
+    config: ServerConfig, services: dict[str, RunningService], folder: str, host: str
 ) -> ServerConfig:
-    """Put places into the tiers' URLs: `{NAME.port}`, `{NAME.folder}`, `{folder}`."""
-    places = {"folder": folder} | {
+    """Fill in the tiers' URLs: `{NAME.port}`, `{NAME.folder}`, `{folder}`, `{host}`."""
+    places = {"folder": folder, "host": host} | {
         f"{name}.{place}": value
         for name, service in services.items()
         for place, value in service.places.items()

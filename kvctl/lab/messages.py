@@ -32,6 +32,8 @@ class EnginePlan(msgspec.Struct, frozen=True):
     system: SystemSpec = SystemSpec()
     turns: str | None = None
     """Where it meets the engine that it takes turns with, see `kvctl.lab.turns`."""
+    host: int = 0
+    """Whose server it asks."""
 
     @property
     def geometry(self) -> Geometry:
@@ -115,6 +117,8 @@ class EngineReport(msgspec.Struct, frozen=True, tag=True):
     """Likewise, of chunks asked for in the warm-up."""
     document_heads: bytes = b""
     """Likewise, of documents' chunks; nothing of the warm-up."""
+    host: int = 0
+    """Whose server it asked."""
     journal: bytes = b""
     """`kvctl.lab.journal.RECORD`s: one a request, warm-up included."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from time import monotonic
@@ -75,8 +76,10 @@ class Play:
     """One run under way."""
 
     evidence: Evidence
-    address: str
-    server: LocalServer | ForeignServer | None
+    addresses: Sequence[str]
+    """One a host."""
+    servers: Sequence[LocalServer | ForeignServer]
+    """Those that this run has started."""
     services: Mapping[str, RunningService]
     planned: Survey
     interrupts: Interruptible
@@ -96,19 +99,21 @@ class Play:
 
     def run(self) -> None:
         """Fill the evidence."""
-        with self._connect() as client:
+        with ExitStack() as stack:
+            clients = [self._connect(address, stack) for address in self.addresses]
+            client = clients[0]
             served = replace(
                 self.evidence.scenario.server, chunk_size=client.chunk_size
             )
             self.evidence.scenario = replace(self.evidence.scenario, server=served)
-            after = Aftermath(self, client)
+            after = Aftermath(self, clients)
             cast = Cast(self.plans())
             try:
                 self._set_up(cast)
                 self._storm(cast)
-                before = client.status(0).counters
+                before = [one.status(0).counters for one in clients]
                 self._watch(cast, client)
-                self._count(client, before)
+                self._count(clients, before)
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)
             finally:
@@ -117,9 +122,14 @@ class Play:
                 with in_turn(self.evidence.turns):
                     after.look()
 
-    def _connect(self) -> Client:
+    def _connect(self, address: str, stack: ExitStack) -> Client:
         spec, scenario = self.evidence.spec, self.evidence.scenario
-        return connect_other(spec, self.address, scenario.server, scenario.timeout_s)
+        client = connect_other(spec, address, scenario.server, scenario.timeout_s)
+        stack.callback(client.close)
+        return client
+
+    def _host_of(self, engine: int) -> int:
+        return engine % len(self.addresses)
 
     def plans(self) -> list[EnginePlan]:
         """Return one an engine, tenant after tenant."""
@@ -131,8 +141,10 @@ class Play:
 
     def _plan(self, engine: int, part: Scenario, place: int) -> EnginePlan:
         model = part.model.geometry().model
+        host = self._host_of(engine)
         return EnginePlan(
-            address=self.address,
+            address=self.addresses[host],
+            host=host,
             engine=engine,
             engine_id=f"{self.run_id}-{engine}",
             model=f"{model}/{part.ranks}@{self.run_id}",
@@ -207,14 +219,16 @@ class Play:
             actor = cast.scheduler_of(engine)
             self.evidence.failures.append(f"{actor.name} did not stop")
             tally = self.tallies.get(actor.engine_id, Tally())
-            self.evidence.reports.append(EngineReport(tally, Samples(), b""))
+            host = self._host_of(engine)
+            lost = EngineReport(tally, Samples(), b"", host=host)
+            self.evidence.reports.append(lost)
 
     def step(self, cast: Cast) -> None:
         """Wait a little for something to happen, and take note of it."""
         actors = {a.control: a for a in cast.actors if not a.control.closed}
         waiting: list[Connection | int] = [*actors]
-        if self.server and not (self.server_gone or self.server.away):
-            waiting.append(self.server.exited)
+        if not self.server_gone:
+            waiting += [one.exited for one in self.servers if not one.away]
         for source in wait(waiting, self._timeout_s()):
             if isinstance(source, Connection):
                 self._hear(actors[source])
@@ -277,12 +291,15 @@ class Play:
             total.add(tally)
         self.watcher.progress(total, self.planned)
 
-    def _count(self, client: Client, before: Mapping[str, int]) -> None:
-        """Keep by how much the server's counters grew."""
+    def _count(
+        self, clients: Sequence[Client], before: Sequence[Mapping[str, int]]
+    ) -> None:
+        """Keep by how much each server's counters grew."""
         if self.server_gone:
             return
         with suppress(KVError):  # What ended the server is told when it is stopped.
-            self.evidence.counters = {
-                name: count - before.get(name, 0)
-                for name, count in client.status(0).counters.items()
-            }
+            self.evidence.counters = [
+                Counter(client.status(0).counters) for client in clients
+            ]
+            for grown, earlier in zip(self.evidence.counters, before, strict=True):
+                grown.subtract(earlier)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvctl.console import Table, spark
-from kvctl.lab import load_tables
+from kvctl.lab import hosts, load_tables
 from kvctl.lab.measure import Latency
 from kvctl.lab.result import DocumentReuse, Result
 
@@ -19,6 +19,7 @@ def parts(result: Result) -> Iterator[Table | str]:
     yield _counts(result)
     if result.documents:
         yield _documents(result, result.documents)
+    yield from hosts.parts(result.hosts)
     yield _operations(result)
     yield from _courses(result)
     yield _limits(result)

@@ -13,6 +13,7 @@ from kvcore.options import decode_hook, encode_hook
 from kvctl.lab.alone import Alone
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.environment import Environment
+from kvctl.lab.hosts import HostReport
 from kvctl.lab.load_report import LoadReport
 from kvctl.lab.measure import Latency
 from kvctl.lab.scenario import Scenario
@@ -146,6 +147,9 @@ class Result(msgspec.Struct, frozen=True):
     counters: Annotated[
         dict[str, int], Meta(description="the server's own, grown during the load")
     ] = {}
+    hosts: Annotated[
+        tuple[HostReport, ...], Meta(description="of a run with more than one")
+    ] = ()
     system: System = System()
     repetition: Repetition | None = None
     turns: Annotated[

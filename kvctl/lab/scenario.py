@@ -196,6 +196,15 @@ class Scenario(Options, frozen=True):
         int, Meta(ge=1, description="blocks of each rank's paged cache, a group")
     ] = 1024
     server: ServerConfig = ServerConfig()
+    hosts: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=16,
+            description="simulated: a server each, with an L1 and a loopback address "
+            "of its own ({host} in its tiers); the engines go round them",
+        ),
+    ] = 1
     load: Load = ClosedLoop()
     engine: EngineModel | None = None
     limits: Limits = Limits()
@@ -220,6 +229,12 @@ class Scenario(Options, frozen=True):
                 self.server.chunk_size,
                 f"a multiple of {name}.model.block_size, {geometry.block_size}",
             )
+        num_engines = sum(part.engines for part in self.parts().values())
+        require(self.hosts <= num_engines, "hosts", self.hosts, "more than the engines")
+        require(
+            self.hosts == 1 or not self.faults,
+            "hosts", self.hosts, "faults strike one host only",
+        )  # fmt: skip
         for number, fault in enumerate(self.faults):
             self._check_fault(f"faults[{number}]", fault)
 

@@ -180,7 +180,7 @@ def run(
             start = receive(control)
             if isinstance(start, Start):
                 _play_all(engine, start.epoch_s, control, slots)
-            send(control, engine.score.report(engine.pacer.next_index))
+            send(control, engine.score.report(engine.pacer.next_index, plan.host))
     except KVError as error:
         send(control, Failed(error.message))
     except (EOFError, OSError):

@@ -81,7 +81,7 @@ class Score:
         counts = {name: int(getattr(tally, name)) for name in COUNTED_IN_TIME}
         self._recorder.roll(counts)
 
-    def report(self, next_index: int = 0) -> EngineReport:
+    def report(self, next_index: int = 0, host: int = 0) -> EngineReport:
         """Return everything, and where in the workload the engine was."""
         self.end_window()
         with self._lock:
@@ -93,8 +93,14 @@ class Score:
                 next_index=next_index,
                 warm_heads=b"".join(sorted(self._warm_heads)),
                 document_heads=b"".join(sorted(self._document_heads)),
+                host=host,
                 journal=self.journal.packed(),
             )
+
+
+def heads_of(packed: bytes) -> set[bytes]:
+    """Unpack the heads of a report."""
+    return {packed[at : at + HEAD_BYTES] for at in range(0, len(packed), HEAD_BYTES)}
 
 
 def _of_warm_up(tally: Tally) -> Tally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
@@ -42,7 +45,7 @@ class RunningService:
         command = [fill(word, self.places) for word in self.service.command]
         try:
             process = subprocess.Popen(
-                command,
+                [_find(command[0]), *command[1:]],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -102,6 +105,12 @@ class RunningService:
         """End it and remove its folder."""
         self.end()
         self._folder.cleanup()
+
+
+def _find(program: str) -> str:
+    """Look beside this Python first: stores that PyPI has are installed there."""
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    return shutil.which(program, path=path) or program
 
 
 def fill(text: str, places: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from kvctl.lab.demand import Documents
 from kvctl.lab.documents import count_contents
 from kvctl.lab.environment import detect
 from kvctl.lab.faults import Struck
+from kvctl.lab.hosts import report_hosts
 from kvctl.lab.journal import unpack
 from kvctl.lab.load_report import LoadReport, report_load
 from kvctl.lab.measure import Latency, Samples
@@ -28,7 +30,7 @@ from kvctl.lab.result import (
     Throughput,
 )
 from kvctl.lab.scenario import Limits, Scenario
-from kvctl.lab.score import HEAD_BYTES
+from kvctl.lab.score import heads_of
 from kvctl.lab.series import series
 from kvctl.lab.systems.contract import SystemSpec
 
@@ -60,8 +62,8 @@ class Evidence:
     """Faults that happened."""
     begun_s: float = 0.0
     """When the load began, on the host's monotonic clock."""
-    counters: dict[str, int] = field(default_factory=dict)
-    """The server's own, grown during the load."""
+    counters: list[Counter[str]] = field(default_factory=list)
+    """Each server's own, grown during the load."""
     spec: SystemSpec = field(default_factory=SystemSpec)
     turns: str | None = None
     """Where it met the run that it took turns with: half of the time was another's."""
@@ -120,10 +122,18 @@ def summarise(evidence: Evidence) -> Result:
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
         problems=tuple(problems),
         series=series(samples, evidence.begun_s),
-        counters=evidence.counters,
+        counters=_sum(evidence.counters),
+        hosts=report_hosts(evidence.reports, evidence.counters)
+        if evidence.scenario.hosts > 1
+        else (),
         system=_system(evidence.spec),
         turns=samples.medians() if evidence.turns else {},
     )
+
+
+def _sum(counters: Sequence[Counter[str]]) -> dict[str, int]:
+    names = dict.fromkeys(name for one in counters for name in one)
+    return {name: sum(one[name] for one in counters) for name in names}
 
 
 def _system(spec: SystemSpec) -> System:
@@ -132,8 +142,8 @@ def _system(spec: SystemSpec) -> System:
 
 def _counts(evidence: Evidence, tally: Tally) -> Counts:
     """Count; with an endless cache a chunk misses once, whoever asks first."""
-    heads = [_heads(report.chunk_heads) for report in evidence.reports]
-    warm = set[bytes]().union(*(_heads(r.warm_heads) for r in evidence.reports))
+    heads = [heads_of(report.chunk_heads) for report in evidence.reports]
+    warm = set[bytes]().union(*(heads_of(r.warm_heads) for r in evidence.reports))
     chunks_hit_ideal = tally.chunks - len(set[bytes]().union(*heads) - warm)
     chunk_size = evidence.scenario.server.chunk_size
     return Counts(
@@ -160,7 +170,7 @@ def _documents(evidence: Evidence, tally: Tally) -> DocumentReuse | None:
     workload = evidence.scenario.workload
     if not isinstance(workload, Documents):
         return None
-    heads = set[bytes]().union(*(_heads(r.document_heads) for r in evidence.reports))
+    heads = set[bytes]().union(*(heads_of(r.document_heads) for r in evidence.reports))
     contents = count_contents(workload, evidence.seed)
     return DocumentReuse(
         tokens_hit=tally.document_tokens_hit,
@@ -183,10 +193,6 @@ def _missed_documents(
         return ()
     reached = f"{documents.share_of_ideal:.3f}"
     return (f"min_documents_share is {wanted}, reached {reached}",)
-
-
-def _heads(packed: bytes) -> set[bytes]:
-    return {packed[at : at + HEAD_BYTES] for at in range(0, len(packed), HEAD_BYTES)}
 
 
 def _hit_rates(counts: Counts) -> HitRates:

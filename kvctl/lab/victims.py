@@ -46,9 +46,10 @@ class Victims:
             return WorkerVictim(self.play, self.cast, self.client, fault)
         if fault.target == "service":
             return self.play.services[fault.service]
-        if not isinstance(self.play.server, LocalServer):
-            raise SetupError("faults: the server was not started by this run")
-        return self.play.server
+        for server in self.play.servers:
+            if isinstance(server, LocalServer):
+                return server
+        raise SetupError("faults: the server was not started by this run")
 
 
 @dataclass(slots=True)

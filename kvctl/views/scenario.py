@@ -82,6 +82,8 @@ def parts(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
         tuple(one.workload_row() for one in tenants),
     )
     yield f"L1 {size(int(scenario.server.l1.size))}, {_compare(scenario, tenants)}"
+    if scenario.hosts > 1:
+        yield f"hosts: {scenario.hosts}, a server each; engines go round them"
     for one in tenants:
         yield f"load of {one.name}: {_load(one)}"
     if scenario.engine is not None:
