@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -30,13 +30,19 @@ class Server:
     """A `kvctl serve` process, ready when this returns."""
 
     def __init__(
-        self, folder: Path, *options: str, address: str = "tcp://127.0.0.1:0"
+        self,
+        folder: Path,
+        *options: str,
+        address: str = "tcp://127.0.0.1:0",
+        inside: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.options = options
         self.log = folder / f"stderr-{len(list(folder.iterdir()))}"
         ready = folder / "ready"
+        self.inside = inside
         command = [
+            *inside,  # Replaced by what it runs, as `ip netns exec` is.
             *(sys.executable, "-m", "kvctl", "serve", "--address", address),
             *("--ready-file", str(ready), *OPTIONS, *options),
         ]
@@ -84,7 +90,8 @@ class Server:
 
     def again(self) -> Server:
         """Start another run at the same address."""
-        return Server(self.folder, *self.options, address=self.address)
+        where = {"address": self.address, "inside": self.inside}
+        return Server(self.folder, *self.options, **where)
 
     def close(self) -> None:
         """End it if it lives; whatever came, it must not have logged a defect."""

@@ -1,0 +1,232 @@
+"""Two servers on two hosts share a Mooncake Store: what one stored the other serves.
+
+The hosts are network namespaces joined by a wire, where this machine lets us make
+some, and loopback addresses where it does not. Engines reach their server by a Unix
+socket and shared memory, as on a host of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from kvcore.shm import remove_dead
+from kvcore.storage.arena import SEGMENT_PREFIX
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.test_tiers import blocks_of, connected, counter, staff, written
+from tests.system.worker import PLAIN, Worker
+from tests.tiers.engines import ProcessEngine, free_port
+
+pytestmark = pytest.mark.tiers
+
+RANKS = 2
+_numbers = itertools.count()
+
+
+@dataclass
+class Host:
+    """Where processes of one host run."""
+
+    ip: str
+    inside: tuple[str, ...] = ()
+
+
+def run_ip(*arguments: str) -> None:
+    """Run `ip`; raises when it refuses."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+def wire(names: list[str]) -> list[Host]:
+    """Give each namespace one end of a wire, and an address on it."""
+    ends = [f"kv{os.getpid()}-{side}" for side in "ab"]
+    run_ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+    hosts = [Host(f"10.197.0.{n}", ("ip", "netns", "exec", name))
+             for n, name in enumerate(names, 1)]  # fmt: skip
+    for host, name, end in zip(hosts, names, ends, strict=True):
+        run_ip("link", "set", end, "netns", name)
+        run_ip("-n", name, "addr", "add", f"{host.ip}/24", "dev", end)
+        for device in (end, "lo"):
+            run_ip("-n", name, "link", "set", device, "up")
+    return hosts
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two of them."""
+    with ExitStack() as stack:
+        names = [f"kv-{os.getpid()}-{next(_numbers)}" for _ in range(2)]
+        try:
+            if shutil.which("ip") is None:
+                raise OSError("no iproute2")
+            for name in names:
+                run_ip("netns", "add", name)
+                stack.callback(run_ip, "netns", "del", name)
+            made = wire(names)
+        except (OSError, subprocess.CalledProcessError):
+            made = [Host("127.0.0.1"), Host("127.0.0.2")]
+        yield made
+
+
+class Master(ProcessEngine):
+    """Mooncake's master on a host; it has no memory of its own to give."""
+
+    def __init__(self, folder: Path, host: Host) -> None:
+        super().__init__(folder)
+        self.host = host
+        self.port = free_port()
+
+    def command(self) -> list[str]:
+        """See `ProcessEngine.command`."""
+        import mooncake
+
+        return [
+            *self.host.inside,
+            str(Path(mooncake.__path__[0]) / "mooncake_master"),
+            f"--rpc_address={self.host.ip}",
+            f"--rpc_port={self.port}",
+            f"--metrics_host={self.host.ip}",
+            "--metrics_port=0",
+        ]
+
+    def ready(self) -> bool:
+        """Somebody listens on its port, in its own network."""
+        table = Path(f"/proc/{self._pid()}/net/tcp").read_text().splitlines()[1:]
+        sockets = [line.split()[1:4:2] for line in table]
+        return any(s.endswith(f":{self.port:04X}") and at == "0A" for s, at in sockets)
+
+    def damage(self, *_: Any) -> None:
+        """Nobody asks."""
+        raise NotImplementedError
+
+    def tier(self, host: Host) -> tuple[str, ...]:
+        """Options of a server on a host, which gives the store some memory."""
+        url = (
+            f"mooncake://{self.host.ip}:{self.port}"
+            f"?local={host.ip}&segment=32MiB&retry=0.1"
+        )
+        return ("--tier", url, "--set", "prefetch.deadline_s=10")
+
+
+@pytest.fixture
+def master(tmp_path: Path, hosts: list[Host]) -> Iterator[Master]:
+    """On the first host."""
+    master = Master(tmp_path, hosts[0])
+    try:
+        master.start()
+        yield master
+    finally:
+        master.kill()
+
+
+def store(
+    workers: list[Worker], client: KVClient, tokens: list[int]
+) -> list[np.ndarray]:
+    """Store a prompt from every rank; return the bytes of each."""
+    blocks = blocks_of(len(tokens) // CHUNK)
+    session = SessionKey("engine", f"writer-{next(_numbers)}")
+    truth = []
+    for rank, worker in enumerate(workers):
+        name = f"i{rank}"
+        worker.ask("store", session, name, 0, len(tokens), [blocks], tokens)
+        truth.append(worker.ask("read", name, blocks))
+    client.end_session(session)
+    return truth
+
+
+def await_written(client: KVClient, num_parts: int) -> None:
+    """Wait until the tier has so many of this server's parts."""
+    wait_until(lambda: written(client) == num_parts)
+
+
+def check_served(
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    tokens: list[int],
+    truth: list[np.ndarray],
+) -> None:
+    """Look a prompt up, retrieve it on every rank, compare each byte."""
+    session = SessionKey("engine", f"reader-{next(_numbers)}")
+    num_chunks = len(tokens) // CHUNK
+    assert client.lookup(session, model, RANKS, tokens).num_chunks == num_chunks
+    blocks = blocks_of(num_chunks, first=8)
+    for rank, worker in enumerate(workers):
+        name = f"i{rank}"
+        worker.ask("poison", name, blocks)
+        worker.ask("retrieve", session, name, 0, len(tokens), [blocks])
+        assert np.array_equal(worker.ask("read", name, blocks), truth[rank])
+    client.end_session(session)
+
+
+@pytest.fixture
+def servers(
+    serve: Callable[..., Server], hosts: list[Host], master: Master, tmp_path: Path
+) -> list[Server]:
+    """One a host."""
+    return [
+        serve(
+            *master.tier(host),
+            address=f"ipc://{tmp_path}/server-{number}",
+            inside=host.inside,
+        )
+        for number, host in enumerate(hosts)
+    ]
+
+
+def test_what_one_host_stored_the_other_serves(
+    servers: list[Server], hire: Callable[[str], Worker], prompt: Prompt, model: str
+) -> None:
+    """Both ways, all ranks, byte for byte; nothing of it was ever stored there."""
+    with connected(servers[0]) as here, connected(servers[1]) as there:
+        clients = [here, there]
+        teams = [staff(hire, server, model, PLAIN, RANKS) for server in servers]
+        for source, target in ((0, 1), (1, 0)):
+            tokens = prompt(5 * CHUNK)
+            truth = store(teams[source], clients[source], tokens)
+            await_written(clients[source], 5 * RANKS)
+            before = counter(clients[target], "parts_prefetched")
+            check_served(teams[target], clients[target], model, tokens, truth)
+            loaded = counter(clients[target], "parts_prefetched") - before
+            assert loaded == 5 * RANKS
+        stored = [counter(client, "parts_stored") for client in clients]
+        assert stored == [5 * RANKS] * 2
+
+
+def test_a_host_that_dies_takes_only_what_it_held(
+    servers: list[Server], hire: Callable[[str], Worker], prompt: Prompt, model: str
+) -> None:
+    """Its memory in the store is lost: a miss there, never an error or wrong bytes."""
+    lost, own = prompt(5 * CHUNK), prompt(3 * CHUNK)
+    dying, living = servers
+    with KVClient(dying.address, label="test", timeout_s=20) as client:
+        workers = staff(hire, dying, model, PLAIN, RANKS)
+        truth = store(workers, client, lost)
+        await_written(client, 5 * RANKS)
+        dying.kill()
+        assert remove_dead(f"{SEGMENT_PREFIX}{dying.pid}-")  # As the next start does.
+    with connected(living) as client:
+        workers = staff(hire, living, model, PLAIN, RANKS)
+        session = SessionKey("engine", "bereft")
+        found = client.lookup(session, model, RANKS, lost).num_chunks
+        blocks = blocks_of(found)
+        for rank, worker in enumerate(workers if found else []):
+            worker.ask("retrieve", session, f"i{rank}", 0, found * CHUNK, [blocks])
+            seen = worker.ask("read", f"i{rank}", blocks)
+            assert np.array_equal(seen, truth[rank][: len(blocks)])
+        client.end_session(session)
+        check_served(workers, client, model, own, store(workers, client, own))
+        [tier] = client.status().tiers
+        assert tier.counters["loaded"] < tier.counters["asked"] == 5 * RANKS
