@@ -23,6 +23,7 @@ FLOORS = (
         "kvcore.layout",
         "kvcore.parts",
         "kvcore.protocol",
+        "kvcore.wire",
         "kvcore.process",
         "kvcore.shm",
     ),

@@ -15,13 +15,9 @@ from msgspec import Meta, inspect
 from kvcore import errors
 from kvcore.errors import BadRequest, KVError, RequestMismatch, UnknownRequest
 from kvcore.keys import SessionKey
-from kvcore.protocol import (
-    NO_BOOT,
+from kvcore.protocol import NO_BOOT, BootToken, Done, Ping, Request
+from kvcore.wire import (
     REQUESTS,
-    BootToken,
-    Done,
-    Ping,
-    Request,
     RequestType,
     decode_envelope,
     decode_error,

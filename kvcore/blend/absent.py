@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from kvcore.engine.engine import Caller
 from kvcore.errors import UnknownRequest
-from kvcore.protocol import wire_name
+from kvcore.wire import wire_name
 
 
 class NoBlend:

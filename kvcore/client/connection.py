@@ -41,10 +41,8 @@ from kvcore.errors import (
 )
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
-    BY_CLASS,
     NO_BOOT,
     PROTOCOL_VERSION,
-    UNREADABLE,
     CBRegisterKVCache,
     Goodbye,
     Hello,
@@ -52,10 +50,8 @@ from kvcore.protocol import (
     Ping,
     RegisterKVCache,
     Request,
-    decode_error,
-    decode_reply,
-    encode_request,
 )
+from kvcore.wire import BY_CLASS, UNREADABLE, decode_error, decode_reply, encode_request
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from kvcore.keys import HASH_ALGORITHM
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
     PROTOCOL_VERSION,
-    REQUESTS,
     BootToken,
     ChunkSize,
     Done,
@@ -48,6 +47,7 @@ from kvcore.shm import remove_dead
 from kvcore.storage.arena import SEGMENT_PREFIX
 from kvcore.storage.manager import open_tiers
 from kvcore.storage.recovery import open_arena, recover
+from kvcore.wire import REQUESTS
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,9 @@ from kvcore.errors import (
     Overloaded,
     StaleBoot,
 )
-from kvcore.protocol import (
-    BootToken,
-    Hello,
-    Request,
+from kvcore.protocol import BootToken, Hello, Request
+from kvcore.server.clients import Client, ClientTable
+from kvcore.wire import (
     RequestEnvelope,
     RequestType,
     decode_envelope,
@@ -42,7 +41,6 @@ from kvcore.protocol import (
     encode_error,
     encode_reply,
 )
-from kvcore.server.clients import Client, ClientTable
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 from msgspec import NODEFAULT, inspect
 
-from kvcore import protocol
+from kvcore import protocol, wire
 from kvcore.errors import ERRORS
-from kvcore.protocol import REQUESTS, RequestType
+from kvcore.wire import REQUESTS, RequestType
 from kvctl.console import Table
 
 FIELD_COLUMNS = ("field", "type", "default", "meaning")
@@ -44,6 +44,7 @@ def markdown() -> str:
         "# Protocol",
         "<!-- Written by `make docs` from kvcore/protocol.py; do not edit. -->",
         _doc(protocol),
+        _doc(wire),
         f"This is protocol version {protocol.PROTOCOL_VERSION}.",
         "## Requests",
         _markdown_table(REQUEST_COLUMNS, _request_rows()),

@@ -9,13 +9,13 @@ from msgspec.structs import replace
 
 from kvcore.errors import ERRORS
 from kvcore.protocol import (
-    REQUESTS,
     BootToken,
     InstanceStatus,
     L1Status,
     LeaseStatus,
     StatusReply,
 )
+from kvcore.wire import REQUESTS
 from kvctl import console
 from kvctl.commands import inspect
 from kvctl.lab.geometry import PRESETS

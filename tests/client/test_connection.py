@@ -36,11 +36,8 @@ from kvcore.protocol import (
     RegisterReply,
     Request,
     Retrieve,
-    decode_envelope,
-    decode_request,
-    encode_error,
-    encode_reply,
 )
+from kvcore.wire import decode_envelope, decode_request, encode_error, encode_reply
 
 KEY = SessionKey("e", "r")
 

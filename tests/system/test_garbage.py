@@ -20,7 +20,6 @@ from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
     NO_BOOT,
     PROTOCOL_VERSION,
-    REQUESTS,
     BootToken,
     Hello,
     HelloReply,
@@ -28,15 +27,18 @@ from kvcore.protocol import (
     Ping,
     PosixShm,
     RegisterKVCache,
-    ReplyEnvelope,
     Request,
     Status,
     Store,
+)
+from kvcore.shm import Segment
+from kvcore.wire import (
+    REQUESTS,
+    ReplyEnvelope,
     decode_error,
     decode_reply,
     encode_request,
 )
-from kvcore.shm import Segment
 from tests.system.server import CHUNK, Server, wait_until
 
 MAX_MESSAGE = 64 << 10
