@@ -134,12 +134,15 @@ class Cast:
         self.actors.append(actor)
         return actor
 
-    def close(self) -> None:
-        """End what still runs, and remove the shared memory of what was killed."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End what still runs, and remove the shared memory of what was killed.
+
+        `at_once` kills it: what waits for a server that is gone waits in vain.
+        """
         for actor in self.actors:
             actor.control.close()
         for actor in self.actors:
-            actor.process.join(END_S)
+            actor.process.join(0 if at_once else END_S)
             if actor.process.is_alive():
                 actor.process.kill()
                 actor.process.join()

@@ -118,7 +118,8 @@ def _serving(
         servers.extend(start_server(spec, config) for config in configs)
         yield servers
     finally:
-        failures += filter(None, [server.stop() for server in servers])
+        told = [server.stop() for server in servers]
+        failures += [one for one in told if one and one not in failures]
 
 
 def _configs(

@@ -108,13 +108,14 @@ class LocalServer:
             raise Unavailable(f"the server was not ready in {READY_S:.0f} s")
         if output.readline():
             return ready_file.read_text().strip()
-        self._process.wait(STOP_S)
-        raise SetupError(f"the server did not start: {self.last_words()}")
+        code = self._process.wait(STOP_S)
+        why = self.last_words() or f"exit code {code}"
+        raise SetupError(f"the server did not start: {why}")
 
     def last_words(self) -> str:
-        """Return the last line of its log."""
+        """Return the last line of its log that is more than news; "" without one."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "nothing in its log"
+        return next((line for line in reversed(lines) if " INFO " not in line), "")
 
     def stop(self) -> str | None:
         """Stop it; say what was wrong with how it ended, if anything."""
@@ -125,16 +126,17 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-        words = self.last_words()
+        told = self.epitaph("early" if early else "when told to stop")
         self._forget()
         self._folder.cleanup()
-        if early or (code and not self.away):
-            when = "early" if early else "when told to stop"
-            how = (
-                f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            )
-            return f"the server ended {when}, {how}; its last words: {words}"
-        return None
+        return told if early or (code and not self.away) else None
+
+    def epitaph(self, when: str = "early") -> str:
+        """Say how it ended; waits until it has."""
+        code = self._process.wait(STOP_S)
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        words = self.last_words()
+        return f"the server ended {when}, {how}" + (f": {words}" if words else "")
 
 
 def _settings(config: ServerConfig) -> Iterator[str]:

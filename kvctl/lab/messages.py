@@ -65,6 +65,9 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Begin no more requests; finish those under way and report."""
 
+    server_gone: bool = False
+    """Nothing under way can end any more: report what there is."""
+
 
 class Tally(msgspec.Struct, tag=True):
     """What an engine has counted so far. Chunks are whole ones of prompts."""

@@ -116,6 +116,12 @@ class Pacer:
                 self._release(session, waiting)
             self._changed.notify_all()
 
+    @property
+    def num_under_way(self) -> int:
+        """Requests that have begun and not ended."""
+        with self._changed:
+            return len(self._active)
+
     def stop(self) -> None:
         """Hand out no more."""
         with self._changed:

@@ -117,7 +117,7 @@ class Play:
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)
             finally:
-                cast.close()
+                cast.close(at_once=self.server_gone)
             if not self.server_gone:
                 with in_turn(self.evidence.turns):
                     after.look()
@@ -211,7 +211,7 @@ class Play:
             self.watcher.phase("stopping")
             grace = SERVERLESS_GRACE_S if self.server_gone else GRACE_S
             self.stop_by = monotonic() + grace
-            cast.tell_schedulers(Stop())
+            cast.tell_schedulers(Stop(self.server_gone))
 
     def _give_up(self, cast: Cast) -> None:
         """End without the last reports: what was told on the way stands for them."""
@@ -226,23 +226,22 @@ class Play:
     def step(self, cast: Cast) -> None:
         """Wait a little for something to happen, and take note of it."""
         actors = {a.control: a for a in cast.actors if not a.control.closed}
-        waiting: list[Connection | int] = [*actors]
-        if not self.server_gone:
-            waiting += [one.exited for one in self.servers if not one.away]
-        for source in wait(waiting, self._timeout_s()):
+        servers = {one.exited: one for one in self.servers if not one.away}
+        watched = {} if self.server_gone else servers
+        for source in wait([*actors, *watched], self._timeout_s()):
             if isinstance(source, Connection):
                 self._hear(actors[source])
-            else:
-                self._server_ended()
+            elif isinstance(source, int):
+                self._server_ended(watched[source])
 
     def _timeout_s(self) -> float:
         next_s = self.faults.next_s if self.faults else None
         return TICK_S if next_s is None else min(TICK_S, max(0, next_s - monotonic()))
 
-    def _server_ended(self) -> None:
-        """Take note once; how it ended is said when it is stopped."""
+    def _server_ended(self, server: LocalServer | ForeignServer) -> None:
+        """Take note once, and say how."""
         self.server_gone = True
-        self.evidence.failures.append("the server ended during the run")
+        self.evidence.failures.append(server.epitaph())
 
     def _hear(self, actor: Actor) -> None:
         try:

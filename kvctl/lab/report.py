@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from kvctl.console import Table, spark
@@ -27,9 +28,9 @@ def parts(result: Result) -> Iterator[Table | str]:
         yield from load_tables.parts(result.load)
     if result.counters:
         yield from load_tables.tiers(result.counters)
-    for message in result.errors:
+    for message, times in Counter(result.errors).items():
         if message not in result.problems:
-            yield f"error: {message}"
+            yield f"error: {message}" + (f" ({times} times)" if times > 1 else "")
     for problem in result.problems:
         yield f"problem: {problem}"
 

@@ -149,6 +149,11 @@ class Engine:
         if self.stepper is not None:
             self.stepper.stop()
 
+    def tell_lost(self) -> None:
+        """Count each request under way as an error: the server is gone."""
+        lost = f"engine {self.plan.engine}: under way when the server went"
+        self.score.add(Tally(), {}, errors=(lost,) * self.pacer.num_under_way)
+
     def _fail(self, message: str) -> None:
         """Stop every slot; the first reason is told, the others follow from it."""
         self.stop()
@@ -206,8 +211,11 @@ def _play_all(
     max_s = engine.plan.scenario.load.max_s
     deadline = None if max_s is None else epoch_s + max_s
     while finished not in (ready := wait([finished, control], timeout=PROGRESS_S)):
-        if control in ready and isinstance(receive(control), Stop):
+        if control in ready and isinstance(stop := receive(control), Stop):
             engine.stop()
+            if stop.server_gone:
+                engine.tell_lost()
+                return
         if deadline is not None and monotonic() >= deadline:
             engine.pacer.stop()
         if engine.turns is None:

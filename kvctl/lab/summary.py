@@ -251,7 +251,7 @@ def _shares(
 
 
 def _problems(counts: Counts, rates: HitRates, evidence: Evidence) -> list[str]:
-    """Say what makes the exit code 1. An interrupted run has no hit rate to reach."""
+    """Say what makes the exit code 1. A run that was cut has no hit rate to reach."""
     limits = evidence.scenario.limits
     problems = list(evidence.failures)
     if counts.bytes_wrong:
@@ -262,7 +262,7 @@ def _problems(counts: Counts, rates: HitRates, evidence: Evidence) -> list[str]:
         problems.append(
             f"{counts.errors} errors, limits.max_errors is {limits.max_errors}"
         )
-    if not evidence.interrupted:
+    if not (evidence.interrupted or evidence.failures):
         problems += _missed(limits, rates)
         if not counts.requests:
             problems.append("no request was played")

@@ -86,19 +86,22 @@ def test_leaks_failures_and_missed_limits_are_problems() -> None:
     """What a process or a lease did wrong, and what a scenario demanded."""
     found = evidence(engine(b"a", b"b"), limits=Limits(min_hit_rate=0.5))
     found.leases_leaked = 1
+    leaked, missed = summarise(found).problems
+    assert "1 leases outlived" in leaked
+    assert "min_hit_rate is 0.5" in missed
     found.failures.append("rank 0 of engine 0 ended with exit code -9")
     result = summarise(found)
     assert result.counts.errors == 1
     assert any("exit code -9" in problem for problem in result.problems)
-    assert any("1 leases outlived" in problem for problem in result.problems)
-    assert any("min_hit_rate is 0.5" in problem for problem in result.problems)
 
 
-def test_an_interrupted_run_has_no_hit_rate_to_reach() -> None:
-    """What was measured so far stands, without a problem."""
+@pytest.mark.parametrize("failure", [None, "the server ended early"])
+def test_a_run_that_was_cut_has_no_hit_rate_to_reach(failure: str | None) -> None:
+    """Interrupted, or ended by a death: what was measured so far stands."""
     found = evidence(engine(b"a"), limits=Limits(min_share_of_ideal=0.9))
-    found.interrupted = True
-    assert summarise(found).problems == ()
+    found.interrupted = failure is None
+    found.failures += [failure] if failure else []
+    assert not any("min_share" in problem for problem in summarise(found).problems)
 
 
 def test_a_run_of_nothing_is_a_problem() -> None:

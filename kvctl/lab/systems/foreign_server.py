@@ -73,11 +73,13 @@ class ForeignServer:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {self._process.returncode}"
 
+    def epitaph(self) -> str:
+        """Say what it said at its end."""
+        return f"the server ended early, saying: {self.last_words()}"
+
     def stop(self) -> str | None:
         """Stop it; say so when it had ended by itself."""
-        words = None
-        if self._process.poll() is not None:
-            words = f"the server ended early, saying: {self.last_words()}"
+        words = self.epitaph() if self._process.poll() is not None else None
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         try:
