@@ -233,6 +233,9 @@ class LookupReply(msgspec.Struct, frozen=True):
 
     num_chunks: int
     num_tokens: int
+    num_from_tiers: Annotated[
+        int, Meta(description="of the chunks, those that memory lacked at first")
+    ] = 0
 
 
 class Lookup(Request[LookupReply], frozen=True):

@@ -115,8 +115,13 @@ def bar(share: float, width: int = 30) -> str:
 SPARKS = " ▁▂▃▄▅▆▇█"
 
 
-def spark(values: Sequence[float]) -> str:
-    """Draw how values run, from nothing to the highest, a character each."""
+def spark(values: Sequence[float], width: int = 60) -> str:
+    """Draw how values run, from nothing to the highest, in so many characters.
+
+    Of more values than that, each character draws the highest of its share.
+    """
+    each = -(-len(values) // width) or 1
+    values = [max(values[at : at + each]) for at in range(0, len(values), each)]
     top = max(values, default=0.0) or 1.0
     steps = len(SPARKS) - 1
     return "".join(SPARKS[round(max(0.0, value) / top * steps)] for value in values)
@@ -131,6 +136,14 @@ def size(num_bytes: float) -> str:
         if abs(num_bytes) < 1024:
             return f"{num_bytes:.1f} {unit}"
     return f"{num_bytes / 1024:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration with three digits: `12.3 ms`."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def _console(*, stderr: bool = False) -> Console:

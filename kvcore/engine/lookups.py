@@ -10,6 +10,8 @@ from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
 
+from msgspec.structs import replace
+
 from kvcore.engine.counters import Counters
 from kvcore.engine.running import Caller, Running
 from kvcore.engine.sessions import Session, SessionTable
@@ -101,8 +103,9 @@ class Lookups:
             if task.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
                 return self._reply(session, hashes, 0)
-            tiers = _outcome(job)
-            return self._answer(session, needs, hashes, chunks, caller, tiers)
+            reply = self._answer(session, needs, hashes, chunks, caller, _outcome(job))
+            loaded = max(0, reply.num_chunks - hit)
+            return replace(reply, num_from_tiers=loaded)
 
         return Running(job.future, finish)
 

@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Meta
 
 from kvcore.keys import SessionKey
+from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.measure import Samples, summarise
 from kvctl.lab.messages import AloneDone, PlayAlone
 
 if TYPE_CHECKING:
     from kvctl.lab.worker import Rank
+
+Bytes = npt.NDArray[np.uint8]
 
 COPY_BYTES = 16 << 20
 ROUNDS = 12
@@ -43,6 +47,9 @@ class Alone(msgspec.Struct, frozen=True):
     lookup: Annotated[
         float | None, Meta(description="share of a bare round trip of its size")
     ] = None
+    ping_trip_s: Annotated[
+        float, Meta(description="a bare round trip, which a copy cannot do without")
+    ] = 0.0
 
 
 class LookupAlone(msgspec.Struct, frozen=True):
@@ -55,7 +62,7 @@ class LookupAlone(msgspec.Struct, frozen=True):
 def summarise_alone(
     reports: Sequence[AloneDone],
     lookup: LookupAlone | None,
-    bare_trip_s: float | None,
+    bare: Ceilings | None,
 ) -> Alone | None:
     """Put the ranks' calls together; None where none were made."""
     if not reports or lookup is None:
@@ -76,7 +83,8 @@ def summarise_alone(
         retrieve=copy / retrieve,
         lookup_tokens=lookup.num_tokens,
         lookup_s=lookup.seconds,
-        lookup=bare_trip_s / lookup.seconds if bare_trip_s else None,
+        lookup=bare.lookup_round_trip_s / lookup.seconds if bare else None,
+        ping_trip_s=bare.ping_round_trip_s if bare else 0.0,
     )
 
 
@@ -129,6 +137,8 @@ class _Soloist:
         self.tokens[0] = VOCABULARY + number
         session = SessionKey(rank.engine_id, f"alone {rank.instance_id} {number}")
         where = (session, rank.instance_id, 0, end, self.blocks, self.tokens)
+        # The scheduler's lookup has brought the tokens, as with a real engine.
+        rank.client.lookup(session, rank.model, rank.world_size, self.tokens)
         store = _timed(lambda: rank.client.store(*where))
         first = _timed(lambda: self._copy(2 * number))
         for group, ids in enumerate(self.blocks):
@@ -139,17 +149,27 @@ class _Soloist:
         return {"copy": [first, second], "store": [store], "retrieve": [retrieve]}
 
     def _copy(self, number: int) -> None:
-        """Copy from another place each time, as the calls find their blocks."""
-        array = self.rank.cache.segment.array
-        start = number * self.num_bytes % (array.size - self.num_bytes + 1)
-        source = array[start : start + self.num_bytes]
-        np.copyto(self.rank.scratch[: self.num_bytes], source)
+        """Copy to and from other places each time, as the calls find their blocks.
+
+        Into the same bytes again a processor's cache would take it, and not memory.
+        """
+        source, target = (
+            _part(array, number, self.num_bytes)
+            for array in (self.rank.cache.segment.array, self.rank.scratch)
+        )
+        np.copyto(target, source)
 
     def _count_wrong_bytes(self) -> int:
         return sum(
             pattern.count_wrong_bytes(self.seeds, ids)
             for pattern, ids in zip(self.rank.patterns, self.blocks, strict=True)
         )
+
+
+def _part(array: Bytes, number: int, num_bytes: int) -> Bytes:
+    """Return one of the array's parts, another for every number while there are."""
+    start = number % (array.size // num_bytes) * num_bytes
+    return array[start : start + num_bytes]
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvctl.console import Table
+from kvctl.console import Table, duration
 from kvctl.lab.compare import Comparison, CountVerdict
-from kvctl.lab.report import duration
 from kvctl.lab.verdict import bounds, change, of_comparison, spans, words
 
 

@@ -112,24 +112,21 @@ def report_load(
     done = measured[measured["outcome"] == Outcome.DONE]
     first_s = float(measured["due_s"].min())
     elapsed_s = max(float(measured["ended_s"].max()) - first_s, 1e-9)
-    is_open = not isinstance(scenario.load, ClosedLoop)
-    due_span_s = max(float(measured["due_s"].max()) - first_s, 1e-9)
-    lag = _latency(measured["lag_s"]) if is_open else None
-    request = _latency(done["ended_s"] - done["due_s"])
-    steps = _steps(scenario, measured, begun_s)
     engines = _engines(scenario)
+    due = measured[np.isin(measured["engine"], _open_engines(scenario, engines))]
+    request = _latency(done["ended_s"] - done["due_s"])
+    lag = _latency(due["lag_s"])
+    steps = _steps(scenario, measured, begun_s)
     return LoadReport(
         requests=measured.size,
         failed=int(np.count_nonzero(measured["outcome"] == Outcome.FAILED)),
         aborted=int(np.count_nonzero(measured["outcome"] == Outcome.ABORTED)),
         preemptions=int(measured["preemptions"].sum()),
         warm_ups=records.size - measured.size,
-        offered_per_s=(measured.size - 1) / due_span_s if is_open else None,
+        offered_per_s=_offered_per_s(due),
         done_per_s=done.size / elapsed_s,
         lag=lag,
-        waited=_latency(measured["begun_s"] - measured["due_s"] - measured["lag_s"])
-        if is_open
-        else None,
+        waited=_latency(due["begun_s"] - due["due_s"] - due["lag_s"]),
         generator_bound=_is_bound(lag, request),
         ttft=_latency(done["ttft_s"]),
         goodput=_goodput(scenario.limits, measured, elapsed_s),
@@ -140,6 +137,22 @@ def report_load(
         fairness=_fairness(measured),
         faults=tuple(describe(one, begun_s, records) for one in struck),
     )
+
+
+def _open_engines(scenario: Scenario, engines: Mapping[str, range]) -> list[int]:
+    """List the engines whose requests are due at a time of their own."""
+    return [
+        engine
+        for name, part in scenario.parts().items()
+        if not isinstance(part.load, ClosedLoop)
+        for engine in engines[name]
+    ]
+
+
+def _offered_per_s(due: Records) -> float | None:
+    if not due.size:
+        return None
+    return (due.size - 1) / max(float(np.ptp(due["due_s"])), 1e-9)
 
 
 def _latency(seconds: np.typing.NDArray[np.float64]) -> Latency | None:

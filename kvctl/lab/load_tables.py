@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from kvctl.console import Table
+from kvctl.console import Table, duration
 from kvctl.lab.faults import FaultReport
 from kvctl.lab.load_report import Goodput, LoadReport, Step, TenantReport
 from kvctl.lab.measure import Latency
@@ -23,25 +23,11 @@ def parts(load: LoadReport) -> Iterator[Table | str]:
         yield _faults(load.faults)
 
 
-def tiers(counters: Mapping[str, int]) -> Iterator[str]:
-    """Say how much of what was retrieved came from tiers; nothing without any."""
-    loaded, moved = (
-        counters.get("bytes_prefetched", 0),
-        counters.get("bytes_retrieved", 0),
-    )
-    if loaded and moved:
-        yield (
-            f"hits by tier: {1 - loaded / moved:.2f} of retrieved bytes were in "
-            f"memory, {loaded / moved:.2f} came from tiers "
-            f"({counters['parts_prefetched']:,} parts)"
-        )
-
-
 def _sentences(load: LoadReport) -> Iterator[str]:
     if load.offered_per_s is not None:
         yield (
-            f"load: {load.offered_per_s:,.1f} requests/s due, {load.done_per_s:,.1f} "
-            f"done; the generator lagged {_pair(load.lag)}, requests waited for a "
+            f"{load.offered_per_s:,.1f} requests/s due, {load.done_per_s:,.1f} done "
+            f"by all; the generator lagged {_pair(load.lag)}, requests waited for a "
             f"slot {_pair(load.waited)} (p50, p99)"
         )
     if load.generator_bound:
@@ -84,12 +70,7 @@ def _pair(latency: Latency | None) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return NOTHING
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    return NOTHING if seconds is None else duration(seconds)
 
 
 def _steps(steps: tuple[Step, ...]) -> Table:

@@ -81,6 +81,8 @@ class Tally(msgspec.Struct, tag=True):
     bytes_wrong: int = 0
     tokens: int = 0
     tokens_hit: int = 0
+    tokens_from_tiers: int = 0
+    """Of those hit, what memory lacked when it was asked for."""
     chunks: int = 0
     chunks_hit: int = 0
     parts_stored: int = 0

@@ -15,6 +15,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from kvcore.errors import KVError, SetupError, Unavailable
+from kvcore.protocol import StatusReply
 from kvctl.lab.aftermath import Aftermath
 from kvctl.lab.cast import Actor, Cast
 from kvctl.lab.faults import FaultPlan
@@ -35,7 +36,7 @@ from kvctl.lab.messages import (
 )
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.services import RunningService
-from kvctl.lab.summary import Evidence
+from kvctl.lab.summary import Evidence, TierBytes
 from kvctl.lab.systems.choose import connect_other
 from kvctl.lab.systems.contract import Client
 from kvctl.lab.systems.foreign_server import ForeignServer
@@ -111,7 +112,7 @@ class Play:
             try:
                 self._set_up(cast)
                 self._storm(cast)
-                before = [one.status(0).counters for one in clients]
+                before = [one.status(0) for one in clients]
                 self._watch(cast, client)
                 self._count(clients, before)
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
@@ -290,15 +291,39 @@ class Play:
             total.add(tally)
         self.watcher.progress(total, self.planned)
 
-    def _count(
-        self, clients: Sequence[Client], before: Sequence[Mapping[str, int]]
-    ) -> None:
-        """Keep by how much each server's counters grew."""
+    def _count(self, clients: Sequence[Client], before: Sequence[StatusReply]) -> None:
+        """Keep by how much the counters of each server and its tiers grew."""
         if self.server_gone:
             return
         with suppress(KVError):  # What ended the server is told when it is stopped.
-            self.evidence.counters = [
-                Counter(client.status(0).counters) for client in clients
+            pairs = [
+                (then, client.status(0))
+                for client, then in zip(clients, before, strict=True)
             ]
-            for grown, earlier in zip(self.evidence.counters, before, strict=True):
-                grown.subtract(earlier)
+            self.evidence.counters = [_grown(*pair) for pair in pairs]
+            self.evidence.tier_bytes = [
+                TierBytes(
+                    tier.name.partition("-")[0],
+                    sum(_loaded(*pair)[place] for pair in pairs),
+                )
+                for place, tier in enumerate(pairs[0][1].tiers)
+            ]
+
+
+def _grown(before: StatusReply, after: StatusReply) -> Counter[str]:
+    """Return what a server has counted since; one that restarted counts anew."""
+    grown = Counter(after.counters)
+    if after.boot == before.boot:
+        grown.subtract(before.counters)
+    return grown
+
+
+def _loaded(before: StatusReply, after: StatusReply) -> list[int]:
+    """Return the bytes that came from each tier since."""
+    now, then = (
+        [tier.counters["loaded_bytes"] for tier in status.tiers]
+        for status in (after, before)
+    )
+    if after.boot != before.boot:
+        return now
+    return [more - less for more, less in zip(now, then, strict=True)]

@@ -295,6 +295,7 @@ class Player:
 
     def _note(self, life: Life, outcome: Outcome) -> None:
         taken, hit, engine = life.taken, life.hit, self._engine.plan.engine
+        chunk_size = self._engine.chunk_size
         ended_s = life.ended_s or self._clock.now()
         if outcome is Outcome.DONE:
             life.durations["request"] = ended_s - taken.due_s
@@ -304,6 +305,7 @@ class Player:
             preemptions=life.preemptions,
             tokens=len(life.tokens) if hit else 0,
             tokens_hit=hit.num_tokens if hit else 0,
+            tokens_from_tiers=hit.num_from_tiers * chunk_size if hit else 0,
             chunks=len(life.hashes),
             chunks_hit=hit.num_chunks if hit else 0,
         )

@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from kvctl.console import Table, spark
+from kvctl.console import Table, duration, size, spark
 from kvctl.lab import hosts, load_tables
+from kvctl.lab.limits import NOTE, reached
 from kvctl.lab.measure import Latency
-from kvctl.lab.result import DocumentReuse, Result
+from kvctl.lab.result import DocumentReuse, Result, TierHits
+from kvctl.lab.verdict import of_result
 
-NOTHING = "-"
 MIN_POINTS = 3
 
 
 def parts(result: Result) -> Iterator[Table | str]:
     """Render a result for `console.show`."""
     yield _headline(result)
+    if result.scenario.question:
+        yield result.scenario.question
+    yield of_result(result)
     yield _counts(result)
     if result.documents:
         yield _documents(result, result.documents)
     yield from hosts.parts(result.hosts)
     yield _operations(result)
     yield from _courses(result)
-    yield _limits(result)
+    yield from _limits(result)
     if result.load:
         yield from load_tables.parts(result.load)
-    if result.counters:
-        yield from load_tables.tiers(result.counters)
     for message, times in Counter(result.errors).items():
         if message not in result.problems:
             yield f"error: {message}" + (f" ({times} times)" if times > 1 else "")
@@ -55,6 +57,7 @@ def _counts(result: Result) -> Table:
         ("bytes wrong", f"{counts.bytes_wrong:,}"),
         ("leases leaked", f"{counts.leases_leaked:,}"),
         ("hit rate by token", _rate(rates.by_token, rates.ideal_by_token)),
+        *((f"  from {one.name}", _brought(one)) for one in result.tiers),
         ("hit rate by block", _rate(rates.by_block, rates.ideal_by_block)),
         ("parts stored", f"{counts.parts_stored:,}"),
         ("parts dropped", f"{counts.parts_dropped:,}"),
@@ -64,6 +67,11 @@ def _counts(result: Result) -> Table:
 
 def _rate(served: float, ideal: float) -> str:
     return f"{served:.3f} (endless cache {ideal:.3f})"
+
+
+def _brought(one: TierHits) -> str:
+    loaded = "" if one.loaded_bytes is None else f" ({size(one.loaded_bytes)} loaded)"
+    return f"{one.hit_rate:.3f}{loaded}"
 
 
 def _documents(result: Result, reuse: DocumentReuse) -> Table:
@@ -143,63 +151,17 @@ def _percentiles(latency: Latency) -> tuple[str, ...]:
     )
 
 
-def duration(seconds: float) -> str:
-    """Write a duration with three digits: `12.3 ms`."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def _limits(result: Result) -> Table:
-    """What each call reached of what the machine could, alone and under load."""
-    rows = (*_copies(result), *_round_trips(result))
-    columns = ("", ">alone", ">limit", ">share", ">under load", ">limit", ">share")
-    title = "share of the machine's limit: plain copies of as many bytes, GB/s"
-    return Table(f"{title}; bare sockets, p50", columns, rows)
-
-
-def _copies(result: Result) -> Iterator[tuple[str, ...]]:
-    alone, rates, shares = result.alone, result.throughput, result.shares
-    beside = _number(rates.plain_copy_gb_per_s)
-    for name in ("store", "retrieve"):
-        loaded = _number(getattr(rates, f"{name}_gb_per_s"))
-        yield (
-            name,
-            _number(getattr(alone, f"{name}_gb_per_s", None)),
-            _number(alone.plain_copy_gb_per_s if alone else None),
-            _share(getattr(alone, name, None)),
-            loaded,
-            beside,
-            _share(getattr(shares, name)),
-        )
-
-
-def _round_trips(result: Result) -> Iterator[tuple[str, ...]]:
-    """Pings are made with everybody else gone, lookups both ways."""
-    ceilings, alone, shares = result.ceilings, result.alone, result.shares
-    if ceilings is None:
-        return
-    loaded = result.operations.get("lookup")
-    bare = duration(ceilings.lookup_round_trip_s)
-    yield (
-        "lookup",
-        duration(alone.lookup_s) if alone else NOTHING,
-        bare,
-        _share(alone.lookup if alone else None),
-        duration(loaded.p50_s) if loaded else NOTHING,
-        bare,
-        _share(shares.lookup),
+def _limits(result: Result) -> Iterator[Table | str]:
+    """What calls reached of what the machine could, alone and under load."""
+    rows = tuple(
+        (one.name, one.size, one.figure, one.limit, f"{one.share:.0%}")
+        for one in reached(result)
     )
-    ping = result.operations.get("ping")
-    if ping:
-        trip = duration(ceilings.ping_round_trip_s)
-        yield ("ping", duration(ping.p50_s), trip, _share(shares.ping), *[NOTHING] * 3)
+    if rows:
+        columns = ("call", ">size", ">reached", ">limit", ">share")
+        yield Table("how near to what this machine can do", columns, rows)
+        yield NOTE
 
 
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3g}"
-
-
-def _share(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.0%}"
+def _share(value: float) -> str:
+    return f"{value:.0%}"

@@ -42,6 +42,9 @@ class Counts(msgspec.Struct, frozen=True):
     parts_dropped: Annotated[int, Meta(description="no room, or a null block in it")]
     retrieved_bytes: Annotated[int, Meta(description="every one of them was checked")]
     stored_bytes: Annotated[int, Meta(description="of stores that copied every part")]
+    tokens_from_tiers: Annotated[
+        int, Meta(description="of those hit, what memory lacked when asked")
+    ] = 0
 
 
 class HitRates(msgspec.Struct, frozen=True):
@@ -51,6 +54,21 @@ class HitRates(msgspec.Struct, frozen=True):
     by_token: float
     ideal_by_block: float
     ideal_by_token: float
+
+
+class TierHits(msgspec.Struct, frozen=True):
+    """What one store brought: memory, or a tier beneath it."""
+
+    name: Annotated[str, Meta(description="`L1`, or `tier 1: KIND` and so on")]
+    hit_rate: Annotated[
+        float,
+        Meta(
+            description="of prompt tokens; several tiers share theirs by loaded bytes"
+        ),
+    ]
+    loaded_bytes: Annotated[
+        int | None, Meta(description="into memory, during the load; none of L1")
+    ] = None
 
 
 class Throughput(msgspec.Struct, frozen=True):
@@ -147,6 +165,10 @@ class Result(msgspec.Struct, frozen=True):
     counters: Annotated[
         dict[str, int], Meta(description="the server's own, grown during the load")
     ] = {}
+    tiers: Annotated[
+        tuple[TierHits, ...],
+        Meta(description="L1 and the tiers beneath, where there are any"),
+    ] = ()
     hosts: Annotated[
         tuple[HostReport, ...], Meta(description="of a run with more than one")
     ] = ()

@@ -18,6 +18,7 @@ COUNTED_IN_TIME = (
     "errors",
     "tokens",
     "tokens_hit",
+    "tokens_from_tiers",
     "store_bytes",
     "retrieve_bytes",
 )

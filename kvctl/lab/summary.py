@@ -28,6 +28,7 @@ from kvctl.lab.result import (
     Shares,
     System,
     Throughput,
+    TierHits,
 )
 from kvctl.lab.scenario import Limits, Scenario
 from kvctl.lab.score import heads_of
@@ -35,6 +36,14 @@ from kvctl.lab.series import series
 from kvctl.lab.systems.contract import SystemSpec
 
 MAX_ERRORS_TOLD = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TierBytes:
+    """What came from one tier."""
+
+    kind: str
+    num_bytes: int
 
 
 @dataclass(slots=True)
@@ -64,6 +73,8 @@ class Evidence:
     """When the load began, on the host's monotonic clock."""
     counters: list[Counter[str]] = field(default_factory=list)
     """Each server's own, grown during the load."""
+    tier_bytes: list[TierBytes] = field(default_factory=list)
+    """Loaded from each tier during the load, in their order."""
     spec: SystemSpec = field(default_factory=SystemSpec)
     turns: str | None = None
     """Where it met the run that it took turns with: half of the time was another's."""
@@ -112,17 +123,14 @@ def summarise(evidence: Evidence) -> Result:
         throughput=throughput,
         ceilings=evidence.ceilings,
         shares=_shares(throughput, operations, evidence.ceilings),
-        alone=summarise_alone(
-            evidence.alone,
-            evidence.lookup_alone,
-            evidence.ceilings.lookup_round_trip_s if evidence.ceilings else None,
-        ),
+        alone=summarise_alone(evidence.alone, evidence.lookup_alone, evidence.ceilings),
         load=load,
         documents=documents,
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
         problems=tuple(problems),
         series=series(samples, evidence.begun_s),
         counters=_sum(evidence.counters),
+        tiers=_tiers(evidence, counts),
         hosts=report_hosts(evidence.reports, evidence.counters)
         if evidence.scenario.hosts > 1
         else (),
@@ -162,7 +170,25 @@ def _counts(evidence: Evidence, tally: Tally) -> Counts:
         parts_dropped=tally.parts_dropped,
         retrieved_bytes=tally.retrieve_bytes,
         stored_bytes=tally.store_bytes,
+        tokens_from_tiers=tally.tokens_from_tiers,
     )
+
+
+def _tiers(evidence: Evidence, counts: Counts) -> tuple[TierHits, ...]:
+    """Split the hits between memory and the tiers; nothing where there are none."""
+    if not evidence.tier_bytes:
+        return ()
+    loaded = sum(tier.num_bytes for tier in evidence.tier_bytes)
+    beneath = _ratio(counts.tokens_from_tiers, counts.tokens)
+    found = [
+        TierHits(
+            f"tier {place}: {tier.kind}",
+            beneath * _ratio(tier.num_bytes, loaded),
+            tier.num_bytes,
+        )
+        for place, tier in enumerate(evidence.tier_bytes, 1)
+    ]
+    return (TierHits("L1", _hit_rates(counts).by_token - beneath), *found)
 
 
 def _documents(evidence: Evidence, tally: Tally) -> DocumentReuse | None:

@@ -77,6 +77,7 @@ class Rank:
         self.chunk_size = client.chunk_size
         self.block_size = geometry.block_size
         self.engine_id = plan.engine_id
+        self.model, self.world_size = plan.model, ranks
         self.instance_id = f"{plan.engine_id}/{rank}"
         self.cache = PagedCache(
             f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}",

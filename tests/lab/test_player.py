@@ -8,14 +8,16 @@ from multiprocessing.connection import Connection
 from threading import Thread
 
 import msgspec
+import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from kvcore.client import KVClient
 from kvcore.errors import Internal, KVError
 from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import LookupReply
 from kvctl.lab.journal import unpack
-from kvctl.lab.load import Constant, Poisson
+from kvctl.lab.load import ClosedLoop, Constant, Poisson
 from kvctl.lab.load_report import LoadReport, report_load
 from kvctl.lab.messages import EnginePlan, Play, Played, Tally, send
 from kvctl.lab.scenario import (
@@ -25,6 +27,7 @@ from kvctl.lab.scenario import (
     ModelConfig,
     Scenario,
     SharedPrefix,
+    Tenant,
 )
 from kvctl.lab.scheduler import Engine
 from tests.lab.clock import FakeClock
@@ -40,10 +43,13 @@ class FakeServer(KVClient):
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.num_lookups = 0
+        self.latencies: list[float] = []
+        """Of lookups, one each; then as long as always."""
         self.stall_at = -1
         self.stall_s = 0.0
         self.fail_at = -1
         self.hit_tokens = 0
+        self.num_from_tiers = 0
         self.ended: list[str] = []
 
     @property
@@ -58,10 +64,12 @@ class FakeServer(KVClient):
         del session, model, world_size, tokens
         number = self.num_lookups
         self.num_lookups += 1
-        self.clock.time += self.stall_s if number == self.stall_at else LOOKUP_S
+        took = self.latencies.pop() if self.latencies else LOOKUP_S
+        self.clock.time += self.stall_s if number == self.stall_at else took
         if number == self.fail_at:
             raise self.error
-        return LookupReply(self.hit_tokens // CHUNK, self.hit_tokens)
+        num_chunks = self.hit_tokens // CHUNK
+        return LookupReply(num_chunks, self.hit_tokens, self.num_from_tiers)
 
     error: KVError = Internal("planted")
 
@@ -111,6 +119,41 @@ def scenario(num_requests: int, rate: float, **more: object) -> Scenario:
     model = ModelConfig("tiny-llama", block_size=16)
     load = Constant(rate=rate)
     return Scenario(model, workload, load=load, cache_blocks=64, **more)  # type: ignore[arg-type]
+
+
+def test_percentiles_are_those_of_the_planted_latencies(rank: Connection) -> None:
+    """Lookups of 1 to 100 ms, in any order: p50 is 50 ms, p99 is 99 ms."""
+    server = FakeServer(FakeClock())
+    order = np.random.default_rng(0).permutation(100)
+    server.latencies = [(number + 1) / 1000 for number in order.tolist()]
+    server.hit_tokens, server.num_from_tiers = 64, 1
+    engine = Engine(
+        EnginePlan("", 0, "e", "m", 0, scenario(100, 1)), server, server.clock
+    )
+    engine.run_slot([rank])
+    found = engine.score.report()
+    lookup = found.samples.summary()["lookup"]
+    points = (lookup.p50_s, lookup.p90_s, lookup.p99_s, lookup.max_s)
+    assert points == pytest.approx((0.05, 0.09, 0.099, 0.1), rel=1e-3)
+    assert (found.tally.tokens_hit, found.tally.tokens_from_tiers) == (6400, 3200)
+
+
+def test_only_who_is_due_at_a_time_can_be_late(rank: Connection) -> None:
+    """Beside a closed loop, the lag and the rate are those of the open tenant."""
+    server = FakeServer(FakeClock())
+    closed = replace(scenario(10, 10), load=ClosedLoop())
+    engine = Engine(EnginePlan("", 0, "e", "m", 0, closed), server, server.clock)
+    engine.run_slot([rank])
+    ours = unpack([engine.score.journal.packed()])
+    alone = report_load(closed, ours, 0.0)
+    assert alone is not None
+    assert (alone.lag, alone.offered_per_s, alone.waited) == (None, None, None)
+    theirs = ours.copy()
+    theirs["engine"], theirs["due_s"] = 1, np.arange(10) / 4
+    both = replace(closed, tenants=(Tenant("t", closed.workload, load=Constant()),))
+    report = report_load(both, np.concatenate((ours, theirs)), 0.0)
+    assert report is not None
+    assert report.offered_per_s == pytest.approx(4.0)
 
 
 def test_a_stall_counts_for_all_that_were_due_in_it(rank: Connection) -> None:

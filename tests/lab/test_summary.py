@@ -17,7 +17,7 @@ from kvctl.lab.measure import Samples
 from kvctl.lab.messages import EngineReport, Tally
 from kvctl.lab.result import Result, read
 from kvctl.lab.scenario import Chat, Limits, ModelConfig, Scenario
-from kvctl.lab.summary import Evidence, summarise
+from kvctl.lab.summary import Evidence, TierBytes, summarise
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
 CEILINGS = Ceilings(1 << 20, 4096, 1000, 10.0, 8.0, 0.0001, 0.0002)
@@ -57,6 +57,20 @@ def test_rates_stand_beside_those_of_an_endless_cache() -> None:
     assert result.hit_rates.ideal_by_block == 0.75
     assert result.hit_rates.by_token == 0.5
     assert result.problems == ()
+
+
+def test_hits_are_split_between_memory_and_tiers() -> None:
+    """Half of the tokens hit; half of these were loaded, 3 to 1 from two tiers."""
+    found = evidence(engine(b"a", tokens_hit=1280, tokens_from_tiers=640))
+    assert summarise(found).tiers == ()
+    found.tier_bytes = [TierBytes("file", 3000), TierBytes("s3", 1000)]
+    result = summarise(found)
+    assert {one.name: one.hit_rate for one in result.tiers} == {
+        "L1": 0.25,
+        "tier 1: file": 0.1875,
+        "tier 2: s3": 0.0625,
+    }
+    assert "from tier 1: file 0.188 (2.9 KiB loaded)" in rendered(result)
 
 
 def test_throughput_and_shares_follow_from_the_ceilings() -> None:

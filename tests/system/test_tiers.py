@@ -109,7 +109,10 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
         workers = staff(hire, second, model, groups, ranks)
         session = SessionKey("engine", "reader")
         found = client.lookup(session, model, ranks, tokens)
-        assert found.num_chunks == 5
+        assert (found.num_chunks, found.num_from_tiers) == (5, 5)
+        again = client.lookup(SessionKey("engine", "again"), model, ranks, tokens)
+        assert (again.num_chunks, again.num_from_tiers) == (5, 0)
+        client.end_session(SessionKey("engine", "again"))
         target = blocks_of(5, first=8)
         for rank, worker in enumerate(workers):
             worker.ask("poison", f"i{rank}", target)

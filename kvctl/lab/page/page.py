@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from kvctl.console import Table
-from kvctl.lab import load_tables, verdict
+from kvctl.lab import limits, load_tables, verdict
 from kvctl.lab.compare import Comparison
 from kvctl.lab.page import plots, sections
 from kvctl.lab.page.sections import legend, section
@@ -77,8 +77,7 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
         *(_load(side, several=len(sides) > 1) for side in sides),
         section(
             "Share of the machine's limit",
-            "Copies against plain copies of as many bytes in the same process, "
-            "round trips against bare sockets; measured in the same run.",
+            f"Measured in the same run. {limits.NOTE}",
             sections.ceilings(sides),
         ),
         section("Scenario", "", sections.settings(sides)),

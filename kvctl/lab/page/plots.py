@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
+from kvctl.console import duration
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side, operations
 from kvctl.lab.page.svg import Axis, Line, Tick
-from kvctl.lab.report import duration
 from kvctl.lab.series import Point, Series
 
 SHARES = (

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 
 import msgspec
 
 from kvcore.options import encode_hook
-from kvctl.console import Table
+from kvctl.console import Table, duration
 from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing, flatten
 from kvctl.lab.judge import Verdict
+from kvctl.lab.limits import reached
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side
-from kvctl.lab.report import duration
 from kvctl.lab.result import Result
 from kvctl.lab.verdict import bounds, change, spans, words
 
@@ -201,22 +200,22 @@ def _sources(side: Side, *, alone: bool) -> str:
     total = max(1, counts.tokens)
     cached = counts.tokens_hit / total
     lost = max(0, counts.tokens_hit_ideal - counts.tokens_hit) / total
-    moved = max(1, counts.retrieved_bytes)
-    tiers = cached * min(1.0, result.counters.get("bytes_prefetched", 0) / moved)
+    beneath = counts.tokens_from_tiers / total
     colour = f"side{side.place}"
     fills = "".join(
         f'<div class="fill {style}" style="width:{share:.2%}" '
         f'title="{name}: {share:.1%}"></div>'
         for style, name, share in (
-            (colour, "from memory", cached - tiers),
-            (f"{colour} middle", "from tiers", tiers),
+            (colour, "from memory", cached - beneath),
+            (f"{colour} middle", "from tiers", beneath),
             (f"{colour} weak", "seen before, and gone", lost),
         )
         if share
     )
     label = "all tokens" if alone else side.label
-    beneath = f", {tiers:.1%} by tiers" if tiers else ""
-    return _bar(label, fills, f"<b>{cached:.1%}</b>{beneath}, {lost:.1%} lost")
+    named = [f"{one.name} {one.hit_rate:.1%}" for one in result.tiers]
+    said = "".join(f", {escape(one)}" for one in (*named, f"{lost:.1%} lost"))
+    return _bar(label, fills, f"<b>{cached:.1%}</b>{said}")
 
 
 def _bar(label: str, fills: str, figure: str) -> str:
@@ -233,35 +232,11 @@ def ceilings(sides: Sequence[Side]) -> str:
 
 
 def _ceilings(side: Side, *, several: bool) -> Iterator[str]:
-    for reached in _reached(side.typical):
-        label = f"{side.label}: {reached.name}" if several else reached.name
-        width = f"{min(1.0, reached.share):.2%}"
+    for one in reached(side.typical):
+        label = f"{side.label}: {one.name}" if several else one.name
+        width = f"{min(1.0, one.share):.2%}"
         fill = f'<div class="fill side{side.place}" style="width:{width}"></div>'
-        said = f", {reached.gb_per_s:.3g} GB/s" if reached.gb_per_s else ""
-        yield _bar(label, fill, f"<b>{reached.share:.0%}</b>{said}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Reached:
-    name: str
-    share: float
-    gb_per_s: float | None = None
-
-
-def _reached(result: Result) -> Iterator[_Reached]:
-    alone, shares, rates = result.alone, result.shares, result.throughput
-    if alone:
-        yield _Reached("store, alone", alone.store, alone.store_gb_per_s)
-        yield _Reached("retrieve, alone", alone.retrieve, alone.retrieve_gb_per_s)
-    if shares.store:
-        yield _Reached("store, under load", shares.store, rates.store_gb_per_s)
-    if shares.retrieve:
-        gb_per_s = rates.retrieve_gb_per_s
-        yield _Reached("retrieve, under load", shares.retrieve, gb_per_s)
-    if alone and alone.lookup:
-        yield _Reached("lookup, alone", alone.lookup)
-    if shares.ping:
-        yield _Reached("ping", shares.ping)
+        yield _bar(label, fill, f"<b>{one.share:.0%}</b>: {one.figure} of {one.limit}")
 
 
 # -- scenario, environment --------------------------------------------------------

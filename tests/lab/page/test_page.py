@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from kvctl.console import duration
 from kvctl.lab.compare import compare
 from kvctl.lab.measure import summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.page import render
 from kvctl.lab.page.side import Side
-from kvctl.lab.report import duration
 from kvctl.lab.result import Result
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 from kvctl.lab.series import Moment, Point, Series
