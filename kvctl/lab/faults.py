@@ -23,30 +23,49 @@ class FaultReport(msgspec.Struct, frozen=True):
     struck_s: Annotated[float, Meta(description="after the start of the load")]
     back_s: Annotated[float | None, Meta(description="the process was there again")]
     noticed_s: Annotated[
-        float | None, Meta(description="first failed request, or the server's notice")
+        float | None, Meta(description="the server's notice, or first failed request")
     ]
     recovered_s: Annotated[
-        float | None, Meta(description="first request that began after it and ended")
+        float | None,
+        Meta(
+            description="first request that began when it was back and ended; of a "
+            "tier, when the server asks it again"
+        ),
     ]
     requests_failed: int
     requests_slowed: Annotated[
         int, Meta(description="ended, later than any request before the fault")
     ]
+    hit_rate_before: Annotated[
+        float | None, Meta(description="of requests that ended before it")
+    ] = None
+    hit_rate_during: Annotated[
+        float | None, Meta(description="of those that began until it was recovered")
+    ] = None
+
+
+@dataclass(slots=True)
+class Notice:
+    """What the server knew of a fault. Times are of the host's monotonic clock."""
+
+    noticed_s: float | None = None
+    recovered_s: float | None = None
 
 
 class Victim(Protocol):
     """Something that a fault can strike.
 
-    `kill` and `end` return when the server noticed, where it can be asked.
+    What strikes it returns what the server notices, where it can be asked; more may
+    be entered there later.
     """
 
-    def kill(self) -> float | None:
+    def kill(self) -> Notice | None:
         """End it at once; it says no goodbye."""
 
-    def end(self) -> float | None:
+    def end(self) -> Notice | None:
         """Ask it to end."""
 
-    def freeze(self) -> None:
+    def freeze(self) -> Notice | None:
         """Make it stand still."""
 
     def thaw(self) -> None:
@@ -63,8 +82,7 @@ class Struck:
     fault: Fault
     at_s: float
     back_s: float | None = None
-    noticed_s: float | None = None
-    """By the server, where it is asked for what it knows of a worker."""
+    notice: Notice = field(default_factory=Notice)
 
 
 @dataclass(slots=True)
@@ -102,10 +120,8 @@ class FaultPlan:
         struck = Struck(fault, self.clock())
         self.struck.append(struck)
         self.away += 1
-        if fault.action == "stop":
-            victim.freeze()
-        else:
-            struck.noticed_s = victim.kill() if fault.action == "kill" else victim.end()
+        strike = {"stop": victim.freeze, "kill": victim.kill, "restart": victim.end}
+        struck.notice = strike[fault.action]() or struck.notice
         bring_back = victim.thaw if fault.action == "stop" else victim.begin
         self._plan(struck.at_s + fault.for_s, lambda: self._return(struck, bring_back))
 
@@ -132,13 +148,15 @@ def describe(struck: Struck, epoch_s: float, records: Records) -> FaultReport:
     after = struck.back_s or at_s
     recovered = ours["ended_s"][done & (ours["begun_s"] >= after)]
     recovered_s = float(recovered.min()) if recovered.size else None
+    if fault.target == "service":
+        recovered_s = struck.notice.recovered_s
     until = recovered_s or float("inf")
     touched = (ours["ended_s"] >= at_s) & (ours["begun_s"] <= until)
     failed = touched & (ours["outcome"] == Outcome.FAILED)
     latency = ours["ended_s"] - ours["due_s"]
     before = latency[done & (ours["ended_s"] < at_s)]
     usual = float(before.max()) if before.size else float("inf")
-    noticed = struck.noticed_s
+    noticed = struck.notice.noticed_s
     if noticed is None and failed.any():
         noticed = float(ours["ended_s"][failed].min())
     return FaultReport(
@@ -149,4 +167,13 @@ def describe(struck: Struck, epoch_s: float, records: Records) -> FaultReport:
         recovered_s=None if recovered_s is None else recovered_s - at_s,
         requests_failed=int(np.count_nonzero(failed)),
         requests_slowed=int(np.count_nonzero(touched & done & (latency > usual))),
+        hit_rate_before=_hit_rate(ours[ours["ended_s"] < at_s]),
+        hit_rate_during=_hit_rate(
+            ours[(ours["begun_s"] >= at_s) & (ours["begun_s"] < until)]
+        ),
     )
+
+
+def _hit_rate(records: Records) -> float | None:
+    tokens = int(records["tokens"].sum())
+    return int(records["tokens_hit"].sum()) / tokens if tokens else None

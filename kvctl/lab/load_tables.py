@@ -126,11 +126,19 @@ def _faults(faults: tuple[FaultReport, ...]) -> Table:
             _duration(one.recovered_s),
             f"{one.requests_failed:,}",
             f"{one.requests_slowed:,}",
+            _rate(one.hit_rate_before),
+            _rate(one.hit_rate_during),
         )
         for one in faults
     )
-    after = (">back", ">noticed", ">recovered", ">failed", ">slowed")
-    return Table("faults; times after each struck", ("fault", ">at", *after), rows)
+    after = (">back", ">noticed", ">recovered", ">failed", ">slowed", ">hits before")
+    return Table(
+        "faults; times after each struck", ("fault", ">at", *after, ">during"), rows
+    )
+
+
+def _rate(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
 
 
 def _target(one: FaultReport) -> str:

