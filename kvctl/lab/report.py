@@ -20,7 +20,8 @@ def parts(result: Result) -> Iterator[Table | str]:
     yield _headline(result)
     if result.scenario.question:
         yield result.scenario.question
-    yield of_result(result)
+    if not result.problems:  # They end the tables, where they are seen.
+        yield of_result(result)
     yield _counts(result)
     if result.documents:
         yield _documents(result, result.documents)
