@@ -10,15 +10,11 @@ between (finished it, preempted it, moved its window on).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
-from typing import Protocol
 
 from kvcore.errors import KVError
-from kvcore.keys import ExtraKey, SessionKey, pack_tokens
-from kvcore.protocol import LookupReply
+from kvcore.keys import SessionKey, pack_tokens
 from kvcore.vllm.config import ConnectorConfig
 from kvcore.vllm.link import Link, ignore
 from kvcore.vllm.plan import (
@@ -31,94 +27,19 @@ from kvcore.vllm.plan import (
     pack_blocks,
     real_blocks,
 )
+from kvcore.vllm.tracked import (
+    BlockPool,
+    EngineRequest,
+    Flight,
+    GroupShape,
+    Match,
+    Scheduled,
+    Tracked,
+)
 
 LOOKUP_VALID_S = 20.0
 """An answer that the engine has not used by then is asked for again: the lease on
 what was found may have expired."""
-
-
-class EngineRequest(Protocol):
-    """A request as the engine has it; `tokens` grows while it runs."""
-
-    @property
-    def request_id(self) -> str: ...  # noqa: D102
-    @property
-    def tokens(self) -> Sequence[int]: ...  # noqa: D102
-    @property
-    def extras(self) -> tuple[ExtraKey, ...]: ...  # noqa: D102
-
-
-class BlockPool(Protocol):
-    """The engine's blocks. Held ones are not given to another request."""
-
-    def hold(self, blocks: Sequence[int]) -> None:
-        """Add a reference to each."""
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """Take the reference off again."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupShape:
-    """One cache group of the engine, as the scheduler needs to know it."""
-
-    block_size: int
-    window: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """One request of a step: `num_new` tokens after the `num_computed` first ones."""
-
-    request_id: str
-    num_computed: int
-    num_new: int
-    blocks: tuple[list[int], ...] | None
-    replaces: bool
-    """Whether `blocks` stand in place of those known, not after them."""
-
-
-@dataclass(slots=True)
-class _Match:
-    """A lookup, from its submission until the engine has used the answer."""
-
-    future: Future[LookupReply]
-    begun: float
-    num_tokens: int
-    chunk_size: int
-    hit: int = 0
-    usable: int = 0
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """What is known of one request."""
-
-    session: SessionKey
-    tokens: Sequence[int]
-    extras: tuple[ExtraKey, ...]
-    match: _Match | None = None
-    blocks: list[list[int]] = field(default_factory=list)
-    num_stored: int = 0
-    """Tokens that were found or whose store was ordered; whole chunks."""
-    num_told: int = 0
-    """Tokens that the workers have."""
-    num_looked_up: int = 0
-    """Tokens that the server has, as far as is known."""
-    num_ops: int = 0
-    is_known: bool = False
-    """Whether the server has heard of the session."""
-    load_failed: bool = False
-    finished: bool = False
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A load or store that not every rank has acknowledged."""
-
-    tracked: _Tracked
-    held: list[int]
-    num_waiting: int
 
 
 class SchedulerHalf:
@@ -142,8 +63,8 @@ class SchedulerHalf:
         self._world_size = world_size
         self._groups = tuple(groups)
         self.pool = pool
-        self._tracked: dict[str, _Tracked] = {}
-        self._flights: dict[OpId, _Flight] = {}
+        self._tracked: dict[str, Tracked] = {}
+        self._flights: dict[OpId, Flight] = {}
         self._ops = count(1)
         self._loads: list[Load] = []
         self._pieces: list[TokenPiece] = []
@@ -203,8 +124,8 @@ class SchedulerHalf:
 
     def _order_load(
         self,
-        tracked: _Tracked,
-        match: _Match,
+        tracked: Tracked,
+        match: Match,
         computed: int,
         blocks: tuple[list[int], ...],
     ) -> None:
@@ -231,7 +152,7 @@ class SchedulerHalf:
         held = real_blocks(packed) if load.is_sync else []
         self._take_off(load.op, tracked, held)
 
-    def _look_up(self, tracked: _Tracked, num_computed: int) -> _Match | None:
+    def _look_up(self, tracked: Tracked, num_computed: int) -> Match | None:
         server = self._link.server
         num_tokens = len(tracked.tokens)
         if server is None:
@@ -253,9 +174,9 @@ class SchedulerHalf:
         except KVError as error:
             self._link.failed(error)
             return None
-        return _Match(future, monotonic(), num_tokens, chunk_size)
+        return Match(future, monotonic(), num_tokens, chunk_size)
 
-    def _hit(self, tracked: _Tracked, match: _Match) -> int:
+    def _hit(self, tracked: Tracked, match: Match) -> int:
         error = match.future.exception()
         if error is not None:
             self._link.failed(error)
@@ -265,7 +186,7 @@ class SchedulerHalf:
         tracked.num_looked_up = match.num_tokens
         return match.future.result().num_tokens
 
-    def _free(self, tracked: _Tracked, start: int, end: int) -> None:
+    def _free(self, tracked: Tracked, start: int, end: int) -> None:
         client = self._link.last_client
         if client is not None and end > start:
             freed = client.submit_free_lookup_locks(tracked.session, start, end)
@@ -281,7 +202,7 @@ class SchedulerHalf:
             tracked = self._tracked.get(one.request_id)
             if tracked is None:
                 continue
-            _take_blocks(tracked, one)
+            tracked.take_blocks(one)
             store = self._store(tracked, one, server.chunk_size) if server else None
             if store is not None:
                 stores.append(store)
@@ -293,9 +214,7 @@ class SchedulerHalf:
         self._ended.clear()
         return plan
 
-    def _store(
-        self, tracked: _Tracked, one: Scheduled, chunk_size: int
-    ) -> Store | None:
+    def _store(self, tracked: Tracked, one: Scheduled, chunk_size: int) -> Store | None:
         # Draft tokens, and those that the engine has not seen yet, are not stored.
         end = min(one.num_computed + one.num_new, len(tracked.tokens))
         end -= end % chunk_size
@@ -314,7 +233,7 @@ class SchedulerHalf:
         return store
 
     def _blocks_of(
-        self, tracked: _Tracked, num_computed: int, start: int, end: int
+        self, tracked: Tracked, num_computed: int, start: int, end: int
     ) -> GroupBlocks:
         """Pack the blocks of [start, end); what windows have left behind is gone."""
         packed = []
@@ -327,7 +246,7 @@ class SchedulerHalf:
             packed.append(pack_blocks(ids[first:last], num_gone))
         return tuple(packed)
 
-    def _tell_tokens(self, tracked: _Tracked, end: int) -> None:
+    def _tell_tokens(self, tracked: Tracked, end: int) -> None:
         if end <= tracked.num_told:
             return
         packed = pack_tokens(tracked.tokens[tracked.num_told : end])
@@ -337,11 +256,11 @@ class SchedulerHalf:
         )
         tracked.num_told = end
 
-    def _take_off(self, op: OpId, tracked: _Tracked, held: list[int]) -> None:
+    def _take_off(self, op: OpId, tracked: Tracked, held: list[int]) -> None:
         if self.pool is not None:
             self.pool.hold(held)
         tracked.num_ops += 1
-        self._flights[op] = _Flight(tracked, held, self._world_size)
+        self._flights[op] = Flight(tracked, held, self._world_size)
 
     # -- ends -------------------------------------------------------------------------
 
@@ -364,7 +283,7 @@ class SchedulerHalf:
                 del self._flights[op]
                 self._land(flight)
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         if self.pool is not None:
             self.pool.release(flight.held)
         tracked = flight.tracked
@@ -381,7 +300,7 @@ class SchedulerHalf:
         if not tracked.num_ops:
             self._end(tracked)
 
-    def _end(self, tracked: _Tracked) -> None:
+    def _end(self, tracked: Tracked) -> None:
         if tracked.num_told:
             self._ended.append(tracked.session.request_id)
         client = self._link.last_client
@@ -396,20 +315,10 @@ class SchedulerHalf:
         self._tracked.clear()
         self._link.close()
 
-    def _track(self, request: EngineRequest) -> _Tracked:
+    def _track(self, request: EngineRequest) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             session = SessionKey(self._engine_id, request.request_id)
-            tracked = _Tracked(session, request.tokens, request.extras)
+            tracked = Tracked(session, request.tokens, request.extras)
             self._tracked[request.request_id] = tracked
         return tracked
-
-
-def _take_blocks(tracked: _Tracked, one: Scheduled) -> None:
-    if one.blocks is None:
-        return
-    if one.replaces or not tracked.blocks:
-        tracked.blocks = [list(ids) for ids in one.blocks]
-    else:
-        for known, more in zip(tracked.blocks, one.blocks, strict=True):
-            known.extend(more)

@@ -18,7 +18,8 @@ from kvcore.shm import Segment
 from kvcore.vllm.config import ConnectorConfig
 from kvcore.vllm.link import Link
 from kvcore.vllm.plan import Plan
-from kvcore.vllm.scheduler import GroupShape, Scheduled, SchedulerHalf
+from kvcore.vllm.scheduler import SchedulerHalf
+from kvcore.vllm.tracked import GroupShape, Scheduled
 from kvcore.vllm.worker import Collected, Registration, WorkerHalf
 from tests.system.server import wait_until
 

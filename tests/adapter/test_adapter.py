@@ -10,7 +10,7 @@ from kvcore.client import KVClient
 from kvcore.keys import ExtraKey
 from kvcore.protocol import NULL_BLOCK
 from kvcore.vllm.plan import unpack_blocks
-from kvcore.vllm.scheduler import Scheduled
+from kvcore.vllm.tracked import Scheduled
 from tests.adapter.conftest import Start
 from tests.adapter.engine import BLOCK, Request
 from tests.system.server import CHUNK, wait_until

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvcore.vllm.scheduler import Scheduled
+from kvcore.vllm.tracked import Scheduled
 from tests.adapter.conftest import Start
 from tests.adapter.engine import Request
 from tests.adapter.test_adapter import BLOCKS, OTHERS, PER_CHUNK, RequestOf, again
