@@ -194,6 +194,46 @@ class Segment:
         return f"<Segment {self.name} {self.num_bytes} bytes {state}>"
 
 
+class Claim:
+    """A segment that another library made and mapped here, under a name of ours.
+
+    Maps nothing; holds the lock that tells `remove_dead` of a living owner.
+    """
+
+    def __init__(self, made_as: str, name: str) -> None:
+        """Rename the segment and own it.
+
+        Raises:
+            HandleError: not names of segments, or no such segment.
+        """
+        self.name = name
+        path, ours = _path(made_as), _path(name)
+        self._fd = _open_existing(path)
+        try:
+            # Before it has a name that `remove_dead` looks at.
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.rename(ours)
+        except OSError as error:
+            os.close(self._fd)
+            raise HandleError(f"segment {made_as!r}: {error.strerror}") from error
+        self._is_held = True
+
+    def __repr__(self) -> str:
+        return f"<Claim {self.name} {'held' if self._is_held else 'released'}>"
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the whole segment, open to read and write until `release`."""
+        return self._fd
+
+    def release(self) -> None:
+        """Remove the name; who has mapped the segment keeps the memory. Idempotent."""
+        if self._is_held:
+            self._is_held = False
+            _path(self.name).unlink(missing_ok=True)
+            os.close(self._fd)
+
+
 def remove_dead(prefix: str) -> list[str]:
     """Unlink the segments called `prefix...` whose owner is gone; return their names.
 

@@ -15,7 +15,7 @@ import pytest
 
 from kvcore import shm
 from kvcore.errors import Closed, HandleError, SetupError
-from kvcore.shm import SHM_DIR, Segment, remove_dead
+from kvcore.shm import SHM_DIR, Claim, Segment, remove_dead
 
 
 @pytest.fixture
@@ -244,3 +244,25 @@ def test_removers_never_take_a_living_segment(name: str) -> None:
     finally:
         done.set()
         remover.join()
+
+
+def test_a_claim_makes_anothers_segment_ours(name: str) -> None:
+    """It has our name, is taken for living, and goes when it is released."""
+    (SHM_DIR / f"{name}-theirs").write_bytes(b"bytes")
+    claim = Claim(f"{name}-theirs", f"{name}-ours")
+    assert not (SHM_DIR / f"{name}-theirs").exists()
+    assert remove_dead(name) == []
+    assert os.pread(claim.fd, 5, 0) == b"bytes"
+    claim.release()
+    claim.release()
+    assert not (SHM_DIR / f"{name}-ours").exists()
+
+
+def test_a_claim_of_what_is_not_there_or_owned_is_refused(name: str) -> None:
+    """And changes nothing."""
+    with pytest.raises(HandleError, match="no segment"):
+        Claim(f"{name}-theirs", f"{name}-ours")
+    with Segment.create(name, 64, touch=False):
+        with pytest.raises(HandleError, match=name):
+            Claim(name, f"{name}-ours")
+        assert (SHM_DIR / name).exists()

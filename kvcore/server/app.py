@@ -239,6 +239,8 @@ class Server:
     def _client_gone(self, client: Client) -> None:
         log.info("client %s (%s) is gone", client.pid, client.label)
         self.engine.client_gone(client.identity)
+        # What a killed worker shared has its name until somebody takes it away.
+        _remove_dead()
 
     def _upkeep(self) -> float | None:
         self.loop.expire_silent()
@@ -252,8 +254,7 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     Raises:
         SetupError: the address is taken, or there is not enough memory.
     """
-    for name in remove_dead(SEGMENT_PREFIX):
-        log.info("removed %s, left behind by a dead server", name)
+    _remove_dead()
     server = Server(config)
     with _stopped_by_signals(server):
         _tame_gc()
@@ -265,6 +266,11 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
             server.close()
             raise
         server.run()
+
+
+def _remove_dead() -> None:
+    for name in remove_dead(SEGMENT_PREFIX):
+        log.info("removed %s, left behind by a dead process", name)
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from kvcore.vllm.config import ConnectorConfig, read
 from kvcore.vllm.groups import EngineGroup, describe, engine_groups
 from kvcore.vllm.identity import extra_keys, model_identity
 from kvcore.vllm.link import Link
+from kvcore.vllm.memory import Memory
 from kvcore.vllm.plan import OpId, Plan
-from kvcore.vllm.scheduler import GroupShape, Scheduled, SchedulerHalf
+from kvcore.vllm.scheduler import SchedulerHalf
+from kvcore.vllm.tracked import GroupShape, Scheduled
 from kvcore.vllm.worker import Collected, Registration, WorkerHalf
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._memory = Memory()
         self._collected = Collected()
         # A missing chunk is computed, whatever the default says about failures.
         transfer.kv_load_failure_policy = "recompute"
@@ -139,6 +142,8 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
 
     def shutdown(self) -> None:
         """Say goodbye."""
+        # First, since vLLM may kill this process while it waits for the server.
+        self._memory.close()
         for half in (self._scheduler, self._worker):
             if half is not None:
                 half.close()
@@ -162,6 +167,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._groups,
             kv_caches,
             self._kv_cache_config.num_blocks,
+            share=self._memory.share,
             replicate_mla=config.parallel_config.pipeline_parallel_size == 1,
         )
         request = RegisterKVCache(

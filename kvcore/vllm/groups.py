@@ -7,14 +7,14 @@ only whole ones move.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvcore.errors import LayoutError
 from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
 from kvcore.protocol import MemoryHandle
-from kvcore.vllm.memory import Tensor, share
+from kvcore.vllm.memory import Tensor
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], str]
 """Shape, strides, dtype: what the tensors of one group have in common."""
@@ -78,17 +78,19 @@ def describe(
     caches: Mapping[str, Tensor],
     num_blocks: int,
     *,
+    share: Callable[[Tensor], MemoryHandle],
     replicate_mla: bool,
 ) -> Described:
     """Share the caches' memory and describe their groups.
 
-    `replicate_mla` says that every rank holds the same bytes of MLA layers.
+    `share` is called once a storage (`Memory.share`). `replicate_mla` says that every
+    rank holds the same bytes of MLA layers.
 
     Raises:
         LayoutError, HandleError: they cannot be described or shared.
     """
     described = []
-    tables = _Tables()
+    tables = _Tables(share)
     for source, group in enumerate(groups):
         by_form: dict[_Form, list[TensorView]] = {}
         for tensor in _distinct(
@@ -120,7 +122,8 @@ def describe(
 class _Tables:
     """Handles, one a storage, made when first met."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[Tensor], MemoryHandle]) -> None:
+        self._share = share
         self.handles: list[MemoryHandle] = []
         self._numbers: dict[int, int] = {}
 
@@ -129,7 +132,7 @@ class _Tables:
         # Sharing moves the storage's memory, so its address is taken afterwards.
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in self._numbers:
-            handle = share(tensor)
+            handle = self._share(tensor)
             self._numbers[tensor.untyped_storage().data_ptr()] = len(self.handles)
             self.handles.append(handle)
         return self._numbers[tensor.untyped_storage().data_ptr()]

@@ -8,14 +8,20 @@ Tensors are torch's, known here by what they can do, so that nothing imports tor
 from __future__ import annotations
 
 import os
+import secrets
+import struct
 from typing import Any, Protocol
 
 from kvcore.errors import HandleError
 from kvcore.protocol import MemoryHandle, PosixShm
-from kvcore.shm import SHM_DIR
+from kvcore.shm import SHM_DIR, Claim, remove_dead
+
+SEGMENT_PREFIX = "kvcore-vllm-"
+"""Servers remove segments called `kvcore-...` whose owner is gone: at their start, and
+when they see a worker die."""
 
 TORCH_HEADER_BYTES = 64
-"""Torch's shared-memory manager keeps its count of users before the data."""
+"""Torch keeps its count of users, an int32, before the data."""
 
 MARGIN_BYTES = 64 << 20
 """Left free in shared memory for others."""
@@ -46,34 +52,59 @@ class Tensor(Protocol):
     def untyped_storage(self) -> Any: ...  # noqa: D102
 
 
-def share(tensor: Tensor) -> MemoryHandle:
-    """Make a tensor's whole storage reachable for the server; return its handle.
+class Memory:
+    """What one worker has shared, until `close`.
 
-    Raises:
-        HandleError: it cannot be shared, saying why; the tensor is as it was.
+    The names in /dev/shm are this process's own. Torch would leave them to a daemon,
+    which vLLM kills with the worker when it is told to stop, and they would stay.
     """
-    kind = tensor.device.type
-    if kind == "cpu":
-        return _share_host(tensor.untyped_storage())
-    # CUDA IPC takes its place here: a handle of the allocation, for the same groups.
-    raise HandleError(
-        f"the cache lies on a {kind} device, and the server can only reach caches in "
-        "host memory so far"
-    )
 
+    def __init__(self) -> None:
+        self._claims: list[Claim] = []
 
-def _share_host(storage: Storage) -> PosixShm:
-    num_bytes = storage.nbytes()
-    if not storage.is_shared():
-        _require_room(num_bytes)
-    name = storage._share_filename_cpu_()[1].decode().removeprefix("/")
-    path = SHM_DIR / name
-    if not path.exists() or path.stat().st_size < TORCH_HEADER_BYTES + num_bytes:
+    def __repr__(self) -> str:
+        return f"<Memory {[claim.name for claim in self._claims]}>"
+
+    def share(self, tensor: Tensor) -> MemoryHandle:
+        """Make a tensor's whole storage reachable for the server; return its handle.
+
+        A storage is shared once.
+
+        Raises:
+            HandleError: it cannot be shared, saying why; the tensor is as it was.
+        """
+        kind = tensor.device.type
+        if kind == "cpu":
+            return self._share_host(tensor.untyped_storage())
+        # CUDA IPC takes its place here: a handle of the allocation, same groups.
         raise HandleError(
-            f"the cache was shared as {name!r}, which is not a file of "
-            f"{TORCH_HEADER_BYTES + num_bytes} bytes in {SHM_DIR}"
+            f"the cache lies on a {kind} device, and the server can only reach caches "
+            "in host memory so far"
         )
-    return PosixShm(name, TORCH_HEADER_BYTES, num_bytes)
+
+    def close(self) -> None:
+        """Remove the names: nobody can attach any more. Idempotent."""
+        for claim in self._claims:
+            claim.release()
+        self._claims.clear()
+
+    def _share_host(self, storage: Storage) -> PosixShm:
+        num_bytes = storage.nbytes()
+        remove_dead(SEGMENT_PREFIX)
+        if not storage.is_shared():
+            _require_room(num_bytes)
+        made_as = storage._share_filename_cpu_()[1].decode().removeprefix("/")
+        name = f"{SEGMENT_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+        claim = Claim(made_as, name)
+        self._claims.append(claim)
+        _count_in(claim)
+        return PosixShm(name, TORCH_HEADER_BYTES, num_bytes)
+
+
+def _count_in(claim: Claim) -> None:
+    """Be one of torch's users: the last of them removes the name that torch gave."""
+    (num_users,) = struct.unpack("<i", os.pread(claim.fd, 4, 0))
+    os.pwrite(claim.fd, struct.pack("<i", num_users + 1), 0)
 
 
 def _require_room(num_bytes: int) -> None:

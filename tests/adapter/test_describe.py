@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvcore.config import ServerConfig
@@ -14,16 +20,25 @@ from kvcore.errors import HandleError, LayoutError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.layout import KVLayout
 from kvcore.protocol import PosixShm
-from kvcore.vllm import config, groups, memory
+from kvcore.shm import SHM_DIR, Segment, remove_dead
+from kvcore.storage import arena
+from kvcore.vllm import config, groups
+from kvcore.vllm import memory as memory_module
 from kvcore.vllm.identity import extra_keys, model_identity
+from kvcore.vllm.memory import SEGMENT_PREFIX, Memory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+_numbers = itertools.count()
 
 
 @dataclass
 class Storage:
-    """A storage that has been shared already."""
+    """A storage that is moved into shared memory as torch does it."""
 
-    name: str
     size: int
+    made_as: str = ""
 
     def nbytes(self) -> int:
         """Bytes of it."""
@@ -35,10 +50,13 @@ class Storage:
 
     def is_shared(self) -> bool:
         """Whether it is in shared memory."""
-        return False
+        return bool(self.made_as)
 
     def _share_filename_cpu_(self) -> tuple[bytes, bytes, int]:
-        return b"manager", f"/{self.name}".encode(), self.size
+        self.made_as = f"torch_{os.getpid()}_{next(_numbers)}"
+        users = (1).to_bytes(4, sys.byteorder) + bytes(60)
+        (SHM_DIR / self.made_as).write_bytes(users + bytes(self.size))
+        return b"manager", f"/{self.made_as}".encode(), self.size
 
 
 @dataclass
@@ -74,11 +92,17 @@ class Tensor:
 
 
 @pytest.fixture
-def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """A storage whose file is there."""
-    monkeypatch.setattr(memory, "SHM_DIR", tmp_path)
-    (tmp_path / "torch_1").write_bytes(bytes(64 + (1 << 16)))
-    return Storage("torch_1", 1 << 16)
+def storage() -> Storage:
+    """A storage that nobody has shared yet."""
+    return Storage(1 << 16)
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    """What is shared, until the test's end."""
+    memory = Memory()
+    yield memory
+    memory.close()
 
 
 def group(*layers: str, **changes: Any) -> groups.EngineGroup:
@@ -87,16 +111,17 @@ def group(*layers: str, **changes: Any) -> groups.EngineGroup:
     return groups.EngineGroup(layers, **{**values, **changes})
 
 
-def test_views_of_one_storage_share_a_handle(storage: Storage) -> None:
+def test_views_of_one_storage_share_a_handle(storage: Storage, memory: Memory) -> None:
     """Interleaved layers are one group of pages, in memory that begins after 64 B."""
     caches = {
         f"layer{i}": Tensor((8, 2, 32, 4), (512, 128, 4, 1), storage, offset=i * 256)
         for i in range(2)
     }
     described = groups.describe(
-        [group("layer0", "layer1")], caches, 8, replicate_mla=True
+        [group("layer0", "layer1")], caches, 8, share=memory.share, replicate_mla=True
     )
-    assert described.handles == (PosixShm("torch_1", 64, 1 << 16),)
+    (handle,) = described.handles
+    assert handle == PosixShm(handle.name, 64, 1 << 16)
     (one,) = described.groups
     assert (one.axes, one.kind, len(one.tensors)) == ("NPPP", "pages", 2)
     layout = KVLayout.derive(one, [1 << 16], 64)
@@ -105,7 +130,9 @@ def test_views_of_one_storage_share_a_handle(storage: Storage) -> None:
     assert layout.plane_offsets.tolist() == [0, 1024]
 
 
-def test_other_shapes_make_groups_of_their_own(storage: Storage) -> None:
+def test_other_shapes_make_groups_of_their_own(
+    storage: Storage, memory: Memory
+) -> None:
     """They take the blocks of the engine's group that they are in."""
     caches = {
         "wide": Tensor((8, 64), (64, 1), storage),
@@ -117,6 +144,7 @@ def test_other_shapes_make_groups_of_their_own(storage: Storage) -> None:
         [group("wide", "slim", "shared"), group("mla", is_mla=True, window=64)],
         caches,
         8,
+        share=memory.share,
         replicate_mla=True,
     )
     assert described.sources == (0, 0, 1)
@@ -125,33 +153,40 @@ def test_other_shapes_make_groups_of_their_own(storage: Storage) -> None:
     assert [g.window for g in described.groups] == [None, None, 64]
 
 
-def test_k_and_v_apart_and_smaller_kernel_blocks(storage: Storage) -> None:
+def test_k_and_v_apart_and_smaller_kernel_blocks(
+    storage: Storage, memory: Memory
+) -> None:
     """K's half and V's are planes; kernel blocks that follow each other are a page."""
     halves = Tensor((2, 8, 32), (256, 32, 1), storage)
     described = groups.describe(
-        [group("layer")], {"layer": halves}, 8, replicate_mla=False
+        [group("layer")], {"layer": halves}, 8, share=memory.share, replicate_mla=False
     )
     assert [t.offset for t in described.groups[0].tensors] == [0, 1024]
     small = Tensor((16, 32), (32, 1), storage)
     described = groups.describe(
-        [group("layer")], {"layer": small}, 8, replicate_mla=False
+        [group("layer")], {"layer": small}, 8, share=memory.share, replicate_mla=False
     )
     (view,) = described.groups[0].tensors
     assert (view.shape, view.strides) == ((8, 2, 32), (256, 128, 4))
 
 
-def test_what_cannot_be_described_is_refused(storage: Storage) -> None:
+def test_what_cannot_be_described_is_refused(storage: Storage, memory: Memory) -> None:
     """A tensor without blocks, and layers without tokens."""
     odd = Tensor((7, 32), (32, 1), storage)
     with pytest.raises(LayoutError, match="8 blocks"):
-        groups.describe([group("layer")], {"layer": odd}, 8, replicate_mla=False)
+        groups.describe(
+            [group("layer")], {"layer": odd}, 8, share=memory.share, replicate_mla=False
+        )
     with pytest.raises(LayoutError, match="no layers"):
-        groups.describe([group("layer")], {}, 8, replicate_mla=False)
+        groups.describe(
+            [group("layer")], {}, 8, share=memory.share, replicate_mla=False
+        )
     with pytest.raises(LayoutError, match="list"):
         groups.describe(
             [group("layer")],
             {"layer": []},
             8,
+            share=memory.share,
             replicate_mla=False,  # type: ignore[dict-item]
         )
 
@@ -163,20 +198,77 @@ def test_what_cannot_be_described_is_refused(storage: Storage) -> None:
         groups.engine_groups(SimpleNamespace(kv_cache_groups=[mamba]))
 
 
-def test_memory_that_cannot_be_shared_is_refused(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
+def test_shared_memory_has_a_name_of_its_owners(
+    storage: Storage, memory: Memory
 ) -> None:
-    """A GPU's for now, what does not fit, and what is not where it should be."""
+    """Torch's name is gone, and torch has a user left: it will remove none of ours."""
+    handle = memory.share(Tensor((8, 32), (32, 1), storage))
+    assert isinstance(handle, PosixShm)
+    assert handle.name.startswith(f"{SEGMENT_PREFIX}{os.getpid()}-")
+    assert not (SHM_DIR / storage.made_as).exists()
+    with Segment.attach(handle.name, offset=0, length=64) as header:
+        assert header.array[:4].view(np.int32).tolist() == [2]
+    assert remove_dead(SEGMENT_PREFIX) == []
+    memory.close()
+    assert not (SHM_DIR / handle.name).exists()
+
+
+SHARE_AND_WAIT = """
+import sys
+from kvcore.vllm.memory import Memory
+from tests.adapter.test_describe import Storage, Tensor
+memory = Memory()
+print(memory.share(Tensor((8, 32), (32, 1), Storage(1024))).name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_next_engine_removes_what_a_killed_one_shared(
+    storage: Storage, memory: Memory
+) -> None:
+    """What a living one shared stays."""
+    living = memory.share(Tensor((8, 32), (32, 1), storage))
+    with subprocess.Popen(
+        [sys.executable, "-c", SHARE_AND_WAIT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        assert (SHM_DIR / name).exists()
+        process.kill()
+    memory.share(Tensor((8, 32), (32, 1), Storage(1024)))
+    assert not (SHM_DIR / name).exists()
+    assert isinstance(living, PosixShm)
+    assert (SHM_DIR / living.name).exists()
+
+
+def test_servers_know_the_names_of_shared_caches() -> None:
+    """They remove those of the dead."""
+    assert SEGMENT_PREFIX.startswith(arena.SEGMENT_PREFIX)
+
+
+def test_memory_that_cannot_be_shared_is_refused(
+    storage: Storage, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's, what does not fit, and what is not where it should be."""
     tensor = Tensor((8, 32), (32, 1), storage)
-    tensor.device = SimpleNamespace(type="cuda")
-    with pytest.raises(HandleError, match="cuda device"):
+    tensor.device = SimpleNamespace(type="tpu")
+    with pytest.raises(HandleError, match="tpu device"):
         memory.share(tensor)
     tensor.device = SimpleNamespace(type="cpu")
-    storage.name = "elsewhere"
-    with pytest.raises(HandleError, match="elsewhere"):
-        memory.share(tensor)
-    monkeypatch.setattr(memory, "MARGIN_BYTES", 1 << 60)
+    monkeypatch.setattr(memory_module, "MARGIN_BYTES", 1 << 60)
     with pytest.raises(HandleError, match="does not fit"):
+        memory.share(tensor)
+    monkeypatch.undo()
+
+    def elsewhere() -> tuple[bytes, bytes, int]:
+        return b"", b"/torch_elsewhere", 0
+
+    monkeypatch.setattr(storage, "_share_filename_cpu_", elsewhere)
+    with pytest.raises(HandleError, match="torch_elsewhere"):
         memory.share(tensor)
 
 
