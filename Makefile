@@ -19,10 +19,10 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 # The tiers over real stores, each started and killed by its tests: Valkey, an S3
-# server, Mooncake Store, which two servers on two hosts share as well. Fails where one
-# of them cannot be installed.
+# server, Mooncake Store, which two servers on two hosts share as well. And eviction
+# beside libCacheSim's. Fails where one of them cannot be installed.
 test-tiers: $(VENV)/.tiers
-	$(BIN)/python -m pytest -m tiers tests/tiers tests/system
+	$(BIN)/python -m pytest -m tiers tests/tiers tests/system tests/storage
 
 # Open the report in a real browser: on a desk, on a phone, in the dark, on paper.
 browser: $(VENV)/.test

@@ -1,8 +1,13 @@
-"""L1 and leases under random operations, beside a model that cannot be wrong."""
+"""L1 and leases under random operations, beside a model that cannot be wrong.
+
+Every eviction policy, with and without quotas and a watermark; writers, readers and
+schedulers die at any step, chunks are found corrupt, reservations are settled twice.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,23 +16,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
 )
 
 from kvcore.keys import ChunkHash, SessionKey
+from kvcore.layout import Fingerprint
 from kvcore.parts import Allocation
 from kvcore.storage.arena import Arena
-from kvcore.storage.eviction import LRU
+from kvcore.storage.chunk import PartName
+from kvcore.storage.eviction import POLICIES
 from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
 from kvcore.storage.leases import EndReason, LeaseTable
+from kvcore.storage.quotas import Quotas, make_order
 
 PAGE = 64
 NUM_PAGES = 14
 PROMPTS = [[ChunkHash(bytes([p, i])) for i in range(5)] for p in range(3)]
 PART_BYTES = {PartId(0): 50, PartId(1): 100}
 TTL_S = 10.0
+LIMITS = {"salt:x": 3 * PAGE, "model:m0": 4 * PAGE}
+"""What sessions of the engine x, and the first prompt's model, may keep."""
 
 prompts = st.sampled_from(PROMPTS)
 lengths = st.integers(1, 5)
@@ -62,33 +73,59 @@ class Clock:
 class L1Machine(RuleBasedStateMachine):
     """The model: what was committed, what is being written, and who holds what."""
 
+    policy_name: str
+    """Set by a class for each."""
+
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(NUM_PAGES * PAGE, PAGE)
-        self.policy = LRU()
-        self.l1 = L1(self.arena, self.policy)
         self.clock = Clock()
-        self.table = LeaseTable(self.l1, TTL_S, self.clock)
-        self.ready: dict[ChunkHash, int] = {}
         self.writing: list[Reservation] = []
+        self.settled: list[Reservation] = []
         self.acquired: list[list[Chunk | None]] = []
         self.leases: dict[SessionKey, ModelLease] = {}
+        self.ready: dict[ChunkHash, int] = {}
+
+    @initialize(
+        limits=st.sampled_from([{}, LIMITS]), watermark=st.sampled_from([1.0, 0.7])
+    )
+    def build(self, limits: dict[str, int], watermark: float) -> None:
+        """Make an empty L1."""
+        self.policy = make_order(self.policy_name, limits, lambda key: key.engine_id)
+        self.l1 = L1(self.arena, self.policy, watermark=watermark)
+        self.table = LeaseTable(self.l1, TTL_S, self.clock)
 
     # -- writing --------------------------------------------------------------------
 
-    @rule(prompt=prompts, start=st.integers(0, 4), length=lengths, part=parts)
+    @rule(
+        prompt=prompts,
+        start=st.integers(0, 4),
+        length=lengths,
+        part=parts,
+        owner=owners,
+    )
     def reserve(
-        self, prompt: list[ChunkHash], start: int, length: int, part: PartId
+        self,
+        prompt: list[ChunkHash],
+        start: int,
+        length: int,
+        part: PartId,
+        owner: SessionKey,
     ) -> None:
-        """Reserve, and write the bytes at once."""
-        hashes = prompt[start : start + length]
-        result = self.l1.reserve(hashes, part, PART_BYTES[part])
+        """Reserve, and write the bytes at once; the prompt's beginning stays."""
+        hashes, prefix = prompt[start : start + length], prompt[:start]
+        known = [chunk for chunk in self.l1.peek(prefix) if chunk]
+        name = PartName(f"m{prompt[0][0]}", 2, int(part), 0, Fingerprint("f"))
+        result = self.l1.reserve(
+            hashes, part, PART_BYTES[part], name=name, owner=owner, prefix=prefix
+        )
         made = result.reservations
         assert len(made) + result.num_present + result.num_dropped == len(hashes)
         dropped = [h for h in hashes if not self._known(h, part)]
         assert len(dropped) == result.num_dropped
         if dropped and made:
             assert hashes.index(dropped[0]) > made[-1].index
+        assert [chunk for chunk in self.l1.peek(prefix) if chunk] == known
         for each in made:
             assert each.chunk.hash == hashes[each.index]
             self.arena.array[_places(each.extents)] = _pattern(each.chunk.hash, part)
@@ -97,29 +134,55 @@ class L1Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.writing)
     @rule(data=st.data(), write=st.booleans())
     def settle(self, data: st.DataObject, write: bool) -> None:
-        """Commit or abort some, whoever reserved them."""
+        """Commit or abort some, whoever reserved them and whatever came of it."""
         places = st.integers(0, len(self.writing) - 1)
         some = [self.writing[i] for i in sorted(data.draw(st.sets(places, min_size=1)))]
         self.writing = [each for each in self.writing if each not in some]
-        if not write:
+        self.settled = some
+        if write:
+            self._commit(some)
+        else:
             self.l1.abort(some)
-            return
-        assert self.l1.commit(some) == len(some)
-        for each in some:
-            old = self.ready.get(each.chunk.hash, 0)
-            self.ready[each.chunk.hash] = old | 1 << each.part
 
-    @rule(prompt=prompts, length=lengths, part=parts)
-    def store(self, prompt: list[ChunkHash], length: int, part: PartId) -> None:
+    @rule(prompt=prompts, length=lengths, part=parts, owner=owners)
+    def store(
+        self, prompt: list[ChunkHash], length: int, part: PartId, owner: SessionKey
+    ) -> None:
         """Reserve and commit, as most stores go."""
         others = self.writing
         self.writing = []
-        self.reserve(prompt, 0, length, part)
+        self.reserve(prompt, 0, length, part, owner)
         done, self.writing = self.writing, others
-        assert self.l1.commit(done) == len(done)
-        for each in done:
+        self._commit(done)
+
+    def _commit(self, some: list[Reservation]) -> None:
+        kept = [each for each in some if not each.chunk.dropped]
+        assert self.l1.commit(some) == len(kept)
+        for each in kept:
             old = self.ready.get(each.chunk.hash, 0)
-            self.ready[each.chunk.hash] = old | 1 << part
+            self.ready[each.chunk.hash] = old | 1 << each.part
+
+    @precondition(lambda self: self.settled)
+    @rule(write=st.booleans())
+    def settle_again(self, write: bool) -> None:
+        """What was settled stays as it is, whatever a confused writer does."""
+        before = self.l1.stats()
+        if write:
+            assert self.l1.commit(self.settled) == 0
+        else:
+            self.l1.abort(self.settled)
+        assert self.l1.stats() == before
+
+    @rule(prompt=prompts, place=st.integers(0, 4))
+    def condemn(self, prompt: list[ChunkHash], place: int) -> None:
+        """A chunk's bytes are found wrong, though it may be read or written."""
+        key = prompt[place]
+        for chunk in self.l1.peek([key]):
+            if chunk is not None:
+                assert self.l1.condemn(chunk)
+                assert not self.l1.condemn(chunk)
+                assert self.l1.peek([key]) == [None]
+                self.ready.pop(key, None)
 
     # -- reading --------------------------------------------------------------------
 
@@ -158,7 +221,7 @@ class L1Machine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         """Drop all that is idle."""
-        used = {c.hash for c in self._in_use()}
+        used = {c.hash for c in self._in_use() if not c.dropped}
         before = self.l1.stats().num_chunks
         assert self.l1.drop(self.l1.hashes()) == before - len(used)
         assert self.l1.stats().num_chunks == len(used)
@@ -232,24 +295,38 @@ class L1Machine(RuleBasedStateMachine):
 
     @invariant()
     def state_is_consistent(self) -> None:
-        """L1's own judge finds nothing, and the policy knows what it should."""
+        """L1's own judge finds nothing, and each account is the sum of its chunks."""
         self.l1.check()
-        known = [chunk for prompt in PROMPTS for chunk in self.l1.peek(prompt) if chunk]
-        assert len(self.policy) == sum(chunk.listed for chunk in known)
+        if isinstance(self.policy, Quotas):
+            chunks = {*self._known_chunks(), *self._in_use()}
+            for name, used in self.policy.used_bytes().items():
+                account = self.policy._accounts[name]
+                ours = [c for c in chunks if c.account is account]
+                assert used == sum(p.num_bytes for c in ours for p in c.parts.values())
+
+    @invariant()
+    def what_may_go_can_go(self) -> None:
+        """The policy would evict every listed chunk once, and knows no other."""
+        order, gone = deepcopy(self.policy), []
+        while (key := order.evict(lambda _: True)) is not None:
+            gone.append(key)
+        listed = [chunk.hash for chunk in self._known_chunks() if chunk.listed]
+        assert sorted(gone) == sorted(listed)
 
     @invariant()
     def what_is_used_stays(self) -> None:
-        """Held and reserved chunks are in the index, with as many holds as holders."""
+        """Held and reserved chunks keep their bytes, and are found unless condemned."""
         holders = Counter(self._held())
         for lease in self.leases.values():
             holders.update(
                 c for c, w in zip(lease.chunks, lease.waiting, strict=True) if w
             )
         for chunk in self._in_use():
-            assert self.l1.peek([chunk.hash]) == [chunk]
-        for prompt in PROMPTS:
-            for chunk in self.l1.peek(prompt):
-                assert chunk is None or chunk.holds == holders[chunk]
+            assert (self.l1.peek([chunk.hash]) == [chunk]) != chunk.dropped
+            assert chunk.holds == holders[chunk]
+            self._check_bytes(chunk)
+        for chunk in self._known_chunks():
+            assert chunk.holds == holders[chunk]
         assert self.l1.stats().num_held == len(holders)
         assert self.l1.stats().num_reserved == len(self.writing)
 
@@ -257,15 +334,15 @@ class L1Machine(RuleBasedStateMachine):
     def what_is_ready_was_committed(self) -> None:
         """Chunks vanish as a whole, and every ready part has the bytes written."""
         self.ready = {h: mask for h, mask in self.ready.items() if h in self._present()}
-        for prompt in PROMPTS:
-            for chunk in self.l1.peek(prompt):
-                if chunk is None:
-                    continue
-                assert chunk.ready == self.ready.get(chunk.hash, 0)
-                for part_id, part in chunk.parts.items():
-                    seen = self.arena.array[_places(part.extents)]
-                    assert part.num_bytes == PART_BYTES[part_id]
-                    assert np.all(seen == _pattern(chunk.hash, part_id))
+        for chunk in self._known_chunks():
+            assert chunk.ready == self.ready.get(chunk.hash, 0)
+            self._check_bytes(chunk)
+
+    def _check_bytes(self, chunk: Chunk) -> None:
+        for part_id, part in chunk.parts.items():
+            seen = self.arena.array[_places(part.extents)]
+            assert part.num_bytes == PART_BYTES[part_id]
+            assert np.all(seen == _pattern(chunk.hash, part_id))
 
     @invariant()
     def ledger_balances(self) -> None:
@@ -290,6 +367,8 @@ class L1Machine(RuleBasedStateMachine):
             for chunks in self.acquired:
                 self.l1.release(chunks)
             self.l1.abort(self.writing)
+            self.l1.check()
+            assert self.l1.stats().num_held == self.l1.stats().num_reserved == 0
             self.l1.drop(self.l1.hashes())
             assert self.arena.used_bytes == 0
         finally:
@@ -314,9 +393,12 @@ class L1Machine(RuleBasedStateMachine):
         )
         return {*self._held(), *leased, *(each.chunk for each in self.writing)}
 
-    def _present(self) -> set[ChunkHash]:
+    def _known_chunks(self) -> list[Chunk]:
         known = (chunk for prompt in PROMPTS for chunk in self.l1.peek(prompt))
-        return {chunk.hash for chunk in known if chunk and chunk.ready}
+        return [chunk for chunk in known if chunk]
+
+    def _present(self) -> set[ChunkHash]:
+        return {chunk.hash for chunk in self._known_chunks() if chunk.ready}
 
     def _leading(self, hashes: list[ChunkHash], needs: int) -> list[ChunkHash]:
         have = [self.ready.get(h, 0) & needs == needs for h in hashes]
@@ -349,8 +431,18 @@ def _describe(lease: ModelLease) -> tuple[int, tuple[int, ...]]:
     return sum(mask != 0 for mask in lease.waiting), ranks
 
 
-TestL1Machine = L1Machine.TestCase
-TestL1Machine.__doc__ = """Random operations agree with the model after every step."""
-TestL1Machine.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None
-)
+def _case(policy: str) -> type:
+    """Make the test of one policy."""
+    machine = type(f"L1Machine-{policy}", (L1Machine,), {"policy_name": policy})
+    case = machine.TestCase
+    case.__doc__ = f"""Random operations under {policy} agree with the model."""
+    case.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+    return case
+
+
+TestLRU, TestUsesLRU, TestS3FIFO = map(_case, ("lru", "lru-uses", "s3fifo"))
+
+
+def test_every_policy_has_its_machine() -> None:
+    """One that is added is to be added above."""
+    assert set(POLICIES) == {"lru", "lru-uses", "s3fifo"}
