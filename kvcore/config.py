@@ -144,6 +144,14 @@ class BlendConfig(Options, frozen=True):
     end: Annotated[
         Patterns, Meta(description="token ids before which a paragraph ends")
     ] = ()
+    max_tier_chunks: Annotated[
+        int,
+        Meta(description="anywhere: chunks known in tiers; the longest unused go"),
+    ] = 1 << 18
+    keep: Annotated[
+        str | None,
+        Meta(description="anywhere: know documents across restarts, in this file"),
+    ] = None
 
     def check(self) -> None:
         """No pattern is empty, and no preset has patterns beside it."""
@@ -157,6 +165,8 @@ class BlendConfig(Options, frozen=True):
             self.preset,
             "takes no blend.start or blend.end beside it",
         )
+        most = self.max_tier_chunks
+        require(most >= 1, "blend.max_tier_chunks", most, "at least 1")
 
 
 class PrefetchConfig(Options, frozen=True):
@@ -257,6 +267,10 @@ class ServerConfig(Options, frozen=True):
             "address", self.address, "must be tcp://HOST:PORT or ipc://PATH",
         )  # fmt: skip
         require(self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
+        require(
+            self.blend.keep is None or bool(self.l1.keep or self.tiers),
+            "blend.keep", self.blend.keep, "of use with l1.keep or a tier only",
+        )  # fmt: skip
         port = self.metrics_port
         require(port is None or 0 <= port < 1 << 16, "metrics_port", port, "0 to 65535")
         require(

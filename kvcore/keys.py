@@ -35,6 +35,12 @@ class SessionKey(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
 
 
+class SaltedKey(SessionKey, frozen=True, array_like=True):
+    """Names work beside a session's own, and whose quota it is at the expense of."""
+
+    salt: str | None = None
+
+
 class ExtraKey(msgspec.Struct, frozen=True, array_like=True):
     """Hash material beside the tokens (cache salt, LoRA, image) from `start` on.
 
@@ -100,9 +106,15 @@ def view_tokens(tokens: Tokens) -> memoryview:
     return memoryview(pack_tokens(tokens))
 
 
-def chain_seed(space: str, model: str, world_size: int, chunk_size: int) -> ChunkHash:
-    """Return the parent of a first chunk."""
-    identity = (HASH_ALGORITHM, space, model, world_size, chunk_size)
+def chain_seed(
+    space: str,
+    model: str,
+    world_size: int,
+    chunk_size: int,
+    materials: Sequence[bytes] = (),
+) -> ChunkHash:
+    """Return the parent of a first chunk; `materials` make a space of their own."""
+    identity = (HASH_ALGORITHM, space, model, world_size, chunk_size, *materials)
     return ChunkHash(sha256(msgspec.msgpack.encode(identity)).digest())
 
 

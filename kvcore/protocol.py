@@ -436,6 +436,10 @@ class CBStorePreComputed(Request[StoreReply], frozen=True):
     instance_id: Text
     offset: Annotated[Count, Meta(description="slot of the document's first token")]
     tokens: Annotated[Packed, Meta(description="packed uint32 ids, all of them")]
+    extras: Annotated[
+        tuple[ExtraKey, ...],
+        Meta(description="at token 0: of the whole; a later one ends the document"),
+    ] = ()
 
 
 class CBRange(msgspec.Struct, frozen=True, array_like=True):
@@ -479,6 +483,10 @@ class CBLookupPreComputed(Request[CBLookupReply], frozen=True):
     model: Text
     world_size: Annotated[int, Meta(ge=1, le=4096)]
     tokens: Annotated[Packed, Meta(description="packed uint32 ids, all of them")]
+    extras: Annotated[
+        tuple[ExtraKey, ...],
+        Meta(description="at token 0: as the documents'; a later one ends the search"),
+    ] = ()
 
 
 class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
@@ -503,6 +511,9 @@ class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
     tokens: Annotated[
         Packed, Meta(description="of the whole prompt; ranges are then found anew")
     ] = memoryview(b"")
+    extras: Annotated[
+        tuple[ExtraKey, ...], Meta(description="of the prompt, beside its tokens")
+    ] = ()
 
 
 class CBStoreFinal(Request[StoreReply], frozen=True):

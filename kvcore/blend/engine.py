@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.blend.buffer import as_paged, check_slots, slots_of
-from kvcore.blend.index import DocumentIndex
+from kvcore.blend.index import DocumentIndex, Entry
+from kvcore.blend.kept import KeptEntries
 from kvcore.blend.lookups import DocumentLookups, Found
 from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Separated
 from kvcore.blend.paragraphs import make_markers
@@ -28,7 +30,7 @@ from kvcore.engine.engine import Caller, Engine, Running
 from kvcore.engine.instance import Instance
 from kvcore.engine.sessions import Session
 from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded, UnknownInstance
-from kvcore.keys import ChunkHash, HashChain, SessionKey
+from kvcore.keys import ChunkHash, ExtraKey, HashChain, SessionKey
 from kvcore.protocol import (
     CBLookupPreComputed,
     CBLookupReply,
@@ -73,33 +75,50 @@ class BlendEngine:
         self.chunk_size = config.chunk_size
         self._slice_chunks = config.wire.slice_chunks
         self.counters = BlendCounters()
-        self.index = DocumentIndex(int(config.l1.size) // int(config.l1.page))
-        self._matcher = self._make_matcher(config.blend)
+        self._kept = kept = open_kept(config)
+        self.index = DocumentIndex(
+            int(config.l1.size) // int(config.l1.page),
+            config.blend.max_tier_chunks if engine.manager else 0,
+            kept,
+        )
+        rolling = RollingHash(self.chunk_size, kept.base if kept else None)
+        self._matcher = self._make_matcher(config.blend, rolling)
         self._buffers: WeakKeyDictionary[Instance, Rope | None] = WeakKeyDictionary()
-        self._spaces: dict[tuple[str, int], DocumentSpace] = {}
-        self.lookups = DocumentLookups(engine, self._matcher)
+        self.lookups = DocumentLookups(engine, self._matcher, self.index)
         engine.l1.watch(self._gone)
+        if kept is not None:
+            self._restore(kept)
 
-    def _make_matcher(self, config: BlendConfig) -> Matcher:
+    def _make_matcher(self, config: BlendConfig, rolling: RollingHash) -> Matcher:
         if config.matcher == "anywhere":
-            return Anywhere(self.index, RollingHash(self.chunk_size))
+            return Anywhere(self.index, rolling)
         return Separated(make_markers(config), self.chunk_size, self._slice_chunks)
+
+    def _restore(self, kept: KeptEntries) -> None:
+        """Enter what an earlier run knew; a tier may have all of it."""
+        has_tiers = self.engine.manager is not None
+        for entry in kept.read():
+            self.index.add(entry)
+            if has_tiers or self.engine.l1.peek([entry.hash]) == [None]:
+                self.index.leave(entry.hash, in_tier=has_tiers)
 
     def counts(self) -> dict[str, int]:
         """Return everything counted, by name."""
         return {**asdict(self.counters), "document_chunks": len(self.index)}
 
+    def close(self) -> None:
+        """Leave what is kept to the next server."""
+        if self._kept is not None:
+            self._kept.close()
+
     def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
         del reason, owner
-        self.index.forget(chunk.hash)
+        self.index.leave(chunk.hash, in_tier=not chunk.ready & ~chunk.saved)
 
-    def _space(self, model: str, world_size: int) -> DocumentSpace:
-        key = (model, world_size)
-        space = self._spaces.get(key)
-        if space is None:
-            space = DocumentSpace(model, world_size, self.chunk_size)
-            self._spaces[key] = space
-        return space
+    def _documents(
+        self, model: str, world_size: int, extras: Sequence[ExtraKey]
+    ) -> DocumentSpace:
+        return DocumentSpace(model, world_size, self.chunk_size, extras)
 
     # -- registration -------------------------------------------------------------
 
@@ -141,14 +160,19 @@ class BlendEngine:
     ) -> Generator[None, None, Running | StoreReply]:
         """Take a document's whole chunks into the document space."""
         instance = self._buffer(request.instance_id, caller)
-        tokens = self._whole_chunks(read_tokens(request.tokens))
+        tokens = self._whole_chunks(read_tokens(request.tokens, request.extras))
         check_slots(instance, request.offset, len(tokens))
         if not len(tokens):
             return StoreReply(0, 0, 0)
-        space = self._space(instance.space.model, instance.space.world_size)
+        model, world_size = instance.space.model, instance.space.world_size
+        space = self._documents(model, world_size, request.extras)
         chain = HashChain(space.seed, self.chunk_size)
         yield from chain.extend(tokens.data.cast("B"), self._slice_chunks)
+        entries = yield from self._matcher.learn(tokens, chain.hashes, space)
         self.engine.check_registered(instance)
+        # Before L1 has them: then nothing can leave it that is not known yet.
+        for entry in entries:
+            self.index.add(entry)
         slots = slots_of([request.offset], len(tokens))
         future = instance.store_lane.submit(
             self.engine.copier.store,
@@ -156,28 +180,27 @@ class BlendEngine:
             chain.hashes,
             (slots.reshape(-1, self.chunk_size),),
             caller.deadline_ns,
+            space.owner(SessionKey(instance.engine_id, "document")),
         )
 
         def finish() -> StoreReply:
             self.counters.document_stores += 1
-            reply = self.engine.count_stored(self.engine.result(future))
-            self._learn(tokens, chain.hashes, space)
-            return reply
+            self._settle(entries)
+            return self.engine.count_stored(self.engine.result(future))
 
         return Running(future, finish)
 
     def _whole_chunks(self, tokens: Tokens) -> Tokens:
         return tokens[: len(tokens) - len(tokens) % self.chunk_size]
 
-    def _learn(
-        self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> None:
-        """Enter what is in L1 now; what leaves it from here on, `_gone` is told."""
-        for entry in self._matcher.learn(tokens, hashes, space):
-            self.index.add(entry)
-        for key, chunk in zip(hashes, self.engine.l1.peek(hashes), strict=True):
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Keep the entries of what is in L1 after a store, and what tiers have."""
+        chunks = self.engine.l1.peek([entry.hash for entry in entries])
+        for entry, chunk in zip(entries, chunks, strict=True):
             if chunk is None:
-                self.index.forget(key)
+                self.index.leave(entry.hash, in_tier=False)
+            else:
+                self.index.add(entry)
 
     def cb_store_final(
         self, request: CBStoreFinal, caller: Caller
@@ -207,8 +230,8 @@ class BlendEngine:
         """Find and lease the documents of a prompt that are there for all ranks."""
         space, _ = self.engine.registry.lookup(request.model, request.world_size)
         session = self.engine.sessions.open(request.session, space)
-        tokens = read_tokens(request.tokens)
-        documents = self._space(request.model, request.world_size)
+        tokens = read_tokens(request.tokens, request.extras)
+        documents = self._documents(request.model, request.world_size, request.extras)
 
         def answer(found: Found) -> CBLookupReply:
             hit = len(found.matches) * self.chunk_size
@@ -278,8 +301,9 @@ class BlendEngine:
         if found is None:
             if not request.tokens:
                 raise TokensNeeded("no lookup of this session is known", have=0)
-            tokens = read_tokens(request.tokens)
-            documents = self._space(session.space.model, session.space.world_size)
+            tokens = read_tokens(request.tokens, request.extras)
+            space = session.space
+            documents = self._documents(space.model, space.world_size, request.extras)
             found = yield from self.lookups.find_now(session, tokens, documents, caller)
         named = []
         for wanted in request.ranges:
@@ -302,6 +326,13 @@ class BlendEngine:
         check_slots(instance, offset + int(starts[-1]), self.chunk_size)
         if any(len(match.hash) != HASH_BYTES for match in matches):
             raise BadRequest(f"a chunk's hash has {HASH_BYTES} bytes")
+        # A part's bit means something else in another model, and the hash is the
+        # caller's word. What a hash is of never changes: one look is enough.
+        [group] = instance.groups
+        for chunk in self.engine.l1.peek([ChunkHash(match.hash) for match in matches]):
+            part = chunk.parts.get(group.part) if chunk else None
+            if part is not None and part.name != group.name:
+                raise BadRequest("a chunk of another model cannot be retrieved")
 
     def _turning(
         self,
@@ -325,9 +356,26 @@ class BlendEngine:
         return Turning(rope, turns)
 
 
-def read_tokens(packed: memoryview) -> Tokens:
-    """Read packed tokens in place; `BadRequest` when they are not whole ones."""
+def open_kept(config: ServerConfig) -> KeptEntries | None:
+    """Open the file in which an index outlives its server, if there is to be one."""
+    path = config.blend.keep
+    if path is None and config.l1.keep is not None:
+        path = f"{config.l1.keep}.documents"
+    if path is None or config.blend.matcher != "anywhere":
+        return None
+    return KeptEntries(Path(path), config.chunk_size)
+
+
+def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:
+    """Read packed tokens in place, up to where material of their own begins.
+
+    Material at token 0 belongs to the whole and makes another space; what a later one
+    (an image) reaches is neither stored nor matched as a document.
+
+    Raises:
+        BadRequest: not whole tokens.
+    """
     if len(packed) % 4:
         raise BadRequest(f"tokens: {len(packed)} bytes are not whole uint32")
     tokens: npt.NDArray[np.uint32] = np.frombuffer(packed, "<u4")
-    return tokens
+    return tokens[: min((e.start for e in extras if e.start), default=len(tokens))]

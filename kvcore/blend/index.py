@@ -1,17 +1,22 @@
-"""Which chunks of documents are in L1, by what they say.
+"""Which chunks of documents L1 or a tier has, by what they say.
 
 An entry is found by the rolling hash of its tokens and confirmed by a SHA-256 digest
 of them. Most of a prompt's windows are in no document: a counting Bloom filter with
 two probes (Fan et al., Summary Cache, 2000) passes over them in numpy.
 
 Memory: the filter takes 16 bytes for each page of the arena, once and for all, and an
-entry about 430 bytes (tests/benchmarks/test_blend.py), however many there are.
+entry about 430 bytes (tests/benchmarks/blend.py), however many there are.
+
+A chunk that leaves L1 stays when a tier has it. No tier tells what it evicts: such an
+entry is a belief, which a lookup puts to the tier, and `forget` ends. The longest
+unused of them are forgotten beyond a limit.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -19,6 +24,9 @@ import numpy.typing as npt
 
 from kvcore.blend.rolling import Hashes
 from kvcore.keys import ChunkHash
+
+if TYPE_CHECKING:
+    from kvcore.blend.kept import KeptEntries
 
 Offsets = npt.NDArray[np.intp]
 
@@ -30,6 +38,7 @@ MAX_COUNT = 255
 PROBES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 """Odd multipliers whose products' high bits pick a slot (Dietzfelbinger et al.)."""
 WORD = (1 << 64) - 1
+NO_SLOT = -1
 
 
 class Entry(msgspec.Struct, eq=False, gc=False):
@@ -41,26 +50,41 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     """Of its own tokens, in its space."""
     start: int
     """Position in its document."""
+    slot: int = NO_SLOT
+    """Where it is kept across restarts."""
     before: Entry | None = None
     after: Entry | None = None
+
+
+class _Left(msgspec.Struct, frozen=True, gc=False):
+    """A chunk that L1 has no longer, and whether a tier has it."""
+
+    hash: ChunkHash
+    in_tier: bool
 
 
 class DocumentIndex:
     """Entries by rolling hash and by chunk hash.
 
-    For one thread, but for `forget`, which any may call: what it names is taken out
-    at the next `add` or `candidates`.
+    For one thread, but for `leave`, which any may call: what it tells is seen to at the
+    next `add` or `candidates`.
     """
 
-    def __init__(self, max_chunks: int) -> None:
-        bits = max(1, max_chunks * SLOTS_A_CHUNK - 1).bit_length()
+    def __init__(
+        self, l1_chunks: int, tier_chunks: int = 0, kept: KeptEntries | None = None
+    ) -> None:
+        bits = max(1, (l1_chunks + tier_chunks) * SLOTS_A_CHUNK - 1).bit_length()
         bits = min(max(bits, MIN_BITS), MAX_BITS)
         self._shift = 64 - bits
         self._filter = bytearray(1 << bits)
         self._counts = np.frombuffer(self._filter, np.uint8)
         self._by_key: dict[int, Entry] = {}
         self._by_hash: dict[ChunkHash, Entry] = {}
-        self._forgotten: deque[ChunkHash] = deque()
+        self._left: deque[_Left] = deque()
+        self._max_in_tier = tier_chunks
+        self._in_tier: dict[ChunkHash, None] = {}
+        """The longest unused first."""
+        self._kept = kept
 
     def __len__(self) -> int:
         return len(self._by_hash)
@@ -73,16 +97,40 @@ class DocumentIndex:
         self._by_hash[entry.hash] = entry
         twin = self._by_key.get(entry.key)
         self._by_key[entry.key] = entry
+        if self._kept is not None:
+            self._kept.write(entry)
         if twin is not None:
             entry.after, twin.before = twin, entry
             return
         for slot in self._slots(entry.key):
             self._filter[slot] = min(self._filter[slot] + 1, MAX_COUNT)
 
-    def forget(self, key: ChunkHash) -> None:
-        """Take out a chunk, known or not. Any thread, under any lock: it only notes."""
+    def leave(self, key: ChunkHash, *, in_tier: bool) -> None:
+        """Note that L1 has a chunk no longer. Any thread, under any lock.
+
+        It stays when a tier has it, or was known to before.
+        """
         if key in self._by_hash:
-            self._forgotten.append(key)
+            self._left.append(_Left(key, in_tier))
+
+    def forget(self, key: ChunkHash) -> None:
+        """Take out a chunk that is nowhere, known or not."""
+        entry = self._by_hash.pop(key, None)
+        if entry is not None:
+            self._in_tier.pop(key, None)
+            self._unlink(entry)
+            if self._kept is not None:
+                self._kept.blank(entry)
+
+    def touch(self, key: ChunkHash) -> None:
+        """Note the use of a chunk: of those in tiers the unused ones go first."""
+        if key in self._in_tier:
+            del self._in_tier[key]
+            self._in_tier[key] = None
+
+    def is_in_tier(self, key: ChunkHash) -> bool:
+        """Say whether a tier is believed to have a chunk."""
+        return key in self._in_tier
 
     def get(self, key: ChunkHash) -> Entry | None:
         """Return a chunk's entry."""
@@ -113,10 +161,18 @@ class DocumentIndex:
             entry = entry.after
 
     def _settle(self) -> None:
-        while self._forgotten:
-            entry = self._by_hash.pop(self._forgotten.popleft(), None)
-            if entry is not None:
-                self._unlink(entry)
+        while self._left:
+            left = self._left.popleft()
+            if left.hash not in self._by_hash:
+                continue
+            if left.hash in self._in_tier:
+                self.touch(left.hash)
+            elif left.in_tier:
+                self._in_tier[left.hash] = None
+                if len(self._in_tier) > self._max_in_tier:
+                    self.forget(next(iter(self._in_tier)))
+            else:
+                self.forget(left.hash)
 
     def _unlink(self, entry: Entry) -> None:
         before, after = entry.before, entry.after

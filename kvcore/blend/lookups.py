@@ -15,15 +15,16 @@ from time import monotonic_ns
 
 import msgspec
 
+from kvcore.blend.index import DocumentIndex
 from kvcore.blend.matchers import DocumentSpace, Matcher, Run
 from kvcore.blend.rolling import Tokens
 from kvcore.engine.engine import Caller, Engine, Running
 from kvcore.engine.sessions import Session
-from kvcore.keys import ChunkHash, SessionKey
+from kvcore.keys import ChunkHash, SaltedKey, SessionKey
 from kvcore.protocol import CBMatch, CBRange
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.needs import Needs
-from kvcore.storage.prefetch import PrefetchJob
+from kvcore.storage.prefetch import JobState, PrefetchJob
 
 
 class DocumentsOf(SessionKey, frozen=True, array_like=True):
@@ -68,9 +69,10 @@ Answer = Callable[[Found], msgspec.Struct]
 class DocumentLookups:
     """Finds and leases documents, and remembers what a session was told."""
 
-    def __init__(self, engine: Engine, matcher: Matcher) -> None:
+    def __init__(self, engine: Engine, matcher: Matcher, index: DocumentIndex) -> None:
         self._engine = engine
         self._matcher = matcher
+        self._index = index
         self._found: dict[SessionKey, Found] = {}
         self._waits: dict[SessionKey, _Wait] = {}
         engine.on_session_end.append(self._end_session)
@@ -97,7 +99,9 @@ class DocumentLookups:
         except BaseException:
             self._engine.sessions.leave(session)
             raise
-        wait = None if session.ended else self._load(session, held, needs, caller)
+        wait = None
+        if not session.ended:
+            wait = self._load(session, space.owner(session.key), held, needs, caller)
         if wait is None:
             return answer(self._grant(session, held, caller))
 
@@ -157,10 +161,15 @@ class DocumentLookups:
     # -- tiers --------------------------------------------------------------------
 
     def _load(
-        self, session: Session, held: Sequence[_Held], needs: Needs, caller: Caller
+        self,
+        session: Session,
+        owner: SaltedKey,
+        held: Sequence[_Held],
+        needs: Needs,
+        caller: Caller,
     ) -> _Wait | None:
         """Begin to load what is missing, of all runs; None when there is nothing."""
-        manager, owner = self._engine.manager, documents_of(session.key)
+        manager = self._engine.manager
         lacking = [each for each in held if len(each.chunks) < len(each.run.hashes)]
         if manager is None or not lacking:
             return None
@@ -188,9 +197,18 @@ class DocumentLookups:
             for each in held:
                 missing = each.run.hashes[len(each.chunks) :]
                 each.chunks += self._engine.l1.acquire_leading(missing, needs.full)
-        if self._engine.manager is not None:
-            for job in wait.jobs:
+        for job in wait.jobs:
+            self._forget_missing(job)
+            if self._engine.manager is not None:
                 self._engine.manager.prefetcher.settle(job)
+
+    def _forget_missing(self, job: PrefetchJob) -> None:
+        """Match no more what every tier said that it does not have."""
+        if job.state is not JobState.DONE or job.tier_failed:
+            return
+        for key in job.keys[job.goal : job.goal + 1]:
+            if self._engine.l1.peek([key]) == [None]:
+                self._index.forget(key)
 
     def _cancel(self, key: SessionKey) -> None:
         """Load nothing more for a session; a lookup that waits finds nothing."""
@@ -237,9 +255,12 @@ class DocumentLookups:
         for each in held:
             old_start, start = each.run.old_start, each.run.start
             for chunk in each.chunks:
+                self._index.touch(chunk.hash)
                 matches.append(CBMatch(old_start, start, chunk.hash))
                 old_start, start = old_start + size, start + size
-            if each.chunks:
+            if each.run.goes_on and ranges and ranges[-1].end == each.run.start:
+                ranges[-1] = CBRange(ranges[-1].start, start)
+            elif each.chunks:
                 ranges.append(CBRange(each.run.start, start))
         numbers = {match.start: number for number, match in enumerate(matches)}
         return Found(tuple(ranges), tuple(matches), numbers)

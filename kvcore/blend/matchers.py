@@ -7,7 +7,7 @@ by the digest of a chunk's own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
@@ -17,22 +17,46 @@ import numpy as np
 from kvcore.blend.index import DocumentIndex, Entry
 from kvcore.blend.paragraphs import Markers, cut
 from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash, Tokens
-from kvcore.keys import ChunkHash, HashChain, chain_seed, child_hash
+from kvcore.keys import (
+    ChunkHash,
+    ExtraKey,
+    HashChain,
+    SaltedKey,
+    SessionKey,
+    cache_salt,
+    chain_seed,
+    child_hash,
+)
 
 MATCH_STEP = 128
-"""Chunks confirmed before others are served, about 150 us."""
+"""Chunks confirmed or learnt before others are served, about 150 us."""
 
 CountReady = Callable[[list[ChunkHash]], int]
 """Says how many leading chunks are there for all ranks."""
 
 
 class DocumentSpace:
-    """The documents of one model: a space of hashes of its own."""
+    """The documents of one model and whole-prompt material: a hash space of its own.
 
-    def __init__(self, model: str, world_size: int, chunk_size: int) -> None:
-        self.seed = chain_seed("document", model, world_size, chunk_size)
+    Extra material at token 0 (cache salt, LoRA) makes another space.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        world_size: int,
+        chunk_size: int,
+        extras: Sequence[ExtraKey] = (),
+    ) -> None:
+        materials = [extra.material for extra in extras if extra.start == 0]
+        self.seed = chain_seed("document", model, world_size, chunk_size, materials)
         self.salt = np.uint64(int.from_bytes(self.seed[:8], "little"))
-        """Keeps equal tokens of two models apart in the index."""
+        """Keeps equal tokens of two spaces apart in the index."""
+        self._cache_salt = cache_salt(extras)
+
+    def owner(self, key: SessionKey) -> SaltedKey:
+        """Name whom room is made for, so that a salt's quota counts."""
+        return SaltedKey(key.engine_id, key.request_id, self._cache_salt)
 
     def digest(self, chunk: Tokens) -> bytes:
         """Return the content hash of a chunk's own tokens, in this space."""
@@ -49,9 +73,12 @@ class Run:
     """Position of the first in the document."""
     start: int
     hashes: list[ChunkHash]
+    goes_on: bool = False
+    """With what the run before it ends: they are one, had or missed apart."""
 
 
 Runs = Generator[None, None, list[Run]]
+Learnt = Generator[None, None, list[Entry]]
 
 
 class Matcher(Protocol):
@@ -59,7 +86,7 @@ class Matcher(Protocol):
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Iterable[Entry]:
+    ) -> Learnt:
         """Return what must be known of a document's chunks to find them again."""
 
     def find(
@@ -78,10 +105,11 @@ class Separated:
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Iterable[Entry]:
+    ) -> Learnt:
         """Nothing: a document's hashes follow from its tokens."""
         del tokens, hashes, space
-        return ()
+        yield from ()
+        return []
 
     def find(
         self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
@@ -104,7 +132,10 @@ class Separated:
 
 
 class Anywhere:
-    """Finds chunks at any offset: from left to right, the longest run at each place."""
+    """Finds chunks at any offset: from left to right, the longest run at each place.
+
+    What a tier is believed to have counts for the length of a run.
+    """
 
     def __init__(self, index: DocumentIndex, rolling: RollingHash) -> None:
         self._index = index
@@ -113,19 +144,30 @@ class Anywhere:
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Iterable[Entry]:
+    ) -> Learnt:
         """Return an entry for each whole chunk."""
+        entries: list[Entry] = []
         size = self._chunk_size
-        keys = (self._rolling.chunks(tokens) + space.salt).tolist()
-        for number, (key, chunk_hash) in enumerate(zip(keys, hashes, strict=True)):
-            start = number * size
-            digest = space.digest(tokens[start : start + size])
-            yield Entry(chunk_hash, key, digest, start)
+        for first in range(0, len(hashes), MATCH_STEP):
+            if first:
+                yield
+            step = hashes[first : first + MATCH_STEP]
+            start = first * size
+            whole = tokens[start : start + len(step) * size]
+            keys = (self._rolling.chunks(whole) + space.salt).tolist()
+            for key, chunk_hash in zip(keys, step, strict=True):
+                digest = space.digest(tokens[start : start + size])
+                entries.append(Entry(chunk_hash, key, digest, start))
+                start += size
+        return entries
 
     def find(
         self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
     ) -> Runs:
-        """Return the runs of known chunks; ready ones only."""
+        """Return the runs of known chunks, cut where L1 has one side and not the other.
+
+        What is not in L1 may be in a tier.
+        """
         runs: list[Run] = []
         free = 0
         num_hashed = 0
@@ -144,17 +186,45 @@ class Anywhere:
                 digest = space.digest(tokens[start : start + size])
                 for entry in [*self._index.find(key, digest)]:
                     hashes = yield from self._follow(entry, tokens, start)
-                    num_ready = count_ready(hashes)
-                    if num_ready > (len(run.hashes) if run else 0):
-                        run = Run(entry.start, start, hashes[:num_ready])
+                    reach = self._reach(hashes, count_ready)
+                    if reach > (len(run.hashes) if run else 0):
+                        run = Run(entry.start, start, hashes[:reach])
                     num_hashed += len(hashes)
                     if num_hashed >= MATCH_STEP:
                         num_hashed = 0
                         yield
                 if run is not None:
-                    runs.append(run)
+                    runs += self._cut(run, count_ready)
                     free = start + len(run.hashes) * size
         return runs
+
+    def _reach(self, hashes: list[ChunkHash], count_ready: CountReady) -> int:
+        """Count the leading chunks that L1 has or a tier may have."""
+        reach = count_ready(hashes)
+        is_in_tier = self._index.is_in_tier
+        while reach < len(hashes) and is_in_tier(hashes[reach]):
+            while reach < len(hashes) and is_in_tier(hashes[reach]):
+                reach += 1
+            reach += count_ready(hashes[reach:])
+        return reach
+
+    def _cut(self, run: Run, count_ready: CountReady) -> list[Run]:
+        """Cut a run into what L1 has and what it has not, in turn."""
+        pieces: list[Run] = []
+        hashes = run.hashes
+        first = 0
+        while first < len(hashes):
+            end = first + count_ready(hashes[first:])
+            if end == first:
+                later = range(first + 1, len(hashes))
+                ready = (at for at in later if count_ready(hashes[at : at + 1]))
+                end = next(ready, len(hashes))
+            at = first * self._chunk_size
+            pieces.append(
+                Run(run.old_start + at, run.start + at, hashes[first:end], first > 0)
+            )
+            first = end
+        return pieces
 
     def _follow(
         self, entry: Entry, tokens: Tokens, start: int

@@ -57,10 +57,12 @@ class BlendClient:
         offset: int,
         tokens: Tokens,
         *,
+        extras: tuple[ExtraKey, ...] = (),
         timeout_s: float | None = None,
     ) -> Future[StoreReply]:
         """Store a document's whole chunks; its slots are read until it ends."""
-        return self.client.submit(_store(instance_id, offset, tokens), timeout_s)
+        request = _store(instance_id, offset, tokens, extras)
+        return self.client.submit(request, timeout_s)
 
     def store_pre_computed(
         self,
@@ -68,10 +70,11 @@ class BlendClient:
         offset: int,
         tokens: Tokens,
         *,
+        extras: tuple[ExtraKey, ...] = (),
         timeout_s: float | None = None,
     ) -> StoreReply:
         """Store a document and wait: lookups find it from now on."""
-        return self.client.call(_store(instance_id, offset, tokens), timeout_s)
+        return self.client.call(_store(instance_id, offset, tokens, extras), timeout_s)
 
     def submit_retrieve_pre_computed(
         self,
@@ -83,6 +86,7 @@ class BlendClient:
         matches: Sequence[CBMatch] = (),
         tokens: Tokens | None = None,
         turn_keys: bool = False,
+        extras: tuple[ExtraKey, ...] = (),
         timeout_s: float | None = None,
     ) -> Future[RetrieveReply]:
         """Retrieve ranges or matches into slots, the server's until it ends.
@@ -94,7 +98,8 @@ class BlendClient:
         request = CBRetrievePreComputed(
             session, instance_id, offset, tuple(ranges), tuple(matches), turn_keys
         )
-        return self.client.submit(request, timeout_s, _send_prompt(request, tokens))
+        retry = _send_prompt(request, tokens, extras)
+        return self.client.submit(request, timeout_s, retry)
 
     def retrieve_pre_computed(
         self,
@@ -106,13 +111,15 @@ class BlendClient:
         matches: Sequence[CBMatch] = (),
         tokens: Tokens | None = None,
         turn_keys: bool = False,
+        extras: tuple[ExtraKey, ...] = (),
         timeout_s: float | None = None,
     ) -> RetrieveReply:
         """Retrieve and wait, as long as the server lives and has not answered."""
         request = CBRetrievePreComputed(
             session, instance_id, offset, tuple(ranges), tuple(matches), turn_keys
         )
-        return self.client.call(request, timeout_s, _send_prompt(request, tokens))
+        retry = _send_prompt(request, tokens, extras)
+        return self.client.call(request, timeout_s, retry)
 
     def submit_store_final(
         self,
@@ -155,12 +162,12 @@ class BlendClient:
         world_size: int,
         tokens: Tokens,
         *,
+        extras: tuple[ExtraKey, ...] = (),
         timeout_s: float | None = None,
     ) -> Future[CBLookupReply]:
         """Find documents in a prompt, and lease them to the session's readers."""
-        return self.client.submit(
-            _lookup(session, model, world_size, tokens), timeout_s
-        )
+        request = _lookup(session, model, world_size, tokens, extras)
+        return self.client.submit(request, timeout_s)
 
     def lookup_pre_computed(
         self,
@@ -169,24 +176,37 @@ class BlendClient:
         world_size: int,
         tokens: Tokens,
         *,
+        extras: tuple[ExtraKey, ...] = (),
         timeout_s: float | None = None,
     ) -> CBLookupReply:
         """Find documents and wait."""
-        return self.client.call(_lookup(session, model, world_size, tokens), timeout_s)
+        request = _lookup(session, model, world_size, tokens, extras)
+        return self.client.call(request, timeout_s)
 
 
-def _store(instance_id: str, offset: int, tokens: Tokens) -> CBStorePreComputed:
-    return CBStorePreComputed(instance_id, offset, memoryview(pack_tokens(tokens)))
+def _store(
+    instance_id: str, offset: int, tokens: Tokens, extras: tuple[ExtraKey, ...]
+) -> CBStorePreComputed:
+    packed = memoryview(pack_tokens(tokens))
+    return CBStorePreComputed(instance_id, offset, packed, extras)
 
 
 def _lookup(
-    session: SessionKey, model: str, world_size: int, tokens: Tokens
+    session: SessionKey,
+    model: str,
+    world_size: int,
+    tokens: Tokens,
+    extras: tuple[ExtraKey, ...],
 ) -> CBLookupPreComputed:
     packed = memoryview(pack_tokens(tokens))
-    return CBLookupPreComputed(session, model, world_size, packed)
+    return CBLookupPreComputed(session, model, world_size, packed, extras)
 
 
-def _send_prompt(request: CBRetrievePreComputed, tokens: Tokens | None) -> Retry | None:
+def _send_prompt(
+    request: CBRetrievePreComputed,
+    tokens: Tokens | None,
+    extras: tuple[ExtraKey, ...],
+) -> Retry | None:
     """Answer `TokensNeeded` with the whole prompt."""
     if tokens is None:
         return None
@@ -194,6 +214,7 @@ def _send_prompt(request: CBRetrievePreComputed, tokens: Tokens | None) -> Retry
     def retry(error: KVError) -> Request[Any] | None:
         if not isinstance(error, TokensNeeded) or request.tokens:
             return None
-        return replace(request, tokens=memoryview(pack_tokens(tokens)))
+        packed = memoryview(pack_tokens(tokens))
+        return replace(request, tokens=packed, extras=extras)
 
     return retry

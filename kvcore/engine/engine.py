@@ -24,7 +24,7 @@ from kvcore.errors import (
     DeadlineExceeded,
     UnknownInstance,
 )
-from kvcore.keys import ChunkHash, SessionKey, cache_salt
+from kvcore.keys import ChunkHash, SaltedKey, SessionKey, cache_salt
 from kvcore.protocol import (
     Clear,
     Cleared,
@@ -338,6 +338,8 @@ class Engine:
 
     def _salt(self, key: SessionKey) -> str | None:
         """Return a session's cache salt. Any thread, with `key` known or not."""
+        if isinstance(key, SaltedKey):
+            return key.salt
         session = self.sessions.find(key)
         return cache_salt(session.chain.extras) if session else None
 

@@ -93,6 +93,8 @@ class Server:
             stack.callback(self.engine.close)
             blend = config.engine == "blend"
             self.blend = BlendEngine(config, self.engine) if blend else None
+            if self.blend is not None:
+                stack.callback(self.blend.close)
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
                 stack.enter_context(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvcore.blend.index import DocumentIndex, Entry
+from kvcore.blend.kept import KeptEntries
 from kvcore.keys import ChunkHash
 
 names = st.integers(0, 30)
@@ -17,34 +21,85 @@ def name(number: int) -> ChunkHash:
     return ChunkHash(number.to_bytes(32, "little"))
 
 
+MAX_IN_TIER = 3
+KEYS = (0, 1, 2**63, 2**64 - 1)
+
+
 class IndexMachine(RuleBasedStateMachine):
     """An index beside a dict, with few keys and digests so that many are shared."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = DocumentIndex(64)
+        self.folder = TemporaryDirectory()
+        self.path = Path(self.folder.name) / "kept"
+        self.open()
         self.known: dict[ChunkHash, tuple[int, bytes]] = {}
+        self.in_tier: list[ChunkHash] = []
+        """The longest unused first."""
 
-    @rule(
-        number=names, key=st.sampled_from((0, 1, 2**63, 2**64 - 1)), twin=st.booleans()
-    )
+    def open(self) -> None:
+        """Make an index from what is kept."""
+        self.kept = KeptEntries(self.path, 4)
+        self.index = DocumentIndex(64, MAX_IN_TIER, self.kept)
+        for entry in self.kept.read():
+            self.index.add(entry)
+
+    @rule(number=names, key=st.sampled_from(KEYS), twin=st.booleans())
     def add(self, number: int, key: int, twin: bool) -> None:
         """Enter a chunk."""
-        digest = b"same" if twin else b"%d" % number
+        digest = (b"same" if twin else b"%d" % number).ljust(32)
         self.index.add(Entry(name(number), key, digest, number))
         self.known.setdefault(name(number), (key, digest))
 
+    @rule(number=names, in_tier=st.booleans())
+    def leave(self, number: int, in_tier: bool) -> None:
+        """Have a chunk leave L1: it stays when a tier has it, or had it before."""
+        self.index.leave(name(number), in_tier=in_tier)
+        if name(number) not in self.known:
+            return
+        if name(number) in self.in_tier or in_tier:
+            self.use(name(number))
+        else:
+            del self.known[name(number)]
+
+    def use(self, key: ChunkHash) -> None:
+        """Put it last; the first goes when there are too many."""
+        if key in self.in_tier:
+            self.in_tier.remove(key)
+        self.in_tier.append(key)
+        if len(self.in_tier) > MAX_IN_TIER:
+            del self.known[self.in_tier.pop(0)]
+
+    @rule(number=names)
+    def touch(self, number: int) -> None:
+        """Use a chunk."""
+        self.index.candidates(np.array([], np.uint64))
+        self.index.touch(name(number))
+        if name(number) in self.in_tier:
+            self.use(name(number))
+
     @rule(number=names)
     def forget(self, number: int) -> None:
-        """Have a chunk leave L1."""
+        """Find a chunk nowhere."""
+        self.index.candidates(np.array([], np.uint64))
         self.index.forget(name(number))
         self.known.pop(name(number), None)
+        if name(number) in self.in_tier:
+            self.in_tier.remove(name(number))
+
+    @rule()
+    def restart(self) -> None:
+        """Open what is kept again: every entry is there, and all of L1's, say."""
+        self.index.candidates(np.array([], np.uint64))
+        self.kept.close()
+        self.open()
+        self.in_tier.clear()
 
     @invariant()
     def all_are_found(self) -> None:
         """Every entered chunk, and no other, is found under its key and digest."""
         keys = {key for key, _ in self.known.values()}
-        asked = np.array([0, 1, 2**63, 2**64 - 1, 77], np.uint64)
+        asked = np.array([*KEYS, 77], np.uint64)
         places = self.index.candidates(asked).tolist()
         assert keys <= {int(asked[place]) for place in places}
         for key, digest in {*self.known.values(), (77, b"same"), (1, b"none")}:
@@ -52,6 +107,12 @@ class IndexMachine(RuleBasedStateMachine):
             expected = {h for h, kd in self.known.items() if kd == (key, digest)}
             assert found == expected
         assert len(self.index) == len(self.known)
+        assert {k for k in self.known if self.index.is_in_tier(k)} == {*self.in_tier}
+
+    def teardown(self) -> None:
+        """Remove the file."""
+        self.kept.close()
+        self.folder.cleanup()
 
 
 TestIndex = IndexMachine.TestCase
@@ -65,7 +126,7 @@ def test_an_empty_index_again_has_no_candidates() -> None:
         index.add(Entry(name(number), key, b"", 0))
     assert index.candidates(keys).size == 1000
     for number in range(1000):
-        index.forget(name(number))
+        index.leave(name(number), in_tier=False)
     assert index.candidates(keys).size == 0
     assert len(index) == 0
 

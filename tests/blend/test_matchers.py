@@ -15,7 +15,7 @@ from kvcore.blend.index import DocumentIndex
 from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Run, Separated
 from kvcore.blend.paragraphs import Markers, cut
 from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash
-from kvcore.keys import ChunkHash, HashChain
+from kvcore.keys import ChunkHash, ExtraKey, HashChain
 
 SIZE = 4
 SPACE = DocumentSpace("m", 1, SIZE)
@@ -50,7 +50,7 @@ class Library:
         """Store a document."""
         hashes = hashes_of(tokens, space)
         whole = np.array(tokens[: len(hashes) * SIZE], np.uint32)
-        for entry in self.matcher.learn(whole, hashes, space):
+        for entry in end_of(self.matcher.learn(whole, hashes, space)):
             self.index.add(entry)
         return hashes
 
@@ -62,7 +62,7 @@ class Library:
 
 def anywhere(base: int | None = None) -> Library:
     """Make an empty library; a base of 1 makes a window's hash its sum of tokens."""
-    index = DocumentIndex(1024)
+    index = DocumentIndex(1024, 1024)
     return Library(Anywhere(index, RollingHash(SIZE, base)), index)
 
 
@@ -233,6 +233,52 @@ def test_only_ready_chunks_are_found() -> None:
     assert (run.hashes, rest.hashes) == ([first[1]], [second[2]])
 
 
+@given(case=planted(), data=st.data())
+def test_what_tiers_may_have_counts_and_is_cut_apart(
+    case: tuple[list[list[int]], list[int]], data: st.DataObject
+) -> None:
+    """Runs are as long as if L1 had all; each piece is wholly in L1 or not at all."""
+    documents, prompt = case
+    library = anywhere()
+    known = {key for document in documents for key in library.store(document)}
+    there = {key for key in sorted(known) if data.draw(st.booleans())}
+    for key in known - there:
+        library.index.leave(key, in_tier=True)
+
+    def count_ready(hashes: list[ChunkHash]) -> int:
+        return next((n for n, h in enumerate(hashes) if h not in there), len(hashes))
+
+    tokens = np.array(prompt, np.uint32)
+    pieces = end_of(library.matcher.find(tokens, SPACE, count_ready))
+    whole: list[tuple[int, int]] = []
+    for piece in pieces:
+        assert count_ready(piece.hashes) in (0, len(piece.hashes))
+        if piece.goes_on:
+            start, length = whole.pop()
+            assert start + length * SIZE == piece.start
+            whole.append((start, length + len(piece.hashes)))
+        else:
+            whole.append((piece.start, len(piece.hashes)))
+    assert whole == list(brute_runs(prompt, documents))
+    check_hashes(pieces, prompt, documents)
+
+
+def test_whole_prompt_material_makes_another_space() -> None:
+    """A salt or adapter at token 0 keeps equal documents apart, one from another."""
+    library = anywhere()
+    tokens = list(range(2 * SIZE))
+    spaces = [
+        DocumentSpace("m", 1, SIZE, tuple(ExtraKey(0, one) for one in extras))
+        for extras in ((), (b"a",), (b"b",), (b"a", b"b"), (b"ab",))
+    ]
+    for number, space in enumerate(spaces):
+        assert library.find(tokens, space) == []
+        library.store(tokens, space)
+        (run,) = library.find(tokens, space)
+        assert run.hashes == hashes_of(tokens, space)
+        assert len(library.index) == 2 * (number + 1)
+
+
 def many(num_chunks: int) -> None:
     """Fill an index with random chunks, then match random prompts and one true one."""
     size = 16
@@ -244,7 +290,7 @@ def many(num_chunks: int) -> None:
         tokens = rng.integers(0, 1000, per_document * size, dtype=np.uint32)
         chain = HashChain(space.seed, size)
         end_of(chain.extend(tokens.tobytes(), 1 << 20))  # type: ignore[arg-type]
-        for entry in matcher.learn(tokens, chain.hashes, space):
+        for entry in end_of(matcher.learn(tokens, chain.hashes, space)):
             index.add(entry)
     assert len(index) == num_chunks
     for _ in range(10):

@@ -22,7 +22,7 @@ from kvcore.errors import (
     UnknownModel,
     UnknownRequest,
 )
-from kvcore.keys import SessionKey
+from kvcore.keys import ExtraKey, SessionKey
 from kvcore.protocol import CBLookupReply, CBMatch, CBRange, CBUnregisterKVCache
 from kvcore.rope import Rope
 from tests.system.blend_worker import SHAPE, BlendTold
@@ -376,6 +376,94 @@ def test_documents_and_prefixes_are_apart(
     assert found.num_chunks == 2
     client.end_session(session)
     assert blend.lookup_pre_computed(session, model, 1, document).num_tokens
+
+
+SALTS = tuple((ExtraKey(0, b'["salt", "%s"]' % name),) for name in (b"a", b"b"))
+
+
+def test_tenants_never_see_each_others_documents(
+    pair: tuple[Worker, Worker],
+    blend: BlendClient,
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """Equal tokens under another salt, or none, are other documents with other KV."""
+    first, second = pair
+    tokens = prompt(2 * CHUNK)
+    text = [*prompt(9), *tokens]
+    truth: dict[tuple[ExtraKey, ...], Values] = {}
+    for seed, extras in enumerate(((), *SALTS)):
+        found = blend.lookup_pre_computed(session, model, 1, text, extras=extras)
+        assert found == CBLookupReply((), (), 0)
+        truth[extras] = values = fresh(2 * CHUNK, seed)
+        first.ask("write", "a", 0, values)
+        first.ask("blend", "store_pre_computed", "a", 0, tokens, extras=extras)
+    for extras, values in truth.items():
+        found = blend.lookup_pre_computed(session, model, 1, text, extras=extras)
+        assert where(found) == [(9, 9 + 2 * CHUNK)]
+        second.ask(
+            "blend", "retrieve_pre_computed", session, "b", 0, ranges=found.ranges
+        )
+        read = second.ask("read_slots", "b", 9, 9 + 2 * CHUNK)
+        assert np.array_equal(read, values)
+        client.end_session(session)
+        second.ask(  # Found anew, from the prompt and its extras.
+            *("blend", "retrieve_pre_computed", session, "b", 50),
+            ranges=found.ranges,
+            tokens=text,
+            extras=extras,
+        )
+        read = second.ask("read_slots", "b", 59, 59 + 2 * CHUNK)
+        assert np.array_equal(read, values)
+        client.end_session(session)
+
+
+def test_material_in_the_middle_ends_what_is_stored_and_found(
+    pair: tuple[Worker, Worker],
+    blend: BlendClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """An image at a later token is in no document, and no match lies behind it."""
+    first, _ = pair
+    tokens = prompt(3 * CHUNK)
+    image = (ExtraKey(2 * CHUNK + 5, b"image"),)
+    stored = first.ask(
+        "blend", "store_pre_computed", "a", 0, tokens, extras=(*SALTS[0], *image)
+    )
+    assert stored.num_stored == 2
+    assert not blend.lookup_pre_computed(session, model, 1, tokens).matches
+    text = [*tokens[: 2 * CHUNK], *prompt(9), *tokens[: 2 * CHUNK]]
+    extras = (*SALTS[0], ExtraKey(2 * CHUNK + 9, b"image"))
+    found = blend.lookup_pre_computed(session, model, 1, text, extras=extras)
+    assert where(found) == [(0, 2 * CHUNK)]
+    found = blend.lookup_pre_computed(session, model, 1, text, extras=SALTS[0])
+    assert len(found.ranges) == 2
+
+
+def test_a_hash_of_another_model_reaches_nothing(
+    pair: tuple[Worker, Worker],
+    blend: BlendClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """A match is the caller's word: its chunk must be of the buffer's own layout."""
+    first, second = pair
+    first.ask("register_buffer", "c", f"{model}-other")
+    tokens = prompt(CHUNK)
+    first.ask("blend", "store_pre_computed", "c", 0, tokens)
+    found = blend.lookup_pre_computed(session, f"{model}-other", 1, tokens)
+    other = SessionKey("e", "other")
+    with pytest.raises(BadRequest, match="of another model"):
+        second.ask(
+            "blend", "retrieve_pre_computed", other, "b", 0, matches=found.matches
+        )
+    assert (second.ask("read_slots", "b", 0, SLOTS) == POISON).all()
+    first.ask("blend", "unregister", "c")
 
 
 def test_every_rank_must_have_stored(

@@ -1,0 +1,151 @@
+"""Entries in their file: kept, blanked, torn, full, and another's."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from kvcore.blend.index import Entry
+from kvcore.blend.kept import SLOT_BYTES, KeptEntries
+from kvcore.errors import SetupError
+from kvcore.keys import ChunkHash
+
+CHUNK = 16
+
+
+def entry(number: int) -> Entry:
+    """Make an entry."""
+    return Entry(
+        ChunkHash(bytes([number] * 32)), number << 50, bytes([number + 1] * 32), number
+    )
+
+
+def read(kept: KeptEntries) -> set[tuple[ChunkHash, int, bytes, int]]:
+    """Everything that is kept."""
+    return {(e.hash, e.key, e.digest, e.start) for e in kept.read()}
+
+
+def filled(path: Path, count: int) -> list[Entry]:
+    """Keep some entries in a file."""
+    kept = KeptEntries(path, CHUNK)
+    entries = [entry(number) for number in range(count)]
+    for one in entries:
+        kept.write(one)
+    kept.close()
+    return entries
+
+
+def as_set(entries: list[Entry]) -> set[tuple[ChunkHash, int, bytes, int]]:
+    """What `read` gives."""
+    return {(e.hash, e.key, e.digest, e.start) for e in entries}
+
+
+def test_entries_and_base_are_read_again(tmp_path: Path) -> None:
+    """Both are as they were, for a server with chunks of the same size."""
+    path = tmp_path / "kept"
+    entries = filled(path, 3)
+    first = KeptEntries(path, CHUNK)
+    assert read(first) == as_set(entries)
+    base = first.base
+    first.close()
+    again = KeptEntries(path, CHUNK)
+    assert again.base == base
+    again.close()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_another_chunk_size_begins_anew(tmp_path: Path) -> None:
+    """Entries of other chunks are of no use, nor is their base."""
+    path = tmp_path / "kept"
+    filled(path, 3)
+    before = KeptEntries(path, CHUNK)
+    base = before.base
+    before.close()
+    other = KeptEntries(path, 2 * CHUNK)
+    assert read(other) == set()
+    assert other.base != base
+    other.close()
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 3])
+def test_a_damaged_record_is_left_out(tmp_path: Path, damaged: int) -> None:
+    """A flipped bit costs one entry; in the header it costs all."""
+    path = tmp_path / "kept"
+    entries = filled(path, 3)
+    data = bytearray(path.read_bytes())
+    data[damaged * SLOT_BYTES + 9] ^= 4
+    path.write_bytes(data)
+    kept = KeptEntries(path, CHUNK)
+    left = [e for n, e in enumerate(entries, 1) if damaged not in (0, n)]
+    assert read(kept) == as_set(left)
+    kept.close()
+
+
+def test_a_file_cut_short_keeps_whole_records(tmp_path: Path) -> None:
+    """The last record of a copy that was cut off is not there."""
+    path = tmp_path / "kept"
+    entries = filled(path, 3)
+    os.truncate(path, 4 * SLOT_BYTES - 1)
+    kept = KeptEntries(path, CHUNK)
+    assert read(kept) == as_set(entries[:2])
+    kept.close()
+
+
+def test_slots_are_used_again(tmp_path: Path) -> None:
+    """The file is as long as the most entries at once, also over restarts."""
+    path = tmp_path / "kept"
+    entries = filled(path, 4)
+    size = path.stat().st_size
+    kept = KeptEntries(path, CHUNK)
+    found = list(kept.read())
+    for one in found[:3]:
+        kept.blank(one)
+    for number in range(10, 12):
+        kept.write(entry(number))
+    kept.close()
+    again = KeptEntries(path, CHUNK)
+    assert read(again) == as_set([entries[3], entry(10), entry(11)])
+    again.write(entry(12))
+    assert path.stat().st_size == size
+    again.close()
+
+
+def test_a_file_has_one_server(tmp_path: Path) -> None:
+    """The second is refused by name until the first has gone."""
+    path = tmp_path / "kept"
+    first = KeptEntries(path, CHUNK)
+    with pytest.raises(SetupError, match=r"blend.keep = .*kept: another server"):
+        KeptEntries(path, CHUNK)
+    first.close()
+    KeptEntries(path, CHUNK).close()
+
+
+def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    """The option and the reason are named."""
+    with pytest.raises(SetupError, match=r"blend.keep = .*: No such file"):
+        KeptEntries(tmp_path / "missing" / "kept", CHUNK)
+
+
+def test_a_full_disk_ends_the_keeping_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told once; entries go on without it, and what was kept is there later."""
+    path = tmp_path / "kept"
+    entries = filled(path, 2)
+    kept = KeptEntries(path, CHUNK)
+    assert len(read(kept)) == 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    try:
+        for number in range(3, 6):
+            kept.write(entry(number))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept.close()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    again = KeptEntries(path, CHUNK)
+    assert read(again) == as_set(entries)
+    again.close()

@@ -1,0 +1,322 @@
+"""Documents beyond L1 and beyond a server's life: found, loaded, and byte for byte."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.client.blend import BlendClient
+from kvcore.keys import ExtraKey, SessionKey
+from kvcore.protocol import CBLookupReply
+from kvcore.shm import SHM_DIR
+from kvcore.storage.recovery import arena_name
+from tests.system.blend_worker import BlendTold
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.test_blend import Values, put, where
+from tests.system.test_tiers import connected, counter, is_idle, written
+from tests.system.worker import Worker
+
+SMALL_CHUNKS = 8
+SMALL = ("--l1-size", "64KiB")
+"""Room for eight chunks of a buffer."""
+BLEND = ("--engine", "blend")
+MODEL = "m"
+
+Serve = Callable[..., Server]
+KEY = SessionKey("engine", "reader")
+
+
+@dataclass
+class House:
+    """A server, a worker with buffer "a", and a client that plays the scheduler."""
+
+    server: Server
+    worker: Worker
+    client: KVClient
+
+    def look_up(self, text: list[int], key: SessionKey = KEY) -> CBLookupReply:
+        """Look documents up."""
+        return BlendClient(self.client).lookup_pre_computed(key, MODEL, 1, text)
+
+    def read(self, found: CBLookupReply, key: SessionKey = KEY) -> Values:
+        """Retrieve what was found into a poisoned buffer, and return the buffer."""
+        self.worker.ask("poison_all", "a")
+        ranges = found.ranges
+        self.worker.ask("blend", "retrieve_pre_computed", key, "a", 0, ranges=ranges)
+        slots: Values = self.worker.ask("read_slots", "a", 0, 1024)
+        self.client.end_session(key)
+        return slots
+
+    def await_written(self, num_parts: int) -> None:
+        """Wait until so many parts are in tiers, and L1 may evict them."""
+        wait_until(lambda: written(self.client) == num_parts and is_idle(self.client))
+
+    def push_out(self, prompt: Prompt) -> None:
+        """Fill L1 with another document, and wait until that may go, too."""
+        num_parts = written(self.client)
+        put(self.worker, prompt(SMALL_CHUNKS * CHUNK), 99)
+        if self.client.status().tiers:
+            self.await_written(num_parts + SMALL_CHUNKS)
+
+    def count(self, name: str) -> int:
+        """Return a counter of the server."""
+        return counter(self.client, name)
+
+
+@contextmanager
+def housed(server: Server) -> Iterator[House]:
+    """Make a house of a running server; nothing may be held at its end."""
+    worker = Worker(server.address, BlendTold)
+    try:
+        worker.answer()
+        worker.ask("register_buffer", "a", MODEL)
+        with connected(server) as client:
+            yield House(server, worker, client)
+    finally:
+        worker.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of a file tier."""
+    return tmp_path / "tier"
+
+
+def tier_of(folder: Path) -> tuple[str, ...]:
+    """Options of a server with that tier."""
+    return ("--tier", f"file://{folder}?retry=0.05")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Path]:
+    """A journal's path; the arena that it is about is removed at the end."""
+    path = tmp_path / "journal"
+    yield path
+    (SHM_DIR / arena_name(path)).unlink(missing_ok=True)
+
+
+def test_documents_that_only_a_tier_has_are_found_and_loaded(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """Two documents that left L1, in another order between glue, byte for byte."""
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as house:
+        one, two = prompt(3 * CHUNK), prompt(2 * CHUNK)
+        of_one, of_two = put(house.worker, one, 1), put(house.worker, two, 2)
+        house.await_written(5)
+        house.push_out(prompt)
+        assert house.count("chunks_evicted") == 5
+        text = [*prompt(7), *two, *prompt(9), *one]
+        found = house.look_up(text)
+        first, second = 7, 7 + 2 * CHUNK + 9
+        assert where(found) == [(first, 7 + 2 * CHUNK), (second, second + 3 * CHUNK)]
+        assert [m.old_start for m in found.matches] == [
+            *(i * CHUNK for i in range(2)),
+            *(i * CHUNK for i in range(3)),
+        ]
+        assert house.count("parts_prefetched") == 5
+        slots = house.read(found)
+        assert np.array_equal(slots[:, :, first : 7 + 2 * CHUNK], of_two)
+        assert np.array_equal(slots[:, :, second : second + 3 * CHUNK], of_one)
+
+
+def test_a_document_half_in_l1_is_one_range(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """Only what is missing is loaded, wherever in the document that is."""
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as house:
+        tokens = prompt(5 * CHUNK)
+        values = put(house.worker, tokens, 1)
+        house.await_written(5)
+        house.push_out(prompt)
+        house.read(house.look_up([*prompt(3), *tokens[2 * CHUNK : 4 * CHUNK]]))
+        assert house.count("parts_prefetched") == 2
+        found = house.look_up([*prompt(4), *tokens])
+        assert where(found) == [(4, 4 + 5 * CHUNK)]
+        assert house.count("parts_prefetched") == 5
+        assert np.array_equal(house.read(found)[:, :, 4 : 4 + 5 * CHUNK], values)
+
+
+def test_a_chunk_that_is_nowhere_is_no_longer_matched(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """What the tier has lost is asked for once; the document's rest is still found."""
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as house:
+        tokens = prompt(3 * CHUNK)
+        put(house.worker, tokens, 1)
+        house.await_written(3)
+        house.push_out(prompt)
+        lost = house.look_up(tokens).matches[1].hash
+        house.client.end_session(KEY)
+        house.push_out(prompt)
+        known = house.count("document_chunks")
+        next(folder.glob(f"??/{lost.hex()}-*")).unlink()
+        assert where(house.look_up(tokens)) == [(0, CHUNK)]
+        assert house.count("document_chunks") == known - 1
+        found = house.look_up(tokens)
+        assert where(found) == [(0, CHUNK), (2 * CHUNK, 3 * CHUNK)]
+        jobs = house.count("prefetches")
+        assert house.look_up(tokens) == found
+        assert house.count("prefetches") == jobs
+        house.client.end_session(KEY)
+
+
+def test_without_a_tier_an_evicted_chunk_is_no_longer_matched(
+    serve: Serve, prompt: Prompt
+) -> None:
+    """The index has what L1 has."""
+    with housed(serve(*BLEND, *SMALL)) as house:
+        tokens = prompt(3 * CHUNK)
+        put(house.worker, tokens, 1)
+        house.push_out(prompt)
+        assert house.look_up(tokens) == CBLookupReply((), (), 0)
+        assert house.count("document_chunks") == SMALL_CHUNKS
+
+
+def test_a_salts_documents_are_at_its_quotas_expense(
+    serve: Serve, prompt: Prompt
+) -> None:
+    """A tenant over its quota evicts its own documents, not those of others."""
+    salted = (ExtraKey(0, b'["salt", "greedy"]'),)
+    quota = ("--set", 'l1.quotas={"salt:greedy" = "16KiB"}')
+    with housed(serve(*BLEND, *SMALL, *quota)) as house:
+        ours = prompt(3 * CHUNK)
+        put(house.worker, ours, 1)
+        for _ in range(2 * SMALL_CHUNKS):
+            house.worker.ask(
+                *("blend", "store_pre_computed", "a", 0, prompt(CHUNK)), extras=salted
+            )
+        assert where(house.look_up(ours)) == [(0, 3 * CHUNK)]
+        house.client.end_session(KEY)
+
+
+def test_known_chunks_in_tiers_are_bounded(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """Beyond the limit the longest unused are not known any more."""
+    limit = ("--set", "blend.max_tier_chunks=3")
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder), *limit)) as house:
+        old, new = prompt(2 * CHUNK), prompt(3 * CHUNK)
+        put(house.worker, old, 1)
+        put(house.worker, new, 2)
+        house.await_written(5)
+        house.push_out(prompt)
+        assert not house.look_up(old).matches
+        assert len(house.look_up(new).matches) == 3
+        house.client.end_session(KEY)
+
+
+def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """What L1 has of a document is served meanwhile, the rest when it is back."""
+    options = (*BLEND, *tier_of(folder), "--set", f"blend.keep={folder}.documents")
+    with housed(serve(*options)) as house:
+        tokens = prompt(3 * CHUNK)
+        values = put(house.worker, tokens, 1)
+        house.await_written(3)
+    assert house.server.stop() == 0
+    taken = os.open(folder / ".lock", os.O_RDWR)
+    fcntl.flock(taken, fcntl.LOCK_EX)
+    with housed(house.server.again()) as house:
+        assert house.count("document_chunks") == 3
+        house.worker.ask("write", "a", 0, values[:, :, :CHUNK])
+        house.worker.ask("blend", "store_pre_computed", "a", 0, tokens[:CHUNK])
+        assert where(house.look_up(tokens)) == [(0, CHUNK)]
+        assert house.count("document_chunks") == 3
+        house.client.end_session(KEY)
+        os.close(taken)
+
+        def is_whole() -> bool:
+            found = house.look_up(tokens)
+            house.client.end_session(KEY)
+            return where(found) == [(0, 3 * CHUNK)]
+
+        wait_until(is_whole)
+        assert np.array_equal(
+            house.read(house.look_up(tokens))[:, :, : 3 * CHUNK], values
+        )
+    house.server.close()
+
+
+@pytest.mark.parametrize("matcher", ["anywhere", "separated"])
+def test_a_killed_server_with_a_tier_finds_documents_again(
+    serve: Serve, folder: Path, prompt: Prompt, matcher: str
+) -> None:
+    """The next run matches what the tier has, at any position, byte for byte."""
+    options = [*BLEND, *tier_of(folder), "--set", f"blend.matcher={matcher}"]
+    if matcher == "anywhere":
+        options += ["--set", f"blend.keep={folder}.documents"]
+    else:
+        options += ["--set", "blend.start=[[7]]"]
+    with housed(serve(*options)) as house:
+        one, two = prompt(2 * CHUNK + 3), prompt(3 * CHUNK)
+        of_one, of_two = put(house.worker, one, 1), put(house.worker, two, 2)
+        house.await_written(5)
+    house.server.kill()
+    with housed(house.server.again()) as house:
+        text = [*prompt(7), 7, *two, 7, *one]
+        found = house.look_up(text)
+        after = 8 + 3 * CHUNK + 1
+        assert where(found) == [(8, 8 + 3 * CHUNK), (after, after + 2 * CHUNK)]
+        slots = house.read(found)
+        assert np.array_equal(slots[:, :, 8 : 8 + 3 * CHUNK], of_two)
+        assert np.array_equal(
+            slots[:, :, after : after + 2 * CHUNK], of_one[:, :, : 2 * CHUNK]
+        )
+    house.server.close()
+
+
+def test_a_killed_server_with_a_kept_l1_finds_documents_again(
+    serve: Serve, journal: Path, prompt: Prompt
+) -> None:
+    """Every acknowledged document, twice over; a prefix is none after it either."""
+    server = serve(*BLEND, "--set", f"l1.keep={journal}")
+    known: list[tuple[list[int], Values]] = []
+    text = prompt(2 * CHUNK)
+    for run in range(3):
+        with housed(server) as house:
+            for tokens, values in known:
+                found = house.look_up([*prompt(5), *tokens])
+                assert where(found) == [(5, 5 + 2 * CHUNK)]
+                slots = house.read(found)
+                assert np.array_equal(slots[:, :, 5 : 5 + 2 * CHUNK], values)
+            assert not house.look_up(text).matches
+            house.client.end_session(KEY)
+            for number in range(2):
+                tokens = prompt(2 * CHUNK)
+                known.append((tokens, put(house.worker, tokens, 10 * run + number)))
+            house.worker.ask("blend", "store_final", KEY, "a", 0, 0, len(text), text)
+        server.kill()
+        server = server.again()
+    with housed(server) as house:
+        assert house.count("document_chunks") == 2 * len(known)
+    server.close()
+
+
+def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
+    serve: Serve, journal: Path, prompt: Prompt
+) -> None:
+    """Without its memory a document is stored anew."""
+    server = serve(*BLEND, "--set", f"l1.keep={journal}")
+    tokens = prompt(2 * CHUNK)
+    with housed(server) as house:
+        put(house.worker, tokens, 1)
+    assert server.stop() == 0
+    (SHM_DIR / arena_name(journal)).unlink()
+    again = server.again()
+    with housed(again) as house:
+        assert house.look_up(tokens) == CBLookupReply((), (), 0)
+        assert house.count("document_chunks") == 0
+        put(house.worker, tokens, 1)
+        assert len(house.look_up(tokens).matches) == 2
+        house.client.end_session(KEY)
+    again.close()
