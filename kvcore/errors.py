@@ -20,6 +20,7 @@ KVError
 │   └── Overloaded               too many requests under way; try again later
 ├── ServerError
 │   ├── Internal                 a defect of ours; the server's log has the trace
+│   ├── DeviceFailed             a GPU or its driver refused or failed
 │   ├── Unavailable              no server answers, or it went away (client side)
 │   └── Closed                   this end was closed
 └── SetupError                   a flag, a file or the machine does not allow to start
@@ -125,6 +126,10 @@ class ServerError(KVError):
 
 class Internal(ServerError, code="internal"):
     """A defect of the server; its log has the trace."""
+
+
+class DeviceFailed(ServerError, code="device_failed"):
+    """A GPU or its driver refused or failed; `details["status"]` is the driver's."""
 
 
 class Unavailable(ServerError, code="unavailable"):
