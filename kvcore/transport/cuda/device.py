@@ -7,8 +7,10 @@ imports CUDA; `driver.py` does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NewType, Protocol
 
 import numpy as np
 
@@ -16,6 +18,20 @@ Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
 HANDLE_BYTES = 64
 """Of an IPC handle to memory or to an event (CU_IPC_HANDLE_SIZE)."""
+
+Function = NewType("Function", int)
+"""A kernel that was loaded, the driver's CUfunction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is run: `programs` blocks of `warps` x 32 threads."""
+
+    programs: int
+    warps: int
+    shared_bytes: int
+    arguments: Sequence[int]
+    types: Sequence[type[c_int32] | type[c_int64]]
 
 
 class Event(Protocol):
@@ -65,6 +81,9 @@ class Stream(Protocol):
     ) -> None:
         """Copy many pieces, in no order among them: `[pieces]` each, contiguous."""
 
+    def launch(self, function: Function, launch: Launch) -> None:
+        """Run a kernel."""
+
     def close(self) -> None:
         """Let go of it, once its work has ended."""
 
@@ -104,6 +123,13 @@ class Device(Protocol):
     def ordinal(self) -> int:
         """Its number in this process alone."""
 
+    @property
+    def compute_capability(self) -> int:
+        """What its kernels are compiled for: 90 for Hopper."""
+
+    def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
+        """Load a kernel for as long as the process lives."""
+
     def stream(self) -> Stream:
         """Make a stream that waits for no other."""
 
@@ -118,6 +144,12 @@ class Device(Protocol):
 
     def free(self, address: int) -> None:
         """Give back what `allocate` gave."""
+
+    def allocate_host(self, num_bytes: int) -> int:
+        """Take page-locked host memory."""
+
+    def free_host(self, address: int) -> None:
+        """Give back what `allocate_host` gave."""
 
     def pin(self, address: int, num_bytes: int) -> None:
         """Page-lock host memory, for all devices of this process."""

@@ -32,6 +32,8 @@ from kvcore.transport.cuda.device import (
     Addresses,
     Event,
     Exported,
+    Function,
+    Launch,
     Opened,
 )
 
@@ -211,12 +213,12 @@ class FakeEvent:
         shared = self._shared
         return lambda: shared is None or shared.is_reached()
 
-    def is_done(self) -> bool:  # noqa: D102
+    def is_done(self) -> bool:
         self._world.check_broken()
         self._world.step_some()
         return self.reached()()
 
-    def wait(self) -> None:  # noqa: D102
+    def wait(self) -> None:
         if not self._ours:
             raise Misuse("another process's event may never be reached")
         reached = self.reached()
@@ -225,12 +227,12 @@ class FakeEvent:
                 raise Misuse("what the event waits for never runs")
         self._world.check_broken()
 
-    def handle(self) -> bytes:  # noqa: D102
+    def handle(self) -> bytes:
         if self._shared is None or not self._ours:
             raise Misuse("only one's own shared event has a handle")
         return self._shared.handle
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         if self._shared is not None:
             self._shared.close()
             self._shared = None
@@ -238,7 +240,7 @@ class FakeEvent:
 
 
 class FakeStream:
-    """A `Stream`; `launch` is what a kernel is."""
+    """A `Stream`; `call` stands for a kernel, in numpy."""
 
     def __init__(self, world: World, number: int) -> None:
         self.queue: deque[_Work] = deque()
@@ -246,17 +248,17 @@ class FakeStream:
         self._world = world
         self.num_copies = 0
 
-    def record(self, event: Event) -> None:  # noqa: D102
+    def record(self, event: Event) -> None:
         self._world.add(self, _fake(event).mark())
 
-    def wait_for(self, event: Event) -> None:  # noqa: D102
+    def wait_for(self, event: Event) -> None:
         reached = _fake(event).reached()
         self._world.add(self, _Work(lambda: True, after=reached))
 
-    def copy(self, destination: int, source: int, num_bytes: int) -> None:  # noqa: D102
+    def copy(self, destination: int, source: int, num_bytes: int) -> None:
         self._copies([(destination, source, num_bytes)])
 
-    def copy_many(  # noqa: D102
+    def copy_many(
         self, destinations: Addresses, sources: Addresses, sizes: Addresses
     ) -> None:
         for one in (destinations, sources, sizes):
@@ -268,7 +270,7 @@ class FakeStream:
         self._world.random.shuffle(pieces)
         self._copies(pieces)
 
-    def launch(self, kernel: Callable[[], None], touches: Iterable[Touch]) -> None:
+    def call(self, kernel: Callable[[], None], touches: Iterable[Touch]) -> None:
         """Queue a function; `touches` is all the memory that it reads and writes."""
 
         def run() -> bool:
@@ -277,7 +279,10 @@ class FakeStream:
 
         self._world.add(self, _Work(run, tuple(touches)))
 
-    def close(self) -> None:  # noqa: D102
+    def launch(self, function: Function, launch: Launch) -> None:
+        raise Misuse("no fake device runs machine code: queue a function by `call`")
+
+    def close(self) -> None:
         if self.queue:
             raise Misuse("a stream is closed before its work has ended")
         self._world.streams.remove(self)
@@ -309,6 +314,7 @@ class FakeDevice:
         self, world: World, uuid: str = "GPU-0", ordinal: int = 0, name: str = "fake"
     ) -> None:
         self.uuid, self.ordinal, self.name = uuid, ordinal, name
+        self.compute_capability = 90
         self.world = world
         self.allocations: dict[int, _Shared] = {}
         self.opened: dict[int, _Shared] = {}
@@ -316,22 +322,22 @@ class FakeDevice:
         """Allocations that are to be refused, as expandable segments are."""
         self._num_streams = 0
 
-    def stream(self) -> FakeStream:  # noqa: D102
+    def stream(self) -> FakeStream:
         self.world.check_broken()
         self._num_streams += 1
         stream = FakeStream(self.world, (self.ordinal + 1) << 16 | self._num_streams)
         self.world.streams.append(stream)
         return stream
 
-    def event(self, *, shared: bool = False) -> FakeEvent:  # noqa: D102
+    def event(self, *, shared: bool = False) -> FakeEvent:
         self.world.check_broken()
         memory = _Shared.create(mmap.PAGESIZE) if shared else None
         return FakeEvent(self.world, memory, ours=True)
 
-    def open_event(self, handle: bytes) -> FakeEvent:  # noqa: D102
+    def open_event(self, handle: bytes) -> FakeEvent:
         return FakeEvent(self.world, _Shared.open(handle), ours=False)
 
-    def allocate(self, num_bytes: int) -> int:  # noqa: D102
+    def allocate(self, num_bytes: int) -> int:
         self.world.check_broken()
         memory = _Shared.create(num_bytes)
         memory.array[:] = POISON
@@ -339,18 +345,32 @@ class FakeDevice:
         self.world.enter(memory.address, num_bytes)
         return memory.address
 
-    def free(self, address: int) -> None:  # noqa: D102
+    def allocate_host(self, num_bytes: int) -> int:
+        memory = _Shared.create(num_bytes)
+        self.allocations[memory.address] = memory
+        self.pin(memory.address, num_bytes)
+        return memory.address
+
+    def free_host(self, address: int) -> None:
+        self.free(address)
+
+    def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
+        raise Misuse("no fake device runs machine code")
+
+    def free(self, address: int) -> None:
+        self.world.check_broken()
         self.world.leave(address)
         self.allocations.pop(address).close()
 
-    def pin(self, address: int, num_bytes: int) -> None:  # noqa: D102
+    def pin(self, address: int, num_bytes: int) -> None:
         self.world.check_broken()
         self.world.enter(address, num_bytes, pinned=True)
 
-    def unpin(self, address: int) -> None:  # noqa: D102
+    def unpin(self, address: int) -> None:
+        self.world.check_broken()
         self.world.leave(address)
 
-    def export(self, address: int) -> Exported:  # noqa: D102
+    def export(self, address: int) -> Exported:
         for base, memory in self.allocations.items():
             if base <= address < base + memory.num_bytes:
                 if base in self.no_ipc:
@@ -358,7 +378,7 @@ class FakeDevice:
                 return Exported(memory.handle, address - base, memory.num_bytes)
         raise HandleError(f"{address:#x} is not memory of {self.uuid}")
 
-    def open(self, handle: bytes) -> Opened:  # noqa: D102
+    def open(self, handle: bytes) -> Opened:
         memory = _Shared.open(handle)
         if any(handle == other.handle for other in self.opened.values()):
             raise Misuse("an allocation is opened twice")
@@ -366,7 +386,8 @@ class FakeDevice:
         self.world.enter(memory.address, memory.num_bytes)
         return Opened(memory.address, memory.num_bytes)
 
-    def close_handle(self, address: int) -> None:  # noqa: D102
+    def close_handle(self, address: int) -> None:
+        self.world.check_broken()
         self.world.leave(address)
         self.opened.pop(address).close()
 

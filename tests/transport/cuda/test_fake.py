@@ -79,7 +79,7 @@ def test_memory_is_not_given_back_under_work() -> None:
     device = FakeDevice(World())
     address, stream = device.allocate(64), device.stream()
     ran = []
-    stream.launch(lambda: ran.append(1), [Touch(address, 64)])
+    stream.call(lambda: ran.append(1), [Touch(address, 64)])
     with pytest.raises(Misuse, match="while work uses it"):
         device.free(address)
     device.world.run()
