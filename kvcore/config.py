@@ -236,6 +236,13 @@ class ServerConfig(Options, frozen=True):
         Meta(description="blend also serves documents at any position (CB_ requests)"),
     ] = "prefix"
     blend: BlendConfig = BlendConfig()
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Meta(
+            description="where engines' caches may lie: cuda also in the memory of "
+            "GPUs; auto: cuda where there is a driver; cpu: in host memory only"
+        ),
+    ] = "auto"
     l1: L1Config = L1Config()
     wire: WireConfig = WireConfig()
     sessions: SessionConfig = SessionConfig()

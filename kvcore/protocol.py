@@ -61,7 +61,16 @@ class PosixShm(msgspec.Struct, frozen=True, tag="posix_shm"):
     length: int
 
 
-MemoryHandle = PosixShm
+class CudaIpc(msgspec.Struct, frozen=True, tag="cuda_ipc"):
+    """A range of one allocation in a GPU's memory, exported by CUDA IPC."""
+
+    device: Annotated[str, Meta(description="UUID of the GPU, as GPU-...")]
+    handle: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    offset: Annotated[int, Meta(ge=0, description="from the allocation's start")]
+    length: Annotated[int, Meta(ge=1)]
+
+
+MemoryHandle = PosixShm | CudaIpc
 """Union of the kinds of memory that an instance may register."""
 
 
@@ -74,6 +83,13 @@ class Done(msgspec.Struct, frozen=True):
 
 Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
+EventHandle = Annotated[
+    bytes,
+    Meta(
+        max_length=64,
+        description="the worker's CUDA IPC event that is waited for; empty: none",
+    ),
+]
 Packed = memoryview
 """Packed bytes, decoded in place without a copy."""
 
@@ -194,12 +210,16 @@ class Store(Request[StoreReply], frozen=True):
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
     token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
+    event: EventHandle = b""
 
 
 class RetrieveReply(msgspec.Struct, frozen=True):
     """The blocks hold the chunks' bytes."""
 
     num_tokens: Annotated[int, Meta(description="tokens written")]
+    event: Annotated[
+        bytes, Meta(description="CUDA IPC event of ours, recorded behind the copy")
+    ] = b""
 
 
 class Retrieve(Request[RetrieveReply], frozen=True):
@@ -226,6 +246,7 @@ class Retrieve(Request[RetrieveReply], frozen=True):
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
     token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
+    event: EventHandle = b""
 
 
 class LookupReply(msgspec.Struct, frozen=True):
@@ -440,6 +461,7 @@ class CBStorePreComputed(Request[StoreReply], frozen=True):
         tuple[ExtraKey, ...],
         Meta(description="at token 0: of the whole; a later one ends the document"),
     ] = ()
+    event: EventHandle = b""
 
 
 class CBRange(msgspec.Struct, frozen=True, array_like=True):
@@ -514,6 +536,7 @@ class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
     extras: Annotated[
         tuple[ExtraKey, ...], Meta(description="of the prompt, beside its tokens")
     ] = ()
+    event: EventHandle = b""
 
 
 class CBStoreFinal(Request[StoreReply], frozen=True):
@@ -533,6 +556,7 @@ class CBStoreFinal(Request[StoreReply], frozen=True):
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
     token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
+    event: EventHandle = b""
 
 
 class Finding(msgspec.Struct, frozen=True):

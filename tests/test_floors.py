@@ -52,7 +52,7 @@ NEVER = {
 EXCEPT = {"kvctl.lab.simulate": ("kvcore.storage.eviction",)}
 """What may all the same: the simulation plays the server's own policies."""
 
-TORCH = ("kvcore.transport.cuda_ipc", "kvcore.vllm", "kvctl.lab.systems.lmcache_peer")
+TORCH = ("kvcore.vllm", "kvctl.lab.systems.lmcache_peer")
 PRINTS = ("kvctl.console",)
 
 

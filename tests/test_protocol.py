@@ -63,11 +63,13 @@ def scalars(kind: inspect.Type) -> st.SearchStrategy[Any]:
     if isinstance(kind, inspect.StrType):
         size = min(kind.max_length or 8, 8)
         return st.text(min_size=kind.min_length or 0, max_size=size)
+    if isinstance(kind, inspect.BytesType):
+        low = kind.min_length or 0
+        return st.binary(min_size=low, max_size=kind.max_length or low + 16)
     if isinstance(kind, inspect.MemoryViewType):
         return st.binary(max_size=16).map(memoryview)
     return {
         inspect.BoolType: st.booleans(),
-        inspect.BytesType: st.binary(max_size=16),
         inspect.FloatType: st.floats(allow_nan=False),
         inspect.NoneType: st.none(),
     }[type(kind)]

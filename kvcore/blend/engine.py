@@ -124,7 +124,7 @@ class BlendEngine:
 
     def cb_register_kv_cache(
         self, request: CBRegisterKVCache, caller: Caller
-    ) -> RegisterReply:
+    ) -> Running | RegisterReply:
         """Register a buffer as a cache whose blocks are single tokens."""
         paged = as_paged(request)
         if request.rope is not None:
@@ -181,6 +181,7 @@ class BlendEngine:
             (slots.reshape(-1, self.chunk_size),),
             caller.deadline_ns,
             space.owner(SessionKey(instance.engine_id, "document")),
+            event=request.event,
         )
 
         def finish() -> StoreReply:
@@ -219,6 +220,7 @@ class BlendEngine:
             tokens=request.tokens,
             token_offset=request.token_offset,
             extras=request.extras,
+            event=request.event,
         )
         return self.engine.store(store, caller)
 
@@ -271,6 +273,7 @@ class BlendEngine:
             Range(0, num_tokens, 0, self.chunk_size),
             caller.deadline_ns,
             turning,
+            request.event,
         )
         return Running(
             future, partial(self._retrieved, future, request, matches, instance)
@@ -286,7 +289,8 @@ class BlendEngine:
         self.counters.document_retrieves += 1
         self.engine.counters.bytes_retrieved += self.engine.result(future)
         self.lookups.read(request.session, matches, instance.rank)
-        return RetrieveReply(len(matches) * self.chunk_size)
+        num_tokens = len(matches) * self.chunk_size
+        return RetrieveReply(num_tokens, instance.memory.result().event)
 
     def _named(
         self, session: Session, request: CBRetrievePreComputed, caller: Caller

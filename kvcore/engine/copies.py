@@ -104,11 +104,13 @@ class Copier:
         deadline_ns: int,
         owner: SessionKey | None = None,
         prefix: Sequence[ChunkHash] = (),
+        event: bytes = b"",
     ) -> Stored:
-        """Copy whole chunks into L1 and make them readable.
+        """Copy whole chunks into L1, after a worker's event; make them readable.
 
         Errors as of `reserve` and `commit`.
         """
+        self._wait(instance, event, deadline_ns)
         write = self.reserve(instance, hashes, blocks, deadline_ns, owner, prefix)
         try:
             checksums = self._mover.gather(instance.caches, blocks, write.places)
@@ -194,22 +196,27 @@ class Copier:
         tokens: Range,
         deadline_ns: int,
         turning: Turning | None = None,
+        event: bytes = b"",
     ) -> int:
         """Copy chunks into the instance's blocks, all or none; return the bytes.
 
-        Then turn the keys of every group, if asked to. Errors as of `hold`.
+        After a worker's event, and before one of ours. Then turn the keys of every
+        group, if asked to. Errors as of `hold`.
         """
+        self._wait(instance, event, deadline_ns)
         read = self.hold(instance, hashes, blocks, tokens, deadline_ns)
         try:
             wrong = self._mover.find_wrong(read.places)
             if wrong:
                 self.condemn(read, wrong)
                 raise ChunksMissing("a chunk's bytes were found wrong")
-            return self._mover.scatter(
+            num_bytes = self._mover.scatter(
                 instance.caches, blocks, read.places, tokens, turning
             )
+            instance.memory.result().record()
         finally:
             self.release(read)
+        return num_bytes
 
     def hold(
         self,
@@ -268,6 +275,11 @@ class Copier:
             chunk = read.chunks[index]
             if chunk is not None:
                 self._l1.condemn(chunk)
+
+    def _wait(self, instance: Instance, event: bytes, deadline_ns: int) -> None:
+        """Wait for what the worker has recorded, and for its memory to be attached."""
+        memory = instance.memory.result()
+        memory.wait(event, lambda: self._check_deadline(deadline_ns))
 
     def _check_deadline(self, deadline_ns: int) -> None:
         if deadline_ns and self._clock_ns() > deadline_ns:

@@ -54,6 +54,7 @@ from kvcore.storage.needs import Needs
 from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import Recovered
 from kvcore.storage.tiers.contract import Tier
+from kvcore.transport.attach import Transports
 from kvcore.transport.plan import Range, check_targets, read_blocks
 
 __all__ = ["Caller", "Engine", "Running"]
@@ -75,6 +76,7 @@ class Engine:
         clock: Callable[[], float] = monotonic,
         tiers: Sequence[Tier] = (),
         recovered: Recovered | None = None,
+        transports: Transports | None = None,
     ) -> None:
         self.chunk_size = config.chunk_size
         journal = recovered.journal if recovered else None
@@ -133,27 +135,38 @@ class Engine:
         )
         # Closing an instance waits for its running copies, which nobody else should.
         self._closer = ThreadPoolExecutor(1, "closer")
+        self._transports = transports or Transports()
 
     # -- registration -------------------------------------------------------------
 
     def register_kv_cache(
         self, request: RegisterKVCache, caller: Caller
-    ) -> RegisterReply:
-        """Attach a worker's memory and enter it, in place of its earlier self."""
+    ) -> Running | RegisterReply:
+        """Attach a worker's memory and enter it, in place of its earlier self.
+
+        It is entered at once: requests that were sent right behind find it.
+        """
         layouts = derive_layouts(request, self.chunk_size)
         parts = tuple(layout.part for layout in layouts)
         space = self.registry.space(request.model, request.world_size)
         self.registry.check(
             caller.client, request.instance_id, space, request.rank, parts
         )
-        instance = Instance(caller.client, caller.pid, request, space, layouts)
+        memory = self._transports.attach(request.handles, layouts)
+        instance = Instance(caller.client, caller.pid, request, space, layouts, memory)
         earlier = self.registry.instances.get(request.instance_id)
         if earlier is not None:
             self._remove(earlier)
         self.registry.add(instance)
-        return RegisterReply(
-            tuple(part.fingerprint for part in parts), instance.chunk_bytes
-        )
+
+        def finish() -> RegisterReply:
+            if memory.exception() is not None and self._is_registered(instance):
+                self._remove(instance)
+            memory.result()
+            names = tuple(part.fingerprint for part in parts)
+            return RegisterReply(names, instance.chunk_bytes)
+
+        return finish() if memory.done() else Running(memory, finish)
 
     def unregister_kv_cache(
         self, request: UnregisterKVCache, caller: Caller
@@ -170,7 +183,7 @@ class Engine:
         """Undo what a dead client leaves: instances, leases, its reads to come."""
         self.counters.clients_gone += 1
         for instance in self.registry.of_client(client):
-            instance.is_abandoned = True
+            instance.abandon()
             self._remove(instance)
             self.leases.drop_reader(instance.engine_id, instance.rank)
         for gone in self.on_client_gone:
@@ -202,6 +215,7 @@ class Engine:
                 caller.deadline_ns,
                 request.session,
                 session.chain.hashes[: tokens.first_chunk],
+                request.event,
             )
         except BaseException:
             self.sessions.leave(session)
@@ -248,6 +262,7 @@ class Engine:
                 blocks,
                 tokens,
                 caller.deadline_ns,
+                event=request.event,
             )
         except BaseException:
             self.sessions.leave(session)
@@ -260,7 +275,8 @@ class Engine:
             self.leases.read(
                 request.session, tokens.first_chunk, tokens.end_chunk, instance.rank
             )
-            return RetrieveReply(tokens.end - tokens.first_token)
+            num_tokens = tokens.end - tokens.first_token
+            return RetrieveReply(num_tokens, instance.memory.result().event)
 
         return Running(future, finish)
 
@@ -276,8 +292,11 @@ class Engine:
 
     def check_registered(self, instance: Instance) -> None:
         """Refuse to copy when the instance went while tokens were hashed."""
-        if self.registry.instances.get(instance.instance_id) is not instance:
+        if not self._is_registered(instance):
             raise UnknownInstance(GONE_MEANWHILE)
+
+    def _is_registered(self, instance: Instance) -> bool:
+        return self.registry.instances.get(instance.instance_id) is instance
 
     def result(self, future: Future[T]) -> T:
         """Return what a lane made, its errors counted."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvcore.engine.space import Space
-from kvcore.errors import BadRequest, LayoutError
+from kvcore.errors import BadRequest, KVError, LayoutError
 from kvcore.layout import KVLayout
 from kvcore.protocol import RegisterKVCache
-from kvcore.shm import Segment
 from kvcore.storage.l1 import PartId, PartName
-from kvcore.transport.host import HostCache
+from kvcore.transport.attach import Attached
 from kvcore.transport.paged import PagedCache
 
 
@@ -24,7 +24,6 @@ class Group:
     part: PartId
     name: PartName
     part_bytes: int
-    cache: PagedCache
 
 
 class Instance:
@@ -41,6 +40,7 @@ class Instance:
         request: RegisterKVCache,
         space: Space,
         layouts: Sequence[KVLayout],
+        memory: Future[Attached],
     ) -> None:
         self.client = client
         self.pid = pid
@@ -51,11 +51,8 @@ class Instance:
         self.space = space
         self.layouts = tuple(layouts)
         self.part_layouts = tuple(layout.part for layout in layouts)
-        self._segments = [
-            Segment.attach(handle.name, offset=handle.offset, length=handle.length)
-            for handle in request.handles
-        ]
-        arrays = [segment.array for segment in self._segments]
+        self.memory = memory
+        """May not be there yet: lanes wait for it, and the loop never does."""
         parts = space.part_ids(request.rank, self.part_layouts)
         self.groups = tuple(
             Group(
@@ -63,16 +60,19 @@ class Instance:
                 part,
                 space.part_name(request.rank, number, layout.part),
                 layout.part.num_bytes,
-                HostCache(layout, arrays),
             )
             for number, (layout, part) in enumerate(zip(layouts, parts, strict=True))
         )
-        self.caches = tuple(group.cache for group in self.groups)
         name = request.instance_id[:40]
         self.is_abandoned = False
         """Its client is gone: what a running copy has taken from it is not kept."""
         self.store_lane = ThreadPoolExecutor(1, f"store-{name}")
         self.retrieve_lane = ThreadPoolExecutor(1, f"retrieve-{name}")
+
+    @property
+    def caches(self) -> tuple[PagedCache, ...]:
+        """The group's memory; for lanes. Raises what attaching it raised."""
+        return self.memory.result().caches
 
     @property
     def chunk_bytes(self) -> int:
@@ -84,12 +84,22 @@ class Instance:
         """Bytes of the memory it registered."""
         return sum(handle.length for handle in self.request.handles)
 
+    def abandon(self) -> None:
+        """Its client is gone: running copies are void, and wait for it no more."""
+        self.is_abandoned = True
+        self.memory.add_done_callback(_abandon)
+
     def close(self) -> None:
         """Drop queued copies, wait for running ones, then unmap. May block."""
         for lane in (self.store_lane, self.retrieve_lane):
             lane.shutdown(wait=True, cancel_futures=True)
-        for segment in self._segments:
-            segment.close()
+        with suppress(KVError):  # It never was attached, as its client was told.
+            self.memory.result().close()
+
+
+def _abandon(memory: Future[Attached]) -> None:
+    if memory.exception() is None:
+        memory.result().abandon()
 
 
 def derive_layouts(request: RegisterKVCache, chunk_size: int) -> list[KVLayout]:

@@ -47,6 +47,7 @@ from kvcore.shm import remove_dead
 from kvcore.storage.arena import SEGMENT_PREFIX
 from kvcore.storage.manager import open_tiers
 from kvcore.storage.recovery import open_arena, recover
+from kvcore.transport.attach import open_transports
 from kvcore.wire import REQUESTS
 
 log = logging.getLogger(__name__)
@@ -69,12 +70,20 @@ class Server:
             self.address = bound.address
             arena = open_arena(config.l1)
             stack.callback(arena.close)
+            transports = open_transports(config.device, arena.array)
+            stack.callback(transports.close)
             recovered = None
             if config.l1.keep is not None:
                 recovered = recover(Path(config.l1.keep), arena)
                 stack.callback(recovered.journal.close)
             tiers = open_tiers(config.tiers)
-            self.engine = Engine(config, arena, tiers=tiers, recovered=recovered)
+            self.engine = Engine(
+                config,
+                arena,
+                tiers=tiers,
+                recovered=recovered,
+                transports=transports,
+            )
             if config.record is not None:
                 recording = Recording(Path(config.record), config.chunk_size)
                 stack.callback(recording.close)

@@ -111,13 +111,6 @@ class HostCache:
         self._planes = _even_planes(layout, handles)
         self._row_planes = _row_planes(layout, handles)
 
-    def wait(self, event: bytes | None) -> None:
-        """Do nothing: a host's store is visible once the request has arrived."""
-
-    def record(self) -> bytes | None:
-        """Return None: copies have ended when their call returns."""
-        return None
-
     def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
         """Copy blocks into parts; see `PagedCache`."""
         blocks = checked_blocks(self.layout, spans, nulls=False)
@@ -135,6 +128,9 @@ class HostCache:
             keys = planes.view[: max(part.num_layers - planes.first, 0)]
             if len(keys):
                 turn_keys(keys, part.dtype, rope, turns)
+
+    def close(self) -> None:
+        """Do nothing: the copies need nothing but the memory."""
 
     def _copy(
         self, spans: Sequence[Span], blocks: BlockIds, arena: Bytes, copy: _Copy

@@ -46,13 +46,11 @@ class PagedCache(Protocol):
     An implementation MUST check every span before the first byte moves, MUST write
     no byte outside the spans' extents (gather) or outside the units of the named
     blocks and tokens (scatter), and MUST allow one gather and one scatter at a time
-    from different threads. Two spans of one call never share bytes.
+    from different threads. Bytes are in their place when a call returns. Two spans
+    of one call never share bytes.
     """
 
     layout: KVLayout
-
-    def wait(self, event: bytes | None) -> None:
-        """Order all later copies after the worker's event; must not block for it."""
 
     def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
         """Copy blocks into parts.
@@ -74,12 +72,8 @@ class PagedCache(Protocol):
         For caches in token order. The blocks of two turns are never the same.
         """
 
-    def record(self) -> bytes | None:
-        """Return an event for the worker to wait on: all copies so far have ended.
-
-        None says that they have ended already. The arena's bytes of a gather count
-        as written, and those of a scatter as free, only after that event.
-        """
+    def close(self) -> None:
+        """Let go of what the copies needed, once all have ended; not of the memory."""
 
 
 @dataclass(frozen=True, slots=True)

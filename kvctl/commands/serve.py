@@ -38,6 +38,7 @@ def serve(
     l1_size: Annotated[str | None, _flag("l1.size")] = None,
     chunk_size: Annotated[int | None, _flag("chunk_size")] = None,
     engine: Annotated[str | None, _flag("engine")] = None,
+    device: Annotated[str | None, _flag("device")] = None,
     tier: Annotated[
         list[str] | None,
         typer.Option(help="a store beneath L1, by URL; several are asked in order"),
@@ -58,6 +59,7 @@ def serve(
         "chunk_size": chunk_size,
         "tiers": tier,
         "engine": engine,
+        "device": device,
         "ready_file": ready_file,
         "metrics_port": metrics_port,
         "record": record,

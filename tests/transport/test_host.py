@@ -345,13 +345,6 @@ def test_no_spans_are_no_work(way: str) -> None:
     assert not handle.any()
 
 
-def test_host_memory_needs_no_events() -> None:
-    """Waiting for nothing and recording give None: copies end with their call."""
-    cache = HostCache(latent(2), [np.zeros(2 * 2 * 16 * 1152, np.uint8)])
-    cache.wait(None)
-    assert cache.record() is None
-
-
 def test_handles_smaller_than_described_are_refused_at_construction() -> None:
     """No view past a handle's end is ever made."""
     with pytest.raises((TypeError, ValueError)):

@@ -20,6 +20,7 @@ from kvcore.protocol import (
     BootToken,
     L1Status,
     LookupReply,
+    PosixShm,
     RegisterKVCache,
     RegisterReply,
     RetrieveReply,
@@ -140,6 +141,11 @@ class Foreign(ABC):
 
 
 Client = KVClient | Foreign
+
+
+def shared(request: RegisterKVCache) -> list[PosixShm]:
+    """Return the segments of a played cache."""
+    return [one for one in request.handles if isinstance(one, PosixShm)]
 
 
 def taken_s(client: Client, seen_s: float) -> float:

@@ -31,7 +31,7 @@ from kvcore.protocol import (
     RetrieveReply,
     StoreReply,
 )
-from kvctl.lab.systems.contract import Foreign, Started, SystemSpec
+from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
 from kvctl.lab.systems.foreign_server import free_port
 
 PEER = Path(__file__).with_name("lmcache_peer.py")
@@ -143,13 +143,14 @@ class LMCacheClient(Foreign):
         group = request.groups[0]
         if len(request.groups) != 1 or group.axes != AXES:
             raise SetupError(f"--system lmcache: plays caches shaped {AXES} only")
+        handles = shared(request)
         layers = [
-            (request.handles[one.handle].offset + one.offset, one.shape)
+            (handles[one.handle].offset + one.offset, one.shape)
             for one in group.tensors
         ]
         self._registered = request
         cache = {
-            "segment": request.handles[0].name, "dtype": group.dtype, "layers": layers,
+            "segment": handles[0].name, "dtype": group.dtype, "layers": layers,
             "block_size": group.block_size, "rank": request.rank,
             "model": _model(request.model), "world_size": request.world_size,
             "instance": request.instance_id,

@@ -30,7 +30,7 @@ from kvcore.protocol import (
 from kvcore.shm import Segment
 from kvctl.lab.paged import Indices, Words, logical_view
 from kvctl.lab.services import VALKEY, program
-from kvctl.lab.systems.contract import Foreign, Started, SystemSpec
+from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
 
 HASH_SLICE = 1 << 20
 
@@ -185,7 +185,7 @@ class _RankCache:
         group = request.groups[0]
         self._request = request
         self._chunk_size = chunk_size
-        handles = request.handles
+        handles = shared(request)
         length = max(handle.offset + handle.length for handle in handles)
         self._segment = Segment.attach(handles[0].name, offset=0, length=length)
         starts = [handle.offset for handle in handles]

@@ -1,0 +1,198 @@
+"""How this process reaches a worker's cache: the one place that chooses a transport.
+
+A transport for each kind of memory handle. What it makes of an instance's handles is
+the instance's memory: a `PagedCache` for each cache group, and the order between its
+copies and the worker's own work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, Protocol
+
+from kvcore.errors import DeviceFailed, HandleError, SetupError
+from kvcore.layout import KVLayout
+from kvcore.protocol import CudaIpc, MemoryHandle, PosixShm
+from kvcore.shm import Bytes, Segment
+from kvcore.transport.host import HostCache
+from kvcore.transport.paged import PagedCache
+
+log = logging.getLogger(__name__)
+
+DeviceChoice = Literal["auto", "cuda", "cpu"]
+_DRIVER = "libcuda.so.1"
+
+
+class Attached(Protocol):
+    """One instance's memory. Copies of either direction come from one thread each."""
+
+    @property
+    def caches(self) -> tuple[PagedCache, ...]:
+        """A cache for each group, in order."""
+
+    @property
+    def event(self) -> bytes:
+        """Handle of the event that `record` records; empty where there is none."""
+
+    def wait(self, event: bytes, check: Callable[[], None]) -> None:
+        """Block until what the worker recorded has ended; now and then `check`.
+
+        Raises:
+            UnknownInstance: `abandon` was called.
+            HandleError: no event of that handle; or what `check` raises.
+        """
+
+    def record(self) -> None:
+        """Put our event behind all copies so far, for the worker to wait on."""
+
+    def abandon(self) -> None:
+        """The worker is gone: nothing waits for it any more. Any thread."""
+
+    def close(self) -> None:
+        """Let go of the memory, once all copies have ended. May block."""
+
+
+class Transport(Protocol):
+    """What reaches one kind of memory."""
+
+    def attach(
+        self, handles: Sequence[Any], layouts: Sequence[KVLayout]
+    ) -> Future[Attached]:
+        """Reach an instance's memory. Never blocks: what takes long, goes on behind.
+
+        Raises:
+            HandleError: at once or by the future.
+        """
+
+    def close(self) -> None:
+        """Let go of what all instances share, once all of them are closed."""
+
+
+class Transports:
+    """All that this process has, by kind of handle."""
+
+    def __init__(
+        self, others: Mapping[type[MemoryHandle], Transport] | None = None
+    ) -> None:
+        self._by_kind: dict[type[MemoryHandle], Transport] = {
+            PosixShm: HostTransport(),
+            **(others or {}),
+        }
+
+    def attach(
+        self, handles: Sequence[MemoryHandle], layouts: Sequence[KVLayout]
+    ) -> Future[Attached]:
+        """Reach an instance's memory; see `Transport`."""
+        kinds = {type(handle) for handle in handles} or {PosixShm}
+        if len(kinds) > 1:
+            raise HandleError("handles: an instance's memory is all of one kind")
+        transport = self._by_kind.get(kinds.pop())
+        if transport is None:
+            raise HandleError(
+                "handles: memory of a GPU, but this server has none: it was started "
+                "with --device cpu, or found no NVIDIA driver"
+            )
+        return transport.attach(handles, layouts)
+
+    def close(self) -> None:
+        """Close every transport, once all instances are closed."""
+        for transport in self._by_kind.values():
+            transport.close()
+
+
+class HostTransport:
+    """Caches in POSIX shared memory."""
+
+    def attach(
+        self, handles: Sequence[PosixShm], layouts: Sequence[KVLayout]
+    ) -> Future[Attached]:
+        """Map the segments; takes no time."""
+        attached: Future[Attached] = Future()
+        attached.set_result(HostMemory(handles, layouts))
+        return attached
+
+    def close(self) -> None:
+        """Do nothing: instances share nothing."""
+
+
+class HostMemory:
+    """An instance's mapped segments. Copies have ended when their calls return."""
+
+    event = b""
+
+    def __init__(
+        self, handles: Sequence[PosixShm], layouts: Sequence[KVLayout]
+    ) -> None:
+        self._segments: list[Segment] = []
+        try:
+            for handle in handles:
+                segment = Segment.attach(
+                    handle.name, offset=handle.offset, length=handle.length
+                )
+                self._segments.append(segment)
+            arrays = [segment.array for segment in self._segments]
+            self.caches = tuple(HostCache(layout, arrays) for layout in layouts)
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self, event: bytes, check: Callable[[], None]) -> None:
+        """Do nothing: a host's store is visible once the request has arrived."""
+
+    def record(self) -> None:
+        """Do nothing; see `wait`."""
+
+    def abandon(self) -> None:
+        """Do nothing: nobody ever waits."""
+
+    def close(self) -> None:
+        """Unmap the segments."""
+        self.caches = ()
+        for segment in self._segments:
+            segment.close()
+
+
+def open_transports(device: DeviceChoice, arena: Bytes) -> Transports:
+    """Make the transports of a server; with a GPU, the arena is page-locked for it.
+
+    "auto" takes CUDA where there is a driver, and says in the log why not.
+
+    Raises:
+        SetupError: "cuda", and there is none that works; or the arena cannot be
+            page-locked.
+    """
+    if device == "cpu" or (device == "auto" and not _has_driver()):
+        return Transports()
+    try:
+        # Here: it takes its time, and most servers have no GPU.
+        from kvcore.transport.cuda.driver import open_devices
+
+        devices = open_devices()
+    except SetupError as error:
+        if device == "cuda":
+            raise SetupError(f"device = cuda: {error.message}") from None
+        log.warning("device = auto: caches in host memory only: %s", error.message)
+        return Transports()
+    from kvcore.transport.cuda.ipc import CudaTransport
+
+    try:
+        cuda = CudaTransport(devices, arena)
+    except DeviceFailed as error:
+        raise SetupError(
+            f"device = {device}: {error.message}; make L1 smaller (--l1-size), or "
+            "start with --device cpu for caches in host memory"
+        ) from None
+    log.info("device = %s: %s", device, ", ".join(map(repr, devices)))
+    return Transports({CudaIpc: cuda})
+
+
+def _has_driver() -> bool:
+    """Say whether the driver's library can be loaded, the cheapest of questions."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
