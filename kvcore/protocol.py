@@ -385,6 +385,45 @@ class TierStatus(msgspec.Struct, frozen=True):
     write_back: WriteBackStatus
 
 
+class PieceRate(msgspec.Struct, frozen=True, array_like=True):
+    """How fast scattered pieces of one size were moved."""
+
+    piece_bytes: int
+    bytes_s: float
+
+
+class CopyRates(msgspec.Struct, frozen=True):
+    """What copies between one GPU and page-locked memory took, one way."""
+
+    link_bytes_s: Annotated[float, Meta(description="one large copy")]
+    start_s: Annotated[float, Meta(description="one small copy, until it is seen done")]
+    call_s: Annotated[float, Meta(description="each of many small copies")]
+    staged_start_s: Annotated[float, Meta(description="one small copy by kernels")]
+    batched: Annotated[tuple[PieceRate, ...], Meta(description="handed over at once")]
+    kernels: Annotated[
+        tuple[PieceRate, ...], Meta(description="packed or unpacked on the device")
+    ]
+
+
+class DeviceRates(msgspec.Struct, frozen=True):
+    """What was measured of one GPU before its first copy; the ways follow from it."""
+
+    to_host: CopyRates
+    to_device: CopyRates
+    measured_s: Annotated[float, Meta(description="what measuring took")]
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """One GPU whose caches the server copies."""
+
+    uuid: str
+    name: str
+    num_caches: int
+    staging_bytes: Annotated[int, Meta(description="device memory in use for copies")]
+    copies: Annotated[dict[str, int], Meta(description="calls, by way and direction")]
+    rates: DeviceRates
+
+
 class StatusReply(msgspec.Struct, frozen=True):
     """The inside of the server at one moment."""
 
@@ -404,6 +443,7 @@ class StatusReply(msgspec.Struct, frozen=True):
     prefetches: tuple[PrefetchStatus, ...] = ()
     num_prefetches: Annotated[int, Meta(description="under way; the list is cut")] = 0
     tiers: tuple[TierStatus, ...] = ()
+    devices: tuple[DeviceStatus, ...] = ()
 
 
 class Status(Request[StatusReply], frozen=True):

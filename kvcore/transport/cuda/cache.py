@@ -1,0 +1,172 @@
+"""Caches in a GPU's memory, and what those of one device share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+
+from kvcore.layout import KVLayout
+from kvcore.protocol import CopyRates, DeviceRates, DeviceStatus
+from kvcore.rope import Rope
+from kvcore.shm import Bytes
+from kvcore.transport.cuda.calibrate import measure
+from kvcore.transport.cuda.device import Device
+from kvcore.transport.cuda.kernels import Kernels
+from kvcore.transport.cuda.lanes import GatherLane, ScatterLane
+from kvcore.transport.cuda.pieces import Plan, Rows
+from kvcore.transport.cuda.staging import Sizes, Staging, rounded
+from kvcore.transport.cuda.turning import Keys
+from kvcore.transport.cuda.ways import Way, choose
+from kvcore.transport.paged import BlockIds, Span, checked_blocks
+from kvcore.transport.rotation import Turn
+
+DEFAULT_SIZES = Sizes()
+
+
+class CudaCaches:
+    """What the caches of one device share: staging, the kernels' streams, its rates.
+
+    Making it takes up to 2 s where `rates` are to be measured.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: Kernels,
+        *,
+        rates: DeviceRates | None = None,
+        sizes: Sizes = DEFAULT_SIZES,
+    ) -> None:
+        self.device = device
+        self.kernels = kernels
+        self.staging = Staging(device, sizes)
+        self.rates = rates or measure(device, kernels, self.staging)
+        self.gathers = device.stream()
+        self.scatters = device.stream()
+        self._num_caches = 0
+        self._num_copies: Counter[str] = Counter()
+        self._lock = Lock()
+
+    def cache(self, layout: KVLayout, addresses: Sequence[int]) -> CudaCache:
+        """Make a cache; `addresses` are those of its handles' first bytes."""
+        cache = CudaCache(self, layout, addresses)
+        with self._lock:
+            self._num_caches += 1
+        return cache
+
+    def close(self) -> None:
+        """Give device memory and streams back. All caches are closed."""
+        self.staging.close()
+        self.gathers.close()
+        self.scatters.close()
+
+    def closed_one(self) -> None:
+        """Count a cache that was closed."""
+        with self._lock:
+            self._num_caches -= 1
+
+    def copied(self, way: Way, direction: str) -> None:
+        """Count a call."""
+        with self._lock:
+            self._num_copies[f"{way}_{direction}"] += 1
+
+    def status(self) -> DeviceStatus:
+        """Return what is shown of the device."""
+        with self._lock:
+            return DeviceStatus(
+                uuid=self.device.uuid,
+                name=self.device.name,
+                num_caches=self._num_caches,
+                staging_bytes=self.staging.num_bytes,
+                copies=dict(self._num_copies),
+                rates=self.rates,
+            )
+
+
+class CudaCache:
+    """A `PagedCache` in a device's memory.
+
+    `gather` and `scatter` return when the bytes are there. The arena MUST be
+    page-locked, and what the worker wrote to its cache MUST have been written: whoever
+    calls has waited for the worker's event. `DeviceFailed` says that the device could
+    not do it; nothing of the call is left on it then.
+    """
+
+    def __init__(
+        self, shared: CudaCaches, layout: KVLayout, addresses: Sequence[int]
+    ) -> None:
+        self.layout = layout
+        handles = np.array([addresses[n] for n in layout.plane_handles], np.int64)
+        self._planes = layout.plane_offsets + handles
+        self._rows = Rows.of(layout, self._planes)
+        self._shared = shared
+        self._gathers = GatherLane(shared.device, shared.kernels, shared.gathers)
+        self._scatters = ScatterLane(shared.device, shared.kernels, shared.scatters)
+
+    def close(self) -> None:
+        """Let go of the lanes. No call is under way."""
+        self._gathers.close()
+        self._scatters.close()
+        self._shared.closed_one()
+
+    def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
+        """Copy blocks into parts; see `PagedCache`."""
+        blocks = checked_blocks(self.layout, spans, nulls=False)
+        plan = self._plan(spans, blocks, arena)
+        self._move(plan, self._gathers, self._shared.rates.to_host)
+
+    def scatter(self, spans: Sequence[Span], arena: Bytes) -> None:
+        """Copy parts into blocks; see `PagedCache`."""
+        blocks = checked_blocks(self.layout, spans, nulls=True)
+        plan = self._plan(spans, blocks, arena)
+        self._move(plan, self._scatters, self._shared.rates.to_device)
+
+    def turn_keys(self, rope: Rope, turns: Sequence[Turn]) -> None:
+        """Turn keys in place; see `PagedCache`.
+
+        Raises:
+            LayoutError: keys that do not lie at multiples of an element's size.
+        """
+        keys = Keys.of(self.layout, self._planes, rope)
+        moving = [turn for turn in turns if turn.distance]
+        at_once = keys.max_turns(self._shared.staging.sizes.table_bytes)
+        for first in range(0, len(moving), at_once):
+            with self._shared.staging.buffer() as buffer:
+                self._scatters.turn(keys, moving[first : first + at_once], buffer)
+
+    def _plan(self, spans: Sequence[Span], blocks: BlockIds, arena: Bytes) -> Plan:
+        at = arena.ctypes.data
+        return Plan.of(self.layout, self._rows, self._planes, spans, blocks, at)
+
+    def _move(
+        self, plan: Plan, lane: GatherLane | ScatterLane, rates: CopyRates
+    ) -> None:
+        num_bytes = plan.num_bytes
+        if not num_bytes:
+            return
+        max_spans = self._max_spans
+        way = choose(
+            rates,
+            num_bytes,
+            plan.num_pieces,
+            row_bytes=self._rows.row_bytes,
+            word=self._rows.word,
+            can_stage=max_spans > 0,
+        )
+        self._shared.copied(way, lane.direction)
+        if way is not Way.STAGED:
+            lane.direct(plan, way)
+            return
+        for some in plan.split(max_spans):
+            with self._shared.staging.buffer() as buffer:
+                lane.staged(some, buffer)
+
+    @property
+    def _max_spans(self) -> int:
+        """Spans that a buffer's table has room for."""
+        table_bytes = self._shared.staging.sizes.table_bytes
+        room = table_bytes - rounded(self._planes.nbytes) - rounded(1)
+        return room // (Plan.RANGE_BYTES + Plan.BLOCK_BYTES * self._rows.num_blocks)

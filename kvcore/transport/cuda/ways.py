@@ -1,0 +1,89 @@
+"""Which way a copy takes, by how fast each was found to be on this very device.
+
+- staged: kernels pack and unpack, the link carries large copies. The link's own speed
+  whatever the pieces, but it costs kernels' starts, a second passage through device
+  memory, and a few SMs for a while;
+- batched: one call hands all pieces to the copy engines. Nothing passes twice, but
+  each piece costs some, so small ones are slow;
+- single: a call a piece, for few pieces that are large.
+
+Pieces are counted after neighbours were merged: contiguity shows as fewer and larger
+pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from math import exp, log
+
+import numpy as np
+
+from kvcore.protocol import CopyRates, DeviceRates, PieceRate
+
+KERNEL_PRICE = 1.1
+"""Staging must win by that: kernels take SMs from the model, copy engines do not."""
+
+
+class Way(StrEnum):
+    """How bytes get from one side to the other."""
+
+    SINGLE = "single"
+    BATCHED = "batched"
+    STAGED = "staged"
+
+
+def choose(
+    rates: CopyRates,
+    num_bytes: int,
+    num_pieces: int,
+    *,
+    row_bytes: int,
+    word: int,
+    can_stage: bool = True,
+) -> Way:
+    """Return the way that ends first.
+
+    `num_pieces` are merged ones; `row_bytes` is what a kernel finds in one place, in
+    words of `word` bytes (rates are for 16).
+    """
+    link = num_bytes / rates.link_bytes_s
+    batched = num_bytes / speed(rates.batched, num_bytes / max(num_pieces, 1))
+    kernels = num_bytes / speed(rates.kernels, row_bytes) * 16 / word
+    times = {
+        Way.SINGLE: rates.start_s + max(num_pieces * rates.call_s, link),
+        Way.BATCHED: rates.start_s + max(batched, link),
+    }
+    if can_stage:
+        staged = rates.staged_start_s + max(kernels, link)
+        times[Way.STAGED] = KERNEL_PRICE * staged
+    return min(times, key=times.__getitem__)
+
+
+def speed(rates: Sequence[PieceRate], piece_bytes: float) -> float:
+    """Return bytes a second for a piece's size.
+
+    Between two sizes that were measured it goes with a power of the size; beyond them
+    it stays.
+    """
+    sizes = [log(rate.piece_bytes) for rate in rates]
+    speeds = [log(rate.bytes_s) for rate in rates]
+    return exp(float(np.interp(log(max(piece_bytes, 1)), sizes, speeds)))
+
+
+def published() -> DeviceRates:
+    """Return figures of an H100 on PCIe 5 x16: what to expect, not what was measured.
+
+    Link and batches: vLLM's notes on KV offloading, 2026-01.
+    """
+    batched = ((4096, 4e9), (16384, 7e9), (65536, 45e9), (1 << 20, 54e9))
+    kernels = ((1024, 100e9), (4096, 140e9), (32768, 140e9))
+    one_way = CopyRates(
+        link_bytes_s=54e9,
+        start_s=20e-6,
+        call_s=2e-6,
+        staged_start_s=60e-6,
+        batched=tuple(PieceRate(*rate) for rate in batched),
+        kernels=tuple(PieceRate(*rate) for rate in kernels),
+    )
+    return DeviceRates(to_host=one_way, to_device=one_way, measured_s=0.0)
