@@ -34,7 +34,7 @@ def trace(request: pytest.FixtureRequest) -> list[int]:
 
 
 class FilledTheirWay(S3FIFO):
-    """Until the first eviction the main queue takes what the small one does not hold."""
+    """Until the first eviction the main queue takes what the small one cannot hold."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
