@@ -11,6 +11,7 @@ KVError
 │   ├── HandleError              a memory handle that cannot be attached
 │   ├── UnknownModel             nobody registered the model, or not all of its ranks
 │   ├── UnknownInstance          no such registered cache
+│   ├── UnknownTicket            no such reservation or hold, or it has ended
 │   └── InstanceExists           that instance id is another live client's
 ├── StateError                   right request, wrong moment
 │   ├── StaleBoot                meant for an earlier run of the server: register again
@@ -94,6 +95,10 @@ class UnknownInstance(RequestError, code="unknown_instance"):
 
 class InstanceExists(RequestError, code="instance_exists"):
     """The instance id belongs to another client that is alive."""
+
+
+class UnknownTicket(RequestError, code="unknown_ticket"):
+    """That reservation or hold has ended, or is not this client's."""
 
 
 class StateError(KVError):

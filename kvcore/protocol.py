@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.layout import CacheGroup
+from kvcore.parts import Place
 from kvcore.rope import Rope
 
 PROTOCOL_VERSION = 1
@@ -48,6 +49,8 @@ class Request(msgspec.Struct, Generic[ReplyT], frozen=True):
     lane: ClassVar[Lane] = Lane.LOOP
     is_void_late: ClassVar[bool] = False
     """Refused once its deadline has passed; what cleans up is done however late."""
+    ends_work: ClassVar[bool] = False
+    """Taken however many requests of its client are under way."""
 
 
 # -- memory handles ---------------------------------------------------------------
@@ -70,7 +73,13 @@ class CudaIpc(msgspec.Struct, frozen=True, tag="cuda_ipc"):
     length: Annotated[int, Meta(ge=1)]
 
 
-MemoryHandle = PosixShm | CudaIpc
+class Private(msgspec.Struct, frozen=True, tag="private"):
+    """Memory that its own worker copies; the server knows its size and no more."""
+
+    length: int
+
+
+MemoryHandle = PosixShm | CudaIpc | Private
 """Union of the kinds of memory that an instance may register."""
 
 
@@ -150,6 +159,16 @@ class GetChunkSize(Request[ChunkSize], frozen=True):
     """Ask for the unit of storing, in tokens."""
 
 
+class ArenaHandle(msgspec.Struct, frozen=True):
+    """The memory that all parts lie in, to be mapped by who copies itself.
+
+    Who maps it can read and write every chunk.
+    """
+
+    memory: PosixShm
+    checksums: Annotated[bool, Meta(description="COMMIT carries the parts' checksums")]
+
+
 class RegisterReply(msgspec.Struct, frozen=True):
     """The chunk layout that the server derived."""
 
@@ -157,6 +176,9 @@ class RegisterReply(msgspec.Struct, frozen=True):
         tuple[str, ...], Meta(description="one a cache group, hexadecimal")
     ]
     chunk_bytes: Annotated[int, Meta(description="bytes a chunk of this rank")]
+    arena: Annotated[
+        ArenaHandle | None, Meta(description="for a private instance: where parts lie")
+    ] = None
 
 
 class RegisterKVCache(Request[RegisterReply], frozen=True):
@@ -164,6 +186,8 @@ class RegisterKVCache(Request[RegisterReply], frozen=True):
 
     Registering the same instance again replaces it. Refused when another live
     instance of the same model, world size and rank lays out its chunks otherwise.
+    With private handles (all of them or none) its worker copies itself: RESERVE and
+    HOLD in place of STORE and RETRIEVE. For that the server watches its process.
     """
 
     instance_id: Text
@@ -321,6 +345,7 @@ class InstanceStatus(msgspec.Struct, frozen=True):
     group_descriptions: tuple[CacheGroup, ...]
     registered_bytes: int
     chunk_bytes: int
+    copied_by: Annotated[str, Meta(description="server or worker")] = "server"
 
 
 class LeaseStatus(msgspec.Struct, frozen=True):
@@ -334,6 +359,17 @@ class LeaseStatus(msgspec.Struct, frozen=True):
     age_s: float
     expires_in_s: float
     why: Annotated[str, Meta(description="what it was granted for")] = "lookup"
+
+
+class TicketStatus(msgspec.Struct, frozen=True):
+    """What a worker copies itself just now, or has not said that it has."""
+
+    instance_id: str
+    request_id: str
+    kind: Annotated[str, Meta(description="reserved or held")]
+    num_parts: int
+    num_bytes: int
+    age_s: float
 
 
 class L1Status(msgspec.Struct, frozen=True):
@@ -440,6 +476,8 @@ class StatusReply(msgspec.Struct, frozen=True):
     leases: tuple[LeaseStatus, ...]
     num_leases: Annotated[int, Meta(description="all of them; `leases` is cut")]
     counters: dict[str, int]
+    tickets: tuple[TicketStatus, ...] = ()
+    num_tickets: Annotated[int, Meta(description="all of them; the list is cut")] = 0
     prefetches: tuple[PrefetchStatus, ...] = ()
     num_prefetches: Annotated[int, Meta(description="under way; the list is cut")] = 0
     tiers: tuple[TierStatus, ...] = ()
@@ -450,6 +488,94 @@ class Status(Request[StatusReply], frozen=True):
     """Look inside. Costs the server time in proportion to what it lists."""
 
     max_leases: Count = 100
+
+
+# -- copies that a worker makes itself ---------------------------------------------
+
+Ticket = Annotated[int, Meta(description="what is to be copied; ends exactly once")]
+
+
+class ReserveReply(msgspec.Struct, frozen=True):
+    """Parts to write: COMMIT or ABORT ends them, and the end of the worker's process.
+
+    Nobody else is given their memory before that, whatever the deadline says.
+    """
+
+    ticket: Annotated[
+        Ticket | None, Meta(description="null where there is nothing to write")
+    ]
+    arena: Annotated[str, Meta(description="name of the memory that they lie in")]
+    parts: Annotated[
+        tuple[tuple[Place, ...], ...],
+        Meta(description="one list a cache group: index among the chunks, extents"),
+    ]
+    num_present: int
+    num_dropped: int
+
+
+class Reserve(Request[ReserveReply], frozen=True):
+    """Make room for what a STORE of a private instance would copy."""
+
+    is_void_late: ClassVar[bool] = True
+
+    store: Store
+
+
+class Commit(Request[StoreReply], frozen=True):
+    """Make written parts readable.
+
+    Aborted when the deadline of its RESERVE has passed.
+    """
+
+    ends_work: ClassVar[bool] = True
+
+    ticket: Ticket
+    checksums: Annotated[
+        Packed, Meta(description="xxh3-128 of each part, in the order of the places")
+    ] = memoryview(b"")
+
+
+class Abort(Request[Done], frozen=True):
+    """Give back parts that were reserved; they are not written from here on."""
+
+    ends_work: ClassVar[bool] = True
+
+    ticket: Ticket
+
+
+class HoldReply(msgspec.Struct, frozen=True):
+    """Parts to read: they stay until RELEASE, or the end of the worker's process."""
+
+    ticket: Annotated[
+        Ticket | None, Meta(description="null where there is nothing to read")
+    ]
+    arena: Annotated[str, Meta(description="name of the memory that they lie in")]
+    parts: Annotated[
+        tuple[tuple[Place, ...], ...],
+        Meta(description="likewise; with checksums where they are to be verified"),
+    ]
+
+
+class Hold(Request[HoldReply], frozen=True):
+    """Hold what a RETRIEVE of a private instance would copy, all of it or nothing."""
+
+    is_void_late: ClassVar[bool] = True
+
+    retrieve: Retrieve
+
+
+class Release(Request[RetrieveReply], frozen=True):
+    """Let go of parts. When they were read, this rank is taken off the lease."""
+
+    ends_work: ClassVar[bool] = True
+
+    ticket: Ticket
+    num_bytes: Annotated[
+        Count | None, Meta(description="copied to blocks; null: it was not read")
+    ] = None
+    wrong: Annotated[
+        tuple[Count, ...], Meta(description="chunks whose bytes were found wrong")
+    ] = ()
 
 
 # -- blend: documents at any position ---------------------------------------------

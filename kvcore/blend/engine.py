@@ -169,7 +169,7 @@ class BlendEngine:
         chain = HashChain(space.seed, self.chunk_size)
         yield from chain.extend(tokens.data.cast("B"), self._slice_chunks)
         entries = yield from self._matcher.learn(tokens, chain.hashes, space)
-        self.engine.check_registered(instance)
+        self.engine.registry.check_registered(instance)
         # Before L1 has them: then nothing can leave it that is not known yet.
         for entry in entries:
             self.index.add(entry)
@@ -262,7 +262,7 @@ class BlendEngine:
             return RetrieveReply(0)
         self._check_matches(matches, instance, request.offset)
         turning = self._turning(instance, request, matches)
-        self.engine.check_registered(instance)
+        self.engine.registry.check_registered(instance)
         num_tokens = len(matches) * self.chunk_size
         starts = [request.offset + match.start for match in matches]
         future = instance.retrieve_lane.submit(

@@ -175,7 +175,7 @@ class Copier:
         except BaseException:
             self.abort(write)
             raise
-        for reservation, checksum in zip(reserved, checksums, strict=False):
+        for reservation, checksum in zip(reserved, checksums, strict=bool(checksums)):
             reservation.checksum = checksum
         self._l1.commit(reserved)
         if self._on_stored is not None and reserved:

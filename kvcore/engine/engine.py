@@ -14,18 +14,21 @@ from typing import TypeVar
 from kvcore.config import ServerConfig
 from kvcore.engine.copies import Copier, Stored
 from kvcore.engine.counters import Counters
-from kvcore.engine.instance import Instance, derive_layouts
+from kvcore.engine.instance import Instance, derive_layouts, is_private
 from kvcore.engine.lookups import Lookups
-from kvcore.engine.registry import Registry
+from kvcore.engine.planner import Plan, Planner
+from kvcore.engine.registry import GONE_MEANWHILE, Registry
 from kvcore.engine.running import Caller, Running
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.errors import (
+    BadRequest,
     ChunksMissing,
     DeadlineExceeded,
     UnknownInstance,
 )
 from kvcore.keys import ChunkHash, SaltedKey, SessionKey, cache_salt
 from kvcore.protocol import (
+    ArenaHandle,
     Clear,
     Cleared,
     Done,
@@ -35,6 +38,7 @@ from kvcore.protocol import (
     InstanceStatus,
     Lookup,
     LookupReply,
+    PosixShm,
     RegisterKVCache,
     RegisterReply,
     Retrieve,
@@ -55,7 +59,6 @@ from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import Recovered
 from kvcore.storage.tiers.contract import Tier
 from kvcore.transport.attach import Transports
-from kvcore.transport.plan import Range, check_targets, read_blocks
 
 __all__ = ["Caller", "Engine", "Running"]
 
@@ -63,7 +66,6 @@ T = TypeVar("T")
 
 CLEAR_CHUNKS = 32
 """Chunks dropped in one step of a clear, about 80 us."""
-GONE_MEANWHILE = "unregistered before the copy's turn came"
 
 
 class Engine:
@@ -79,6 +81,8 @@ class Engine:
         transports: Transports | None = None,
     ) -> None:
         self.chunk_size = config.chunk_size
+        self.arena = arena
+        self._is_kept = recovered is not None
         journal = recovered.journal if recovered else None
         policy = make_order(config.l1.eviction, config.l1.quotas, self._salt)
         self.l1 = L1(arena, policy, journal, watermark=config.l1.watermark)
@@ -111,6 +115,7 @@ class Engine:
             self._session_ended,
             clock,
         )
+        self.planner = Planner(self.registry, self.sessions, config.chunk_size)
         self.lookups = Lookups(
             self.l1,
             self.leases,
@@ -152,6 +157,8 @@ class Engine:
         self.registry.check(
             caller.client, request.instance_id, space, request.rank, parts
         )
+        if is_private(request):
+            self._check_trusted(request.instance_id, caller)
         memory = self._transports.attach(request.handles, layouts)
         instance = Instance(caller.client, caller.pid, request, space, layouts, memory)
         earlier = self.registry.instances.get(request.instance_id)
@@ -160,13 +167,31 @@ class Engine:
         self.registry.add(instance)
 
         def finish() -> RegisterReply:
-            if memory.exception() is not None and self._is_registered(instance):
+            if memory.exception() is not None and self.registry.has(instance):
                 self._remove(instance)
             memory.result()
             names = tuple(part.fingerprint for part in parts)
-            return RegisterReply(names, instance.chunk_bytes)
+            arena = self._arena_handle() if instance.is_private else None
+            return RegisterReply(names, instance.chunk_bytes, arena)
 
         return finish() if memory.done() else Running(memory, finish)
+
+    def _check_trusted(self, instance_id: str, caller: Caller) -> None:
+        """Let nobody write to the arena whose end might be missed, or come too late."""
+        if not caller.is_watched:
+            raise BadRequest(
+                f"instance {instance_id!r}: a worker that copies itself must "
+                "live in the server's pid namespace, which watches its process"
+            )
+        if self._is_kept:
+            raise BadRequest(
+                f"instance {instance_id!r}: with l1.keep the server copies; a "
+                "worker could outlive this run and write into what the next one keeps"
+            )
+
+    def _arena_handle(self) -> ArenaHandle:
+        memory = PosixShm(self.arena.name, 0, self.arena.total_bytes)
+        return ArenaHandle(memory, self.copier.checksums)
 
     def unregister_kv_cache(
         self, request: UnregisterKVCache, caller: Caller
@@ -196,37 +221,31 @@ class Engine:
         self, request: Store, caller: Caller
     ) -> Generator[None, None, Running | StoreReply]:
         """Take the whole chunks of a range from an instance's blocks."""
-        instance = self.registry.get(caller.client, request.instance_id)
-        tokens = Range.to_store(request.start, request.end, self.chunk_size)
-        blocks = read_blocks(instance.layouts, request.blocks, tokens)
-        if tokens.is_empty:
+        instance = self.copied_here(request.instance_id, caller)
+        plan = yield from self.planner.store(request, instance)
+        if plan is None:
             return StoreReply(0, 0, 0)
-        session = self.sessions.open(request.session, instance.space)
-        self.sessions.enter(session)
-        try:
-            yield from self._extend(session, request, tokens.end)
-            hashes = self._hashes(session, tokens)
-            self.check_registered(instance)
-            future = instance.store_lane.submit(
-                self.copier.store,
-                instance,
-                hashes,
-                blocks,
-                caller.deadline_ns,
-                request.session,
-                session.chain.hashes[: tokens.first_chunk],
-                request.event,
-            )
-        except BaseException:
-            self.sessions.leave(session)
-            raise
+        future = instance.store_lane.submit(
+            self.copier.store,
+            instance,
+            plan.hashes,
+            plan.blocks,
+            caller.deadline_ns,
+            request.session,
+            plan.prefix,
+            request.event,
+        )
 
         def finish() -> StoreReply:
-            self.sessions.leave(session)
-            self.counters.stores += 1
-            return self.count_stored(self.result(future))
+            self.sessions.leave(plan.session)
+            return self.count_store(self.result(future))
 
         return Running(future, finish)
+
+    def count_store(self, stored: Stored) -> StoreReply:
+        """Count a store of a prompt's chunks, and put it as a reply."""
+        self.counters.stores += 1
+        return self.count_stored(stored)
 
     def count_stored(self, stored: Stored) -> StoreReply:
         """Count what became of a store, and put it as a reply."""
@@ -240,63 +259,46 @@ class Engine:
         self, request: Retrieve, caller: Caller
     ) -> Generator[None, None, Running | RetrieveReply]:
         """Write a range's chunks into an instance's blocks, all or none."""
-        instance = self.registry.get(caller.client, request.instance_id)
-        tokens = Range.to_retrieve(
-            request.start, request.end, request.skip_first_n_tokens, self.chunk_size
-        )
-        blocks = read_blocks(instance.layouts, request.blocks, tokens)
-        if tokens.is_empty:
+        instance = self.copied_here(request.instance_id, caller)
+        plan = yield from self.planner.retrieve(request, instance)
+        if plan is None:
             return RetrieveReply(0)
-        check_targets(instance.layouts, blocks, tokens)
-        session = self.sessions.open(request.session, instance.space)
-        self.sessions.enter(session)
-        try:
-            whole = tokens.end_chunk * self.chunk_size
-            yield from self._extend(session, request, whole)
-            hashes = self._hashes(session, tokens)
-            self.check_registered(instance)
-            future = instance.retrieve_lane.submit(
-                self.copier.retrieve,
-                instance,
-                hashes,
-                blocks,
-                tokens,
-                caller.deadline_ns,
-                event=request.event,
-            )
-        except BaseException:
-            self.sessions.leave(session)
-            raise
+        future = instance.retrieve_lane.submit(
+            self.copier.retrieve,
+            instance,
+            plan.hashes,
+            plan.blocks,
+            plan.tokens,
+            caller.deadline_ns,
+            event=request.event,
+        )
 
         def finish() -> RetrieveReply:
-            self.sessions.leave(session)
-            self.counters.retrieves += 1
-            self.counters.bytes_retrieved += self.result(future)
-            self.leases.read(
-                request.session, tokens.first_chunk, tokens.end_chunk, instance.rank
-            )
-            num_tokens = tokens.end - tokens.first_token
-            return RetrieveReply(num_tokens, instance.memory.result().event)
+            self.sessions.leave(plan.session)
+            return self.count_read(plan, self.result(future))
 
         return Running(future, finish)
 
-    def _extend(
-        self, session: Session, request: Store | Retrieve | Lookup, end: int
-    ) -> Generator[None, None, None]:
-        return self.sessions.extend(
-            session, request.tokens, request.token_offset, request.extras, end
+    def count_read(self, plan: Plan, num_bytes: int) -> RetrieveReply:
+        """Count what was retrieved, take its reader off the lease, and reply."""
+        tokens = plan.tokens
+        self.counters.retrieves += 1
+        self.counters.bytes_retrieved += num_bytes
+        self.leases.read(
+            plan.session.key, tokens.first_chunk, tokens.end_chunk, plan.instance.rank
         )
+        num_tokens = tokens.end - tokens.first_token
+        return RetrieveReply(num_tokens, plan.instance.memory.result().event)
 
-    def _hashes(self, session: Session, tokens: Range) -> list[ChunkHash]:
-        return session.chain.hashes[tokens.first_chunk : tokens.end_chunk]
-
-    def check_registered(self, instance: Instance) -> None:
-        """Refuse to copy when the instance went while tokens were hashed."""
-        if not self._is_registered(instance):
-            raise UnknownInstance(GONE_MEANWHILE)
-
-    def _is_registered(self, instance: Instance) -> bool:
-        return self.registry.instances.get(instance.instance_id) is instance
+    def copied_here(self, instance_id: str, caller: Caller) -> Instance:
+        """Return an instance of the caller's that is not private."""
+        instance = self.registry.get(caller.client, instance_id)
+        if instance.is_private:
+            raise BadRequest(
+                f"instance {instance_id!r} is private: its worker copies, by RESERVE "
+                "and HOLD"
+            )
+        return instance
 
     def result(self, future: Future[T]) -> T:
         """Return what a lane made, its errors counted."""
@@ -322,7 +324,13 @@ class Engine:
         session = self.sessions.open(request.session, space)
         self.sessions.enter(session)
         try:
-            yield from self._extend(session, request, num_chunks * self.chunk_size)
+            yield from self.sessions.extend(
+                session,
+                request.tokens,
+                request.token_offset,
+                request.extras,
+                num_chunks * self.chunk_size,
+            )
             hashes = session.chain.hashes[:num_chunks]
             for told in self.on_lookup:
                 told(request, hashes)
@@ -422,6 +430,7 @@ class Engine:
                 group_descriptions=instance.request.groups,
                 registered_bytes=instance.registered_bytes,
                 chunk_bytes=instance.chunk_bytes,
+                copied_by="worker" if instance.is_private else "server",
             )
             for instance in self.registry.instances.values()
         )

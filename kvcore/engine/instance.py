@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvcore.engine.space import Space
 from kvcore.errors import BadRequest, KVError, LayoutError
 from kvcore.layout import KVLayout
-from kvcore.protocol import RegisterKVCache
+from kvcore.protocol import Private, RegisterKVCache
 from kvcore.storage.l1 import PartId, PartName
 from kvcore.transport.attach import Attached
 from kvcore.transport.paged import PagedCache
@@ -51,6 +51,8 @@ class Instance:
         self.space = space
         self.layouts = tuple(layouts)
         self.part_layouts = tuple(layout.part for layout in layouts)
+        self.is_private = is_private(request)
+        """Its worker copies; there are no caches here."""
         self.memory = memory
         """May not be there yet: lanes wait for it, and the loop never does."""
         parts = space.part_ids(request.rank, self.part_layouts)
@@ -100,6 +102,11 @@ class Instance:
 def _abandon(memory: Future[Attached]) -> None:
     if memory.exception() is None:
         memory.result().abandon()
+
+
+def is_private(request: RegisterKVCache) -> bool:
+    """Say whether a worker keeps its memory to itself."""
+    return any(isinstance(handle, Private) for handle in request.handles)
 
 
 def derive_layouts(request: RegisterKVCache, chunk_size: int) -> list[KVLayout]:

@@ -16,6 +16,8 @@ from kvcore.keys import chain_seed
 from kvcore.layout import PartLayout
 from kvcore.storage.needs import Needs
 
+GONE_MEANWHILE = "unregistered before the copy's turn came"
+
 
 class Registry:
     """Instances by id, spaces by (model, world size): both O(1). Loop thread only."""
@@ -98,6 +100,15 @@ class Registry:
         if instance is None or instance.client != client:
             raise UnknownInstance(f"this client has no instance {instance_id!r}")
         return instance
+
+    def has(self, instance: Instance) -> bool:
+        """Say whether this very instance is registered still."""
+        return self.instances.get(instance.instance_id) is instance
+
+    def check_registered(self, instance: Instance) -> None:
+        """Refuse to copy when an instance went while its request was prepared."""
+        if not self.has(instance):
+            raise UnknownInstance(GONE_MEANWHILE)
 
     def of_client(self, client: Hashable) -> list[Instance]:
         """Return a client's instances."""

@@ -16,6 +16,8 @@ class Caller:
 
     client: Hashable
     pid: int
+    is_watched: bool = False
+    """Its process's end cannot be missed."""
     deadline_ns: int = 0
     """On the host's monotonic clock; 0 waits for ever."""
 

@@ -20,6 +20,7 @@ from kvcore.blend.absent import NoBlend
 from kvcore.blend.engine import BlendEngine
 from kvcore.config import ServerConfig
 from kvcore.engine.engine import Caller, Engine
+from kvcore.engine.worker_copies import WorkerCopies
 from kvcore.errors import BadRequest
 from kvcore.keys import HASH_ALGORITHM
 from kvcore.process import pid_namespace, start_time
@@ -84,6 +85,7 @@ class Server:
                 recovered=recovered,
                 transports=transports,
             )
+            self.copies = WorkerCopies(self.engine, config.wire.max_requests_per_client)
             if config.record is not None:
                 recording = Recording(Path(config.record), config.chunk_size)
                 stack.callback(recording.close)
@@ -147,14 +149,17 @@ class Server:
         serve = getattr(self._part(name), name)
 
         def handler(request: Any, client: Client, deadline_ns: int) -> Any:
-            return serve(request, Caller(client.identity, client.pid, deadline_ns))
+            caller = Caller(
+                client.identity, client.pid, client.pidfd is not None, deadline_ns
+            )
+            return serve(request, caller)
 
         return handler
 
-    def _part(self, name: str) -> Engine | BlendEngine | NoBlend:
-        if not name.startswith("cb_"):
-            return self.engine
-        return self.blend or NoBlend()
+    def _part(self, name: str) -> Engine | WorkerCopies | BlendEngine | NoBlend:
+        if name.startswith("cb_"):
+            return self.blend or NoBlend()
+        return self.copies if hasattr(self.copies, name) else self.engine
 
     def _hello(self, request: Hello, client: Client, deadline_ns: int) -> HelloReply:
         if request.protocol_version != PROTOCOL_VERSION:
@@ -207,6 +212,8 @@ class Server:
             instances=self.engine.instances(),
             leases=tuple(self.engine.leases.status(request.max_leases)),
             num_leases=len(self.engine.leases),
+            tickets=self.copies.tickets.status(request.max_leases),
+            num_tickets=len(self.copies.tickets),
             prefetches=manager.prefetches(request.max_leases) if manager else (),
             num_prefetches=manager.prefetcher.num_jobs if manager else 0,
             tiers=manager.status() if manager else (),

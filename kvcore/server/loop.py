@@ -195,7 +195,7 @@ class Loop:
         if client is None or envelope.boot != self._boot:
             raise StaleBoot("not a client of this run of the server: say hello first")
         self._clients.seen(client)
-        if client.num_running >= self._max_requests:
+        if client.num_running >= self._max_requests and not request.ends_work:
             raise Overloaded(
                 f"{client.num_running} requests of this client are unanswered"
             )

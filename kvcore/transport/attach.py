@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc, MemoryHandle, PosixShm
+from kvcore.protocol import CudaIpc, MemoryHandle, PosixShm, Private
 from kvcore.shm import Bytes, Segment
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import PagedCache
@@ -79,6 +79,7 @@ class Transports:
     ) -> None:
         self._by_kind: dict[type[MemoryHandle], Transport] = {
             PosixShm: HostTransport(),
+            Private: NoTransport(),
             **(others or {}),
         }
 
@@ -153,6 +154,22 @@ class HostMemory:
         self.caches = ()
         for segment in self._segments:
             segment.close()
+
+
+class NoTransport:
+    """Memory that its worker keeps to itself: nothing here ever reaches it."""
+
+    def attach(
+        self, handles: Sequence[Private], layouts: Sequence[KVLayout]
+    ) -> Future[Attached]:
+        """Attach nothing."""
+        del handles, layouts
+        attached: Future[Attached] = Future()
+        attached.set_result(HostMemory((), ()))
+        return attached
+
+    def close(self) -> None:
+        """Do nothing; see the class."""
 
 
 def open_transports(device: DeviceChoice, arena: Bytes) -> Transports:
