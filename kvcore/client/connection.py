@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import count
 from time import monotonic_ns
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 import zmq
 
 from kvcore.client.peer import Peer
-from kvcore.client.pending import Pending, Retry
+from kvcore.client.pending import Late, Pending, Retry
 from kvcore.errors import (
     BadRequest,
     Closed,
@@ -49,6 +50,7 @@ from kvcore.protocol import (
     HelloReply,
     Ping,
     RegisterKVCache,
+    RegisterReply,
     Request,
 )
 from kvcore.wire import BY_CLASS, UNREADABLE, decode_error, decode_reply, encode_request
@@ -96,7 +98,10 @@ class Connection:
         # The connection's thread may sleep without end: a call that met a server hands
         # over even when it leaves nothing else.
         self._beat_is_new = False
-        self._registrations: dict[str, Registration] = {}
+        self._registrations: dict[str, _Registered] = {}
+        self._unsent: deque[Pending] = deque()
+        self.on_leave: list[Callable[[], None]] = []
+        """Told that a run of the server is gone, by the thread that found out."""
         self._hello: Pending | None = None
         self._hello_again_ns = HELLO_AGAIN_NS
         self._boot = NO_BOOT
@@ -119,7 +124,11 @@ class Connection:
     # -- for callers ----------------------------------------------------------------
 
     def submit(
-        self, request: Request[R], timeout_s: float, retry: Retry | None = None
+        self,
+        request: Request[R],
+        timeout_s: float,
+        retry: Retry | None = None,
+        late: Late | None = None,
     ) -> Future[R]:
         """Send a request soon; never waits for the network.
 
@@ -127,23 +136,27 @@ class Connection:
         `DeadlineExceeded` after `timeout_s` (a retrieve's does not: its blocks belong
         to the server until it answers or is gone), or with `Unavailable` when the
         server dies. Its callbacks run on the connection's thread and must not wait
-        for other requests.
+        for other requests. `late` is given a reply that comes after the deadline.
         """
         with self._gate:
-            pending = self._make(request, timeout_s, retry)
+            pending = self._make(request, timeout_s, retry, late)
             future = pending.promise()
             self._outbox.append(pending)
             os.eventfd_write(self._wake, 1)
         return future
 
     def call(
-        self, request: Request[R], timeout_s: float, retry: Retry | None = None
+        self,
+        request: Request[R],
+        timeout_s: float,
+        retry: Retry | None = None,
+        late: Late | None = None,
     ) -> R:
         """Send a request and wait for its answer; errors as for `submit`."""
         if not self._io.acquire(blocking=False):
-            return self.submit(request, timeout_s, retry).result()
+            return self.submit(request, timeout_s, retry, late).result()
         try:
-            pending = self._make(request, timeout_s, retry)
+            pending = self._make(request, timeout_s, retry, late)
             self._carry((pending,), lambda: pending.is_done or self._closed)
         finally:
             self._io.release()
@@ -159,7 +172,7 @@ class Connection:
             futures = [self.submit(request, timeout_s) for request in requests]
             return [future.result() for future in futures]
         try:
-            pendings = [self._make(request, timeout_s, None) for request in requests]
+            pendings = [self._make(request, timeout_s) for request in requests]
             self._carry(
                 pendings, lambda: self._closed or all(p.is_done for p in pendings)
             )
@@ -187,9 +200,14 @@ class Connection:
             return
         os.eventfd_write(self._wake, 1)
 
-    def remember(self, request: Registration) -> None:
-        """Register this again whenever another run of the server is met."""
-        self._registrations[request.instance_id] = request
+    def remember(
+        self, request: Registration, told: Callable[[RegisterReply], None] | None = None
+    ) -> None:
+        """Register this again whenever another run of the server is met.
+
+        `told` is given the reply, by the connection's thread.
+        """
+        self._registrations[request.instance_id] = _Registered(request, told)
 
     def forget(self, instance_id: str) -> None:
         """Register it no more."""
@@ -216,11 +234,15 @@ class Connection:
             os.close(self._wake)
 
     def _make(
-        self, request: Request[Any], timeout_s: float, retry: Retry | None
+        self,
+        request: Request[Any],
+        timeout_s: float,
+        retry: Retry | None = None,
+        late: Late | None = None,
     ) -> Pending:
         if self._closed:
             raise Closed("the connection was closed")
-        return Pending(request, monotonic_ns() + int(timeout_s * 1e9), retry)
+        return Pending(request, monotonic_ns() + int(timeout_s * 1e9), retry, late)
 
     # -- the connection's thread ----------------------------------------------------
 
@@ -308,7 +330,11 @@ class Connection:
         try:
             self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            raise Overloaded("too many requests are waiting to be sent") from None
+            if not pending.request.ends_work:
+                raise Overloaded("too many requests are waiting to be sent") from None
+            # The server must hear of it: sent when the queue has moved.
+            del self._pending[pending.id]
+            self._unsent.append(pending)
 
     def _receive(self) -> None:
         while True:
@@ -317,6 +343,8 @@ class Connection:
             except zmq.Again:
                 return
             self._take(frame)
+            for _ in range(len(self._unsent)):
+                self._transmit(self._unsent.popleft())
             if not self._pending:
                 return
 
@@ -342,7 +370,7 @@ class Connection:
             pending.fail(BadRequest(f"reply: {error}"))
 
     def _take_error(self, pending: Pending, error: KVError) -> None:
-        if pending.num_sends < MAX_SENDS:
+        if pending.num_sends < MAX_SENDS and not pending.is_done:
             if isinstance(error, StaleBoot):
                 if pending.boot == self._boot:
                     self._boot = NO_BOOT
@@ -387,9 +415,9 @@ class Connection:
             self._fail(refused, error)
             return
         self._meet(future.result())
-        for request in list(self._registrations.values()):
-            again = Pending(request, 0)
-            again.promise().add_done_callback(_log_failure)
+        for registered in list(self._registrations.values()):
+            again = Pending(registered.request, 0)
+            again.promise().add_done_callback(registered.again)
             self._transmit(again)
         for _ in range(len(self._refused)):
             self._transmit(self._refused.popleft())
@@ -432,6 +460,8 @@ class Connection:
             self._greet()
 
     def _leave(self, peer: Peer) -> None:
+        for told in self.on_leave:
+            told()
         if peer.pidfd is not None:
             self._epoll.unregister(peer.pidfd)
         peer.close()
@@ -445,16 +475,19 @@ class Connection:
         once a deadline and costs nothing in between.
         """
         now = monotonic_ns()
-        unsent = [p for p in self._refused if 0 < p.deadline_ns <= now]
+        refused = [p for p in self._refused if 0 < p.deadline_ns <= now]
         sent = [p for p in self._pending.values() if p.expires and p.deadline_ns <= now]
-        for pending in unsent:
+        for pending in refused:
             self._refused.remove(pending)
         for pending in sent:
-            del self._pending[pending.id]
+            if pending.late is None:
+                del self._pending[pending.id]
+        sent += [p for p in self._unsent if p.expires and p.deadline_ns <= now]
         left = [p.deadline_ns for p in self._pending.values() if p.expires]
         left += [p.deadline_ns for p in self._refused if p.deadline_ns]
+        left += [p.deadline_ns for p in self._unsent if p.expires]
         self._earliest_ns = min(left, default=NEVER_NS)
-        self._fail(unsent, Unavailable(f"no server answers at {self._address}"))
+        self._fail(refused, Unavailable(f"no server answers at {self._address}"))
         self._fail(sent, DeadlineExceeded("no answer before the deadline"))
 
     def _fail_sent(self, peer: Peer) -> None:
@@ -462,23 +495,38 @@ class Connection:
         sent = [p for p in self._pending.values() if p.boot == peer.hello.boot]
         for pending in sent:
             del self._pending[pending.id]
+        sent += self._unsent
+        self._unsent.clear()
         self._fail(sent, Unavailable(f"the server (process {peer.hello.pid}) is gone"))
 
     def _fail_all(self, error: KVError) -> None:
         self._hello = None
-        left = [*self._pending.values(), *self._outbox, *self._refused]
+        left = [*self._pending.values(), *self._unsent, *self._outbox, *self._refused]
         self._pending.clear()
+        self._unsent.clear()
         self._outbox.clear()
         self._refused.clear()
         self._fail(left, error)
 
     def _fail(self, pendings: Iterable[Pending], error: BaseException) -> None:
         for pending in pendings:
-            if not pending.is_done:
-                pending.fail(error)
+            pending.fail(error)
 
 
-def _log_failure(future: Future[Any]) -> None:
-    error = future.exception()
-    if error is not None and not isinstance(error, Closed):
-        log.warning("could not register again: %s", error)
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """What every run of the server is told anew, and who is told what it answered."""
+
+    request: Registration
+    told: Callable[[RegisterReply], None] | None
+
+    def again(self, future: Future[RegisterReply]) -> None:
+        """Take in another run's reply."""
+        try:
+            reply = future.result()
+            if self.told is not None:
+                self.told(reply)
+        except Closed:
+            return
+        except KVError as error:
+            log.warning("could not register again: %s", error)

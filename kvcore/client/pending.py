@@ -11,6 +11,8 @@ from kvcore.protocol import NO_BOOT, Lane, Request
 
 Retry = Callable[[KVError], Request[Any] | None]
 """Given an error, returns the request to send in its place, or None to let it be."""
+Late = Callable[[Any], None]
+"""Given a reply that came when nobody waited any more; must not wait for others."""
 
 
 class Pending:
@@ -21,16 +23,21 @@ class Pending:
     """
 
     __slots__ = (
-        "boot", "deadline_ns", "error", "future", "id", "is_done", "num_sends",
-        "reply", "request", "retry",
+        "boot", "deadline_ns", "error", "future", "id", "is_done", "late",
+        "num_sends", "reply", "request", "retry",
     )  # fmt: skip
 
     def __init__(
-        self, request: Request[Any], deadline_ns: int, retry: Retry | None = None
+        self,
+        request: Request[Any],
+        deadline_ns: int,
+        retry: Retry | None = None,
+        late: Late | None = None,
     ) -> None:
         self.request = request
         self.deadline_ns = deadline_ns
         self.retry = retry
+        self.late = late
         self.id = 0
         self.boot = NO_BOOT
         self.num_sends = 0
@@ -45,7 +52,9 @@ class Pending:
 
         Not a retrieve's: until the server answers or is gone it may still write.
         """
-        return self.deadline_ns > 0 and self.request.lane is not Lane.RETRIEVE
+        if self.is_done or not self.deadline_ns:
+            return False
+        return self.request.lane is not Lane.RETRIEVE
 
     def promise(self) -> Future[Any]:
         """Give it a future, which nobody can cancel: the server may be at it."""
@@ -54,14 +63,20 @@ class Pending:
         return self.future
 
     def succeed(self, reply: Any) -> None:
-        """End it with its reply."""
+        """End it with its reply, or hand on what comes when it has ended."""
+        if self.is_done:
+            if self.late is not None:
+                self.late(reply)
+            return
         self.is_done = True
         self.reply = reply
         if self.future is not None:
             self.future.set_result(reply)
 
     def fail(self, error: BaseException) -> None:
-        """End it with an error."""
+        """End it with an error, unless it has ended."""
+        if self.is_done:
+            return
         self.is_done = True
         self.error = error
         if self.future is not None:

@@ -50,12 +50,24 @@ def client(server: Server) -> Iterator[KVClient]:
 
 
 @pytest.fixture(scope="module")
-def hire() -> Iterator[Callable[[str], Worker]]:
+def driver() -> str:
+    """Who copies; `both_drivers` in a module that is about both."""
+    return "server"
+
+
+@pytest.fixture(scope="module", params=["server", "worker"])
+def both_drivers(request: pytest.FixtureRequest) -> str:
+    """Each in turn: to be a module's `driver`."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def hire(driver: str) -> Iterator[Callable[[str], Worker]]:
     """Start a worker of a server; `answer` once before the first `ask`."""
     with ExitStack() as stack:
 
         def start(address: str) -> Worker:
-            worker = Worker(address)
+            worker = Worker(address, driver=driver)
             stack.callback(worker.close)
             return worker
 

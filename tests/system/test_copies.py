@@ -8,9 +8,11 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.errors import BadRequest, ChunksMissing
 from kvcore.keys import SessionKey
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK
 from tests.system.worker import BLOCK, POISON, Worker
+
+driver = both_drivers
 
 PER_CHUNK = CHUNK // BLOCK
 

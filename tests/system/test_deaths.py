@@ -8,9 +8,11 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.worker import LARGE, Worker
+
+driver = both_drivers
 
 NUM_CHUNKS = 8
 SIZE = NUM_CHUNKS * CHUNK

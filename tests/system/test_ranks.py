@@ -8,7 +8,7 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.errors import BadRequest, ChunksMissing, LayoutConflict, UnknownModel
 from kvcore.keys import SessionKey
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK
 from tests.system.worker import (
     BLOCK,
@@ -19,6 +19,8 @@ from tests.system.worker import (
     Group,
     Worker,
 )
+
+driver = both_drivers
 
 PER_CHUNK = CHUNK // BLOCK
 ONE = list(range(PER_CHUNK))

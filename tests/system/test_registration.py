@@ -20,9 +20,11 @@ from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import PosixShm, RegisterKVCache
 from kvcore.shm import Segment
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.worker import BLOCK, Group, Worker
+
+driver = both_drivers
 
 WIDER = (Group(shape=(2, 2, 0, BLOCK, 48)),)
 OTHERWISE_PAGED = (Group("NKLSD", (0, 2, 2, BLOCK, 32)),)

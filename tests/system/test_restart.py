@@ -11,9 +11,11 @@ from kvcore.client import KVClient
 from kvcore.errors import KVError, Unavailable, UnknownModel
 from kvcore.keys import SessionKey
 from kvcore.protocol import EndSession, Ping
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.worker import Worker
+
+driver = both_drivers
 
 ONE = [0, 1, 2, 3]
 

@@ -10,9 +10,11 @@ from kvcore.client import KVClient
 from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.protocol import Lookup
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK
 from tests.system.worker import Worker
+
+driver = both_drivers
 
 ONE = [0, 1, 2, 3]
 TWO = [4, 5, 6, 7]

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.client import KVClient
+from kvcore.client.copying import CopyingClient
 from kvcore.errors import Unavailable
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import Ping, PosixShm, RegisterKVCache
@@ -52,17 +53,27 @@ PAGES = (Group("LNP", (2, 0, 1024), kind="pages"),)
 
 
 class Cache:
-    """Groups one after the other in one segment."""
+    """Groups one after the other in one segment, or in memory of the process's own."""
 
-    def __init__(self, name: str, groups: tuple[Group, ...], num_blocks: int) -> None:
+    def __init__(
+        self, name: str | None, groups: tuple[Group, ...], num_blocks: int
+    ) -> None:
         self.views: list[npt.NDArray[np.uint8]] = []
         described = []
         shapes = [tuple(size or num_blocks for size in g.shape) for g in groups]
-        self.segment = Segment.create(name, sum(map(math.prod, shapes)), touch=True)
+        num_bytes = sum(map(math.prod, shapes))
+        self.handles: tuple[PosixShm, ...] = ()
+        self.segment: Segment | None = None
+        if name is None:
+            self.memory = np.ones(num_bytes, np.uint8)
+        else:
+            self.segment = Segment.create(name, num_bytes, touch=True)
+            self.memory = self.segment.array
+            self.handles = (PosixShm(name, 0, num_bytes),)
         offset = 0
         for group, shape in zip(groups, shapes, strict=True):
             end = offset + math.prod(shape)
-            view = self.segment.array[offset:end].reshape(shape)
+            view = self.memory[offset:end].reshape(shape)
             tensor = TensorView(0, offset, shape, view.strides)
             described.append(
                 CacheGroup(
@@ -77,21 +88,23 @@ class Cache:
             )
             self.views.append(np.moveaxis(view, group.axes.index("N"), 0))
             offset = end
-        self.handles = (PosixShm(name, 0, self.segment.num_bytes),)
         self.groups = tuple(described)
 
     def close(self) -> None:
         """Remove the segment."""
         self.views.clear()
-        self.segment.unlink()
-        self.segment.close()
+        del self.memory
+        if self.segment is not None:
+            self.segment.unlink()
+            self.segment.close()
 
 
 class Told:
     """What a worker process can be told to do."""
 
-    def __init__(self, address: str, name: str) -> None:
-        self.client = KVClient(address, label=name, timeout_s=20)
+    def __init__(self, address: str, name: str, driver: str = "server") -> None:
+        kind = CopyingClient if driver == "worker" else KVClient
+        self.client = kind(address, label=name, timeout_s=20)
         self.name = name
         self.caches: dict[str, Cache] = {}
         self.futures: dict[str, Future[Any]] = {}
@@ -108,7 +121,9 @@ class Told:
         engine_id: str = "engine",
     ) -> Any:
         """Allocate a cache and register it, in place of the instance's earlier one."""
-        cache = Cache(f"{self.name}-{next(_numbers)}", groups, num_blocks)
+        is_own = isinstance(self.client, CopyingClient)
+        name = None if is_own else f"{self.name}-{next(_numbers)}"
+        cache = Cache(name, groups, num_blocks)
         request = RegisterKVCache(
             instance_id,
             engine_id,
@@ -119,7 +134,10 @@ class Told:
             cache.groups,
         )
         try:
-            reply = self.client.register_kv_cache(request)
+            if isinstance(self.client, CopyingClient):
+                reply = self.client.register_kv_cache(request, (cache.memory,))
+            else:
+                reply = self.client.register_kv_cache(request)
         except BaseException:
             cache.close()
             raise
@@ -194,8 +212,10 @@ class Told:
             cache.close()
 
 
-def _obey(kind: type[Told], address: str, name: str, pipe: Connection) -> None:
-    told = kind(address, name)
+def _obey(
+    kind: type[Told], address: str, name: str, driver: str, pipe: Connection
+) -> None:
+    told = kind(address, name, driver)
     pipe.send((True, os.getpid()))
     while True:
         try:
@@ -214,12 +234,14 @@ def _obey(kind: type[Told], address: str, name: str, pipe: Connection) -> None:
 class Worker:
     """A worker process as the test sees it."""
 
-    def __init__(self, address: str, told: type[Told] = Told) -> None:
+    def __init__(
+        self, address: str, told: type[Told] = Told, driver: str = "server"
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = f"kvtest-{os.getpid()}-{next(_numbers)}"
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_obey, args=(told, address, self.name, theirs)
+            target=_obey, args=(told, address, self.name, driver, theirs)
         )
         self.process.start()
         theirs.close()
