@@ -83,8 +83,8 @@ class CopyingClient(KVClient):
         """Wait for copies under way, then say goodbye and let go of the arena."""
         self._under_way.close()
         super().close()
-        for own in list(self._own.values()):
-            own.close()
+        for instance_id in list(self._own):
+            self._forget(instance_id)
         self._unmap()
 
     # -- registration -------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,9 @@ class Played:
             EndSession: Done(),
             RegisterKVCache: RegisterReply((), 0),
         }
+        self.is_deaf = threading.Event()
+        self._later: deque[list[bytes]] = deque()
+        self._unanswered: dict[type[Request[Any]], tuple[bytes, int]] = {}
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(address)
@@ -70,6 +74,11 @@ class Played:
 
     def _serve(self) -> None:
         while not self._stop.is_set():
+            while self._later:
+                self._socket.send_multipart(self._later.popleft())
+            if self.is_deaf.is_set():
+                self._stop.wait(0.01)
+                continue
             if not self._socket.poll(20):
                 continue
             identity, frame = self._socket.recv_multipart()
@@ -85,12 +94,18 @@ class Played:
                 self.seen.append(request)
                 self.news.notify_all()
             if answer is None:
+                self._unanswered[type(request)] = (identity, envelope.id)
                 continue
             if isinstance(answer, KVError):
                 answer = encode_error(envelope.id, answer)
             elif not isinstance(answer, bytes):
                 answer = encode_reply(envelope.id, answer)
             self._socket.send_multipart([identity, answer])
+
+    def answer(self, kind: type[Request[Any]], reply: Any) -> None:
+        """Answer, now, the last request of a kind that was not."""
+        identity, number = self._unanswered[kind]
+        self._later.append([identity, encode_reply(number, reply)])
 
     def hello(self) -> HelloReply:
         """What it says of itself."""

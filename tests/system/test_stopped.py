@@ -13,9 +13,11 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.errors import DeadlineExceeded
 from kvcore.keys import SessionKey
-from tests.system.conftest import Prompt
+from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.worker import LARGE, Worker
+
+driver = both_drivers
 
 NUM_CHUNKS = 8
 SIZE = NUM_CHUNKS * CHUNK
@@ -109,6 +111,7 @@ def is_copying(client: KVClient) -> bool:
     return client.status().l1.num_reserved > 0
 
 
+@pytest.mark.parametrize("driver", ["server"], scope="module")
 def test_a_retrieve_is_not_done_before_the_server_is(
     worker: Worker,
     server: Server,
@@ -146,6 +149,29 @@ def test_a_retrieve_is_not_done_before_the_server_is(
         worker.ask("result", "r")
     worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS])
     assert worker.ask("digest", "a", BLOCKS) == expected
+
+
+@pytest.mark.parametrize("driver", ["worker"], scope="module")
+def test_a_worker_that_has_not_begun_ends_a_retrieve_in_time(
+    worker: Worker,
+    server: Server,
+    stopped: Callable[[], None],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """It alone writes to its blocks, and knows that it has not."""
+    tokens = prompt(SIZE)
+    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    worker.ask("poison", "a", BLOCKS)
+    client.lookup(session, model, 1, tokens)
+    poisoned = worker.ask("digest", "a", BLOCKS)
+    stopped()
+    with pytest.raises(DeadlineExceeded):
+        worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.1)
+    assert worker.ask("digest", "a", BLOCKS) == poisoned
+    server.resume()
 
 
 def test_a_retrieve_stopped_while_it_writes_ends_right(

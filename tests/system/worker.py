@@ -9,6 +9,8 @@ import itertools
 import math
 import multiprocessing
 import os
+import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from kvcore.errors import Unavailable
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import Ping, PosixShm, RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
+from kvcore.transport.host import HostCache
+from kvcore.transport.paged import Span
 
 BLOCK = 16
 """Tokens a block of every cache here."""
@@ -108,6 +112,8 @@ class Told:
         self.name = name
         self.caches: dict[str, Cache] = {}
         self.futures: dict[str, Future[Any]] = {}
+        self.half_way = threading.Event()
+        self.whole = threading.Event()
 
     def register(
         self,
@@ -177,6 +183,27 @@ class Told:
     def differs(self, instance_id: str, block: int) -> bool:
         """Say whether a poisoned block has been written to."""
         return any((v[block] != POISON).any() for v in self.caches[instance_id].views)
+
+    def hold_still(self, step: str) -> None:
+        """Have the next copy stand still half-way, until `go_on`."""
+        moved = getattr(HostCache, step)
+
+        def half(cache: HostCache, spans: Sequence[Span], *rest: Any) -> None:
+            setattr(HostCache, step, moved)
+            moved(cache, spans[: len(spans) // 2], *rest)
+            self.half_way.set()
+            self.whole.wait(ANSWER_S)
+            moved(cache, spans, *rest)
+
+        setattr(HostCache, step, half)
+
+    def stands_still(self) -> bool:
+        """Say whether a copy has come half-way."""
+        return self.half_way.is_set()
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self.whole.set()
 
     def due(self, timeout_s: float) -> None:
         """Ask for the server's clock, with a deadline."""

@@ -1,0 +1,165 @@
+"""A client that copies itself, against a played server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+
+import numpy as np
+import pytest
+
+from kvcore.client.copying import CopyingClient
+from kvcore.errors import (
+    Closed,
+    DeadlineExceeded,
+    Overloaded,
+    Unavailable,
+    UnknownInstance,
+)
+from kvcore.keys import SessionKey
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.parts import Extent, Place
+from kvcore.protocol import (
+    Abort,
+    ArenaHandle,
+    Commit,
+    Done,
+    Hold,
+    HoldReply,
+    Ping,
+    PosixShm,
+    Private,
+    RegisterKVCache,
+    RegisterReply,
+    Release,
+    Reserve,
+    ReserveReply,
+    Store,
+    StoreReply,
+    UnregisterKVCache,
+)
+from kvcore.shm import Bytes, Segment
+from tests.client.test_connection import Played, played
+
+__all__ = ["played"]
+
+KEY = SessionKey("e", "r")
+CHUNK = 64
+PART = 2 * 2 * CHUNK * 8
+GROUP = CacheGroup(
+    axes="LKNSD",
+    dtype="uint8",
+    block_size=16,
+    tensors=(TensorView(0, 0, (2, 2, 4, 16, 8), (1024, 512, 128, 8, 1)),),
+)
+PLACES = ((Place(0, (Extent(0, PART),)),),)
+
+
+@pytest.fixture
+def arena() -> Iterator[Segment]:
+    """Memory with room for two parts."""
+    with Segment.create(f"kvtest-{os.getpid()}-arena", 2 * PART, touch=True) as segment:
+        yield segment
+
+
+@pytest.fixture
+def cache() -> Bytes:
+    """A cache of one chunk."""
+    return np.arange(PART, dtype=np.uint8)
+
+
+@pytest.fixture
+def client(played: Played, arena: Segment, cache: Bytes) -> Iterator[CopyingClient]:
+    """A client with the instance "i"."""
+    memory = PosixShm(arena.name, 0, arena.num_bytes)
+    played.answers |= {
+        RegisterKVCache: RegisterReply(("",), PART, ArenaHandle(memory, False)),
+        UnregisterKVCache: Done(),
+        Reserve: ReserveReply(7, arena.name, PLACES, 0, 0),
+        Hold: HoldReply(8, arena.name, PLACES),
+        Commit: StoreReply(1, 0, 0),
+        Abort: Done(),
+    }
+    with CopyingClient(played.address, timeout_s=20) as client:
+        request = RegisterKVCache("i", "e", "m", 1, 0, (), (GROUP,))
+        client.register_kv_cache(request, (cache,))
+        yield client
+
+
+BLOCKS = ([0, 1, 2, 3],)
+
+
+def test_what_is_registered_is_private(played: Played, client: CopyingClient) -> None:
+    """The server is told the size of the memory, and nothing of where it is."""
+    [asked] = [one for one in played.seen if isinstance(one, RegisterKVCache)]
+    assert asked.handles == (Private(PART),)
+
+
+@pytest.mark.parametrize(
+    ("method", "ask", "end"), [("store", Reserve, Abort), ("retrieve", Hold, Release)]
+)
+def test_a_ticket_that_comes_too_late_is_ended(
+    played: Played,
+    client: CopyingClient,
+    arena: Segment,
+    method: str,
+    ask: type[Reserve] | type[Hold],
+    end: type[Abort] | type[Release],
+) -> None:
+    """Its caller has given up; the server must not wait for a copy that never is."""
+    played.answers[ask] = None
+    with pytest.raises(DeadlineExceeded):
+        getattr(client, method)(KEY, "i", 0, CHUNK, BLOCKS, timeout_s=0.05)
+    before = arena.array.copy()
+    kind = ReserveReply if ask is Reserve else HoldReply
+    rest = (0, 0) if ask is Reserve else ()
+    played.answer(ask, kind(9, arena.name, PLACES, *rest))
+    played.wait_for(end)
+    assert [one.ticket for one in played.seen if isinstance(one, end)] == [9]
+    assert np.array_equal(arena.array, before)
+
+
+def test_a_store_of_another_run_of_the_server_is_not_copied(
+    played: Played, client: CopyingClient, arena: Segment
+) -> None:
+    """Its places are of an arena that is not mapped here: nothing is written."""
+    before = arena.array.copy()
+    played.answers[Reserve] = ReserveReply(7, "kvcore-another", PLACES, 0, 0)
+    with pytest.raises(Unavailable, match="went before its copy began"):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS)
+    played.wait_for(Abort)
+    assert np.array_equal(arena.array, before)
+
+
+def test_an_end_is_said_however_much_waits_to_be_sent(
+    played: Played, client: CopyingClient
+) -> None:
+    """The server is told when the queue moves again; other requests are refused."""
+    played.is_deaf.set()
+    pings = [client.submit(Ping(), 20) for _ in range(5000)]
+    first = next(as_completed(pings, 20))
+    assert isinstance(first.exception(), Overloaded)
+    end = client.submit(Abort(7), 20)
+    played.is_deaf.clear()
+    assert end.result(20) == Done()
+
+
+def test_a_closed_client_waits_for_its_copy(
+    played: Played, client: CopyingClient
+) -> None:
+    """And is closed for the next one."""
+    assert client.submit_store(KEY, "i", 0, CHUNK, BLOCKS).result(20).num_stored == 1
+    client.close()
+    with pytest.raises(Closed):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS)
+
+
+def test_an_unregistered_cache_is_not_copied(
+    played: Played, client: CopyingClient
+) -> None:
+    """The client asks the server, which knows no such instance of this one's."""
+    client.unregister_kv_cache("i")
+    played.answers[Store] = UnknownInstance("no instance")
+    with pytest.raises(UnknownInstance):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS)
