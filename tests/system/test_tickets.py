@@ -16,6 +16,7 @@ from kvcore.errors import (
     BadRequest,
     ChunksMissing,
     DeadlineExceeded,
+    HandleError,
     KVError,
     UnknownTicket,
 )
@@ -176,7 +177,7 @@ def test_each_driver_has_its_requests(
         with pytest.raises(BadRequest, match="is not private: the server copies"):
             client.call(reserve("s", session, prompt(CHUNK)))
         mixed = (*cache.handles, Private(64))
-        with pytest.raises(BadRequest, match="all are private, or none"):
+        with pytest.raises(HandleError, match="all of one kind"):
             client.call(
                 RegisterKVCache("m", "engine", model, 1, 0, mixed, cache.groups)
             )
