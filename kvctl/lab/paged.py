@@ -38,6 +38,10 @@ class PagedCache:
             for start, length in zip(starts, cache.handle_bytes, strict=True)
         )
         array = self.segment.array
+        self.memory = tuple(
+            array[start : start + length]
+            for start, length in zip(starts, cache.handle_bytes, strict=True)
+        )
         self.views = tuple(logical_view(array, group, starts) for group in self.groups)
 
     def poison(self, group: int, blocks: Indices) -> None:
@@ -47,7 +51,7 @@ class PagedCache:
 
     def close(self) -> None:
         """Let go of the memory and remove its name."""
-        self.views = ()
+        self.views = self.memory = ()
         self.segment.unlink()
         self.segment.close()
 

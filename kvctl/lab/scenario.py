@@ -195,6 +195,9 @@ class Scenario(Options, frozen=True):
     cache_blocks: Annotated[
         int, Meta(ge=1, description="blocks of each rank's paged cache, a group")
     ] = 1024
+    driver: Annotated[
+        Literal["server", "worker"], Meta(description="who copies between cache and L1")
+    ] = "server"
     server: ServerConfig = ServerConfig()
     hosts: Annotated[
         int,

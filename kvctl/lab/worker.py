@@ -19,9 +19,10 @@ import msgspec
 import numpy as np
 
 from kvcore.client import KVClient
+from kvcore.client.copying import CopyingClient
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey, Tokens
-from kvcore.protocol import RegisterKVCache
+from kvcore.protocol import RegisterKVCache, RegisterReply
 from kvctl.lab.alone import play_alone
 from kvctl.lab.demand import Documents
 from kvctl.lab.document_buffer import DocumentBuffer
@@ -107,12 +108,18 @@ class Rank:
             handles=self.cache.handles,
             groups=self.cache.groups,
         )
-        self.chunk_bytes = client.register_kv_cache(self._registration).chunk_bytes
+        self.chunk_bytes = self._register().chunk_bytes
         if isinstance(plan.scenario.workload, Documents):
             if not isinstance(client, KVClient):
                 raise SetupError("documents: only our own system plays them")
             name = f"{self.cache.segment.name}-documents"
             self.documents = DocumentBuffer(name, plan, rank, client)
+
+    def _register(self) -> RegisterReply:
+        """Register the cache: its memory to a client that copies, else its handles."""
+        if isinstance(self.client, CopyingClient):
+            return self.client.register_kv_cache(self._registration, self.cache.memory)
+        return self.client.register_kv_cache(self._registration)
 
     def play(self, task: Play | PlayDocuments) -> Played:
         """Retrieve and check, then write and store; errors are told, not raised."""
@@ -221,7 +228,7 @@ class Rank:
             begun = perf_counter()
             self.client.unregister_kv_cache(self.instance_id)
             gone = perf_counter()
-            self.client.register_kv_cache(self._registration)
+            self._register()
             durations["unregister"].append(gone - begun)
             durations["register"].append(perf_counter() - gone)
         return StormDone(Samples.pack(durations))

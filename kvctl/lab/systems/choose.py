@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kvcore.client import KVClient
+from kvcore.client.copying import CopyingClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvctl.lab.local_server import LocalServer
@@ -56,7 +57,8 @@ def connect(plan: EnginePlan, label: str) -> Client:
     """Connect a scheduler or a rank to the system of its plan."""
     timeout_s = plan.scenario.timeout_s
     if plan.system.is_ours:
-        return KVClient(plan.address, label=label, timeout_s=timeout_s)
+        kind = CopyingClient if plan.scenario.driver == "worker" else KVClient
+        return kind(plan.address, label=label, timeout_s=timeout_s)
     return connect_other(plan.system, plan.address, plan.scenario.server, timeout_s)
 
 
