@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-tiers browser regress baseline format bench docs clean \
+.PHONY: demo test test-tiers test-torch browser regress baseline format bench docs clean \
   demo-vllm test-vllm
 
 # Play two engines with two ranks each against a real server.
@@ -23,6 +23,12 @@ test: $(VENV)/.test
 # beside libCacheSim's. Fails where one of them cannot be installed.
 test-tiers: $(VENV)/.tiers
 	$(BIN)/python -m pytest -m tiers tests/tiers tests/system tests/storage
+
+# What needs torch, Triton and NVIDIA's bindings, but no GPU: kernels interpreted and
+# compiled for Hopper, the device over a stub of the driver.
+test-torch: $(VENV)/.torch
+	.ci/stub $(BIN)/python -m pytest -m 'torch or (gpu and not card)' \
+	  --numprocesses 2 --dist worksteal
 
 # Open the report in a real browser: on a desk, on a phone, in the dark, on paper.
 browser: $(VENV)/.test
@@ -85,6 +91,10 @@ $(VENV)/.light: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.light
+
+$(VENV)/.torch: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[test-torch]'
+	@touch $@ $(VENV)/.test $(VENV)/.light
 
 $(VENV)/.tiers: pyproject.toml | $(BIN)/python
 	.ci/tiers

@@ -130,8 +130,11 @@ class Device(Protocol):
     def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
         """Load a kernel for as long as the process lives."""
 
-    def stream(self) -> Stream:
-        """Make a stream that waits for no other."""
+    def stream(self, *, urgent: bool = False) -> Stream:
+        """Make a stream that waits for no other.
+
+        Kernels of an urgent one get in beside those of others that fill the GPU.
+        """
 
     def event(self, *, shared: bool = False) -> Event:
         """Make an event; a shared one has a handle."""

@@ -1,8 +1,8 @@
 """The real device, over NVIDIA's `cuda.bindings.driver`.
 
-Each GPU's primary context is retained, which is the one that torch uses as well.
-Every call that needs a context makes it the thread's current one first. The bindings
-release the interpreter's lock in every call.
+Each GPU's primary context is retained for as long as the process lives; torch uses the
+same one. Every call that needs a context makes it the thread's current one first. The
+bindings release the interpreter's lock in every call.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from kvcore.transport.cuda.streams import CudaEvent, CudaStream, Pins
 MIN_DRIVER_VERSION = 12000
 _NAME_BYTES = 256
 _MAX_STATIC_SHARED_BYTES = 48 << 10
+# The older bindings' first version knows nothing of MIG.
+_uuid_of = getattr(cu, "cuDeviceGetUuid_v2", cu.cuDeviceGetUuid)
 
 
 def open_devices() -> tuple[CudaDevice, ...]:
@@ -55,7 +57,7 @@ class CudaDevice:
     def __init__(self, ordinal: int, pins: Pins, batch: BatchCopy | None) -> None:
         self.ordinal = ordinal
         self._device = check(cu.cuDeviceGet(ordinal), f"GPU {ordinal}")
-        uuid = check(cu.cuDeviceGetUuid(self._device), "its UUID")
+        uuid = check(_uuid_of(self._device), "its UUID")
         name = check(cu.cuDeviceGetName(_NAME_BYTES, self._device), "its name")
         self.uuid = f"GPU-{UUID(bytes=bytes(uuid.bytes))}"
         self.name = name.split(b"\0", 1)[0].decode(errors="replace")
@@ -73,13 +75,6 @@ class CudaDevice:
         if self._context is None:
             self._retain()
         check(cu.cuCtxSetCurrent(self._context), f"entering {self.uuid}")
-
-    def close(self) -> None:
-        """Let go of the context; torch may keep it alive."""
-        with self._lock:
-            context, self._context = self._context, None
-            if context is not None:
-                check(cu.cuDevicePrimaryCtxRelease(self._device), "its context")
 
     def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
         """Load a kernel; see `Device`."""
@@ -99,11 +94,13 @@ class CudaDevice:
             )
         return Function(int(function))
 
-    def stream(self) -> CudaStream:
+    def stream(self, *, urgent: bool = False) -> CudaStream:
         """Make a stream; see `Device`."""
         self.enter()
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
-        handle = check(cu.cuStreamCreate(flags), "making a stream")
+        least, greatest = check(cu.cuCtxGetStreamPriorityRange(), "priorities")
+        made = cu.cuStreamCreateWithPriority(flags, greatest if urgent else least)
+        handle = check(made, "making a stream")
         return CudaStream(self.enter, handle, self._pins, self._batch)
 
     def event(self, *, shared: bool = False) -> CudaEvent:

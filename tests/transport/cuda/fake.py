@@ -322,7 +322,7 @@ class FakeDevice:
         """Allocations that are to be refused, as expandable segments are."""
         self._num_streams = 0
 
-    def stream(self) -> FakeStream:
+    def stream(self, *, urgent: bool = False) -> FakeStream:
         self.world.check_broken()
         self._num_streams += 1
         stream = FakeStream(self.world, (self.ordinal + 1) << 16 | self._num_streams)

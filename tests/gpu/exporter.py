@@ -1,0 +1,60 @@
+"""A process that exports GPU memory, and does as it is told on its standard input.
+
+Prints one line of JSON when it is ready, and one for each order it was given:
+`fill N` writes N to all of its memory, `read` says which byte is everywhere, `record`
+records its event behind that; anything else ends it. argv: GPU number, bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+
+from kvcore.transport.cuda.driver import open_devices
+from kvcore.transport.cuda.ipc import export
+
+
+def main(number: int, num_bytes: int) -> None:
+    """Serve orders."""
+    device = open_devices()[number]
+    address = device.allocate(num_bytes)
+    staging = device.allocate_host(num_bytes)
+    stream, event = device.stream(), device.event(shared=True)
+    done = device.event()
+    host = np.ctypeslib.as_array(
+        (np.ctypeslib.ctypes.c_uint8 * num_bytes).from_address(staging)
+    )
+    handle = export(address, num_bytes, device)
+    tell(
+        device=handle.device, handle=handle.handle.hex(), offset=handle.offset,
+        length=handle.length, event=event.handle().hex(),
+    )  # fmt: skip
+    for line in sys.stdin:
+        match line.split():
+            case ["fill", value]:
+                host[:] = int(value)
+                stream.copy(address, staging, num_bytes)
+                stream.record(done)
+                done.wait()
+                tell()
+            case ["read"]:
+                stream.copy(staging, address, num_bytes)
+                stream.record(done)
+                done.wait()
+                tell(values=sorted(set(host.tolist())))
+            case ["record"]:
+                stream.record(event)
+                tell()
+            case _:
+                return
+
+
+def tell(**facts: object) -> None:
+    """Answer with one line."""
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+main(int(sys.argv[1]), int(sys.argv[2]))
