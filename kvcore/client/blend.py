@@ -34,7 +34,8 @@ class BlendClient:
     """What a `KVClient` can ask of a server that was started with `--engine blend`.
 
     `submit_*` never waits for the network and returns a future, the plain name waits.
-    An `offset` is the slot of the buffer that holds the first token. Any thread may
+    An `offset` is the slot of the buffer that holds the first token; `event` the IPC
+    handle of the worker's CUDA event that its bytes come after. Any thread may
     use it; the client stays its owner's.
     """
 
@@ -58,10 +59,11 @@ class BlendClient:
         tokens: Tokens,
         *,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> Future[StoreReply]:
         """Store a document's whole chunks; its slots are read until it ends."""
-        request = _store(instance_id, offset, tokens, extras)
+        request = _store(instance_id, offset, tokens, extras, event)
         return self.client.submit(request, timeout_s)
 
     def store_pre_computed(
@@ -71,10 +73,13 @@ class BlendClient:
         tokens: Tokens,
         *,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> StoreReply:
         """Store a document and wait: lookups find it from now on."""
-        return self.client.call(_store(instance_id, offset, tokens, extras), timeout_s)
+        return self.client.call(
+            _store(instance_id, offset, tokens, extras, event), timeout_s
+        )
 
     def submit_retrieve_pre_computed(
         self,
@@ -87,6 +92,7 @@ class BlendClient:
         tokens: Tokens | None = None,
         turn_keys: bool = False,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> Future[RetrieveReply]:
         """Retrieve ranges or matches into slots, the server's until it ends.
@@ -96,7 +102,13 @@ class BlendClient:
         ends the future.
         """
         request = CBRetrievePreComputed(
-            session, instance_id, offset, tuple(ranges), tuple(matches), turn_keys
+            session,
+            instance_id,
+            offset,
+            tuple(ranges),
+            tuple(matches),
+            turn_keys,
+            event=event,
         )
         retry = _send_prompt(request, tokens, extras)
         return self.client.submit(request, timeout_s, retry)
@@ -112,11 +124,18 @@ class BlendClient:
         tokens: Tokens | None = None,
         turn_keys: bool = False,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> RetrieveReply:
         """Retrieve and wait, as long as the server lives and has not answered."""
         request = CBRetrievePreComputed(
-            session, instance_id, offset, tuple(ranges), tuple(matches), turn_keys
+            session,
+            instance_id,
+            offset,
+            tuple(ranges),
+            tuple(matches),
+            turn_keys,
+            event=event,
         )
         retry = _send_prompt(request, tokens, extras)
         return self.client.call(request, timeout_s, retry)
@@ -131,10 +150,13 @@ class BlendClient:
         tokens: Tokens | None = None,
         *,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> Future[StoreReply]:
         """Store the whole chunks of [start, end) of a prompt for normal lookups."""
-        request = CBStoreFinal(session, instance_id, offset, start, end, extras=extras)
+        request = CBStoreFinal(
+            session, instance_id, offset, start, end, extras=extras, event=event
+        )
         return self.client.submit(request, timeout_s, resend(request, tokens))
 
     def store_final(
@@ -147,10 +169,13 @@ class BlendClient:
         tokens: Tokens | None = None,
         *,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> StoreReply:
         """Store a prompt and wait: normal lookups find it from now on."""
-        request = CBStoreFinal(session, instance_id, offset, start, end, extras=extras)
+        request = CBStoreFinal(
+            session, instance_id, offset, start, end, extras=extras, event=event
+        )
         return self.client.call(request, timeout_s, resend(request, tokens))
 
     # -- a scheduler's --------------------------------------------------------------
@@ -185,10 +210,14 @@ class BlendClient:
 
 
 def _store(
-    instance_id: str, offset: int, tokens: Tokens, extras: tuple[ExtraKey, ...]
+    instance_id: str,
+    offset: int,
+    tokens: Tokens,
+    extras: tuple[ExtraKey, ...],
+    event: bytes,
 ) -> CBStorePreComputed:
     packed = memoryview(pack_tokens(tokens))
-    return CBStorePreComputed(instance_id, offset, packed, extras)
+    return CBStorePreComputed(instance_id, offset, packed, extras, event)
 
 
 def _lookup(

@@ -148,10 +148,14 @@ class KVClient:
         tokens: Tokens | None = None,
         *,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> Future[StoreReply]:
-        """Store the whole chunks of [start, end); the blocks are read until it ends."""
-        request = Store(session, instance_id, start, end, _pack(blocks), extras=extras)
+        """Store the whole chunks of [start, end); the blocks are read until it ends.
+
+        After the worker's CUDA event whose IPC handle is `event`.
+        """
+        request = _store(session, instance_id, start, end, blocks, extras, event)
         return self._submit_tokens(request, tokens, timeout_s)
 
     def store(
@@ -164,10 +168,11 @@ class KVClient:
         tokens: Tokens | None = None,
         *,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> StoreReply:
         """Store and wait: what this returned can be read by anyone."""
-        request = Store(session, instance_id, start, end, _pack(blocks), extras=extras)
+        request = _store(session, instance_id, start, end, blocks, extras, event)
         return self._call_tokens(request, tokens, timeout_s)
 
     def submit_retrieve(
@@ -181,11 +186,13 @@ class KVClient:
         *,
         skip_first_n_tokens: int = 0,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> Future[RetrieveReply]:
         """Retrieve [start, end) into blocks, which are the server's until it ends.
 
-        The deadline makes the server refuse to begin late; it never ends the future.
+        After the worker's CUDA event whose IPC handle is `event`. The deadline makes
+        the server refuse to begin late; it never ends the future.
         """
         request = Retrieve(
             session,
@@ -195,6 +202,7 @@ class KVClient:
             _pack(blocks),
             skip_first_n_tokens,
             extras=extras,
+            event=event,
         )
         return self._submit_tokens(request, tokens, timeout_s)
 
@@ -209,6 +217,7 @@ class KVClient:
         *,
         skip_first_n_tokens: int = 0,
         extras: tuple[ExtraKey, ...] = (),
+        event: bytes = b"",
         timeout_s: float | None = None,
     ) -> RetrieveReply:
         """Retrieve and wait, as long as the server lives and has not answered."""
@@ -220,6 +229,7 @@ class KVClient:
             _pack(blocks),
             skip_first_n_tokens,
             extras=extras,
+            event=event,
         )
         return self._call_tokens(request, tokens, timeout_s)
 
@@ -304,6 +314,19 @@ class KVClient:
         self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
     ) -> R:
         return self.call(request, timeout_s, resend(request, tokens))
+
+
+def _store(
+    session: SessionKey,
+    instance_id: str,
+    start: int,
+    end: int,
+    blocks: BlockLists,
+    extras: tuple[ExtraKey, ...],
+    event: bytes,
+) -> Store:
+    packed = _pack(blocks)
+    return Store(session, instance_id, start, end, packed, extras=extras, event=event)
 
 
 def _lookup(
