@@ -71,8 +71,8 @@ class Server:
             self.address = bound.address
             arena = open_arena(config.l1)
             stack.callback(arena.close)
-            transports = open_transports(config.device, arena.array)
-            stack.callback(transports.close)
+            self.transports = open_transports(config.device, arena.array)
+            stack.callback(self.transports.close)
             recovered = None
             if config.l1.keep is not None:
                 recovered = recover(Path(config.l1.keep), arena)
@@ -83,7 +83,7 @@ class Server:
                 arena,
                 tiers=tiers,
                 recovered=recovered,
-                transports=transports,
+                transports=self.transports,
             )
             self.copies = WorkerCopies(self.engine, config.wire.max_requests_per_client)
             if config.record is not None:
@@ -217,6 +217,7 @@ class Server:
             prefetches=manager.prefetches(request.max_leases) if manager else (),
             num_prefetches=manager.prefetcher.num_jobs if manager else 0,
             tiers=manager.status() if manager else (),
+            devices=self.transports.devices(),
             counters=self.counters(),
         )
 

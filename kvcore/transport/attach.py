@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc, MemoryHandle, PosixShm, Private
+from kvcore.protocol import CudaIpc, DeviceStatus, MemoryHandle, PosixShm, Private
 from kvcore.shm import Bytes, Segment
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import PagedCache
@@ -67,6 +67,9 @@ class Transport(Protocol):
             HandleError: at once or by the future.
         """
 
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """Describe the GPUs in use."""
+
     def close(self) -> None:
         """Let go of what all instances share, once all of them are closed."""
 
@@ -98,6 +101,10 @@ class Transports:
             )
         return transport.attach(handles, layouts)
 
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """Describe the GPUs in use."""
+        return tuple(d for one in self._by_kind.values() for d in one.devices())
+
     def close(self) -> None:
         """Close every transport, once all instances are closed."""
         for transport in self._by_kind.values():
@@ -114,6 +121,10 @@ class HostTransport:
         attached: Future[Attached] = Future()
         attached.set_result(HostMemory(handles, layouts))
         return attached
+
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """Return none."""
+        return ()
 
     def close(self) -> None:
         """Do nothing: instances share nothing."""

@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
 
 from kvcore.errors import SetupError
+from tests.gpu.told import GpuTold
+from tests.system.conftest import client, model, prompt, serve, session
+from tests.system.server import Server
+from tests.system.worker import Worker
 
+__all__ = ["client", "model", "prompt", "serve", "session"]
 
-def open_devices() -> tuple:
-    """Open the devices of this process, once the tests are known to be wanted."""
-    from kvcore.transport.cuda.driver import open_devices
-
-    return open_devices()
+Hire = Callable[[], Worker]
 
 
 @pytest.fixture(scope="session")
-def devices() -> tuple:
+def devices() -> tuple[Any, ...]:
     """Every GPU there is."""
     try:
+        from kvcore.transport.cuda.driver import open_devices
+
         return open_devices()
     except SetupError as error:
         pytest.skip(error.message)
 
 
 @pytest.fixture
-def device(devices: tuple) -> object:
+def device(devices: tuple[Any, ...]) -> Any:
     """The first GPU."""
     return devices[0]
+
+
+@pytest.fixture
+def stub(devices: tuple[Any, ...]) -> None:
+    """The driver is the stub, which does things on demand that a card does not."""
+    if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_hold"):
+        pytest.skip("a card's events cannot be held back on demand")
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server], devices: tuple[Any, ...]) -> Iterator[Server]:
+    """The module's server."""
+    server = serve("--device", "cuda", "--l1-size", "64MiB")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def hire(server: Server) -> Iterator[Hire]:
+    """Start a worker of the module's server, on the first GPU."""
+    with ExitStack() as stack:
+
+        def start() -> Worker:
+            worker = Worker(server.address, GpuTold)
+            stack.callback(worker.close)
+            worker.answer()
+            return worker
+
+        yield start

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from kvcore.errors import BadRequest, DeviceFailed, HandleError, UnknownInstance
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc
+from kvcore.protocol import CudaIpc, DeviceStatus
 from kvcore.shm import Bytes
 from kvcore.transport.attach import Attached
 from kvcore.transport.cuda.device import Device, Event
@@ -82,6 +82,9 @@ class DeviceCaches(Protocol):
     def cache(self, layout: KVLayout, addresses: Sequence[int]) -> PagedCache:
         """Make a cache; `addresses` are those of its handles' first bytes."""
 
+    def status(self) -> DeviceStatus:
+        """Describe the device and its caches. Any thread."""
+
     def close(self) -> None:
         """Let go of it, once all caches are closed."""
 
@@ -129,6 +132,10 @@ class CudaTransport:
                 f"{', '.join(self._devices)} (CUDA_VISIBLE_DEVICES)"
             )
         return self._attacher.submit(self._attach, device, handles, layouts)
+
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """Describe the GPUs that caches lie in, or have."""
+        return tuple(caches.status() for caches in [*self._caches.values()])
 
     def close(self) -> None:
         """Unlock the arena and let go of the GPUs."""

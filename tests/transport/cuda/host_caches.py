@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcore.layout import KVLayout
+from kvcore.protocol import DeviceStatus
 from kvcore.transport.cuda.device import Device
+from kvcore.transport.cuda.ways import published
 from kvcore.transport.host import HostCache
 from tests.transport.cuda.fake import array_at
 
@@ -26,6 +28,11 @@ class HostCaches:
         end = int(layout.plane_offsets.max()) + layout.num_blocks * layout.block_stride
         arrays = [array_at(address, end) for address in addresses]
         return _Counted(self, layout, arrays)
+
+    def status(self) -> DeviceStatus:
+        """Describe it, with figures that nobody measured."""
+        name = self.device.name
+        return DeviceStatus(self.device.uuid, name, self.num_open, 0, {}, published())
 
     def close(self) -> None:
         """Remember that it was closed."""

@@ -100,6 +100,7 @@ def test_the_uuid_decides_not_the_number(host: Host) -> None:
         assert host.made[-1].device.uuid == uuid
     by_uuid = {device.uuid: len(device.opened) for device in host.server}
     assert by_uuid == {"GPU-a": 1, "GPU-b": 1}
+    assert [status.uuid for status in host.transports.devices()] == [*UUIDS]
     for memory in memories:
         memory.close()
 

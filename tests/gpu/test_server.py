@@ -1,0 +1,263 @@
+"""A real server and real workers whose caches lie in a GPU's memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.errors import DeadlineExceeded, HandleError
+from kvcore.keys import SessionKey
+from tests.gpu.conftest import Hire
+from tests.gpu.told import GpuTold
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server, wait_until
+from tests.system.worker import LARGE, MLA, PAGES, PLAIN, POISON, Group, Worker
+
+pytestmark = pytest.mark.gpu
+
+SIZE = 4 * CHUNK
+FROM = [9, 3, 4, 5, 60, 61, 62, 63, 1, 17, 30, 2, 50, 49, 48, 47]
+INTO = [20, 21, 22, 23, 7, 40, 11, 0, 8, 9, 10, 33, 12, 13, 55, 54]
+HYBRID = (Group(), Group(window=CHUNK))
+TOKEN_IN_BLOCK = (Group("LNKSD", (2, 0, 2, 16, 32)),)
+HEAD_MAJOR = (Group("KLNHSD", (2, 2, 0, 2, 16, 16)),)
+
+
+@pytest.fixture(scope="module")
+def workers(hire: Hire) -> list[Worker]:
+    """Two workers of the module's server."""
+    return [hire() for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [PLAIN, MLA, PAGES, HYBRID, TOKEN_IN_BLOCK, HEAD_MAJOR],
+    ids=["plain", "mla", "pages", "hybrid", "kv in a block", "head-major"],
+)
+def test_one_workers_blocks_are_anothers(
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+    groups: tuple[Group, ...],
+) -> None:
+    """Scattered blocks, byte for byte, with every other block left as it was."""
+    first, second = workers
+    tokens = prompt(SIZE)
+    lists = [FROM] * len(groups)
+    first.ask("register", "a", model, groups)
+    second.ask("register", "b", model, groups)
+    first.ask("fill", "a", FROM)
+    expected = [first.ask("read", "a", FROM, n) for n in range(len(groups))]
+    reply = first.ask("store", session, "a", 0, SIZE, lists, tokens)
+    assert reply.num_stored == 4 * len(groups)
+    second.ask("poison", "b", list(range(64)))
+    assert client.lookup(session, model, 1, tokens).num_tokens == SIZE
+    lists = [INTO] * len(groups)
+    reply = second.ask("retrieve", session, "b", 0, SIZE, lists)
+    assert reply.num_tokens == SIZE
+    assert len(reply.event) == 64
+    others = sorted(set(range(64)) - set(INTO))
+    for n, blocks in enumerate(expected):
+        assert (second.ask("read", "b", INTO, n) == blocks).all()
+        assert (second.ask("read", "b", others, n) == POISON).all()
+
+
+def test_single_tokens_are_skipped(
+    workers: list[Worker], model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """The first tokens stay unwritten, in the middle of a block."""
+    first, second = workers
+    tokens = prompt(CHUNK)
+    first.ask("register", "a", model)
+    second.ask("register", "b", model)
+    first.ask("fill", "a", FROM[:4])
+    expected = first.ask("read", "a", FROM[:4])
+    first.ask("store", session, "a", 0, CHUNK, [FROM[:4]], tokens)
+    second.ask("poison", "b", INTO[:4])
+    second.ask(
+        "retrieve", session, "b", 0, CHUNK, [INTO[:4]], tokens, skip_first_n_tokens=21
+    )
+    got = second.ask("read", "b", INTO[:4])
+    # [blocks, L, K, slots, D]
+    assert (got[0] == POISON).all()
+    assert (got[1][..., :5, :] == POISON).all()
+    assert (got[1][..., 5:, :] == expected[1][..., 5:, :]).all()
+    assert (got[2:] == expected[2:]).all()
+
+
+def test_a_store_comes_after_the_workers_event(
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """An event that was reached is no hindrance, again and again."""
+    worker = workers[0]
+    worker.ask("register", "a", model)
+    for _ in range(3):
+        tokens = prompt(CHUNK)
+        key = SessionKey("engine", f"event-{tokens[0]}")
+        reply = worker.ask("store_behind", 20, key, "a", CHUNK, FROM[:4], tokens)
+        assert reply.num_stored == 1
+        client.end_session(key)
+
+
+def test_a_copy_is_not_begun_before_its_event(
+    stub: None,
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """A store whose event is not reached by its deadline keeps nothing."""
+    worker = workers[0]
+    worker.ask("register", "a", model)
+    worker.ask("hold", held=True)
+    tokens = prompt(CHUNK)
+    with pytest.raises(DeadlineExceeded):
+        worker.ask("store_behind", 0.2, session, "a", CHUNK, FROM[:4], tokens)
+    worker.ask("hold", held=False)
+    assert client.lookup(session, model, 1, tokens).num_chunks == 0
+    reply = worker.ask("store_behind", 20, session, "a", CHUNK, FROM[:4], tokens)
+    assert reply.num_stored == 1
+
+
+def test_a_worker_that_dies_before_its_event_is_let_go(
+    stub: None,
+    hire: Hire,
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """Its copies are void, its memory is closed, and others are served meanwhile."""
+    victim, other = hire(), workers[0]
+    tokens = prompt(CHUNK)
+    victim.ask("register", "v", model)
+    victim.ask("hold", held=True)
+    victim.tell("store_behind", 20, session, "v", CHUNK, FROM[:4], tokens)
+    other.ask("register", "o", model)
+    victim.kill()
+    wait_until(lambda: "v" not in {i.instance_id for i in client.status().instances})
+    assert other.ask("store", session, "o", 0, CHUNK, [FROM[:4]], tokens).num_stored
+    # The closer, which is one thread, has let go of the dead worker.
+    other.ask("unregister_kv_cache", "o")
+
+
+def test_a_worker_killed_in_a_copy_leaves_nothing_half_written(
+    hire: Hire,
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """What it stored is there wholly or not at all; others go on."""
+    victim, other = hire(), workers[0]
+    tokens = prompt(4 * CHUNK)
+    blocks = list(range(16))
+    victim.ask("register", "v", model, LARGE, num_blocks=16)
+    other.ask("register", "o", model, LARGE, num_blocks=16)
+    victim.ask("fill", "v", blocks)
+    expected = victim.ask("read", "v", blocks)
+    victim.ask("begin", "s", "submit_store", session, "v", 0, SIZE, [blocks], tokens)
+    victim.kill()
+    wait_until(lambda: "v" not in {i.instance_id for i in client.status().instances})
+    wait_until(lambda: client.status().l1.num_reserved == 0)
+    found = client.lookup(session, model, 1, tokens).num_chunks
+    assert found in (0, 4)
+    if found:
+        other.ask("retrieve", session, "o", 0, SIZE, [blocks])
+        assert (other.ask("read", "o", blocks) == expected).all()
+    other.ask("unregister_kv_cache", "o")
+
+
+def test_what_is_forged_is_refused(
+    workers: list[Worker], model: str, devices: tuple[object, ...]
+) -> None:
+    """Ranges past the allocation, GPUs of others, handles of nobody."""
+    worker = workers[0]
+    worker.ask("register", "a", model)
+    far = {"offset": 1 << 40}
+    nobody = {"handle": bytes(64)}
+    elsewhere = {"device": "GPU-00000000-0000-0000-0000-000000000000"}
+    for changes in (far, nobody, elsewhere):
+        with pytest.raises(HandleError):
+            worker.ask("register_as", "a", model, **changes)
+    worker.ask("register_as", "a", model)
+
+
+def test_every_gpu_has_its_caches(
+    workers: list[Worker],
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+    devices: tuple[object, ...],
+) -> None:
+    """Of one worker on each GPU in turn, all share the chunks."""
+    worker, tokens = workers[0], prompt(CHUNK)
+    for number in range(len(devices)):
+        worker.ask("register", f"gpu-{number}", model, number=number)
+    worker.ask("fill", "gpu-0", FROM[:4])
+    expected = worker.ask("read", "gpu-0", FROM[:4])
+    worker.ask("store", session, "gpu-0", 0, CHUNK, [FROM[:4]], tokens)
+    last = f"gpu-{len(devices) - 1}"
+    worker.ask("poison", last, INTO[:4])
+    worker.ask("retrieve", session, last, 0, CHUNK, [INTO[:4]])
+    assert (worker.ask("read", last, INTO[:4]) == expected).all()
+
+
+def test_a_thousand_registrations_leave_nothing(
+    workers: list[Worker], server: Server, client: KVClient, model: str
+) -> None:
+    """The server has as many descriptors and threads as before."""
+    worker = workers[0]
+    worker.ask("register", "c", model, num_blocks=4096)
+    worker.ask("cycle", "c", model, 10)
+    before = used(server)
+    for _ in range(10):
+        worker.ask("cycle", "c", model, 100)
+    assert used(server) == before
+    assert "c" not in {i.instance_id for i in client.status().instances}
+
+
+def used(server: Server) -> tuple[int, int]:
+    """Count a server's descriptors and threads."""
+    folder = f"/proc/{server.pid}"
+    return len(os.listdir(f"{folder}/fd")), len(os.listdir(f"{folder}/task"))
+
+
+def test_a_killed_server_is_met_again(
+    serve: Callable[..., Server],
+    devices: tuple[object, ...],
+    model: str,
+    prompt: Prompt,
+) -> None:
+    """The next run opens the same handles, and copies as the first did."""
+    server = serve("--device", "cuda")
+    worker = Worker(server.address, GpuTold)
+    key, tokens = SessionKey("engine", "again"), prompt(CHUNK)
+    try:
+        worker.answer()
+        worker.ask("register", "a", model)
+        worker.ask("fill", "a", FROM[:4])
+        server.kill()
+        server = server.again()
+        wait_until(lambda: not worker.ask("is_unavailable"))
+        worker.ask("store", key, "a", 0, CHUNK, [FROM[:4]], tokens)
+        expected = worker.ask("read", "a", FROM[:4])
+        worker.ask("poison", "a", INTO[:4])
+        worker.ask("retrieve", key, "a", 0, CHUNK, [INTO[:4]])
+        assert np.array_equal(worker.ask("read", "a", INTO[:4]), expected)
+    finally:
+        worker.close()
+        server.close()
