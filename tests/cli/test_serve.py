@@ -102,3 +102,26 @@ def test_a_ready_file_that_cannot_be_written_ends_it(serve: Serve) -> None:
     assert server.returncode == 2
     assert err == "kvctl: ready_file = /nowhere/address: No such file or directory\n"
     assert segments(server.pid) == []
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_one_line(serve: Serve) -> None:
+    """Exit code 2, whatever is missing: the bindings, the driver, the GPU."""
+    server = serve("--port", "0", "--device", "cuda")
+    out, err = server.communicate(timeout=STOP_S)
+    if server.returncode == 0:
+        pytest.skip("this machine has a GPU")
+    assert server.returncode == 2
+    assert out == ""
+    assert err.startswith("kvctl: device = cuda: ")
+    assert err.count("\n") == 1
+    assert segments(server.pid) == []
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_a_gpu_host_memory_will_do(serve: Serve, device: str) -> None:
+    """Both serve, and neither says a word about GPUs."""
+    server = serve("--port", "0", "--device", device)
+    address_of(server)
+    server.send_signal(signal.SIGTERM)
+    _, err = server.communicate(timeout=STOP_S)
+    assert (server.returncode, err) == (0, "")
