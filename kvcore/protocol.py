@@ -460,6 +460,14 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     rates: DeviceRates
 
 
+class QuotaStatus(msgspec.Struct, frozen=True):
+    """What one space has of what it may keep when others need the room."""
+
+    space: Annotated[str, Meta(description="`salt:NAME` or `model:NAME`")]
+    used_bytes: int
+    max_bytes: int
+
+
 class StatusReply(msgspec.Struct, frozen=True):
     """The inside of the server at one moment."""
 
@@ -482,6 +490,7 @@ class StatusReply(msgspec.Struct, frozen=True):
     num_prefetches: Annotated[int, Meta(description="under way; the list is cut")] = 0
     tiers: tuple[TierStatus, ...] = ()
     devices: tuple[DeviceStatus, ...] = ()
+    quotas: tuple[QuotaStatus, ...] = ()
 
 
 class Status(Request[StatusReply], frozen=True):

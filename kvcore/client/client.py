@@ -244,12 +244,17 @@ class KVClient:
         *,
         known: int = 0,
         extras: tuple[ExtraKey, ...] = (),
+        wait: bool = True,
         timeout_s: float | None = None,
     ) -> Future[LookupReply]:
-        """Count and lease the leading chunks of `tokens` that are there."""
+        """Count and lease the leading chunks of `tokens` that are there.
+
+        Without `wait` those that are in L1 now; what tiers have of the rest is loaded
+        behind the answer, for a later lookup, until the session ends.
+        """
         # Sent later, when the caller may have changed its array.
         kept = tokens.copy() if isinstance(tokens, np.ndarray) else tokens
-        request = _lookup(session, model, world_size, kept, known, extras)
+        request = _lookup(session, model, world_size, kept, known, extras, wait=wait)
         return self._submit_tokens(request, tokens, timeout_s)
 
     def lookup(
@@ -261,10 +266,11 @@ class KVClient:
         *,
         known: int = 0,
         extras: tuple[ExtraKey, ...] = (),
+        wait: bool = True,
         timeout_s: float | None = None,
     ) -> LookupReply:
-        """Look up and wait."""
-        request = _lookup(session, model, world_size, tokens, known, extras)
+        """Look up, and return the answer; `wait` as for `submit_lookup`."""
+        request = _lookup(session, model, world_size, tokens, known, extras, wait=wait)
         return self._call_tokens(request, tokens, timeout_s)
 
     def free_lookup_locks(self, session: SessionKey, start: int, end: int) -> Done:
@@ -336,9 +342,12 @@ def _lookup(
     tokens: Tokens,
     known: int,
     extras: tuple[ExtraKey, ...],
+    *,
+    wait: bool,
 ) -> Lookup:
     packed = view_tokens(tokens[known:] if known else tokens)
-    return Lookup(session, model, world_size, len(tokens), packed, known, extras)
+    end = len(tokens)
+    return Lookup(session, model, world_size, end, packed, known, extras, wait)
 
 
 def resend(request: Request[R], tokens: Tokens | None) -> Retry | None:

@@ -218,6 +218,7 @@ class Server:
             num_prefetches=manager.prefetcher.num_jobs if manager else 0,
             tiers=manager.status() if manager else (),
             devices=self.transports.devices(),
+            quotas=self.engine.l1.quotas(),
             counters=self.counters(),
         )
 

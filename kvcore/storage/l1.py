@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from kvcore.keys import ChunkHash, SessionKey
+from kvcore.protocol import QuotaStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,
@@ -296,6 +297,12 @@ class L1:
         """Return the counts, all kept as they change."""
         with self._lock:
             return self._table.stats()
+
+    def quotas(self) -> tuple[QuotaStatus, ...]:
+        """Describe the spaces with a quota."""
+        with self._lock:
+            order = self._table.quotas
+            return order.status() if order is not None else ()
 
     def close(self) -> None:
         """Forget everything. What comes later is harmless and finds nothing.

@@ -417,7 +417,7 @@ class Prefetcher:
 
     def _due(self, job: PrefetchJob) -> None:
         if not job.future.done():
-            self.counters.prefetches_late += 1
+            self.counters.prefetches_late += job.waited
             job.future.set_result(None)
 
     def _cancel(self, job: PrefetchJob) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcore.keys import ChunkHash, SessionKey
+from kvcore.protocol import QuotaStatus
 from kvcore.storage.eviction import EvictionPolicy, make_policy
 
 if TYPE_CHECKING:
@@ -69,9 +70,12 @@ class Quotas:
         salted = self._accounts.get(f"salt:{salt}") if salt is not None else None
         return salted or self._accounts.get(f"model:{model}")
 
-    def used_bytes(self) -> dict[str, int]:
-        """Return what each space has."""
-        return {name: each.used_bytes for name, each in self._accounts.items()}
+    def status(self) -> tuple[QuotaStatus, ...]:
+        """Describe each space."""
+        return tuple(
+            QuotaStatus(name, each.used_bytes, int(each.max_bytes))
+            for name, each in self._accounts.items()
+        )
 
     # -- the policy -------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from kvcore.protocol import (
     L1Status,
     LeaseStatus,
     PrefetchStatus,
+    QuotaStatus,
     StatusReply,
     TierStatus,
 )
@@ -19,6 +20,8 @@ from kvctl.console import Table, bar, size
 def parts(status: StatusReply) -> list[Table | str]:
     """Return what is shown of a server, most asked first."""
     shown: list[Table | str] = [_headline(status), *_memory(status.l1)]
+    if status.quotas:
+        shown.append(_quotas(status.quotas))
     if status.instances:
         shown.append(_instances(status.instances))
     if status.leases:
@@ -48,6 +51,18 @@ def _memory(l1: L1Status) -> list[str]:
         f"   {l1.num_chunks} chunks in {l1.num_parts} parts, {l1.num_leased} leased; "
         f"{l1.num_reserved} parts being written",
     ]
+
+
+def _quotas(quotas: Sequence[QuotaStatus]) -> Table:
+    rows = tuple(
+        (one.space, size(one.used_bytes), size(one.max_bytes), _share(one))
+        for one in quotas
+    )
+    return Table("quotas", ("space", ">used", ">of", ">share"), rows)
+
+
+def _share(quota: QuotaStatus) -> str:
+    return f"{quota.used_bytes / quota.max_bytes:.0%}" if quota.max_bytes else "-"
 
 
 def _instances(instances: Sequence[InstanceStatus]) -> Table:

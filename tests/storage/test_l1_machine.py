@@ -299,10 +299,11 @@ class L1Machine(RuleBasedStateMachine):
         self.l1.check()
         if isinstance(self.policy, Quotas):
             chunks = {*self._known_chunks(), *self._in_use()}
-            for name, used in self.policy.used_bytes().items():
-                account = self.policy._accounts[name]
+            for quota in self.l1.quotas():
+                account = self.policy._accounts[quota.space]
                 ours = [c for c in chunks if c.account is account]
-                assert used == sum(p.num_bytes for c in ours for p in c.parts.values())
+                used = sum(p.num_bytes for c in ours for p in c.parts.values())
+                assert quota.used_bytes == used
 
     @invariant()
     def what_may_go_can_go(self) -> None:

@@ -73,7 +73,7 @@ class Shelf:
     def used(self) -> dict[str, int]:
         """What the spaces have, in chunks."""
         assert isinstance(self.order, Quotas)
-        return {name: n // PAGE for name, n in self.order.used_bytes().items()}
+        return {q.space: q.used_bytes // PAGE for q in self.order.status()}
 
 
 @pytest.fixture(params=sorted(POLICIES))

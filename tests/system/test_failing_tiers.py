@@ -90,6 +90,32 @@ def test_a_hanging_tier_is_a_miss_within_the_deadline(
         client.end_session(stored)
 
 
+def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
+    serve: Callable[..., Server],
+    hire: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
+    hanging: Hanging,
+) -> None:
+    """What L1 has now; the tier is still being asked when the answer is there."""
+    server = serve(
+        "--tier",
+        f"valkey://127.0.0.1:{hanging.port}?timeout=3",
+        "--set",
+        "prefetch.deadline_s=60",
+    )
+    with connected(server) as client:
+        [worker] = staff(hire, server, model, PLAIN, 1)
+        tokens = prompt(3 * CHUNK)
+        session = SessionKey("engine", "hasty")
+        worker.ask("store", session, "i0", 0, CHUNK, [blocks_of(1)], tokens[:CHUNK])
+        assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 1
+        [job] = client.status().prefetches
+        assert (job.request_id, job.state) == ("hasty", "asking")
+        client.end_session(session)
+        assert counter(client, "prefetches_late") == 0
+
+
 def test_a_session_that_ends_does_not_wait_for_its_tier(
     serve: Callable[..., Server],
     hire: Callable[[str], Worker],

@@ -11,7 +11,6 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-from kvcore.protocol import Why
 from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.test_ranks import HYBRID
@@ -127,6 +126,36 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
         assert counter(client, "parts_prefetched") == loaded
 
 
+def test_a_lookup_that_does_not_wait_prefetches_behind(
+    serve: Serve, hire: Hire, prompt: Prompt, tier: str, model: str
+) -> None:
+    """The first answer has nothing; a later lookup finds all of it in memory."""
+    tokens = prompt(4 * CHUNK)
+    first = serve("--tier", tier)
+    with connected(first) as client:
+        [worker] = staff(hire, first, model, PLAIN, 1)
+        session = SessionKey("engine", "writer")
+        worker.ask("store", session, "i0", 0, len(tokens), [blocks_of(4)], tokens)
+        truth = worker.ask("read", "i0", blocks_of(4))
+        client.end_session(session)
+        wait_until(lambda: written(client) == 4)
+    assert first.stop() == 0
+
+    second = serve("--tier", tier)
+    with connected(second) as client:
+        [worker] = staff(hire, second, model, PLAIN, 1)
+        session = SessionKey("engine", "reader")
+        assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 0
+        wait_until(lambda: counter(client, "parts_prefetched") == 4)
+        wait_until(lambda: client.status().num_prefetches == 0)
+        assert client.status().l1.num_leased == 0
+        assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 4
+        assert counter(client, "prefetches") == 1
+        worker.ask("retrieve", session, "i0", 0, len(tokens), [blocks_of(4, first=4)])
+        assert np.array_equal(worker.ask("read", "i0", blocks_of(4, first=4)), truth)
+        client.end_session(session)
+
+
 def window_chunks(group: Group, num_chunks: int) -> int:
     """Chunks of a group that a hit reads."""
     return num_chunks if group.window is None else -(-group.window // CHUNK)
@@ -136,51 +165,3 @@ def masked(blocks: list[int], group: Group, num_chunks: int) -> list[int]:
     """Null what lies before the window's chunks."""
     null = (num_chunks - window_chunks(group, num_chunks)) * PER_CHUNK
     return [-1] * null + blocks[null:]
-
-
-def codes(client: KVClient, about: str) -> list[str]:
-    """What the server knows of it."""
-    return [finding.code for finding in client.call(Why(about)).findings]
-
-
-def test_why_tells_what_became_of_a_miss(
-    serve: Serve, hire: Hire, prompt: Prompt, model: str
-) -> None:
-    """Never stored, not all ranks, evicted (for whom), other layout, expired."""
-    server = serve(*SMALL, "--set", "sessions.lease_s=0.3")
-    with connected(server) as client:
-        first, second = staff(hire, server, model, PLAIN, 2)
-        known, other = prompt(2 * CHUNK), prompt(4 * CHUNK)
-        key = SessionKey("engine", "never")
-        assert client.lookup(key, model, 2, known).num_chunks == 0
-        assert codes(client, "engine/never") == ["missed", "never_stored"]
-
-        first.ask("store", key, "i0", 0, len(known), [blocks_of(2)])
-        client.lookup(key, model, 2, known)
-        assert codes(client, "never") == ["missed", "not_all_ranks"]
-
-        second.ask("store", key, "i1", 0, len(known), [blocks_of(2)])
-        assert client.lookup(key, model, 2, known).num_chunks == 2
-        wait_until(lambda: client.status().num_leases == 0)
-        assert codes(client, "never")[-1] == "expired"
-        client.end_session(key)
-
-        greedy = SessionKey("engine", "greedy")
-        for worker, name in ((first, "i0"), (second, "i1")):
-            worker.ask("store", greedy, name, 0, len(other), [blocks_of(4)], other)
-        late = SessionKey("engine", "late")
-        client.lookup(late, model, 2, known)
-        [missed, evicted] = client.call(Why("late")).findings
-        assert (missed.code, evicted.code) == ("missed", "evicted")
-        assert "for engine/greedy" in evicted.message
-        digits = missed.message.rpartition(" ")[2]
-        assert codes(client, digits[:12])[0] == "evicted"
-        assert codes(client, "nothing-of-the-kind") == ["unknown"]
-        for worker, name in ((first, "i0"), (second, "i1")):
-            worker.ask("unregister_kv_cache", name)
-        for rank, worker in enumerate((first, second)):
-            worker.ask(
-                "register", f"i{rank}", model, HYBRID[1:], rank=rank, world_size=2
-            )
-        client.lookup(SessionKey("engine", "wider"), model, 2, other)
-        assert "other_layout" in codes(client, "wider")
