@@ -46,7 +46,9 @@ parts = st.sampled_from(sorted(PART_BYTES))
 masks = st.integers(1, 3)
 owners = st.builds(SessionKey, st.sampled_from("xy"), st.sampled_from("12"))
 clients = st.sampled_from(["p", "q"])
-places = st.integers(0, 6)
+starts = st.sampled_from([0, 0, 0, 1, 3])
+ends = st.sampled_from([6, 6, 6, 4, 2])
+readers = st.sampled_from([0, 1, 2, 3, 3])
 
 
 @dataclass
@@ -144,16 +146,15 @@ class L1Machine(RuleBasedStateMachine):
         else:
             self.l1.abort(some)
 
-    @rule(prompt=prompts, length=lengths, part=parts, owner=owners)
-    def store(
-        self, prompt: list[ChunkHash], length: int, part: PartId, owner: SessionKey
-    ) -> None:
-        """Reserve and commit, as most stores go."""
+    @rule(prompt=prompts, length=lengths, owner=owners)
+    def store(self, prompt: list[ChunkHash], length: int, owner: SessionKey) -> None:
+        """Reserve and commit every part, as most stores go."""
         others = self.writing
-        self.writing = []
-        self.reserve(prompt, 0, length, part, owner)
-        done, self.writing = self.writing, others
-        self._commit(done)
+        for part in PART_BYTES:
+            self.writing = []
+            self.reserve(prompt, 0, length, part, owner)
+            self._commit(self.writing)
+        self.writing = others
 
     def _commit(self, some: list[Reservation]) -> None:
         kept = [each for each in some if not each.chunk.dropped]
@@ -230,18 +231,22 @@ class L1Machine(RuleBasedStateMachine):
     # -- leases ---------------------------------------------------------------------
 
     @rule(
-        owner=owners, prompt=prompts, needs=masks, readers=st.integers(0, 3),
-        client=clients,
+        owner=owners, prompt=prompts, length=lengths, needs=masks, readers=readers,
+        client=clients, stored=st.booleans(),
     )  # fmt: skip
-    def grant(
+    def look_up(
         self,
         owner: SessionKey,
         prompt: list[ChunkHash],
+        length: int,
         needs: int,
         readers: int,
         client: str,
+        stored: bool,
     ) -> None:
-        """Look up and lease."""
+        """Look up and lease, mostly what somebody has stored just now."""
+        if stored:
+            self.store(prompt, length, owner)
         chunks = self.l1.acquire_leading(prompt, needs)
         self.table.grant(owner, "model", chunks, readers, client)
         self.leases.pop(owner, None)
@@ -250,24 +255,42 @@ class L1Machine(RuleBasedStateMachine):
             deadline = self.clock.now + TTL_S
             self.leases[owner] = ModelLease(chunks, waiting, client, deadline)
 
-    @rule(owner=owners, start=places, end=places, rank=st.integers(0, 2))
-    def read(self, owner: SessionKey, start: int, end: int, rank: int) -> None:
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), start=starts, end=ends, rank=st.integers(0, 2))
+    def read(self, data: st.DataObject, start: int, end: int, rank: int) -> None:
         """A rank has read some."""
+        owner = self._leasing(data)
         self.table.read(owner, start, end, rank)
         self._take(owner, start, end, 1 << rank)
 
-    @rule(owner=owners, start=places, end=places)
-    def free(self, owner: SessionKey, start: int, end: int) -> None:
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), start=starts, end=ends)
+    def free(self, data: st.DataObject, start: int, end: int) -> None:
         """The scheduler does not want some."""
+        owner = self._leasing(data)
         self.table.free(owner, start, end)
         self._take(owner, start, end, 0b111)
 
-    @rule(owner=owners)
-    def end(self, owner: SessionKey) -> None:
-        """The session ends."""
-        self.table.end(owner)
-        self.leases.pop(owner, None)
+    def _leasing(self, data: st.DataObject) -> SessionKey:
+        return data.draw(st.sampled_from([*self.leases]))
 
+    @rule(owner=owners, start=starts, end=ends, rank=st.integers(0, 2))
+    def of_nobody(self, owner: SessionKey, start: int, end: int, rank: int) -> None:
+        """Reads and releases of a session without a lease change nothing."""
+        if owner not in self.leases:
+            self.table.read(owner, start, end, rank)
+            self.table.free(owner, start, end)
+            self.table.end(owner)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        """The session ends."""
+        owner = self._leasing(data)
+        self.table.end(owner)
+        del self.leases[owner]
+
+    @precondition(lambda self: self.leases)
     @rule(client=clients)
     def end_client(self, client: str) -> None:
         """A scheduler dies."""
@@ -275,6 +298,7 @@ class L1Machine(RuleBasedStateMachine):
         for owner in [o for o, lease in self.leases.items() if lease.client == client]:
             del self.leases[owner]
 
+    @precondition(lambda self: self.leases)
     @rule(engine_id=st.sampled_from("xy"), rank=st.integers(0, 1))
     def drop_reader(self, engine_id: str, rank: int) -> None:
         """A worker dies."""
@@ -282,6 +306,7 @@ class L1Machine(RuleBasedStateMachine):
         for owner in [o for o in self.leases if o.engine_id == engine_id]:
             self._take(owner, 0, 5, 1 << rank)
 
+    @precondition(lambda self: self.leases)
     @rule(seconds=st.sampled_from([0.5, 4.0, 11.0]))
     def expire(self, seconds: float) -> None:
         """Time goes by."""
