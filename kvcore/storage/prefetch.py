@@ -89,6 +89,10 @@ class PrefetchJob:
     # The coordinator's own:
     masks: list[int] = field(default_factory=list)
     """Parts of each chunk that are there or can be loaded."""
+    found: list[_Wish] = field(default_factory=list)
+    """What tiers have of what L1 lacks."""
+    faulted: bool = False
+    """Something of it could not be loaded since it was planned."""
     wishes: deque[_Wish] = field(default_factory=deque)
     batches: deque[_Batch] = field(default_factory=deque)
     num_shared: int = 0
@@ -245,16 +249,45 @@ class Prefetcher:
 
     def _plan(self, job: PrefetchJob, found: list[_Wish]) -> None:
         """Keep of what was found only what the longest hit needs, in its order."""
-        needs, size = job.needs, job.chunk_size
-        job.goal = goal = count_hits(job.masks, needs, size)
+        found.sort(key=lambda wish: wish.index)
+        job.found = found
+        job.goal = goal = count_hits(job.masks, job.needs, job.chunk_size)
         self._l1.release(job.held[goal:])
         del job.held[goal:]
-        useful = [wish for wish in found if _is_useful(wish, goal, size)]
-        useful.sort(key=lambda wish: wish.index)
-        job.wishes.extend(useful)
+        job.wishes.extend(w for w in found if _is_useful(w, goal, job.chunk_size))
         job.state = JobState.LOADING
         self._ready[job] = None
         self._pump()
+
+    def _plan_again(self, job: PrefetchJob) -> None:
+        """Plan the shorter hit that is left after a fault: its window lies elsewhere.
+
+        The parts for full attention are there already, and room that is held beyond
+        the hit is given up.
+        """
+        job.faulted = False
+        job.goal = goal = count_hits(job.masks, job.needs, job.chunk_size)
+        beyond = set(job.keys[goal:])
+        held, job.held = job.held, []
+        for chunk in held:
+            if chunk and chunk.hash in beyond:
+                self._l1.release([chunk])
+            else:
+                job.held.append(chunk)
+        job.wishes.extend(
+            wish
+            for wish in job.found
+            if wish.need.window is not None
+            and job.masks[wish.index] >> wish.need.part & 1
+            and _is_useful(wish, goal, job.chunk_size)
+        )
+        self._ready[job] = None
+
+    def _fault(self, job: PrefetchJob, index: int, part: PartId) -> None:
+        """Note that a part will not come: what follows it is no use."""
+        job.masks[index] &= ~(1 << part)
+        job.faulted = True
+        job.wishes.clear()
 
     # -- loading ----------------------------------------------------------------------
 
@@ -338,7 +371,9 @@ class Prefetcher:
         )
         if got.num_dropped:
             self.counters.loads_without_room += got.num_dropped
-            job.wishes.clear()
+            for wish, chunk in zip(wishes, self._l1.peek(hashes), strict=True):
+                if not chunk or not (chunk.ready | chunk.reserved) >> need.part & 1:
+                    self._fault(job, wish.index, need.part)
         loads = []
         for reservation in got.reservations:
             wish = wishes[reservation.index]
@@ -365,10 +400,10 @@ class Prefetcher:
 
     def _commit(self, job: PrefetchJob, batch: _Batch) -> None:
         """Make a batch readable up to its first fault; what follows is no use."""
-        fault = next((load for load in batch.loads if not load.is_good), None)
-        if fault:
-            job.goal = min(job.goal, fault.wish.index)
-            job.wishes.clear()
+        for load in batch.loads:
+            if not load.is_good:
+                job.goal = min(job.goal, load.wish.index)
+                self._fault(job, load.wish.index, load.wish.need.part)
         good = [load for load in batch.loads if load.wish.index < job.goal]
         bad = batch.loads[len(good) :]
         for load in bad:
@@ -403,7 +438,8 @@ class Prefetcher:
         for other in load.waiting:
             other.num_shared -= 1
             if not load.is_good:
-                other.wishes.clear()
+                index = other.keys.index(load.key)
+                self._fault(other, index, load.wish.need.part)
             elif not (other.settled or other.is_over):
                 other.held += self._l1.hold([load.key])
                 other.num_loaded += 1
@@ -412,7 +448,11 @@ class Prefetcher:
     # -- ending -----------------------------------------------------------------------
 
     def _check_done(self, job: PrefetchJob) -> None:
-        if not (job.is_over or job.wishes or job.batches or job.num_shared):
+        if job.is_over or job.wishes or job.batches or job.num_shared:
+            return
+        if job.faulted and job.needs.windows and not job.future.done():
+            self._plan_again(job)
+        else:
             self._end(job, JobState.DONE)
 
     def _due(self, job: PrefetchJob) -> None:

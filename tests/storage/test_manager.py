@@ -17,7 +17,7 @@ from kvcore.storage.chunk import PartId, PartName
 from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.l1 import L1
 from kvcore.storage.manager import Manager
-from kvcore.storage.needs import Needs, PartNeed, WindowNeed
+from kvcore.storage.needs import Needs, PartNeed, WindowNeed, count_hits
 from kvcore.storage.policies.lru import LRU
 from kvcore.storage.prefetch import JobState, PrefetchJob
 from tests.storage.played import PlayedTier
@@ -227,6 +227,47 @@ def test_windows_load_only_what_they_cover(house: House) -> None:
     job = house.submit(prompt, WINDOWED)
     house.answer_all()
     assert [c.ready for c in house.l1.present(prompt, 1)] == [0b01, 0b11, 0b11]
+    house.settle(job)
+
+
+def num_hits(house: House, prompt: list[ChunkHash]) -> int:
+    """Leading chunks that a lookup would find, windows minded."""
+    masks = [c.ready for c in house.l1.present(prompt, WINDOWED.full)]
+    return count_hits(masks, WINDOWED, CHUNK_SIZE)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_after_a_fault_the_shorter_hit_has_its_window(house: House, group: int) -> None:
+    """A part of the fourth chunk is wrong: three are a hit, with their own window."""
+    prompt = chain(1, 4)
+    house.keep(prompt, WINDOWED)
+    house.tier.wrong.add(name(0, group).key(prompt[3]))
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert job.state is JobState.DONE
+    assert num_hits(house, prompt) == job.goal == 3
+    house.settle(job)
+
+
+def test_without_room_for_all_the_hit_that_fits_has_its_window(house: House) -> None:
+    """Of nine parts eight fit: six chunks and the window of the last two of them."""
+    prompt = chain(1, 7)
+    house.keep(prompt, WINDOWED)
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert num_hits(house, prompt) == job.goal == 6
+    house.settle(job)
+
+
+def test_faults_of_every_chunk_end_too(house: House) -> None:
+    """Wherever a load fails next, the job ends, with nothing."""
+    prompt = chain(1, 5)
+    house.keep(prompt, WINDOWED)
+    house.tier.wrong.update(name(0, 1).key(key) for key in prompt)
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert job.state is JobState.DONE
+    assert num_hits(house, prompt) == job.goal == 0
     house.settle(job)
 
 

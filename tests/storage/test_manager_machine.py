@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
+from kvcore.config import WRITE_POLICIES
 from kvcore.keys import ChunkHash
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.needs import Needs, count_hits
@@ -16,6 +23,8 @@ from tests.storage.test_manager import CHUNK_SIZE, ONE, TWO, WINDOWED, House, ch
 PROMPTS = {0: ONE, 1: TWO, 2: WINDOWED}
 numbers = st.sampled_from(sorted(PROMPTS))
 lengths = st.integers(1, 6)
+KEPT = [(), (0,), (0,), (1,), (0, 1)]
+"""Tiers that were given a prompt before it is asked for."""
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -23,11 +32,17 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.house = House(num_pages=22, num_tiers=2, max_bytes=500, max_jobs=3)
         self.jobs: list[tuple[PrefetchJob, int]] = []
         self.unwaited: list[PrefetchJob] = []
         self.leases: list[list[Chunk]] = []
         self.has_condemned = False
+
+    @initialize(policy=st.sampled_from(WRITE_POLICIES))
+    def build(self, policy: str) -> None:
+        """Write at once, on second use, or ahead of eviction."""
+        self.house = House(
+            num_pages=22, num_tiers=2, policy=policy, max_bytes=500, max_jobs=3
+        )
 
     # -- what clients do --------------------------------------------------------------
 
@@ -36,9 +51,15 @@ class ManagerMachine(RuleBasedStateMachine):
         """A worker stores a prompt's chunks."""
         self.house.store(chain(number, length), PROMPTS[number])
 
-    @rule(number=numbers, length=lengths, wait=st.booleans())
-    def look_up(self, number: int, length: int, wait: bool) -> None:
-        """A scheduler looks up, and maybe waits."""
+    @rule(
+        number=numbers, length=lengths, wait=st.booleans(), kept=st.sampled_from(KEPT)
+    )
+    def look_up(
+        self, number: int, length: int, wait: bool, kept: tuple[int, ...]
+    ) -> None:
+        """A scheduler looks up, and maybe waits; tiers mostly have it."""
+        for tier in kept:
+            self.another_server_stores(number, length, tier)
         job = self.house.submit(chain(number, length), PROMPTS[number], wait=wait)
         if wait:
             self.jobs.append((job, number))
@@ -93,13 +114,21 @@ class ManagerMachine(RuleBasedStateMachine):
     # -- what tiers do ----------------------------------------------------------------
 
     @precondition(lambda self: any(tier.pending for tier in self.house.tiers))
-    @rule(data=st.data(), well=st.sampled_from([True, True, True, False]))
-    def answer(self, data: st.DataObject, well: bool) -> None:
-        """One call of a tier ends, in any order, well or not."""
-        tiers = [tier for tier in self.house.tiers if tier.pending]
-        tier = data.draw(st.sampled_from(tiers))
-        tier.answer(data.draw(st.integers(0, len(tier.pending) - 1)), well=well)
-        self.house.run()
+    @rule(
+        data=st.data(),
+        count=st.integers(1, 5),
+        well=st.sampled_from([True, True, True, False]),
+    )
+    def answer(self, data: st.DataObject, count: int, well: bool) -> None:
+        """Calls of the tiers end, in any order; the last of them well or not."""
+        for left in reversed(range(count)):
+            tiers = [tier for tier in self.house.tiers if tier.pending]
+            if not tiers:
+                break
+            tier = data.draw(st.sampled_from(tiers))
+            place = data.draw(st.integers(0, len(tier.pending) - 1))
+            tier.answer(place, well=well or bool(left))
+            self.house.run()
 
     @rule(number=numbers, length=lengths, tier=st.integers(0, 1))
     def another_server_stores(self, number: int, length: int, tier: int) -> None:
@@ -180,5 +209,5 @@ class ManagerMachine(RuleBasedStateMachine):
 TestManagerMachine = ManagerMachine.TestCase
 TestManagerMachine.__doc__ = """Whatever fails, holds and reservations end once."""
 TestManagerMachine.settings = settings(
-    max_examples=600, stateful_step_count=50, deadline=None
+    max_examples=400, stateful_step_count=50, deadline=None
 )
