@@ -27,6 +27,9 @@ BLOCK = 16
 PAGE = 512
 NUM_BLOCKS = 64
 
+PATIENCE = {"lookup_timeout_s": 20, "store_timeout_s": 20}
+"""A busy machine changes no outcome; tests of slow servers set less."""
+
 _numbers = itertools.count()
 
 
@@ -70,7 +73,7 @@ class Engine:
         name = f"kvadapter-{os.getpid()}-{number}"
         self.config = ConnectorConfig(
             address=address,
-            **{"retry_s": 0.05, **config},  # type: ignore[arg-type]
+            **{**PATIENCE, "retry_s": 0.05, **config},  # type: ignore[arg-type]
         )
         self.engine_id = f"engine-{number}"
         group_bytes = NUM_BLOCKS * PAGE

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 
+from kvcore.client import KVClient
+from kvcore.vllm import link
 from kvcore.vllm.tracked import Scheduled
 from tests.adapter.conftest import Start
-from tests.adapter.engine import Request
+from tests.adapter.engine import Engine
+from tests.adapter.line import Line
 from tests.adapter.test_adapter import BLOCKS, OTHERS, PER_CHUNK, RequestOf, again
 from tests.system.server import CHUNK, Server, wait_until
 
 Serve = Callable[..., Server]
 HASTY = {"lookup_timeout_s": 0.2, "store_timeout_s": 0.2}
+OTHER_VERSION = """
+import kvcore.protocol
+kvcore.protocol.PROTOCOL_VERSION += 1
+from kvctl.cli import main
+main()
+"""
+
+
+def is_shared(engine: Engine, request_of: RequestOf) -> bool:
+    """Say whether a new prompt is stored and then found."""
+    request = request_of(CHUNK)
+    engine.match(request)
+    engine.scheduler.allocated(request.request_id, (BLOCKS[:PER_CHUNK],), 0)
+    engine.step(Scheduled(request.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True))
+    engine.settle()
+    repeat = again(request)
+    found = engine.match(repeat)
+    for one in (request, repeat):
+        engine.scheduler.finished(one.request_id)
+    return found == CHUNK
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
@@ -66,18 +90,9 @@ def test_a_killed_server_fails_loads_and_is_found_again(
     assert not engine.pool.held
     following = server.again()
     try:
-        engine.connect()
-        later = request_of(CHUNK)
-        wait_until(lambda: _finds(engine.match, request_of))
-        engine.compute(later, BLOCKS[:PER_CHUNK])
-        assert engine.match(again(later)) == CHUNK
+        wait_until(lambda: is_shared(engine, request_of))
     finally:
         following.close()
-
-
-def _finds(match: Callable[[Request], int], request_of: RequestOf) -> bool:
-    """Say whether lookups are answered; a new server knows no model at first."""
-    return match(request_of(CHUNK)) == 0
 
 
 def test_a_stopped_server_is_left_alone(
@@ -93,10 +108,7 @@ def test_a_stopped_server_is_left_alone(
         assert engine.scheduler.matched(request_of(CHUNK), 0) == 0
     finally:
         server.resume()
-    engine.connect()
-    request = request_of(CHUNK)
-    engine.compute(request, BLOCKS[:PER_CHUNK])
-    assert engine.match(again(request)) == CHUNK
+    wait_until(lambda: is_shared(engine, request_of))
 
 
 def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
@@ -131,15 +143,65 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
     assert (engine.read(targets) == engine.read(blocks)).all()
 
 
+def test_a_slow_server_is_left_alone(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """A late answer is a miss, and changes nothing when it comes after all."""
+    server = serve()
+    with closing(Line(server.address)) as line:
+        engine = start(line.address, **HASTY).connect()
+        wait_until(lambda: is_shared(engine, request_of))
+        late = [request_of(CHUNK) for _ in range(2)]
+        with line.held():
+            assert engine.match(late[0]) == 0
+            # Nothing is sent: the answer is there at once.
+            assert engine.scheduler.matched(late[1], 0) == 0
+            assert engine.match(late[0]) == 0
+        for request in late:
+            engine.scheduler.finished(request.request_id)
+        wait_until(lambda: is_shared(engine, request_of))
+        with KVClient(server.address, label="test", timeout_s=20) as client:
+            wait_until(lambda: client.status().num_sessions == 0)
+            assert client.status().num_leases == 0
+
+
+def test_a_server_of_another_version_is_warned_of_once(
+    start: Start,
+    request_of: RequestOf,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine goes on without it, and uses the one that takes its place."""
+    monkeypatch.setattr(link, "MAX_PAUSE_S", 0.1)
+    server = serve(program=("-c", OTHER_VERSION))
+    with caplog.at_level(logging.WARNING, "kvcore.vllm"):
+        engine = start(server.address)
+        wait_until(lambda: len(warnings_of(caplog, "no KV cache for now")) == 2)
+        assert engine.scheduler.matched(request_of(CHUNK), 0) == 0
+        assert all("version" in text for text in warnings_of(caplog, "no KV cache"))
+        server.stop()
+        following = Server(server.folder, address=server.address)
+        try:
+            engine.connect()
+            wait_until(lambda: is_shared(engine, request_of))
+        finally:
+            following.close()
+    assert len(warnings_of(caplog, "no KV cache for now")) == 2
+
+
 def test_a_full_server_is_no_trouble(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """What it has no room for is not found."""
+    """What it has no room for is not found; the prefix that it has room for is."""
     server = serve("--l1-size", "4KiB")
     engine = start(server.address).connect()
     request = request_of(3 * CHUNK)
     engine.compute(request, BLOCKS)
-    assert engine.match(again(request)) <= 2 * CHUNK
+    with KVClient(server.address, label="test", timeout_s=20) as client:
+        assert client.status().counters["parts_dropped"] == 2
+    assert engine.match(again(request)) == CHUNK
+    assert not engine.pool.held
 
 
 def test_a_server_with_other_chunks_takes_over(

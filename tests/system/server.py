@@ -35,6 +35,7 @@ class Server:
         *options: str,
         address: str = "tcp://127.0.0.1:0",
         inside: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "kvctl"),
     ) -> None:
         self.folder = folder
         self.options = options
@@ -43,7 +44,7 @@ class Server:
         self.inside = inside
         command = [
             *inside,  # Replaced by what it runs, as `ip netns exec` is.
-            *(sys.executable, "-m", "kvctl", "serve", "--address", address),
+            *(sys.executable, *program, "serve", "--address", address),
             *("--ready-file", str(ready), *OPTIONS, *options),
         ]
         with self.log.open("wb") as log:

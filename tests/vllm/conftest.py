@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +11,8 @@ from typing import Any
 import pytest
 
 from tests.system.server import Server
-from tests.vllm.engine import Engine
+from tests.vllm.engine import Engine, write_model
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
 BLOCK_SIZES = {"llama": 32, "mla": 16, "hybrid": 32}
@@ -43,13 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
         path = folder / kind
         if not path.exists():
-            subprocess.run(
-                [sys.executable, "-m", "kvcore.vllm.tiny", kind, str(path)],
-                check=True,
-                cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                timeout=120,
-            )
+            write_model(kind, path)
         return path
 
     return make

@@ -15,10 +15,7 @@ from tests.vllm.test_models import assert_nothing_held
 
 Prompts = list[list[int]]
 
-TWO_RANKS = {
-    "tensor_parallel_size": 2,
-    "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-}
+TWO_RANKS = {"tensor_parallel_size": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "ranks": TWO_RANKS,
     "sync": {"connector": {"load": "sync"}},
@@ -51,7 +48,6 @@ def test_two_engines_at_once_share_prompts(serve: Serve, start: Start) -> None:
     server = serve()
     options = {
         "address": server.address,
-        "env": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         "enable_prefix_caching": False,
     }
     one, two = start(**options), start(**options)
