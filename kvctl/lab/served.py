@@ -227,7 +227,7 @@ class Stage:
         """Start an engine, send it everything, stop it."""
         options = list(self._scenario.vllm.options)
         if name != PLAIN:
-            options += ["--kv-transfer-config", _transfer_config(address)]
+            options += ["--kv-transfer-config", transfer_config(address)]
         with KVClient(address, label="bench driver") as client:
             before = client.status(0).counters
             engine = VLLMServer(
@@ -294,7 +294,8 @@ class Stage:
         )
 
 
-def _transfer_config(address: str) -> str:
+def transfer_config(address: str) -> str:
+    """Return the option of vLLM's that gives an engine the connector, as JSON."""
     return json.dumps(
         {
             "kv_connector": "KVCtlConnector",

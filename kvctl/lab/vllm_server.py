@@ -130,14 +130,23 @@ class VLLMServer:
         """Return the end of its log."""
         return self._log.read_text(errors="replace").strip()[-LAST_WORDS:]
 
-    def stop(self) -> None:
-        """Stop it with all its processes."""
-        self._signal(signal.SIGINT)
+    @property
+    def pid(self) -> int:
+        """Its first process, the leader of the others' group."""
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Wait until it has ended; it is killed when that takes too long."""
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
+
+    def stop(self) -> None:
+        """Stop it with all its processes."""
+        self._signal(signal.SIGINT)
+        self.wait()
 
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:
