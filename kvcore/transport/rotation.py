@@ -4,21 +4,26 @@ A plan of turns says what is to be done, whoever does it: keys of some blocks mo
 distance, so each pair of their elements is multiplied by exp(i distance f). That
 number is the same for every token, head and layer of a turn. This module does it in
 numpy, for keys in host memory; a device needs only the plan and `factors`.
+
+tests/benchmarks/blend.py measures it beside a plain copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcore.errors import LayoutError
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
 
-Factors = np.ndarray[Any, np.dtype[np.complex128]]
+Factors = npt.NDArray[np.complex128]
+Doubles = npt.NDArray[np.float64]
 Raw = np.ndarray[Any, np.dtype[Any]]
 
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
@@ -26,12 +31,12 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),  # numpy has none: its bits
 }
-PIECE_BYTES = 1 << 20
-"""Of double precision at once: it stays in the cache."""
+PIECE_PAIRS = 1 << 15
+"""Turned at once: four arrays of doubles that stay in a core's own cache, nearly."""
 
-_CUT = np.uint64(45)
-"""Bits that a double's mantissa has more than a bfloat16's."""
-_HALF = np.uint64((1 << 44) - 1)
+_BELOW_BFLOAT16 = np.uint64((1 << 45) - 1)
+"""Bits that a double's mantissa has more."""
+_HALF_BFLOAT16 = np.uint64(1 << 44)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +60,37 @@ def check_rope(rope: Rope, dtype: str, unit_bytes: int) -> None:
         )
 
 
+@lru_cache(maxsize=1024)
 def factors(rope: Rope, distance: int) -> Factors:
-    """Return what each pair is multiplied by, `[rotary_dim / 2]`."""
+    """Return what each pair is multiplied by, `[rotary_dim / 2]`, read only."""
     made: Factors = np.exp(1j * distance * rope.frequencies())
+    made.setflags(write=False)
     return made
 
 
 def turn_keys(keys: Bytes, dtype: str, rope: Rope, turns: Sequence[Turn]) -> None:
     """Turn keys in place; `keys` is `[planes, blocks, units, unit bytes]`.
 
-    Computed in double precision and rounded once, to nearest, ties to even.
+    Computed in double precision and rounded once, to nearest.
     """
     raw: Raw = keys.view(RAW_DTYPES[dtype])
     heads = raw.reshape(*raw.shape[:-1], -1, rope.head_dim)
     turned = heads[..., rope.first_dim : rope.first_dim + rope.rotary_dim]
     real, imaginary = _halves(turned, rope.interleaved)
-    step = max(1, PIECE_BYTES // (16 * (real[0, :1].size or 1)))
-    for turn in turns:
-        if turn.distance:
-            by = factors(rope, turn.distance)
-            for first in range(turn.first_block, turn.end_block, step):
-                piece = slice(first, min(first + step, turn.end_block))
-                for plane in range(len(real)):
-                    _multiply(real[plane, piece], imaginary[plane, piece], by)
+    step = max(1, PIECE_PAIRS // (real[0, :1].size or 1))
+    piece = _Piece(real[0, :step].size, dtype)
+    # Infinities and what is no number stay what they are.
+    with np.errstate(all="ignore"):
+        for turn in turns:
+            if turn.distance:
+                # For all heads of a token: numpy's inner loops are longer.
+                by = np.tile(factors(rope, turn.distance), heads.shape[-2])
+                cos, sin = by.real.copy(), by.imag.copy()
+                for blocks in _pieces(turn, step):
+                    for plane in range(len(real)):
+                        piece.turn(
+                            real[plane, blocks], imaginary[plane, blocks], cos, sin
+                        )
 
 
 def _halves(turned: Raw, interleaved: bool) -> tuple[Raw, Raw]:
@@ -87,26 +100,56 @@ def _halves(turned: Raw, interleaved: bool) -> tuple[Raw, Raw]:
     return turned[..., :half], turned[..., half:]
 
 
-def _multiply(real: Raw, imaginary: Raw, by: Factors) -> None:
-    pairs = np.empty(real.shape, np.complex128)
-    pairs.real = _widen(real)
-    pairs.imag = _widen(imaginary)
-    pairs *= by
-    real[...] = _narrow(pairs.real, real.dtype)
-    imaginary[...] = _narrow(pairs.imag, real.dtype)
+def _pieces(turn: Turn, step: int) -> Iterator[slice]:
+    for first in range(turn.first_block, turn.end_block, step):
+        yield slice(first, min(first + step, turn.end_block))
 
 
-def _widen(raw: Raw) -> Raw:
-    if raw.dtype != np.uint16:
-        return raw
-    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+class _Piece:
+    """Room for the pairs that are turned at once, made once for all of them."""
+
+    def __init__(self, num_pairs: int, dtype: str) -> None:
+        self._doubles = np.empty((4, num_pairs))
+        self._words = np.empty(num_pairs, np.uint32)
+        self._widen = self._from_bfloat16 if dtype == "bfloat16" else _from_float
+        self._narrow = self._to_bfloat16 if dtype == "bfloat16" else _to_float
+
+    def turn(self, real: Raw, imaginary: Raw, cos: Doubles, sin: Doubles) -> None:
+        """Multiply pairs, `[..., heads, rotary_dim / 2]`, in place."""
+        a, b, c, d = self._doubles[:, : real.size].reshape(4, -1, cos.size)
+        self._widen(a.reshape(real.shape), real)
+        self._widen(b.reshape(real.shape), imaginary)
+        np.multiply(a, cos, out=c)
+        np.multiply(b, sin, out=d)
+        c -= d
+        a *= sin
+        b *= cos
+        a += b
+        self._narrow(real, c.reshape(real.shape))
+        self._narrow(imaginary, a.reshape(real.shape))
+
+    def _shaped(self, like: Raw) -> npt.NDArray[np.uint32]:
+        return self._words[: like.size].reshape(like.shape)
+
+    def _from_bfloat16(self, doubles: Doubles, raw: Raw) -> None:
+        words = self._shaped(raw)
+        np.copyto(words, raw)
+        words <<= np.uint32(16)
+        np.copyto(doubles, words.view(np.float32))
+
+    def _to_bfloat16(self, raw: Raw, doubles: Doubles) -> None:
+        """Round in double precision: by way of float32 it would be twice."""
+        bits, words = doubles.view(np.uint64), self._shaped(raw)
+        bits += _HALF_BFLOAT16
+        bits &= ~_BELOW_BFLOAT16
+        np.copyto(words.view(np.float32), doubles, casting="same_kind")
+        words >>= np.uint32(16)
+        np.copyto(raw, words, casting="unsafe")
 
 
-def _narrow(values: Raw, dtype: np.dtype[Any]) -> Raw:
-    if dtype != np.uint16:
-        return values.astype(dtype)
-    bits = np.ascontiguousarray(values).view(np.uint64)
-    bits = bits + _HALF + (bits >> _CUT & np.uint64(1))
-    rounded = (bits >> _CUT << _CUT).view(np.float64)
-    single = rounded.astype(np.float32).view(np.uint32)
-    return (single >> np.uint32(16)).astype(np.uint16)
+def _from_float(doubles: Doubles, raw: Raw) -> None:
+    np.copyto(doubles, raw)
+
+
+def _to_float(raw: Raw, doubles: Doubles) -> None:
+    np.copyto(raw, doubles, casting="same_kind")

@@ -9,6 +9,7 @@ import pytest
 
 from kvcore.errors import LayoutError
 from kvcore.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from kvcore.transport import rotation
 from kvcore.transport.rotation import Turn, check_rope, turn_keys
 
 LAYERS, TOKENS, HEADS = 2, 7, 3
@@ -81,6 +82,43 @@ def test_keys_turn_to_within_half_a_unit_of_their_dtype(
     rest = np.ones(rope.head_dim, np.bool_)
     rest[rope.first_dim : rope.first_dim + rope.rotary_dim] = False
     assert np.array_equal(after[..., rest], before[..., rest])
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_nothing_is_rounded_twice(dtype: str) -> None:
+    """Of a million numbers none is off by more than half a unit of its dtype."""
+    rope = Rope(theta=1e4, head_dim=1 << 14, rotary_dim=1 << 14)
+    rng = np.random.default_rng(9)
+    shape = (LAYERS, TOKENS, HEADS, rope.head_dim)
+    keys = encode(rng.normal(size=shape), dtype)
+    a, b = np.split(decode(keys, dtype), 2, axis=-1)
+    by = np.exp(77j * rope.frequencies())
+    exact = np.concatenate((a * by.real - b * by.imag, a * by.imag + b * by.real), -1)
+    turn_keys(keys, dtype, rope, [Turn(0, TOKENS, 77)])
+    unit = 2.0 ** (np.frexp(exact)[1] - BITS[dtype])
+    # The least numbers of float16 have fewer bits.
+    unit = np.maximum(unit, 2.0**-24) if dtype == "float16" else unit
+    assert (np.abs(decode(keys, dtype) - exact) / unit).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("name", ROPES)
+def test_pieces_come_to_the_same(
+    dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is turned at once."""
+    rope = ROPES[name]
+    values = np.random.default_rng(3).normal(
+        size=(LAYERS, TOKENS, HEADS, rope.head_dim)
+    )
+    turned_at_once = encode(values, dtype)
+    turns = [Turn(0, 5, 9), Turn(5, TOKENS, -2)]
+    turn_keys(turned_at_once, dtype, rope, turns)
+    pairs = HEADS * rope.rotary_dim // 2
+    for most in (1, 2 * pairs, 3 * pairs - 1):
+        monkeypatch.setattr(rotation, "PIECE_PAIRS", most)
+        turn_keys(in_pieces := encode(values, dtype), dtype, rope, turns)
+        assert np.array_equal(in_pieces, turned_at_once)
 
 
 def test_keys_that_stay_keep_their_bits() -> None:
