@@ -8,6 +8,7 @@ from kvctl.console import Table, duration
 from kvctl.lab.faults import FaultReport
 from kvctl.lab.load_report import Goodput, LoadReport, Step, TenantReport
 from kvctl.lab.measure import Latency
+from kvctl.lab.scenario import Fault
 
 NOTHING = "-"
 
@@ -119,7 +120,7 @@ def _tenants(tenants: tuple[TenantReport, ...]) -> Table:
 def _faults(faults: tuple[FaultReport, ...]) -> Table:
     rows = tuple(
         (
-            f"{one.fault.action} {_target(one)}",
+            fault_name(one.fault),
             f"{one.struck_s:.1f} s",
             _duration(one.back_s),
             _duration(one.noticed_s),
@@ -141,8 +142,8 @@ def _rate(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
-def _target(one: FaultReport) -> str:
-    fault = one.fault
+def fault_name(fault: Fault) -> str:
+    """Say what happened to whom."""
     if fault.target == "worker":
-        return f"rank {fault.rank} of engine {fault.engine}"
-    return fault.service or fault.target
+        return f"{fault.action} rank {fault.rank} of engine {fault.engine}"
+    return f"{fault.action} {fault.service or fault.target}"

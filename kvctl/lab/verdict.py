@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kvctl.console import duration
 from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing
 from kvctl.lab.gate import span
 from kvctl.lab.judge import Verdict
@@ -20,8 +21,24 @@ def of_result(result: Result) -> str:
     return (
         f"{checked[0].upper()}{checked[1:]}{cut}: {rates.by_token:.0%} of the tokens "
         f"came from the cache, where an endless one gives {rates.ideal_by_token:.0%}, "
-        f"at {result.throughput.requests_per_s:,.3g} requests a second."
+        f"{_answer(result)}."
     )
+
+
+def _answer(result: Result) -> str:
+    """Say what a load of its kind is played for."""
+    load = result.load
+    if load and load.faults:
+        times = [one.recovered_s for one in load.faults if one.recovered_s is not None]
+        failed = sum(one.requests_failed for one in load.faults)
+        over = f"over after {duration(max(times))} at most" if times else "not over"
+        return f"and {len(load.faults)} faults, {over}, failed {failed:,} requests"
+    if load and load.saturated_at is not None:
+        return f"and up to {load.saturated_at:,.3g} requests a second it kept up"
+    if load and load.ttft:
+        half = duration(load.ttft.p50_s)
+        return f"and half of the first tokens came within {half}"
+    return f"at {result.throughput.requests_per_s:,.3g} requests a second"
 
 
 def of_comparison(comparison: Comparison) -> str:
@@ -54,7 +71,7 @@ def _nothing_found(comparison: Comparison) -> str:
         if timing.effect.verdict is Verdict.CANNOT_TELL
     ]
     if total and all(one.effect.low is None for one in comparison.timings.values()):
-        return f"Too few runs to judge {new} against {base}: --repeat gives more."
+        return f"Too few runs to judge {new} against {base}: repeat it."
     if unsure:
         return (
             f"Between {new} and {base} no difference was found; for {len(unsure)} of "

@@ -65,7 +65,10 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
         ),
         section(
             "Over time",
-            "The run of each side with the middle throughput.",
+            "The run of each side with the middle throughput. Shaded: faults, until "
+            "they were over."
+            if any(side.typical.load and side.typical.load.faults for side in sides)
+            else "The run of each side with the middle throughput.",
             _plots(colours, *plots.over_time(sides)),
         ),
         section(
@@ -86,7 +89,7 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
 
 
 def _plots(colours: str, *drawn: str) -> str:
-    inner = "".join(drawn)
+    inner = "".join(filter(None, drawn))
     return f'{colours}<div class="plots">{inner}</div>' if inner else ""
 
 
@@ -100,7 +103,8 @@ def _problems(sides: Sequence[Side]) -> str:
 
 
 def _comparison(comparison: Comparison) -> str:
-    how = "pairs" if comparison.in_pairs else "runs a side"
+    several = "s" if comparison.base.num_runs > 1 else ""
+    how = f"pair{several}" if comparison.in_pairs else f"run{several} a side"
     note = (
         f"{comparison.base.num_runs} {how}. One metric an operation is judged; the "
         "intervals hold for all operations together (ranks, Holm, 5 %), and less than "
@@ -117,10 +121,13 @@ def _load(side: Side, *, several: bool) -> str:
     report = side.typical.load
     if report is None:
         return ""
-    parts = load_tables.parts(report)
     drawn = [
-        sections.table(part) if isinstance(part, Table) else f"<p>{escape(part)}</p>"
-        for part in parts
+        sections.table(part) if isinstance(part, Table) else _said(part)
+        for part in load_tables.parts(report)
     ]
     title = f"Load of {side.label}" if several else "Load"
-    return section(title, "", *drawn)
+    return section(title, "", *drawn, _plots("", plots.sweep(side)))
+
+
+def _said(sentence: str) -> str:
+    return f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from kvctl.console import duration
+from kvctl.lab.load_tables import fault_name
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side, operations
 from kvctl.lab.page.svg import Axis, Line, Tick
@@ -83,6 +84,8 @@ def over_time(sides: Sequence[Side]) -> Iterator[str]:
     x = svg.linear([end], lambda value: f"{value:g} s")
     x = Axis(0.0, end, [tick for tick in x.ticks if tick.value <= end])
 
+    bands = [band for side, _ in courses for band in _faults(side)]
+
     def plot(
         title: str,
         unit: str,
@@ -106,7 +109,8 @@ def over_time(sides: Sequence[Side]) -> Iterator[str]:
         ]
         values = [point.y for line in lines for point in line.points]
         y = svg.linear([top] if top else values, write)
-        return figure(title, unit, svg.lines(title, [*lines, *bounds], x, y))
+        drawn = svg.lines(title, [*lines, *bounds], x, y, bands)
+        return figure(title, unit, drawn)
 
     yield plot("Requests", "a second", _requests_per_s, _short)
     ideal = [
@@ -124,6 +128,11 @@ def over_time(sides: Sequence[Side]) -> Iterator[str]:
         "of tokens; dashed: an endless cache, over the whole run",
         _hit_rate, "{:.0%}".format, top=1.0, bounds=ideal,
     )  # fmt: skip
+    if any(side.typical.tiers for side, _ in courses):
+        yield plot(
+            "Hit rate of tiers", "of tokens, beneath memory",
+            _tiers_rate, "{:.0%}".format, top=1.0,
+        )  # fmt: skip
     if any("request" in point.operations for _, s in courses for point in s.points):
         yield plot("Request, p50", "", _median("request"), duration)
         yield plot("Request, p99", "", _tail("request"), duration)
@@ -144,6 +153,51 @@ def _hit_rate(side: Side, series: Series, point: Point) -> float | None:
     del side, series
     tokens = point.counts.get("tokens", 0)
     return point.counts.get("tokens_hit", 0) / tokens if tokens else None
+
+
+def _tiers_rate(side: Side, series: Series, point: Point) -> float | None:
+    del side, series
+    tokens = point.counts.get("tokens", 0)
+    return point.counts.get("tokens_from_tiers", 0) / tokens if tokens else None
+
+
+def _faults(side: Side) -> Iterator[svg.Band]:
+    """Shade the time from each fault until it was over."""
+    load = side.typical.load
+    for one in load.faults if load else ():
+        lasted = one.recovered_s or one.back_s or one.fault.for_s
+        says = f"{fault_name(one.fault)}, over after {duration(lasted)}"
+        yield svg.Band(one.struck_s, one.struck_s + lasted, says)
+
+
+# -- sweeps -----------------------------------------------------------------------
+
+
+def sweep(side: Side) -> str:
+    """Draw how long requests take, by the rate at which they are due."""
+    load = side.typical.load
+    taken = {step.rate: step.request for step in load.steps} if load else {}
+    known = {rate: latency for rate, latency in taken.items() if latency}
+    if len(known) < 2:
+        return ""
+    lines = [
+        Line(name, [_at_rate(rate, name, seconds) for rate, seconds in points], place)
+        for place, (name, points) in enumerate(
+            (
+                ("p50", [(rate, one.p50_s) for rate, one in known.items()]),
+                ("p99", [(rate, one.p99_s) for rate, one in known.items()]),
+            )
+        )
+    ]
+    x = svg.logarithmic(list(known), _short)
+    y = svg.logarithmic([point.y for line in lines for point in line.points], duration)
+    drawn = svg.lines("latency of requests by rate", lines, x, y)
+    return figure("Request, p50 and p99", "above it; by requests due a second", drawn)
+
+
+def _at_rate(rate: float, name: str, seconds: float) -> svg.Point:
+    says = f"{rate:,.0f} a second: {name} {duration(seconds)}"
+    return svg.Point(rate, seconds, says)
 
 
 def _median(name: str) -> Callable[[Side, Series, Point], float | None]:

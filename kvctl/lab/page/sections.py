@@ -15,6 +15,7 @@ from kvctl.lab.limits import reached
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side
 from kvctl.lab.result import Result
+from kvctl.lab.scenario import Scenario
 from kvctl.lab.verdict import bounds, change, spans, words
 
 SMALLEST_REACH = 1.25
@@ -121,7 +122,8 @@ def timings(comparison: Comparison) -> str:
         return ""
     reach = _reach(comparison)
     rows = "".join(
-        _timing(name, timing, reach) for name, timing in comparison.timings.items()
+        _timing(name, timing, reach, comparison)
+        for name, timing in comparison.timings.items()
     )
     heads = "".join(
         f'<th class="{style}">{escape(text)}</th>'
@@ -150,14 +152,15 @@ def _reach(comparison: Comparison) -> float:
     return min(farthest, LARGEST_REACH)
 
 
-def _timing(name: str, timing: Timing, reach: float) -> str:
+def _timing(name: str, timing: Timing, reach: float, of: Comparison) -> str:
+    base, new = escape(of.base.label), escape(of.new.label)
     effect = timing.effect
     style, chip_style, word = VERDICT_STYLES[effect.verdict]
     drawn = svg.interval(effect.ratio, effect.low, effect.high, reach, style)
     return (
         f"<tr><td><b>{escape(name)}</b></td>"
-        f'<td class="number" data-label="base">{duration(timing.base_s)}</td>'
-        f'<td class="number" data-label="new">{duration(timing.new_s)}</td>'
+        f'<td class="number" data-label="{base}">{duration(timing.base_s)}</td>'
+        f'<td class="number" data-label="{new}">{duration(timing.new_s)}</td>'
         f'<td class="number" title="{bounds(timing)}">{change(timing)}</td>'
         f"<td>{drawn}</td><td>{chip(word, chip_style)}</td></tr>"
     )
@@ -236,7 +239,9 @@ def _ceilings(side: Side, *, several: bool) -> Iterator[str]:
         label = f"{side.label}: {one.name}" if several else one.name
         width = f"{min(1.0, one.share):.2%}"
         fill = f'<div class="fill side{side.place}" style="width:{width}"></div>'
-        yield _bar(label, fill, f"<b>{one.share:.0%}</b>: {one.figure} of {one.limit}")
+        yield _bar(
+            label, fill, f"<b>{one.share:.0%}</b>: {one.figure}, limit {one.limit}"
+        )
 
 
 # -- scenario, environment --------------------------------------------------------
@@ -266,14 +271,28 @@ def table(part: Table) -> str:
 
 
 def settings(sides: Sequence[Side]) -> str:
-    """List the scenario's keys, what the sides do not share first."""
-    return _keys(
-        [
-            dict(flatten(msgspec.to_builtins(one.scenario, enc_hook=encode_hook)))
-            | {"seed": one.seed}
-            for one in (side.typical for side in sides)
-        ]
-    )
+    """List the scenario's keys, what the sides do not share first; defaults folded."""
+    first = sides[0].typical.scenario
+    plain = _flat(Scenario(first.model, first.workload))
+    asked = [_flat(side.typical.scenario) for side in sides]
+    usual = {
+        key
+        for key, value in plain.items()
+        if key.partition(".")[0] not in ("model", "workload")
+        and all(column.get(key) == value for column in asked)
+    }
+    chosen = [
+        {key: value for key, value in column.items() if key not in usual}
+        | {"seed": side.typical.seed}
+        for column, side in zip(asked, sides, strict=True)
+    ]
+    said = f"{len(usual)} more have their defaults"
+    folded = _keys([{key: value for key, value in plain.items() if key in usual}])
+    return _keys(chosen) + f"<details><summary>{said}</summary>{folded}</details>"
+
+
+def _flat(scenario: Scenario) -> dict[str, object]:
+    return dict(flatten(msgspec.to_builtins(scenario, enc_hook=encode_hook)))
 
 
 def environment(sides: Sequence[Side]) -> str:
@@ -288,17 +307,23 @@ def environment(sides: Sequence[Side]) -> str:
     return _keys(found)
 
 
+def _written(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_written, value)) or "-"
+    return "-" if value in (None, "") else str(value)
+
+
 def _keys(columns: Sequence[dict[str, object]]) -> str:
     keys = list(dict.fromkeys(key for column in columns for key in column))
     alike: list[str] = []
     unlike: list[str] = []
     for key in keys:
-        values = [str(column.get(key, "-")) for column in columns]
-        if set(values) <= {"None", "-", "", "[]", "()", "{}"}:
+        values = [_written(column.get(key)) for column in columns]
+        if set(values) <= {"-", "{}"}:
             continue
         same = len(set(values)) == 1
         cells = "<br>".join(escape(value) for value in (values[:1] if same else values))
         row = f'<td class="key">{escape(key)}</td><td class="key">{cells}</td>'
         (alike if same else unlike).append(f"<tr>{row}</tr>")
     body = "".join(unlike + alike)
-    return f'<div class="box"><table><tbody>{body}</tbody></table></div>'
+    return f'<div class="box"><table class="keys"><tbody>{body}</tbody></table></div>'

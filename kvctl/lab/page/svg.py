@@ -35,6 +35,15 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """A span of the x axis in which something was the case."""
+
+    start: float
+    end: float
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """A place on an axis and what is written there."""
 
@@ -90,10 +99,25 @@ def logarithmic(values: Sequence[float], write: Callable[[float], str]) -> Axis:
     return Axis(low, high, [Tick(value, write(value)) for value in chosen], math.log)
 
 
-def lines(title: str, drawn: Sequence[Line], x: Axis, y: Axis) -> str:
-    """Draw lines over a grid of the y axis."""
-    parts = [*_grid(x, y), *(_line(line, x, y) for line in drawn)]
+def lines(
+    title: str, drawn: Sequence[Line], x: Axis, y: Axis, bands: Sequence[Band] = ()
+) -> str:
+    """Draw lines over a grid of the y axis, and over bands."""
+    parts = [
+        *(_band(band, x) for band in bands),
+        *_grid(x, y),
+        *(_line(line, x, y) for line in drawn),
+    ]
     return _figure(title, "".join(parts))
+
+
+def _band(band: Band, x: Axis) -> str:
+    left, right = _at_x(x, band.start), _at_x(x, band.end)
+    return (
+        f'<rect class="band" x="{left:.1f}" width="{max(2.0, right - left):.1f}" '
+        f'y="{TOP}" height="{HEIGHT - TOP - BOTTOM}">'
+        f"<title>{escape(band.says)}</title></rect>"
+    )
 
 
 def _figure(title: str, inner: str, height: int = HEIGHT) -> str:

@@ -11,18 +11,29 @@ from msgspec.structs import replace
 
 from kvctl.console import duration
 from kvctl.lab.compare import compare
+from kvctl.lab.faults import FaultReport
+from kvctl.lab.load_report import LoadReport, Step
 from kvctl.lab.measure import summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.page import render
 from kvctl.lab.page.side import Side
-from kvctl.lab.result import Result
-from kvctl.lab.scenario import Chat, ModelConfig, Scenario
+from kvctl.lab.result import Result, TierHits
+from kvctl.lab.scenario import Chat, Fault, ModelConfig, Scenario
 from kvctl.lab.series import Moment, Point, Series
 from kvctl.lab.summary import Evidence
 from kvctl.lab.summary import summarise as result_of
+from tests.lab.test_limits import ALONE
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat(), question="<b>Is it & fast?</b>")
 VOID = {"meta", "br"}
+
+
+LOAD = LoadReport(
+    requests=40, failed=1, aborted=0, preemptions=0, warm_ups=0, offered_per_s=10.0,
+    done_per_s=9.0, lag=None, waited=None, generator_bound=False, ttft=None,
+    goodput=None, sessions=None,
+    faults=(FaultReport(Fault(at_s=1), 1.0, 0.5, 0.1, 0.75, 3, 2, 0.5, 0.25),),
+)  # fmt: skip
 
 
 def planted(factor: float) -> Result:
@@ -38,8 +49,14 @@ def planted(factor: float) -> Result:
         for place in range(1, 9)
     )
     plain = result_of(Evidence("planted", SCENARIO, 0, elapsed_s=4.0))
+    request = summarise(calls * 10)
     return replace(
         plain,
+        alone=ALONE,
+        tiers=(TierHits("L1", 0.1), TierHits("tier 1: <file>", 0.125, 4096)),
+        load=replace(
+            LOAD, steps=tuple(Step(r, 9, 1.0, request, None, True) for r in (8, 99))
+        ),
         operations={"lookup": summarise(calls), "request": summarise(calls * 10)},
         series=Series(0.5, points),
         counts=replace(plain.counts, tokens=800, tokens_hit=180, tokens_hit_ideal=400),
