@@ -13,7 +13,7 @@ from kvctl.console import duration
 from kvctl.lab.compare import compare
 from kvctl.lab.faults import FaultReport
 from kvctl.lab.load_report import LoadReport, Step
-from kvctl.lab.measure import summarise
+from kvctl.lab.measure import Latency, summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.page import render
 from kvctl.lab.page.side import Side
@@ -36,6 +36,11 @@ LOAD = LoadReport(
 )  # fmt: skip
 
 
+def step(rate: float, request: Latency) -> Step:
+    """One of a sweep."""
+    return Step(rate, 9, 1.0, request, None, kept_up=True)
+
+
 def planted(factor: float) -> Result:
     """A run with everything that a page shows."""
     rng = np.random.default_rng(0)
@@ -54,9 +59,7 @@ def planted(factor: float) -> Result:
         plain,
         alone=ALONE,
         tiers=(TierHits("L1", 0.1), TierHits("tier 1: <file>", 0.125, 4096)),
-        load=replace(
-            LOAD, steps=tuple(Step(r, 9, 1.0, request, None, True) for r in (8, 99))
-        ),
+        load=replace(LOAD, steps=(step(8, request), step(99, request))),
         operations={"lookup": summarise(calls), "request": summarise(calls * 10)},
         series=Series(0.5, points),
         counts=replace(plain.counts, tokens=800, tokens_hit=180, tokens_hit_ideal=400),
@@ -117,6 +120,18 @@ def test_what_people_wrote_is_text() -> None:
     """A scenario's question is no markup."""
     assert "&lt;b&gt;Is it &amp; fast?" in page(1.0)
     assert "<b>Is it" not in page(1.0)
+
+
+def test_faults_tiers_sweeps_and_limits_are_drawn() -> None:
+    """Each where a run has them, and escaped."""
+    text = page(1.0)
+    assert "Shaded: faults" in text
+    assert "kill server, over after 750 ms" in text
+    assert "Hit rate of tiers" in text
+    assert "tier 1: &lt;file&gt; 12.5%" in text
+    assert "latency of requests by rate" in text
+    assert "40%</b>: 500 us, limit 200 us" in text
+    assert "over after 750 ms at most, failed 3 requests" in text
 
 
 def test_problems_are_told_above_all() -> None:
