@@ -225,12 +225,15 @@ def traces(
     from kvctl.views import trace as trace_view
 
     if not names:
-        console.show(trace_view.catalogue(catalogue.CATALOGUE))
+        console.show(*trace_view.catalogue(catalogue.CATALOGUE))
         return
     for name in names:
         for trace in catalogue.find(name):
             path = catalogue.fetch(trace, folder)
+            found = f"sha256 {catalogue.sha256_of(path)}"
+            known = "as published" if trace.sha256 else "unknown before, so not checked"
             console.line(f"{path}: {trace.licence}, from {trace.source}")
+            console.line(f"  {found}, {known}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,8 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round(value / largest * steps)] for value in values)
 
 
-def catalogue(traces: Sequence[PublicTrace]) -> Table:
-    """Return the list of public traces."""
+def catalogue(traces: Sequence[PublicTrace]) -> list[Table]:
+    """Return the list of public traces, and how to know them."""
     rows = tuple(
         (
             one.name,
@@ -107,10 +107,13 @@ def catalogue(traces: Sequence[PublicTrace]) -> Table:
             one.about,
             one.source,
             one.licence,
-            size(one.num_bytes) if one.num_bytes else "not pinned",
-            one.sha256 or "not pinned",
+            size(one.num_bytes) if one.num_bytes else "unknown",
         )
         for one in traces
     )
-    columns = ("trace", "format", "what", "source", "licence", ">size", "sha256")
-    return Table("public traces", columns, rows)
+    columns = ("trace", "format", "what", "source", "licence", ">size")
+    sums = tuple((one.name, one.sha256 or "unknown") for one in traces)
+    return [
+        Table("public traces", columns, rows),
+        Table("as published", ("trace", "sha256"), sums),
+    ]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
+import zstandard
 
 from kvcore.errors import SetupError
 from kvctl.lab.demand import Reuse, Trace
@@ -17,6 +23,7 @@ from kvctl.lab.traces import catalogue, reader
 from kvctl.lab.traces.catalogue import PublicTrace
 from kvctl.lab.traces.profile import Profile, profile
 from kvctl.lab.traces.row import TraceRow
+from tests.cli.test_cli import kvctl
 
 TRACES = os.environ.get("KVCTL_TRACES")
 NEEDS_TRACES = pytest.mark.skipif(
@@ -166,6 +173,74 @@ def test_a_fetched_trace_is_checked(tmp_path: Path) -> None:
     assert catalogue.fetch(free, tmp_path, fetcher).read_bytes() == b"x://t.jsonl"
 
 
+class Files(SimpleHTTPRequestHandler):
+    """A server of one folder, which says nothing; half of what is named so."""
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
+        """Keep quiet."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        """Send a file, or the half of it."""
+        whole = source.read()
+        outputfile.write(whole[: len(whole) // (2 if "half" in self.path else 1)])
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """A real HTTP server of what lies in `tmp_path`/served."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for name in ("whole.jsonl", "half.jsonl"):
+        (folder / name).write_text("x" * 5_000_000)
+    handler = partial(Files, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+def at(url: str, sha256: str | None) -> PublicTrace:
+    """A trace that is published somewhere."""
+    return PublicTrace("t", "mooncake", url, "s", "l", "a", 5_000_000, sha256)
+
+
+def test_a_trace_is_fetched_over_http(tmp_path: Path, address: str) -> None:
+    """With the sha256 it is kept, and not fetched again; with another it is refused."""
+    into, right = tmp_path / "into", hashlib.sha256(b"x" * 5_000_000).hexdigest()
+    path = catalogue.fetch(at(f"{address}/whole.jsonl", right), into)
+    assert catalogue.sha256_of(path) == right
+    assert catalogue.fetch(at("http://127.0.0.1:9/gone.jsonl", right), into) == path
+    path.unlink()
+    with pytest.raises(SetupError, match="is not what it was: 5000000 bytes"):
+        catalogue.fetch(at(f"{address}/whole.jsonl", "0" * 64), into)
+    assert list(into.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("half.jsonl", "ended early"), ("none.jsonl", "not found")]
+)
+def test_half_a_trace_is_none(
+    tmp_path: Path, address: str, name: str, says: str
+) -> None:
+    """Even where no sha256 is known: nothing stays, and the reason is said."""
+    with pytest.raises(SetupError, match=says):
+        catalogue.fetch(at(f"{address}/{name}", None), tmp_path / "into")
+    assert list((tmp_path / "into").iterdir()) == []
+
+
+def test_the_list_names_source_licence_size_and_sha256() -> None:
+    """Whole, so that it can be copied; what is not known is called unknown."""
+    done = kvctl("bench", "traces")
+    assert done.returncode == 0, done.stderr
+    for one in catalogue.CATALOGUE:
+        assert one.name in done.stdout
+        assert one.source in done.stdout
+        assert (one.sha256 or "unknown") in done.stdout
+    wrong = kvctl("bench", "traces", "nonsense")
+    assert wrong.returncode == 2
+    assert "no trace 'nonsense'" in wrong.stderr
+
+
 def test_a_network_that_does_not_answer_is_said(tmp_path: Path) -> None:
     """With the trace, its address and the reason."""
 
@@ -174,6 +249,19 @@ def test_a_network_that_does_not_answer_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(SetupError, match=r"azure-code: https.*no way"):
         catalogue.fetch(catalogue.find("azure-code")[0], tmp_path, fetcher)
+
+
+@NEEDS_TRACES
+def test_known_sums_are_those_of_the_files() -> None:
+    """Of every catalogued file that is there, unpacked."""
+    sums = {}
+    for path in Path(str(TRACES)).rglob("*.zst"):
+        with zstandard.open(path, "rb") as file:
+            data = file.read()
+        sums[hashlib.sha256(data).hexdigest()] = len(data)
+    known = [one for one in catalogue.CATALOGUE if one.sha256]
+    assert len(known) >= 10
+    assert {one.sha256: one.num_bytes for one in known}.items() <= sums.items()
 
 
 def published(name: str) -> Profile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -21,7 +20,7 @@ GITHUB_LARGE = "https://media.githubusercontent.com/media"
 
 
 class PublicTrace(msgspec.Struct, frozen=True):
-    """One file. Size and sha256 are of the file as published; None: not pinned."""
+    """One file. Size and sha256 are of the file as published; None: unknown."""
 
     name: str
     format: str
@@ -205,7 +204,6 @@ def fetch(
     trace: PublicTrace,
     folder: Path,
     fetcher: Fetcher = open_url,
-    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Path:
     """Fetch a trace into a folder, unless a right copy is there; return its path.
 
@@ -215,7 +213,7 @@ def fetch(
         SetupError: the network or the folder does not allow it, or the file differs.
     """
     path = folder / trace.file_name
-    if path.exists() and trace.sha256 == _sha256(path):
+    if path.exists() and trace.sha256 == sha256_of(path):
         return path
     part = path.with_name(f"{path.name}.part")
     try:
@@ -223,7 +221,8 @@ def fetch(
         with fetcher(trace.url) as source, part.open("wb") as target:
             while piece := source.read(READ_BYTES):
                 target.write(piece)
-                on_bytes(len(piece))
+            if getattr(source, "length", None):
+                raise OSError("the file ended early")
         _check(trace, part)
         return part.replace(path)
     except (OSError, urllib.error.URLError) as error:
@@ -233,7 +232,7 @@ def fetch(
 
 
 def _check(trace: PublicTrace, path: Path) -> None:
-    found = _sha256(path)
+    found = sha256_of(path)
     if trace.sha256 is not None and found != trace.sha256:
         size = path.stat().st_size
         path.unlink()
@@ -243,6 +242,7 @@ def _check(trace: PublicTrace, path: Path) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
