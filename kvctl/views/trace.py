@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvctl.console import Table, size
+from kvctl.console import Table, size, spark
 from kvctl.lab.traces.catalogue import PublicTrace
 from kvctl.lab.traces.profile import Lengths, Profile
-
-BARS = " ▁▂▃▄▅▆▇█"
 
 
 def parts(name: str, format_name: str, profile: Profile) -> list[Table | str]:
@@ -72,15 +70,15 @@ def _plots(profile: Profile) -> Table:
     first = next((power for power in powers if profile.prompt_lengths[power]), 0)
     lengths = profile.prompt_lengths[first:]
     rows = (
-        ("arrivals over time", sparkline(profile.arrivals), _most(profile.arrivals)),
+        ("arrivals over time", spark(profile.arrivals), _most(profile.arrivals)),
         (
             "ideal hit rate over requests",
-            sparkline(profile.hit_rates),
+            spark(profile.hit_rates),
             f"at most {max(profile.hit_rates, default=0):.2f}",
         ),
         (
             "prompt lengths, by powers of two",
-            sparkline(lengths),
+            spark(lengths),
             f"{2**first:,} to {2 ** (first + len(lengths)):,} tokens",
         ),
     )
@@ -89,13 +87,6 @@ def _plots(profile: Profile) -> Table:
 
 def _most(values: Sequence[int]) -> str:
     return f"at most {max(values, default=0):,} in a sixtieth"
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Draw values from 0 to their largest as bars of text."""
-    largest = max(values, default=0) or 1
-    steps = len(BARS) - 1
-    return "".join(BARS[round(value / largest * steps)] for value in values)
 
 
 def catalogue(traces: Sequence[PublicTrace]) -> list[Table]:
