@@ -18,7 +18,6 @@ class Progress:
     first_token_s: float | None = None
     finished_s: float | None = None
     preempted: bool = False
-    stopped: bool = False
 
 
 class Stepper:
@@ -35,11 +34,6 @@ class Stepper:
         self._progress: dict[Sequence, Progress] = {}
         self._led = False
         self._stopped = False
-
-    @property
-    def num_preempted(self) -> int:
-        """Preemptions so far."""
-        return self._batch.num_preempted
 
     def submit(self, sequence: Sequence) -> Progress:
         """Queue a request in the engine."""
@@ -90,7 +84,6 @@ class Stepper:
                     if lead:
                         self._led = False
                 self._advance()
-            progress.stopped = self._stopped
             self._changed.notify()
 
     def _timeout_s(self) -> float | None:
