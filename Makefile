@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test test-tiers test-torch browser regress baseline format bench docs clean \
-  demo-vllm test-vllm
+  demo-vllm test-vllm gpu wheels
 
 # Play two engines with two ranks each against a real server.
 demo: $(VENV)/.light
@@ -48,6 +48,15 @@ demo-vllm: $(VLLM_VENV)/.ready
 # The connector in real engines: three kinds of model, kills, ranks, noise.
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm
+
+# Everything that needs a card, on this host and without a network, in 8 minutes.
+# make gpu TRACE=mooncake_conversation.jsonl.zst
+gpu:
+	PYTHON=$(PYTHON) TRACE=$(TRACE) .ci/gpu
+
+# What a GPU host without a network lacks, to be carried there.
+wheels:
+	.ci/wheels
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -52,7 +52,12 @@ NEVER = {
 EXCEPT = {"kvctl.lab.simulate": ("kvcore.storage.eviction",)}
 """What may all the same: the simulation plays the server's own policies."""
 
-TORCH = ("kvcore.vllm", "kvctl.lab.systems.lmcache_peer")
+TORCH = (
+    "kvcore.vllm",
+    "kvctl.lab.busy",
+    "kvctl.lab.device_cache",
+    "kvctl.lab.systems.lmcache_peer",
+)
 PRINTS = ("kvctl.console",)
 
 

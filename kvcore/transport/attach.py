@@ -179,6 +179,10 @@ class NoTransport:
         attached.set_result(HostMemory((), ()))
         return attached
 
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """Use none."""
+        return ()
+
     def close(self) -> None:
         """Do nothing; see the class."""
 

@@ -11,8 +11,9 @@ from kvcore.errors import KVError
 from kvcore.keys import SessionKey
 from kvctl.lab import alone, ceilings
 from kvctl.lab.cast import Cast
+from kvctl.lab.copyist import cpu_s, make_row
 from kvctl.lab.measure import time_calls
-from kvctl.lab.messages import PlayAlone, send
+from kvctl.lab.messages import PlayAlone, PlayCopies, send
 from kvctl.lab.systems.contract import Client
 from kvctl.lab.workload import accesses
 
@@ -53,6 +54,34 @@ class Aftermath:
             self._look_up_alone()
         except (KVError, OSError) as error:
             evidence.failures.append(f"calls alone: {error}")
+
+    def play_copies(self, cast: Cast) -> None:
+        """Let ranks copy for its own sake, as the scenario says."""
+        evidence, play = self._evidence, self._play
+        copies = evidence.scenario.copies
+        if copies is None or evidence.interrupted or play.server_gone:
+            return
+        play.watcher.phase("copying")
+        for number, setting in enumerate(copies.settings()):
+            if evidence.failures:
+                return
+            evidence.copied.clear()
+            before = self._server_s()
+            actors = cast.ranks[: setting.workers]
+            for place, actor in enumerate(actors):
+                # Tokens of its own: what is there already would not be copied.
+                seed = number * len(cast.ranks) + place
+                send(actor.control, PlayCopies(setting, seed))
+            while len(evidence.copied) < len(actors) and not evidence.failures:
+                play.step(cast)
+            server_s = self._server_s() - before if play.servers else None
+            if len(evidence.copied) == len(actors):
+                made = make_row(setting, evidence.copied, copies.rounds, server_s)
+                evidence.copies.append(made)
+                evidence.copies_wrong += sum(d.bytes_wrong for d in evidence.copied)
+
+    def _server_s(self) -> float:
+        return sum(cpu_s(server.pid) for server in self._play.servers)
 
     def _look_up_alone(self) -> None:
         """Look up a request of about the mean length, again and again."""

@@ -9,28 +9,30 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from msgspec import Meta
 
 from kvcore.keys import SessionKey
+from kvctl.lab.cache import Cache, Indices, Pattern
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.measure import Samples, summarise
 from kvctl.lab.messages import AloneDone, PlayAlone
-
-if TYPE_CHECKING:
-    from kvctl.lab.worker import Rank
-
-Bytes = npt.NDArray[np.uint8]
+from kvctl.lab.systems.contract import Client
 
 COPY_BYTES = 16 << 20
 ROUNDS = 12
 WARM_UP_ROUNDS = 2
 VOCABULARY = 32_000
+SAMPLES = ("store", "plain_store", "retrieve", "plain_retrieve")
+"""Timed in a round, in this order: each call, then a plain copy in its direction."""
+BOTH = ("both", "plain_both")
+"""Likewise, of a store and a retrieve at the same time."""
 
 
 class Alone(msgspec.Struct, frozen=True):
@@ -71,16 +73,14 @@ def summarise_alone(
     # Tenants' chunks may have other sizes: rates are of calls of one.
     reports = [one for one in reports if one.num_bytes == num_bytes]
     times = Samples.merge(one.samples for one in reports).summary()
-    copy, store, retrieve = (
-        times[name].p50_s for name in ("copy", "store", "retrieve")
-    )
+    store, out, retrieve, back = (times[name].p50_s for name in SAMPLES)
     return Alone(
         copy_bytes=num_bytes,
-        plain_copy_gb_per_s=num_bytes / copy / 1e9,
+        plain_copy_gb_per_s=2 * num_bytes / (out + back) / 1e9,
         store_gb_per_s=num_bytes / store / 1e9,
         retrieve_gb_per_s=num_bytes / retrieve / 1e9,
-        store=copy / store,
-        retrieve=copy / retrieve,
+        store=out / store,
+        retrieve=back / retrieve,
         lookup_tokens=lookup.num_tokens,
         lookup_s=lookup.seconds,
         lookup=bare.lookup_round_trip_s / lookup.seconds if bare else None,
@@ -88,88 +88,141 @@ def summarise_alone(
     )
 
 
-def play_alone(rank: Rank, task: PlayAlone) -> AloneDone:
-    """Store and retrieve chunks that nobody has, a plain copy between the calls.
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A registered cache that calls can be made with."""
+
+    client: Client
+    cache: Cache
+    patterns: Sequence[Pattern]
+    model: str
+    world_size: int
+    engine_id: str
+    instance_id: str
+    chunk_bytes: int
+    block_size: int
+
+
+def play_alone(seat: Seat, task: PlayAlone) -> AloneDone:
+    """Store and retrieve chunks that nobody has, a plain copy beside each call.
 
     Bytes are checked after every retrieve, outside the timed part.
 
     Raises:
         KVError: a call failed.
     """
-    return _Soloist(rank, task).play()
+    num_chunks = max(1, task.max_bytes // seat.chunk_bytes)
+    return Soloist(seat, num_chunks, task.seed).play(ROUNDS)
 
 
-class _Soloist:
-    def __init__(self, rank: Rank, task: PlayAlone) -> None:
-        self.rank = rank
-        chunk_blocks = rank.chunk_size // rank.block_size
-        num_chunks = min(
-            max(1, task.max_bytes // rank.chunk_bytes),
-            rank.cache.views[0].shape[0] // chunk_blocks,
-        )
-        rng = np.random.default_rng(task.seed)
-        self.end = num_chunks * rank.chunk_size
-        self.num_bytes = min(num_chunks * rank.chunk_bytes, rank.scratch.size)
+class Soloist:
+    """Stores and retrieves so many chunks, in blocks at random or one after another."""
+
+    def __init__(
+        self,
+        seat: Seat,
+        num_chunks: int,
+        seed: int,
+        *,
+        scattered: bool = True,
+        both: bool = False,
+    ) -> None:
+        self.seat = seat
+        self.both = both
+        chunk_size = seat.client.chunk_size
+        chunk_blocks = chunk_size // seat.block_size
+        num_chunks = min(num_chunks, seat.cache.num_blocks(0) // chunk_blocks)
+        self.num_bytes = num_chunks * seat.chunk_bytes
+        rng = np.random.default_rng(seed)
+        self.end = num_chunks * chunk_size
         self.tokens = rng.integers(VOCABULARY, size=self.end, dtype=np.uint32)
-        self.blocks = [
-            rng.permutation(len(view))[: num_chunks * chunk_blocks].astype(np.int32)
-            for view in rank.cache.views
+        orders = [
+            rng.permutation(seat.cache.num_blocks(group))
+            if scattered
+            else np.arange(seat.cache.num_blocks(group))
+            for group in range(len(seat.cache.groups))
         ]
+        num_blocks = num_chunks * chunk_blocks
+        self.blocks = [order[:num_blocks].astype(np.int32) for order in orders]
+        self.others = [order[-num_blocks:].astype(np.int32) for order in orders]
+        """Blocks to retrieve to while the first ones are stored."""
         self.seeds = rng.integers(1 << 63, size=num_chunks, dtype=np.uint64)
-        for pattern, ids in zip(rank.patterns, self.blocks, strict=True):
+        self.spans: list[tuple[float, float]] = []
+        """When calls were under way."""
+        for pattern, ids in zip(seat.patterns, self.blocks, strict=True):
             pattern.write(self.seeds, ids)
 
-    def play(self) -> AloneDone:
-        times: dict[str, list[float]] = {"copy": [], "store": [], "retrieve": []}
+    def play(self, rounds: int) -> AloneDone:
+        """Make so many calls of each kind."""
+        names = (*SAMPLES, *BOTH) if self.both else SAMPLES
+        times: dict[str, list[float]] = {name: [] for name in names}
         wrong = 0
-        for number in range(WARM_UP_ROUNDS + ROUNDS):
+        for number in range(WARM_UP_ROUNDS + rounds):
             taken = self._round(number)
-            wrong += self._count_wrong_bytes()
+            wrong += self._count_wrong_bytes(self.blocks)
+            if self.both:
+                taken |= self._round_of_both(number)
+                wrong += self._count_wrong_bytes(self.others)
             if number >= WARM_UP_ROUNDS:
                 for name, seconds in taken.items():
-                    times[name] += seconds
+                    times[name].append(seconds)
         packed = {name: array("d", each) for name, each in times.items()}
         return AloneDone(self.num_bytes, Samples.pack(packed), wrong)
 
-    def _round(self, number: int) -> dict[str, list[float]]:
+    def _round(self, number: int) -> dict[str, float]:
         """Make one call each on tokens that are new: the first token says so."""
-        rank, end = self.rank, self.end
+        seat, end = self.seat, self.end
         self.tokens[0] = VOCABULARY + number
-        session = SessionKey(rank.engine_id, f"alone {rank.instance_id} {number}")
-        where = (session, rank.instance_id, 0, end, self.blocks, self.tokens)
+        session = SessionKey(seat.engine_id, f"alone {seat.instance_id} {number}")
+        where = (session, seat.instance_id, 0, end, self.blocks, self.tokens)
         # The scheduler's lookup has brought the tokens, as with a real engine.
-        rank.client.lookup(session, rank.model, rank.world_size, self.tokens)
-        store = _timed(lambda: rank.client.store(*where))
-        first = _timed(lambda: self._copy(2 * number))
+        seat.client.lookup(session, seat.model, seat.world_size, self.tokens)
+        store = self._call(lambda: seat.client.store(*where))
+        out = _timed(lambda: seat.cache.copy_out(number, self.num_bytes))
         for group, ids in enumerate(self.blocks):
-            rank.cache.poison(group, ids)
-        retrieve = _timed(lambda: rank.client.retrieve(*where))
-        second = _timed(lambda: self._copy(2 * number + 1))
-        rank.client.end_session(session)
-        return {"copy": [first, second], "store": [store], "retrieve": [retrieve]}
+            seat.cache.poison(group, ids)
+        retrieve = self._call(lambda: seat.client.retrieve(*where))
+        back = _timed(lambda: seat.cache.copy_in(number, self.num_bytes))
+        seat.client.end_session(session)
+        return dict(zip(SAMPLES, (store, out, retrieve, back), strict=True))
 
-    def _copy(self, number: int) -> None:
-        """Copy to and from other places each time, as the calls find their blocks.
-
-        Into the same bytes again a processor's cache would take it, and not memory.
-        """
-        source, target = (
-            _part(array, number, self.num_bytes)
-            for array in (self.rank.cache.segment.array, self.rank.scratch)
+    def _round_of_both(self, number: int) -> dict[str, float]:
+        """Store new tokens while what this round stored is retrieved elsewhere."""
+        seat, end = self.seat, self.end
+        first, second = (
+            SessionKey(seat.engine_id, f"{name} {seat.instance_id} {number}")
+            for name in BOTH
         )
-        np.copyto(target, source)
+        back = (first, seat.instance_id, 0, end, self.others, self.tokens)
+        tokens = self.tokens.copy()
+        tokens[1] = VOCABULARY
+        out = (second, seat.instance_id, 0, end, self.blocks, tokens)
+        for group, ids in enumerate(self.others):
+            seat.cache.poison(group, ids)
 
-    def _count_wrong_bytes(self) -> int:
+        def both() -> None:
+            with ThreadPoolExecutor(1) as other:
+                stored = other.submit(seat.client.store, *out)
+                seat.client.retrieve(*back)
+                stored.result()
+
+        taken = self._call(both)
+        plain = _timed(lambda: seat.cache.copy_both(number, self.num_bytes))
+        for session in (first, second):
+            seat.client.end_session(session)
+        return dict(zip(BOTH, (taken, plain), strict=True))
+
+    def _call(self, call: Callable[[], object]) -> float:
+        begun = perf_counter()
+        taken = _timed(call)
+        self.spans.append((begun, begun + taken))
+        return taken
+
+    def _count_wrong_bytes(self, blocks: Sequence[Indices]) -> int:
         return sum(
             pattern.count_wrong_bytes(self.seeds, ids)
-            for pattern, ids in zip(self.rank.patterns, self.blocks, strict=True)
+            for pattern, ids in zip(self.seat.patterns, blocks, strict=True)
         )
-
-
-def _part(array: Bytes, number: int, num_bytes: int) -> Bytes:
-    """Return one of the array's parts, another for every number while there are."""
-    start = number % (array.size // num_bytes) * num_bytes
-    return array[start : start + num_bytes]
 
 
 def _timed(call: Callable[[], object]) -> float:

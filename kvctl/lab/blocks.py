@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from kvcore.errors import SetupError
-from kvctl.lab.paged import Indices
+from kvctl.lab.cache import Indices
 
 
 class BlockPool:

@@ -17,10 +17,11 @@ from kvcore.client.blend import BlendClient
 from kvcore.errors import KVError, Unavailable
 from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
 from kvcore.protocol import CBRegisterKVCache, StoreReply
+from kvctl.lab.cache import Indices
 from kvctl.lab.geometry import RankCache
 from kvctl.lab.messages import EnginePlan, PlayDocuments, Played, Tally
-from kvctl.lab.paged import Indices, PagedCache
-from kvctl.lab.pattern import Pattern, chunk_seeds
+from kvctl.lab.paged import PagedCache
+from kvctl.lab.pattern import HostPattern, chunk_seeds
 
 R = TypeVar("R")
 
@@ -53,7 +54,7 @@ class DocumentBuffer:
         row = geometry.token_bytes(scenario.ranks) // (num_kv * geometry.num_layers)
         shape = (num_kv, geometry.num_layers, num_tokens, row // item)
         self.cache = PagedCache(name, _as_cache(shape, geometry.dtype))
-        self.pattern = Pattern(
+        self.pattern = HostPattern(
             self.cache.views[0], 0, None if geometry.latent else rank, self.chunk_size
         )
         self.chunk_bytes = client.register_kv_cache(

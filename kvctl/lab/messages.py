@@ -8,6 +8,7 @@ import msgspec
 
 from kvcore.keys import SessionKey
 from kvcore.protocol import CBMatch
+from kvctl.lab.copies import Setting
 from kvctl.lab.geometry import Geometry
 from kvctl.lab.measure import Samples
 from kvctl.lab.scenario import Scenario
@@ -189,8 +190,26 @@ class AloneDone(msgspec.Struct, frozen=True, tag=True):
 
     num_bytes: int
     samples: Samples
-    """Of `store`, `retrieve` and `copy`."""
+    """Of `store` and `retrieve`, and of the plain copies beside them."""
     bytes_wrong: int = 0
+
+
+class PlayCopies(msgspec.Struct, frozen=True, tag=True):
+    """To a rank, once nobody plays: make calls of this setting."""
+
+    setting: Setting
+    seed: int
+
+
+class CopiesDone(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: how long its calls took, with plain copies of as many bytes."""
+
+    num_bytes: int
+    chunk_bytes: int
+    samples: Samples
+    bytes_wrong: int = 0
+    products_per_s: tuple[float, float] | None = None
+    """Matrix products, alone and beside the calls."""
 
 
 class Storm(msgspec.Struct, frozen=True, tag=True):
@@ -214,6 +233,8 @@ Control = (
     | EngineReport
     | PlayAlone
     | AloneDone
+    | PlayCopies
+    | CopiesDone
     | Storm
     | StormDone
 )

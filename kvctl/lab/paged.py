@@ -1,29 +1,27 @@
-"""A played worker's paged cache: its memory, and views of its own into it.
-
-The views are made here from the registered tensors, with numpy's strides and without
-the transport that the server copies with, so that one checks the other.
-"""
+"""A played worker's cache in host memory that the server can map."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.layout import DTYPE_BYTES, CacheGroup
-from kvcore.protocol import PosixShm
-from kvcore.shm import Segment
+from kvcore.layout import CacheGroup, KVLayout
+from kvcore.protocol import MemoryHandle, PosixShm
+from kvcore.shm import Bytes, Segment
+from kvcore.transport.host import HostCache
+from kvctl.lab.cache import (
+    POISON,
+    WARM_COPY_BYTES,
+    Grid,
+    Indices,
+    Words,
+    handle_starts,
+)
 from kvctl.lab.geometry import RankCache
-
-POISON = 0xA5
-"""What blocks hold before a retrieve, so that one that writes nothing shows."""
-
-LOGICAL_AXES = "NLKSHD"
-"""Layers before K and V, as in every known engine: numpy keeps memory's order."""
-
-Words = npt.NDArray[np.uint64] | npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.int32]
+from kvctl.lab.pattern import HostPattern
 
 
 class PagedCache:
@@ -31,9 +29,10 @@ class PagedCache:
 
     def __init__(self, name: str, cache: RankCache) -> None:
         self.groups = cache.groups
-        self.segment = Segment.create(name, sum(cache.handle_bytes), touch=True)
-        starts = np.cumsum((0, *cache.handle_bytes[:-1])).tolist()
-        self.handles = tuple(
+        self.num_bytes = sum(cache.handle_bytes)
+        self.segment = Segment.create(name, self.num_bytes, touch=True)
+        starts = handle_starts(cache)
+        self.handles: tuple[MemoryHandle, ...] = tuple(
             PosixShm(name, start, length)
             for start, length in zip(starts, cache.handle_bytes, strict=True)
         )
@@ -43,11 +42,53 @@ class PagedCache:
             for start, length in zip(starts, cache.handle_bytes, strict=True)
         )
         self.views = tuple(logical_view(array, group, starts) for group in self.groups)
+        self._scratch = np.ones(min(self.num_bytes, WARM_COPY_BYTES), np.uint8)
+
+    def open(self, layout: KVLayout, memory: Sequence[Bytes]) -> HostCache:
+        """Make the transport for a client that copies itself."""
+        return HostCache(layout, memory)
+
+    def num_blocks(self, group: int) -> int:
+        """Blocks of a group."""
+        return len(self.views[group])
+
+    def block_bytes(self, group: int) -> int:
+        """Bytes of a block in all layers of a group."""
+        return int(self.views[group][0].nbytes)
+
+    def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> HostPattern:
+        """Return what fills and checks a group; see `Cache`."""
+        return HostPattern(self.views[group], group, rank, chunk_blocks)
 
     def poison(self, group: int, blocks: Indices) -> None:
         """Overwrite blocks; null ones (-1) are left out."""
         view = self.views[group]
         view[blocks[blocks >= 0]] = int.from_bytes([POISON] * view.itemsize, "little")
+
+    def copy_out(self, number: int, num_bytes: int) -> None:
+        """Copy plainly from the cache to memory of the process's own."""
+        np.copyto(*self._plain(number, num_bytes))
+
+    # In host memory one direction is as good as the other, and the blocks keep their
+    # bytes.
+    copy_in = copy_out
+
+    def copy_both(self, number: int, num_bytes: int) -> None:
+        """Make two plain copies, each in a thread of its own."""
+        places = [self._plain(2 * number + which, num_bytes) for which in (0, 1)]
+        other = threading.Thread(target=np.copyto, args=places[1])
+        other.start()
+        np.copyto(*places[0])
+        other.join()
+
+    def _plain(self, number: int, num_bytes: int) -> tuple[Bytes, Bytes]:
+        """Return target and source of a plain copy."""
+        if 2 * num_bytes > self._scratch.size:
+            self._scratch = np.ones(2 * num_bytes, np.uint8)
+        return (
+            _part(self._scratch, number, num_bytes),
+            _part(self.segment.array, number, num_bytes),
+        )
 
     def close(self) -> None:
         """Let go of the memory and remove its name."""
@@ -56,30 +97,19 @@ class PagedCache:
         self.segment.close()
 
 
+def _part(array: Bytes, number: int, num_bytes: int) -> Bytes:
+    """Return one of the array's parts, another for every number while there are.
+
+    Into the same bytes again a processor's cache would take it, and not memory.
+    """
+    start = number % (array.size // num_bytes) * num_bytes
+    return array[start : start + num_bytes]
+
+
 def logical_view(
     memory: npt.NDArray[np.uint8], group: CacheGroup, starts: Sequence[int]
 ) -> Words:
-    """View a group as `[N, L, K, S, H, words]`, whatever order its memory has.
-
-    `starts` are the handles' offsets in `memory`. Axes that the group lacks have size
-    one; an opaque page is one row of words. Words are eight bytes where a row of D
-    allows it, else one.
-    """
-    first = group.tensors[0]
-    sizes = dict(zip(group.axes.replace("P", "D"), first.shape, strict=True))
-    strides = dict(zip(group.axes.replace("P", "D"), first.strides, strict=True))
-    item = DTYPE_BYTES[group.dtype]
-    row_bytes = sizes["D"] * item
-    word = 8 if row_bytes % 8 == 0 else 1
-    sizes["D"], strides["D"] = row_bytes // word, word
-    offsets = [starts[tensor.handle] + tensor.offset for tensor in group.tensors]
-    if "L" not in sizes:
-        sizes["L"] = len(offsets)
-        strides["L"] = offsets[1] - offsets[0] if len(offsets) > 1 else row_bytes
-    return np.ndarray(
-        tuple(sizes.get(axis, 1) for axis in LOGICAL_AXES),
-        np.uint64 if word == 8 else np.uint8,
-        memory.data,
-        offsets[0],
-        tuple(strides.get(axis, word) for axis in LOGICAL_AXES),
-    )
+    """View a group in host memory as its `Grid` says."""
+    grid = Grid.of(group, starts)
+    dtype = np.uint64 if grid.word == 8 else np.uint8
+    return np.ndarray(grid.shape, dtype, memory.data, grid.offset, grid.strides)

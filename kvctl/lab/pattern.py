@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
-import numpy.typing as npt
 
-from kvctl.lab.paged import Indices, Words
-
-Seeds = npt.NDArray[np.uint64]
+from kvctl.lab.cache import Indices, Seeds, Words
 
 HASH_BYTES = 32
 BATCH_BYTES = 1 << 20
@@ -48,7 +45,7 @@ class _Batch:
     """`[chunks, blocks of a chunk, L, K, S, H, words]`, a view of scratch memory."""
 
 
-class Pattern:
+class HostPattern:
     """Writes and checks one group of one rank's cache.
 
     Blocks are given for whole chunks, in order, `[chunks x blocks of a chunk]`. Not
@@ -60,16 +57,15 @@ class Pattern:
     ) -> None:
         self.view = view
         self.chunk_blocks = chunk_blocks
-        planes = range(view.shape[1] * view.shape[2])
-        self.salts = np.array([_salt(rank, group, plane) for plane in planes])
+        planes = view.shape[1] * view.shape[2]
+        self.salts = salts_of(rank, group, planes)
         block_bytes = view[0, 0, 0].nbytes
         self.block_words = block_bytes // view.itemsize
         num_words = -(-block_bytes // 8)
         steps = np.arange(chunk_blocks * num_words, dtype=np.uint64) * WEYL
         self.steps = steps.reshape(chunk_blocks, 1, num_words)
-        chunk_words = steps.size * len(planes)
-        self.batch_chunks = max(1, BATCH_BYTES // (8 * chunk_words))
-        shape = (self.batch_chunks, chunk_blocks, len(planes), num_words)
+        self.batch_chunks = batch_chunks_of(steps.size * planes)
+        shape = (self.batch_chunks, chunk_blocks, planes, num_words)
         self.scratch = np.empty(shape, np.uint64)
 
     def write(self, seeds: Seeds, blocks: Indices) -> None:
@@ -108,10 +104,17 @@ class Pattern:
         return words.reshape(len(seeds), self.chunk_blocks, *self.view.shape[1:])
 
 
-def _salt(rank: int | None, group: int, plane: int) -> np.uint64:
-    """Name a plane; `rank` is None for what every rank holds alike."""
-    digest = sha256(f"{rank}/{group}/{plane}".encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
+def salts_of(rank: int | None, group: int, num_planes: int) -> Seeds:
+    """Name each plane; `rank` is None for what every rank holds alike."""
+    digests = [
+        sha256(f"{rank}/{group}/{p}".encode()).digest() for p in range(num_planes)
+    ]
+    return np.frombuffer(b"".join(digest[:8] for digest in digests), "<u8")
+
+
+def batch_chunks_of(chunk_words: int) -> int:
+    """Chunks of so many words that are made at once."""
+    return max(1, BATCH_BYTES // (8 * chunk_words))
 
 
 def _count_unlike(actual: Words, expected: Words) -> int:

@@ -23,6 +23,7 @@ from kvctl.lab.local_server import LocalServer
 from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
     AloneDone,
+    CopiesDone,
     EnginePlan,
     EngineReport,
     Failed,
@@ -117,6 +118,7 @@ class Play:
                 self._count(clients, before)
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)
+                    after.play_copies(cast)
             finally:
                 cast.close(at_once=self.server_gone)
             if not self.server_gone:
@@ -260,6 +262,8 @@ class Play:
                 self._show_progress()
             case AloneDone():
                 self.evidence.alone.append(message)
+            case CopiesDone():
+                self.evidence.copied.append(message)
             case StormDone(samples):
                 self.storms_wanted -= 1
                 self.evidence.storms.append(samples)

@@ -16,10 +16,10 @@ from kvcore.errors import Closed, KVError, Unavailable
 from kvcore.keys import ChunkHash, HashChain, SessionKey, pack_tokens
 from kvcore.protocol import LookupReply
 from kvctl.lab import batch
+from kvctl.lab.cache import Indices
 from kvctl.lab.journal import Entry, Outcome
 from kvctl.lab.messages import Play, PlayDocuments, Played, Tally, send
 from kvctl.lab.pacer import Taken
-from kvctl.lab.paged import Indices
 from kvctl.lab.score import HEAD_BYTES
 from kvctl.lab.stepper import Progress, Stepper
 from kvctl.lab.systems.contract import taken_s

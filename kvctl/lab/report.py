@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from kvcore.options import ByteSize
 from kvctl.console import Table, duration, size, spark
 from kvctl.lab import hosts, load_tables
+from kvctl.lab.copies import CopyRow
 from kvctl.lab.limits import NOTE, reached
 from kvctl.lab.measure import Latency
 from kvctl.lab.result import DocumentReuse, Result, TierHits
 from kvctl.lab.verdict import of_result
 
+NOTHING = "-"
 MIN_POINTS = 3
 
 
@@ -29,6 +32,8 @@ def parts(result: Result) -> Iterator[Table | str]:
     yield _operations(result)
     yield from _courses(result)
     yield from _limits(result)
+    if result.copies:
+        yield _copy_rows(result.copies)
     if result.load:
         yield from load_tables.parts(result.load)
     for message, times in Counter(result.errors).items():
@@ -162,6 +167,36 @@ def _limits(result: Result) -> Iterator[Table | str]:
         columns = ("call", ">size", ">reached", ">limit", ">share")
         yield Table("how near to what this machine can do", columns, rows)
         yield NOTE
+
+
+def _copy_rows(rows: tuple[CopyRow, ...]) -> Table:
+    """Put every setting of `copies` in a row."""
+    calls = (">store", ">retrieve", ">both at once")
+    costs = (">spread", ">server us/chunk", ">slowdown")
+    columns = ("pieces", "order", ">workers", *calls, *costs)
+    made = tuple(
+        (
+            str(ByteSize(row.setting.piece_bytes)),
+            row.setting.order,
+            str(row.setting.workers),
+            f"{row.store_gb_per_s:.3g} ({row.store:.0%})",
+            f"{row.retrieve_gb_per_s:.3g} ({row.retrieve:.0%})",
+            f"{row.both_gb_per_s:.3g} ({row.both:.0%})",
+            _share(row.spread),
+            ""
+            if row.server_s_per_chunk is None
+            else f"{row.server_s_per_chunk * 1e6:.3g}",
+            "" if row.product_slowdown is None else _share(row.product_slowdown),
+        )
+        for row in rows
+    )
+    size = ByteSize(rows[0].call_bytes)
+    title = f"GB/s of a worker in calls of {size} (share of plain copies beside them)"
+    return Table(title, columns, made)
+
+
+def _if_known(value: float | None, text: Callable[[float], str]) -> str:
+    return NOTHING if value is None else text(value)
 
 
 def _share(value: float) -> str:

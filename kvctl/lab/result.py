@@ -12,6 +12,7 @@ from kvcore.errors import SetupError
 from kvcore.options import decode_hook, encode_hook
 from kvctl.lab.alone import Alone
 from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.copies import CopyRow
 from kvctl.lab.environment import Environment
 from kvctl.lab.hosts import HostReport
 from kvctl.lab.load_report import LoadReport
@@ -159,6 +160,9 @@ class Result(msgspec.Struct, frozen=True):
     alone: Annotated[
         Alone | None, Meta(description="calls with the machine to themselves")
     ] = None
+    copies: Annotated[
+        tuple[CopyRow, ...], Meta(description="of every setting in scenario.copies")
+    ] = ()
     load: LoadReport | None = None
     documents: DocumentReuse | None = None
     series: Annotated[Series | None, Meta(description="the load, over time")] = None

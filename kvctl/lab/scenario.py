@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from kvcore.config import ServerConfig
 from kvcore.options import Options, load, require
+from kvctl.lab.copies import Copies
 from kvctl.lab.demand import (
     Agents,
     Chat,
@@ -198,6 +199,10 @@ class Scenario(Options, frozen=True):
     driver: Annotated[
         Literal["server", "worker"], Meta(description="who copies between cache and L1")
     ] = "server"
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        Meta(description="where caches lie; ranks take a host's GPUs in turn"),
+    ] = "cpu"
     server: ServerConfig = ServerConfig()
     hosts: Annotated[
         int,
@@ -217,6 +222,9 @@ class Scenario(Options, frozen=True):
     storm: Annotated[
         int, Meta(ge=0, description="registrations of all ranks at once, before all")
     ] = 0
+    copies: Annotated[
+        Copies | None, Meta(description="measured after the load, for their own sake")
+    ] = None
     timeout_s: Annotated[
         float, Meta(gt=0, description="that engines wait for an answer")
     ] = 30.0
@@ -238,6 +246,11 @@ class Scenario(Options, frozen=True):
             self.hosts == 1 or not self.faults,
             "hosts", self.hosts, "faults strike one host only",
         )  # fmt: skip
+        if self.copies:
+            most = max(self.copies.workers)
+            ranks = sum(part.engines * part.ranks for part in self.parts().values())
+            need = f"no more than the scenario's ranks, {ranks}"
+            require(most <= ranks, "copies.workers", most, need)
         for number, fault in enumerate(self.faults):
             self._check_fault(f"faults[{number}]", fault)
 

@@ -19,6 +19,7 @@ from kvcore.keys import chain_seed
 from kvctl.lab.arrivals import Due, schedule
 from kvctl.lab.batch import Batch
 from kvctl.lab.blocks import BlockPool
+from kvctl.lab.cache import Indices
 from kvctl.lab.demand import Documents
 from kvctl.lab.document_player import DocumentPlayer
 from kvctl.lab.messages import (
@@ -32,7 +33,6 @@ from kvctl.lab.messages import (
     send,
 )
 from kvctl.lab.pacer import Clock, Pacer, Taken
-from kvctl.lab.paged import Indices
 from kvctl.lab.player import Player
 from kvctl.lab.score import Score
 from kvctl.lab.stepper import Stepper

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from kvcore import __version__
 from kvctl.lab.alone import LookupAlone, summarise_alone
 from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.copies import CopyRow
 from kvctl.lab.demand import Documents
 from kvctl.lab.documents import count_contents
 from kvctl.lab.environment import detect
@@ -18,7 +19,7 @@ from kvctl.lab.hosts import report_hosts
 from kvctl.lab.journal import unpack
 from kvctl.lab.load_report import LoadReport, report_load
 from kvctl.lab.measure import Latency, Samples
-from kvctl.lab.messages import AloneDone, EngineReport, Tally
+from kvctl.lab.messages import AloneDone, CopiesDone, EngineReport, Tally
 from kvctl.lab.result import (
     RESULT_VERSION,
     Counts,
@@ -65,6 +66,10 @@ class Evidence:
     alone: list[AloneDone] = field(default_factory=list)
     """From ranks that called alone, after the load; likewise `lookup_alone`."""
     lookup_alone: LookupAlone | None = None
+    copied: list[CopiesDone] = field(default_factory=list)
+    """From the ranks of the setting that is being copied."""
+    copies: list[CopyRow] = field(default_factory=list)
+    copies_wrong: int = 0
     storms: list[Samples] = field(default_factory=list)
     """Of registrations, all ranks at once, before the load."""
     struck: list[Struck] = field(default_factory=list)
@@ -124,6 +129,7 @@ def summarise(evidence: Evidence) -> Result:
         ceilings=evidence.ceilings,
         shares=_shares(throughput, operations, evidence.ceilings),
         alone=summarise_alone(evidence.alone, evidence.lookup_alone, evidence.ceilings),
+        copies=tuple(evidence.copies),
         load=load,
         documents=documents,
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
@@ -157,7 +163,9 @@ def _counts(evidence: Evidence, tally: Tally) -> Counts:
     return Counts(
         requests=tally.requests,
         errors=tally.errors + len(evidence.failures),
-        bytes_wrong=tally.bytes_wrong + sum(a.bytes_wrong for a in evidence.alone),
+        bytes_wrong=tally.bytes_wrong
+        + evidence.copies_wrong
+        + sum(a.bytes_wrong for a in evidence.alone),
         leases_leaked=evidence.leases_leaked,
         tokens=tally.tokens,
         tokens_hit=tally.tokens_hit,

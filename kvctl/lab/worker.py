@@ -19,19 +19,23 @@ import msgspec
 import numpy as np
 
 from kvcore.client import KVClient
-from kvcore.client.copying import CopyingClient
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey, Tokens
-from kvcore.protocol import RegisterKVCache, RegisterReply
-from kvctl.lab.alone import play_alone
+from kvcore.protocol import RegisterKVCache
+from kvctl.lab.alone import Seat, play_alone
+from kvctl.lab.cache import WARM_COPY_BYTES, Cache, Indices, Seeds
+from kvctl.lab.caches import make_cache, register
+from kvctl.lab.copyist import play_copies
 from kvctl.lab.demand import Documents
 from kvctl.lab.document_buffer import DocumentBuffer
 from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
+    CopiesDone,
     EnginePlan,
     Failed,
     Play,
     PlayAlone,
+    PlayCopies,
     PlayDocuments,
     Played,
     Ready,
@@ -41,8 +45,7 @@ from kvctl.lab.messages import (
     receive,
     send,
 )
-from kvctl.lab.paged import Indices, PagedCache
-from kvctl.lab.pattern import Pattern, Seeds, chunk_seeds
+from kvctl.lab.pattern import chunk_seeds
 from kvctl.lab.systems.choose import connect
 from kvctl.lab.systems.contract import Client, taken_s
 
@@ -51,7 +54,6 @@ SEGMENT_PREFIX = "kvlab-"
 
 COPY_EVERY = 8
 """Requests to a plain copy, which the calls are held against."""
-MAX_COPY_BYTES = 32 << 20
 
 _plays = msgspec.msgpack.Decoder(Play | PlayDocuments)
 
@@ -74,29 +76,25 @@ class Rank:
 
     def __init__(self, plan: EnginePlan, rank: int, client: Client) -> None:
         geometry, ranks = plan.geometry, plan.scenario.ranks
+        place = plan.engine * ranks + rank
         self.client = client
         self.chunk_size = client.chunk_size
         self.block_size = geometry.block_size
         self.engine_id = plan.engine_id
         self.model, self.world_size = plan.model, ranks
         self.instance_id = f"{plan.engine_id}/{rank}"
-        self.cache = PagedCache(
+        self.cache: Cache = make_cache(
+            plan.scenario.device,
             f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}",
             geometry.groups(plan.scenario.cache_blocks, rank, ranks),
+            place,
         )
+        self._plan, self._place = plan, place
         self.num_played = 0
-        size = min(self.cache.segment.num_bytes, MAX_COPY_BYTES)
-        self.scratch = np.ones(size, np.uint8)
+        chunk_blocks = self.chunk_size // self.block_size
         self.patterns = [
-            Pattern(
-                view,
-                number,
-                None if group.replicated else rank,
-                self.chunk_size // self.block_size,
-            )
-            for number, (group, view) in enumerate(
-                zip(self.cache.groups, self.cache.views, strict=True)
-            )
+            self.cache.pattern(number, None if group.replicated else rank, chunk_blocks)
+            for number, group in enumerate(self.cache.groups)
         ]
         self.documents: DocumentBuffer | None = None
         self._registration = RegisterKVCache(
@@ -108,18 +106,30 @@ class Rank:
             handles=self.cache.handles,
             groups=self.cache.groups,
         )
-        self.chunk_bytes = self._register().chunk_bytes
+        self.chunk_bytes = register(client, self._registration, self.cache).chunk_bytes
         if isinstance(plan.scenario.workload, Documents):
             if not isinstance(client, KVClient):
                 raise SetupError("documents: only our own system plays them")
-            name = f"{self.cache.segment.name}-documents"
+            name = f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}-documents"
             self.documents = DocumentBuffer(name, plan, rank, client)
 
-    def _register(self) -> RegisterReply:
-        """Register the cache: its memory to a client that copies, else its handles."""
-        if isinstance(self.client, CopyingClient):
-            return self.client.register_kv_cache(self._registration, self.cache.memory)
-        return self.client.register_kv_cache(self._registration)
+    def seat(self) -> Seat:
+        """Return what calls outside of the load are made with."""
+        return Seat(
+            self.client,
+            self.cache,
+            self.patterns,
+            self.model,
+            self.world_size,
+            self.engine_id,
+            self.instance_id,
+            self.chunk_bytes,
+            self.block_size,
+        )
+
+    def play_copies(self, task: PlayCopies) -> CopiesDone:
+        """Make calls in a cache of another model."""
+        return play_copies(self.client, self._plan, self._place, task)
 
     def play(self, task: Play | PlayDocuments) -> Played:
         """Retrieve and check, then write and store; errors are told, not raised."""
@@ -171,8 +181,8 @@ class Rank:
 
     def _num_bytes(self, blocks: Sequence[Indices]) -> int:
         return sum(
-            int(np.count_nonzero(ids >= 0)) * view[0].nbytes
-            for ids, view in zip(blocks, self.cache.views, strict=True)
+            int(np.count_nonzero(ids >= 0)) * self.cache.block_bytes(group)
+            for group, ids in enumerate(blocks)
         )
 
     def _count_wrong_bytes(
@@ -212,12 +222,11 @@ class Rank:
 
     def _copy(self, tally: Tally) -> None:
         """Copy as many bytes as this request moved, from anywhere in the cache."""
-        size = min(tally.retrieve_bytes or tally.store_bytes, self.scratch.size)
-        room = self.cache.segment.num_bytes - size
-        start = self.num_played * size % (room + 1)
-        source, target = self.cache.segment.array[start:], self.scratch[:size]
+        moved = tally.retrieve_bytes or tally.store_bytes
+        size = min(moved, WARM_COPY_BYTES, self.cache.num_bytes)
+        copy = self.cache.copy_in if tally.retrieve_bytes else self.cache.copy_out
         begun = perf_counter()
-        np.copyto(target, source[:size])
+        copy(self.num_played, size)
         tally.copy_s = perf_counter() - begun
         tally.copy_bytes = size
 
@@ -228,7 +237,7 @@ class Rank:
             begun = perf_counter()
             self.client.unregister_kv_cache(self.instance_id)
             gone = perf_counter()
-            self._register()
+            register(self.client, self._registration, self.cache)
             durations["unregister"].append(gone - begun)
             durations["register"].append(perf_counter() - gone)
         return StormDone(Samples.pack(durations))
@@ -284,7 +293,9 @@ def _obey(played: Rank, control: Connection, slots: list[Connection]) -> None:
                 except EOFError:
                     return
                 if isinstance(task, PlayAlone):
-                    send(control, play_alone(played, task))
+                    send(control, play_alone(played.seat(), task))
+                elif isinstance(task, PlayCopies):
+                    send(control, played.play_copies(task))
                 elif isinstance(task, Storm):
                     send(control, played.storm(task.rounds))
                 continue

@@ -10,22 +10,24 @@ from msgspec import NODEFAULT
 
 from kvcore.config import ServerConfig
 from kvcore.keys import HashChain, chain_seed, pack_tokens
-from kvcore.options import describe, encode_hook
+from kvcore.options import Options, describe, encode_hook
 from kvctl.console import Table, size
 from kvctl.lab.arrivals import schedule
+from kvctl.lab.copies import Copies
 from kvctl.lab.load import ClosedLoop, Load, Sweep
 from kvctl.lab.scenario import Fault, Limits, Scenario
 from kvctl.lab.workload import Survey, accesses, survey
 
 MAX_HASHED_TOKENS = 200_000_000
 HASH_SLICE = 1 << 20
+_WITH_SIZES: dict[str, type[Options]] = {"server": ServerConfig, "copies": Copies}
 
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of scenario files; docs/scenario.schema.json is it."""
     fields: list[Any] = []
     for one in msgspec.structs.fields(Scenario):
-        if one.name == "server":
+        if one.name in _WITH_SIZES:
             fields.append((one.name, dict, msgspec.field(default_factory=dict)))
         elif one.default is NODEFAULT:
             fields.append((one.name, one.type))
@@ -33,14 +35,15 @@ def schema() -> dict[str, Any]:
             fields.append((one.name, one.type, one.default))
     same = msgspec.defstruct("Scenario", fields, forbid_unknown_fields=True)
     made = msgspec.json.schema(same)
-    made["$defs"]["Scenario"]["properties"]["server"] = _server_schema()
+    for name, kind in _WITH_SIZES.items():
+        made["$defs"]["Scenario"]["properties"][name] = _options_schema(kind)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
 
-def _server_schema() -> dict[str, Any]:
-    """Describe the server's options, as `kvctl inspect config` lists them."""
+def _options_schema(kind: type[Options]) -> dict[str, Any]:
+    """Describe options with sizes in them, as `kvctl inspect config` lists them."""
     root: dict[str, Any] = _table()
-    for option in describe(ServerConfig):
+    for option in describe(kind):
         *tables, name = option.key.split(".")
         table = root
         for inner in tables:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kvctl.lab.geometry import CACHE_SHAPES, PRESETS
 from kvctl.lab.paged import PagedCache, logical_view
-from kvctl.lab.pattern import Pattern, chunk_seeds, mix
+from kvctl.lab.pattern import HostPattern, chunk_seeds, mix
 
 CHUNK_BLOCKS = 4
 SEEDS = chunk_seeds(b"".join(sha256(bytes([i])).digest() for i in range(3)))
@@ -20,14 +20,14 @@ BLOCKS = np.array([11, 3, 7, 0, 5, 9, 2, 14, 1, 13, 6, 10], np.int32)
 
 def make(
     shape: str = "KNSHD", name: str = "tiny-llama", rank: int | None = 0
-) -> Pattern:
+) -> HostPattern:
     """A written pattern over plain memory."""
     geometry = replace(PRESETS[name], cache_shape=shape)
     cache = geometry.groups(16, 0, 1)
     starts = np.cumsum((0, *cache.handle_bytes[:-1])).tolist()
     memory = np.zeros(sum(cache.handle_bytes), np.uint8)
     view = logical_view(memory, cache.groups[0], starts)
-    pattern = Pattern(view, 0, rank, CHUNK_BLOCKS)
+    pattern = HostPattern(view, 0, rank, CHUNK_BLOCKS)
     pattern.write(SEEDS, BLOCKS)
     return pattern
 
@@ -62,7 +62,7 @@ def test_another_rank_or_group_shows() -> None:
     """Rank 1's bytes are not rank 0's, and group 1's not group 0's."""
     pattern = make()
     for group, rank in ((0, 1), (1, 0), (0, None)):
-        other = Pattern(pattern.view, group, rank, CHUNK_BLOCKS)
+        other = HostPattern(pattern.view, group, rank, CHUNK_BLOCKS)
         assert other.count_wrong_bytes(SEEDS, BLOCKS) > 0
 
 
@@ -79,7 +79,7 @@ def test_rows_that_are_not_whole_words_check() -> None:
     cache = geometry.groups(16, 0, 1)
     memory = np.zeros(sum(cache.handle_bytes), np.uint8)
     view = logical_view(memory, cache.groups[0], [0, cache.handle_bytes[0]])
-    pattern = Pattern(view, 0, 0, CHUNK_BLOCKS)
+    pattern = HostPattern(view, 0, 0, CHUNK_BLOCKS)
     pattern.write(SEEDS, BLOCKS)
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) == 0
     view[7, 0, 1, 3, 1, 9] ^= 1
@@ -114,7 +114,7 @@ def cache() -> Iterator[PagedCache]:
 
 def test_poison_overwrites_what_is_there(cache: PagedCache) -> None:
     """A retrieve that writes nothing leaves poison, and poison is wrong."""
-    pattern = Pattern(cache.views[0], 0, 0, CHUNK_BLOCKS)
+    pattern = HostPattern(cache.views[0], 0, 0, CHUNK_BLOCKS)
     pattern.write(SEEDS, BLOCKS)
     cache.poison(0, BLOCKS)
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) > 0

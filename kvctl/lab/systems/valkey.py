@@ -28,7 +28,8 @@ from kvcore.protocol import (
     StoreReply,
 )
 from kvcore.shm import Segment
-from kvctl.lab.paged import Indices, Words, logical_view
+from kvctl.lab.cache import Indices, Words
+from kvctl.lab.paged import logical_view
 from kvctl.lab.services import VALKEY, program
 from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
 
