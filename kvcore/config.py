@@ -235,6 +235,9 @@ class ServerConfig(Options, frozen=True):
         Literal["prefix", "blend"],
         Meta(description="blend also serves documents at any position (CB_ requests)"),
     ] = "prefix"
+    copy_threads: Annotated[
+        int, Meta(description="threads that a large copy in host memory is spread over")
+    ] = 2
     blend: BlendConfig = BlendConfig()
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
@@ -278,6 +281,8 @@ class ServerConfig(Options, frozen=True):
             self.blend.keep is None or bool(self.l1.keep or self.tiers),
             "blend.keep", self.blend.keep, "of use with l1.keep or a tier only",
         )  # fmt: skip
+        threads = self.copy_threads
+        require(threads >= 1, "copy_threads", threads, "at least 1")
         port = self.metrics_port
         require(port is None or 0 <= port < 1 << 16, "metrics_port", port, "0 to 65535")
         require(

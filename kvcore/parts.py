@@ -5,7 +5,7 @@ What both sides of a copy must agree on, whoever makes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NewType
 
 import msgspec
@@ -40,8 +40,8 @@ def buffers_of(memory: memoryview, extents: Allocation) -> Buffers:
     )
 
 
-def checksum_of(buffers: Sequence[memoryview]) -> Checksum:
-    """Return xxh3-128 over the buffers in order; some 10 GB/s, without the GIL."""
+def checksum_of(buffers: Iterable[memoryview]) -> Checksum:
+    """Return xxh3-128 over the buffers in order; some 35 GB/s, without the GIL."""
     state = xxhash.xxh3_128()
     for buffer in buffers:
         state.update(buffer)

@@ -71,7 +71,9 @@ class Server:
             self.address = bound.address
             arena = open_arena(config.l1)
             stack.callback(arena.close)
-            self.transports = open_transports(config.device, arena.array)
+            self.transports = open_transports(
+                config.device, arena.array, config.copy_threads
+            )
             stack.callback(self.transports.close)
             recovered = None
             if config.l1.keep is not None:

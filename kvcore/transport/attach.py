@@ -78,10 +78,13 @@ class Transports:
     """All that this process has, by kind of handle."""
 
     def __init__(
-        self, others: Mapping[type[MemoryHandle], Transport] | None = None
+        self,
+        others: Mapping[type[MemoryHandle], Transport] | None = None,
+        *,
+        copy_threads: int = 2,
     ) -> None:
         self._by_kind: dict[type[MemoryHandle], Transport] = {
-            PosixShm: HostTransport(),
+            PosixShm: HostTransport(copy_threads),
             Private: NoTransport(),
             **(others or {}),
         }
@@ -112,14 +115,17 @@ class Transports:
 
 
 class HostTransport:
-    """Caches in POSIX shared memory."""
+    """Caches in POSIX shared memory, a large copy spread over `copy_threads`."""
+
+    def __init__(self, copy_threads: int) -> None:
+        self._copy_threads = copy_threads
 
     def attach(
         self, handles: Sequence[PosixShm], layouts: Sequence[KVLayout]
     ) -> Future[Attached]:
         """Map the segments; takes no time."""
         attached: Future[Attached] = Future()
-        attached.set_result(HostMemory(handles, layouts))
+        attached.set_result(HostMemory(handles, layouts, self._copy_threads))
         return attached
 
     def devices(self) -> tuple[DeviceStatus, ...]:
@@ -136,8 +142,12 @@ class HostMemory:
     event = b""
 
     def __init__(
-        self, handles: Sequence[PosixShm], layouts: Sequence[KVLayout]
+        self,
+        handles: Sequence[PosixShm],
+        layouts: Sequence[KVLayout],
+        copy_threads: int,
     ) -> None:
+        self.caches: tuple[HostCache, ...] = ()
         self._segments: list[Segment] = []
         try:
             for handle in handles:
@@ -146,7 +156,9 @@ class HostMemory:
                 )
                 self._segments.append(segment)
             arrays = [segment.array for segment in self._segments]
-            self.caches = tuple(HostCache(layout, arrays) for layout in layouts)
+            self.caches = tuple(
+                HostCache(layout, arrays, copy_threads) for layout in layouts
+            )
         except BaseException:
             self.close()
             raise
@@ -162,6 +174,8 @@ class HostMemory:
 
     def close(self) -> None:
         """Unmap the segments."""
+        for cache in self.caches:
+            cache.close()
         self.caches = ()
         for segment in self._segments:
             segment.close()
@@ -176,7 +190,7 @@ class NoTransport:
         """Attach nothing."""
         del handles, layouts
         attached: Future[Attached] = Future()
-        attached.set_result(HostMemory((), ()))
+        attached.set_result(HostMemory((), (), 1))
         return attached
 
     def devices(self) -> tuple[DeviceStatus, ...]:
@@ -187,7 +201,9 @@ class NoTransport:
         """Do nothing; see the class."""
 
 
-def open_transports(device: DeviceChoice, arena: Bytes) -> Transports:
+def open_transports(
+    device: DeviceChoice, arena: Bytes, copy_threads: int = 2
+) -> Transports:
     """Make the transports of a server; with a GPU, the arena is page-locked for it.
 
     "auto" takes CUDA where there is a driver, and says in the log why not.
@@ -197,7 +213,7 @@ def open_transports(device: DeviceChoice, arena: Bytes) -> Transports:
             page-locked.
     """
     if device == "cpu" or (device == "auto" and not _has_driver()):
-        return Transports()
+        return Transports(copy_threads=copy_threads)
     try:
         # Here: it takes its time, and most servers have no GPU.
         from kvcore.transport.cuda.driver import open_devices
@@ -207,7 +223,7 @@ def open_transports(device: DeviceChoice, arena: Bytes) -> Transports:
         if device == "cuda":
             raise SetupError(f"device = cuda: {error.message}") from None
         log.warning("device = auto: caches in host memory only: %s", error.message)
-        return Transports()
+        return Transports(copy_threads=copy_threads)
     from kvcore.transport.cuda.ipc import CudaTransport
 
     try:
@@ -218,7 +234,7 @@ def open_transports(device: DeviceChoice, arena: Bytes) -> Transports:
             "start with --device cpu for caches in host memory"
         ) from None
     log.info("device = %s: %s", device, ", ".join(map(repr, devices)))
-    return Transports({CudaIpc: cuda})
+    return Transports({CudaIpc: cuda}, copy_threads=copy_threads)
 
 
 def _has_driver() -> bool:

@@ -8,13 +8,18 @@ Two ways, both a few large numpy calls that release the GIL:
   evenly spaced planes. It can move anything, cut blocks too, and is better where all
   of a chunk's blocks follow each other in memory.
 
+One thread does not fill the memory: a large call is shared among a crew, a part each.
+Checksums are made as a part fills, while the CPU's caches have its bytes.
+
 tests/benchmarks/test_copies.py measures the share of a plain copy that they reach.
 """
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate, pairwise
@@ -24,13 +29,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.layout import KVLayout
-from kvcore.parts import Extent
+from kvcore.parts import NO_CHECKSUM, Checksum, Extent, checksum_of
 from kvcore.protocol import NULL_BLOCK
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
+from kvcore.transport.crew import ALONE, Crew
 from kvcore.transport.paged import (
     BlockIds,
-    Run,
     Span,
     block_units,
     breaks,
@@ -38,6 +43,12 @@ from kvcore.transport.paged import (
     coalesce,
 )
 from kvcore.transport.rotation import Turn, turn_keys
+
+CHECKSUM_STEP = 2 << 20
+"""Bytes added up at a time: still in the caches, and few enough calls for the GIL."""
+_NUM_FREE_ROWS = 500
+_MIN_ROW = 4096
+"""Bytes; with fewer in a row, what holds the GIL is soon done."""
 
 Rows = npt.NDArray[np.void]
 Index = npt.NDArray[np.intp]
@@ -49,6 +60,9 @@ class _Copy:
 
     view: Callable[[Bytes, Bytes], None]
     rows: Callable[[Rows, Index, Rows], None]
+    shared_bytes: int
+    """Parts of this size on are copied without the GIL for most of the time, so that
+    several threads gain by it; with smaller ones they stand in each other's way."""
 
 
 def _take_rows(cache: Rows, index: Index, part: Rows) -> None:
@@ -57,11 +71,18 @@ def _take_rows(cache: Rows, index: Index, part: Rows) -> None:
 
 
 def _put_rows(cache: Rows, index: Index, part: Rows) -> None:
-    cache[index] = part
+    # numpy keeps the GIL while it assigns fewer rows than this.
+    split = 1 << max(0, (-(-_NUM_FREE_ROWS // len(index)) - 1).bit_length())
+    size = cache.itemsize // split
+    if split == 1 or size < _MIN_ROW or cache.itemsize % split:
+        cache[index] = part
+        return
+    fine = index[:, np.newaxis] * split + np.arange(split)
+    cache.view(f"V{size}")[fine.ravel()] = part.view(f"V{size}")
 
 
-_GATHER = _Copy(view=lambda cache, part: np.copyto(part, cache), rows=_take_rows)
-_SCATTER = _Copy(view=np.copyto, rows=_put_rows)
+_GATHER = _Copy(lambda cache, part: np.copyto(part, cache), _take_rows, 1 << 20)
+_SCATTER = _Copy(np.copyto, _put_rows, _NUM_FREE_ROWS * _MIN_ROW)
 
 
 class _Way(IntEnum):
@@ -100,21 +121,34 @@ class HostCache:
     """A `PagedCache` in memory that this process has mapped.
 
     `handles` are flat arrays, writable, and stay mapped as long as this object is
-    used. Every view into them is checked against their sizes here, once.
+    used. Every view into them is checked against their sizes here, once. A large copy
+    is spread over `num_threads`, the calling one among them.
     """
 
-    def __init__(self, layout: KVLayout, handles: Sequence[Bytes]) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        handles: Sequence[Bytes],
+        num_threads: int = 2,
+    ) -> None:
         self.layout = layout
+        self._crew = Crew(num_threads)
         part = layout.part
         block_bytes = block_units(layout) * part.unit_bytes
         self._strides = (part.plane_bytes, block_bytes, part.unit_bytes, 1)
         self._planes = _even_planes(layout, handles)
         self._row_planes = _row_planes(layout, handles)
 
-    def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
+    def close(self) -> None:
+        """End the threads that help; see `PagedCache`."""
+        self._crew.close()
+
+    def gather(
+        self, spans: Sequence[Span], arena: Bytes, *, checksums: bool = False
+    ) -> list[Checksum]:
         """Copy blocks into parts; see `PagedCache`."""
         blocks = checked_blocks(self.layout, spans, nulls=False)
-        self._copy(spans, blocks, arena, _GATHER)
+        return self._copy(spans, blocks, arena, _GATHER, checksums=checksums)
 
     def scatter(self, spans: Sequence[Span], arena: Bytes) -> None:
         """Copy parts into blocks; see `PagedCache`."""
@@ -129,31 +163,37 @@ class HostCache:
             if len(keys):
                 turn_keys(keys, part.dtype, rope, turns)
 
-    def close(self) -> None:
-        """Do nothing: the copies need nothing but the memory."""
-
     def _copy(
-        self, spans: Sequence[Span], blocks: BlockIds, arena: Bytes, copy: _Copy
-    ) -> None:
+        self,
+        spans: Sequence[Span],
+        blocks: BlockIds,
+        arena: Bytes,
+        copy: _Copy,
+        *,
+        checksums: bool = False,
+    ) -> list[Checksum]:
         ways = self._ways(spans, blocks)
-        by_rows = ways == _Way.ROWS
-        indexes = [planes.index(blocks[by_rows]) for planes in self._row_planes]
-        units = block_units(self.layout)
-        number = 0
-        for span, way in zip(spans, ways.tolist(), strict=True):
+        rows = self._rows(blocks, ways == _Way.ROWS)
+        step = CHECKSUM_STEP if checksums else sys.maxsize
+        made = [NO_CHECKSUM] * len(spans) if checksums else []
+
+        def move(number: int) -> None:
+            span = spans[number]
             part = _Part(arena, span.extents, copy, self._strides)
-            if way == _Way.ONE_RUN:
-                run = Run(0, int(span.blocks[0]), len(span.blocks), 0, units)
-                self._copy_runs((run,), part)
-                continue
-            if way == _Way.RUNS:
-                self._copy_runs(coalesce(self.layout, span), part)
-                continue
-            for planes, index in zip(self._row_planes, indexes, strict=True):
-                part.copy_rows(
-                    planes.rows, index[number], planes.first * self._strides[0]
-                )
-            number += 1
+            if ways[number] == _Way.ROWS:
+                ends = self._copy_rows(rows[number], part, step)
+            elif ways[number] == _Way.ONE_RUN:
+                ends = self._copy_one_run(span, part, step)
+            else:
+                ends = self._copy_runs(span, part)
+            if checksums:
+                made[number] = checksum_of(part.filled(ends))
+            else:
+                deque(ends, maxlen=0)
+
+        is_shared = self.layout.part.num_bytes >= copy.shared_bytes
+        (self._crew if is_shared else ALONE).each(move, range(len(spans)))
+        return made
 
     def _ways(
         self, spans: Sequence[Span], blocks: BlockIds
@@ -171,14 +211,49 @@ class HostCache:
             ways[whole & (scattered | apart)] = _Way.ROWS
         return ways
 
-    def _copy_runs(self, runs: Iterable[Run], part: _Part) -> None:
+    def _rows(
+        self, blocks: BlockIds, by_rows: npt.NDArray[np.bool_]
+    ) -> list[tuple[Index, ...]]:
+        """Return each span's rows, one array for each of `_row_planes`, if any."""
+        indexes = (planes.index(blocks[by_rows]) for planes in self._row_planes)
+        found = zip(*indexes, strict=True)
+        return [next(found) if by else () for by in by_rows.tolist()]
+
+    def _copy_rows(
+        self, indexes: Sequence[Index], part: _Part, step_bytes: int
+    ) -> Iterator[int]:
+        """Copy a whole part; yield, a step at a time, how much of it is there."""
+        for planes, index in zip(self._row_planes, indexes, strict=True):
+            size = planes.rows.itemsize
+            offset = planes.first * self._strides[0]
+            step = max(1, step_bytes // size)
+            for first in range(0, len(index), step):
+                part.copy_rows(planes.rows, index[first : first + step], offset)
+                offset += len(index[first : first + step]) * size
+                yield offset
+
+    def _copy_one_run(self, span: Span, part: _Part, step_bytes: int) -> Iterator[int]:
+        """Copy a whole part of consecutive blocks; yield as `_copy_rows` does."""
+        plane_bytes = self._strides[0]
+        step = max(1, step_bytes // plane_bytes)
+        blocks = slice(int(span.blocks[0]), int(span.blocks[-1]) + 1)
+        for planes in self._planes:
+            for first in range(0, len(planes.view), step):
+                view = planes.view[first : first + step, blocks]
+                offset = (planes.first + first) * plane_bytes
+                part.copy(view, offset)
+                yield offset + len(view) * plane_bytes
+
+    def _copy_runs(self, span: Span, part: _Part) -> Iterator[int]:
+        """Copy whatever a span names; yield once, at the end."""
         plane_bytes, block_bytes, unit_bytes, _ = self._strides
-        for run in runs:
+        for run in coalesce(self.layout, span):
             inside = run.index * block_bytes + run.first * unit_bytes
             blocks = slice(run.block, run.block + run.num_blocks)
             for planes in self._planes:
                 view = planes.view[:, blocks, run.first : run.end]
                 part.copy(view, planes.first * plane_bytes + inside)
+        yield self.layout.part.num_bytes
 
 
 class _Part:
@@ -201,6 +276,16 @@ class _Part:
         self._starts = list(accumulate((e.length for e in extents), initial=0))
         self._copy = copy
         self._strides = strides
+
+    def filled(self, ends: Iterable[int]) -> Iterator[memoryview]:
+        """Yield the part's bytes in order, as far as the latest of `ends`."""
+        start = 0
+        for end in ends:
+            while start < end:
+                place = self._from(start)
+                length = min(place.length, end - start)
+                yield self._arena.data[place.offset : place.offset + length]
+                start += length
 
     def copy(self, cache: Bytes, offset: int) -> None:
         """Copy a view, whose axes are the last ones of `[planes, ..., bytes]`.

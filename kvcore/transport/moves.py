@@ -16,9 +16,6 @@ from kvcore.transport.paged import PagedCache
 from kvcore.transport.plan import Blocks, Range, spans_in, whole_spans
 from kvcore.transport.rotation import Turn
 
-CHECKSUM_BYTES = 1 << 20
-"""Gathered before their checksums are made: they fit in a core's own cache."""
-
 Places = Sequence[Sequence[Place]]
 """Parts to copy, one list a cache group."""
 
@@ -51,22 +48,8 @@ class Mover:
         """
         checksums: list[Checksum] = []
         for cache, rows, parts in zip(caches, blocks, places, strict=True):
-            if self._checksums:
-                checksums += self._gather_summed(cache, rows, parts)
-            else:
-                cache.gather(whole_spans(rows, parts, self._chunk_size), self._arena)
-        return checksums
-
-    def _gather_summed(
-        self, cache: PagedCache, rows: Blocks, places: Sequence[Place]
-    ) -> list[Checksum]:
-        """Gather in slices: a part is summed up while the CPU's caches have it."""
-        spans = whole_spans(rows, places, self._chunk_size)
-        step = max(1, CHECKSUM_BYTES // cache.layout.part.num_bytes)
-        checksums: list[Checksum] = []
-        for first in range(0, len(spans), step):
-            cache.gather(spans[first : first + step], self._arena)
-            checksums += map(self._checksum, places[first : first + step])
+            spans = whole_spans(rows, parts, self._chunk_size)
+            checksums += cache.gather(spans, self._arena, checksums=self._checksums)
         return checksums
 
     def find_wrong(self, places: Places) -> list[int]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kvcore.errors import BadRequest
 from kvcore.layout import KVLayout, PartLayout
-from kvcore.parts import Extent
+from kvcore.parts import Checksum, Extent
 from kvcore.protocol import NULL_BLOCK
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
@@ -52,8 +52,10 @@ class PagedCache(Protocol):
 
     layout: KVLayout
 
-    def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
-        """Copy blocks into parts.
+    def gather(
+        self, spans: Sequence[Span], arena: Bytes, *, checksums: bool = False
+    ) -> list[Checksum]:
+        """Copy blocks into parts; return their checksums, if wanted, in order.
 
         Raises:
             BadRequest: a block id or range that cannot be, or a null block.

@@ -2,7 +2,9 @@
 
 Run as `python tests/benchmarks/bandwidth.py [rounds]`: for pieces of 32 KiB, 4 KiB and
 512 B, scattered, prints GB/s from call to reply and the share of a plain copy of the
-same bytes between warm shared memory in the same process and round.
+same bytes between warm shared memory in the same process and round. Servers take turns:
+one without checksums, one with (it has a tier that nothing is written to), and both
+again with one thread a copy.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from wire import served
@@ -25,6 +30,8 @@ NUM_LAYERS = 8
 BLOCK_SIZE = 16
 MOVED = 64 << 20
 CACHE = 256 << 20
+WARM_UP = 12
+"""Rounds until a server has touched every page of the cache."""
 
 
 class Bench:
@@ -81,9 +88,49 @@ def plain(source: np.ndarray, target: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def gbs(seconds: list[float]) -> float:
-    """Median rate."""
-    return MOVED / statistics.median(seconds) / 1e9
+def shares(copies: list[float], times: list[float]) -> str:
+    """Median and range of what share of its round's plain copy each one reached."""
+    each = [copy / took for copy, took in zip(copies, times, strict=True)]
+    return f"{statistics.median(each):.0%} [{min(each):.0%}..{max(each):.0%}]"
+
+
+@contextmanager
+def servers(folder: str) -> Iterator[dict[str, KVClient]]:
+    """Start a server of each kind and connect to it."""
+    with ExitStack() as stack:
+        clients = {}
+        for threads in (2, 1):
+            for kind in ("", " with checksums"):
+                options = ["--l1-size", "512MiB", "--set", f"copy_threads={threads}"]
+                if kind:
+                    options += ["--tier", f"file://{folder}/{threads}?max=1GiB"]
+                    options += ["--set", "write_back.policy=on_second_use"]
+                address = stack.enter_context(served(*options))
+                client = stack.enter_context(KVClient(address))
+                clients[f"{threads} thread(s){kind}"] = client
+        yield clients
+
+
+def compare(
+    clients: dict[str, KVClient], cache: Segment, other: Segment, piece: int, num: int
+) -> None:
+    """Let the servers take turns, `num` rounds that count, and print each one's."""
+    benches = {kind: Bench(client, cache, piece) for kind, client in clients.items()}
+    rows: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in benches}
+    for number in range(WARM_UP + num):
+        for kind, bench in benches.items():
+            row = plain(cache.array, other.array), *bench.round(number)
+            if number >= WARM_UP:
+                rows[kind].append(row)
+    for kind, bench in benches.items():
+        copies, stores, retrieves = map(list, zip(*rows[kind], strict=True))
+        print(
+            f"{piece:6d} B, {kind}: STORE {shares(copies, stores)}, RETRIEVE "
+            f"{shares(copies, retrieves)} of "
+            f"{MOVED / statistics.median(copies) / 1e9:.1f} GB/s",
+            flush=True,
+        )
+        bench.client.unregister_kv_cache(bench.name)
 
 
 def main() -> None:
@@ -91,32 +138,14 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     name = f"kvbench-{os.getpid()}"
     with (
-        served("--l1-size", "512MiB") as address,
-        KVClient(address) as client,
+        tempfile.TemporaryDirectory() as folder,
+        servers(folder) as clients,
         Segment.create(name, CACHE, touch=True) as cache,
         Segment.create(f"{name}-b", MOVED, touch=True) as other,
     ):
         cache.array[:] = 1
         for piece in (32 << 10, 4 << 10, 512):
-            bench = Bench(client, cache, piece)
-            rows = []
-            for number in range(rounds + 3):
-                copy = plain(cache.array, other.array)
-                rows.append((copy, *bench.round(number)))
-            copies, stores, retrieves = (
-                list(column) for column in zip(*rows[3:], strict=True)
-            )
-            share = [
-                statistics.median(c / t for c, t in zip(copies, times, strict=True))
-                for times in (stores, retrieves)
-            ]
-            print(
-                f"{piece:6d} B pieces: plain copy {gbs(copies):.2f} GB/s, STORE "
-                f"{gbs(stores):.2f} ({share[0]:.0%}), RETRIEVE {gbs(retrieves):.2f} "
-                f"({share[1]:.0%})",
-                flush=True,
-            )
-            client.unregister_kv_cache(bench.name)
+            compare(clients, cache, other, piece, rounds)
         cache.unlink()
         other.unlink()
 

@@ -14,6 +14,7 @@ from kvcore.engine.engine import Caller, Engine, Running
 from kvcore.errors import UnknownInstance
 from kvcore.keys import SessionKey, pack_tokens
 from kvcore.layout import CacheGroup, TensorView
+from kvcore.parts import Checksum
 from kvcore.protocol import (
     EndSession,
     Lookup,
@@ -96,9 +97,10 @@ def test_a_store_whose_client_dies_is_not_kept(
     """Its reservations are aborted, though the copy itself came to its end."""
     gather = HostCache.gather
 
-    def gather_and_die(cache: HostCache, *args: Any) -> None:
-        gather(cache, *args)
+    def gather_and_die(cache: HostCache, *args: Any, **named: Any) -> list[Checksum]:
+        made = gather(cache, *args, **named)
         engine.client_gone(ME.client)
+        return made
 
     monkeypatch.setattr(HostCache, "gather", gather_and_die)
     with pytest.raises(UnknownInstance):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,8 +16,9 @@ from numpy.lib.stride_tricks import as_strided
 
 from kvcore.errors import BadRequest
 from kvcore.layout import DTYPE_BYTES, CacheGroup, KVLayout, TensorView
-from kvcore.parts import Extent
+from kvcore.parts import Extent, buffers_of, checksum_of
 from kvcore.protocol import NULL_BLOCK
+from kvcore.transport import host
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import Span
 
@@ -241,6 +244,62 @@ def test_gather_then_scatter_elsewhere_is_identity(move: Move) -> None:
         new = move.case.addresses(blocks.tolist())
         for (handle, source), (_, target) in zip(old, new, strict=True):
             assert np.array_equal(handles[handle][source], handles[handle][target])
+
+
+@contextmanager
+def in_small_steps(num_bytes: int) -> Iterator[None]:
+    """Have three threads share any copy, in steps and rows of a few bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "CHECKSUM_STEP", num_bytes)
+        patch.setattr(host, "_MIN_ROW", 1)
+        for copy in ("_GATHER", "_SCATTER"):
+            patch.setattr(host, copy, replace(getattr(host, copy), shared_bytes=0))
+        yield
+
+
+@given(moves(whole=True), st.integers(1, 4000))
+def test_shared_copies_are_plain_ones_with_checksums(move: Move, step: int) -> None:
+    """Threads, steps and fine rows change no byte; checksums are the parts' own."""
+    handles, arena, plain = move.handles(), move.arena(), move.arena()
+    HostCache(move.case.layout, handles).gather(move.spans, plain)
+    with in_small_steps(step):
+        cache = HostCache(move.case.layout, handles, 3)
+        checksums = cache.gather(move.spans, arena, checksums=True)
+        for handle in handles:
+            handle[:] = POISON
+        cache.scatter(move.spans, arena)
+        cache.close()
+    assert np.array_equal(arena, plain)
+    assert checksums == [
+        checksum_of(buffers_of(arena.data, span.extents)) for span in move.spans
+    ]
+    there, again = move.arena(), HostCache(move.case.layout, handles)
+    again.gather(move.spans, there)
+    assert np.array_equal(there, plain)
+
+
+def test_rows_taken_apart_are_the_same_rows() -> None:
+    """A scatter of few rows, cut finer to let go of the GIL, writes what it should."""
+    layout = latent(8)
+    arena = np.random.default_rng(1).integers(0, 256, layout.part.num_bytes, np.uint8)
+    span = Span((Extent(0, arena.size),), np.array([5, 2], np.int32), 0, 32)
+    handle, back = np.full(2 * 8 * 16 * 1152, POISON, np.uint8), np.zeros_like(arena)
+    with in_small_steps(1):
+        HostCache(layout, [handle]).scatter([span], arena)
+    HostCache(layout, [handle]).gather([span], back)
+    assert np.array_equal(back, arena)
+    others = [0, 1, 3, 4, 6, 7]
+    assert (handle.reshape(2, 8, -1)[:, others] == POISON).all()
+
+
+def test_checksums_are_made_only_where_they_are_wanted() -> None:
+    """Without, the list is empty, so that nobody takes it for checksums."""
+    layout = latent(8)
+    arena = np.zeros(layout.part.num_bytes, np.uint8)
+    span = Span((Extent(0, arena.size),), np.array([0, 3], np.int32), 0, 32)
+    cache = HostCache(layout, [np.ones(2 * 8 * 16 * 1152, np.uint8)])
+    assert cache.gather([span], arena) == []
+    assert cache.gather([span], arena, checksums=True) == [checksum_of([arena.data])]
 
 
 @settings(max_examples=30)

@@ -9,6 +9,7 @@ from threading import Lock
 import numpy as np
 
 from kvcore.layout import KVLayout
+from kvcore.parts import Checksum, buffers_of, checksum_of
 from kvcore.protocol import CopyRates, DeviceRates, DeviceStatus
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
@@ -112,11 +113,15 @@ class CudaCache:
         self._scatters.close()
         self._shared.closed_one()
 
-    def gather(self, spans: Sequence[Span], arena: Bytes) -> None:
+    def gather(
+        self, spans: Sequence[Span], arena: Bytes, *, checksums: bool = False
+    ) -> list[Checksum]:
         """Copy blocks into parts; see `PagedCache`."""
         blocks = checked_blocks(self.layout, spans, nulls=False)
         plan = self._plan(spans, blocks, arena)
         self._move(plan, self._gathers, self._shared.rates.to_host)
+        parts = spans if checksums else ()
+        return [checksum_of(buffers_of(arena.data, part.extents)) for part in parts]
 
     def scatter(self, spans: Sequence[Span], arena: Bytes) -> None:
         """Copy parts into blocks; see `PagedCache`."""
