@@ -1,0 +1,262 @@
+"""Lookups that L1 alone answers, beside what tiers do for others.
+
+Run as `PYTHONPATH=. python tests/benchmarks/beside.py FOLDER [rounds]`, with FOLDER on
+the disk that is meant. Quiet and busy periods of half a second take turns:
+
+- prefetch: another client looks up what only the file tier has, one prompt of 64 MiB
+  after another; nobody stores;
+- write-back: 192 MiB were stored before, and go to the tier while nobody stores;
+- tiers: another client stores 64 MiB ten times a second and looks up what was evicted,
+  at a server with a file tier and at one without, which is the quiet side.
+
+Each line has the median of a round's ratios of medians, and of 99th percentiles.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.protocol import PosixShm, RegisterKVCache
+from kvcore.shm import Segment
+from tests.benchmarks.wire import Cycles, register, served, store
+
+NUM_TOKENS = 16384
+"""Of a prompt of the load: 64 chunks of 1 MiB."""
+NUM_PROMPTS = 16
+"""Twice what L1 holds."""
+PERIOD_S = 0.5
+L1 = ("--l1-size", "512MiB", "--set", "log_level=error")
+
+
+class Load:
+    """A client with a cache of 64 MiB that it stores as one prompt or another."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self.client, self.name = KVClient(address), name
+        shape = (2, NUM_TOKENS // 16, 16, 2048)
+        strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(4))
+        self.segment = Segment.create(
+            f"kvbench-{os.getpid()}-{name}", int(np.prod(shape)), touch=True
+        )
+        self.segment.array[:] = 7
+        handle = PosixShm(self.segment.name, 0, self.segment.num_bytes)
+        group = CacheGroup("KNSD", "uint8", 16, (TensorView(0, 0, shape, strides),))
+        self.client.register_kv_cache(
+            RegisterKVCache(name, name, name, 1, 0, (handle,), (group,))
+        )
+        self.blocks = np.random.default_rng(1).permutation(shape[1]).astype(np.int32)
+
+    def tokens(self, number: int) -> np.ndarray:
+        """A prompt of its own for each number."""
+        return np.full(NUM_TOKENS, number, np.uint32)
+
+    def store(self, number: int) -> None:
+        """Store a prompt."""
+        session, tokens = SessionKey(self.name, f"s{number}"), self.tokens(number)
+        self.client.store(session, self.name, 0, NUM_TOKENS, [self.blocks], tokens)
+        self.client.end_session(session)
+
+    def look_up(self, number: int) -> int:
+        """Look a prompt up; return how many chunks were there or were loaded."""
+        session = SessionKey(self.name, f"l{number}")
+        reply = self.client.lookup(session, self.name, 1, self.tokens(number))
+        self.client.end_session(session)
+        return reply.num_chunks
+
+    def settle(self) -> None:
+        """Wait until no tier has anything to do."""
+        while True:
+            status = self.client.status()
+            waiting = sum(tier.write_back.num_parts for tier in status.tiers)
+            if not waiting and not status.num_prefetches:
+                return
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Remove the cache."""
+        self.client.close()
+        self.segment.unlink()
+        self.segment.close()
+
+
+def load(kind: str, address: str) -> None:
+    """Be the other client until killed; say so when ready."""
+    with_load = Load(address, "load")
+    for number in range(NUM_PROMPTS if kind == "prefetch" else 0):
+        with_load.store(number)
+        with_load.settle()
+    number = 0
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    signal.raise_signal(signal.SIGSTOP)
+    while True:
+        if kind == "tiers":
+            with_load.store(number)
+            with_load.look_up(max(0, number - 10))
+            time.sleep(0.1)
+        else:
+            with_load.look_up(number % NUM_PROMPTS)
+        number += 1
+
+
+@contextmanager
+def other_client(kind: str, address: str) -> Iterator[int]:
+    """Start the load, stopped; give its process id."""
+    command = [sys.executable, __file__, "--load", kind, address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        if process.stdout is None or process.stdout.readline() != "ready\n":
+            raise SystemExit("the load did not start")
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+        for path in Path("/dev/shm").glob(f"kvbench-{process.pid}-*"):
+            path.unlink()
+
+
+class Lookups:
+    """A client whose prompt of 8k tokens is in L1, and stays there by use."""
+
+    def __init__(self, address: str) -> None:
+        self.client = KVClient(address)
+        self.segment = Segment.create(
+            f"kvbench-{time.monotonic_ns()}", 16 << 20, touch=True
+        )
+        register(self.client, self.segment)
+        store(self.client, 8192)
+        self.cycles = Cycles(self.client, 8192, "hits")
+
+    def measure(self, goes_on: Callable[[], bool]) -> list[float]:
+        """Look up as long as something goes on; return each one's seconds."""
+        self.cycles.lookups = []
+        while goes_on():
+            for _ in range(20):
+                self.cycles()
+        return self.cycles.lookups
+
+    def period(self) -> list[float]:
+        """Look up for a while."""
+        end = time.monotonic() + PERIOD_S
+        return self.measure(lambda: time.monotonic() < end)
+
+    def close(self) -> None:
+        """Remove the cache."""
+        self.client.close()
+        self.segment.unlink()
+        self.segment.close()
+
+
+Round = tuple[list[float], list[float]]
+"""Quiet and busy lookups."""
+
+
+def beside_prefetch(folder: str, rounds: int) -> Iterator[Round]:
+    """Yield lookups while nothing happens, and while others' chunks are loaded."""
+    with served(*L1, "--tier", f"file://{folder}/prefetch") as address:
+        lookups, watch = Lookups(address), Load(address, "watch")
+        with other_client("prefetch", address) as pid:
+            before = watch.client.status().counters["bytes_prefetched"]
+            for _ in range(rounds):
+                watch.settle()
+                quiet = lookups.period()
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(PERIOD_S / 5)
+                yield quiet, lookups.period()
+                os.kill(pid, signal.SIGSTOP)
+            after = watch.client.status().counters["bytes_prefetched"]
+            rate = (after - before) / rounds / PERIOD_S / 1.2 / 1e9
+            print(f"prefetched {rate:.2f} GB/s")
+        lookups.close()
+        watch.close()
+
+
+def beside_write_back(folder: str, rounds: int) -> Iterator[Round]:
+    """Yield lookups after, and while, a queue is written."""
+    with served(*L1, "--tier", f"file://{folder}/back?max=2GiB") as address:
+        lookups, stores = Lookups(address), Load(address, "stores")
+        number = 0
+        for _ in range(rounds):
+            for _ in range(3):
+                stores.store(number)
+                number += 1
+
+            def is_writing() -> bool:
+                tiers = stores.client.status().tiers
+                return any(tier.write_back.num_parts for tier in tiers)
+
+            busy = lookups.measure(is_writing)
+            yield lookups.period(), busy
+        written = stores.client.status().counters["bytes_written"]
+        print(f"written back {written >> 20} MiB")
+        lookups.close()
+        stores.close()
+
+
+def beside_tiers(folder: str, rounds: int) -> Iterator[Round]:
+    """Yield lookups beside stores and lookups at a server without tiers, and with."""
+    tier = ("--tier", f"file://{folder}/tiers?max=2GiB")
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(served(*L1, *t)) for t in ((), tier)]
+        sides = [Lookups(address) for address in addresses]
+        pids = [stack.enter_context(other_client("tiers", a)) for a in addresses]
+        for _ in range(rounds):
+            taken = []
+            for side, pid in zip(sides, pids, strict=True):
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(PERIOD_S / 5)
+                taken.append(side.period())
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(PERIOD_S / 5)
+            yield taken[0], taken[1]
+        for side in sides:
+            side.close()
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.2f} [{low:.2f}..{high:.2f}]"
+
+
+def main() -> None:
+    """Measure and print."""
+    if sys.argv[1:2] == ["--load"]:
+        load(sys.argv[2], sys.argv[3])
+        return
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 15
+    kinds = {
+        "prefetch": beside_prefetch,
+        "write-back": beside_write_back,
+        "stores, with tiers or without": beside_tiers,
+    }
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
+        for name, kind in kinds.items():
+            medians, tails, quiets = [], [], []
+            for quiet, busy in kind(folder, rounds):
+                quiets.append(statistics.median(quiet) * 1e6)
+                medians.append(statistics.median(busy) / statistics.median(quiet))
+                tails.append(np.quantile(busy, 0.99) / np.quantile(quiet, 0.99))
+            print(
+                f"8k lookup in L1 beside {name} / quiet: p50 {spread(medians)}, "
+                f"p99 {spread(tails)}; quiet p50 {statistics.median(quiets):.0f} us",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
