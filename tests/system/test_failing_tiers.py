@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -14,7 +16,7 @@ from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
-from tests.system.test_tiers import blocks_of, connected, counter, staff
+from tests.system.test_tiers import blocks_of, connected, counter, staff, written
 from tests.system.worker import PLAIN, Worker
 
 DEADLINE_S = 0.5
@@ -114,6 +116,52 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
         assert (job.request_id, job.state) == ("hasty", "asking")
         client.end_session(session)
         assert counter(client, "prefetches_late") == 0
+
+
+def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
+    serve: Callable[..., Server],
+    hire: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
+    tmp_path: Path,
+) -> None:
+    """Reads that the kernel keeps hold their room only; the rest of it is served.
+
+    A pipe in a file's place, which nobody writes to, is a read without an end.
+    """
+    tier = ("--tier", f"file://{tmp_path}/tier?timeout=2")
+    lost, known = prompt(2 * CHUNK), prompt(CHUNK)
+    first = serve(*tier)
+    with connected(first) as client:
+        [worker] = staff(hire, first, model, PLAIN, 1)
+        session = SessionKey("engine", "writer")
+        worker.ask("store", session, "i0", 0, len(lost), [blocks_of(2)], lost)
+        client.end_session(session)
+        wait_until(lambda: written(client) == 2)
+    assert first.stop() == 0
+    pipes = sorted((tmp_path / "tier").glob("[0-9a-f][0-9a-f]/*"))
+    for path in pipes:
+        path.unlink()
+        os.mkfifo(path)
+
+    second = serve(*tier, "--set", f"prefetch.deadline_s={DEADLINE_S}")
+    with connected(second) as client:
+        [worker] = staff(hire, second, model, PLAIN, 1)
+        session = SessionKey("engine", "reader")
+        waiting = client.submit_lookup(session, model, 1, lost)
+        wait_until(lambda: client.status().l1.num_reserved == 2)
+        hit = SessionKey("engine", "hit")
+        worker.ask("store", hit, "i0", 0, CHUNK, [blocks_of(1)], known)
+        assert waiting.result(10).num_chunks == 0
+        assert counter(client, "prefetches_late") == 1
+        assert client.lookup(hit, model, 1, known).num_chunks == 1
+        wait_until(lambda: written(client) == 1)
+        assert client.status().l1.num_reserved == 2
+        for path in pipes:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        wait_until(lambda: client.status().l1.num_reserved == 0)
+        for key in (session, hit):
+            client.end_session(key)
 
 
 def test_a_session_that_ends_does_not_wait_for_its_tier(
