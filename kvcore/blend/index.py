@@ -128,13 +128,17 @@ class DocumentIndex:
             del self._in_tier[key]
             self._in_tier[key] = None
 
+    @property
+    def num_in_tier(self) -> int:
+        """Chunks that tiers are believed to have, whether L1 has them or not."""
+        return len(self._in_tier)
+
     def is_in_tier(self, key: ChunkHash) -> bool:
         """Say whether a tier is believed to have a chunk."""
         return key in self._in_tier
 
-    def get(self, key: ChunkHash) -> Entry | None:
-        """Return a chunk's entry."""
-        return self._by_hash.get(key)
+    def __contains__(self, key: ChunkHash) -> bool:
+        return key in self._by_hash
 
     def candidates(self, keys: Hashes) -> Offsets:
         """Return the places of those keys that some entry may have, ascending."""
@@ -144,7 +148,7 @@ class DocumentIndex:
         for number, probe in enumerate(PROBES):
             asked = keys[places] if number else keys
             counts = self._counts.take((asked * probe >> shift).view(np.int64))
-            passed = np.flatnonzero(counts)
+            passed = np.flatnonzero(counts != 0)
             places = places[passed] if number else passed
         return places
 

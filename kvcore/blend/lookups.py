@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from time import monotonic_ns
 
 import msgspec
@@ -19,6 +19,7 @@ from kvcore.blend.index import DocumentIndex
 from kvcore.blend.matchers import DocumentSpace, Matcher, Run
 from kvcore.blend.rolling import Tokens
 from kvcore.engine.engine import Caller, Engine, Running
+from kvcore.engine.lookups import ACQUIRE_CHUNKS
 from kvcore.engine.sessions import Session
 from kvcore.keys import ChunkHash, SaltedKey, SessionKey
 from kvcore.protocol import CBMatch, CBRange
@@ -140,15 +141,27 @@ class DocumentLookups:
         runs = yield from self._matcher.find(
             tokens, space, partial(self._count_ready, needs.full)
         )
-        held: list[_Held] = []
+        held = self._hold_at_once(runs, needs.full)
         try:
-            for run in runs:
+            for run in runs[len(held) :]:
                 chunks = yield from self._engine.lookups.acquire(run.hashes, needs)
                 held.append(_Held(run, chunks))
         except BaseException:
             self._release(held)
             raise
         return held
+
+    def _hold_at_once(self, runs: Sequence[Run], full: int) -> list[_Held]:
+        """Hold all chunks of all runs, which are mostly there; or else none."""
+        hashes = [key for run in runs for key in run.hashes]
+        if len(hashes) > ACQUIRE_CHUNKS:
+            return []
+        chunks = iter(self._engine.l1.acquire(hashes, [full] * len(hashes)) or ())
+        held = [
+            _Held(run, [c for c in islice(chunks, len(run.hashes)) if c is not None])
+            for run in runs
+        ]
+        return [each for each in held if each.chunks]
 
     def _count_ready(self, full: int, hashes: list[ChunkHash]) -> int:
         return len(self._engine.l1.present(hashes, full))
@@ -243,6 +256,9 @@ class DocumentLookups:
             )
         if not session.ended:
             self._found[session.key] = found
+        if self._index.num_in_tier:
+            for chunk in chunks:
+                self._index.touch(chunk.hash)
         if self._engine.manager is not None:
             self._engine.manager.write_back.used(chunks)
         return found
@@ -255,7 +271,6 @@ class DocumentLookups:
         for each in held:
             old_start, start = each.run.old_start, each.run.start
             for chunk in each.chunks:
-                self._index.touch(chunk.hash)
                 matches.append(CBMatch(old_start, start, chunk.hash))
                 old_start, start = old_start + size, start + size
             if each.run.goes_on and ranges and ranges[-1].end == each.run.start:

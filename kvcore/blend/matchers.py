@@ -58,10 +58,10 @@ class DocumentSpace:
         """Name whom room is made for, so that a salt's quota counts."""
         return SaltedKey(key.engine_id, key.request_id, self._cache_salt)
 
-    def digest(self, chunk: Tokens) -> bytes:
-        """Return the content hash of a chunk's own tokens, in this space."""
+    def digest(self, packed: memoryview) -> bytes:
+        """Return the content hash of a chunk's own packed tokens, in this space."""
         state = sha256(self.seed)
-        state.update(chunk.data)
+        state.update(packed)
         return state.digest()
 
 
@@ -147,7 +147,7 @@ class Anywhere:
     ) -> Learnt:
         """Return an entry for each whole chunk."""
         entries: list[Entry] = []
-        size = self._chunk_size
+        size, packed = self._chunk_size, tokens.data
         for first in range(0, len(hashes), MATCH_STEP):
             if first:
                 yield
@@ -156,7 +156,7 @@ class Anywhere:
             whole = tokens[start : start + len(step) * size]
             keys = (self._rolling.chunks(whole) + space.salt).tolist()
             for key, chunk_hash in zip(keys, step, strict=True):
-                digest = space.digest(tokens[start : start + size])
+                digest = space.digest(packed[start : start + size])
                 entries.append(Entry(chunk_hash, key, digest, start))
                 start += size
         return entries
@@ -171,7 +171,8 @@ class Anywhere:
         runs: list[Run] = []
         free = 0
         num_hashed = 0
-        size, last = self._chunk_size, len(tokens) - self._chunk_size
+        size, packed = self._chunk_size, tokens.data
+        last = len(tokens) - size
         for first in range(0, last + 1, SLICE_WINDOWS):
             if first:
                 yield
@@ -183,9 +184,9 @@ class Anywhere:
                 if start < free or not self._index.known(key):
                     continue
                 run: Run | None = None
-                digest = space.digest(tokens[start : start + size])
+                digest = space.digest(packed[start : start + size])
                 for entry in [*self._index.find(key, digest)]:
-                    hashes = yield from self._follow(entry, tokens, start)
+                    hashes = yield from self._follow(entry, packed, start)
                     reach = self._reach(hashes, count_ready)
                     if reach > (len(run.hashes) if run else 0):
                         run = Run(entry.start, start, hashes[:reach])
@@ -194,7 +195,10 @@ class Anywhere:
                         num_hashed = 0
                         yield
                 if run is not None:
-                    runs += self._cut(run, count_ready)
+                    if self._index.num_in_tier:
+                        runs += self._cut(run, count_ready)
+                    else:
+                        runs.append(run)
                     free = start + len(run.hashes) * size
         return runs
 
@@ -227,7 +231,7 @@ class Anywhere:
         return pieces
 
     def _follow(
-        self, entry: Entry, tokens: Tokens, start: int
+        self, entry: Entry, packed: memoryview, start: int
     ) -> Generator[None, None, list[ChunkHash]]:
         """Follow the document of a confirmed chunk as far as the prompt has it.
 
@@ -236,9 +240,9 @@ class Anywhere:
         """
         size = self._chunk_size
         hashes = [entry.hash]
-        for at in range(start + size, len(tokens) - size + 1, size):
-            child = child_hash(hashes[-1], tokens[at : at + size].data)
-            if self._index.get(child) is None:
+        for at in range(start + size, len(packed) - size + 1, size):
+            child = child_hash(hashes[-1], packed[at : at + size])
+            if child not in self._index:
                 break
             hashes.append(child)
             if len(hashes) % MATCH_STEP == 0:
