@@ -10,6 +10,7 @@ everything that is asked later, once, validated at construction:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -62,6 +63,34 @@ class CacheGroup(msgspec.Struct, frozen=True):
     replicated: Annotated[
         bool, Meta(description="every rank holds the same bytes (MLA)")
     ] = False
+
+
+def token_buffer(shape: tuple[int, ...], dtype: str) -> CacheGroup:
+    """Describe a contiguous buffer `[K, L, T, D]` as T blocks of one token.
+
+    K is 2, or 1 with MLA, where every rank holds the same bytes.
+
+    Raises:
+        LayoutError: another number of dimensions, or an unknown dtype.
+    """
+    if len(shape) != 4 or min(shape) < 1 or shape[0] > 2:
+        raise LayoutError(
+            f"shape {shape}: a blend buffer is [2, L, T, D], or [1, L, T, D]"
+        )
+    if dtype not in DTYPE_BYTES:
+        known = ", ".join(sorted(DTYPE_BYTES))
+        raise LayoutError(f"dtype {dtype!r}: known are {known}")
+    num_kv, num_layers, num_tokens, width = shape
+    axes = (num_kv, num_layers, num_tokens, 1, width)
+    item = DTYPE_BYTES[dtype]
+    strides = tuple(item * math.prod(axes[at + 1 :]) for at in range(len(axes)))
+    return CacheGroup(
+        axes="KLNSD",
+        dtype=dtype,
+        block_size=1,
+        tensors=(TensorView(0, 0, axes, strides),),
+        replicated=num_kv == 1,
+    )
 
 
 class MemoryLayoutDesc(msgspec.Struct, frozen=True):

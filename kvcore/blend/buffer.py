@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from kvcore.engine.instance import Instance
-from kvcore.errors import BadRequest, LayoutError
-from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
+from kvcore.errors import BadRequest
+from kvcore.layout import token_buffer
 from kvcore.protocol import CBRegisterKVCache, RegisterKVCache
 from kvcore.transport.paged import BlockIds
 
 
 def as_paged(request: CBRegisterKVCache) -> RegisterKVCache:
-    """Describe a contiguous `[K, L, T, D]` buffer as T blocks of one token.
-
-    Raises:
-        LayoutError: another number of dimensions, or an unknown dtype.
-    """
-    if len(request.shape) != 4 or min(request.shape) < 1 or request.shape[0] > 2:
-        raise LayoutError(
-            f"shape {request.shape}: a blend buffer is [2, L, T, D], or [1, L, T, D]"
-        )
-    if request.dtype not in DTYPE_BYTES:
-        known = ", ".join(sorted(DTYPE_BYTES))
-        raise LayoutError(f"dtype {request.dtype!r}: known are {known}")
-    num_kv, num_layers, num_tokens, width = request.shape
-    shape = (num_kv, num_layers, num_tokens, 1, width)
-    item = DTYPE_BYTES[request.dtype]
-    strides = tuple(item * math.prod(shape[at + 1 :]) for at in range(len(shape)))
-    group = CacheGroup(
-        axes="KLNSD",
-        dtype=request.dtype,
-        block_size=1,
-        tensors=(TensorView(0, 0, shape, strides),),
-        replicated=num_kv == 1,
-    )
+    """Put a buffer as a paged cache; errors as of `token_buffer`."""
     return RegisterKVCache(
         instance_id=request.instance_id,
         engine_id=request.engine_id,
@@ -45,7 +22,7 @@ def as_paged(request: CBRegisterKVCache) -> RegisterKVCache:
         world_size=request.world_size,
         rank=request.rank,
         handles=(request.handle,),
-        groups=(group,),
+        groups=(token_buffer(request.shape, request.dtype),),
     )
 
 

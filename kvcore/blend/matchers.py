@@ -131,6 +131,18 @@ class Separated:
         return runs
 
 
+@dataclass(slots=True)
+class _Pace:
+    """Says when enough was hashed in one go."""
+
+    num_hashed: int = 0
+
+    def is_due(self) -> bool:
+        """Count one more."""
+        self.num_hashed = (self.num_hashed + 1) % MATCH_STEP
+        return not self.num_hashed
+
+
 class Anywhere:
     """Finds chunks at any offset: from left to right, the longest run at each place.
 
@@ -170,10 +182,9 @@ class Anywhere:
         """
         runs: list[Run] = []
         free = 0
-        num_hashed = 0
+        pace = _Pace()
         size, packed = self._chunk_size, tokens.data
-        last = len(tokens) - size
-        for first in range(0, last + 1, SLICE_WINDOWS):
+        for first in range(0, len(tokens) - size + 1, SLICE_WINDOWS):
             if first:
                 yield
             part = tokens[first : first + SLICE_WINDOWS + size - 1]
@@ -183,23 +194,15 @@ class Anywhere:
                 start = first + place
                 if start < free or not self._index.known(key):
                     continue
-                run: Run | None = None
                 digest = space.digest(packed[start : start + size])
+                run = Run(0, start, [])
                 for entry in [*self._index.find(key, digest)]:
-                    hashes = yield from self._follow(entry, packed, start)
+                    hashes = yield from self._follow(entry, packed, start, pace)
                     reach = self._reach(hashes, count_ready)
-                    if reach > (len(run.hashes) if run else 0):
+                    if reach > len(run.hashes):
                         run = Run(entry.start, start, hashes[:reach])
-                    num_hashed += len(hashes)
-                    if num_hashed >= MATCH_STEP:
-                        num_hashed = 0
-                        yield
-                if run is not None:
-                    if self._index.num_in_tier:
-                        runs += self._cut(run, count_ready)
-                    else:
-                        runs.append(run)
-                    free = start + len(run.hashes) * size
+                runs += self._cut(run, count_ready)
+                free = start + len(run.hashes) * size
         return runs
 
     def _reach(self, hashes: list[ChunkHash], count_ready: CountReady) -> int:
@@ -214,8 +217,10 @@ class Anywhere:
 
     def _cut(self, run: Run, count_ready: CountReady) -> list[Run]:
         """Cut a run into what L1 has and what it has not, in turn."""
-        pieces: list[Run] = []
         hashes = run.hashes
+        if not self._index.num_in_tier:
+            return [run] if hashes else []
+        pieces: list[Run] = []
         first = 0
         while first < len(hashes):
             end = first + count_ready(hashes[first:])
@@ -231,7 +236,7 @@ class Anywhere:
         return pieces
 
     def _follow(
-        self, entry: Entry, packed: memoryview, start: int
+        self, entry: Entry, packed: memoryview, start: int, pace: _Pace
     ) -> Generator[None, None, list[ChunkHash]]:
         """Follow the document of a confirmed chunk as far as the prompt has it.
 
@@ -245,6 +250,8 @@ class Anywhere:
             if child not in self._index:
                 break
             hashes.append(child)
-            if len(hashes) % MATCH_STEP == 0:
+            if pace.is_due():
                 yield
+        if pace.is_due():
+            yield
         return hashes

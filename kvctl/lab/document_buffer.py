@@ -15,7 +15,7 @@ import numpy as np
 from kvcore.client import KVClient
 from kvcore.client.blend import BlendClient
 from kvcore.errors import KVError, Unavailable
-from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
+from kvcore.layout import DTYPE_BYTES, token_buffer
 from kvcore.protocol import CBRegisterKVCache, StoreReply
 from kvctl.lab.cache import Indices
 from kvctl.lab.geometry import RankCache
@@ -53,7 +53,8 @@ class DocumentBuffer:
         num_kv, item = 1 if geometry.latent else 2, DTYPE_BYTES[geometry.dtype]
         row = geometry.token_bytes(scenario.ranks) // (num_kv * geometry.num_layers)
         shape = (num_kv, geometry.num_layers, num_tokens, row // item)
-        self.cache = PagedCache(name, _as_cache(shape, geometry.dtype))
+        group = token_buffer(shape, geometry.dtype)
+        self.cache = PagedCache(name, RankCache((group,), (math.prod(shape) * item,)))
         self.pattern = HostPattern(
             self.cache.views[0], 0, None if geometry.latent else rank, self.chunk_size
         )
@@ -160,13 +161,3 @@ class DocumentBuffer:
             _ = self.client.client.server
             self.client.unregister(self.instance_id)
         self.cache.close()
-
-
-def _as_cache(shape: tuple[int, int, int, int], dtype: str) -> RankCache:
-    """Describe the buffer as blocks of a token, for views and patterns."""
-    item = DTYPE_BYTES[dtype]
-    num_kv, num_layers, num_tokens, row = shape
-    axes = (num_kv, num_layers, num_tokens, 1, row)
-    strides = tuple(item * math.prod(axes[at + 1 :]) for at in range(len(axes)))
-    group = CacheGroup("KLNSD", dtype, 1, (TensorView(0, 0, axes, strides),))
-    return RankCache((group,), (math.prod(shape) * item,))

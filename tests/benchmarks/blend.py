@@ -14,12 +14,12 @@ import os
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 from wire import served
 
-from kvcore.blend.index import DocumentIndex
+from kvcore.blend.index import DocumentIndex, Entry
 from kvcore.blend.matchers import Anywhere, DocumentSpace
 from kvcore.blend.rolling import RollingHash
 from kvcore.client import KVClient
@@ -186,6 +186,15 @@ def retrieves(client: KVClient) -> None:
     buffer.close()
 
 
+def end_of(steps: Generator[None, None, list[Entry]]) -> list[Entry]:
+    """Run steps to their end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
 def index_memory() -> None:
     """Bytes of the index by the chunk, the chunk hashes being L1's anyway."""
     print("index memory, filter apart")
@@ -200,7 +209,7 @@ def index_memory() -> None:
             tokens = rng.integers(0, 128_000, PER_DOCUMENT * CHUNK, dtype=np.uint32)
             chain = HashChain(space.seed, CHUNK)
             list(chain.extend(tokens.tobytes(), 1 << 20))
-            for entry in matcher.learn(tokens, chain.hashes, space):
+            for entry in end_of(matcher.learn(tokens, chain.hashes, space)):
                 index.add(entry)
         used = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +34,7 @@ from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.worker import BLOCK, PAGES, PLAIN, POISON, Worker
 
+ROOT = Path(__file__).resolve().parents[2]
 SLOTS = SHAPE[2]
 Values = npt.NDArray[np.uint8]
 
@@ -815,6 +820,28 @@ def test_a_final_store_is_seen_by_normal_lookups(
     layers = np.moveaxis(read, 0, 2).reshape(2, 2, 2 * CHUNK, 32)
     assert np.array_equal(layers.swapaxes(0, 1), values)
     second.ask("unregister_kv_cache", "paged")
+
+
+def test_the_example_of_the_documents_runs(server: Server) -> None:
+    """docs/blend.md's code, as it stands there, against a server of small chunks."""
+    text = (ROOT / "docs" / "blend.md").read_text()
+    _, code, _ = re.split(
+        "```(?:python)?\\n", text[text.index("```python") :], maxsplit=2
+    )
+    code = code.replace("tcp://127.0.0.1:5555", server.address)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    stored, found, final, prefix = done.stdout.splitlines()
+    assert stored == "StoreReply(num_stored=9, num_present=0, num_dropped=0)"
+    assert found == "(CBRange(start=100, end=676),) 576"
+    assert final == "StoreReply(num_stored=11, num_present=0, num_dropped=0)"
+    assert prefix.startswith("LookupReply(num_chunks=11, num_tokens=704")
 
 
 # -- the other matcher ----------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tests.system.blend_worker import BlendTold
 from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.test_blend import Values, put, where
+from tests.system.test_failing_tiers import Hanging
 from tests.system.test_tiers import connected, counter, is_idle, written
 from tests.system.worker import Worker
 
@@ -320,3 +321,22 @@ def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
         assert len(house.look_up(tokens).matches) == 2
         house.client.end_session(KEY)
     again.close()
+
+
+def test_all_paragraphs_are_asked_for_before_any_is_waited_for(
+    serve: Serve, prompt: Prompt
+) -> None:
+    """A tier that hangs has every paragraph's load; the session's end cancels them."""
+    options = ("--set", "blend.matcher=separated", "--set", "blend.start=[[7]]")
+    deadline = ("--set", "prefetch.deadline_s=60")
+    with closing(Hanging()) as hanging:
+        tier = ("--tier", f"valkey://127.0.0.1:{hanging.port}?timeout=5")
+        with housed(serve(*BLEND, *tier, *options, *deadline)) as house:
+            text = [token for _ in range(5) for token in (7, *prompt(2 * CHUNK))]
+            blend = BlendClient(house.client)
+            waiting = blend.submit_lookup_pre_computed(KEY, MODEL, 1, text)
+            wait_until(lambda: house.client.status().num_prefetches == 5)
+            assert not waiting.done()
+            house.client.end_session(KEY)
+            assert waiting.result(20) == CBLookupReply((), (), 0)
+            assert house.count("prefetches_cancelled") == 5
