@@ -13,12 +13,12 @@ import typer
 
 from kvcore.errors import SetupError
 from kvctl import console
-from kvctl.lab import gate
+from kvctl.lab.compare import gate
 from kvctl.lab.systems.contract import OURS, SystemSpec
 
 if TYPE_CHECKING:
-    from kvctl.lab.compare import Comparison
-    from kvctl.lab.contest import Pair
+    from kvctl.lab.compare.comparison import Comparison
+    from kvctl.lab.compare.contest import Pair
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -150,8 +150,8 @@ def compare(
 
     Exit code 0 also where the runs cannot tell; 1 for a regression.
     """
-    from kvctl.lab.compare import compare as judged
-    from kvctl.lab.compare import gather
+    from kvctl.lab.compare.comparison import compare as judged
+    from kvctl.lab.compare.comparison import gather
 
     rules = gate.Gate(fail_on)
     labels = (base.stem, new.stem)
@@ -174,7 +174,7 @@ def regress(
     Timings are held against the commit, counts also against results/baselines. Exit
     code 1 for a regression.
     """
-    from kvctl.lab.regress import Plan, markdown
+    from kvctl.lab.compare.regress import Plan, markdown
 
     folder = out / time.strftime("%Y%m%dT%H%M%S")
     plan = Plan(Path.cwd(), base, scenario, repeat, folder, gate.Gate(fail_on))
@@ -304,7 +304,7 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
 
 
 def _contest(ours: Played, theirs: Played, repeat: int, folder: Path) -> Comparison:
-    from kvctl.lab.contest import Command, Contest, Duel
+    from kvctl.lab.compare.contest import Command, Contest, Duel
     from kvctl.lab.scenario import read
     from kvctl.lab.turns import can_take_turns
 
@@ -334,7 +334,7 @@ def _judge(
     found: Comparison, rules: gate.Gate, folder: Path | None, *, markdown: bool = False
 ) -> None:
     """Show a comparison and where it is saved; exit 1 where it breaks a rule."""
-    from kvctl.lab import comparison_report as shown
+    from kvctl.lab.compare import tables as shown
 
     if folder is not None:
         found.save(folder)

@@ -10,9 +10,10 @@ import msgspec
 
 from kvcore.errors import SetupError
 from kvctl.console import Table
-from kvctl.lab import comparison_report, report
-from kvctl.lab.compare import COMPARISON, Comparison, compare, gather
-from kvctl.lab.contest import BASE, NEW
+from kvctl.lab import report
+from kvctl.lab.compare import tables
+from kvctl.lab.compare.comparison import COMPARISON, Comparison, compare, gather
+from kvctl.lab.compare.contest import BASE, NEW
 from kvctl.lab.page.page import MAX_SIDES, render
 from kvctl.lab.page.side import Side
 
@@ -79,16 +80,16 @@ def parts(collection: Collection) -> Iterator[Table | str]:
     for side in collection.sides:
         yield from report.parts(side.typical)
     for comparison in collection.comparisons:
-        yield from comparison_report.parts(comparison)
+        yield from tables.parts(comparison)
 
 
 def markdown(collection: Collection) -> str:
     """Write Markdown: the comparisons, then each side's tables."""
-    lines = [comparison_report.markdown(one) for one in collection.comparisons]
+    lines = [tables.markdown(one) for one in collection.comparisons]
     for side in collection.sides:
         lines.append(f"## {side.label}")
         lines += [
-            f"{part.title}\n\n" + "\n".join(comparison_report.table(part))
+            f"{part.title}\n\n" + "\n".join(tables.table(part))
             if isinstance(part, Table)
             else part
             for part in report.parts(side.typical)

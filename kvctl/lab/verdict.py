@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvctl.console import duration
-from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing
-from kvctl.lab.gate import span
-from kvctl.lab.judge import Verdict
+from kvctl.lab.compare.comparison import Comparison, Count, CountVerdict, Timing
+from kvctl.lab.compare.gate import span
+from kvctl.lab.compare.judge import Verdict
 from kvctl.lab.result import Result
 
 

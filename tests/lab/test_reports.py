@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvctl.console import spark
-from kvctl.lab.contest import Contest, Pair
+from kvctl.lab.compare.contest import Contest, Pair
 from kvctl.lab.result import Result
 from tests.cli.test_cli import kvctl
 from tests.lab.page.test_page import planted

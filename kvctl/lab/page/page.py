@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from kvctl.console import Table
 from kvctl.lab import limits, load_tables, verdict
-from kvctl.lab.compare import Comparison
+from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import plots, sections
 from kvctl.lab.page.sections import legend, section
 from kvctl.lab.page.side import Side

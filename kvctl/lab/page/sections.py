@@ -9,8 +9,14 @@ import msgspec
 
 from kvcore.options import encode_hook
 from kvctl.console import Table, duration
-from kvctl.lab.compare import Comparison, Count, CountVerdict, Timing, flatten
-from kvctl.lab.judge import Verdict
+from kvctl.lab.compare.comparison import (
+    Comparison,
+    Count,
+    CountVerdict,
+    Timing,
+    flatten,
+)
+from kvctl.lab.compare.judge import Verdict
 from kvctl.lab.limits import reached
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvctl.console import duration
-from kvctl.lab.compare import compare
+from kvctl.lab.compare.comparison import compare
 from kvctl.lab.faults import FaultReport
 from kvctl.lab.load_report import LoadReport, Step
 from kvctl.lab.measure import Latency, summarise

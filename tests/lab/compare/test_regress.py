@@ -11,20 +11,20 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab import junit
-from kvctl.lab.compare import compare
-from kvctl.lab.contest import Command, Duel
-from kvctl.lab.gate import DEFAULT, Gate
-from kvctl.lab.installs import Installs
+from kvctl.lab.compare import junit
+from kvctl.lab.compare.comparison import compare
+from kvctl.lab.compare.contest import Command, Duel
+from kvctl.lab.compare.gate import DEFAULT, Gate
+from kvctl.lab.compare.installs import Installs
+from kvctl.lab.compare.regress import Regression, against_baseline, markdown
 from kvctl.lab.measure import summarise
-from kvctl.lab.regress import Regression, against_baseline, markdown
 from kvctl.lab.result import Result, read
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 from kvctl.lab.scenario import read as read_scenario
 from kvctl.lab.summary import Evidence
 from kvctl.lab.summary import summarise as result_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASELINE = ROOT / "results" / "baselines" / "regress.json"
 PLAIN = result_of(Evidence("planted", Scenario(ModelConfig("tiny-llama"), Chat()), 0))
 
@@ -104,7 +104,7 @@ def test_an_unknown_commit_is_wrong_use(tmp_path: Path) -> None:
 
 def test_two_sides_take_turns_for_real(tmp_path: Path) -> None:
     """Two whole runs at once: same counts on both sides, a median for every turn."""
-    text = (ROOT / "tests" / "lab" / "turns.toml").read_text()
+    text = (ROOT / "tests" / "lab" / "compare" / "turns.toml").read_text()
     scenario = tmp_path / "turns.toml"
     scenario.write_text(text)
     side = Command(sys.executable, [str(scenario)])

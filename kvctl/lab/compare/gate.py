@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare import Comparison, CountVerdict
-from kvctl.lab.judge import Verdict
+from kvctl.lab.compare.comparison import Comparison, CountVerdict
+from kvctl.lab.compare.judge import Verdict
 
 DEFAULT = "worse,counts"
 HELP = (

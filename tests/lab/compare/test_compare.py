@@ -10,10 +10,10 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare import CountVerdict, compare, gather
-from kvctl.lab.contest import Contest, Pair
-from kvctl.lab.gate import DEFAULT, Gate
-from kvctl.lab.judge import Verdict
+from kvctl.lab.compare.comparison import CountVerdict, compare, gather
+from kvctl.lab.compare.contest import Contest, Pair
+from kvctl.lab.compare.gate import DEFAULT, Gate
+from kvctl.lab.compare.judge import Verdict
 from kvctl.lab.measure import summarise
 from kvctl.lab.result import Result
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario

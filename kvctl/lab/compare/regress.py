@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcore.errors import SetupError
-from kvctl.lab import comparison_report, junit, reports
-from kvctl.lab.compare import Comparison, CountVerdict, count, differences, gather
-from kvctl.lab.contest import NEW, Command, Contest, Duel, Pair
-from kvctl.lab.gate import Gate, span
-from kvctl.lab.installs import Installs, knows_turns
+from kvctl.lab import reports
+from kvctl.lab.compare import junit, tables
+from kvctl.lab.compare.comparison import (
+    Comparison,
+    CountVerdict,
+    count,
+    differences,
+    gather,
+)
+from kvctl.lab.compare.contest import NEW, Command, Contest, Duel, Pair
+from kvctl.lab.compare.gate import Gate, span
+from kvctl.lab.compare.installs import Installs, knows_turns
 from kvctl.lab.result import Result, read
 from kvctl.lab.scenario import read as read_scenario
 from kvctl.lab.turns import can_take_turns
@@ -134,7 +141,7 @@ def against_baseline(path: Path, runs: Sequence[Result]) -> list[str]:
 
 def markdown(regression: Regression) -> str:
     """Write a summary for a pull request."""
-    lines = [comparison_report.markdown(regression.comparison), ""]
+    lines = [tables.markdown(regression.comparison), ""]
     if regression.of_base:
         lines += ["### Regressions", *(f"- {one}" for one in regression.of_base), ""]
     if regression.of_baseline:

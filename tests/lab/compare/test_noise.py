@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from kvctl.lab.compare import Comparison, compare
-from kvctl.lab.judge import Verdict
+from kvctl.lab.compare.comparison import Comparison, compare
+from kvctl.lab.compare.judge import Verdict
 from kvctl.lab.measure import summarise
 from kvctl.lab.result import Repetition, Result
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario

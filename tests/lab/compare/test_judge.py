@@ -9,8 +9,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from kvctl.lab import judge as judging
-from kvctl.lab.judge import Contrast, Verdict, judge
+from kvctl.lab.compare import judge as judging
+from kvctl.lab.compare.judge import Contrast, Verdict, judge
 
 
 def paired(base: Sequence[float], new: Sequence[float]) -> Contrast:

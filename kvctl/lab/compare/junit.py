@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from kvctl.lab.compare import Comparison, CountVerdict
-from kvctl.lab.judge import Verdict
+from kvctl.lab.compare.comparison import Comparison, CountVerdict
+from kvctl.lab.compare.judge import Verdict
 from kvctl.lab.verdict import bounds, change, spans
 
 SUITE = "kvctl regress"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvctl.console import Table, duration
-from kvctl.lab.compare import Comparison, CountVerdict
+from kvctl.lab.compare.comparison import Comparison, CountVerdict
 from kvctl.lab.verdict import bounds, change, of_comparison, spans, words
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare import Comparison, compare
+from kvctl.lab.compare.comparison import Comparison, compare
 from kvctl.lab.result import Repetition, Result, read
 from kvctl.lab.turns import FIRST, SECOND
 

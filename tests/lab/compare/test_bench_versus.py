@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kvctl.lab.compare import COMPARISON, gather
+from kvctl.lab.compare.comparison import COMPARISON, gather
 from tests.lab.test_bench_run import finish, start
 
 TURNS = Path(__file__).with_name("turns.toml")
 FAKE_VALKEY = f"""#!{sys.executable}
 import os, socketserver, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from tests.lab.systems.test_systems import FakeValkey
 path = sys.argv[sys.argv.index("--unixsocket") + 1]
 with socketserver.ThreadingUnixStreamServer(path, FakeValkey) as serving:

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvcore.errors import SetupError
 from kvcore.options import encode_hook
-from kvctl.lab.judge import Contrast, Effect, judge, paired, unpaired
+from kvctl.lab.compare.judge import Contrast, Effect, judge, paired, unpaired
 from kvctl.lab.measure import Latency
 from kvctl.lab.result import Result, System, read
 

@@ -1,0 +1,1 @@
+"""Two sides played in turn and judged: settings, versions, systems."""
