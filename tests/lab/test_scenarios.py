@@ -60,7 +60,7 @@ def shown(path: Path) -> str:
 def test_a_scenario_is_explained() -> None:
     """Its question, what it asks of whom, the room for it, its load and its faults."""
     text = shown(ROOT / "scenarios" / "faults.toml")
-    for part in ("What do a killed server", "tiny-llama", "1,000", "poisson"):
+    for part in ("What do servers and workers", "tiny-llama", "1,300", "poisson"):
         assert part in text
     assert "kill rank 0 of engine 1 at 11 s, for 0.5 s" in text
     assert "0.841" in shown(ROOT / "scenarios" / "quickstart.toml")
