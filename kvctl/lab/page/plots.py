@@ -104,6 +104,7 @@ def over_time(sides: Sequence[Side]) -> Iterator[str]:
                     if (found := value(side, series, point)) is not None
                 ],
                 side.place,
+                reach=1.5 * series.width_s,
             )
             for side, series in courses
         ]

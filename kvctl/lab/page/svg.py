@@ -32,6 +32,8 @@ class Line:
     points: Sequence[Point]
     side: int = 0
     dashed: bool = False
+    reach: float = math.inf
+    """Points farther apart than this are not joined: nothing is known between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,12 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 def _line(line: Line, x: Axis, y: Axis) -> str:
     places = [(_at_x(x, one.x), _at_y(y, one.y), one.says) for one in line.points]
-    path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in places)
+    paths = [""]
+    for number, (px, py, _) in enumerate(places):
+        if number and line.points[number].x - line.points[number - 1].x > line.reach:
+            paths.append("")
+        paths[-1] += f"{px:.1f},{py:.1f} "
+    drawn = "".join(f'<polyline points="{path.rstrip()}"/>' for path in paths)
     style = f"side{line.side}" + (" dashed" if line.dashed else "")
     dots = "".join(
         f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="5">'
@@ -162,7 +169,7 @@ def _line(line: Line, x: Axis, y: Axis) -> str:
         for px, py, says in places
         if says
     )
-    return f'<g class="{style}"><polyline points="{path}"/>{dots}</g>'
+    return f'<g class="{style}">{drawn}{dots}</g>'
 
 
 def interval(

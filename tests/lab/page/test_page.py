@@ -151,6 +151,16 @@ def test_axes_have_round_ticks(values: list[float], ticks: list[str]) -> None:
     assert [tick.text for tick in axis.ticks] == ticks
 
 
+def test_a_line_stops_where_nothing_is_known() -> None:
+    """Of four points the last two are far from the first two: two pieces."""
+    points = [svg.Point(x, 1.0) for x in (0.5, 1.0, 3.0, 3.5)]
+    axis = svg.linear([4.0], "{:g}".format)
+    drawn = svg.lines("t", [svg.Line("a", points, reach=0.75)], axis, axis)
+    assert drawn.count("<polyline") == 2
+    whole = svg.lines("t", [svg.Line("a", points)], axis, axis)
+    assert whole.count("<polyline") == 1
+
+
 def test_a_logarithmic_axis_places_by_ratio() -> None:
     """The geometric middle lies half way."""
     axis = svg.logarithmic([0.001, 0.1], duration)
