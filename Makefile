@@ -45,9 +45,10 @@ $(VLLM_VENV)/.ready: .ci/vllm pyproject.toml
 demo-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m kvctl bench run scenarios/vllm.toml
 
-# The connector in real engines: three kinds of model, kills, ranks, noise.
+# The connector in real engines: three kinds of model, kills, ranks, noise. Two at a
+# time, of some 1.5 GB each.
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm --numprocesses 2 --dist worksteal
 
 # Everything that needs a card, on this host and without a network, in 8 minutes.
 # make gpu TRACE=mooncake_conversation.jsonl.zst

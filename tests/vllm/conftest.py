@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from kvcore.vllm import tiny
 from tests.system.server import Server
-from tests.vllm.engine import Engine, write_model
+from tests.vllm.engine import Engine, in_nursery
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
         path = folder / kind
         if not path.exists():
-            write_model(kind, path)
+            in_nursery(tiny.write, kind, path)
         return path
 
     return make
@@ -85,9 +86,9 @@ def make_prompt(num_tokens: int, seed: int = 0, shared: int = 0) -> list[int]:
     ]
 
 
-def ask_in_turn(engine: Engine, prompts: list[list[int]]) -> Any:
+def ask_in_turn(engine: Engine, prompts: list[list[int]], max_tokens: int = 16) -> Any:
     """Complete prompts one by one: a batch's make-up changes the last digits."""
-    answers = [engine.generate([prompt]) for prompt in prompts]
+    answers = [engine.generate([prompt], max_tokens) for prompt in prompts]
     engine.ask("settle")
     return {
         "tokens": [answer["tokens"][0] for answer in answers],

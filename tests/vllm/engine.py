@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-from kvcore.vllm import tiny
 
 START_S = 180
 ANSWER_S = 180
@@ -47,9 +46,9 @@ def nursery() -> ForkServerContext:
     return context
 
 
-def write_model(kind: str, folder: Path) -> None:
-    """Write a tiny model; torch and transformers are imported elsewhere."""
-    process = nursery().Process(target=tiny.write, args=(kind, folder))
+def in_nursery(write: Callable[..., object], *arguments: object) -> None:
+    """Have something written where torch and transformers are imported already."""
+    process = nursery().Process(target=write, args=arguments)
     process.start()
     process.join(START_S)
     assert process.exitcode == 0

@@ -10,10 +10,15 @@ import pytest
 
 from kvcore.client import KVClient
 from tests.system.server import CHUNK, wait_until
+from tests.vllm import lora
 from tests.vllm.conftest import Serve, Start, ask_in_turn, make_prompt
+from tests.vllm.engine import in_nursery
 from tests.vllm.test_models import assert_nothing_held
 
 Prompts = list[list[int]]
+
+MAX_TOKENS = 8
+"""Of an answer: ranks that share two cores take their time for each."""
 
 TWO_RANKS = {"tensor_parallel_size": 2}
 WAYS: dict[str, dict[str, Any]] = {
@@ -30,17 +35,44 @@ def test_a_second_engine_answers_the_same(way: str, serve: Serve, start: Start) 
     prompts = [make_prompt(length, seed) for seed, length in enumerate((200, 700, 192))]
     plain_options = {k: v for k, v in options.items() if k != "connector"}
     plain = start(**plain_options)
-    expected = ask_in_turn(plain, prompts)["tokens"]
+    expected = ask_in_turn(plain, prompts, MAX_TOKENS)["tokens"]
     plain.close()
     server = serve()
     for cached in ([0, 0, 0], [192, 640, 192]):
         engine = start(address=server.address, **options)
-        answers = ask_in_turn(engine, prompts)
+        answers = ask_in_turn(engine, prompts, MAX_TOKENS)
         if way == "sync" and cached[0]:
             cached[-1] -= 1  # The engine computes at least one token.
         assert answers == {"tokens": expected, "cached": cached}
         assert_nothing_held(server)
         engine.close()
+
+
+def test_adapters_keep_requests_apart(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
+    """What was computed with a LoRA adapter is found with it, and only with it."""
+    folder = tmp_path / "adapter"
+    in_nursery(lora.write, folder)
+    engine = start(
+        address=serve().address,
+        enable_prefix_caching=False,
+        enable_lora=True,
+        max_lora_rank=lora.RANK,
+    )
+    prompt = make_prompt(2 * CHUNK + 5)
+
+    def ask(adapter: str) -> tuple[list[int], int]:
+        answer = engine.ask("generate", prompts=[prompt], max_tokens=8, lora=adapter)
+        engine.ask("settle")
+        return answer["tokens"][0], answer["cached"][0]
+
+    with_it, without = ask(str(folder)), ask("")
+    assert [with_it[1], without[1]] == [0, 0]
+    assert with_it[0] != without[0]
+    assert ask(str(folder)) == (with_it[0], 2 * CHUNK)
+    assert ask("") == (without[0], 2 * CHUNK)
+    engine.close()
 
 
 def test_two_engines_at_once_share_prompts(serve: Serve, start: Start) -> None:
