@@ -216,6 +216,35 @@ def test_every_gpu_has_its_caches(
     assert (worker.ask("read", last, INTO[:4]) == expected).all()
 
 
+def test_the_server_may_number_gpus_otherwise(
+    stub: None,
+    serve: Callable[..., Server],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    prompt: Prompt,
+) -> None:
+    """The worker's first GPU is the server's last, and is found by its UUID."""
+    monkeypatch.setenv("STUB_REVERSED", "1")
+    server = serve("--device", "cuda")
+    monkeypatch.delenv("STUB_REVERSED")
+    worker = Worker(server.address, GpuTold)
+    try:
+        worker.answer()
+        worker.ask("register", "a", model)
+        key = SessionKey("engine", "reversed")
+        reply = worker.ask("store", key, "a", 0, CHUNK, [FROM[:4]], prompt(CHUNK))
+        assert reply.num_stored == 1
+        (seen,) = worker.ask("status").devices
+        assert (seen.uuid, seen.name) == (
+            "GPU-10101010-1010-1010-1010-101010101010",
+            "Stub 0",
+        )
+        assert sum(seen.copies.values()) == 1
+    finally:
+        worker.close()
+        server.close()
+
+
 def test_a_thousand_registrations_leave_nothing(
     workers: list[Worker], server: Server, client: KVClient, model: str
 ) -> None:

@@ -75,9 +75,13 @@ class GpuTold(Told):
     ) -> RegisterReply:
         """Allocate a cache on GPU `number` and register it."""
         name = f"{self.name}-{next(_numbers)}"
+        earlier = self.caches.get(instance_id)
         cache = GpuCache(self.devices[number], name, groups, num_blocks)
         self.caches[instance_id] = cache
-        return self._register(instance_id, model, cache.handles)
+        reply = self._register(instance_id, model, cache.handles)
+        if earlier is not None:
+            earlier.close()
+        return reply
 
     def register_as(self, instance_id: str, model: str, **changes: Any) -> Any:
         """Register a known cache with other facts in its handle."""

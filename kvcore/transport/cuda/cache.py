@@ -159,7 +159,7 @@ class CudaCache:
             plan.num_pieces,
             row_bytes=self._rows.row_bytes,
             word=self._rows.word,
-            can_stage=max_spans > 0,
+            can_stage=max_spans > 0 and bool(rates.kernels),
         )
         self._shared.copied(way, lane.direction)
         if way is not Way.STAGED:

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvcore.protocol import CopyRates, DeviceRates, PieceRate
 from kvcore.transport.cuda.device import Device
-from kvcore.transport.cuda.kernels import Kernels, Move
+from kvcore.transport.cuda.kernels import Kernels, Move, NoKernels
 from kvcore.transport.cuda.pieces import I64, Rows
 from kvcore.transport.cuda.staging import Buffer, Staging
 
@@ -68,7 +68,8 @@ class _Bench:
         self._event.close()
 
     def rates(self, *, to_host: bool) -> CopyRates:
-        """Measure one direction."""
+        """Measure one direction; no kernels' figures where there are none."""
+        has_kernels = not isinstance(self._kernels, NoKernels)
         sides = (self._host, self._cache) if to_host else (self._cache, self._host)
         start_s = self._timed(lambda: self._stream.copy(*sides, SMALL_BYTES))
         link_s = self._timed(lambda: self._stream.copy(*sides, self._slot_bytes))
@@ -77,7 +78,9 @@ class _Bench:
             link_bytes_s=self._slot_bytes / link_s,
             start_s=start_s,
             call_s=calls_s / NUM_CALLS,
-            staged_start_s=self._staged_start_s(*sides, to_host=to_host),
+            staged_start_s=self._staged_start_s(*sides, to_host=to_host)
+            if has_kernels
+            else 0.0,
             batched=tuple(
                 self._batched(size, *sides)
                 for size in BATCHED_BYTES
@@ -86,7 +89,7 @@ class _Bench:
             kernels=tuple(
                 self._kernel(size, start_s, gather=to_host)
                 for size in ROW_BYTES
-                if size <= self._slot_bytes
+                if has_kernels and size <= self._slot_bytes
             ),
         )
 

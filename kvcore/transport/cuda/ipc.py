@@ -90,11 +90,21 @@ class DeviceCaches(Protocol):
 
 
 def open_caches(device: Device) -> DeviceCaches:
-    """Make what the caches of a device share."""
-    from kvcore.transport.cuda.cache import CudaCaches
-    from kvcore.transport.cuda.kernels import TritonKernels
+    """Make what the caches of a device share.
 
-    return CudaCaches(device, TritonKernels(device))
+    Where kernels cannot be had, its copies go without, and the log says so.
+    """
+    from kvcore.transport.cuda.cache import CudaCaches
+    from kvcore.transport.cuda.kernels import NoKernels, TritonKernels
+
+    kernels = TritonKernels(device)
+    try:
+        kernels.check()
+    except DeviceFailed as error:
+        reason = f"{device.name} runs no kernels of ours: {error.message}"
+        log.warning("%s; small pieces are copied slowly", reason)
+        return CudaCaches(device, NoKernels(reason))
+    return CudaCaches(device, kernels)
 
 
 class CudaTransport:

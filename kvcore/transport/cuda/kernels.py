@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
+from kvcore.errors import DeviceFailed
 from kvcore.rope import Rope
 from kvcore.transport.cuda.device import Device, Function, Launch, Stream
 from kvcore.transport.cuda.pieces import Rows
@@ -146,6 +147,29 @@ class _Loaded:
     added: tuple[int, ...]
 
 
+class NoKernels:
+    """`Kernels` of a device that cannot have any; each call says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def upload(self, stream: Stream, table: Written) -> None:
+        """Refuse."""
+        raise DeviceFailed(self.reason)
+
+    def gather(self, stream: Stream, move: Move) -> None:
+        """Refuse."""
+        raise DeviceFailed(self.reason)
+
+    def scatter(self, stream: Stream, move: Move) -> None:
+        """Refuse."""
+        raise DeviceFailed(self.reason)
+
+    def turn(self, stream: Stream, turn: KeyTurn) -> None:
+        """Refuse."""
+        raise DeviceFailed(self.reason)
+
+
 class TritonKernels:
     """`Kernels` of a real device. Any thread may use it.
 
@@ -156,6 +180,10 @@ class TritonKernels:
         self._device = device
         self._loaded: dict[tuple[str, tuple[int | bool | str, ...]], _Loaded] = {}
         self._lock = Lock()
+
+    def check(self) -> None:
+        """Load one program; raises `DeviceFailed` where none can be."""
+        self._loaded_for(upload_arguments(Written(0, 0, 0, ())))
 
     def upload(self, stream: Stream, table: Written) -> None:
         """Copy a table from page-locked memory; see `Kernels`."""
@@ -174,15 +202,19 @@ class TritonKernels:
         self._launch(stream, turn_arguments(turn))
 
     def _launch(self, stream: Stream, arguments: Arguments) -> None:
+        loaded = self._loaded_for(arguments)
+        values = (*arguments.longs.values(), *arguments.ints.values(), *loaded.added)
+        launch = Launch(PROGRAMS, WARPS, loaded.shared_bytes, values, loaded.types)
+        stream.launch(loaded.function, launch)
+
+    def _loaded_for(self, arguments: Arguments) -> _Loaded:
         key = (arguments.program, tuple(arguments.constants.values()))
         loaded = self._loaded.get(key)
         if loaded is None:
             with self._lock:
                 loaded = self._loaded.get(key) or self._load(arguments)
                 self._loaded[key] = loaded
-        values = (*arguments.longs.values(), *arguments.ints.values(), *loaded.added)
-        launch = Launch(PROGRAMS, WARPS, loaded.shared_bytes, values, loaded.types)
-        stream.launch(loaded.function, launch)
+        return loaded
 
     def _load(self, arguments: Arguments) -> _Loaded:
         made = compiled(arguments, self._device.compute_capability)
@@ -286,12 +318,19 @@ def turn_arguments(turn: KeyTurn) -> Arguments:
 
 
 def compiled(arguments: Arguments, capability: int) -> Compiled:
-    """Compile a program for a compute capability, 90 for Hopper; needs no card."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Compile a program for a compute capability, 90 for Hopper; needs no card.
 
-    from kvcore.transport.cuda import programs
+    Raises:
+        DeviceFailed: Triton is not there, or cannot compile it.
+    """
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from kvcore.transport.cuda import programs
+    except ImportError as error:
+        raise DeviceFailed(f"Triton cannot be imported: {error}") from None
 
     source = ASTSource(
         getattr(programs, arguments.program),
@@ -300,7 +339,11 @@ def compiled(arguments: Arguments, capability: int) -> Compiled:
     )
     # Fusing multiplications and additions rounds less; copies have neither.
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
-    made = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    try:
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    except triton.TritonError as error:
+        *_, told = str(error).splitlines() or ("",)
+        raise DeviceFailed(f"Triton: {type(error).__name__}: {told}") from error
     return Compiled(
         cubin=made.asm["cubin"],
         name=made.metadata.name,

@@ -49,12 +49,12 @@ def choose(
     """
     link = num_bytes / rates.link_bytes_s
     batched = num_bytes / speed(rates.batched, num_bytes / max(num_pieces, 1))
-    kernels = num_bytes / speed(rates.kernels, row_bytes) * 16 / word
     times = {
         Way.SINGLE: rates.start_s + max(num_pieces * rates.call_s, link),
         Way.BATCHED: rates.start_s + max(batched, link),
     }
     if can_stage:
+        kernels = num_bytes / speed(rates.kernels, row_bytes) * 16 / word
         staged = rates.staged_start_s + max(kernels, link)
         times[Way.STAGED] = KERNEL_PRICE * staged
     return min(times, key=times.__getitem__)
