@@ -9,21 +9,21 @@ one piece before it writes the first: finding out where a piece lies costs more 
 to copy 16 bytes of it.
 """
 
-from __future__ import annotations
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 
 def _upload(
-    destination: Any,
-    source: Any,
-    num_words: Any,
+    destination,
+    source,
+    num_words,
     words: tl.constexpr,
     programs: tl.constexpr,
-) -> None:
+):
     """Copy words of 8 bytes."""
     source = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
     destination = tl.multiple_of(destination.to(tl.pointer_type(tl.int64)), 16)
@@ -34,28 +34,28 @@ def _upload(
 
 
 def _move(
-    planes: Any,
-    ranges: Any,
-    blocks: Any,
-    staging: Any,
-    skip: Any,
-    length: Any,
-    plane_bytes: Any,
-    block_stride: Any,
-    row_stride: Any,
-    row_bytes: Any,
-    first_plane: Any,
-    end_plane: Any,
-    num_planes: Any,
-    num_blocks: Any,
-    block_rows: Any,
+    planes,
+    ranges,
+    blocks,
+    staging,
+    skip,
+    length,
+    plane_bytes,
+    block_stride,
+    row_stride,
+    row_bytes,
+    first_plane,
+    end_plane,
+    num_planes,
+    num_blocks,
+    block_rows,
     gather: tl.constexpr,
     word: tl.constexpr,
     loads: tl.constexpr,
     pieces: tl.constexpr,
     words: tl.constexpr,
     programs: tl.constexpr,
-) -> None:
+):
     """Copy pieces, `pieces` at a time, `loads` times `words` words each."""
     item: tl.constexpr = word if word < 16 else 8
     items: tl.constexpr = word // item
@@ -123,24 +123,24 @@ def _move(
 
 
 def _turn(
-    planes: Any,
-    factors: Any,
-    block_stride: Any,
-    slot_stride: Any,
-    first_block: Any,
-    end_block: Any,
-    num_planes: Any,
-    block_slots: Any,
-    num_heads: Any,
-    head_dim: Any,
-    first_dim: Any,
-    num_pairs: Any,
+    planes,
+    factors,
+    block_stride,
+    slot_stride,
+    first_block,
+    end_block,
+    num_planes,
+    block_slots,
+    num_heads,
+    head_dim,
+    first_dim,
+    num_pairs,
     interleaved: tl.constexpr,
     dtype: tl.constexpr,
     heads: tl.constexpr,
     pairs: tl.constexpr,
     programs: tl.constexpr,
-) -> None:
+):
     """Multiply pairs of elements by a complex number each, in double precision."""
     element: tl.constexpr = (
         tl.float32 if dtype == "float32"
@@ -174,10 +174,9 @@ def _turn(
         keep = live[:, None] & known[None, :]
         a = tl.load(real, mask=keep, other=0.0).to(tl.float64)
         b = tl.load(real + apart, mask=keep, other=0.0).to(tl.float64)
-        tl.store(real, (a * cos - b * sin).to(tl.float32).to(element), mask=keep)
-        tl.store(
-            real + apart, (a * sin + b * cos).to(tl.float32).to(element), mask=keep
-        )
+        turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
+        tl.store(real, turned_a.to(tl.float32).to(element), mask=keep)
+        tl.store(real + apart, turned_b.to(tl.float32).to(element), mask=keep)
 
 
 upload = triton.jit(_upload)

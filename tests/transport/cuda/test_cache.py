@@ -2,86 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.layout import KVLayout
-from kvcore.protocol import NULL_BLOCK, DeviceRates
-from kvcore.transport.cuda.cache import CudaCache, CudaCaches
+from kvcore.errors import BadRequest, DeviceFailed, LayoutError
+from kvcore.layout import CacheGroup, KVLayout, TensorView
+from kvcore.parts import Extent
+from kvcore.protocol import NULL_BLOCK
+from kvcore.transport.cuda.cache import CudaCaches
 from kvcore.transport.cuda.staging import Sizes
-from kvcore.transport.cuda.ways import Way, published
+from kvcore.transport.cuda.ways import Way
 from kvcore.transport.host import HostCache
-from tests.transport.cuda.fake import FakeDevice, World, array_at
+from kvcore.transport.paged import Span
+from kvcore.transport.rotation import Turn
+from tests.transport.cuda.fake import FakeDevice, World
+from tests.transport.cuda.layouts import arena_of, gathered, job, numbers, scattered
 from tests.transport.cuda.plain import PlainKernels
+from tests.transport.cuda.rig import favouring, rig
 from tests.transport.test_host import Move, moves
+from tests.transport.test_rotation import ROPES
 
-SMALL = Sizes(slot_bytes=96, table_bytes=4096, max_buffers=2)
-SLOW = 1e6
-
-
-def favouring(way: Way) -> DeviceRates:
-    """Rates by which one way is always the fastest."""
-    rates = published().to_host
-    if way is not Way.STAGED:
-        rates = msgspec.structs.replace(rates, staged_start_s=SLOW)
-    if way is not Way.SINGLE:
-        rates = msgspec.structs.replace(rates, call_s=SLOW)
-    if way is Way.STAGED:
-        rates = msgspec.structs.replace(rates, start_s=SLOW)
-    return DeviceRates(rates, rates, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Rig:
-    """A fake device with caches on it."""
-
-    device: FakeDevice
-    caches: CudaCaches
-
-    def cache(self, layout: KVLayout, handles: Sequence[np.ndarray]) -> Placed:
-        """Put a cache onto the device."""
-        addresses = []
-        for handle in handles:
-            addresses.append(self.device.allocate(max(handle.size, 1)))
-            array_at(addresses[-1], handle.size)[:] = handle
-        return Placed(self.caches.cache(layout, addresses), addresses, handles)
-
-    @contextmanager
-    def pinned(self, arena: np.ndarray) -> Iterator[np.ndarray]:
-        """Page-lock an arena for a while."""
-        if arena.size:
-            self.device.pin(arena.ctypes.data, arena.size)
-        yield arena
-        if arena.size:
-            self.device.unpin(arena.ctypes.data)
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A cache, its addresses and what was put there."""
-
-    cache: CudaCache
-    addresses: list[int]
-    handles: Sequence[np.ndarray]
-
-    def bytes(self) -> list[np.ndarray]:
-        """What its handles hold now."""
-        pairs = zip(self.addresses, self.handles, strict=True)
-        return [array_at(address, handle.size).copy() for address, handle in pairs]
-
-
-def rig(seed: int, way: Way = Way.STAGED, sizes: Sizes = SMALL) -> Rig:
-    """Make a device that runs its work in an order of its own."""
-    device = FakeDevice(World(seed))
-    caches = CudaCaches(device, PlainKernels(), rates=favouring(way), sizes=sizes)
-    return Rig(device, caches)
+SEEDS = st.integers(0, 2**32)
 
 
 def drop_blocks(move: Move, data: st.DataObject) -> None:
@@ -92,7 +39,7 @@ def drop_blocks(move: Move, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("way", Way)
-@given(move=moves(), seed=st.integers(0, 2**32))
+@given(move=moves(), seed=SEEDS)
 def test_gathers_as_a_host_cache_does(way: Way, move: Move, seed: int) -> None:
     """Whatever order the device takes: the same bytes, and nothing else is touched."""
     one = rig(seed, way)
@@ -103,11 +50,11 @@ def test_gathers_as_a_host_cache_does(way: Way, move: Move, seed: int) -> None:
         placed.cache.gather(move.spans, arena)
         assert np.array_equal(arena, expected)
     assert all(map(np.array_equal, placed.bytes(), move.handles()))
-    assert not any(stream.queue for stream in one.device.world.streams)
+    assert one.is_idle
 
 
 @pytest.mark.parametrize("way", Way)
-@given(move=moves(), seed=st.integers(0, 2**32), data=st.data())
+@given(move=moves(), seed=SEEDS, data=st.data())
 def test_scatters_as_a_host_cache_does(
     way: Way, move: Move, seed: int, data: st.DataObject
 ) -> None:
@@ -115,12 +62,217 @@ def test_scatters_as_a_host_cache_does(
     drop_blocks(move, data)
     one = rig(seed, way)
     placed = one.cache(move.case.layout, move.handles())
-    noise = np.random.default_rng(move.seed + 1)
-    source = noise.integers(0, 256, move.arena_bytes, dtype=np.uint8)
     expected = move.handles()
-    HostCache(move.case.layout, expected).scatter(move.spans, source)
-    with one.pinned(source.copy()) as arena:
+    HostCache(move.case.layout, expected).scatter(move.spans, arena_of(move))
+    with one.pinned(arena_of(move)) as arena:
         placed.cache.scatter(move.spans, arena)
-        assert np.array_equal(arena, source)
+        assert np.array_equal(arena, arena_of(move))
     assert all(map(np.array_equal, placed.bytes(), expected))
-    assert not any(stream.queue for stream in one.device.world.streams)
+    assert one.is_idle
+
+
+@pytest.mark.parametrize("way", Way)
+@given(seed=SEEDS, num_buffers=st.integers(1, 4))
+def test_two_instances_both_ways_at_once(way: Way, seed: int, num_buffers: int) -> None:
+    """Four lanes share kernels' streams and few buffers, and no bytes."""
+    one = rig(seed, way, Sizes(512, 2048, num_buffers))
+    stores = [job("block first", "bfloat16", seed=n) for n in (1, 2)]
+    loads = [job("padded blocks", "bfloat16", seed=n) for n in (3, 4)]
+    placed = [one.cache(m.case.layout, m.handles()) for m in (*stores, *loads)]
+    arenas = [m.arena() for m in stores] + [arena_of(m) for m in loads]
+    for arena in arenas:
+        one.device.pin(arena.ctypes.data, arena.size)
+    with ThreadPoolExecutor(4) as lanes:
+        running = [
+            lanes.submit(getattr(cache.cache, direction), move.spans, arena)
+            for cache, direction, move, arena in zip(
+                placed,
+                ("gather", "gather", "scatter", "scatter"),
+                (*stores, *loads),
+                arenas,
+                strict=True,
+            )
+        ]
+        for each in running:
+            each.result(30)
+    for move, arena in zip(stores, arenas, strict=False):
+        assert np.array_equal(arena, gathered(move))
+    for move, cache, arena in zip(loads, placed[2:], arenas[2:], strict=True):
+        assert all(map(np.array_equal, cache.bytes(), scattered(move, arena)))
+    assert one.caches.staging.num_bytes <= num_buffers * Sizes(512, 2048).buffer_bytes
+    assert one.is_idle
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+@pytest.mark.parametrize("way", Way)
+@given(seed=SEEDS, steps=st.integers(0, 60))
+def test_a_device_that_fails_ends_the_call(
+    way: Way, direction: str, seed: int, steps: int
+) -> None:
+    """A clear error, no endless wait, and the buffer is back for the next to fail."""
+    one = rig(seed, way, Sizes(512, 2048, 1))
+    move = job("block first", "bfloat16", seed=1)
+    placed = one.cache(move.case.layout, move.handles())
+    arena = move.arena()
+    one.device.pin(arena.ctypes.data, arena.size)
+    copy = partial(getattr(placed.cache, direction), move.spans, arena)
+    with one.caches.staging.buffer():
+        pass
+    one.device.world.breaks_after = steps
+    with pytest.raises(DeviceFailed):
+        repeat(copy, 60)
+    with one.caches.staging.buffer():
+        pass
+
+
+def repeat(work: Callable[[], None], times: int) -> None:
+    """Do something again and again."""
+    for _ in range(times):
+        work()
+
+
+class FailingKernels(PlainKernels):
+    """Kernels of which one launch is refused; the device itself is well."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def count(self) -> None:
+        """Count a launch, and refuse the one that was named."""
+        self.left -= 1
+        if self.left == 0:
+            raise DeviceFailed("a launch was refused")
+
+    def upload(self, *args) -> None:  # noqa: D102
+        self.count()
+        super().upload(*args)
+
+    def gather(self, *args) -> None:  # noqa: D102
+        self.count()
+        super().gather(*args)
+
+    def scatter(self, *args) -> None:  # noqa: D102
+        self.count()
+        super().scatter(*args)
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+@given(seed=SEEDS, number=st.integers(1, 8))
+def test_a_failed_call_leaves_nothing_behind(
+    direction: str, seed: int, number: int
+) -> None:
+    """What had been queued has ended when the error is told, and the lane goes on."""
+    kernels = FailingKernels(number)
+    one = rig(seed, sizes=Sizes(512, 2048, 1), kernels=kernels)
+    move = job("block first", "bfloat16", seed=1)
+    placed = one.cache(move.case.layout, move.handles())
+    with one.pinned(arena_of(move)) as arena:
+        with pytest.raises(DeviceFailed, match="refused"):
+            getattr(placed.cache, direction)(move.spans, arena)
+        assert one.is_idle
+        placed.cache.scatter(move.spans, arena)
+        assert all(map(np.array_equal, placed.bytes(), scattered(move, arena)))
+        placed.cache.gather(move.spans, arena)
+    placed.cache.close()
+    one.caches.close()
+    assert one.device.world.streams == []
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@given(seed=SEEDS)
+def test_keys_turn_where_they_lie(dtype: str, name: str, seed: int) -> None:
+    """Bit for bit as in host memory, however few turns a table has room for."""
+    rope = ROPES[name]
+    move = job("blend buffer", dtype, seed=1, width=2 * rope.head_dim)
+    handles = numbers(move)
+    one = rig(seed, sizes=Sizes(512, 400, 1))
+    placed = one.cache(move.case.layout, handles)
+    turns = [Turn(1, 9, 3), Turn(9, 11, 0), *(Turn(n, n + 1, n) for n in range(11, 20))]
+    placed.cache.turn_keys(rope, turns)
+    HostCache(move.case.layout, handles).turn_keys(rope, turns)
+    assert all(map(np.array_equal, placed.bytes(), handles))
+
+
+def test_keys_between_elements_are_refused() -> None:
+    """A device cannot read a number from an odd address; nothing is turned."""
+    tensor = TensorView(0, 1, (1, 1, 4, 1, 16), (128, 128, 32, 32, 2))
+    layout = KVLayout.derive(
+        CacheGroup("KLNSD", "bfloat16", 1, (tensor,)), [129], chunk_size=2
+    )
+    placed = rig(0).cache(layout, [np.zeros(129, np.uint8)])
+    with pytest.raises(LayoutError, match="multiples of 2"):
+        placed.cache.turn_keys(ROPES["plain"], [Turn(0, 1, 1)])
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+def test_bad_spans_move_nothing(direction: str) -> None:
+    """A wrong id in the last span is refused before the first one moves."""
+    one = rig(0)
+    move = job("block first", "bfloat16", seed=1)
+    placed = one.cache(move.case.layout, move.handles())
+    bad = Span((Extent(0, 8),), np.array([1, 2, 3, 24], np.int32), 0, 16)
+    with one.pinned(move.arena()) as arena:
+        with pytest.raises(BadRequest, match="block 24"):
+            getattr(placed.cache, direction)([*move.spans, bad], arena)
+        assert np.array_equal(arena, move.arena())
+    assert all(map(np.array_equal, placed.bytes(), move.handles()))
+
+
+def test_no_spans_are_no_work() -> None:
+    """A request whose chunks are all there already copies nothing."""
+    one = rig(0)
+    move = job("block first", "bfloat16", seed=1)
+    placed = one.cache(move.case.layout, move.handles())
+    placed.cache.gather([], move.arena())
+    placed.cache.scatter([], move.arena())
+    assert one.caches.status().copies == {}
+    assert one.caches.staging.num_bytes == 0
+
+
+def test_requests_larger_than_a_table_go_in_turns() -> None:
+    """A table has room for two of the three spans; one without any room: no staging."""
+    move = job("block first", "bfloat16", seed=1)
+    for table_bytes, way in ((48 + 16 + 64 + 16, "staged"), (80, "batched")):
+        device = FakeDevice(World(0))
+        rates = favouring(Way.STAGED)
+        caches = CudaCaches(
+            device, PlainKernels(), rates=rates, sizes=Sizes(512, table_bytes, 1)
+        )
+        one = rig(0)
+        one = type(one)(device, caches)
+        placed = one.cache(move.case.layout, move.handles())
+        with one.pinned(move.arena()) as arena:
+            placed.cache.gather(move.spans, arena)
+            assert np.array_equal(arena, gathered(move))
+        assert caches.status().copies == {f"{way}_to_host": 1}
+
+
+def test_rates_are_measured_where_none_are_given() -> None:
+    """Every rate of both directions is there, and the memory for it is back."""
+    device = FakeDevice(World(1))
+    sizes = Sizes(slot_bytes=1 << 20, table_bytes=16384, max_buffers=1)
+    caches = CudaCaches(device, PlainKernels(), sizes=sizes)
+    status = caches.status()
+    for rates in (status.rates.to_host, status.rates.to_device):
+        assert rates.link_bytes_s > 0
+        assert min(rates.start_s, rates.call_s, rates.staged_start_s) > 0
+        assert [rate.piece_bytes for rate in rates.batched] == [
+            4096, 16384, 65536, 262144, 1 << 20
+        ]  # fmt: skip
+        assert [rate.piece_bytes for rate in rates.kernels] == [1024, 4096, 32768]
+        assert all(rate.bytes_s > 0 for rate in (*rates.batched, *rates.kernels))
+    assert status.rates.measured_s > 0
+    assert status.staging_bytes == sizes.buffer_bytes
+    caches.close()
+    assert device.world.regions == {}
+    assert device.world.streams == []
+
+
+def test_rates_of_a_small_buffer_leave_out_what_does_not_fit() -> None:
+    """Pieces larger than a slot are not measured."""
+    caches = CudaCaches(FakeDevice(World(1)), PlainKernels(), sizes=SMALLER)
+    assert [rate.piece_bytes for rate in caches.rates.to_host.batched] == [4096]
+
+
+SMALLER = Sizes(slot_bytes=8192, table_bytes=8192, max_buffers=1)

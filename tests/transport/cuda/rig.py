@@ -1,0 +1,91 @@
+"""Caches on a fake device, and rates by which one way is always taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from msgspec.structs import replace
+
+from kvcore.layout import KVLayout
+from kvcore.protocol import DeviceRates
+from kvcore.transport.cuda.cache import CudaCache, CudaCaches
+from kvcore.transport.cuda.kernels import Kernels
+from kvcore.transport.cuda.staging import Sizes
+from kvcore.transport.cuda.ways import Way, published
+from tests.transport.cuda.fake import FakeDevice, World, array_at
+from tests.transport.cuda.plain import PlainKernels
+
+SMALL = Sizes(slot_bytes=96, table_bytes=4096, max_buffers=2)
+"""Slots that hold a few pieces, so that all is staged in many turns."""
+_NEVER_S = 1e6
+
+
+def favouring(way: Way) -> DeviceRates:
+    """Return rates by which one way is always the fastest."""
+    rates = published().to_host
+    if way is not Way.STAGED:
+        rates = replace(rates, staged_start_s=_NEVER_S)
+    if way is not Way.SINGLE:
+        rates = replace(rates, call_s=_NEVER_S)
+    if way is Way.STAGED:
+        rates = replace(rates, start_s=_NEVER_S)
+    return DeviceRates(rates, rates, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A device with caches on it."""
+
+    device: FakeDevice
+    caches: CudaCaches
+
+    def cache(self, layout: KVLayout, handles: Sequence[np.ndarray]) -> Placed:
+        """Put a cache onto the device."""
+        addresses = []
+        for handle in handles:
+            addresses.append(self.device.allocate(max(handle.size, 1)))
+            array_at(addresses[-1], handle.size)[:] = handle
+        return Placed(self.caches.cache(layout, addresses), addresses, handles)
+
+    @contextmanager
+    def pinned(self, arena: np.ndarray) -> Iterator[np.ndarray]:
+        """Page-lock an arena for a while."""
+        self.device.pin(arena.ctypes.data, arena.size)
+        yield arena
+        self.device.unpin(arena.ctypes.data)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left in any stream."""
+        return not any(stream.queue for stream in self.device.world.streams)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A cache, its addresses and what was put there."""
+
+    cache: CudaCache
+    addresses: list[int]
+    handles: Sequence[np.ndarray]
+
+    def bytes(self) -> list[np.ndarray]:
+        """Return what its handles hold now."""
+        pairs = zip(self.addresses, self.handles, strict=True)
+        return [array_at(address, handle.size).copy() for address, handle in pairs]
+
+
+def rig(
+    seed: int,
+    way: Way = Way.STAGED,
+    sizes: Sizes = SMALL,
+    kernels: Kernels | None = None,
+) -> Rig:
+    """Make a device that runs its work in an order of its own."""
+    device = FakeDevice(World(seed))
+    made = CudaCaches(
+        device, kernels or PlainKernels(), rates=favouring(way), sizes=sizes
+    )
+    return Rig(device, made)
