@@ -45,8 +45,8 @@ class CudaCaches:
         self.kernels = kernels
         self.staging = Staging(device, sizes)
         self.rates = rates or measure(device, kernels, self.staging)
-        self.gathers = device.stream()
-        self.scatters = device.stream()
+        self.gathers = device.stream(urgent=True)
+        self.scatters = device.stream(urgent=True)
         self._num_caches = 0
         self._num_copies: Counter[str] = Counter()
         self._lock = Lock()

@@ -1,0 +1,244 @@
+"""Copies between a GPU's memory and page-locked host memory, byte for byte.
+
+What goes by copy engines alone runs over the stub of a driver as well; what kernels do
+needs a card.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcore.layout import CacheGroup, KVLayout, TensorView
+from kvcore.parts import Extent
+from kvcore.protocol import DeviceRates
+from kvcore.rope import Rope
+from kvcore.transport.cuda.cache import CudaCache, CudaCaches
+from kvcore.transport.cuda.kernels import TritonKernels
+from kvcore.transport.cuda.staging import Sizes
+from kvcore.transport.cuda.ways import Way
+from kvcore.transport.host import HostCache
+from kvcore.transport.paged import Span
+from kvcore.transport.rotation import RAW_DTYPES, Turn
+from tests.gpu import bench_copies
+from tests.transport.cuda.layouts import (
+    DTYPES,
+    LAYOUTS,
+    arena_of,
+    gathered,
+    job,
+    numbers,
+    scattered,
+    with_nulls,
+)
+from tests.transport.cuda.rig import favouring
+from tests.transport.test_rotation import ROPES
+
+pytestmark = pytest.mark.gpu
+WAYS = [
+    pytest.param(way, marks=pytest.mark.card if way is Way.STAGED else ())
+    for way in Way
+]
+ROOM = 1 << 20
+SMALL = Sizes(slot_bytes=4096, table_bytes=4096, max_buffers=2)
+
+
+class Bench:
+    """A device's caches, and page-locked memory for an arena and for a look."""
+
+    def __init__(self, device: Any, way: Way, sizes: Sizes, room: int = ROOM) -> None:
+        self.device = device
+        self.caches = CudaCaches(
+            device, TritonKernels(device), rates=favouring(way), sizes=sizes
+        )
+        self.stream, self.event = device.stream(), device.event()
+        self.hosts = [device.allocate_host(room) for _ in range(2)]
+        pointers = [(ctypes.c_uint8 * room).from_address(at) for at in self.hosts]
+        self.arena, self.mirror = map(np.ctypeslib.as_array, pointers)
+        self.placed: list[tuple[CudaCache, list[int]]] = []
+
+    def place(self, layout: KVLayout, handles: Sequence[np.ndarray]) -> CudaCache:
+        """Put a cache onto the device."""
+        addresses = [self.device.allocate(handle.size) for handle in handles]
+        for address, handle in zip(addresses, handles, strict=True):
+            self.mirror[: handle.size] = handle
+            self.copy(address, self.hosts[1], handle.size)
+        cache = self.caches.cache(layout, addresses)
+        self.placed.append((cache, addresses))
+        return cache
+
+    def bytes(self, number: int, sizes: Sequence[int]) -> list[np.ndarray]:
+        """Read what a cache's handles hold."""
+        read = []
+        for address, size in zip(self.placed[number][1], sizes, strict=True):
+            self.copy(self.hosts[1], address, size)
+            read.append(self.mirror[:size].copy())
+        return read
+
+    def copy(self, destination: int, source: int, num_bytes: int) -> None:
+        """Copy and wait."""
+        self.stream.copy(destination, source, num_bytes)
+        self.stream.record(self.event)
+        self.event.wait()
+
+    def close(self) -> None:
+        """Give everything back."""
+        for cache, addresses in self.placed:
+            cache.close()
+            for address in addresses:
+                self.device.free(address)
+        self.caches.close()
+        self.stream.close()
+        self.event.close()
+        for host in self.hosts:
+            self.device.free_host(host)
+
+
+@pytest.fixture
+def bench(device: Any, way: Way) -> Iterator[Bench]:
+    """Make a bench whose copies all go one way."""
+    bench = Bench(device, way, SMALL)
+    yield bench
+    bench.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
+    """Random blocks, parts in pieces, ranges and null blocks; poison all around."""
+    move = job(name, dtype, seed=len(name))
+    cache = bench.place(move.case.layout, move.handles())
+    arena = bench.arena[: move.arena_bytes]
+    arena[:] = move.arena()
+    cache.gather(move.spans, arena)
+    assert np.array_equal(arena, gathered(move))
+    sizes = move.case.handle_bytes
+    assert all(map(np.array_equal, bench.bytes(0, sizes), move.handles()))
+    move = with_nulls(move)
+    arena[:] = arena_of(move)
+    cache.scatter(move.spans, arena)
+    expected = scattered(move, arena_of(move))
+    assert all(map(np.array_equal, bench.bytes(0, sizes), expected))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_four_lanes_at_once(bench: Bench) -> None:
+    """Two stores and two retrieves share streams and two buffers, and no bytes."""
+    works = [job("block first", "bfloat16", seed=n) for n in range(4)]
+    caches = [bench.place(work.case.layout, work.handles()) for work in works]
+    size = works[0].arena_bytes
+    arenas = [bench.arena[n * size : (n + 1) * size] for n in range(4)]
+    for number, (work, arena) in enumerate(zip(works, arenas, strict=True)):
+        arena[:] = arena_of(work) if number % 2 else work.arena()
+    with ThreadPoolExecutor(4) as lanes:
+        running = [
+            lanes.submit(cache.scatter if number % 2 else cache.gather, w.spans, arena)
+            for number, (cache, w, arena) in enumerate(
+                zip(caches, works, arenas, strict=True)
+            )
+        ]
+        for each in running:
+            each.result(30)
+    for number in (0, 2):
+        assert np.array_equal(arenas[number], gathered(works[number]))
+    for number in (1, 3):
+        work = works[number]
+        read = bench.bytes(number, work.case.handle_bytes)
+        assert all(map(np.array_equal, read, scattered(work, arena_of(work))))
+
+
+def large(num_blocks: int) -> KVLayout:
+    """Return Llama-3.1-8B's: 32 layers, 8 heads of 128; a chunk has 32 MiB."""
+    shape = (2, num_blocks, 16, 8, 128)
+    strides = tuple(2 * int(np.prod(shape[n + 1 :])) for n in range(5))
+    size = 2 * int(np.prod(shape))
+    tensors = tuple(TensorView(0, n * size, shape, strides) for n in range(32))
+    group = CacheGroup("KNSHD", "bfloat16", 16, tensors)
+    return KVLayout.derive(group, [32 * size], 256)
+
+
+@pytest.mark.card
+@pytest.mark.parametrize("way", Way)
+def test_large_chunks_by_buffers_of_full_size(device: Any, way: Way) -> None:
+    """Two chunks of 32 MiB there and back: into other blocks, all bytes the same."""
+    layout = large(96)
+    part = layout.part.num_bytes
+    bench = Bench(device, way, Sizes(), room=4 * part)
+    try:
+        noise = np.random.default_rng(5)
+        handle = noise.integers(0, 256, 3 * part * 2, dtype=np.uint8)
+        ids = noise.permutation(96).astype(np.int32).reshape(6, 16)
+        addresses = [device.allocate(handle.size)]
+        bench.mirror[: 4 * part] = handle[: 4 * part]
+        bench.copy(addresses[0], bench.hosts[1], 4 * part)
+        bench.mirror[: 2 * part] = handle[4 * part :]
+        bench.copy(addresses[0] + 4 * part, bench.hosts[1], 2 * part)
+        cache = bench.caches.cache(layout, addresses)
+        bench.placed.append((cache, addresses))
+        extents = [(Extent(n * part, part),) for n in (1, 0)]
+        spans = [Span(e, ids[n], 0, 256) for n, e in enumerate(extents)]
+        back = [Span(e, ids[2 + n], 0, 256) for n, e in enumerate(extents)]
+        cache.gather(spans, bench.arena)
+        expected = np.empty(2 * part, np.uint8)
+        HostCache(layout, [handle]).gather(spans, expected)
+        assert np.array_equal(bench.arena[: 2 * part], expected)
+        cache.scatter(back, bench.arena)
+        bench.arena[:] = 0
+        cache.gather(back, bench.arena)
+        assert np.array_equal(bench.arena[: 2 * part], expected)
+    finally:
+        bench.close()
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    """Every figure of a size of pieces is there; what it is worth only a card says."""
+    for name, value in {"PART": 1 << 20, "NUM_CHUNKS": 2, "TOTAL": 2 << 20}.items():
+        monkeypatch.setattr(bench_copies, name, value)
+    monkeypatch.setattr(bench_copies, "REPEATS", 1)
+    with ExitStack() as stack:
+        bench = bench_copies.Bench(device, stack)
+        measured = bench_copies.copies(bench, 4096, Way.BATCHED, scattered=True)
+    assert measured["ways"] == ["batched_to_device", "batched_to_host"]
+    for what in ("store", "retrieve", "both"):
+        assert measured[what]["share"] > 0
+
+
+@pytest.mark.card
+@pytest.mark.parametrize("way", [Way.STAGED])
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
+@pytest.mark.parametrize("name", ROPES)
+def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
+    """As in host memory, but for the last place of what is rounded twice or fused."""
+    rope: Rope = ROPES[name]
+    move = job("blend buffer", dtype, seed=1, width=2 * rope.head_dim)
+    handles = numbers(move)
+    cache = bench.place(move.case.layout, handles)
+    turns = [Turn(1, 9, 3), Turn(9, 11, 0), Turn(11, 20, -700)]
+    cache.turn_keys(rope, turns)
+    HostCache(move.case.layout, handles).turn_keys(rope, turns)
+    bits = f"i{RAW_DTYPES[dtype].itemsize}"
+    for got, expected in zip(
+        bench.bytes(0, move.case.handle_bytes), handles, strict=True
+    ):
+        apart = got.view(bits).astype(np.int64) - expected.view(bits)
+        assert np.abs(apart).max() <= 1
+        assert (apart != 0).mean() < 0.01
+
+
+@pytest.mark.card
+def test_a_card_is_measured_within_its_time(device: Any) -> None:
+    """Every rate is there, and no way is faster than the link by more than noise."""
+    caches = CudaCaches(device, TritonKernels(device))
+    rates: DeviceRates = caches.rates
+    caches.close()
+    for one in (rates.to_host, rates.to_device):
+        assert one.link_bytes_s > 1e9
+        assert all(rate.bytes_s < 1.2 * one.link_bytes_s for rate in one.batched)
+        assert len(one.kernels) == 3
