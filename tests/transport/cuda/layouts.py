@@ -129,6 +129,12 @@ def arena_of(move: Move) -> np.ndarray:
     return noise.integers(0, 256, move.arena_bytes, dtype=np.uint8)
 
 
+def places_apart(got: np.ndarray, expected: np.ndarray, dtype: str) -> np.ndarray:
+    """Return how many numbers lie between two of the same sign, for each."""
+    bits = f"i{DTYPE_BYTES[dtype]}"
+    return np.abs(got.view(bits).astype(np.int64) - expected.view(bits))
+
+
 def numbers(move: Move) -> list[np.ndarray]:
     """Return handles full of ordinary numbers of the case's dtype."""
     noise = np.random.default_rng(move.seed)

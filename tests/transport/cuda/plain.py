@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcore.transport.cuda.kernels import KeyTurn, Move
 from kvcore.transport.cuda.staging import Written
-from kvcore.transport.rotation import RAW_DTYPES, _multiply
+from kvcore.transport.rotation import RAW_DTYPES
 from tests.transport.cuda.fake import FakeStream, Touch, array_at
 
 
@@ -59,16 +59,33 @@ def scatter(move: Move) -> None:
 
 def turn(turn: KeyTurn) -> None:
     """Turn keys one slot and head at a time."""
+    first, half = turn.rope.first_dim, turn.rope.rotary_dim // 2
+    by = table(turn.factors, (half, 2), np.float64).view(np.complex128)[:, 0]
+    raw = RAW_DTYPES[turn.dtype]
     for key in keys_of(turn):
-        raw = array_at(key, turn.rope.head_dim * RAW_DTYPES[turn.dtype].itemsize)
-        head = raw.view(RAW_DTYPES[turn.dtype])
-        first, half = turn.rope.first_dim, turn.rope.rotary_dim // 2
+        head = array_at(key, turn.rope.head_dim * raw.itemsize).view(raw)
         turned = head[first : first + 2 * half]
-        by = table(turn.factors, (half, 2), np.float64).view(np.complex128)[:, 0]
-        if turn.rope.interleaved:
-            _multiply(turned[0::2], turned[1::2], by)
-        else:
-            _multiply(turned[:half], turned[half:], by)
+        ways = turned.reshape((half, 2) if turn.rope.interleaved else (2, half))
+        pairs = widened(ways.T if turn.rope.interleaved else ways)
+        pairs = (pairs[0] + 1j * pairs[1]) * by
+        made = narrowed(np.array([pairs.real, pairs.imag]), raw)
+        ways[:] = made.T if turn.rope.interleaved else made
+
+
+def widened(raw: np.ndarray) -> np.ndarray:
+    """Return what numbers mean, as doubles."""
+    if raw.dtype == np.uint16:
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float64)
+
+
+def narrowed(doubles: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round by way of single precision, to nearest, ties to even."""
+    singles = doubles.astype(np.float32)
+    if dtype != np.uint16:
+        return singles.astype(dtype)
+    bits = singles.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def keys_of(turn: KeyTurn) -> Iterator[int]:
