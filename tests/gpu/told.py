@@ -58,8 +58,8 @@ class GpuCache(Cache):
 class GpuTold(Told):
     """What such a worker can be told to do, beside what any worker can."""
 
-    def __init__(self, address: str, name: str) -> None:
-        super().__init__(address, name)
+    def __init__(self, address: str, name: str, driver: str = "server") -> None:
+        super().__init__(address, name, driver)
         self.devices = open_devices()
         self.event = self.devices[0].event(shared=True)
         self.stream = self.devices[0].stream()
