@@ -12,6 +12,7 @@ from kvcore.protocol import (
     PrefetchStatus,
     QuotaStatus,
     StatusReply,
+    TicketStatus,
     TierStatus,
 )
 from kvctl.console import Table, bar, size
@@ -26,6 +27,8 @@ def parts(status: StatusReply) -> list[Table | str]:
         shown.append(_instances(status.instances))
     if status.leases:
         shown.append(_leases(status.leases, status.num_leases))
+    if status.tickets:
+        shown.append(_tickets(status.tickets, status.num_tickets))
     if status.prefetches:
         shown.append(_prefetches(status.prefetches, status.num_prefetches))
     if status.tiers:
@@ -66,7 +69,7 @@ def _share(quota: QuotaStatus) -> str:
 
 
 def _instances(instances: Sequence[InstanceStatus]) -> Table:
-    columns = ("instance", "engine", "model", ">rank", ">pid", ">cache", ">chunk")
+    columns = ("instance", "engine", "model", ">rank", ">pid", ">cache", ">chunk", "by")
     rows = tuple(
         (
             one.instance_id,
@@ -76,6 +79,7 @@ def _instances(instances: Sequence[InstanceStatus]) -> Table:
             str(one.pid),
             size(one.registered_bytes),
             size(one.chunk_bytes),
+            one.copied_by,
             "\n".join(one.groups),
         )
         for one in instances
@@ -100,6 +104,23 @@ def _leases(leases: Sequence[LeaseStatus], num_leases: int) -> Table:
     )
     cut = f" ({len(leases)} of {num_leases})" if num_leases > len(leases) else ""
     return Table(f"leases{cut}", (*columns, "ranks to read", "why"), rows)
+
+
+def _tickets(tickets: Sequence[TicketStatus], num_tickets: int) -> Table:
+    columns = ("instance", "request", "state", ">parts", ">bytes", ">age")
+    rows = tuple(
+        (
+            one.instance_id,
+            one.request_id,
+            one.kind,
+            str(one.num_parts),
+            size(one.num_bytes),
+            _duration(one.age_s),
+        )
+        for one in tickets
+    )
+    cut = f" ({len(tickets)} of {num_tickets})" if num_tickets > len(tickets) else ""
+    return Table(f"copied by workers{cut}", columns, rows)
 
 
 def _prefetches(jobs: Sequence[PrefetchStatus], num_jobs: int) -> Table:

@@ -14,6 +14,7 @@ from kvcore.protocol import (
     L1Status,
     LeaseStatus,
     StatusReply,
+    TicketStatus,
 )
 from kvcore.wire import REQUESTS
 from kvctl import console
@@ -100,6 +101,8 @@ STATUS = StatusReply(
     ),
     leases=(LeaseStatus("engine-0", "request-9", "some-model", 3, (0, 1), 1.5, 58.5),),
     num_leases=2,
+    tickets=(TicketStatus("engine-0/1", "request-8", "reserved", 5, 5 << 20, 90.25),),
+    num_tickets=3,
     counters={"lookups": 1234567},
 )
 
@@ -110,6 +113,7 @@ def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
     shown = capsys.readouterr().out
     for word in (
         "1 sessions", "25.0% of 1.0 GiB", "worker-0", "1 of 2", "4 layers of tokens",
+        "copied by workers (1 of 3)", "request-8", "reserved", "5.0 MiB", "90.2 s",
         "leases (1 of 2)", "request-9", "1.5 s", "58.5 s", "0 1", "1,234,567",
     ):  # fmt: skip
         assert word in shown
