@@ -23,6 +23,10 @@ class ConnectorConfig(Options, frozen=True):
         Literal["async", "sync"],
         Meta(description="async: between steps; sync: before the step that needs it"),
     ] = "async"
+    driver: Annotated[
+        Literal["server", "worker"],
+        Meta(description="who copies: worker needs no cache in shared memory"),
+    ] = "server"
     lookup_timeout_s: Annotated[
         float, Meta(description="a prompt waits so long for its lookup, then computes")
     ] = 2.0

@@ -25,7 +25,7 @@ from kvcore.vllm.config import ConnectorConfig, read
 from kvcore.vllm.groups import EngineGroup, describe, engine_groups
 from kvcore.vllm.identity import extra_keys, model_identity
 from kvcore.vllm.link import Link
-from kvcore.vllm.memory import Memory
+from kvcore.vllm.memory import Memory, OwnMemory
 from kvcore.vllm.plan import OpId, Plan
 from kvcore.vllm.scheduler import SchedulerHalf
 from kvcore.vllm.tracked import GroupShape, Scheduled
@@ -102,7 +102,8 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        self._memory = Memory()
+        is_own = self._config.driver == "worker"
+        self._memory: Memory | OwnMemory = OwnMemory() if is_own else Memory()
         self._collected = Collected()
         # A missing chunk is computed, whatever the default says about failures.
         transfer.kv_load_failure_policy = "recompute"
@@ -179,7 +180,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             handles=described.handles,
             groups=described.groups,
         )
-        return Registration(request, described.sources)
+        return Registration(request, described.sources, tuple(self._memory.arrays))
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         """Begin a step."""

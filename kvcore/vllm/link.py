@@ -63,11 +63,13 @@ class Link:
         label: str,
         retry_s: float = 1.0,
         on_well: Callable[[KVClient], object] | None = None,
+        make_client: type[KVClient] = KVClient,
     ) -> None:
         self._address = address
         self._label = label
         self._retry_s = retry_s
         self._on_well = on_well
+        self._make_client = make_client
         self._lock = Lock()
         self._client: KVClient | None = None
         self._ill = Event()
@@ -151,7 +153,9 @@ class Link:
         try:
             client = self._client
             if client is None:
-                client = KVClient(self._address, label=self._label, timeout_s=PROBE_S)
+                client = self._make_client(
+                    self._address, label=self._label, timeout_s=PROBE_S
+                )
                 client.timeout_s = REGISTER_S
                 self._client = client
             else:

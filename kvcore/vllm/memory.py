@@ -2,19 +2,23 @@
 
 On a CPU the cache's storage is moved into POSIX shared memory, in place: every view
 that the engine has of it stays valid, and another process can map the live blocks.
+Where the worker copies itself, it stays where it is.
 Tensors are torch's, known here by what they can do, so that nothing imports torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import struct
 from typing import Any, Protocol
 
+import numpy as np
+
 from kvcore.errors import HandleError
-from kvcore.protocol import MemoryHandle, PosixShm
-from kvcore.shm import SHM_DIR, Claim, remove_dead
+from kvcore.protocol import MemoryHandle, PosixShm, Private
+from kvcore.shm import SHM_DIR, Bytes, Claim, remove_dead
 
 SEGMENT_PREFIX = "kvcore-vllm-"
 """Servers remove segments called `kvcore-...` whose owner is gone: at their start, and
@@ -59,6 +63,9 @@ class Memory:
     which vLLM kills with the worker when it is told to stop, and they would stay.
     """
 
+    arrays: tuple[Bytes, ...] = ()
+    """What this process copies itself: nothing."""
+
     def __init__(self) -> None:
         self._claims: list[Claim] = []
 
@@ -99,6 +106,37 @@ class Memory:
         self._claims.append(claim)
         _count_in(claim)
         return PosixShm(name, TORCH_HEADER_BYTES, num_bytes)
+
+
+class OwnMemory:
+    """What one worker keeps to itself, since it copies its cache: nothing is moved."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Bytes] = []
+        """Each storage's bytes, in the order of the handles."""
+        self._storages: list[Any] = []
+
+    def share(self, tensor: Tensor) -> Private:
+        """Take in a tensor's whole storage, once; return its handle.
+
+        Raises:
+            HandleError: it is not in host memory.
+        """
+        kind = tensor.device.type
+        if kind != "cpu":
+            raise HandleError(
+                f"the cache lies on a {kind} device, and driver = worker copies caches "
+                "in host memory so far"
+            )
+        storage = tensor.untyped_storage()
+        num_bytes = storage.nbytes()
+        raw = (ctypes.c_uint8 * num_bytes).from_address(storage.data_ptr())
+        self.arrays.append(np.frombuffer(raw, np.uint8))
+        self._storages.append(storage)
+        return Private(num_bytes)
+
+    def close(self) -> None:
+        """Do nothing: until the client is closed a copy may be under way."""
 
 
 def _count_in(claim: Claim) -> None:

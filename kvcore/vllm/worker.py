@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.client import KVClient
+from kvcore.client.copying import CopyingClient
 from kvcore.errors import Closed
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.protocol import RegisterKVCache, RetrieveReply
+from kvcore.shm import Bytes
 from kvcore.vllm.config import ConnectorConfig
 from kvcore.vllm.link import Link
 from kvcore.vllm.plan import (
@@ -44,6 +46,8 @@ class Registration:
 
     request: RegisterKVCache
     sources: tuple[int, ...]
+    memory: tuple[Bytes, ...] = ()
+    """Of private handles: what this process copies itself."""
 
 
 @dataclass(slots=True)
@@ -100,10 +104,17 @@ class WorkerHalf:
             f"{self._engine_id[:40]} rank {self._rank}",
             self._config.retry_s,
             self._register,
+            CopyingClient if registration.memory else KVClient,
         )
 
     def _register(self, client: KVClient) -> None:
-        if self._registration is not None:
+        if self._registration is None:
+            return
+        if isinstance(client, CopyingClient):
+            client.register_kv_cache(
+                self._registration.request, self._registration.memory
+            )
+        else:
             client.register_kv_cache(self._registration.request)
 
     # -- each step --------------------------------------------------------------------

@@ -42,13 +42,20 @@ def model() -> str:
     return f"model-{next(_numbers)}"
 
 
+@pytest.fixture(params=["server", "worker"])
+def driver(request: pytest.FixtureRequest) -> str:
+    """Who copies, each in turn."""
+    return str(request.param)
+
+
 @pytest.fixture
-def start(server: Server, model: str) -> Iterator[Start]:
+def start(server: Server, model: str, driver: str) -> Iterator[Start]:
     """Start an engine at the module's server, or at `address`."""
     with ExitStack() as stack:
 
         def make(address: str = server.address, **options: object) -> Engine:
             options.setdefault("model", model)
+            options.setdefault("driver", driver)
             engine = Engine(address, **options)  # type: ignore[arg-type]
             stack.callback(engine.close)
             return engine

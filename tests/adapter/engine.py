@@ -108,7 +108,9 @@ class Engine:
             pool=self.pool,
         )
         self.worker = WorkerHalf(self.config, self.engine_id, 0)
-        self.worker.register(Registration(request, tuple(range(len(windows)))))
+        is_own = self.config.driver == "worker"
+        memory = (self.segment.array,) if is_own else ()
+        self.worker.register(Registration(request, tuple(range(len(windows))), memory))
 
     def connect(self) -> Engine:
         """Wait until both halves know a server that is well."""
