@@ -183,6 +183,8 @@ class CopyingClient(KVClient):
         own = self._own.get(request.instance_id)
         if own is None:
             return None
+        if request.event:
+            raise BadRequest("event: who copies itself waits for it before it asks")
         deadline_ns = monotonic_ns() + int((timeout_s or self.timeout_s) * 1e9)
         if isinstance(request, Store):
             run = partial(self._store, own, request, tokens, deadline_ns)

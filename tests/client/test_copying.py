@@ -11,6 +11,7 @@ import pytest
 
 from kvcore.client.copying import CopyingClient
 from kvcore.errors import (
+    BadRequest,
     Closed,
     DeadlineExceeded,
     Overloaded,
@@ -130,6 +131,12 @@ def test_a_store_of_another_run_of_the_server_is_not_copied(
         client.store(KEY, "i", 0, CHUNK, BLOCKS)
     played.wait_for(Abort)
     assert np.array_equal(arena.array, before)
+
+
+def test_an_event_is_the_worker_s_own_to_wait_for(client: CopyingClient) -> None:
+    """No other process waits for it, so it is not handed on in silence."""
+    with pytest.raises(BadRequest, match="event"):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS, event=b"e" * 64)
 
 
 def test_an_end_is_said_however_much_waits_to_be_sent(

@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "ranks": TWO_RANKS,
     "sync": {"connector": {"load": "sync"}},
     "bfloat16": {"dtype": "bfloat16", "enable_prefix_caching": False},
+    "worker": {"connector": {"driver": "worker"}, "enable_prefix_caching": False},
 }
 
 
