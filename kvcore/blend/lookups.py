@@ -23,9 +23,9 @@ from kvcore.engine.lookups import ACQUIRE_CHUNKS
 from kvcore.engine.sessions import Session
 from kvcore.keys import ChunkHash, SaltedKey, SessionKey
 from kvcore.protocol import CBMatch, CBRange
+from kvcore.storage.jobs import JobState, PrefetchJob
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.needs import Needs
-from kvcore.storage.prefetch import JobState, PrefetchJob
 
 
 class DocumentsOf(SessionKey, frozen=True, array_like=True):

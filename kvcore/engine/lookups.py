@@ -18,11 +18,11 @@ from kvcore.engine.sessions import Session, SessionTable
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import LookupReply
 from kvcore.storage.history import History
+from kvcore.storage.jobs import JobState, PrefetchJob
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.leases import LeaseTable
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs, count_hits, num_covered
-from kvcore.storage.prefetch import JobState, PrefetchJob
 
 ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""

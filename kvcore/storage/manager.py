@@ -11,9 +11,10 @@ from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import PrefetchStatus, TierStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.coordinator import Coordinator
+from kvcore.storage.jobs import PrefetchJob
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.needs import Needs
-from kvcore.storage.prefetch import Prefetcher, PrefetchJob
+from kvcore.storage.prefetch import Prefetcher
 from kvcore.storage.tiers.contract import Tier
 from kvcore.storage.tiers.url import open_tier
 from kvcore.storage.writeback import WriteBack, WritePolicy

@@ -8,37 +8,24 @@ lookup's layout. Everything here runs on the coordinator's thread, but for `subm
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import asdict, dataclass
 from functools import partial
 
-from kvcore.keys import ChunkHash, SessionKey
-from kvcore.parts import buffers_of, checksum_of
+from kvcore.keys import ChunkHash
+from kvcore.parts import buffers_of
 from kvcore.protocol import PrefetchStatus
 from kvcore.shm import Bytes
-from kvcore.storage.coordinator import Coordinator, Timer
-from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
-from kvcore.storage.needs import Needs, PartNeed, count_hits, num_covered
-from kvcore.storage.tiers.contract import Loaded, LoadOutcome, Slot, Tier
+from kvcore.storage.coordinator import Coordinator
+from kvcore.storage.jobs import Batch, Faults, JobState, Load, PrefetchJob, Wish
+from kvcore.storage.l1 import L1, PartId
+from kvcore.storage.needs import PartNeed
+from kvcore.storage.tiers.contract import Loaded, Slot, Tier
 from kvcore.storage.writeback import WriteBack
 
 BATCH_BYTES = 16 << 20
 """Asked of a tier in one go: enough for its threads, little enough to come in turn."""
-
-
-class JobState(Enum):
-    """How far a job is."""
-
-    WAITING = "waiting"
-    ASKING = "asking"
-    LOADING = "loading"
-    DONE = "done"
-    REFUSED = "refused"
-    """Too many jobs were under way."""
-    CANCELLED = "cancelled"
 
 
 @dataclass(slots=True)
@@ -61,81 +48,6 @@ class PrefetchCounters:
     def as_dict(self) -> dict[str, int]:
         """Return all of them by name."""
         return asdict(self)
-
-
-@dataclass(slots=True, eq=False)
-class PrefetchJob:
-    """One lookup's wish for the chunks that L1 lacks.
-
-    `future` is done when everything that can be had is in L1, and at the deadline at
-    the latest. What was loaded by then is held until `Prefetcher.settle`.
-    """
-
-    owner: SessionKey
-    keys: Sequence[ChunkHash]
-    needs: Needs
-    chunk_size: int
-    deadline: float
-    waited: bool = True
-    """Somebody waits for the future, and settles it; else it ends on its own."""
-    future: Future[None] = field(default_factory=Future)
-    state: JobState = JobState.WAITING
-    begun: float = 0.0
-    goal: int = 0
-    """Leading chunks of `keys` that L1 and the tiers have, as far as is known."""
-    tier_failed: bool = False
-    num_loaded: int = 0
-    num_bytes: int = 0
-    # The coordinator's own:
-    masks: list[int] = field(default_factory=list)
-    """Parts of each chunk that are there or can be loaded."""
-    found: list[_Wish] = field(default_factory=list)
-    """What tiers have of what L1 lacks."""
-    faulted: bool = False
-    """Something of it could not be loaded since it was planned."""
-    wishes: deque[_Wish] = field(default_factory=deque)
-    batches: deque[_Batch] = field(default_factory=deque)
-    num_shared: int = 0
-    """Loads of other jobs that this one waits for."""
-    held: list[Chunk | None] = field(default_factory=list)
-    settled: bool = False
-    timer: Timer | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing of it is to be begun any more."""
-        return self.state in (JobState.DONE, JobState.REFUSED, JobState.CANCELLED)
-
-
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    """One part of the job's chunk `index`, which a tier has."""
-
-    index: int
-    need: PartNeed
-    tier: int
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """One part on its way into L1, and the other jobs that wait for it."""
-
-    wish: _Wish
-    key: ChunkHash
-    reservation: Reservation
-    slot: Slot
-    is_good: bool = False
-    waiting: list[PrefetchJob] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Loads asked of one tier in one go."""
-
-    tier: int
-    loads: list[_Load]
-    num_bytes: int
-    done: bool = False
 
 
 class Prefetcher:
@@ -163,7 +75,7 @@ class Prefetcher:
         self._jobs: dict[int, PrefetchJob] = {}
         self._ready: dict[PrefetchJob, None] = {}
         """Jobs to look after, in turn."""
-        self._loads: dict[tuple[ChunkHash, PartId], _Load] = {}
+        self._loads: dict[tuple[ChunkHash, PartId], Load] = {}
         self._num_bytes = [0] * len(tiers)
 
     # -- any thread -------------------------------------------------------------------
@@ -184,7 +96,7 @@ class Prefetcher:
         """Describe the `limit` oldest jobs."""
         now = self._coordinator.clock()
         jobs = list(self._jobs.values())[:limit]
-        return [_describe(job, now) for job in jobs]
+        return [job.status(now) for job in jobs]
 
     @property
     def num_jobs(self) -> int:
@@ -207,14 +119,9 @@ class Prefetcher:
         job.masks = [chunk.ready if chunk else 0 for chunk in job.held]
         self._ask(job, 0, [])
 
-    def _ask(self, job: PrefetchJob, tier: int, found: list[_Wish]) -> None:
+    def _ask(self, job: PrefetchJob, tier: int, found: list[Wish]) -> None:
         """Ask the next tier for what is lacking; after the last one, plan."""
-        lacking = [
-            _Wish(index, need, tier)
-            for index, mask in enumerate(job.masks)
-            for need in job.needs.parts
-            if not mask >> need.part & 1
-        ]
+        lacking = job.lacking(tier)
         if not lacking or tier == len(self._tiers):
             self._plan(job, found)
             return
@@ -233,8 +140,8 @@ class Prefetcher:
         self,
         job: PrefetchJob,
         tier: int,
-        found: list[_Wish],
-        lacking: list[_Wish],
+        found: list[Wish],
+        lacking: list[Wish],
         there: list[bool],
     ) -> None:
         if job.is_over:
@@ -247,14 +154,14 @@ class Prefetcher:
                 found.append(wish)
         self._ask(job, tier + 1, found)
 
-    def _plan(self, job: PrefetchJob, found: list[_Wish]) -> None:
+    def _plan(self, job: PrefetchJob, found: list[Wish]) -> None:
         """Keep of what was found only what the longest hit needs, in its order."""
         found.sort(key=lambda wish: wish.index)
         job.found = found
-        job.goal = goal = count_hits(job.masks, job.needs, job.chunk_size)
-        self._l1.release(job.held[goal:])
-        del job.held[goal:]
-        job.wishes.extend(w for w in found if _is_useful(w, goal, job.chunk_size))
+        job.aim()
+        self._l1.release(job.held[job.goal :])
+        del job.held[job.goal :]
+        job.wishes.extend(job.useful())
         job.state = JobState.LOADING
         self._ready[job] = None
         self._pump()
@@ -266,8 +173,8 @@ class Prefetcher:
         the hit is given up.
         """
         job.faulted = False
-        job.goal = goal = count_hits(job.masks, job.needs, job.chunk_size)
-        beyond = set(job.keys[goal:])
+        job.aim()
+        beyond = set(job.keys[job.goal :])
         held, job.held = job.held, []
         for chunk in held:
             if chunk and chunk.hash in beyond:
@@ -276,18 +183,11 @@ class Prefetcher:
                 job.held.append(chunk)
         job.wishes.extend(
             wish
-            for wish in job.found
+            for wish in job.useful()
             if wish.need.window is not None
             and job.masks[wish.index] >> wish.need.part & 1
-            and _is_useful(wish, goal, job.chunk_size)
         )
         self._ready[job] = None
-
-    def _fault(self, job: PrefetchJob, index: int, part: PartId) -> None:
-        """Note that a part will not come: what follows it is no use."""
-        job.masks[index] &= ~(1 << part)
-        job.faulted = True
-        job.wishes.clear()
 
     # -- loading ----------------------------------------------------------------------
 
@@ -316,7 +216,7 @@ class Prefetcher:
         if not loads:
             return True
         num_bytes = sum(load.wish.need.num_bytes for load in loads)
-        batch = _Batch(tier, loads, num_bytes)
+        batch = Batch(tier, loads, num_bytes)
         self._num_bytes[tier] += num_bytes
         job.batches.append(batch)
         future = self._tiers[tier].load([load.slot for load in loads])
@@ -324,15 +224,15 @@ class Prefetcher:
         def loaded(future: Future[list[Loaded]]) -> None:
             # On the tier's thread: checksums want a CPU each, not the coordinator's.
             outcomes = [] if future.exception() else future.result()
-            faults = _check(loads, outcomes)
+            faults = batch.check(outcomes)
             self._coordinator.post(partial(self._loaded, job, batch, faults))
 
         future.add_done_callback(loaded)
         return True
 
-    def _take_batch(self, job: PrefetchJob, tier: int, room: int) -> list[_Wish]:
+    def _take_batch(self, job: PrefetchJob, tier: int, room: int) -> list[Wish]:
         """Take whole chunks' wishes of one tier, at least one when nothing loads."""
-        taken: list[_Wish] = []
+        taken: list[Wish] = []
         idle = not self._num_bytes[tier]
         while job.wishes and job.wishes[0].tier == tier:
             first = job.wishes[0]
@@ -342,9 +242,9 @@ class Prefetcher:
             taken.append(job.wishes.popleft())
         return taken
 
-    def _reserve(self, job: PrefetchJob, wishes: Sequence[_Wish]) -> list[_Load]:
+    def _reserve(self, job: PrefetchJob, wishes: Sequence[Wish]) -> list[Load]:
         """Reserve room for what nobody loads yet; join the loads that there are."""
-        loads: list[_Load] = []
+        loads: list[Load] = []
         for need in {wish.need.part: wish.need for wish in wishes}.values():
             mine = [wish for wish in wishes if wish.need is need]
             mine = [wish for wish in mine if not self._share(job, wish)]
@@ -353,7 +253,7 @@ class Prefetcher:
         loads.sort(key=lambda load: load.wish.index)
         return loads
 
-    def _share(self, job: PrefetchJob, wish: _Wish) -> bool:
+    def _share(self, job: PrefetchJob, wish: Wish) -> bool:
         load = self._loads.get((job.keys[wish.index], wish.need.part))
         if load is None:
             return False
@@ -363,8 +263,8 @@ class Prefetcher:
         return True
 
     def _reserve_part(
-        self, job: PrefetchJob, need: PartNeed, wishes: Sequence[_Wish]
-    ) -> list[_Load]:
+        self, job: PrefetchJob, need: PartNeed, wishes: Sequence[Wish]
+    ) -> list[Load]:
         hashes = [job.keys[wish.index] for wish in wishes]
         got = self._l1.reserve(
             hashes, need.part, need.num_bytes, name=need.name, owner=job.owner
@@ -373,19 +273,19 @@ class Prefetcher:
             self.counters.loads_without_room += got.num_dropped
             for wish, chunk in zip(wishes, self._l1.peek(hashes), strict=True):
                 if not chunk or not (chunk.ready | chunk.reserved) >> need.part & 1:
-                    self._fault(job, wish.index, need.part)
+                    job.fault(wish.index, need.part)
         loads = []
         for reservation in got.reservations:
             wish = wishes[reservation.index]
             key = hashes[reservation.index]
             buffers = buffers_of(self._memory, reservation.extents)
             slot = Slot(need.name.key(key), buffers)
-            load = _Load(wish, key, reservation, slot)
+            load = Load(wish, key, reservation, slot)
             self._loads[key, need.part] = load
             loads.append(load)
         return loads
 
-    def _loaded(self, job: PrefetchJob, batch: _Batch, faults: _Faults) -> None:
+    def _loaded(self, job: PrefetchJob, batch: Batch, faults: Faults) -> None:
         self._num_bytes[batch.tier] -= batch.num_bytes
         batch.done = True
         self.counters.loads_failed += faults.num_failed
@@ -398,12 +298,12 @@ class Prefetcher:
         self._ready[job] = None
         self._pump()
 
-    def _commit(self, job: PrefetchJob, batch: _Batch) -> None:
+    def _commit(self, job: PrefetchJob, batch: Batch) -> None:
         """Make a batch readable up to its first fault; what follows is no use."""
         for load in batch.loads:
             if not load.is_good:
                 job.goal = min(job.goal, load.wish.index)
-                self._fault(job, load.wish.index, load.wish.need.part)
+                job.fault(load.wish.index, load.wish.need.part)
         good = [load for load in batch.loads if load.wish.index < job.goal]
         bad = batch.loads[len(good) :]
         for load in bad:
@@ -422,7 +322,7 @@ class Prefetcher:
         else:
             job.held += chunks
 
-    def _keep(self, job: PrefetchJob, load: _Load, tier: int) -> None:
+    def _keep(self, job: PrefetchJob, load: Load, tier: int) -> None:
         """Count a part in, and tell the jobs that waited for it and faster tiers."""
         job.num_loaded += 1
         job.num_bytes += load.wish.need.num_bytes
@@ -434,12 +334,12 @@ class Prefetcher:
             self._write_back.promote(chunk, bit, tier)
         self._release_waiting(load)
 
-    def _release_waiting(self, load: _Load) -> None:
+    def _release_waiting(self, load: Load) -> None:
         for other in load.waiting:
             other.num_shared -= 1
             if not load.is_good:
                 index = other.keys.index(load.key)
-                self._fault(other, index, load.wish.need.part)
+                other.fault(index, load.wish.need.part)
             elif not (other.settled or other.is_over):
                 other.held += self._l1.hold([load.key])
                 other.num_loaded += 1
@@ -486,46 +386,3 @@ class Prefetcher:
         """Cancel every job; loads under way end with their tiers."""
         for job in list(self._jobs.values()):
             self._cancel(job)
-
-
-@dataclass(frozen=True, slots=True)
-class _Faults:
-    wrong: list[_Load]
-    num_failed: int
-
-
-def _check(loads: Sequence[_Load], outcomes: Sequence[Loaded]) -> _Faults:
-    """Mark the loads whose bytes are there and right; return what went wrong."""
-    wrong = []
-    num_failed = len(loads) - len(outcomes)
-    for load, loaded in zip(loads, outcomes, strict=False):
-        if loaded.outcome is LoadOutcome.DONE:
-            load.is_good = checksum_of(load.slot.buffers) == loaded.checksum
-            load.reservation.checksum = loaded.checksum
-            if not load.is_good:
-                wrong.append(load)
-        elif loaded.outcome is LoadOutcome.FAILED:
-            num_failed += 1
-    return _Faults(wrong, num_failed)
-
-
-def _is_useful(wish: _Wish, goal: int, chunk_size: int) -> bool:
-    """Say whether a hit of `goal` chunks reads this part."""
-    if wish.need.window is None:
-        return wish.index < goal
-    first = goal - num_covered(wish.need.window, chunk_size)
-    return first <= wish.index < goal
-
-
-def _describe(job: PrefetchJob, now: float) -> PrefetchStatus:
-    return PrefetchStatus(
-        engine_id=job.owner.engine_id,
-        request_id=job.owner.request_id,
-        state=job.state.value,
-        num_chunks=len(job.keys),
-        num_found=job.goal,
-        num_loaded=job.num_loaded,
-        num_bytes=job.num_bytes,
-        age_s=now - job.begun,
-        due_in_s=job.deadline - now,
-    )

@@ -15,11 +15,11 @@ from kvcore.parts import buffers_of, checksum_of
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
 from kvcore.storage.coordinator import Coordinator
+from kvcore.storage.jobs import JobState, PrefetchJob
 from kvcore.storage.l1 import L1
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs, PartNeed, WindowNeed, count_hits
 from kvcore.storage.policies.lru import LRU
-from kvcore.storage.prefetch import JobState, PrefetchJob
 from tests.storage.played import PlayedTier
 
 PAGE = 64

@@ -14,9 +14,9 @@ from hypothesis.stateful import (
 
 from kvcore.config import WRITE_POLICIES
 from kvcore.keys import ChunkHash
+from kvcore.storage.jobs import PrefetchJob
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.needs import Needs, count_hits
-from kvcore.storage.prefetch import PrefetchJob
 from tests.storage.test_manager import CHUNK_SIZE, ONE, TWO, WINDOWED, House, chain
 
 # A prompt belongs to one model: its chunks have the parts of one layout.
