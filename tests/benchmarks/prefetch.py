@@ -1,0 +1,147 @@
+"""Prefetch from the file tier, checksums and all, against plain direct reads.
+
+Run as `PYTHONPATH=. python tests/benchmarks/prefetch.py FOLDER`, with FOLDER on the disk
+that is meant. Ratios are of rounds that take turns. A script and not a test, since it
+decides nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvcore.config import PrefetchConfig, WriteBackConfig
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.layout import Fingerprint
+from kvcore.parts import buffers_of, checksum_of
+from kvcore.storage.arena import Arena
+from kvcore.storage.chunk import PartId, PartName
+from kvcore.storage.eviction import make_policy
+from kvcore.storage.l1 import L1
+from kvcore.storage.manager import Manager, open_tiers
+from kvcore.storage.needs import Needs, PartNeed
+
+CHUNK_BYTES = 1 << 20
+NUM_CHUNKS = 128
+THREADS = 4
+"""Of the file tier's loads, and of the plain reads."""
+ROUNDS = 7
+NAME = PartName("bench", 1, 0, 0, Fingerprint("0" * 16))
+NEEDS = Needs(1, (), (PartNeed(PartId(0), NAME, CHUNK_BYTES, None),))
+HASHES = [ChunkHash(i.to_bytes(32, "little")) for i in range(NUM_CHUNKS)]
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.2f} [{low:.2f}..{high:.2f}]"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Ask until it is so."""
+    while not condition():
+        time.sleep(0.002)
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[tuple[Arena, L1, Manager]]:
+    """A manager whose file tier has all chunks."""
+    arena = Arena(2 * NUM_CHUNKS * CHUNK_BYTES, 64 << 10)
+    l1 = L1(arena, make_policy("lru"))
+    tiers = open_tiers([f"file://{folder}/tier?threads={THREADS}&timeout=60"])
+    manager = Manager(l1, arena, tiers, PrefetchConfig(), WriteBackConfig())
+    arena.array[:] = np.random.default_rng(0).integers(0, 256, arena.total_bytes, "u1")
+    got = l1.reserve(HASHES, PartId(0), CHUNK_BYTES, name=NAME)
+    for each in got.reservations:
+        each.checksum = checksum_of(buffers_of(arena.array.data, each.extents))
+    l1.commit(got.reservations)
+    manager.stored([each.chunk for each in got.reservations])
+    counters = manager.write_back.counters
+    wait_for(lambda: counters.parts_written == NUM_CHUNKS)
+    try:
+        yield arena, l1, manager
+    finally:
+        manager.close()
+        l1.close()
+        arena.close()
+
+
+def prefetch_s(l1: L1, manager: Manager) -> float:
+    """Seconds from the task to all chunks in L1."""
+    wait_for(lambda: l1.stats().num_held == 0)
+    l1.drop(HASHES)
+    start = time.perf_counter()
+    job = manager.submit_prefetch_task(
+        HASHES,
+        NEEDS,
+        chunk_size=256,
+        deadline=time.monotonic() + 60,
+        owner=SessionKey("bench", "bench"),
+        wait=True,
+    )
+    job.future.result()
+    took = time.perf_counter() - start
+    if len(l1.present(HASHES, 1)) != NUM_CHUNKS:
+        raise SystemExit("not everything was loaded")
+    manager.prefetcher.settle(job)
+    return took
+
+
+def direct_s(files: list[Path], targets: list[mmap.mmap]) -> float:
+    """Seconds to read the same bytes with O_DIRECT, in as many threads."""
+
+    def read(index: int) -> None:
+        fd = os.open(files[index], os.O_RDONLY | os.O_DIRECT)
+        try:
+            if os.preadv(fd, [targets[index]], 0) != CHUNK_BYTES:
+                raise SystemExit("a short read")
+        finally:
+            os.close(fd)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        start = time.perf_counter()
+        list(pool.map(read, range(len(files))))
+        return time.perf_counter() - start
+
+
+def prefetch_share(folder: Path) -> None:
+    """Prefetch of 128 MiB against plain reads of files of the same size."""
+    files, targets = [], []
+    for index in range(NUM_CHUNKS):
+        path = folder / f"plain-{index}"
+        path.write_bytes(os.urandom(CHUNK_BYTES))
+        files.append(path)
+        targets.append(mmap.mmap(-1, CHUNK_BYTES))
+        targets[-1][:] = bytes(CHUNK_BYTES)
+    os.sync()
+    with filled(folder) as (_, l1, manager):
+        shares, speeds = [], []
+        for number in range(ROUNDS):
+            # Taking turns at being first.
+            if number % 2:
+                plain = direct_s(files, targets)
+                ours = prefetch_s(l1, manager)
+            else:
+                ours = prefetch_s(l1, manager)
+                plain = direct_s(files, targets)
+            shares.append(plain / ours)
+            speeds.append(NUM_CHUNKS * CHUNK_BYTES / ours / 1e9)
+    print(f"prefetch / plain O_DIRECT read: {spread(shares)}, {spread(speeds)} GB/s")
+
+
+def main() -> None:
+    """Measure and print."""
+    prefetch_share(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
