@@ -158,6 +158,7 @@ def test_an_error_names_the_file_the_line_and_the_key(
         ("l1=1", "l1: Expected `object`, got `int`"),
         ("chunk_size.a=1", "chunk_size: Expected `int`, got `object`"),
         ("chunk_size=0", "chunk_size = 0: at least 1"),
+        ("copy_threads=0", "copy_threads = 0: at least 1"),
         ("address=localhost", "address = 'localhost': must be tcp://HOST:PORT"),
         ("address=tcp://a:70000", "must be tcp://HOST:PORT"),
         ("log_level=loud", "log_level = 'loud': one of debug, info"),

@@ -30,7 +30,7 @@ class Instance:
     """A worker's cache as registered. Made and closed by the loop thread.
 
     Copies run on `store_lane` and `retrieve_lane`, one thread each, so that a large
-    copy delays nobody but its own direction. `copy_threads` are at a large one.
+    copy delays nobody but its own direction.
     """
 
     def __init__(

@@ -145,7 +145,7 @@ class Lookups:
         """Look up as long as something goes on; return each one's seconds."""
         self.cycles.lookups = []
         while goes_on():
-            for _ in range(20):
+            for _ in range(50):
                 self.cycles()
         return self.cycles.lookups
 
