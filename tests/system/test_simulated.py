@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.system.worker import BLOCK, Group, Worker
 PAGE = 4096
 SMALL = (Group(shape=(1, 2, 0, BLOCK, 1)),)
 """32 bytes a block: a chunk of up to 2,048 tokens takes one page."""
-TRACE = os.environ.get("KVCTL_TEST_TRACE")
+TRACES = os.environ.get("KVCTL_TRACES")
 REAL_ROWS = 400
 
 
@@ -115,12 +116,15 @@ def test_a_generated_trace_hits_as_simulated(
     compare(generated(64), policy, 60, serve, hire)
 
 
-@pytest.mark.skipif(TRACE is None, reason="KVCTL_TEST_TRACE names no trace")
+@pytest.mark.skipif(
+    TRACES is None, reason="KVCTL_TRACES does not name a folder of public traces"
+)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_cut_of_a_real_trace_hits_as_simulated(
     policy: str, serve: Callable[..., Server], hire: Callable[[str], Worker]
 ) -> None:
     """The same over the first requests of a real trace."""
-    rows = reader.read(Trace(trace=TRACE))
+    path = Path(TRACES or "", "mooncake_conversation.jsonl.zst")
+    rows = reader.read(Trace(trace=str(path)))
     cut = full_blocks(list(islice(rows, REAL_ROWS)))
     compare(cut, policy, number("cut", cut).num_unique // 10, serve, hire)
