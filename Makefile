@@ -18,7 +18,7 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
-# The tiers over real stores, each started and killed by its tests: Valkey, an S3
+# The tiers over real stores, each started and killed by its tests: Valkey, Redis, an S3
 # server, Mooncake Store, which two servers on two hosts share as well. And eviction
 # beside libCacheSim's. Fails where one of them cannot be installed.
 test-tiers: $(VENV)/.tiers

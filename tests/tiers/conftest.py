@@ -34,7 +34,7 @@ _LOCAL = {"fake": FakeEngine, "file": FileEngine}
 _REAL = {
     "valkey": ValkeyEngine,
     "valkey-password": PasswordEngine,
-    "valkey-tls": TlsEngine,
+    "redis-tls": TlsEngine,
     "s3": S3Engine,
     "mooncake": MooncakeEngine,
 }

@@ -256,8 +256,23 @@ class PasswordEngine(ValkeyEngine):
         return valkey.Valkey(port=self.port, password="se:cret/", db=3)
 
 
-class TlsEngine(PasswordEngine):
-    """The same behind TLS, which a process of ours takes off."""
+REDIS_CONFIG = """\
+port 0
+tls-port {port}
+tls-cert-file server.pem
+tls-key-file server.pem
+tls-ca-cert-file ca.pem
+tls-auth-clients yes
+save ""
+maxmemory {capacity}
+user default off
+user kv on >se:cret/ ~kv:* +exists +get +set +unlink +info +select +auth +hello +ping
+"""
+"""The user may do what docs/tiers.md says that the tier does, and no more."""
+
+
+class TlsEngine(ValkeyEngine):
+    """Redis over TLS, for a user with a password and a client's certificate."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -265,31 +280,42 @@ class TlsEngine(PasswordEngine):
 
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-        certificate = authority.issue_cert("127.0.0.1")
-        certificate.private_key_and_cert_chain_pem.write_to_path(
-            str(folder / "server.pem")
-        )
-        self.tls_port = free_port()
-        self.proxy: subprocess.Popen[bytes] | None = None
+        for name in ("server", "client"):
+            issued = authority.issue_cert("127.0.0.1")
+            issued.private_key_and_cert_chain_pem.write_to_path(
+                str(folder / f"{name}.pem")
+            )
+        self.port = free_port()
+        config = REDIS_CONFIG.format(port=self.port, capacity=self.capacity)
+        (folder / "redis.conf").write_text(config)
         self.url = (
-            f"valkeys://:se%3Acret%2F@127.0.0.1:{self.tls_port}/3"
-            f"?ca={folder}/ca.pem&prefix=kv:&retry=0.02&timeout=1"
+            f"rediss://kv:se%3Acret%2F@127.0.0.1:{self.port}/3"
+            f"?ca={folder}/ca.pem&cert={folder}/client.pem&key={folder}/client.pem"
+            "&prefix=kv:&retry=0.02&timeout=1"
         )
 
-    def start(self) -> None:
-        """Start both."""
-        super().start()
-        script = Path(__file__).with_name("tls_proxy.py")
-        command = [sys.executable, str(script), str(self.tls_port), str(self.port)]
-        self.proxy = subprocess.Popen([*command, str(self.folder / "server.pem")])
-        wait_until(lambda: listens(self.tls_port), "the proxy")
+    def command(self) -> list[str]:
+        """Debian's, as Valkey's from PyPI knows no TLS."""
+        return ["redis-server", "redis.conf"]
 
-    def kill(self) -> None:
-        """End both."""
-        super().kill()
-        if self.proxy is not None:
-            self.proxy.kill()
-            self.proxy.wait()
+    def ready(self) -> bool:
+        """It takes connections."""
+        return listens(self.port)
+
+    def _client(self):  # type: ignore[no-untyped-def]
+        import valkey
+
+        certificate = str(self.folder / "client.pem")
+        return valkey.Valkey(
+            port=self.port,
+            db=3,
+            username="kv",
+            password="se:cret/",
+            ssl=True,
+            ssl_ca_certs=str(self.folder / "ca.pem"),
+            ssl_certfile=certificate,
+            ssl_keyfile=certificate,
+        )
 
 
 class S3Engine(ProcessEngine):
