@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from parts import key_of
 
 from kvcore.errors import DeadlineExceeded, Unavailable
 from kvcore.storage.tiers.backend import Deadline
@@ -17,6 +18,7 @@ from kvcore.storage.tiers.resp import (
     RespConnection,
     Target,
 )
+from kvcore.storage.tiers.url import open_tier
 
 
 @pytest.fixture
@@ -106,3 +108,27 @@ def test_no_answer_ends_at_the_deadline(tmp_path: Path) -> None:
         with pytest.raises(DeadlineExceeded):
             connection.ask(Deadline.after(0.05), ["PING"])
         connection.close()
+
+
+def test_128_keys_are_one_round_trip(tmp_path: Path) -> None:
+    """A server that says nothing before it has every question has them all."""
+    keys = [key_of(number) for number in range(128)]
+
+    def answer_at_the_end(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            asked = b""
+            while asked.count(b"EXISTS") < len(keys):
+                asked += connection.recv(1 << 16)
+            connection.sendall(b":1\r\n:0\r\n" * (len(keys) // 2))
+            connection.recv(1)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        thread = threading.Thread(target=answer_at_the_end, args=(listener,))
+        thread.start()
+        tier = open_tier(f"valkey+unix://{tmp_path}/socket?timeout=10")
+        assert tier.contains(keys).result() == [True, False] * (len(keys) // 2)
+        tier.close()
+        thread.join()
