@@ -25,8 +25,8 @@ _numbers = itertools.count()
 class BlendTold(Told):
     """Does what it is told with buffers `[K, L, T, D]`, by instance."""
 
-    def __init__(self, address: str, name: str) -> None:
-        super().__init__(address, name)
+    def __init__(self, address: str, name: str, driver: str) -> None:
+        super().__init__(address, name, driver)
         self.blend_client = BlendClient(self.client)
         self.buffers: dict[str, Segment] = {}
         self.requests: dict[str, CBRegisterKVCache] = {}
