@@ -7,14 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcore.engine.instance import Instance
-from kvcore.errors import BadRequest
+from kvcore.errors import BadRequest, HandleError
 from kvcore.layout import token_buffer
-from kvcore.protocol import CBRegisterKVCache, RegisterKVCache
+from kvcore.protocol import CBRegisterKVCache, Private, RegisterKVCache
 from kvcore.transport.paged import BlockIds
 
 
 def as_paged(request: CBRegisterKVCache) -> RegisterKVCache:
-    """Put a buffer as a paged cache; errors as of `token_buffer`."""
+    """Put a buffer as a paged cache.
+
+    Raises:
+        HandleError: the server could not reach its memory, as these requests must.
+        LayoutError: as of `token_buffer`.
+    """
+    if isinstance(request.handle, Private):
+        raise HandleError(
+            "handle: a blend buffer's memory must be the server's to open"
+        )
     return RegisterKVCache(
         instance_id=request.instance_id,
         engine_id=request.engine_id,

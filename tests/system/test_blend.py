@@ -19,6 +19,7 @@ from kvcore.errors import (
     BadRequest,
     ChunksMissing,
     DeadlineExceeded,
+    HandleError,
     LayoutConflict,
     LayoutError,
     TokensNeeded,
@@ -27,7 +28,14 @@ from kvcore.errors import (
     UnknownRequest,
 )
 from kvcore.keys import ExtraKey, SessionKey
-from kvcore.protocol import CBLookupReply, CBMatch, CBRange, CBUnregisterKVCache
+from kvcore.protocol import (
+    CBLookupReply,
+    CBMatch,
+    CBRange,
+    CBRegisterKVCache,
+    CBUnregisterKVCache,
+    Private,
+)
 from kvcore.rope import Rope
 from tests.system.blend_worker import SHAPE, BlendTold
 from tests.system.conftest import Prompt
@@ -194,6 +202,16 @@ def test_a_buffer_that_cannot_be_is_refused(
         workers[0].ask("register_buffer", "wrong", model, **options)
     with pytest.raises(UnknownInstance):
         workers[0].ask("blend", "unregister", "wrong")
+
+
+def test_a_buffer_that_its_worker_keeps_to_itself_is_refused(
+    blend: BlendClient, model: str
+) -> None:
+    """The server copies for these requests, so it must reach the memory."""
+    handle = Private(math.prod(SHAPE))
+    request = CBRegisterKVCache("kept", "e", model, 1, 0, handle, SHAPE, "uint8")
+    with pytest.raises(HandleError, match="must be the server's to open"):
+        blend.register(request)
 
 
 def test_a_buffer_larger_than_its_memory_is_refused(
