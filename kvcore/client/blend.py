@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from kvcore.client.client import KVClient, resend
 from kvcore.client.pending import Retry
 from kvcore.errors import KVError, TokensNeeded
-from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens
+from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens, view_tokens
 from kvcore.protocol import (
     CBLookupPreComputed,
     CBLookupReply,
@@ -63,7 +63,8 @@ class BlendClient:
         timeout_s: float | None = None,
     ) -> Future[StoreReply]:
         """Store a document's whole chunks; its slots are read until it ends."""
-        request = _store(instance_id, offset, tokens, extras, event)
+        packed = memoryview(pack_tokens(tokens))
+        request = CBStorePreComputed(instance_id, offset, packed, extras, event)
         return self.client.submit(request, timeout_s)
 
     def store_pre_computed(
@@ -77,9 +78,9 @@ class BlendClient:
         timeout_s: float | None = None,
     ) -> StoreReply:
         """Store a document and wait: lookups find it from now on."""
-        return self.client.call(
-            _store(instance_id, offset, tokens, extras, event), timeout_s
-        )
+        packed = view_tokens(tokens)
+        request = CBStorePreComputed(instance_id, offset, packed, extras, event)
+        return self.client.call(request, timeout_s)
 
     def submit_retrieve_pre_computed(
         self,
@@ -191,7 +192,8 @@ class BlendClient:
         timeout_s: float | None = None,
     ) -> Future[CBLookupReply]:
         """Find documents in a prompt, and lease them to the session's readers."""
-        request = _lookup(session, model, world_size, tokens, extras)
+        packed = memoryview(pack_tokens(tokens))
+        request = CBLookupPreComputed(session, model, world_size, packed, extras)
         return self.client.submit(request, timeout_s)
 
     def lookup_pre_computed(
@@ -205,30 +207,9 @@ class BlendClient:
         timeout_s: float | None = None,
     ) -> CBLookupReply:
         """Find documents and wait."""
-        request = _lookup(session, model, world_size, tokens, extras)
+        packed = view_tokens(tokens)
+        request = CBLookupPreComputed(session, model, world_size, packed, extras)
         return self.client.call(request, timeout_s)
-
-
-def _store(
-    instance_id: str,
-    offset: int,
-    tokens: Tokens,
-    extras: tuple[ExtraKey, ...],
-    event: bytes,
-) -> CBStorePreComputed:
-    packed = memoryview(pack_tokens(tokens))
-    return CBStorePreComputed(instance_id, offset, packed, extras, event)
-
-
-def _lookup(
-    session: SessionKey,
-    model: str,
-    world_size: int,
-    tokens: Tokens,
-    extras: tuple[ExtraKey, ...],
-) -> CBLookupPreComputed:
-    packed = memoryview(pack_tokens(tokens))
-    return CBLookupPreComputed(session, model, world_size, packed, extras)
 
 
 def _send_prompt(
