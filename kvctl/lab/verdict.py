@@ -27,7 +27,10 @@ def of_result(result: Result) -> str:
 
 def _answer(result: Result) -> str:
     """Say what a load of its kind is played for."""
-    load = result.load
+    load, documents = result.load, result.documents
+    if documents and result.counts.tokens:
+        share = documents.tokens_hit / result.counts.tokens
+        return f"and {share:.0%} where documents count at any position"
     if load and load.faults:
         times = [one.recovered_s for one in load.faults if one.recovered_s is not None]
         failed = sum(one.requests_failed for one in load.faults)

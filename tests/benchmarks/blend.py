@@ -174,7 +174,7 @@ def retrieves(client: KVClient) -> None:
         },
         30,
     )
-    took |= interleaved({"retrieve, keys turned": once(retrieve(turn_keys=True))}, 3)
+    took |= interleaved({"retrieve, keys turned": once(retrieve(turn_keys=True))}, 9)
     print(f"{len(found.ranges)} scattered ranges, {num_bytes >> 20} MiB, call to reply")
     base = next(iter(took.values()))
     for name, seconds in took.items():

@@ -68,6 +68,8 @@ def test_documents_are_reused_anywhere_and_every_byte_is_right(tmp_path: Path) -
     assert documents.tokens_hit > counts.tokens_hit
     assert "by prefix alone" in printed
     assert "by documents anywhere" in printed
+    share = documents.tokens_hit / counts.tokens
+    assert f"and {share:.0%} where documents count at any position." in printed
 
 
 def test_a_share_of_the_ideal_that_is_missed_is_exit_code_1(tmp_path: Path) -> None:
