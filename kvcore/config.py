@@ -165,6 +165,10 @@ class BlendConfig(Options, frozen=True):
             self.preset,
             "takes no blend.start or blend.end beside it",
         )
+        require(
+            self.keep is None or self.matcher == "anywhere",
+            "blend.keep", self.keep, "blend.matcher = 'separated' has nothing to keep",
+        )  # fmt: skip
         most = self.max_tier_chunks
         require(most >= 1, "blend.max_tier_chunks", most, "at least 1")
 

@@ -96,7 +96,7 @@ class DocumentLookups:
         needs = self._needs(session)
         self._engine.sessions.enter(session)
         try:
-            held = yield from self._hold(session, tokens, space, needs)
+            held = yield from self._hold(tokens, space, needs)
         except BaseException:
             self._engine.sessions.leave(session)
             raise
@@ -123,7 +123,7 @@ class DocumentLookups:
         self._cancel(session.key)
         self._engine.sessions.enter(session)
         try:
-            held = yield from self._hold(session, tokens, space, self._needs(session))
+            held = yield from self._hold(tokens, space, self._needs(session))
         except BaseException:
             self._engine.sessions.leave(session)
             raise
@@ -134,10 +134,9 @@ class DocumentLookups:
         return self._engine.registry.lookup(space.model, space.world_size)[1]
 
     def _hold(
-        self, session: Session, tokens: Tokens, space: DocumentSpace, needs: Needs
+        self, tokens: Tokens, space: DocumentSpace, needs: Needs
     ) -> Generator[None, None, list[_Held]]:
         """Match, and hold the leading chunks of every run."""
-        del session
         runs = yield from self._matcher.find(
             tokens, space, partial(self._count_ready, needs.full)
         )
