@@ -18,6 +18,7 @@ from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.protocol import StatusReply
 from kvctl.lab.aftermath import Aftermath
 from kvctl.lab.cast import Actor, Cast
+from kvctl.lab.environment import anonymous_bytes
 from kvctl.lab.faults import FaultPlan
 from kvctl.lab.local_server import LocalServer
 from kvctl.lab.measure import Samples
@@ -114,7 +115,9 @@ class Play:
                 self._set_up(cast)
                 self._storm(cast)
                 before = [one.status(0) for one in clients]
+                begun_bytes = self._server_bytes()
                 self._watch(cast, client)
+                self.evidence.server_bytes = (begun_bytes, self._server_bytes())
                 self._count(clients, before)
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)
@@ -130,6 +133,10 @@ class Play:
         client = connect_other(spec, address, scenario.server, scenario.timeout_s)
         stack.callback(client.close)
         return client
+
+    def _server_bytes(self) -> int:
+        """Add up the servers' own memory; those that are gone have none."""
+        return sum(anonymous_bytes(server.pid) for server in self.servers)
 
     def _host_of(self, engine: int) -> int:
         return engine % len(self.addresses)

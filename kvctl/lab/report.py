@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from statistics import fmean
 
 from kvcore.options import ByteSize
 from kvctl.console import Table, duration, size, spark
@@ -67,12 +68,19 @@ def _counts(result: Result) -> Table:
         ("hit rate by block", _rate(rates.by_block, rates.ideal_by_block)),
         ("parts stored", f"{counts.parts_stored:,}"),
         ("parts dropped", f"{counts.parts_dropped:,}"),
+        *_memory(result),
     )
     return Table("counts", ("", ">"), rows)
 
 
 def _rate(served: float, ideal: float) -> str:
     return f"{served:.3f} (endless cache {ideal:.3f})"
+
+
+def _memory(result: Result) -> Iterator[tuple[str, str]]:
+    if result.server_bytes:
+        begun, ended = map(size, result.server_bytes)
+        yield "server's memory beside L1", f"{begun}, after the load {ended}"
 
 
 def _brought(one: TierHits) -> str:
@@ -128,11 +136,21 @@ def _courses(result: Result) -> Iterator[Table]:
     moments = [point.operations.get("request") for point in points]
     tails = [moment.p99_s if moment else 0.0 for moment in moments]
     rows = (
-        ("requests/s", spark(requests), f"{max(requests):,.3g}"),
-        ("hit rate", spark(hits), f"{max(hits):.3f}"),
-        ("request p99", spark(tails), duration(max(tails))),
+        _course("requests/s", requests, "{:,.3g}".format),
+        _course("hit rate", hits, "{:.3f}".format),
+        _course("request p99", tails, duration),
     )
-    yield Table(f"over {points[-1].end_s:g} s", ("", "", ">highest"), rows)
+    columns = ("", "", ">first tenth", ">last tenth", ">highest")
+    yield Table(f"over {points[-1].end_s:g} s", columns, rows)
+
+
+def _course(
+    name: str, values: list[float], write: Callable[[float], str]
+) -> tuple[str, ...]:
+    """Draw values; beside them the means of the first and the last, and the highest."""
+    many = max(1, len(values) // 10)
+    shown = (fmean(values[:many]), fmean(values[-many:]), max(values))
+    return (name, spark(values), *map(write, shown))
 
 
 def _operations(result: Result) -> Table:

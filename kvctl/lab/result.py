@@ -169,6 +169,13 @@ class Result(msgspec.Struct, frozen=True):
     counters: Annotated[
         dict[str, int], Meta(description="the server's own, grown during the load")
     ] = {}
+    server_bytes: Annotated[
+        tuple[int, int] | None,
+        Meta(
+            description="anonymous memory of the server, L1 not included, when the "
+            "load began and when it had ended"
+        ),
+    ] = None
     tiers: Annotated[
         tuple[TierHits, ...],
         Meta(description="L1 and the tiers beneath, where there are any"),

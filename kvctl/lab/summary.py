@@ -80,6 +80,8 @@ class Evidence:
     """Each server's own, grown during the load."""
     tier_bytes: list[TierBytes] = field(default_factory=list)
     """Loaded from each tier during the load, in their order."""
+    server_bytes: tuple[int, int] | None = None
+    """The servers' own memory when the load began and when it had ended."""
     spec: SystemSpec = field(default_factory=SystemSpec)
     turns: str | None = None
     """Where it met the run that it took turns with: half of the time was another's."""
@@ -137,6 +139,7 @@ def summarise(evidence: Evidence) -> Result:
         series=series(samples, evidence.begun_s),
         counters=_sum(evidence.counters),
         tiers=_tiers(evidence, counts),
+        server_bytes=evidence.server_bytes,
         hosts=report_hosts(evidence.reports, evidence.counters)
         if evidence.scenario.hosts > 1
         else (),

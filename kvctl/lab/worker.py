@@ -223,6 +223,8 @@ class Rank:
     def _copy(self, tally: Tally) -> None:
         """Copy as many bytes as this request moved, from anywhere in the cache."""
         moved = tally.retrieve_bytes or tally.store_bytes
+        if not moved:
+            return
         size = min(moved, WARM_COPY_BYTES, self.cache.num_bytes)
         copy = self.cache.copy_in if tally.retrieve_bytes else self.cache.copy_out
         begun = perf_counter()

@@ -17,6 +17,7 @@ from kvctl.lab.measure import Samples
 from kvctl.lab.messages import EngineReport, Tally
 from kvctl.lab.result import Result, read
 from kvctl.lab.scenario import Chat, Limits, ModelConfig, Scenario
+from kvctl.lab.series import Point, Series
 from kvctl.lab.summary import Evidence, TierBytes, summarise
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
@@ -71,6 +72,20 @@ def test_hits_are_split_between_memory_and_tiers() -> None:
         "tier 2: s3": 0.0625,
     }
     assert "from tier 1: file 0.188 (2.9 KiB loaded)" in rendered(result)
+
+
+def test_a_long_run_shows_its_beginning_beside_its_end() -> None:
+    """Twenty points: the first two are told beside the last two; memory likewise."""
+    points = tuple(
+        Point(0.5 * (at + 1), {"requests": at, "tokens": 10, "tokens_hit": at // 2}, {})
+        for at in range(20)
+    )
+    found = evidence(engine(b"a"))
+    found.server_bytes = (30 << 20, 31 << 20)
+    text = rendered(replace(summarise(found), series=Series(0.5, points)))
+    assert "▇██ 1 37 38" in text, text
+    assert "0.000 0.900 0.900" in text
+    assert "30.0 MiB, after the load 31.0 MiB" in text
 
 
 def test_throughput_and_shares_follow_from_the_ceilings() -> None:

@@ -15,7 +15,7 @@ from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterReply, RetrieveReply, StoreReply
 from kvctl.lab.messages import EnginePlan, Play
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
-from kvctl.lab.worker import Rank
+from kvctl.lab.worker import COPY_EVERY, Rank
 
 CHUNK = 256
 CHUNK_BLOCKS = 16
@@ -107,6 +107,16 @@ def test_right_bytes_are_counted_as_right(played: tuple[Rank, FakeClient]) -> No
     assert (found.errors, found.tally.bytes_wrong) == ((), 0)
     assert found.tally.retrieve_bytes == 3 * CHUNK * rank.cache.views[0][0].nbytes // 16
     assert set(found.durations) == {"retrieve"}
+
+
+def test_requests_of_less_than_a_chunk_move_nothing(
+    played: tuple[Rank, FakeClient],
+) -> None:
+    """Nothing is copied beside them either, however many there are."""
+    rank, _ = played
+    for _ in range(2 * COPY_EVERY):
+        found = rank.play(task(0, 0))
+        assert (found.errors, found.tally.copy_bytes) == ((), 0)
 
 
 def test_one_wrong_byte_is_counted(played: tuple[Rank, FakeClient]) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Protocol
 
 from kvcore.client import KVClient
 from kvcore.client.copying import CopyingClient
 from kvcore.config import ServerConfig
-from kvcore.errors import SetupError
+from kvcore.errors import SetupError, Unavailable
 from kvctl.lab.local_server import LocalServer
 from kvctl.lab.messages import EnginePlan
 from kvctl.lab.systems import lmcache, valkey
 from kvctl.lab.systems.contract import OURS, Client, Foreign, Started, SystemSpec
 from kvctl.lab.systems.foreign_server import ForeignServer
+
+PATIENCE_S = 30.0
+"""For a server that is to come back."""
 
 
 class Driver(Protocol):
@@ -54,12 +58,29 @@ def start_server(spec: SystemSpec, config: ServerConfig) -> LocalServer | Foreig
 
 
 def connect(plan: EnginePlan, label: str) -> Client:
-    """Connect a scheduler or a rank to the system of its plan."""
-    timeout_s = plan.scenario.timeout_s
-    if plan.system.is_ours:
-        kind = CopyingClient if plan.scenario.driver == "worker" else KVClient
-        return kind(plan.address, label=label, timeout_s=timeout_s)
-    return connect_other(plan.system, plan.address, plan.scenario.server, timeout_s)
+    """Connect a scheduler or a rank to the system of its plan.
+
+    Where there are faults an engine may start while the server is away: it waits.
+
+    Raises:
+        Unavailable: no server answers.
+    """
+    scenario = plan.scenario
+    timeout_s = scenario.timeout_s
+    if not plan.system.is_ours:
+        return connect_other(plan.system, plan.address, scenario.server, timeout_s)
+    kind = CopyingClient if scenario.driver == "worker" else KVClient
+    give_up = monotonic() + PATIENCE_S if scenario.faults else 0.0
+    while True:
+        client = kind(plan.address, label=label, timeout_s=timeout_s)
+        try:
+            client.ping()
+        except Unavailable:
+            client.close()
+            if monotonic() > give_up:
+                raise
+        else:
+            return client
 
 
 def connect_other(
