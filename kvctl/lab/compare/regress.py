@@ -70,7 +70,7 @@ class Plan:
             return duel(number)
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        contest = Contest((self.base, "working tree"), self.folder, play)
+        contest = Contest((self._base_label(), "working tree"), self.folder, play)
         found = contest.run(self.num_pairs)
         found.save(self.folder)
         runs = [one for one in gather(self.folder / NEW) if _is_of(one, contest.name)]
@@ -84,6 +84,12 @@ class Plan:
     def baseline(self) -> Path:
         """The reviewed result whose counts must repeat."""
         return self.root / BASELINES / f"{self.scenario.stem}.json"
+
+    def _base_label(self) -> str:
+        """Name the commit as it was given, and by what it is."""
+        commit = Installs(self.root, self.root).resolve(self.base)
+        known = commit.startswith(self.base)
+        return commit[:12] if known else f"{self.base} ({commit[:12]})"
 
     def _duel(self, told: Callable[[float, str], None]) -> Duel:
         installs = Installs(self.root, self.root / "build" / "regress")
