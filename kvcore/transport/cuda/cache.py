@@ -166,6 +166,8 @@ class CudaCache:
             lane.direct(plan, way)
             return
         for some in plan.split(max_spans):
+            if not some.num_bytes:
+                continue
             with self._shared.staging.buffer() as buffer:
                 lane.staged(some, buffer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -31,7 +32,7 @@ from tests.transport.cuda.layouts import (
     scattered,
 )
 from tests.transport.cuda.plain import PlainKernels
-from tests.transport.cuda.rig import favouring, rig
+from tests.transport.cuda.rig import Rig, favouring, rig
 from tests.transport.test_host import Move, moves
 from tests.transport.test_rotation import ROPES
 
@@ -251,13 +252,32 @@ def test_requests_larger_than_a_table_go_in_turns() -> None:
         caches = CudaCaches(
             device, PlainKernels(), rates=rates, sizes=Sizes(512, table_bytes, 1)
         )
-        one = rig(0)
-        one = type(one)(device, caches)
+        one = Rig(device, caches)
         placed = one.cache(move.case.layout, move.handles())
         with one.pinned(move.arena()) as arena:
             placed.cache.gather(move.spans, arena)
             assert np.array_equal(arena, gathered(move))
         assert caches.status().copies == {f"{way}_to_host": 1}
+
+
+def test_turns_of_a_request_that_move_nothing_are_left_out() -> None:
+    """A table's worth of spans with empty ranges between others that are not."""
+    device = FakeDevice(World(0))
+    caches = CudaCaches(
+        device,
+        PlainKernels(),
+        rates=favouring(Way.STAGED),
+        sizes=Sizes(512, 48 + 16 + 32, 1),
+    )
+    move = job("block first", "bfloat16", seed=1)
+    spans = [replace(move.spans[0], end_token=0), *move.spans[1:]]
+    expected = gathered(replace(move, spans=spans))
+    one = Rig(device, caches)
+    placed = one.cache(move.case.layout, move.handles())
+    with one.pinned(move.arena()) as arena:
+        placed.cache.gather(spans, arena)
+        assert np.array_equal(arena, expected)
+    assert one.is_idle
 
 
 def test_rates_are_measured_where_none_are_given() -> None:
