@@ -15,7 +15,7 @@ import pytest
 
 from kvcore import shm
 from kvcore.errors import Closed, HandleError, SetupError
-from kvcore.shm import SHM_DIR, Claim, Segment, remove_dead
+from kvcore.shm import SHM_DIR, Claim, Segment, populate, remove_dead
 
 
 @pytest.fixture
@@ -266,3 +266,28 @@ def test_a_claim_of_what_is_not_there_or_owned_is_refused(name: str) -> None:
         with pytest.raises(HandleError, match=name):
             Claim(name, f"{name}-ours")
         assert (SHM_DIR / name).exists()
+
+
+def test_a_mapping_is_populated_while_it_is_wanted(name: str) -> None:
+    """A piece at a time; the bytes stay as they are."""
+    with Segment.create(name, 1 << 20, touch=True) as made:
+        made.array[:] = 7
+        mapped = Segment.attach(name, offset=0, length=1 << 20)
+        before = resident(name)
+        populate(mapped.array, lambda: False)
+        assert resident(name) == before
+        populate(mapped.array, lambda: True)
+        assert resident(name) - before == 1024
+        assert (mapped.array == 7).all()
+        mapped.close()
+
+
+def resident(name: str) -> int:
+    """KiB of a segment's mappings that have their pages in this process."""
+    kib, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            is_ours = line.endswith(name)
+        elif is_ours and line.startswith("Rss:"):
+            kib += int(line.split()[1])
+    return kib

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Lock, Thread
 from time import monotonic_ns
 from typing import Any, TypeVar
 
@@ -50,7 +50,7 @@ from kvcore.protocol import (
     StoreReply,
     UnregisterKVCache,
 )
-from kvcore.shm import Segment
+from kvcore.shm import Segment, populate
 from kvcore.transport.host import HostCache
 
 R = TypeVar("R")
@@ -138,9 +138,11 @@ class CopyingClient(KVClient):
         with self._lock:
             if self._arena is None or self._arena.name != memory.name:
                 self._let_go()
-                self._arena = Segment.attach(
+                arena = self._arena = Segment.attach(
                     memory.name, offset=memory.offset, length=memory.length
                 )
+                warming = (arena.array, lambda: self._arena is arena)
+                Thread(target=populate, args=warming, daemon=True).start()
             own.map(self._arena, self.chunk_size, checksums=handle.checksums)
 
     def _unmap(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from wire import served
 
 from kvcore.client import KVClient
+from kvcore.client.copying import CopyingClient
 from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import PosixShm, RegisterKVCache
@@ -37,7 +38,9 @@ WARM_UP = 12
 class Bench:
     """One cache whose pieces have a size, registered with a server."""
 
-    def __init__(self, client: KVClient, segment: Segment, piece: int) -> None:
+    def __init__(
+        self, client: KVClient, segment: Segment, piece: int, name: str = "piece"
+    ) -> None:
         self.client = client
         self.piece = piece
         plane = 2 * NUM_LAYERS * piece
@@ -50,12 +53,16 @@ class Bench:
         views = tuple(
             TensorView(0, layer * step, shape, strides) for layer in range(NUM_LAYERS)
         )
-        self.name = f"piece-{piece}"
+        self.name = f"{name}-{piece}"
         group = CacheGroup("KNSHD", "float16", BLOCK_SIZE, views)
         handle = PosixShm(segment.name, 0, segment.num_bytes)
-        client.register_kv_cache(
-            RegisterKVCache(self.name, "bench", self.name, 1, 0, (handle,), (group,))
+        request = RegisterKVCache(
+            self.name, "bench", self.name, 1, 0, (handle,), (group,)
         )
+        if isinstance(client, CopyingClient):
+            client.register_kv_cache(request, (segment.array,))
+        else:
+            client.register_kv_cache(request)
         self.rng = np.random.default_rng(piece)
 
     def round(self, number: int) -> tuple[float, float]:
