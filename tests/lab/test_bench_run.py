@@ -76,11 +76,13 @@ def segments(process: subprocess.Popen[str]) -> list[str]:
     return [path.name for path in SHM_DIR.glob(f"{SEGMENT_PREFIX}{process.pid}.*")]
 
 
+@pytest.mark.parametrize("driver", ["server", "worker"])
 def test_a_run_checks_every_byte_and_saves_a_result(
-    scenario: Path, tmp_path: Path
+    scenario: Path, tmp_path: Path, driver: str
 ) -> None:
     """Two engines of two ranks: exit code 0, a table, and JSON with all that counts."""
-    process = start(scenario, "--out", tmp_path / "out")
+    chosen = ("--set", f"driver={driver}")
+    process = start(scenario, *chosen, "--out", tmp_path / "out")
     code, out, err = finish(process)
     assert code == 0, err
     assert "bytes wrong" in out
