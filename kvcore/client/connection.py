@@ -201,7 +201,9 @@ class Connection:
         os.eventfd_write(self._wake, 1)
 
     def remember(
-        self, request: Registration, told: Callable[[RegisterReply], None] | None = None
+        self,
+        request: Registration,
+        told: Callable[[RegisterReply], object] | None = None,
     ) -> None:
         """Register this again whenever another run of the server is met.
 
@@ -518,7 +520,7 @@ class _Registered:
     """What every run of the server is told anew, and who is told what it answered."""
 
     request: Registration
-    told: Callable[[RegisterReply], None] | None
+    told: Callable[[RegisterReply], object] | None
 
     def again(self, future: Future[RegisterReply]) -> None:
         """Take in another run's reply."""

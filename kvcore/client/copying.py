@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from kvcore.client.client import KVClient, resend
 from kvcore.client.connection import Registration
-from kvcore.client.own import Direction, MakeCache, Memory, OwnCache, UnderWay
+from kvcore.client.own import Direction, Mapped, Memory, OwnCache, UnderWay
 from kvcore.client.pending import Retry
 from kvcore.errors import (
     BadRequest,
@@ -51,7 +51,7 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.shm import Segment, populate
-from kvcore.transport.host import HostCache
+from kvcore.transport.own import OpenOwn, OwnHost
 
 R = TypeVar("R")
 TicketReply = TypeVar("TicketReply", ReserveReply, HoldReply)
@@ -75,7 +75,7 @@ class CopyingClient(KVClient):
         self._own: dict[str, OwnCache] = {}
         self._arena: Segment | None = None
         self._lock = Lock()
-        self._under_way = UnderWay()
+        self._under_way = UnderWay("the client was closed", Closed)
         super().__init__(address, label=label, timeout_s=timeout_s)
         self._connection.on_leave.append(self._unmap)
 
@@ -93,12 +93,13 @@ class CopyingClient(KVClient):
         self,
         request: Registration,
         memory: Memory = (),
-        make_cache: MakeCache = HostCache,
+        open_own: OpenOwn = OwnHost,
     ) -> RegisterReply:
         """Register a cache, now and with every later run of the server.
 
         `memory` is what its handles stand for, flat and writable, one for each, and
-        stays the instance's until it is unregistered.
+        stays the instance's until it is unregistered. `open_own` reaches memory of
+        another kind than the host's.
         """
         if not memory:
             return super().register_kv_cache(request)
@@ -107,11 +108,12 @@ class CopyingClient(KVClient):
         private = replace(
             request, handles=tuple(Private(part.nbytes) for part in memory)
         )
-        own = OwnCache(request.instance_id, request.groups, memory, make_cache)
+        own = OwnCache(request.instance_id, request.groups, memory, open_own)
         reply = self.call(private)
         try:
-            self._map(own, reply)
+            self._map(own, reply).result()
         except KVError:
+            own.close()
             super().unregister(UnregisterKVCache(request.instance_id))
             raise
         self._forget(request.instance_id)
@@ -129,8 +131,8 @@ class CopyingClient(KVClient):
         if own is not None:
             own.close()
 
-    def _map(self, own: OwnCache, reply: RegisterReply) -> None:
-        """Map the arena that a run of the server says it has."""
+    def _map(self, own: OwnCache, reply: RegisterReply) -> Future[Mapped]:
+        """Map the arena that a run of the server says it has; opened behind."""
         handle = reply.arena
         if handle is None:
             raise BadRequest("the server did not say where its chunks lie")
@@ -143,7 +145,7 @@ class CopyingClient(KVClient):
                 )
                 warming = (arena.array, lambda: self._arena is arena)
                 Thread(target=populate, args=warming, daemon=True).start()
-            own.map(self._arena, self.chunk_size, checksums=handle.checksums)
+            return own.map(self._arena, self.chunk_size, checksums=handle.checksums)
 
     def _unmap(self) -> None:
         with self._lock:
@@ -204,8 +206,8 @@ class CopyingClient(KVClient):
             if reply.ticket is None:
                 return StoreReply(0, reply.num_present, reply.num_dropped)
             try:
-                with self._under_way.one():
-                    mapped = own.mapped(reply.arena)
+                mapped = own.mapped(reply.arena)
+                with self._under_way.one(), mapped.copy():
                     checksums = mapped.gather(store, reply.parts)
                 if monotonic_ns() > deadline_ns:
                     raise DeadlineExceeded("the deadline passed; nothing was kept")
@@ -225,8 +227,8 @@ class CopyingClient(KVClient):
                 return RetrieveReply(0)
             wrong: list[int] = []
             try:
-                with self._under_way.one():
-                    mapped = own.mapped(reply.arena)
+                mapped = own.mapped(reply.arena)
+                with self._under_way.one(), mapped.copy():
                     wrong = mapped.find_wrong(reply.parts)
                     if wrong:
                         raise ChunksMissing("a chunk's bytes were found wrong")

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock
 from typing import Any
 
-from kvcore.errors import Closed, Unavailable, UnknownInstance
+from kvcore.errors import KVError, Unavailable, UnknownInstance
 from kvcore.layout import CacheGroup, KVLayout
 from kvcore.parts import Checksum
 from kvcore.protocol import Retrieve, Store
-from kvcore.shm import Segment
+from kvcore.shm import Bytes, Segment
 from kvcore.transport.moves import Mover, Places
-from kvcore.transport.paged import PagedCache
+from kvcore.transport.own import Opened, OpenOwn
 from kvcore.transport.plan import Range, read_blocks
 
 Memory = Sequence[Any]
 """What a registration's handles stand for, in their order; flat bytes on a host."""
-MakeCache = Callable[[KVLayout, Memory], PagedCache]
-"""Makes the cache of one group, for memory of whatever kind."""
 
 
 class Mapped:
-    """A cache and the arena of one run of the server. Used as long as it is held."""
+    """A cache beside the arena of one run of the server, until its last copy."""
 
     def __init__(
         self,
+        opened: Opened,
         layouts: Sequence[KVLayout],
-        caches: Sequence[PagedCache],
-        arena: Segment,
+        arena: Bytes,
         chunk_size: int,
         *,
         checksums: bool,
     ) -> None:
+        self._opened = opened
         self._layouts = layouts
-        self._caches = caches
         self._chunk_size = chunk_size
-        self.arena = arena.name
-        self._mover = Mover(arena.array, chunk_size, checksums=checksums)
+        self._mover = Mover(arena, chunk_size, checksums=checksums)
+        self._copies = UnderWay("the server went before its copy began", Unavailable)
+
+    def copy(self) -> AbstractContextManager[None]:
+        """Keep it open for one copy; `Unavailable` when it is closed."""
+        return self._copies.one()
 
     def gather(self, request: Store, places: Places) -> list[Checksum]:
         """Fill the parts that were reserved for a store."""
         tokens = Range.to_store(request.start, request.end, self._chunk_size)
         blocks = read_blocks(self._layouts, request.blocks, tokens)
-        return self._mover.gather(self._caches, blocks, places)
+        return self._mover.gather(self._opened.caches, blocks, places)
 
     def find_wrong(self, places: Places) -> list[int]:
         """Return which chunks are not as they were stored, where that is asked."""
@@ -56,7 +58,12 @@ class Mapped:
         skip = request.skip_first_n_tokens
         tokens = Range.to_retrieve(request.start, request.end, skip, self._chunk_size)
         blocks = read_blocks(self._layouts, request.blocks, tokens)
-        return self._mover.scatter(self._caches, blocks, places, tokens)
+        return self._mover.scatter(self._opened.caches, blocks, places, tokens)
+
+    def close(self) -> None:
+        """Wait for copies under way, and let go."""
+        self._copies.close()
+        self._opened.close()
 
 
 class Direction:
@@ -83,19 +90,21 @@ class Direction:
 
 
 class UnderWay:
-    """Copies that touch the arena just now."""
+    """Copies that go on just now; once closed, `error` says `why` there is no other."""
 
-    def __init__(self) -> None:
+    def __init__(self, why: str, error: type[KVError]) -> None:
+        self._why = why
+        self._error = error
         self._changed = Condition()
         self._count = 0
         self._is_closed = False
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Touch the arena; `Closed` when that is over."""
+        """Be one of them."""
         with self._changed:
             if self._is_closed:
-                raise Closed("the client was closed")
+                raise self._error(self._why)
             self._count += 1
         try:
             yield
@@ -112,32 +121,50 @@ class UnderWay:
 
 
 class OwnCache:
-    """Memory of this process that was registered as private."""
+    """Memory of this process that was registered as private.
+
+    It meets one run of the server after the other, on a thread of its own: to
+    page-lock an arena, and to wait for the last copy before another, takes its time.
+    """
 
     def __init__(
         self,
         instance_id: str,
         groups: Sequence[CacheGroup],
         memory: Memory,
-        make_cache: MakeCache,
+        open_own: OpenOwn,
     ) -> None:
         self._groups = groups
         self._memory = memory
-        self._make_cache = make_cache
-        self._mapped: Mapped | None = None
+        self._open = open_own
+        self._arena = ""
+        self._mapped: Future[Mapped] | None = None
+        self._mapper = ThreadPoolExecutor(1, f"map-{instance_id[:40]}")
         self.stores = Direction(f"store-{instance_id[:40]}")
         self.retrieves = Direction(f"retrieve-{instance_id[:40]}")
 
-    def map(self, arena: Segment, chunk_size: int, *, checksums: bool) -> None:
+    def map(
+        self, arena: Segment, chunk_size: int, *, checksums: bool
+    ) -> Future[Mapped]:
         """Meet a run of the server, whose chunks may be of another size."""
+        self.unmap()
+        self._arena = arena.name
+        self._mapped = self._mapper.submit(
+            self._make, arena.array, chunk_size, checksums=checksums
+        )
+        return self._mapped
+
+    def _make(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> Mapped:
         sizes = [part.nbytes for part in self._memory]
         layouts = [KVLayout.derive(group, sizes, chunk_size) for group in self._groups]
-        caches = [self._make_cache(layout, self._memory) for layout in layouts]
-        self._mapped = Mapped(layouts, caches, arena, chunk_size, checksums=checksums)
+        opened = self._open(layouts, self._memory, arena)
+        return Mapped(opened, layouts, arena, chunk_size, checksums=checksums)
 
     def unmap(self) -> None:
-        """Forget the arena; a copy under way keeps it to its end."""
-        self._mapped = None
+        """Let go of the arena, behind the copies under way. Never blocks."""
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            self._mapper.submit(_close, mapped)
 
     def mapped(self, arena: str) -> Mapped:
         """Return the arena that places were handed out of.
@@ -146,12 +173,18 @@ class OwnCache:
             Unavailable: that run of the server is gone.
         """
         mapped = self._mapped
-        if mapped is None or mapped.arena != arena:
+        if mapped is None or self._arena != arena:
             raise Unavailable("the server went before its copy began")
-        return mapped
+        return mapped.result()
 
     def close(self) -> None:
         """Wait for copies under way; no other begins."""
         self.stores.close()
         self.retrieves.close()
-        self._mapped = None
+        self.unmap()
+        self._mapper.shutdown(wait=True)
+
+
+def _close(mapped: Future[Mapped]) -> None:
+    if mapped.exception() is None:
+        mapped.result().close()

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from kvcore.layout import DTYPE_BYTES, CacheGroup, KVLayout
 from kvcore.protocol import MemoryHandle
-from kvcore.transport.paged import PagedCache as Transport
+from kvcore.shm import Bytes
+from kvcore.transport.own import Opened
 from kvctl.lab.geometry import RankCache
 
 POISON = 0xA5
@@ -54,8 +55,10 @@ class Cache(Protocol):
     """Of each handle, for a client that copies itself."""
     num_bytes: int
 
-    def open(self, layout: KVLayout, memory: Sequence[Any]) -> Transport:
-        """Make the transport that such a client copies with."""
+    def open(
+        self, layouts: Sequence[KVLayout], memory: Sequence[Any], arena: Bytes
+    ) -> Opened:
+        """Reach the memory for such a client."""
 
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""

@@ -15,9 +15,10 @@ import torch
 from kvcore.errors import SetupError
 from kvcore.layout import KVLayout
 from kvcore.protocol import MemoryHandle
+from kvcore.shm import Bytes
 from kvcore.transport.cuda.driver import open_devices
 from kvcore.transport.cuda.ipc import export, open_caches
-from kvcore.transport.paged import PagedCache
+from kvcore.transport.cuda.own import OwnCuda, OwnDevice
 from kvctl.lab.cache import POISON, Grid, Indices, Seeds, handle_starts
 from kvctl.lab.geometry import RankCache
 from kvctl.lab.pattern import MIX_1, MIX_2, WEYL, batch_chunks_of, salts_of
@@ -45,6 +46,7 @@ class DeviceCache:
             export(part.data_ptr(), part.nbytes, gpu) for part in self.memory
         )
         self._caches = open_caches(gpu)
+        self._own = OwnDevice(gpu, self._caches)
         self._host = torch.empty(0, dtype=torch.uint8)
         self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -56,9 +58,11 @@ class DeviceCache:
             device_view(self._whole, Grid.of(group, starts)) for group in self.groups
         )
 
-    def open(self, layout: KVLayout, memory: Sequence[torch.Tensor]) -> PagedCache:
-        """Make the transport for a client that copies itself."""
-        return self._caches.cache(layout, [part.data_ptr() for part in memory])
+    def open(
+        self, layouts: Sequence[KVLayout], memory: Sequence[torch.Tensor], arena: Bytes
+    ) -> OwnCuda:
+        """Reach the memory for a client that copies itself."""
+        return self._own.open(layouts, memory, arena)
 
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""

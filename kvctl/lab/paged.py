@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvcore.layout import CacheGroup, KVLayout
 from kvcore.protocol import MemoryHandle, PosixShm
 from kvcore.shm import Bytes, Segment
-from kvcore.transport.host import HostCache
+from kvcore.transport.own import OwnHost
 from kvctl.lab.cache import (
     POISON,
     WARM_COPY_BYTES,
@@ -44,9 +44,11 @@ class PagedCache:
         self.views = tuple(logical_view(array, group, starts) for group in self.groups)
         self._scratch = np.ones(min(self.num_bytes, WARM_COPY_BYTES), np.uint8)
 
-    def open(self, layout: KVLayout, memory: Sequence[Bytes]) -> HostCache:
-        """Make the transport for a client that copies itself."""
-        return HostCache(layout, memory)
+    def open(
+        self, layouts: Sequence[KVLayout], memory: Sequence[Bytes], arena: Bytes
+    ) -> OwnHost:
+        """Reach the memory for a client that copies itself."""
+        return OwnHost(layouts, memory, arena)
 
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""

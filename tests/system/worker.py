@@ -188,12 +188,14 @@ class Told:
         """Have the next copy stand still half-way, until `go_on`."""
         moved = getattr(HostCache, step)
 
-        def half(cache: HostCache, spans: Sequence[Span], *rest: Any) -> None:
+        def half(
+            cache: HostCache, spans: Sequence[Span], *rest: Any, **options: Any
+        ) -> Any:
             setattr(HostCache, step, moved)
-            moved(cache, spans[: len(spans) // 2], *rest)
+            moved(cache, spans[: len(spans) // 2], *rest, **options)
             self.half_way.set()
             self.whole.wait(ANSWER_S)
-            moved(cache, spans, *rest)
+            return moved(cache, spans, *rest, **options)
 
         setattr(HostCache, step, half)
 

@@ -151,8 +151,8 @@ class CudaTransport:
         """Unlock the arena and let go of the GPUs."""
         self._attacher.shutdown(wait=True)
         for caches in self._caches.values():
-            _close(caches.close)
-        _close(self._pinned.close)
+            quietly(caches.close)
+        quietly(self._pinned.close)
 
     def _attach(
         self, device: Device, handles: Sequence[CudaIpc], layouts: Sequence[KVLayout]
@@ -165,7 +165,7 @@ class CudaTransport:
             made = []
             for layout in layouts:
                 made.append(caches.cache(layout, opened))
-                stack.callback(_close, made[-1].close)
+                stack.callback(quietly, made[-1].close)
             return CudaMemory(device, tuple(made), stack)
 
     def _open(self, stack: ExitStack, device: Device, handle: CudaIpc) -> int:
@@ -222,7 +222,7 @@ class Allocations:
             if allocation.num_users:
                 return
             del self._open[allocation.device.uuid, allocation.handle]
-            _close(partial(allocation.device.close_handle, allocation.address))
+            quietly(partial(allocation.device.close_handle, allocation.address))
 
 
 class CudaMemory:
@@ -238,9 +238,9 @@ class CudaMemory:
         self._lock = Lock()
         self._events: dict[bytes, Event] = {}
         self._stream = device.stream()
-        stack.callback(_close, self._stream.close)
+        stack.callback(quietly, self._stream.close)
         self._recorded = device.event(shared=True)
-        stack.callback(_close, self._recorded.close)
+        stack.callback(quietly, self._recorded.close)
         self.event = self._recorded.handle()
         self._stack = stack.pop_all()
 
@@ -283,11 +283,11 @@ class CudaMemory:
                         "one again when its request was answered"
                     )
                 known = self._events[handle] = self._device.open_event(handle)
-                self._stack.callback(_close, known.close)
+                self._stack.callback(quietly, known.close)
             return known
 
 
-def _close(close: Callable[[], None]) -> None:
+def quietly(close: Callable[[], None]) -> None:
     """Close something, and go on when the device fails, as it then has before."""
     try:
         close()
