@@ -180,7 +180,9 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             handles=described.handles,
             groups=described.groups,
         )
-        return Registration(request, described.sources, tuple(self._memory.arrays))
+        return Registration(
+            request, described.sources, tuple(self._memory.arrays), self._memory.mark
+        )
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         """Begin a step."""

@@ -1,8 +1,8 @@
 """How the server reaches a worker's cache: the one place that chooses a transport.
 
-On a CPU the cache's storage is moved into POSIX shared memory, in place: every view
-that the engine has of it stays valid, and another process can map the live blocks.
-Where the worker copies itself, it stays where it is.
+On a GPU it is named by CUDA IPC. On a CPU the cache's storage is moved into POSIX
+shared memory, in place: every view that the engine has of it stays valid, and another
+process can map the live blocks. Where the worker copies itself, it stays where it is.
 Tensors are torch's, known here by what they can do, so that nothing imports torch.
 """
 
@@ -12,6 +12,7 @@ import ctypes
 import os
 import secrets
 import struct
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,6 +69,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._claims: list[Claim] = []
+        self._mark: Callable[[], bytes] = bytes
 
     def __repr__(self) -> str:
         return f"<Memory {[claim.name for claim in self._claims]}>"
@@ -83,17 +85,40 @@ class Memory:
         kind = tensor.device.type
         if kind == "cpu":
             return self._share_host(tensor.untyped_storage())
-        # CUDA IPC takes its place here: a handle of the allocation, same groups.
+        if kind == "cuda":
+            return self._share_device(tensor)
         raise HandleError(
-            f"the cache lies on a {kind} device, and the server can only reach caches "
-            "in host memory so far"
+            f"the cache lies on a {kind} device; the server reaches caches in host "
+            "memory and on CUDA devices"
         )
+
+    def mark(self) -> bytes:
+        """Say how far the engine's work has come, for a copy to wait for.
+
+        A CUDA event's handle; empty for host memory, whose work is done at return.
+        """
+        return self._mark()
 
     def close(self) -> None:
         """Remove the names: nobody can attach any more. Idempotent."""
         for claim in self._claims:
             claim.release()
         self._claims.clear()
+
+    def _share_device(self, tensor: Tensor) -> MemoryHandle:
+        try:
+            # Only where there is a GPU: torch with CUDA, and NVIDIA's bindings.
+            from kvcore.transport.cuda.ipc import export_tensor
+            from kvcore.vllm.events import Events
+
+            handle = export_tensor(tensor)
+            if self._mark is bytes:
+                self._mark = Events().mark
+        except (ImportError, RuntimeError) as error:
+            raise HandleError(
+                f"the cache on {tensor.device} cannot be shared: {error}"
+            ) from error
+        return handle
 
     def _share_host(self, storage: Storage) -> PosixShm:
         num_bytes = storage.nbytes()
@@ -134,6 +159,10 @@ class OwnMemory:
         self.arrays.append(np.frombuffer(raw, np.uint8))
         self._storages.append(storage)
         return Private(num_bytes)
+
+    def mark(self) -> bytes:
+        """Say nothing: the engine's work is done at return."""
+        return b""
 
     def close(self) -> None:
         """Do nothing: until the client is closed a copy may be under way."""

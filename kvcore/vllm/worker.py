@@ -7,7 +7,7 @@ load, and acknowledges each op, exactly once, however often the engine names a r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,8 @@ class Registration:
     sources: tuple[int, ...]
     memory: tuple[Bytes, ...] = ()
     """Of private handles: what this process copies itself."""
+    mark: Callable[[], bytes] = bytes
+    """Says how far the engine's work has come; a copy waits for that."""
 
 
 @dataclass(slots=True)
@@ -126,7 +128,8 @@ class WorkerHalf:
 
     def load(self, plan: Plan) -> None:
         """Begin a plan's loads, and wait for the synchronous ones."""
-        flights = [self._begin_load(load) for load in plan.loads]
+        event = self._mark() if plan.loads else b""
+        flights = [self._begin_load(load, event) for load in plan.loads]
         self._flights += flights
         awaited = [f.future for f in flights if f.load is not None and f.load.is_sync]
         if awaited:
@@ -134,7 +137,8 @@ class WorkerHalf:
 
     def store(self, plan: Plan) -> None:
         """Begin a plan's stores, of blocks that have been computed by now."""
-        self._flights += [self._begin_store(store) for store in plan.stores]
+        event = self._mark() if plan.stores else b""
+        self._flights += [self._begin_store(store, event) for store in plan.stores]
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Forget the tokens of requests that no later plan names."""
@@ -172,7 +176,7 @@ class WorkerHalf:
             packed = np.concatenate((known.packed[: piece.offset], packed))
         self._tokens[piece.request_id] = _Tokens(packed, piece.extras)
 
-    def _begin_load(self, load: Load) -> _Flight:
+    def _begin_load(self, load: Load, event: bytes) -> _Flight:
         client, tokens = self._client(), self._tokens.get(load.request_id)
         if client is None or tokens is None:
             return _Flight(load.op, load.request_id, _refused(), load)
@@ -185,11 +189,12 @@ class WorkerHalf:
             tokens.packed,
             skip_first_n_tokens=load.skip,
             extras=tokens.extras,
+            event=event,
             timeout_s=self._config.load_timeout_s,
         )
         return _Flight(load.op, load.request_id, future, load)
 
-    def _begin_store(self, store: Store) -> _Flight:
+    def _begin_store(self, store: Store, event: bytes) -> _Flight:
         client, tokens = self._client(), self._tokens.get(store.request_id)
         if client is None or tokens is None:
             return _Flight(store.op, store.request_id, _refused())
@@ -201,9 +206,13 @@ class WorkerHalf:
             self._blocks(store.blocks),
             tokens.packed,
             extras=tokens.extras,
+            event=event,
             timeout_s=self._config.store_timeout_s,
         )
         return _Flight(store.op, store.request_id, future)
+
+    def _mark(self) -> bytes:
+        return self._registration.mark() if self._registration is not None else b""
 
     def _client(self) -> KVClient | None:
         server = self._link.server if self._link is not None else None

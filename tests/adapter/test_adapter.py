@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -121,6 +123,30 @@ def test_blocks_are_held_until_every_copy_is_acknowledged(
     assert not engine.pool.held
     assert engine.scheduler.num_ops == 0
     wait_until(lambda: held(client) == (0, 0, 0))
+
+
+def test_copies_come_after_the_engines_own_work(
+    start: Start, request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each names the event of its step; one event is enough for all of a step."""
+    engine = start(driver="server").connect()
+    marks = iter((b"first", b"second"))
+    engine.worker._registration = replace(
+        engine.worker._registration, mark=lambda: next(marks)
+    )
+    named = []
+    for name in ("submit_store", "submit_retrieve"):
+        submit = getattr(KVClient, name)
+
+        def note(*args: Any, event: bytes, submit: Any = submit, **rest: Any) -> Any:
+            named.append(event)
+            return submit(*args, **rest)  # A server without a GPU waits for no event.
+
+        monkeypatch.setattr(KVClient, name, note)
+    request = request_of(2 * CHUNK)
+    engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
+    engine.load(again(request), OTHERS[: 2 * PER_CHUNK])
+    assert named == [b"first", b"second"]
 
 
 def test_each_end_is_reported_once(start: Start, request_of: RequestOf) -> None:

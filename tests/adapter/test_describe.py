@@ -19,7 +19,7 @@ from kvcore.config import ServerConfig
 from kvcore.errors import HandleError, LayoutError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.layout import KVLayout
-from kvcore.protocol import PosixShm
+from kvcore.protocol import CudaIpc, PosixShm
 from kvcore.shm import SHM_DIR, Segment, remove_dead
 from kvcore.storage import arena
 from kvcore.vllm import config, groups
@@ -270,6 +270,25 @@ def test_memory_that_cannot_be_shared_is_refused(
     monkeypatch.setattr(storage, "_share_filename_cpu_", elsewhere)
     with pytest.raises(HandleError, match="torch_elsewhere"):
         memory.share(tensor)
+
+
+def test_a_gpus_memory_is_named_by_cuda_ipc(
+    storage: Storage, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an event behind the engine's work; without CUDA's libraries not at all."""
+    tensor = Tensor((8, 32), (32, 1), storage)
+    tensor.device = SimpleNamespace(type="cuda")
+    handle = CudaIpc("GPU-0", bytes(64), 0, storage.size)
+    monkeypatch.setitem(sys.modules, "kvcore.transport.cuda.ipc", None)
+    with pytest.raises(HandleError, match="cannot be shared"):
+        memory.share(tensor)
+    assert memory.mark() == b""
+    exporter = SimpleNamespace(export_tensor=lambda _: handle)
+    events = SimpleNamespace(Events=lambda: SimpleNamespace(mark=lambda: b"event"))
+    monkeypatch.setitem(sys.modules, "kvcore.transport.cuda.ipc", exporter)
+    monkeypatch.setitem(sys.modules, "kvcore.vllm.events", events)
+    assert memory.share(tensor) is handle
+    assert memory.mark() == b"event"
 
 
 class HfConfig:
