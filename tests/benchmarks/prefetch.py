@@ -1,6 +1,6 @@
 """Prefetch from the file tier, checksums and all, against plain direct reads.
 
-Run as `PYTHONPATH=. python tests/benchmarks/prefetch.py FOLDER`, with FOLDER on the disk
+Run as `PYTHONPATH=. python tests/benchmarks/prefetch.py FOLDER`, FOLDER on the disk
 that is meant. Ratios are of rounds that take turns. A script and not a test, since it
 decides nothing.
 """
