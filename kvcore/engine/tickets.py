@@ -121,6 +121,7 @@ class TicketTable:
 
     def status(self, limit: int) -> tuple[TicketStatus, ...]:
         """Describe the `limit` oldest."""
+        limit = min(limit, len(self._live))
         return tuple(map(self._describe, islice(self._live.values(), limit)))
 
     def _describe(self, live: _Live) -> TicketStatus:
