@@ -16,10 +16,10 @@ class Caller:
 
     client: Hashable
     pid: int
-    is_watched: bool = False
-    """Its process's end cannot be missed."""
     deadline_ns: int = 0
     """On the host's monotonic clock; 0 waits for ever."""
+    is_watched: bool = False
+    """Its process's end cannot be missed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ class Server:
 
         def handler(request: Any, client: Client, deadline_ns: int) -> Any:
             caller = Caller(
-                client.identity, client.pid, client.pidfd is not None, deadline_ns
+                client.identity, client.pid, deadline_ns, client.pidfd is not None
             )
             return serve(request, caller)
 
