@@ -13,7 +13,6 @@ import numpy as np
 
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache, RegisterReply
-from kvcore.transport.cuda.driver import open_devices
 from kvcore.transport.cuda.ipc import export
 from tests.system.worker import PLAIN, Cache, Group, Told, _numbers
 
@@ -59,6 +58,9 @@ class GpuTold(Told):
     """What such a worker can be told to do, beside what any worker can."""
 
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
+        # Here: this file is read where the bindings are not installed, too.
+        from kvcore.transport.cuda.driver import open_devices
+
         super().__init__(address, name, driver)
         self.devices = open_devices()
         self.event = self.devices[0].event(shared=True)

@@ -1,0 +1,103 @@
+"""What only a card shows: torch's tensors, kernels that last, device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+from tests.gpu.torch_told import LAYERS, TorchTold
+from tests.system.conftest import Prompt
+from tests.system.server import CHUNK, Server
+from tests.system.worker import Worker
+
+pytestmark = [pytest.mark.gpu, pytest.mark.card]
+
+FROM, INTO = [9, 3, 4, 60], [20, 7, 40, 11]
+GROWTH_BYTES = 32 << 20
+"""What others on the card may take meanwhile; a leak of 1,000 caches is far more."""
+
+
+@pytest.fixture(scope="module")
+def hire(server: Server) -> Iterator[Callable[[], Worker]]:
+    """Start a worker with torch."""
+    with ExitStack() as stack:
+
+        def start() -> Worker:
+            worker = Worker(server.address, TorchTold)
+            stack.callback(worker.close)
+            worker.answer()
+            return worker
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def workers(hire: Callable[[], Worker]) -> list[Worker]:
+    """Two workers of the module's server."""
+    return [hire() for _ in range(2)]
+
+
+def test_a_tensor_comes_to_another_process(
+    workers: list[Worker], model: str, session: SessionKey, prompt: Prompt
+) -> None:
+    """Random bfloat16 through L1 into other blocks; the rest is left alone."""
+    first, second = workers
+    tokens = prompt(CHUNK)
+    first.ask("register", "a", model)
+    second.ask("register", "b", model)
+    first.ask("fill", "a", FROM)
+    reply = first.ask("store_now", session, "a", CHUNK, FROM, tokens)
+    assert reply.num_stored == 1
+    second.ask("poison", "b", list(range(64)))
+    second.ask("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
+    for sent, got in zip(
+        first.ask("sums", "a", FROM), second.ask("sums", "b", INTO), strict=True
+    ):
+        assert np.array_equal(sent, got)
+    others = sorted(set(range(64)) - set(INTO))
+    assert all((layer == -7).all() for layer in second.ask("sums", "b", others))
+
+
+def test_a_store_waits_for_the_kernel_that_writes(
+    workers: list[Worker],
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """What was only queued when the request was sent is what is stored."""
+    first, second = workers
+    tokens = prompt(CHUNK)
+    first.ask("register", "a", model)
+    second.ask("register", "b", model)
+    reply, was_early = first.ask("store_late", session, "a", CHUNK, FROM, tokens)
+    assert was_early, "the kernel did not last: the test shows nothing"
+    assert reply.num_stored == 1
+    second.ask("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
+    got = second.ask("sums", "b", INTO)
+    assert [set(layer.reshape(-1)) for layer in got] == [
+        {float(layer + 1)} for layer in range(LAYERS)
+    ]
+
+
+def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
+    """A thousand instances, registered and unregistered."""
+    worker = workers[0]
+    worker.ask("cycle", "c", model, 20)
+    before = worker.ask("free_bytes")
+    for _ in range(10):
+        worker.ask("cycle", "c", model, 100)
+    assert before - worker.ask("free_bytes") < GROWTH_BYTES
+
+
+def test_expandable_segments_are_refused_by_name(
+    hire: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is told which setting to change."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert "expandable_segments:False" in hire().ask("export_virtual")
