@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from kvcore.errors import DeviceFailed, HandleError
 from kvcore.protocol import CudaIpc
-from kvcore.transport.cuda.ipc import Allocations, export
+from kvcore.transport.cuda.ipc import Allocations, export, export_tensor
 from kvcore.transport.cuda.pinned import Pinned
 
 pytestmark = pytest.mark.gpu
@@ -218,6 +219,19 @@ def test_an_export_keeps_to_its_allocation(device: Any) -> None:
     with pytest.raises(HandleError, match="the allocation has"):
         export(address + 12345, 4 * MIB, device)
     assert export(address, MIB, device).handle == inside.handle
+    device.free(address)
+
+
+def test_a_tensor_is_exported_with_its_whole_storage(device: Any) -> None:
+    """From the storage's first byte on, whatever view of it the tensor is."""
+    address = device.allocate(MIB)
+    storage = SimpleNamespace(data_ptr=lambda: address + 512, nbytes=lambda: 4096)
+    tensor = SimpleNamespace(
+        device=SimpleNamespace(index=0), untyped_storage=lambda: storage
+    )
+    handle = export_tensor(tensor)
+    assert (handle.offset, handle.length) == (512, 4096)
+    assert handle == export(address + 512, 4096, device)
     device.free(address)
 
 

@@ -9,7 +9,6 @@ from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import RegisterKVCache
 from kvcore.transport.cuda.ipc import export_tensor
-from kvcore.vllm.marks import Marks
 from tests.system.worker import BLOCK, Told
 
 LAYERS, HEADS, SIZE = 2, 2, 16
@@ -23,10 +22,12 @@ class TorchTold(Told):
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
         import torch
 
+        from kvcore.vllm.events import Events
+
         super().__init__(address, name, driver)
         self.torch = torch
         self.tensors: dict[str, list[Any]] = {}
-        self.mark = Marks(lambda: torch.cuda.Event(interprocess=True))
+        self.mark = Events().mark
 
     def register(  # type: ignore[override]
         self, instance_id: str, model: str, num_blocks: int = 64
