@@ -16,6 +16,7 @@ from kvcore.protocol import (
     TierStatus,
 )
 from kvctl.console import Table, bar, size
+from kvctl.views import devices
 
 
 def parts(status: StatusReply) -> list[Table | str]:
@@ -34,6 +35,7 @@ def parts(status: StatusReply) -> list[Table | str]:
     if status.tiers:
         shown.append(_tiers(status.tiers))
         shown.append(_tier_counters(status.tiers))
+    shown += devices.parts(status.devices)
     shown.append(_counters(status.counters))
     return shown
 

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from kvcore.errors import ERRORS
 from kvcore.protocol import (
     BootToken,
+    DeviceStatus,
     InstanceStatus,
     L1Status,
     LeaseStatus,
@@ -20,8 +21,9 @@ from kvcore.wire import REQUESTS
 from kvctl import console
 from kvctl.commands import inspect
 from kvctl.lab.geometry import PRESETS
-from kvctl.views import protocol, status
+from kvctl.views import devices, protocol, status
 from kvctl.views.layout import LayoutPage, Pieces
+from tests.transport.cuda.rig import published
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,6 +119,21 @@ def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
         "leases (1 of 2)", "request-9", "1.5 s", "58.5 s", "0 1", "1,234,567",
     ):  # fmt: skip
         assert word in shown
+
+
+def test_gpus_are_shown_with_their_rates(capsys) -> None:
+    """What was measured, by direction and size of pieces, and the ways it chose."""
+    copies = {"staged_to_host": 1234}
+    card = DeviceStatus("GPU-1", "H100", 2, 32 << 20, copies, published())
+    console.show(*devices.parts([card]))
+    shown = capsys.readouterr().out
+    for word in (
+        "GPU-1", "H100", "32.0 MiB", "staged_to_host: 1,234", "to device", "60 us",
+        "54.0 GB/s", "16.0 KiB: 7.0 GB/s",
+    ):  # fmt: skip
+        assert word in shown
+    assert devices.parts([]) == []
+    assert devices.parts([card])[0] in status.parts(replace(STATUS, devices=(card,)))
 
 
 def test_an_instance_that_is_not_there_is_named() -> None:

@@ -19,7 +19,7 @@ from math import exp, log
 
 import numpy as np
 
-from kvcore.protocol import CopyRates, DeviceRates, PieceRate
+from kvcore.protocol import CopyRates, PieceRate
 
 KERNEL_PRICE = 1.1
 """Staging must win by that: kernels take SMs from the model, copy engines do not."""
@@ -69,21 +69,3 @@ def speed(rates: Sequence[PieceRate], piece_bytes: float) -> float:
     sizes = [log(rate.piece_bytes) for rate in rates]
     speeds = [log(rate.bytes_s) for rate in rates]
     return exp(float(np.interp(log(max(piece_bytes, 1)), sizes, speeds)))
-
-
-def published() -> DeviceRates:
-    """Return figures of an H100 on PCIe 5 x16: what to expect, not what was measured.
-
-    Link and batches: vLLM's notes on KV offloading, 2026-01.
-    """
-    batched = ((4096, 4e9), (16384, 7e9), (65536, 45e9), (1 << 20, 54e9))
-    kernels = ((1024, 100e9), (4096, 140e9), (32768, 140e9))
-    one_way = CopyRates(
-        link_bytes_s=54e9,
-        start_s=20e-6,
-        call_s=2e-6,
-        staged_start_s=60e-6,
-        batched=tuple(PieceRate(*rate) for rate in batched),
-        kernels=tuple(PieceRate(*rate) for rate in kernels),
-    )
-    return DeviceRates(to_host=one_way, to_device=one_way, measured_s=0.0)

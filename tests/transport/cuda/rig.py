@@ -10,17 +10,35 @@ import numpy as np
 from msgspec.structs import replace
 
 from kvcore.layout import KVLayout
-from kvcore.protocol import DeviceRates
+from kvcore.protocol import CopyRates, DeviceRates, PieceRate
 from kvcore.transport.cuda.cache import CudaCache, CudaCaches
 from kvcore.transport.cuda.kernels import Kernels
 from kvcore.transport.cuda.staging import Sizes
-from kvcore.transport.cuda.ways import Way, published
+from kvcore.transport.cuda.ways import Way
 from tests.transport.cuda.fake import FakeDevice, World, array_at
 from tests.transport.cuda.plain import PlainKernels
 
 SMALL = Sizes(slot_bytes=96, table_bytes=4096, max_buffers=2)
 """Slots that hold a few pieces, so that all is staged in many turns."""
 _NEVER_S = 1e6
+
+
+def published() -> DeviceRates:
+    """Return figures of an H100 on PCIe 5 x16: what to expect, not what was measured.
+
+    Link and batches: vLLM's notes on KV offloading, 2026-01.
+    """
+    batched = ((4096, 4e9), (16384, 7e9), (65536, 45e9), (1 << 20, 54e9))
+    kernels = ((1024, 100e9), (4096, 140e9), (32768, 140e9))
+    one_way = CopyRates(
+        link_bytes_s=54e9,
+        start_s=20e-6,
+        call_s=2e-6,
+        staged_start_s=60e-6,
+        batched=tuple(PieceRate(*rate) for rate in batched),
+        kernels=tuple(PieceRate(*rate) for rate in kernels),
+    )
+    return DeviceRates(to_host=one_way, to_device=one_way, measured_s=0.0)
 
 
 def favouring(way: Way) -> DeviceRates:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.protocol import PieceRate
-from kvcore.transport.cuda.ways import Way, choose, published, speed
+from kvcore.transport.cuda.ways import Way, choose, speed
+from tests.transport.cuda.rig import published
 
 MIB = 1 << 20
 CHUNK = 32 * MIB
