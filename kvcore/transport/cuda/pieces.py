@@ -126,17 +126,14 @@ class Pieces:
 
 
 def both(a: Stretches, b: Stretches) -> Pieces:
-    """Return the pieces that lie on both, as the first has them and the second.
-
-    Neither is empty.
-    """
-    points = np.unique(np.concatenate((a.starts, a.ends, b.starts, b.ends)))
-    starts, ends = points[:-1], points[1:]
-    in_a = np.searchsorted(a.starts, starts, "right") - 1
-    in_b = np.searchsorted(b.starts, starts, "right") - 1
-    kept = (in_a >= 0) & (in_b >= 0)
-    kept &= (ends <= a.ends[in_a]) & (ends <= b.ends[in_b])
-    starts, ends, in_a, in_b = starts[kept], ends[kept], in_a[kept], in_b[kept]
+    """Return the pieces that lie on both, as the first has them and the second."""
+    first = np.searchsorted(b.ends, a.starts, "right")
+    count = np.searchsorted(b.starts, a.ends, "left") - first
+    in_a = np.repeat(np.arange(len(a)), count)
+    before = np.cumsum(count) - count
+    in_b = np.arange(len(in_a)) + (first - before)[in_a]
+    starts = np.maximum(a.starts[in_a], b.starts[in_b])
+    ends = np.minimum(a.ends[in_a], b.ends[in_b])
     return Pieces(
         a.at[in_a] + (starts - a.starts[in_a]),
         b.at[in_b] + (starts - b.starts[in_b]),
