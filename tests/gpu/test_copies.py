@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,19 @@ ROOM = 1 << 20
 SMALL = Sizes(slot_bytes=4096, table_bytes=4096, max_buffers=2)
 
 
+@lru_cache
+def kernels_of(device: Any) -> TritonKernels:
+    """Load every kernel once for all tests."""
+    return TritonKernels(device)
+
+
 class Bench:
     """A device's caches, and page-locked memory for an arena and for a look."""
 
     def __init__(self, device: Any, way: Way, sizes: Sizes, room: int = ROOM) -> None:
         self.device = device
         self.caches = CudaCaches(
-            device, TritonKernels(device), rates=favouring(way), sizes=sizes
+            device, kernels_of(device), rates=favouring(way), sizes=sizes
         )
         self.stream, self.event = device.stream(), device.event()
         self.hosts = [device.allocate_host(room) for _ in range(2)]
@@ -235,7 +242,7 @@ def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
 @pytest.mark.card
 def test_a_card_is_measured_within_its_time(device: Any) -> None:
     """Every rate is there, and no way is faster than the link by more than noise."""
-    caches = CudaCaches(device, TritonKernels(device))
+    caches = CudaCaches(device, kernels_of(device))
     rates: DeviceRates = caches.rates
     caches.close()
     for one in (rates.to_host, rates.to_device):

@@ -9,9 +9,9 @@ import numpy as np
 from kvcore.layout import KVLayout
 from kvcore.protocol import DeviceStatus
 from kvcore.transport.cuda.device import Device
-from kvcore.transport.cuda.ways import published
 from kvcore.transport.host import HostCache
 from tests.transport.cuda.fake import array_at
+from tests.transport.cuda.rig import published
 
 
 class HostCaches:
