@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from kvcore.errors import DeviceFailed, HandleError, SetupError
+from kvcore.transport.cuda.device import HANDLE_BYTES
 
 try:
     from cuda.bindings import driver as cu
@@ -14,7 +16,7 @@ except ImportError as error:
         "pip install 'kvctl[gpu]'"
     ) from None
 
-__all__ = ["RESULT", "check", "check_opened", "cu", "explain"]
+__all__ = ["RESULT", "check", "check_opened", "cu", "explain", "handle_of", "named"]
 
 RESULT = cu.CUresult
 _FOREIGN = {
@@ -57,6 +59,26 @@ def check_opened(result: tuple[Any, ...], what: str) -> Any:
             "process is gone, is this one, or lies in other IPC or pid namespaces"
         )
     return check(result, f"opening {what}")
+
+
+def handle_of(made: Any) -> bytes:
+    """Return the bytes of a CUipcMemHandle or CUipcEventHandle.
+
+    By its address: bindings since 13.5 no longer have a field for them.
+    """
+    return ctypes.string_at(int(made.getPtr()), HANDLE_BYTES)
+
+
+def named(empty: Any, handle: bytes) -> Any:
+    """Write a handle's bytes into an empty one of these, and return it.
+
+    Raises:
+        HandleError: not that many bytes.
+    """
+    if len(handle) != HANDLE_BYTES:
+        raise HandleError(f"a handle has {HANDLE_BYTES} bytes, not {len(handle)}")
+    ctypes.memmove(int(empty.getPtr()), handle, HANDLE_BYTES)
+    return empty
 
 
 def explain(status: Any) -> str:

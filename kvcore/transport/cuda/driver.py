@@ -13,8 +13,15 @@ from uuid import UUID
 
 from kvcore.errors import DeviceFailed, HandleError, KVError, SetupError
 from kvcore.transport.cuda.batch import BatchCopy
-from kvcore.transport.cuda.binding import RESULT, check, check_opened, cu
-from kvcore.transport.cuda.device import HANDLE_BYTES, Exported, Function, Opened
+from kvcore.transport.cuda.binding import (
+    RESULT,
+    check,
+    check_opened,
+    cu,
+    handle_of,
+    named,
+)
+from kvcore.transport.cuda.device import Exported, Function, Opened
 from kvcore.transport.cuda.streams import CudaEvent, CudaStream, Pins
 
 MIN_DRIVER_VERSION = 12000
@@ -116,9 +123,7 @@ class CudaDevice:
     def open_event(self, handle: bytes) -> CudaEvent:
         """Open another process's event; see `Device`. May wait for the GPU."""
         self.enter()
-        named = cu.CUipcEventHandle()
-        named.reserved = _sized(handle)
-        opened = cu.cuIpcOpenEventHandle(named)
+        opened = cu.cuIpcOpenEventHandle(named(cu.CUipcEventHandle(), handle))
         return CudaEvent(self.enter, check_opened(opened, "an event"))
 
     def allocate(self, num_bytes: int) -> int:
@@ -181,15 +186,14 @@ class CudaDevice:
         found = cu.cuMemGetAddressRange(address)
         base, size = check(found, "finding an allocation")
         handle = check(cu.cuIpcGetMemHandle(base), "naming an allocation")
-        return Exported(bytes(handle.reserved), address - int(base), int(size))
+        return Exported(handle_of(handle), address - int(base), int(size))
 
     def open(self, handle: bytes) -> Opened:
         """Map another process's allocation; see `Device`."""
         self.enter()
-        named = cu.CUipcMemHandle()
-        named.reserved = _sized(handle)
         lazily = cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        address = check_opened(cu.cuIpcOpenMemHandle(named, lazily), "memory")
+        there = named(cu.CUipcMemHandle(), handle)
+        address = check_opened(cu.cuIpcOpenMemHandle(there, lazily), "memory")
         try:
             found = cu.cuMemGetAddressRange(address)
             base, size = check(found, "measuring an opened allocation")
@@ -231,12 +235,6 @@ def _not_capable(*, from_pool: bool) -> KVError:
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False) or from sleep mode (start "
         "the engine without it); or copy in the worker"
     )
-
-
-def _sized(handle: bytes) -> bytes:
-    if len(handle) != HANDLE_BYTES:
-        raise HandleError(f"a handle has {HANDLE_BYTES} bytes, not {len(handle)}")
-    return handle
 
 
 def _dotted(version: int) -> str:

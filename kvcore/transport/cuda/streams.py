@@ -12,7 +12,7 @@ import numpy as np
 
 from kvcore.errors import DeviceFailed
 from kvcore.transport.cuda.batch import BatchCopy
-from kvcore.transport.cuda.binding import RESULT, check, cu
+from kvcore.transport.cuda.binding import RESULT, check, cu, handle_of
 from kvcore.transport.cuda.device import Addresses, Event, Function, Launch
 
 
@@ -38,7 +38,7 @@ class CudaEvent:
     def handle(self) -> bytes:
         self._enter()
         handle = check(cu.cuIpcGetEventHandle(self.cu_event), "naming an event")
-        return bytes(handle.reserved)
+        return handle_of(handle)
 
     def close(self) -> None:
         self._enter()
