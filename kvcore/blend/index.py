@@ -15,7 +15,7 @@ unused of them are forgotten beyond a limit.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -156,13 +156,15 @@ class DocumentIndex:
         """Say whether some entry has this rolling hash."""
         return key in self._by_key
 
-    def find(self, key: int, digest: bytes) -> Iterator[Entry]:
-        """Yield the entries of these very tokens, the latest first."""
+    def find(self, key: int, digest: bytes) -> list[Entry]:
+        """Return the entries of these very tokens, the latest first."""
+        found = []
         entry = self._by_key.get(key)
         while entry is not None:
             if entry.digest == digest:
-                yield entry
+                found.append(entry)
             entry = entry.after
+        return found
 
     def _settle(self) -> None:
         while self._left:

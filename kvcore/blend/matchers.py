@@ -131,18 +131,6 @@ class Separated:
         return runs
 
 
-@dataclass(slots=True)
-class _Pace:
-    """Says when enough was hashed in one go."""
-
-    num_hashed: int = 0
-
-    def is_due(self) -> bool:
-        """Count one more."""
-        self.num_hashed = (self.num_hashed + 1) % MATCH_STEP
-        return not self.num_hashed
-
-
 class Anywhere:
     """Finds chunks at any offset: from left to right, the longest run at each place.
 
@@ -181,8 +169,7 @@ class Anywhere:
         What is not in L1 may be in a tier.
         """
         runs: list[Run] = []
-        free = 0
-        pace = _Pace()
+        free = num_hashed = 0
         size, packed = self._chunk_size, tokens.data
         for first in range(0, len(tokens) - size + 1, SLICE_WINDOWS):
             if first:
@@ -195,14 +182,22 @@ class Anywhere:
                 if start < free or not self._index.known(key):
                     continue
                 digest = space.digest(packed[start : start + size])
-                run = Run(0, start, [])
-                for entry in [*self._index.find(key, digest)]:
-                    hashes = yield from self._follow(entry, packed, start, pace)
+                best: list[ChunkHash] = []
+                old_start = 0
+                for entry in self._index.find(key, digest):
+                    hashes = [entry.hash]
+                    while self._follow(hashes, packed, start):
+                        yield
+                    num_hashed += len(hashes)
+                    if num_hashed >= MATCH_STEP:
+                        num_hashed = 0
+                        yield
                     reach = self._reach(hashes, count_ready)
-                    if reach > len(run.hashes):
-                        run = Run(entry.start, start, hashes[:reach])
-                runs += self._cut(run, count_ready)
-                free = start + len(run.hashes) * size
+                    if reach > len(best):
+                        best, old_start = hashes[:reach], entry.start
+                if best:
+                    runs += self._cut(Run(old_start, start, best), count_ready)
+                    free = start + len(best) * size
         return runs
 
     def _reach(self, hashes: list[ChunkHash], count_ready: CountReady) -> int:
@@ -219,7 +214,7 @@ class Anywhere:
         """Cut a run into what L1 has and what it has not, in turn."""
         hashes = run.hashes
         if not self._index.num_in_tier:
-            return [run] if hashes else []
+            return [run]
         pieces: list[Run] = []
         first = 0
         while first < len(hashes):
@@ -235,23 +230,18 @@ class Anywhere:
             first = end
         return pieces
 
-    def _follow(
-        self, entry: Entry, packed: memoryview, start: int, pace: _Pace
-    ) -> Generator[None, None, list[ChunkHash]]:
-        """Follow the document of a confirmed chunk as far as the prompt has it.
+    def _follow(self, hashes: list[ChunkHash], packed: memoryview, start: int) -> bool:
+        """Follow a run's document some way; False at its end in the prompt.
 
         A document's next chunk has the hash that its last one and the prompt's tokens
         give, so that looking it up confirms it.
         """
-        size = self._chunk_size
-        hashes = [entry.hash]
-        for at in range(start + size, len(packed) - size + 1, size):
+        size, index = self._chunk_size, self._index
+        first = start + len(hashes) * size
+        end = min(first + MATCH_STEP * size, len(packed) - size + 1)
+        for at in range(first, end, size):
             child = child_hash(hashes[-1], packed[at : at + size])
-            if child not in self._index:
-                break
+            if child not in index:
+                return False
             hashes.append(child)
-            if pace.is_due():
-                yield
-        if pace.is_due():
-            yield
-        return hashes
+        return first + MATCH_STEP * size == end

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcore.blend import matchers
 from kvcore.blend.index import DocumentIndex
 from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Run, Separated
 from kvcore.blend.paragraphs import Markers, cut
@@ -126,16 +128,21 @@ def planted(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return documents, prompt
 
 
-@given(case=planted(), base=st.sampled_from((None, 1)))
+@given(
+    case=planted(),
+    base=st.sampled_from((None, 1)),
+    step=st.sampled_from((1, 2, matchers.MATCH_STEP)),
+)
 def test_anywhere_equals_a_brute_force_search(
-    case: tuple[list[list[int]], list[int]], base: int | None
+    case: tuple[list[list[int]], list[int]], base: int | None, step: int
 ) -> None:
-    """Repeats, overlaps, shared chunks and colliding hashes included."""
+    """Repeats, overlaps, shared chunks and colliding hashes, in steps of any size."""
     documents, prompt = case
     library = anywhere(base)
-    for document in documents:
-        library.store(document)
-    runs = library.find(prompt)
+    with mock.patch.object(matchers, "MATCH_STEP", step):
+        for document in documents:
+            library.store(document)
+        runs = library.find(prompt)
     found = [(run.start, len(run.hashes)) for run in runs]
     assert found == list(brute_runs(prompt, documents))
     check_hashes(runs, prompt, documents)
