@@ -11,7 +11,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -20,9 +19,15 @@ import numpy.typing as npt
 
 from kvcore.blend.buffer import as_paged, check_slots, slots_of
 from kvcore.blend.index import DocumentIndex, Entry
-from kvcore.blend.kept import KeptEntries
+from kvcore.blend.kept import KeptEntries, open_kept
 from kvcore.blend.lookups import DocumentLookups, Found
-from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Separated
+from kvcore.blend.matchers import (
+    MATCH_STEP,
+    Anywhere,
+    DocumentSpace,
+    Matcher,
+    Separated,
+)
 from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
@@ -169,20 +174,23 @@ class BlendEngine:
         chain = HashChain(space.seed, self.chunk_size)
         yield from chain.extend(tokens.data.cast("B"), self._slice_chunks)
         entries = yield from self._matcher.learn(tokens, chain.hashes, space)
-        self.engine.registry.check_registered(instance)
-        # Before L1 has them: then nothing can leave it that is not known yet.
-        for entry in entries:
-            self.index.add(entry)
         slots = slots_of([request.offset], len(tokens))
-        future = instance.store_lane.submit(
-            self.engine.copier.store,
-            instance,
-            chain.hashes,
-            (slots.reshape(-1, self.chunk_size),),
-            caller.deadline_ns,
-            space.owner(SessionKey(instance.engine_id, "document")),
-            event=request.event,
-        )
+        try:
+            # Before L1 has them: then nothing can leave it that is not known yet.
+            yield from self._enter(entries)
+            self.engine.registry.check_registered(instance)
+            future = instance.store_lane.submit(
+                self.engine.copier.store,
+                instance,
+                chain.hashes,
+                (slots.reshape(-1, self.chunk_size),),
+                caller.deadline_ns,
+                space.owner(SessionKey(instance.engine_id, "document")),
+                event=request.event,
+            )
+        except BaseException:
+            self._settle(entries)
+            raise
 
         def finish() -> StoreReply:
             self.counters.document_stores += 1
@@ -193,6 +201,12 @@ class BlendEngine:
 
     def _whole_chunks(self, tokens: Tokens) -> Tokens:
         return tokens[: len(tokens) - len(tokens) % self.chunk_size]
+
+    def _enter(self, entries: Sequence[Entry]) -> Generator[None, None, None]:
+        for number, entry in enumerate(entries, 1):
+            self.index.add(entry)
+            if number % MATCH_STEP == 0:
+                yield
 
     def _settle(self, entries: Sequence[Entry]) -> None:
         """Keep the entries of what is in L1 after a store, and what tiers have."""
@@ -358,16 +372,6 @@ class BlendEngine:
             distance = match.start - match.old_start
             turns.append(Turn(first, first + self.chunk_size, distance))
         return Turning(rope, turns)
-
-
-def open_kept(config: ServerConfig) -> KeptEntries | None:
-    """Open the file in which an index outlives its server, if there is to be one."""
-    path = config.blend.keep
-    if path is None and config.l1.keep is not None:
-        path = f"{config.l1.keep}.documents"
-    if path is None or config.blend.matcher != "anywhere":
-        return None
-    return KeptEntries(Path(path), config.chunk_size)
 
 
 def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:

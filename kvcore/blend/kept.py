@@ -19,6 +19,7 @@ from pathlib import Path
 import xxhash
 
 from kvcore.blend.index import NO_SLOT, Entry
+from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 
@@ -122,6 +123,16 @@ class KeptEntries:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+
+def open_kept(config: ServerConfig) -> KeptEntries | None:
+    """Open the file in which an index outlives its server, if there is to be one."""
+    path = config.blend.keep
+    if path is None and config.l1.keep is not None:
+        path = f"{config.l1.keep}.documents"
+    if path is None or config.blend.matcher != "anywhere":
+        return None
+    return KeptEntries(Path(path), config.chunk_size)
 
 
 def _header(chunk_size: int, base: int) -> bytes:

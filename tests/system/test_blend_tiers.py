@@ -21,7 +21,7 @@ from kvcore.storage.recovery import arena_name
 from tests.system.blend_worker import BlendTold
 from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
-from tests.system.test_blend import Values, put, where
+from tests.system.test_blend import Values, fresh, put, where
 from tests.system.test_failing_tiers import Hanging
 from tests.system.test_tiers import connected, counter, is_idle, written
 from tests.system.worker import Worker
@@ -180,6 +180,44 @@ def test_without_a_tier_an_evicted_chunk_is_no_longer_matched(
         house.push_out(prompt)
         assert house.look_up(tokens) == CBLookupReply((), (), 0)
         assert house.count("document_chunks") == SMALL_CHUNKS
+
+
+def test_both_ranks_parts_come_from_the_tier(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """Each rank reads its own; a chunk of which one part is lost is not matched."""
+    model = "of-two"
+    server = serve(*BLEND, *SMALL, *tier_of(folder))
+    workers = [Worker(server.address, BlendTold) for _ in range(2)]
+    tokens = prompt(2 * CHUNK)
+    with connected(server) as client:
+        blend = BlendClient(client)
+        truth = []
+        for rank, worker in enumerate(workers):
+            worker.answer()
+            worker.ask("register_buffer", "ab"[rank], model, rank=rank, world_size=2)
+            truth.append(fresh(2 * CHUNK, rank))
+            worker.ask("write", "ab"[rank], 0, truth[rank])
+            worker.ask("blend", "store_pre_computed", "ab"[rank], 0, tokens)
+        wait_until(lambda: written(client) == 4 and is_idle(client))
+        client.clear()
+        found = blend.lookup_pre_computed(KEY, model, 2, [*prompt(3), *tokens])
+        assert where(found) == [(3, 3 + 2 * CHUNK)]
+        for rank, worker in enumerate(workers):
+            name, ranges = "ab"[rank], found.ranges
+            worker.ask("blend", "retrieve_pre_computed", KEY, name, 0, ranges=ranges)
+            read = worker.ask("read_slots", name, 3, 3 + 2 * CHUNK)
+            assert np.array_equal(read, truth[rank])
+        client.end_session(KEY)
+        client.clear()
+        next(folder.glob(f"??/{found.matches[0].hash.hex()}-1-*")).unlink()
+        again = blend.lookup_pre_computed(KEY, model, 2, tokens)
+        assert not again.matches
+        again = blend.lookup_pre_computed(KEY, model, 2, tokens)
+        assert where(again) == [(CHUNK, 2 * CHUNK)]
+        client.end_session(KEY)
+        for worker in workers:
+            worker.close()
 
 
 def test_a_salts_documents_are_at_its_quotas_expense(
