@@ -46,6 +46,9 @@ from kvcore.transport.rotation import Turn, turn_keys
 
 CHECKSUM_STEP = 2 << 20
 """Bytes added up at a time: still in the caches, and few enough calls for the GIL."""
+_SHARED_RUN = 1 << 20
+"""Parts of this size on that are one run each, as a blend buffer's, are shared: a view
+is copied without the GIL, whatever the direction."""
 _NUM_FREE_ROWS = 500
 _MIN_ROW = 4096
 """Bytes; with fewer in a row, what holds the GIL is soon done."""
@@ -191,7 +194,9 @@ class HostCache:
             else:
                 deque(ends, maxlen=0)
 
-        is_shared = self.layout.part.num_bytes >= copy.shared_bytes
+        in_runs = (ways == _Way.ONE_RUN).all()
+        shared_bytes = _SHARED_RUN if in_runs else copy.shared_bytes
+        is_shared = self.layout.part.num_bytes >= shared_bytes
         (self._crew if is_shared else ALONE).each(move, range(len(spans)))
         return made
 

@@ -252,6 +252,7 @@ def in_small_steps(num_bytes: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "CHECKSUM_STEP", num_bytes)
         patch.setattr(host, "_MIN_ROW", 1)
+        patch.setattr(host, "_SHARED_RUN", 0)
         for copy in ("_GATHER", "_SCATTER"):
             patch.setattr(host, copy, replace(getattr(host, copy), shared_bytes=0))
         yield
