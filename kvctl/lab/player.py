@@ -22,7 +22,7 @@ from kvctl.lab.messages import Play, PlayDocuments, Played, Tally, send
 from kvctl.lab.pacer import Taken
 from kvctl.lab.score import HEAD_BYTES
 from kvctl.lab.stepper import Progress, Stepper
-from kvctl.lab.systems.contract import taken_s
+from kvctl.lab.systems.contract import Foreign, taken_s
 from kvctl.lab.workload import Tokens
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ class Player:
         begun = self._clock.now()
         self._engine.client.end_session(life.session)
         ended = self._clock.now()
-        life.durations["end_session"] = taken_s(self._engine.client, ended - begun)
+        client = self._engine.client
+        if not isinstance(client, Foreign) or client.knows_sessions:
+            life.durations["end_session"] = taken_s(client, ended - begun)
         life.ended_s = life.ended_s or ended
         return outcome
 

@@ -55,6 +55,8 @@ class Foreign(ABC):
 
     chunk_size: int
     server: None = None
+    knows_sessions = True
+    """Without it the end of one asks nobody anything, and is no call to be timed."""
 
     @property
     def last_s(self) -> float | None:

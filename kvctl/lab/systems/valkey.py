@@ -73,6 +73,8 @@ def connect(
 class ValkeyClient(Foreign):
     """A scheduler's or a rank's client."""
 
+    knows_sessions = False
+
     def __init__(self, address: str, chunk_size: int, timeout_s: float) -> None:
         self.chunk_size = chunk_size
         self._path = address.removeprefix("unix://")

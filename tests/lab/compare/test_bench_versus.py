@@ -74,3 +74,4 @@ def test_another_system_stands_in_the_same_table(
     assert [theirs.system.name, ours.system.name] == ["valkey", "kvctl"]
     assert theirs.counts.tokens_hit == ours.counts.tokens_hit > 0
     assert theirs.counts.bytes_wrong == ours.counts.bytes_wrong == 0
+    assert "end_session" not in theirs.operations, "it has none"
