@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from kvcore.client import KVClient
@@ -13,8 +11,15 @@ from tests.vllm.engine import Engine
 from tests.vllm.test_models import assert_nothing_held
 
 SHARED = 4 * CHUNK
-CACHE_BYTES = 3 << 20
-"""48 blocks: some requests of this file are preempted."""
+OPTIONS = {
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 3 << 20,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 8,
+}
+"""A small engine, of 48 blocks: some requests of this file are preempted. Its own
+prefix cache is off, so that everything is asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +29,9 @@ def server(serve: Serve) -> Server:
 
 
 @pytest.fixture(scope="module")
-def engine(start: Start, server: Server) -> Iterator[Engine]:
-    """A small engine; its own prefix cache is off, so that everything is asked for."""
-    return start(
-        address=server.address,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=CACHE_BYTES,
-        max_model_len=1024,
-        max_num_batched_tokens=256,
-        max_num_seqs=8,
-    )
+def engine(start: Start, server: Server) -> Engine:
+    """The module's engine."""
+    return start(address=server.address, **OPTIONS)
 
 
 def assert_blocks_are_back(engine: Engine) -> None:
@@ -81,15 +79,20 @@ def test_salts_keep_users_apart(engine: Engine) -> None:
     assert [cached("a"), cached("b"), cached(""), cached("a")] == [0, 0, 0, 2 * CHUNK]
 
 
-def test_many_mixed_requests_leave_nothing_held(engine: Engine, server: Server) -> None:
-    """Long and short, shared and alone, more than fit at once: 500 of them."""
+def test_many_mixed_requests_leave_nothing_held(
+    engine: Engine, server: Server, start: Start
+) -> None:
+    """Long and short, shared and alone, more than fit at once: 500, none wrong."""
     lengths = [20, CHUNK, 150, SHARED + 30, 500, 700]
     prompts = [
-        make_prompt(lengths[n % len(lengths)], seed=n % 60, shared=SHARED * (n % 3 > 0))
-        for n in range(500)
+        make_prompt(lengths[n % len(lengths)], seed=n, shared=SHARED * (n % 3 > 0))
+        for n in range(60)
     ]
-    answers = engine.generate(prompts, max_tokens=4)
-    assert [len(tokens) for tokens in answers["tokens"]] == [4] * 500
+    plain = start(**OPTIONS)
+    expected = ask_in_turn(plain, prompts, max_tokens=4)["tokens"]
+    plain.close()
+    answers = engine.generate([prompts[n % 60] for n in range(500)], max_tokens=4)
+    assert answers["tokens"] == [expected[n % 60] for n in range(500)]
     assert sum(answers["cached"]) > 50_000
     assert engine.ask("counted", counter="num_preemptions") > 0
     assert_blocks_are_back(engine)

