@@ -68,7 +68,9 @@ class Server:
     @property
     def segments(self) -> list[str]:
         """What it has in /dev/shm."""
-        return [n for n in os.listdir("/dev/shm") if n.startswith(f"kvcore-{self.pid}")]
+        return [
+            n for n in os.listdir("/dev/shm") if n.startswith(f"kvcore-{self.pid}-")
+        ]
 
     def pause(self) -> None:
         """SIGSTOP it, and wait until it stands still."""
