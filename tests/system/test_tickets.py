@@ -288,6 +288,29 @@ def test_a_stopped_worker_keeps_its_pages_and_nothing_else(
         client.end_session(session)
 
 
+def test_a_retrieve_that_has_not_begun_ends_in_time(
+    pair: list[Worker],
+    server: Server,
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """Its server stands still, but the worker alone writes, and knows it has not."""
+    worker, tokens = pair[0], prompt(SIZE)
+    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    worker.ask("poison", "a", BLOCKS)
+    client.lookup(session, model, 1, tokens)
+    poisoned = worker.ask("digest", "a", BLOCKS)
+    server.pause()
+    try:
+        with pytest.raises(DeadlineExceeded):
+            worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.1)
+        assert worker.ask("digest", "a", BLOCKS) == poisoned
+    finally:
+        server.resume()
+
+
 @pytest.mark.parametrize("step", ["gather", "scatter"])
 def test_the_death_of_a_worker_ends_its_tickets(
     pair: list[Worker],
@@ -380,7 +403,7 @@ def test_wrong_bytes_are_found_by_the_worker(
         worker.ask("retrieve", key, "a", 0, 2 * CHUNK, [BLOCKS[8:]])
     assert (worker.ask("read", "a", BLOCKS[8:]) == POISON).all()
     with KVClient(server.address) as client:
-        assert client.status().counters["chunks_corrupt"] == 1
+        wait_until(lambda: client.status().counters["chunks_corrupt"] == 1)
         assert client.lookup(key, "m", 1, tokens).num_chunks == 1
         client.end_session(key)
         assert state(client) == (0, 0, 0)
