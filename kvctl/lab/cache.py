@@ -29,7 +29,7 @@ Words = npt.NDArray[np.uint64] | npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int32]
 Seeds = npt.NDArray[np.uint64]
 
-WARM_COPY_BYTES = 32 << 20
+WARM_COPY_BYTES = 16 << 20
 """Plain copies of so many bytes find their host memory touched."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvcore.client.copying import CopyingClient
+from kvcore.errors import SetupError
 from kvcore.protocol import RegisterKVCache, RegisterReply
 from kvctl.lab.cache import Cache
 from kvctl.lab.geometry import RankCache
@@ -21,8 +22,10 @@ def make_cache(device: str, name: str, cache: RankCache, place: int) -> Cache:
     """
     if device == "cpu":
         return PagedCache(name, cache)
-    from kvctl.lab.device_cache import DeviceCache
-
+    try:
+        from kvctl.lab.device_cache import DeviceCache
+    except ImportError as error:
+        raise SetupError(f'device = "{device}": {error}; see docs/gpu.md') from None
     return DeviceCache(cache, place)
 
 

@@ -42,7 +42,8 @@ class PagedCache:
             for start, length in zip(starts, cache.handle_bytes, strict=True)
         )
         self.views = tuple(logical_view(array, group, starts) for group in self.groups)
-        self._scratch = np.ones(min(self.num_bytes, WARM_COPY_BYTES), np.uint8)
+        # Of two places, so that a copy finds neither in a processor's cache.
+        self._scratch = np.ones(2 * min(self.num_bytes, WARM_COPY_BYTES), np.uint8)
 
     def open(
         self, layouts: Sequence[KVLayout], memory: Sequence[Bytes], arena: Bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcore.errors import ChunksMissing, KVError, Unavailable
+from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterReply, RetrieveReply, StoreReply
+from kvctl.lab.caches import make_cache
+from kvctl.lab.geometry import RankCache
 from kvctl.lab.messages import EnginePlan, Play
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 from kvctl.lab.worker import COPY_EVERY, Rank
@@ -180,3 +183,11 @@ def test_blocks_outside_the_window_are_null() -> None:
         assert (window < 0).tolist() == [True] * 16 + [False] * 32
     finally:
         rank.close()
+
+
+def test_a_cache_on_a_gpu_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without it is told so in one line, as any wrong scenario is."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "kvctl.lab.device_cache", raising=False)
+    with pytest.raises(SetupError, match=r"cuda.*torch.*docs/gpu\.md"):
+        make_cache("cuda", "unused", RankCache((), ()), 0)
