@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -114,7 +114,9 @@ def load(
         message, _, where = str(error).partition(" - at `")
         key = where.removeprefix("$").removeprefix(".").removesuffix("`")
         shown = f"{key}: " if key else ""
-        raise SetupError(f"{source.place(key)}{shown}{message}") from None
+        choices = _choices([inspect.type_info(cls)], re.sub(r"\[[^\]]*\]", "", key))
+        known = f"; known are {', '.join(choices)}" if choices else ""
+        raise SetupError(f"{source.place(key)}{shown}{message}{known}") from None
     except SetupError as error:
         key = str(error.details.get("key", ""))
         raise SetupError(f"{source.place(key)}{error.message}") from None
@@ -297,6 +299,34 @@ def _unknown_in_struct(
         if found is not None:
             return found
     return None
+
+
+def _choices(kinds: Sequence[inspect.Type], key: str) -> list[str]:
+    """Return the words that a key without indices takes; none where it takes more."""
+    name, _, rest = key.partition(".")
+    inner: list[inspect.Type] = []
+    words: list[str] = []
+    for kind in _members(kinds):
+        if isinstance(kind, inspect.LiteralType) and not key:
+            words += map(str, kind.values)
+        if isinstance(kind, inspect.StructType) and key:
+            if name == kind.tag_field:
+                words.append(str(kind.tag))
+            inner += [f.type for f in kind.fields if f.encode_name == name]
+    return words + (_choices(inner, rest) if inner else [])
+
+
+def _members(kinds: Sequence[inspect.Type]) -> Iterator[inspect.Type]:
+    """Yield what values of these types are, and the items of lists of them."""
+    for kind in kinds:
+        if isinstance(kind, inspect.Metadata):
+            yield from _members([kind.type])
+        elif isinstance(kind, inspect.UnionType):
+            yield from _members(kind.types)
+        elif isinstance(kind, inspect.ListType | inspect.VarTupleType):
+            yield from _members([kind.item_type])
+        else:
+            yield kind
 
 
 def _nearest(where: str, name: str, known: list[str]) -> str:

@@ -108,6 +108,32 @@ def test_flags_win_over_overrides_and_overrides_over_the_file(write) -> None:
     assert config.log_level == "debug"
 
 
+@pytest.mark.parametrize(
+    ("override", "known"),
+    [
+        ("device=gpu", "auto, cpu, cuda"),
+        ("prefetch.deadline_s=soon", None),
+    ],
+)
+def test_a_wrong_word_is_told_beside_the_right_ones(
+    override: str, known: str | None
+) -> None:
+    """An option of few words lists them; one of any number lists none."""
+    with pytest.raises(SetupError, match=f"^--set {override}: ") as told:
+        load(ServerConfig, None, [override])
+    assert told.value.message.partition("known are ")[2] == (known or "")
+
+
+@pytest.mark.parametrize("key", ["side", "maybe", "sides"])
+def test_a_kind_that_is_none_is_told_beside_those_that_are(key: str) -> None:
+    """Tags of a union, wherever it stands."""
+    table = "{kind='up'}" if key != "sides" else "[{kind='up'}]"
+    with pytest.raises(
+        SetupError, match=f"known are left{', right' * (key == 'side')}$"
+    ):
+        load(Nested, None, ["name=a", f"{key}={table}"])
+
+
 def test_an_override_is_read_as_toml_and_else_as_text() -> None:
     """Numbers, quoted strings and bare words all work."""
     overrides = ("metrics_port=9000", "ready_file='a b'", "address=ipc:///run/kv")
