@@ -17,7 +17,7 @@ from kvcore.layout import KVLayout
 from kvcore.protocol import MemoryHandle
 from kvcore.shm import Bytes
 from kvcore.transport.cuda.driver import open_devices
-from kvcore.transport.cuda.ipc import export, open_caches
+from kvcore.transport.cuda.ipc import DeviceCaches, export, open_caches
 from kvcore.transport.cuda.own import OwnCuda, OwnDevice
 from kvctl.lab.cache import POISON, Grid, Indices, Seeds, handle_starts
 from kvctl.lab.geometry import RankCache
@@ -41,12 +41,12 @@ class DeviceCache:
         torch.cuda.synchronize(self.device)
         self._lay_out(cache)
         self.memory = tuple(self._whole.split(list(cache.handle_bytes)))
-        gpu = open_devices()[number]
+        self._gpu = open_devices()[number]
         self.handles: tuple[MemoryHandle, ...] = tuple(
-            export(part.data_ptr(), part.nbytes, gpu) for part in self.memory
+            export(part.data_ptr(), part.nbytes, self._gpu) for part in self.memory
         )
-        self._caches = open_caches(gpu)
-        self._own = OwnDevice(gpu, self._caches)
+        self._own: OwnDevice | None = None
+        self._caches: DeviceCaches | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
         self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -61,7 +61,14 @@ class DeviceCache:
     def open(
         self, layouts: Sequence[KVLayout], memory: Sequence[torch.Tensor], arena: Bytes
     ) -> OwnCuda:
-        """Reach the memory for a client that copies itself."""
+        """Reach the memory for a client that copies itself.
+
+        Only here the device is measured and staging taken: a server that copies does
+        both in its own process.
+        """
+        if self._own is None:
+            self._caches = open_caches(self._gpu)
+            self._own = OwnDevice(self._gpu, self._caches)
         return self._own.open(layouts, memory, arena)
 
     def num_blocks(self, group: int) -> int:
@@ -126,7 +133,8 @@ class DeviceCache:
     def close(self) -> None:
         """Give the memory back to torch."""
         empty = torch.empty(0, dtype=torch.uint8)
-        self._caches.close()
+        if self._caches is not None:
+            self._caches.close()
         self.views = self.memory = ()
         self._whole, self._host, self._spare = empty, empty, empty
 
