@@ -39,9 +39,11 @@ class Crew:
         try:
             take()
         finally:
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+            # All of them are waited for before any is heard: one may fail while
+            # another still copies.
+            errors = [h.exception() for h in helpers if not h.cancel()]
+        for error in filter(None, errors):
+            raise error
 
     def close(self) -> None:
         """End the threads; no copy is under way."""

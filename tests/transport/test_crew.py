@@ -89,3 +89,24 @@ def test_a_callers_error_waits_for_the_helper() -> None:
         crew.each(work, [1, 2])
     assert ended.is_set()
     crew.close()
+
+
+def test_a_helpers_error_waits_for_the_other_helper() -> None:
+    """Whichever of them fails, nobody is at it any more when the call has ended."""
+    crew, meeting, left = Crew(3), Barrier(3), Event()
+    caller, failing, was_left = current_thread(), [], []
+
+    def work(_: int) -> None:
+        meeting.wait(WAIT_S)
+        if current_thread() is caller:
+            return
+        if not failing:
+            failing.append(current_thread())
+            raise LookupError("a helper's")
+        was_left.append(left.wait(0.2))
+
+    with pytest.raises(LookupError, match="a helper's"):
+        crew.each(work, [1, 2, 3])
+    left.set()
+    crew.close()
+    assert was_left == [False]
