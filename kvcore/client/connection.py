@@ -196,7 +196,7 @@ class Connection:
         """
         if self._closed:
             self._fail_all(Closed("the connection was closed"))
-        elif not (self._pending or self._outbox or self._refused or self._beat_is_new):
+        elif not (self._is_busy or self._beat_is_new):
             return
         os.eventfd_write(self._wake, 1)
 
@@ -261,9 +261,11 @@ class Connection:
                 self._drive(self._idle)
 
     def _idle(self) -> bool:
-        return self._closed or not (
-            self._pending or self._outbox or self._refused or self._hello
-        )
+        return self._closed or not (self._is_busy or self._hello)
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._pending or self._outbox or self._refused or self._unsent)
 
     def _seconds_to_beat(self) -> float | None:
         if self._beat_ns == NEVER_NS:

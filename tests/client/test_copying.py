@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import as_completed, wait
 
 import numpy as np
 import pytest
@@ -150,6 +150,19 @@ def test_an_end_is_said_however_much_waits_to_be_sent(
     end = client.submit(Abort(7), 20)
     played.is_deaf.clear()
     assert end.result(20) == Done()
+
+
+def test_an_end_is_said_when_nobody_waits_for_anything(
+    played: Played, client: CopyingClient
+) -> None:
+    """The queue moves after all deadlines; else the ticket would stay for good."""
+    played.is_deaf.set()
+    asked = [client.submit(Ping(), 0.2) for _ in range(5000)]
+    asked.append(client.submit(Abort(7), 0.2))
+    wait(asked, 20)
+    assert isinstance(asked[-1].exception(), DeadlineExceeded)
+    played.is_deaf.clear()
+    played.wait_for(Abort)
 
 
 def test_a_closed_client_waits_for_its_copy(
