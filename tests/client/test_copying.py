@@ -145,8 +145,8 @@ def test_an_end_is_said_however_much_waits_to_be_sent(
     """The server is told when the queue moves again; other requests are refused."""
     played.is_deaf.set()
     pings = [client.submit(Ping(), 20) for _ in range(5000)]
-    first = next(as_completed(pings, 20))
-    assert isinstance(first.exception(), Overloaded)
+    errors = (ping.exception() for ping in as_completed(pings, 20))
+    assert any(isinstance(error, Overloaded) for error in errors)
     end = client.submit(Abort(7), 20)
     played.is_deaf.clear()
     assert end.result(20) == Done()
