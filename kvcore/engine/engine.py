@@ -215,6 +215,10 @@ class Engine:
             gone(client)
         self.leases.end_client(client)
 
+    def do_behind(self, call: Callable[[], object]) -> None:
+        """Have the closer do something once all is closed that now is to be."""
+        self._closer.submit(call)
+
     # -- copies -------------------------------------------------------------------
 
     def store(

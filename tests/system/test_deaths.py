@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
+from kvcore.shm import SHM_DIR
 from tests.system.conftest import Prompt, both_drivers
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.worker import LARGE, Worker
@@ -26,6 +28,18 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
     server = serve("--l1-size", "320MiB", "--set", "l1.page=64KiB")
     yield server
     server.close()
+
+
+def test_what_the_dead_left_is_removed(
+    server: Server, hire: Callable[[str], Worker]
+) -> None:
+    """A segment whose owner is gone has its name until a client's death."""
+    left = SHM_DIR / f"kvcore-left-{os.getpid()}"
+    victim = hire(server.address)
+    victim.answer()
+    left.touch(0o600)
+    victim.kill()
+    wait_until(lambda: not left.exists())
 
 
 def store_and_be_killed(
