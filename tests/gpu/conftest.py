@@ -13,7 +13,7 @@ from kvcore.errors import SetupError
 from tests.gpu.told import GpuTold
 from tests.system.conftest import client, model, prompt, serve, session
 from tests.system.server import Server
-from tests.system.worker import Worker
+from tests.system.worker import Told, Worker
 
 __all__ = ["client", "model", "prompt", "serve", "session"]
 
@@ -53,14 +53,26 @@ def server(serve: Callable[..., Server], devices: tuple[Any, ...]) -> Iterator[S
 
 
 @pytest.fixture(scope="module")
-def hire(server: Server) -> Iterator[Hire]:
+def told() -> type[Told]:
+    """What the module's workers can be told to do."""
+    return GpuTold
+
+
+@pytest.fixture(scope="module")
+def hire(server: Server, told: type[Told]) -> Iterator[Hire]:
     """Start a worker of the module's server, on the first GPU."""
     with ExitStack() as stack:
 
         def start() -> Worker:
-            worker = Worker(server.address, GpuTold)
+            worker = Worker(server.address, told)
             stack.callback(worker.close)
             worker.answer()
             return worker
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def workers(hire: Hire) -> list[Worker]:
+    """Two workers of the module's server."""
+    return [hire() for _ in range(2)]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-
 import numpy as np
 import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
+from tests.gpu.conftest import Hire
 from tests.gpu.torch_told import LAYERS, TorchTold
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server
-from tests.system.worker import Worker
+from tests.system.server import CHUNK
+from tests.system.worker import Told, Worker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.card]
 
@@ -23,23 +21,9 @@ GROWTH_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="module")
-def hire(server: Server) -> Iterator[Callable[[], Worker]]:
-    """Start a worker with torch."""
-    with ExitStack() as stack:
-
-        def start() -> Worker:
-            worker = Worker(server.address, TorchTold)
-            stack.callback(worker.close)
-            worker.answer()
-            return worker
-
-        yield start
-
-
-@pytest.fixture(scope="module")
-def workers(hire: Callable[[], Worker]) -> list[Worker]:
-    """Two workers of the module's server."""
-    return [hire() for _ in range(2)]
+def told() -> type[Told]:
+    """Workers with torch."""
+    return TorchTold
 
 
 def test_a_tensor_comes_to_another_process(
@@ -96,7 +80,7 @@ def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
 
 
 def test_expandable_segments_are_refused_by_name(
-    hire: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
+    hire: Hire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker is told which setting to change."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -27,12 +27,6 @@ TOKEN_IN_BLOCK = (Group("LNKSD", (2, 0, 2, 16, 32)),)
 HEAD_MAJOR = (Group("KLNHSD", (2, 2, 0, 2, 16, 16)),)
 
 
-@pytest.fixture(scope="module")
-def workers(hire: Hire) -> list[Worker]:
-    """Two workers of the module's server."""
-    return [hire() for _ in range(2)]
-
-
 @pytest.mark.parametrize(
     "groups",
     [PLAIN, MLA, PAGES, HYBRID, TOKEN_IN_BLOCK, HEAD_MAJOR],
