@@ -18,6 +18,16 @@ from kvcore.keys import ExtraKey, SessionKey
 from kvcore.layout import CacheGroup
 from kvcore.parts import Place
 from kvcore.rope import Rope
+from kvcore.status import (
+    DeviceStatus,
+    InstanceStatus,
+    L1Status,
+    LeaseStatus,
+    PrefetchStatus,
+    QuotaStatus,
+    TicketStatus,
+    TierStatus,
+)
 
 PROTOCOL_VERSION = 1
 
@@ -329,143 +339,6 @@ class Cleared(msgspec.Struct, frozen=True):
 
 class Clear(Request[Cleared], frozen=True):
     """Drop every chunk that nobody reads or writes."""
-
-
-class InstanceStatus(msgspec.Struct, frozen=True):
-    """One registered cache."""
-
-    instance_id: str
-    engine_id: str
-    model: str
-    world_size: int
-    rank: int
-    pid: int
-    groups: tuple[str, ...]
-    group_fingerprints: tuple[str, ...]
-    group_descriptions: tuple[CacheGroup, ...]
-    registered_bytes: int
-    chunk_bytes: int
-    copied_by: Annotated[str, Meta(description="server or worker")] = "server"
-
-
-class LeaseStatus(msgspec.Struct, frozen=True):
-    """One lease."""
-
-    engine_id: str
-    request_id: str
-    model: str
-    num_chunks: int
-    waiting_readers: tuple[int, ...]
-    age_s: float
-    expires_in_s: float
-    why: Annotated[str, Meta(description="what it was granted for")] = "lookup"
-
-
-class TicketStatus(msgspec.Struct, frozen=True):
-    """What a worker copies itself just now, or has not said that it has."""
-
-    instance_id: str
-    request_id: str
-    kind: Annotated[str, Meta(description="reserved or held")]
-    num_parts: int
-    num_bytes: int
-    age_s: float
-
-
-class L1Status(msgspec.Struct, frozen=True):
-    """Use of the arena."""
-
-    total_bytes: int
-    used_bytes: int
-    page_bytes: int
-    num_chunks: int
-    num_parts: int
-    num_leased: Annotated[int, Meta(description="chunks under a lease or a copy")]
-    num_reserved: Annotated[int, Meta(description="parts being written")]
-
-
-class PrefetchStatus(msgspec.Struct, frozen=True):
-    """One lookup's loads from the tiers."""
-
-    engine_id: str
-    request_id: str
-    state: str
-    num_chunks: Annotated[int, Meta(description="that memory lacked, and those after")]
-    num_found: Annotated[int, Meta(description="leading ones that can be had")]
-    num_loaded: Annotated[int, Meta(description="parts")]
-    num_bytes: int
-    age_s: float
-    due_in_s: float
-
-
-class WriteBackStatus(msgspec.Struct, frozen=True):
-    """What waits to be written to one tier."""
-
-    tier: str
-    num_parts: int
-    num_bytes: int
-    num_writing: Annotated[int, Meta(description="parts that the tier has in hand")]
-
-
-class TierStatus(msgspec.Struct, frozen=True):
-    """One store beneath memory."""
-
-    name: str
-    url: Annotated[str, Meta(description="without its secrets")]
-    up: bool
-    since: Annotated[float, Meta(description="Unix seconds")]
-    last_error: str
-    used_bytes: int | None
-    max_bytes: int | None
-    counters: dict[str, int]
-    write_back: WriteBackStatus
-
-
-class PieceRate(msgspec.Struct, frozen=True, array_like=True):
-    """How fast scattered pieces of one size were moved."""
-
-    piece_bytes: int
-    bytes_s: float
-
-
-class CopyRates(msgspec.Struct, frozen=True):
-    """What copies between one GPU and page-locked memory took, one way."""
-
-    link_bytes_s: Annotated[float, Meta(description="one large copy")]
-    start_s: Annotated[float, Meta(description="one small copy, until it is seen done")]
-    call_s: Annotated[float, Meta(description="each of many small copies")]
-    staged_start_s: Annotated[float, Meta(description="one small copy by kernels")]
-    batched: Annotated[tuple[PieceRate, ...], Meta(description="handed over at once")]
-    kernels: Annotated[
-        tuple[PieceRate, ...], Meta(description="packed or unpacked on the device")
-    ]
-
-
-class DeviceRates(msgspec.Struct, frozen=True):
-    """What was measured of one GPU before its first copy; the ways follow from it."""
-
-    to_host: CopyRates
-    to_device: CopyRates
-    measured_s: Annotated[float, Meta(description="what measuring took")]
-
-
-class DeviceStatus(msgspec.Struct, frozen=True):
-    """One GPU whose caches the server copies."""
-
-    uuid: str
-    name: str
-    num_caches: int
-    staging_bytes: Annotated[int, Meta(description="device memory in use for copies")]
-    copies: Annotated[dict[str, int], Meta(description="calls, by way and direction")]
-    rates: DeviceRates
-
-
-class QuotaStatus(msgspec.Struct, frozen=True):
-    """What one space has of what it may keep when others need the room."""
-
-    space: Annotated[str, Meta(description="`salt:NAME` or `model:NAME`")]
-    used_bytes: int
-    max_bytes: int
 
 
 class StatusReply(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ FLOORS = (
         "kvcore.rope",
         "kvcore.layout",
         "kvcore.parts",
+        "kvcore.status",
         "kvcore.protocol",
         "kvcore.wire",
         "kvcore.process",

@@ -35,7 +35,6 @@ from kvcore.protocol import (
     EndSession,
     Finding,
     FreeLookupLocks,
-    InstanceStatus,
     Lookup,
     LookupReply,
     PosixShm,
@@ -49,6 +48,7 @@ from kvcore.protocol import (
     Why,
     WhyReply,
 )
+from kvcore.status import InstanceStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.history import HASH_DIGITS, MIN_KEY_DIGITS, History
 from kvcore.storage.l1 import L1, Chunk

@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 
 from kvcore.engine.copies import Read, Stored, Write
 from kvcore.errors import Overloaded, UnknownTicket
-from kvcore.protocol import RetrieveReply, StoreReply, TicketStatus
+from kvcore.protocol import RetrieveReply, StoreReply
+from kvcore.status import TicketStatus
 
 ResultT = TypeVar("ResultT")
 ReplyT = TypeVar("ReplyT")

@@ -33,7 +33,6 @@ from kvcore.protocol import (
     Goodbye,
     Hello,
     HelloReply,
-    L1Status,
     Ping,
     Pong,
     Status,
@@ -45,6 +44,7 @@ from kvcore.server.metrics import exposed
 from kvcore.server.recording import Recording
 from kvcore.server.socket import bind
 from kvcore.shm import remove_dead
+from kvcore.status import L1Status
 from kvcore.storage.arena import SEGMENT_PREFIX
 from kvcore.storage.manager import open_tiers
 from kvcore.storage.recovery import open_arena, recover

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvcore.errors import SetupError
-from kvcore.protocol import L1Status
+from kvcore.status import L1Status
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

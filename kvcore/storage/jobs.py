@@ -10,7 +10,7 @@ from enum import Enum
 
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.parts import checksum_of
-from kvcore.protocol import PrefetchStatus
+from kvcore.status import PrefetchStatus
 from kvcore.storage.coordinator import Timer
 from kvcore.storage.l1 import Chunk, PartId, Reservation
 from kvcore.storage.needs import Needs, PartNeed, count_hits, num_covered

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.protocol import QuotaStatus
+from kvcore.status import QuotaStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,

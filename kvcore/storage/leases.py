@@ -15,7 +15,7 @@ from enum import Enum
 from itertools import islice, pairwise
 
 from kvcore.keys import SessionKey
-from kvcore.protocol import LeaseStatus
+from kvcore.status import LeaseStatus
 from kvcore.storage.l1 import L1, Chunk
 
 _ALL_RANKS = -1

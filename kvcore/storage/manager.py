@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from kvcore.config import PrefetchConfig, WriteBackConfig
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.protocol import PrefetchStatus, TierStatus
+from kvcore.status import PrefetchStatus, TierStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.jobs import PrefetchJob

@@ -15,8 +15,8 @@ from functools import partial
 
 from kvcore.keys import ChunkHash
 from kvcore.parts import buffers_of
-from kvcore.protocol import PrefetchStatus
 from kvcore.shm import Bytes
+from kvcore.status import PrefetchStatus
 from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.jobs import Batch, Faults, JobState, Load, PrefetchJob, Wish
 from kvcore.storage.l1 import L1, PartId

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.protocol import QuotaStatus
+from kvcore.status import QuotaStatus
 from kvcore.storage.eviction import EvictionPolicy, make_policy
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from functools import partial
 
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.parts import buffers_of
-from kvcore.protocol import WriteBackStatus
 from kvcore.shm import Bytes
+from kvcore.status import WriteBackStatus
 from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.l1 import L1, Chunk, DropReason, Part, PartId
 from kvcore.storage.tiers.contract import Blob, Stored, Tier

@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc, DeviceStatus, MemoryHandle, PosixShm, Private
+from kvcore.protocol import CudaIpc, MemoryHandle, PosixShm, Private
 from kvcore.shm import Bytes, Segment
+from kvcore.status import DeviceStatus
 from kvcore.transport.host import HostCache
 from kvcore.transport.paged import PagedCache
 

@@ -13,7 +13,8 @@ from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.options import describe
-from kvcore.protocol import InstanceStatus, StatusReply, Why
+from kvcore.protocol import StatusReply, Why
+from kvcore.status import InstanceStatus
 from kvctl import console
 from kvctl.lab import geometry
 from kvctl.views import protocol as protocol_view

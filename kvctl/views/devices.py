@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcore.protocol import CopyRates, DeviceStatus, PieceRate
+from kvcore.status import CopyRates, DeviceStatus, PieceRate
 from kvctl.console import Table, duration, size
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import time
 
-from kvcore.protocol import (
+from kvcore.protocol import StatusReply
+from kvcore.status import (
     InstanceStatus,
     L1Status,
     LeaseStatus,
     PrefetchStatus,
     QuotaStatus,
-    StatusReply,
     TicketStatus,
     TierStatus,
 )

@@ -8,13 +8,12 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import ERRORS
-from kvcore.protocol import (
-    BootToken,
+from kvcore.protocol import BootToken, StatusReply
+from kvcore.status import (
     DeviceStatus,
     InstanceStatus,
     L1Status,
     LeaseStatus,
-    StatusReply,
     TicketStatus,
 )
 from kvcore.wire import REQUESTS

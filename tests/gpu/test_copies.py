@@ -18,8 +18,8 @@ import pytest
 
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from kvcore.parts import Extent
-from kvcore.protocol import DeviceRates
 from kvcore.rope import Rope
+from kvcore.status import DeviceRates
 from kvcore.transport.cuda.cache import CudaCache, CudaCaches
 from kvcore.transport.cuda.kernels import TritonKernels
 from kvcore.transport.cuda.staging import Sizes

@@ -10,9 +10,9 @@ import numpy as np
 
 from kvcore.layout import KVLayout
 from kvcore.parts import Checksum, buffers_of, checksum_of
-from kvcore.protocol import CopyRates, DeviceRates, DeviceStatus
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
+from kvcore.status import CopyRates, DeviceRates, DeviceStatus
 from kvcore.transport.cuda.calibrate import measure
 from kvcore.transport.cuda.device import Device
 from kvcore.transport.cuda.kernels import Kernels

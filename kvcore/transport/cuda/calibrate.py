@@ -13,7 +13,7 @@ from time import perf_counter
 
 import numpy as np
 
-from kvcore.protocol import CopyRates, DeviceRates, PieceRate
+from kvcore.status import CopyRates, DeviceRates, PieceRate
 from kvcore.transport.cuda.device import Device
 from kvcore.transport.cuda.kernels import Kernels, Move, NoKernels
 from kvcore.transport.cuda.pieces import I64, Rows

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 from kvcore.errors import BadRequest, DeviceFailed, HandleError, UnknownInstance
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc, DeviceStatus
+from kvcore.protocol import CudaIpc
 from kvcore.shm import Bytes
+from kvcore.status import DeviceStatus
 from kvcore.transport.attach import Attached
 from kvcore.transport.cuda.device import Device, Event
 from kvcore.transport.cuda.pinned import Pinned

@@ -19,7 +19,7 @@ from math import exp, log
 
 import numpy as np
 
-from kvcore.protocol import CopyRates, PieceRate
+from kvcore.status import CopyRates, PieceRate
 
 KERNEL_PRICE = 1.1
 """Staging must win by that: kernels take SMs from the model, copy engines do not."""

@@ -18,7 +18,6 @@ from kvcore.client.client import BlockLists
 from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import (
     BootToken,
-    L1Status,
     LookupReply,
     PosixShm,
     RegisterKVCache,
@@ -27,6 +26,7 @@ from kvcore.protocol import (
     StatusReply,
     StoreReply,
 )
+from kvcore.status import L1Status
 
 OURS = "kvctl"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcore.layout import KVLayout
-from kvcore.protocol import DeviceStatus
+from kvcore.status import DeviceStatus
 from kvcore.transport.cuda.device import Device
 from kvcore.transport.host import HostCache
 from tests.transport.cuda.fake import array_at

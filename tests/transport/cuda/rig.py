@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from kvcore.layout import KVLayout
-from kvcore.protocol import CopyRates, DeviceRates, PieceRate
+from kvcore.status import CopyRates, DeviceRates, PieceRate
 from kvcore.transport.cuda.cache import CudaCache, CudaCaches
 from kvcore.transport.cuda.kernels import Kernels
 from kvcore.transport.cuda.staging import Sizes

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.protocol import PieceRate
+from kvcore.status import PieceRate
 from kvcore.transport.cuda.ways import Way, choose, speed
 from tests.transport.cuda.rig import published
 
