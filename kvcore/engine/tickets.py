@@ -84,7 +84,12 @@ class TicketTable:
             )
 
     def add(self, ticket: Writing | Reading) -> int:
-        """Enter a ticket; return its number, which no run of a server uses again."""
+        """Enter a ticket; return its number, which no run of a server uses again.
+
+        Raises:
+            Overloaded: as of `check_room`, which others may have passed meanwhile.
+        """
+        self.check_room(ticket.terms.client)
         number = secrets.randbits(63) | 1
         self._live[number] = _Live(ticket, self._clock())
         self._num_of[ticket.terms.client] = self._num_of.get(ticket.terms.client, 0) + 1

@@ -112,8 +112,8 @@ class WorkerCopies:
                     return ReserveReply(None, self._arena, (), present, dropped)
                 ending.callback(self._copier.abort, write)
                 self._engine.registry.check_registered(instance)
+                number = self.tickets.add(Writing(write, terms))
                 ending.pop_all()
-            number = self.tickets.add(Writing(write, terms))
             stored = write.stored
             return ReserveReply(
                 number,
@@ -202,8 +202,8 @@ class WorkerCopies:
                 read = self._engine.result(future)
                 ending.callback(self._copier.release, read)
                 self._engine.registry.check_registered(instance)
+                number = self.tickets.add(Reading(read, terms))
                 ending.pop_all()
-            number = self.tickets.add(Reading(read, terms))
             return HoldReply(number, self._arena, read.places)
 
         return Running(future, finish)

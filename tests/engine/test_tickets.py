@@ -295,6 +295,35 @@ def test_who_cannot_be_watched_does_not_copy(copies: WorkerCopies) -> None:
         copies._engine.register_kv_cache(request, Caller("c", os.getpid()))
 
 
+@pytest.mark.parametrize("ask", ["reserve", "hold"])
+def test_asking_at_once_gets_no_more(copies: WorkerCopies, ask: str) -> None:
+    """Requests that all found room get as many tickets as there are, and no more."""
+    register(copies._engine, "a")
+    if ask == "hold":
+        request = Reserve(Store(**asked("a", 0, 1)))
+        ticket = settle(copies.reserve(request, WATCHED["a"])).ticket
+        copies.commit(Commit(ticket), WATCHED["a"])
+    running = []
+    for number in range(MAX_TICKETS + 1):
+        if ask == "reserve":
+            steps = copies.reserve(
+                Reserve(Store(**asked("a", number, 1))), WATCHED["a"]
+            )
+        else:
+            steps = copies.hold(Hold(Retrieve(**asked("a", 0, 1))), WATCHED["a"])
+        with pytest.raises(StopIteration) as stop:
+            next(steps)
+        running.append(stop.value.value)
+    for one in running[:-1]:
+        assert one.finish().ticket
+    with pytest.raises(Overloaded):
+        running[-1].finish()
+    assert len(copies.tickets) == MAX_TICKETS
+    copies._engine.client_gone("a")
+    stats = copies._engine.l1.stats()
+    assert (stats.num_reserved, stats.num_held, len(copies.tickets)) == (0, 0, 0)
+
+
 def test_a_late_commit_keeps_nothing(copies: WorkerCopies) -> None:
     """The deadline is that of the reservation, whatever the commit's own is."""
     register(copies._engine, "a")
