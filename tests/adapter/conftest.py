@@ -9,37 +9,14 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from kvcore.client import KVClient
 from tests.adapter.engine import Engine, Request
+from tests.system.conftest import client, model, serve, server
 from tests.system.server import Server
+
+__all__ = ["client", "model", "serve", "server"]
 
 Start = Callable[..., Engine]
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Start a server with these options."""
-    with ExitStack() as stack:
-
-        def start(*options: str, **rest: str) -> Server:
-            server = Server(tmp_path_factory.mktemp("server"), *options, **rest)
-            stack.callback(server.close)
-            return server
-
-        yield start
-
-
-@pytest.fixture(scope="module")
-def server(serve: Callable[..., Server]) -> Server:
-    """The module's server."""
-    return serve()
-
-
-@pytest.fixture
-def model() -> str:
-    """A model that no other test has chunks of."""
-    return f"model-{next(_numbers)}"
 
 
 @pytest.fixture(params=["server", "worker"])
@@ -73,10 +50,3 @@ def request_of() -> Callable[[int], Request]:
         return Request(f"request-{number}", tokens.tolist())
 
     return make
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[KVClient]:
-    """The test's own connection to the module's server."""
-    with KVClient(server.address, label="test", timeout_s=20) as client:
-        yield client
