@@ -11,6 +11,7 @@ import mmap
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +141,9 @@ def prefetch_share(folder: Path) -> None:
 
 def main() -> None:
     """Measure and print."""
-    prefetch_share(Path(sys.argv[1]))
+    # A tier that an earlier run filled would take nothing.
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
+        prefetch_share(Path(folder))
 
 
 if __name__ == "__main__":
