@@ -315,5 +315,5 @@ def test_no_random_prompt_matches_among_many_chunks() -> None:
 
 @pytest.mark.soak
 def test_no_random_prompt_matches_among_a_million_chunks() -> None:
-    """The same with a million chunks; some twenty seconds."""
+    """The same with a million chunks."""
     many(1_000_000)
