@@ -263,9 +263,7 @@ def _serve(
     """Send a workload to real engines and show what they answered."""
     from kvctl.lab import served
 
-    if trace is not None:
-        settings += ["workload.kind=trace", f"workload.trace={json.dumps(str(trace))}"]
-    name, read = scenario.stem, served.read(scenario, settings)
+    name, read = scenario.stem, served.read(scenario, settings, trace)
     with console.progress(name) as progress:
         result = served.run(name, read, seed, progress.update)
     path = result.save(out)

@@ -190,6 +190,7 @@ def scenario(
     ] = False,
 ) -> None:
     """Check a scenario and explain it: what it asks, of whom, how much that is."""
+    from kvctl.lab import served
     from kvctl.lab.scenario import read
     from kvctl.views import scenario as scenario_view
 
@@ -200,6 +201,10 @@ def scenario(
     if file is None:
         raise SetupError("inspect scenario: give a FILE, or --schema")
     settings = list(overrides or ())
+    if served.is_served(file):
+        real = served.read(file, settings, trace_file)
+        console.show(*scenario_view.served_parts(file.stem, real, seed))
+        return
     if trace_file is not None:
         settings.append(
             f"workload.trace={msgspec.json.encode(str(trace_file)).decode()}"

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Annotated
@@ -32,7 +33,7 @@ from kvctl.lab.demand import Chat, Workload
 from kvctl.lab.environment import Environment, detect
 from kvctl.lab.local_server import LocalServer
 from kvctl.lab.vllm_server import Answer, VLLMServer
-from kvctl.lab.workload import accesses
+from kvctl.lab.workload import Access, accesses
 
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -147,9 +148,17 @@ def is_served(path: Path) -> bool:
         return False  # Whoever reads it in earnest says what is wrong.
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> ServedScenario:
-    """Read such a file; `SetupError` names file, key and the nearest known one."""
-    return load(ServedScenario, path, overrides)
+def read(
+    path: Path, overrides: Sequence[str] = (), trace: Path | None = None
+) -> ServedScenario:
+    """Read such a file; `SetupError` names file, key and the nearest known one.
+
+    A trace takes the place of the workload.
+    """
+    settings = list(overrides)
+    if trace is not None:
+        settings += ["workload.kind=trace", f"workload.trace={json.dumps(str(trace))}"]
+    return load(ServedScenario, path, settings)
 
 
 def run(
@@ -184,14 +193,22 @@ def _prompts(scenario: ServedScenario, seed: int) -> list[list[int]]:
     engine = scenario.vllm
     words = engine.vocabulary - NUM_SPECIAL
     prompts = []
-    for access in accesses(scenario.workload, seed):
+    for access in _accesses(scenario, seed):
         tokens = access.tokens()[: engine.max_prompt_tokens].astype(np.int64)
         prompts.append((tokens % words + NUM_SPECIAL).tolist())
-        if len(prompts) == scenario.max_requests:
-            break
     if not prompts:
         raise SetupError("the workload has no requests")
     return prompts
+
+
+def prompt_lengths(scenario: ServedScenario, seed: int) -> list[int]:
+    """Count the tokens of each prompt that an engine is sent."""
+    most = scenario.vllm.max_prompt_tokens
+    return [min(access.num_tokens, most) for access in _accesses(scenario, seed)]
+
+
+def _accesses(scenario: ServedScenario, seed: int) -> Iterator[Access]:
+    return islice(accesses(scenario.workload, seed), scenario.max_requests)
 
 
 class Stage:

@@ -14,8 +14,10 @@ from kvcore.options import Options, describe, encode_hook
 from kvctl.console import Table, size
 from kvctl.lab.arrivals import schedule
 from kvctl.lab.copies import Copies
+from kvctl.lab.demand import Workload
 from kvctl.lab.load import ClosedLoop, Load, Sweep
 from kvctl.lab.scenario import Fault, Limits, Scenario
+from kvctl.lab.served import ServedScenario, prompt_lengths
 from kvctl.lab.workload import Survey, accesses, survey
 
 MAX_HASHED_TOKENS = 200_000_000
@@ -70,9 +72,34 @@ _TYPES: dict[str, dict[str, Any]] = {
 """By the names that `kvcore.options.type_name` gives."""
 
 
+def served_parts(
+    name: str, scenario: ServedScenario, seed: int
+) -> Iterator[Table | str]:
+    """Say what a scenario with real engines sends each of them."""
+    engine, lengths = scenario.vllm, prompt_lengths(scenario, seed)
+    yield _headline(name, scenario.question)
+    yield Table(
+        "workload, sent to each engine",
+        ("kind", ">requests", ">tokens", ">longest", ">answers"),
+        (
+            (
+                _kind(scenario.workload),
+                f"{len(lengths):,}",
+                f"{sum(lengths):,}",
+                f"{max(lengths, default=0):,}",
+                f"{scenario.output_tokens:,} tokens",
+            ),
+        ),
+    )
+    yield f"vLLM in {engine.python or 'this Python'}: {engine.model}"
+    yield f"its options: {' '.join(engine.options) or 'none'}"
+    yield f"L1 {size(int(scenario.server.l1.size))}"
+    yield f"{scenario.concurrency} requests under way"
+
+
 def parts(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
     """Say what a scenario asks, of whom, and how much that is."""
-    yield f"{name}: {scenario.question or 'no question is stated'}"
+    yield _headline(name, scenario.question)
     tenants = [_Part(key, one, seed) for key, one in scenario.parts().items()]
     yield Table(
         "engines",
@@ -95,6 +122,14 @@ def parts(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
     for fault in scenario.faults:
         yield f"fault: {_fault(fault)}"
     yield f"limits: {_limits(scenario.limits)}"
+
+
+def _headline(name: str, question: str) -> str:
+    return f"{name}: {question or 'no question is stated'}"
+
+
+def _kind(workload: Workload) -> str:
+    return str(msgspec.to_builtins(workload, enc_hook=encode_hook)["kind"])
 
 
 class _Part:
@@ -148,11 +183,7 @@ class _Part:
         ideal = 1 - self.num_unique / self.num_chunks if hashed else 0.0
         return (
             self.name,
-            str(
-                msgspec.to_builtins(self.scenario.workload, enc_hook=encode_hook)[
-                    "kind"
-                ]
-            ),
+            _kind(self.scenario.workload),
             f"{found.num_requests:,}",
             f"{found.num_tokens:,}",
             f"{found.longest:,}",

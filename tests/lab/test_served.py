@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,6 +81,27 @@ def test_prompts_are_words_of_the_model() -> None:
     prompts = served._prompts(scenario, seed=0)
     assert [len(prompt) for prompt in prompts] == [100] * 3
     assert {min(p) >= 4 and max(p) < 64 for p in prompts} == {True}
+
+
+def test_it_is_explained_without_vllm(tmp_path: Path) -> None:
+    """What each engine is sent, a trace's requests too; a typo is placed."""
+    command = [sys.executable, "-m", "kvctl", "inspect", "scenario"]
+
+    def told(*arguments: object) -> str:
+        done = subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, text=True
+        )
+        return done.stdout + done.stderr
+
+    text = told(SCENARIO)
+    for part in ("What does a vLLM user gain", "chat", "16", "49,152", "tiny-llama"):
+        assert part in text
+    trace = tmp_path / "one.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 77, "hash_ids": [1]}\n')
+    assert "77" in told(SCENARIO, "--trace", trace)
+    typo = tmp_path / "typo.toml"
+    typo.write_text('[vllm]\nmodle = "x"\n')
+    assert "typo.toml:2: unknown key vllm.modle; did you mean vllm.model" in told(typo)
 
 
 def test_an_engine_is_asked_over_http(tmp_path: Path) -> None:
