@@ -191,7 +191,7 @@ def _counts(counts: Mapping[str, Count]) -> str:
         "</td></tr>"
         for name, count in counts.items()
     )
-    return f'<div class="box"><table><tbody>{rows}</tbody></table></div>'
+    return f'<div class="box"><table class="counts"><tbody>{rows}</tbody></table></div>'
 
 
 # -- where tokens came from, and how near to the limit ----------------------------

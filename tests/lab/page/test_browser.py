@@ -30,6 +30,10 @@ PROBE = """
     plots: seen.filter(r => r.width > 100 && r.height > 10).length,
     all: seen.length,
     outside: seen.filter(r => r.right > document.documentElement.clientWidth).length,
+    cut: [...document.querySelectorAll(".chip")].filter(e => {
+      const box = e.closest(".box");
+      return box && e.getBoundingClientRect().right > box.getBoundingClientRect().right;
+    }).length,
     text: text.height,
     paper: getComputedStyle(document.body).backgroundColor,
     requests: performance.getEntriesByType("resource").length,
@@ -91,7 +95,7 @@ def test_every_plot_shows_and_nothing_sticks_out(file: Path, width: int) -> None
     assert found["width"] <= width
     assert found["needed"] <= found["width"]
     assert found["plots"] == found["all"] > 8
-    assert found["outside"] == 0
+    assert found["outside"] == found["cut"] == 0
     assert found["text"] >= 9
     assert found["requests"] == 0
 

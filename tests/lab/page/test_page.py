@@ -62,7 +62,13 @@ def planted(factor: float) -> Result:
         load=replace(LOAD, steps=(step(8, request), step(99, request))),
         operations={"lookup": summarise(calls), "request": summarise(calls * 10)},
         series=Series(0.5, points),
-        counts=replace(plain.counts, tokens=800, tokens_hit=180, tokens_hit_ideal=400),
+        counts=replace(
+            plain.counts,
+            tokens=800,
+            tokens_hit=180,
+            tokens_hit_ideal=400,
+            stored_bytes=int(factor * 1_102_053_376),
+        ),
         problems=(),
     )
 
