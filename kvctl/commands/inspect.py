@@ -156,8 +156,8 @@ def trace(
 ) -> None:
     """Show a trace's requests, span, lengths, reuse and ideal hit rate."""
     from kvctl.lab.demand import Trace
-    from kvctl.lab.traces import reader
-    from kvctl.lab.traces.profile import profile
+    from kvctl.lab.traces import ragpulse, reader
+    from kvctl.lab.traces.profile import profile, profile_contents
     from kvctl.views import trace as trace_view
 
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
@@ -166,7 +166,10 @@ def trace(
     except msgspec.ValidationError as error:
         raise SetupError(f"--format {format_name}: {error}") from None
     name = reader.detect(file) if wanted.format == "auto" else wanted.format
-    found = profile(reader.read(wanted))
+    if name == "ragpulse":
+        found = profile_contents(ragpulse.read(file))
+    else:
+        found = profile(reader.read(wanted))
     if as_json:
         console.line(msgspec.json.encode(found).decode())
     else:

@@ -56,11 +56,17 @@ def _of(lengths: Lengths) -> tuple[str, ...]:
 
 def _reuse(profile: Profile) -> Table:
     sizes = ", ".join(map(str, profile.block_sizes)) or "-"
+    anywhere: tuple[tuple[str, str], ...] = ()
+    what, label = "blocks", f"blocks of {sizes} tokens"
+    if profile.anywhere_hit_rate is not None:
+        what = label = "contents"
+        anywhere = (("known at any place", f"{profile.anywhere_hit_rate:.3f}"),)
     rows = (
-        (f"blocks of {sizes} tokens", f"{profile.num_blocks:,}"),
+        (label, f"{profile.num_blocks:,}"),
         ("different ones", f"{profile.num_unique_blocks:,}"),
-        ("ideal hit rate of blocks", f"{profile.ideal_hit_rate:.3f}"),
+        (f"ideal hit rate of {what}", f"{profile.ideal_hit_rate:.3f}"),
         ("ideal hit rate of tokens", f"{profile.ideal_token_hit_rate:.3f}"),
+        *anywhere,
     )
     return Table("reuse, by an endless cache that all share", ("", ">"), rows)
 

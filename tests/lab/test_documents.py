@@ -11,6 +11,7 @@ import pytest
 from kvcore.errors import SetupError
 from kvctl.lab.demand import Documents
 from kvctl.lab.documents import count_contents, requests
+from kvctl.lab.traces.profile import profile_contents
 from kvctl.lab.traces.ragpulse import TABLES, read
 
 PASSAGE = '{"passage_id": 0, "token_length": 7}\n'
@@ -80,6 +81,11 @@ def test_a_trace_s_own_reuse_is_counted_in_contents(folder: Path) -> None:
     """Of ten contents one is reused as a prefix, three anywhere."""
     counted = count_contents(Documents(trace=str(folder)), 0)
     assert (counted.num_asked, counted.num_prefix, counted.num_anywhere) == (10, 1, 3)
+    found = profile_contents(read(folder))
+    assert (found.num_requests, found.num_sessions, found.span_s) == (2, 2, 10.0)
+    assert (found.num_blocks, found.num_unique_blocks) == (10, 7)
+    assert (found.ideal_hit_rate, found.anywhere_hit_rate) == (0.1, 0.3)
+    assert (found.prompts.total, found.ideal_token_hit_rate) == (51, 9 / 51)
 
 
 @pytest.mark.parametrize(

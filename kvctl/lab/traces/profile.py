@@ -5,10 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 import msgspec
 import numpy as np
 
+from kvctl.lab.traces import ragpulse
 from kvctl.lab.traces.row import TraceRow
 
 NUM_BINS = 60
@@ -35,6 +37,7 @@ class Profile(msgspec.Struct, frozen=True):
     prompts: Lengths
     answers: Lengths
     block_sizes: tuple[int, ...]
+    """None where what repeats are contents, of any length: they count as blocks."""
     num_blocks: int
     num_unique_blocks: int
     ideal_hit_rate: float
@@ -46,6 +49,8 @@ class Profile(msgspec.Struct, frozen=True):
     """Requests by the power of two below their tokens, from 1 on."""
     hit_rates: tuple[float, ...]
     """The ideal one in each sixtieth of the requests."""
+    anywhere_hit_rate: float | None = None
+    """Of contents that an earlier request had at any place; of blocks unknown."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,8 @@ class Profiler:
     _sessions: set[str] = field(default_factory=set)
     _block_sizes: set[int] = field(default_factory=set)
     _tokens_hit: int = 0
+    _beginnings: set[bytes] = field(default_factory=set)
+    _num_anywhere: int | None = None
 
     def add(self, row: TraceRow) -> None:
         """Take one row in."""
@@ -70,14 +77,34 @@ class Profiler:
             if one not in self._seen:
                 break
             hit += 1
+        self._block_sizes.add(row.block_size)
+        self._note(row, row.num_tokens, ids, hit)
+        self._tokens_hit += min(hit * row.block_size, row.num_tokens)
+
+    def add_contents(self, row: ragpulse.Row) -> None:
+        """Take a row in whose contents are not chained: any may stand anywhere."""
+        ids = [content.id for content in row.contents]
+        lengths = [content.num_tokens for content in row.contents]
+        begun, hit = b"", 0
+        for place, one in enumerate(ids):
+            begun = sha256(begun + one.to_bytes(8, "little")).digest()
+            if hit == place and begun in self._beginnings:
+                hit += 1
+            self._beginnings.add(begun)
+        known = sum(one in self._seen for one in ids)
+        self._num_anywhere = (self._num_anywhere or 0) + known
+        self._note(row, sum(lengths), ids, hit)
+        self._tokens_hit += sum(lengths[:hit])
+
+    def _note(
+        self, row: TraceRow | ragpulse.Row, num_tokens: int, ids: list[int], hit: int
+    ) -> None:
         self._seen.update(ids)
         self._times.append(row.arrival_s)
-        self._prompts.append(row.num_tokens)
+        self._prompts.append(num_tokens)
         self._answers.append(row.output_length)
         self._blocks.append(len(ids))
         self._hits.append(hit)
-        self._tokens_hit += min(hit * row.block_size, row.num_tokens)
-        self._block_sizes.add(row.block_size)
         if row.session_id is not None:
             self._sessions.add(row.session_id)
 
@@ -102,6 +129,11 @@ class Profiler:
             arrivals=_histogram(times),
             prompt_lengths=_by_power(prompts),
             hit_rates=_rates(self._hits, self._blocks),
+            anywhere_hit_rate=(
+                None
+                if self._num_anywhere is None
+                else self._num_anywhere / max(1, num_blocks)
+            ),
         )
 
 
@@ -110,6 +142,14 @@ def profile(rows: Iterable[TraceRow]) -> Profile:
     profiler = Profiler()
     for row in rows:
         profiler.add(row)
+    return profiler.profile()
+
+
+def profile_contents(rows: Iterable[ragpulse.Row]) -> Profile:
+    """Read a whole trace of contents that may stand anywhere."""
+    profiler = Profiler()
+    for row in rows:
+        profiler.add_contents(row)
     return profiler.profile()
 
 

@@ -75,4 +75,7 @@ def read(trace: Trace) -> Iterator[TraceRow]:
             size = trace.block_size or lengths.BLOCK_SIZE
             return lengths.read(path, columns, trace.reuse, size)
         case _:
-            raise SetupError(f"{path}: {name} is not replayed as prefixes")
+            raise SetupError(
+                f"{path}: {name} is not replayed as prefixes, but by a workload "
+                "of kind documents (scenarios/rag_blend.toml)"
+            )
