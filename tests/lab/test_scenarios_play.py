@@ -12,7 +12,7 @@ import pytest
 
 from kvctl.lab.result import read
 from kvctl.lab.services import VALKEY, program
-from tests.lab.test_scenarios import FILES
+from tests.lab.test_scenarios import FILES, load
 
 TRACES = os.environ.get("KVCTL_TRACES")
 PLAY_S = 300
@@ -20,8 +20,11 @@ SHORTER = {"soak": ("load.max_s=60",)}
 TRACE = {"mooncake_conversation": "mooncake_conversation.jsonl.zst"}
 
 
-def lacking(name: str) -> str | None:
+def lacking(path: Path) -> str | None:
     """What a scenario needs and this machine lacks."""
+    name = path.stem
+    if load(path).device == "cuda":
+        return "it needs a GPU: `make gpu` plays it"
     if name in TRACE and TRACES is None:
         return "KVCTL_TRACES does not name a folder of public traces"
     if name == "tier_faults" and program(VALKEY) is None:
@@ -36,7 +39,7 @@ def lacking(name: str) -> str | None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_scenario_plays_to_its_end(path: Path, tmp_path: Path) -> None:
     """Exit code 0: no byte wrong, no lease leaked, its own limits met."""
-    if missing := lacking(path.stem):
+    if missing := lacking(path):
         pytest.skip(missing)
     command = [sys.executable, "-m", "kvctl", "bench", "run", str(path)]
     for setting in SHORTER.get(path.stem, ()):
