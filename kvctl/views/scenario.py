@@ -119,6 +119,8 @@ def parts(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
     if scenario.engine is not None:
         given = msgspec.to_builtins(scenario.engine)
         yield "engines compute: " + ", ".join(f"{k} {v}" for k, v in given.items())
+    if scenario.copies is not None:
+        yield f"copies: {_copies(scenario.copies)}"
     for fault in scenario.faults:
         yield f"fault: {_fault(fault)}"
     yield f"limits: {_limits(scenario.limits)}"
@@ -220,6 +222,15 @@ def _load(part: _Part) -> str:
     if load.warmup_requests or load.warmup_s:
         text += f"; warm-up {load.warmup_requests} requests, {load.warmup_s:g} s"
     return text
+
+
+def _copies(copies: Copies) -> str:
+    call = size(copies.chunk * copies.chunks)
+    beside = ", beside a matrix product" if copies.busy else ""
+    return (
+        f"{len(list(copies.settings()))} settings, calls of about {call}, by "
+        f"{max(copies.workers)} workers at most{beside}"
+    )
 
 
 def _fault(fault: Fault) -> str:

@@ -64,6 +64,8 @@ def test_a_scenario_is_explained() -> None:
         assert part in text
     assert "kill rank 0 of engine 1 at 11 s, for 0.5 s" in text
     assert "0.841" in shown(ROOT / "scenarios" / "quickstart.toml")
+    busy = shown(ROOT / "scenarios" / "h100_busy.toml")
+    assert "6 settings, calls of about 256.0 MiB, by 1 workers at most, beside" in busy
 
 
 @pytest.mark.parametrize(
