@@ -34,7 +34,7 @@ def parts(result: Result) -> Iterator[Table | str]:
     yield from _courses(result)
     yield from _limits(result)
     if result.copies:
-        yield _copy_rows(result.copies)
+        yield copy_rows(result.copies)
     if result.load:
         yield from load_tables.parts(result.load)
     for message, times in Counter(result.errors).items():
@@ -187,7 +187,7 @@ def _limits(result: Result) -> Iterator[Table | str]:
         yield NOTE
 
 
-def _copy_rows(rows: tuple[CopyRow, ...]) -> Table:
+def copy_rows(rows: tuple[CopyRow, ...]) -> Table:
     """Put every setting of `copies` in a row."""
     calls = (">store", ">retrieve", ">both at once")
     costs = (">spread", ">server us/chunk", ">slowdown")
@@ -201,10 +201,8 @@ def _copy_rows(rows: tuple[CopyRow, ...]) -> Table:
             f"{row.retrieve_gb_per_s:.3g} ({row.retrieve:.0%})",
             f"{row.both_gb_per_s:.3g} ({row.both:.0%})",
             _share(row.spread),
-            ""
-            if row.server_s_per_chunk is None
-            else f"{row.server_s_per_chunk * 1e6:.3g}",
-            "" if row.product_slowdown is None else _share(row.product_slowdown),
+            _if_known(row.server_s_per_chunk, lambda s: f"{s * 1e6:,.0f}"),
+            _if_known(row.product_slowdown, _share),
         )
         for row in rows
     )

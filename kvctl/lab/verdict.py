@@ -8,6 +8,7 @@ from kvctl.console import duration
 from kvctl.lab.compare.comparison import Comparison, Count, CountVerdict, Timing
 from kvctl.lab.compare.gate import span
 from kvctl.lab.compare.judge import Verdict
+from kvctl.lab.copies import CopyRow
 from kvctl.lab.result import Result
 
 
@@ -16,10 +17,12 @@ def of_result(result: Result) -> str:
     if result.problems:
         return f"{result.name} failed: {result.problems[0]}."
     counts, rates = result.counts, result.hit_rates
-    checked = "every byte was right" if counts.retrieved_bytes else "nothing came back"
     cut = ", until it was interrupted" if result.interrupted else ""
+    if result.copies:
+        return f"Every byte was right{cut}: {_of_copies(result.copies)}."
+    checked = "Every byte was right" if counts.retrieved_bytes else "Nothing came back"
     return (
-        f"{checked[0].upper()}{checked[1:]}{cut}: {rates.by_token:.0%} of the tokens "
+        f"{checked}{cut}: {rates.by_token:.0%} of the tokens "
         f"came from the cache, where an endless one gives {rates.ideal_by_token:.0%}, "
         f"{_answer(result)}."
     )
@@ -42,6 +45,18 @@ def _answer(result: Result) -> str:
         half = duration(load.ttft.p50_s)
         return f"and half of the first tokens came within {half}"
     return f"at {result.throughput.requests_per_s:,.3g} requests a second"
+
+
+def _of_copies(rows: Sequence[CopyRow]) -> str:
+    stores, retrieves = ([row.store for row in rows], [row.retrieve for row in rows])
+    said = (
+        f"stores reached {min(stores):.0%} to {max(stores):.0%} of a plain copy, "
+        f"retrieves {min(retrieves):.0%} to {max(retrieves):.0%}"
+    )
+    slower = [one for row in rows if (one := row.product_slowdown) is not None]
+    if slower:
+        said += f", and slowed a matrix product by {max(slower):.0%} at most"
+    return said
 
 
 def of_comparison(comparison: Comparison) -> str:

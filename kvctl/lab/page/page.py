@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from kvctl.console import Table
-from kvctl.lab import limits, load_tables, verdict
+from kvctl.lab import limits, load_tables, report, verdict
 from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import plots, sections
 from kvctl.lab.page.sections import legend, section
@@ -83,6 +83,7 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
             f"Measured in the same run. {limits.NOTE}",
             sections.ceilings(sides),
         ),
+        *(_copies(side, several=len(sides) > 1) for side in sides),
         section("Scenario", "", sections.settings(sides)),
         section("Environment", "", sections.environment(sides)),
     )
@@ -118,15 +119,23 @@ def _comparison(comparison: Comparison) -> str:
 
 
 def _load(side: Side, *, several: bool) -> str:
-    report = side.typical.load
-    if report is None:
+    load = side.typical.load
+    if load is None:
         return ""
     drawn = [
         sections.table(part) if isinstance(part, Table) else _said(part)
-        for part in load_tables.parts(report)
+        for part in load_tables.parts(load)
     ]
     title = f"Load of {side.label}" if several else "Load"
     return section(title, "", *drawn, _plots("", plots.sweep(side)))
+
+
+def _copies(side: Side, *, several: bool) -> str:
+    rows = side.typical.copies
+    if not rows:
+        return ""
+    title = f"Copies of {side.label}" if several else "Copies"
+    return section(title, "", sections.table(report.copy_rows(rows)))
 
 
 def _said(sentence: str) -> str:
