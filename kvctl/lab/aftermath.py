@@ -59,11 +59,12 @@ class Aftermath:
         """Let ranks copy for its own sake, as the scenario says."""
         evidence, play = self._evidence, self._play
         copies = evidence.scenario.copies
-        if copies is None or evidence.interrupted or play.server_gone:
+        if copies is None or evidence.failures or play.server_gone:
             return
         play.watcher.phase("copying")
         for number, setting in enumerate(copies.settings()):
-            if evidence.failures:
+            if play.interrupts.received:
+                evidence.interrupted = True
                 return
             evidence.copied.clear()
             before = self._server_s()
@@ -74,11 +75,12 @@ class Aftermath:
                 send(actor.control, PlayCopies(setting, seed))
             while len(evidence.copied) < len(actors) and not evidence.failures:
                 play.step(cast)
+            if evidence.failures:  # A server that is gone has no time to tell.
+                return
             server_s = self._server_s() - before if play.servers else None
-            if len(evidence.copied) == len(actors):
-                made = make_row(setting, evidence.copied, copies.rounds, server_s)
-                evidence.copies.append(made)
-                evidence.copies_wrong += sum(d.bytes_wrong for d in evidence.copied)
+            made = make_row(setting, evidence.copied, copies.rounds, server_s)
+            evidence.copies.append(made)
+            evidence.copies_wrong += sum(d.bytes_wrong for d in evidence.copied)
 
     def _server_s(self) -> float:
         return sum(cpu_s(server.pid) for server in self._play.servers)
