@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def test_all_that_are_promised_are_there() -> None:
         "mla", "tp8", "long_context", "sweep", "noisy_neighbour",
         "registration_storm", "soak", "faults",
     }  # fmt: skip
+
+
+def test_the_docs_list_every_one() -> None:
+    """A row each in docs/scenarios.md, and no row of one that is not there."""
+    text = (ROOT / "docs" / "scenarios.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(one.stem for one in ROOT.glob("scenarios/*.toml"))
 
 
 def shown(path: Path) -> str:
