@@ -53,7 +53,6 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """A process cannot go on."""
 
     message: str
-    wrong_use: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):

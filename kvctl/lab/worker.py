@@ -279,7 +279,7 @@ def run(
             finally:
                 played.close()
     except KVError as error:
-        send(control, Failed(error.message, isinstance(error, SetupError)))
+        send(control, Failed(error.message))
     except OSError:
         pass  # The driver or the scheduler is gone: nobody is left to tell.
 
