@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvcore.errors import KVError
+from kvcore.errors import KVError, SetupError
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab.alone import WARM_UP_ROUNDS, Seat, Soloist
 from kvctl.lab.caches import make_cache, register
@@ -20,6 +21,9 @@ from kvctl.lab.copies import Copies, CopyRow, Setting
 from kvctl.lab.measure import Samples
 from kvctl.lab.messages import AloneDone, CopiesDone, EnginePlan, PlayCopies
 from kvctl.lab.systems.contract import Client
+
+if TYPE_CHECKING:
+    from kvctl.lab.busy import Products
 
 CACHE_CALLS = 2
 """A cache holds the blocks of so many calls."""
@@ -32,6 +36,7 @@ def play_copies(
 
     Raises:
         KVError: a call failed.
+        SetupError: a matrix product is asked for, and there is no torch.
     """
     copies = plan.scenario.copies or Copies()
     with _seat(client, plan, place, task.setting, copies) as seat:
@@ -41,12 +46,18 @@ def play_copies(
         )
         if not copies.busy:
             return _done(seat, soloist.play(copies.rounds))
-        from kvctl.lab.busy import Products
-
-        with Products(plan.scenario.device) as products:
+        with _products(plan.scenario.device) as products:
             quiet = products.rate()
             done = soloist.play(copies.rounds)
             return _done(seat, done, (quiet, products.rate_in(soloist.spans)))
+
+
+def _products(device: str) -> Products:
+    try:
+        from kvctl.lab.busy import Products
+    except ImportError as error:
+        raise SetupError(f"copies.busy = true: {error}") from None
+    return Products(device)
 
 
 def _done(
