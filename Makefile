@@ -50,7 +50,7 @@ demo-vllm: $(VLLM_VENV)/.ready
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm --numprocesses 2 --dist worksteal
 
-# Everything that needs a card, on this host and without a network, in 9 minutes.
+# Everything that needs a card, on this host and without a network, in 8 minutes.
 # make gpu TRACE=mooncake_conversation.jsonl.zst
 gpu:
 	PYTHON=$(PYTHON) TRACE=$(TRACE) .ci/gpu
