@@ -98,6 +98,7 @@ class PrefetchJob:
     def fault(self, index: int, part: PartId) -> None:
         """Note that a part will not come: what follows it is no use."""
         self.masks[index] &= ~(1 << part)
+        self.goal = min(self.goal, index)
         self.faulted = True
         self.wishes.clear()
 

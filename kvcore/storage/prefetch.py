@@ -266,6 +266,9 @@ class Prefetcher:
         self, job: PrefetchJob, need: PartNeed, wishes: Sequence[Wish]
     ) -> list[Load]:
         hashes = [job.keys[wish.index] for wish in wishes]
+        if not job.settled:
+            # What others brought since it was asked for must stay, too.
+            job.held += filter(None, self._l1.hold(hashes))
         got = self._l1.reserve(
             hashes, need.part, need.num_bytes, name=need.name, owner=job.owner
         )
@@ -302,7 +305,6 @@ class Prefetcher:
         """Make a batch readable up to its first fault; what follows is no use."""
         for load in batch.loads:
             if not load.is_good:
-                job.goal = min(job.goal, load.wish.index)
                 job.fault(load.wish.index, load.wish.need.part)
         good = [load for load in batch.loads if load.wish.index < job.goal]
         bad = batch.loads[len(good) :]

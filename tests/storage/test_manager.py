@@ -302,6 +302,32 @@ def test_two_lookups_share_one_load(house: House) -> None:
     house.settle(second)
 
 
+def test_what_a_worker_stores_meanwhile_is_held(house: House) -> None:
+    """It was lacking when the job began; eviction leaves it until it is settled."""
+    prompt = chain(1, 4)
+    house.keep(prompt)
+    job = house.submit(prompt)
+    house.store(prompt[:2])
+    house.answer_all()
+    house.store(chain(2, 8))
+    house.answer_all()
+    assert house.num_present(prompt) == job.goal == 4
+    house.settle(job)
+
+
+def test_a_shared_load_that_fails_shortens_both_hits(house: House) -> None:
+    """Neither says that it has what did not come."""
+    prompt = chain(1, 3)
+    house.keep(prompt)
+    house.tier.wrong.add(name(0).key(prompt[1]))
+    jobs = [house.submit(prompt) for _ in range(2)]
+    house.answer_all()
+    assert house.prefetched.loads_shared == 3
+    for job in jobs:
+        assert (job.state, job.goal) == (JobState.DONE, 1)
+        house.settle(job)
+
+
 def test_wrong_bytes_are_a_miss_and_leave_the_tier(house: House) -> None:
     """The chunks before them are served, those after them not."""
     prompt = chain(1, 4)
