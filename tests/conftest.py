@@ -8,7 +8,16 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "gate",
     deadline=None,
+    # The same examples each time: a gate is not where new ones should be found.
+    derandomize=True,
     max_examples=50,
     suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "search",
+    settings.get_profile("gate"),
+    derandomize=False,
+    max_examples=1000,
+    print_blob=True,
 )
 settings.load_profile("gate")

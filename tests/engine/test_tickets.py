@@ -272,9 +272,7 @@ class Tickets(RuleBasedStateMachine):
         assert not any(handed.pages & free for handed in self.handed.values())
 
 
-Tickets.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+Tickets.TestCase.settings = settings(stateful_step_count=40)
 TestTickets = Tickets.TestCase
 
 

@@ -50,7 +50,8 @@ class WhenCopying(driver.Watcher):
         if self.to == "us":
             os.kill(ours, signal.SIGINT)
             return
-        (server,) = (pid for pid in descendants(ours) if " serve " in command_of(pid))
+        # Servers of other tests are children of ours, too.
+        (server,) = (pid for pid in descendants(ours) if "/kvlab-" in command_of(pid))
         os.kill(server, signal.SIGKILL)
 
 

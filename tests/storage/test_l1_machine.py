@@ -462,7 +462,9 @@ def _case(policy: str) -> type:
     machine = type(f"L1Machine-{policy}", (L1Machine,), {"policy_name": policy})
     case = machine.TestCase
     case.__doc__ = f"""Random operations under {policy} agree with the model."""
-    case.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+    case.settings = settings(
+        max_examples=2 * settings().max_examples, stateful_step_count=50
+    )
     return case
 
 

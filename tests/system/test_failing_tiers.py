@@ -102,7 +102,7 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
     """What L1 has now; the tier is still being asked when the answer is there."""
     server = serve(
         "--tier",
-        f"valkey://127.0.0.1:{hanging.port}?timeout=3",
+        f"valkey://127.0.0.1:{hanging.port}?timeout=10",
         "--set",
         "prefetch.deadline_s=60",
     )
@@ -112,6 +112,8 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
         session = SessionKey("engine", "hasty")
         worker.ask("store", session, "i0", 0, CHUNK, [blocks_of(1)], tokens[:CHUNK])
         assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 1
+        # The answer does not wait for the job to begin, either.
+        wait_until(lambda: client.status().prefetches)
         [job] = client.status().prefetches
         assert (job.request_id, job.state) == ("hasty", "asking")
         client.end_session(session)
