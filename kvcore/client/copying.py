@@ -108,13 +108,14 @@ class CopyingClient(KVClient):
         private = replace(
             request, handles=tuple(Private(part.nbytes) for part in memory)
         )
-        own = OwnCache(request.instance_id, request.groups, memory, open_own)
         reply = self.call(private)
+        own = OwnCache(request.instance_id, request.groups, memory, open_own)
         try:
             self._map(own, reply).result()
-        except KVError:
+        except BaseException:
             own.close()
-            super().unregister(UnregisterKVCache(request.instance_id))
+            with suppress(KVError):  # What is wrong has been said.
+                super().unregister(UnregisterKVCache(request.instance_id))
             raise
         self._forget(request.instance_id)
         self._own[request.instance_id] = own
@@ -167,7 +168,7 @@ class CopyingClient(KVClient):
         copying = self._copying(request, tokens, timeout_s)
         if copying is None:
             return super()._submit_tokens(request, tokens, timeout_s)
-        return copying.direction.lane.submit(copying.run)
+        return copying.direction.submit(copying.run)
 
     def _call_tokens(
         self, request: Request[R], tokens: Tokens | None, timeout_s: float | None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from kvcore.errors import KVError, Unavailable, UnknownInstance
 from kvcore.layout import CacheGroup, KVLayout
@@ -16,6 +16,8 @@ from kvcore.shm import Bytes, Segment
 from kvcore.transport.moves import Mover, Places
 from kvcore.transport.own import Opened, OpenOwn
 from kvcore.transport.plan import Range, read_blocks
+
+R = TypeVar("R")
 
 Memory = Sequence[Any]
 """What a registration's handles stand for, in their order; flat bytes on a host."""
@@ -70,9 +72,16 @@ class Direction:
     """A thread for what was submitted, and one copy at a time whoever makes it."""
 
     def __init__(self, name: str) -> None:
-        self.lane = ThreadPoolExecutor(1, name)
+        self._lane = ThreadPoolExecutor(1, name)
         self._turn = Lock()
         self._is_closed = False
+
+    def submit(self, copy: Callable[[], R]) -> Future[R]:
+        """Have a copy made on the thread, which takes its turn."""
+        try:
+            return self._lane.submit(copy)
+        except RuntimeError:  # Shut down: whoever found it here lost a race.
+            raise UnknownInstance("unregistered before it was submitted") from None
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -86,7 +95,7 @@ class Direction:
         """Wait for who has the turn; nobody has another."""
         self._is_closed = True
         with self._turn:
-            self.lane.shutdown(wait=False)
+            self._lane.shutdown(wait=False)
 
 
 class UnderWay:

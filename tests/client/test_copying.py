@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvcore.client.copying import CopyingClient
+from kvcore.client.own import Direction
 from kvcore.errors import (
     BadRequest,
     Closed,
@@ -41,6 +42,7 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.shm import Bytes, Segment
+from kvcore.transport.own import Opened
 from tests.client.test_connection import Played, played
 
 __all__ = ["played"]
@@ -183,3 +185,26 @@ def test_an_unregistered_cache_is_not_copied(
     played.answers[Store] = UnknownInstance("no instance")
     with pytest.raises(UnknownInstance):
         client.store(KEY, "i", 0, CHUNK, BLOCKS)
+
+
+def test_a_cache_that_cannot_be_opened_is_not_registered(
+    played: Played, client: CopyingClient, cache: Bytes
+) -> None:
+    """Whatever stands in the way, the server is told, and a copy goes to the server."""
+
+    def broken(*_: object) -> Opened:
+        raise RuntimeError("no such device")
+
+    request = RegisterKVCache("j", "e", "m", 1, 0, (), (GROUP,))
+    with pytest.raises(RuntimeError, match="no such device"):
+        client.register_kv_cache(request, (cache,), broken)
+    assert UnregisterKVCache("j") in played.seen
+    assert client.submit_store(KEY, "i", 0, CHUNK, BLOCKS).result(20).num_stored == 1
+
+
+def test_a_direction_that_closed_takes_no_more() -> None:
+    """Its caller found the instance just before it was unregistered."""
+    direction = Direction("test")
+    direction.close()
+    with pytest.raises(UnknownInstance, match="before it was submitted"):
+        direction.submit(lambda: None)

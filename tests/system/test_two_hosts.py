@@ -216,7 +216,8 @@ def test_a_host_that_dies_takes_only_what_it_held(
         truth = store(workers, client, lost)
         await_written(client, 5 * RANKS)
         dying.kill()
-        assert remove_dead(f"{SEGMENT_PREFIX}{dying.pid}-")  # As the next start does.
+        # As the next start does, maybe of a server of another test.
+        remove_dead(f"{SEGMENT_PREFIX}{dying.pid}-")
     with connected(living) as client:
         workers = staff(hire, living, model, PLAIN, RANKS)
         session = SessionKey("engine", "bereft")
