@@ -50,13 +50,13 @@ NEVER = {
 }
 """Beside the floors: what a package never imports, though it lies beneath it."""
 
-EXCEPT = {"kvctl.lab.simulate": ("kvcore.storage.eviction",)}
+EXCEPT = {"kvctl.lab.workload.simulate": ("kvcore.storage.eviction",)}
 """What may all the same: the simulation plays the server's own policies."""
 
 TORCH = (
     "kvcore.vllm",
-    "kvctl.lab.busy",
-    "kvctl.lab.device_cache",
+    "kvctl.lab.rank.busy",
+    "kvctl.lab.rank.device_cache",
     "kvctl.lab.systems.lmcache_peer",
 )
 PRINTS = ("kvctl.console",)

@@ -83,7 +83,7 @@ def run(
     other side of a comparison is a regression. Ctrl-C ends the load and keeps what was
     measured so far.
     """
-    from kvctl.lab import served
+    from kvctl.lab.vllm import served
 
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
@@ -127,7 +127,7 @@ def simulate(
     """
     import msgspec
 
-    from kvctl.lab import simulate as lab
+    from kvctl.lab.workload import simulate as lab
 
     policies = (policy or ",".join(lab.POLICIES)).split(",")
     requests = lab.load(trace)
@@ -201,7 +201,7 @@ def report(
     markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
 ) -> None:
     """Write one page that works offline, or Markdown; else show tables."""
-    from kvctl.lab import reports
+    from kvctl.lab.results import reports
 
     read = reports.collect(results)
     if out is not None:
@@ -261,7 +261,7 @@ def _serve(
     scenario: Path, settings: list[str], trace: Path | None, seed: int, out: Path
 ) -> None:
     """Send a workload to real engines and show what they answered."""
-    from kvctl.lab import served
+    from kvctl.lab.vllm import served
 
     name, read = scenario.stem, served.read(scenario, settings, trace)
     with console.progress(name) as progress:
@@ -275,8 +275,9 @@ def _serve(
 
 def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
     """Play and show; say whether nothing was wrong."""
-    from kvctl.lab import driver, report
-    from kvctl.lab.progress import Shown
+    from kvctl.lab.results import report
+    from kvctl.lab.run import driver
+    from kvctl.lab.run.progress import Shown
     from kvctl.lab.scenario import read
 
     name, scenario = one.scenario.stem, read(one.scenario, one.settings)

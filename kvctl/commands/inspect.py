@@ -134,8 +134,8 @@ def result(
     ] = False,
 ) -> None:
     """Show a saved result again."""
-    from kvctl.lab import report
-    from kvctl.lab.result import read, schema
+    from kvctl.lab.results import report
+    from kvctl.lab.results.result import read, schema
 
     if as_schema == (file is not None):
         raise SetupError("inspect result: give either FILE or --schema")
@@ -155,9 +155,9 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
 ) -> None:
     """Show a trace's requests, span, lengths, reuse and ideal hit rate."""
-    from kvctl.lab.demand import Trace
     from kvctl.lab.traces import ragpulse, reader
     from kvctl.lab.traces.profile import profile, profile_contents
+    from kvctl.lab.workload.demand import Trace
     from kvctl.views import trace as trace_view
 
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
@@ -193,8 +193,8 @@ def scenario(
     ] = False,
 ) -> None:
     """Check a scenario and explain it: what it asks, of whom, how much that is."""
-    from kvctl.lab import served
     from kvctl.lab.scenario import read
+    from kvctl.lab.vllm import served
     from kvctl.views import scenario as scenario_view
 
     if schema:

@@ -8,9 +8,9 @@ import msgspec
 
 from kvcore.keys import SessionKey
 from kvcore.protocol import CBMatch
-from kvctl.lab.copies import Setting
 from kvctl.lab.geometry import Geometry
-from kvctl.lab.measure import Samples
+from kvctl.lab.rank.copies import Setting
+from kvctl.lab.results.measure import Samples
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.systems.contract import SystemSpec
 
@@ -125,7 +125,7 @@ class EngineReport(msgspec.Struct, frozen=True, tag=True):
     host: int = 0
     """Whose server it asked."""
     journal: bytes = b""
-    """`kvctl.lab.journal.RECORD`s: one a request, warm-up included."""
+    """`kvctl.lab.engine.journal.RECORD`s: one a request, warm-up included."""
 
 
 class Play(msgspec.Struct, frozen=True, tag=True):

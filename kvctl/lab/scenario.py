@@ -12,8 +12,9 @@ from msgspec.structs import replace
 
 from kvcore.config import ServerConfig
 from kvcore.options import Options, load, require
-from kvctl.lab.copies import Copies
-from kvctl.lab.demand import (
+from kvctl.lab.geometry import Geometry, preset
+from kvctl.lab.rank.copies import Copies
+from kvctl.lab.workload.demand import (
     Agents,
     Chat,
     Giant,
@@ -27,8 +28,7 @@ from kvctl.lab.demand import (
     Uniform,
     Workload,
 )
-from kvctl.lab.geometry import Geometry, preset
-from kvctl.lab.load import (
+from kvctl.lab.workload.load import (
     Bursts,
     ClosedLoop,
     Constant,

@@ -16,8 +16,8 @@ from threading import Event
 from time import monotonic
 
 from kvcore.errors import SetupError, Unavailable
-from kvctl.lab.load import ClosedLoop
 from kvctl.lab.scenario import Scenario
+from kvctl.lab.workload.load import ClosedLoop
 
 FIRST, SECOND = "first", "second"
 MEET_S = 60.0

@@ -12,13 +12,13 @@ from kvcore.config import ServerConfig
 from kvcore.keys import HashChain, chain_seed, pack_tokens
 from kvcore.options import Options, describe, encode_hook
 from kvctl.console import Table, size
-from kvctl.lab.arrivals import schedule
-from kvctl.lab.copies import Copies
-from kvctl.lab.demand import Workload
-from kvctl.lab.load import ClosedLoop, Load, Sweep
+from kvctl.lab.rank.copies import Copies
 from kvctl.lab.scenario import Fault, Limits, Scenario
-from kvctl.lab.served import ServedScenario, prompt_lengths
-from kvctl.lab.workload import Survey, accesses, survey
+from kvctl.lab.vllm.served import ServedScenario, prompt_lengths
+from kvctl.lab.workload.arrivals import schedule
+from kvctl.lab.workload.demand import Workload
+from kvctl.lab.workload.load import ClosedLoop, Load, Sweep
+from kvctl.lab.workload.workload import Survey, accesses, survey
 
 MAX_HASHED_TOKENS = 200_000_000
 HASH_SLICE = 1 << 20

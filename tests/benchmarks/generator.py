@@ -17,12 +17,12 @@ import msgspec
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.protocol import LookupReply
-from kvctl.lab.journal import unpack
-from kvctl.lab.load import ClosedLoop, Constant, Load
-from kvctl.lab.load_report import LoadReport, report_load
+from kvctl.lab.engine.journal import unpack
+from kvctl.lab.engine.scheduler import Engine
 from kvctl.lab.messages import EnginePlan, Play, Played, Tally, send
+from kvctl.lab.results.load_report import LoadReport, report_load
 from kvctl.lab.scenario import ModelConfig, Scenario, SharedPrefix
-from kvctl.lab.scheduler import Engine
+from kvctl.lab.workload.load import ClosedLoop, Constant, Load
 
 RATES = (1000, 2000, 3000, 4000)
 SECONDS = 3

@@ -14,7 +14,7 @@ from statistics import median
 from time import process_time
 
 from kvcore.storage.eviction import POLICIES, make_policy
-from kvctl.lab.simulate import Requests, SimulatedL1, capacity_blocks, load
+from kvctl.lab.workload.simulate import Requests, SimulatedL1, capacity_blocks, load
 
 ROUNDS = 5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from kvctl.lab.pacer import Clock
+from kvctl.lab.engine.pacer import Clock
 
 
 class FakeClock(Clock):

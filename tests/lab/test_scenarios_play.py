@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvctl.lab.result import read
-from kvctl.lab.services import VALKEY, program
+from kvctl.lab.results.result import read
+from kvctl.lab.run.services import VALKEY, program
 from tests.lab.test_scenarios import FILES, load
 
 TRACES = os.environ.get("KVCTL_TRACES")

@@ -15,7 +15,7 @@ from kvcore.keys import ChunkHash
 from kvcore.storage.eviction import EvictionPolicy
 from kvcore.storage.policies.lru import LRU
 from kvcore.storage.policies.s3fifo import NEW, S3FIFO, SMALL_SHARE
-from kvctl.lab.simulate import SimulatedL1
+from kvctl.lab.workload.simulate import SimulatedL1
 
 pytestmark = pytest.mark.tiers
 

@@ -13,10 +13,10 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.storage.eviction import POLICIES, make_policy
-from kvctl.lab.demand import Trace
-from kvctl.lab.simulate import SimulatedL1, number
 from kvctl.lab.traces import reader
 from kvctl.lab.traces.row import TraceRow, make_row
+from kvctl.lab.workload.demand import Trace
+from kvctl.lab.workload.simulate import SimulatedL1, number
 from tests.system.server import Server
 from tests.system.worker import BLOCK, Group, Worker
 

@@ -12,8 +12,8 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.shm import SHM_DIR
-from kvctl.lab.served import transfer_config
-from kvctl.lab.vllm_server import VLLMServer
+from kvctl.lab.vllm.served import transfer_config
+from kvctl.lab.vllm.vllm_server import VLLMServer
 from tests.system.server import CHUNK, wait_until
 from tests.vllm.conftest import Serve, Start, make_prompt
 from tests.vllm.engine import ENVIRONMENT, PATIENCE

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvctl.lab.compare.comparison import Comparison, compare
-from kvctl.lab.result import Repetition, Result, read
+from kvctl.lab.results.result import Repetition, Result, read
 from kvctl.lab.turns import FIRST, SECOND
 
 BASE, NEW = "base", "new"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcore.errors import SetupError
-from kvctl.lab import reports
 from kvctl.lab.compare import junit, tables
 from kvctl.lab.compare.comparison import (
     Comparison,
@@ -19,7 +18,8 @@ from kvctl.lab.compare.comparison import (
 from kvctl.lab.compare.contest import NEW, Command, Contest, Duel, Pair
 from kvctl.lab.compare.gate import Gate, span
 from kvctl.lab.compare.installs import Installs, knows_turns
-from kvctl.lab.result import Result, read
+from kvctl.lab.results import reports
+from kvctl.lab.results.result import Result, read
 from kvctl.lab.scenario import read as read_scenario
 from kvctl.lab.turns import can_take_turns
 

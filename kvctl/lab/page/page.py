@@ -7,11 +7,11 @@ from html import escape
 from importlib.resources import files
 
 from kvctl.console import Table
-from kvctl.lab import limits, load_tables, report, verdict
 from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import plots, sections
 from kvctl.lab.page.sections import legend, section
 from kvctl.lab.page.side import Side
+from kvctl.lab.results import limits, load_tables, report, verdict
 
 MAX_SIDES = 4
 """As many as there are colours that can be told apart."""

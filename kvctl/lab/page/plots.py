@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from kvctl.console import duration
-from kvctl.lab.load_tables import fault_name
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side, operations
 from kvctl.lab.page.svg import Axis, Line, Tick
-from kvctl.lab.series import Point, Series
+from kvctl.lab.results.load_tables import fault_name
+from kvctl.lab.results.series import Point, Series
 
 SHARES = (
     0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97,

@@ -17,12 +17,12 @@ from kvctl.lab.compare.comparison import (
     flatten,
 )
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.limits import reached
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side
-from kvctl.lab.result import Result
+from kvctl.lab.results.limits import reached
+from kvctl.lab.results.result import Result
+from kvctl.lab.results.verdict import bounds, change, spans, words
 from kvctl.lab.scenario import Scenario
-from kvctl.lab.verdict import bounds, change, spans, words
 
 SMALLEST_REACH = 1.25
 """An interval's drawing reaches at least from a fifth faster to a fourth slower."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvctl.lab.histogram import Histogram, decode
-from kvctl.lab.result import Result
+from kvctl.lab.results.histogram import Histogram, decode
+from kvctl.lab.results.result import Result
 
 SHOWN = ("request", "ttft", "lookup", "retrieve", "store", "end_session")
 """Operations in the order that a page shows them; others follow."""

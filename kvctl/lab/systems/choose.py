@@ -9,8 +9,8 @@ from kvcore.client import KVClient
 from kvcore.client.copying import CopyingClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError, Unavailable
-from kvctl.lab.local_server import LocalServer
 from kvctl.lab.messages import EnginePlan
+from kvctl.lab.run.local_server import LocalServer
 from kvctl.lab.systems import lmcache, valkey
 from kvctl.lab.systems.contract import OURS, Client, Foreign, Started, SystemSpec
 from kvctl.lab.systems.foreign_server import ForeignServer

@@ -28,9 +28,9 @@ from kvcore.protocol import (
     StoreReply,
 )
 from kvcore.shm import Segment
-from kvctl.lab.cache import Indices, Words
-from kvctl.lab.paged import logical_view
-from kvctl.lab.services import VALKEY, program
+from kvctl.lab.rank.cache import Indices, Words
+from kvctl.lab.rank.paged import logical_view
+from kvctl.lab.run.services import VALKEY, program
 from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
 
 HASH_SLICE = 1 << 20

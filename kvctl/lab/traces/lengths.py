@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvctl.lab.demand import Reuse
 from kvctl.lab.traces.lines import parse
 from kvctl.lab.traces.row import TraceRow
+from kvctl.lab.workload.demand import Reuse
 
 BLOCK_SIZE = 64
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

@@ -9,10 +9,10 @@ from pathlib import Path
 import zstandard
 
 from kvcore.errors import SetupError
-from kvctl.lab.demand import Trace
 from kvctl.lab.traces import bailian, lengths, mooncake, weka
 from kvctl.lab.traces.lines import raw_lines
 from kvctl.lab.traces.row import TraceRow
+from kvctl.lab.workload.demand import Trace
 
 HEAD_BYTES = 4096
 SIGNS = {

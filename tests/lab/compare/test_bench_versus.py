@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvctl.lab.compare.comparison import COMPARISON, gather
-from tests.lab.test_bench_run import finish, start
+from tests.lab.run.test_bench_run import finish, start
 
 TURNS = Path(__file__).with_name("turns.toml")
 FAKE_VALKEY = f"""#!{sys.executable}

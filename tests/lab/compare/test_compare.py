@@ -14,11 +14,11 @@ from kvctl.lab.compare.comparison import CountVerdict, compare, gather
 from kvctl.lab.compare.contest import Contest, Pair
 from kvctl.lab.compare.gate import DEFAULT, Gate
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.measure import summarise
-from kvctl.lab.result import Result
+from kvctl.lab.results.measure import summarise
+from kvctl.lab.results.result import Result
+from kvctl.lab.results.summary import Evidence
+from kvctl.lab.results.summary import summarise as result_of
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
-from kvctl.lab.summary import Evidence
-from kvctl.lab.summary import summarise as result_of
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
 PLAIN = result_of(Evidence("planted", SCENARIO, 0))

@@ -17,11 +17,11 @@ from msgspec.structs import replace
 
 from kvctl.lab.compare.comparison import Comparison, compare
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.measure import summarise
-from kvctl.lab.result import Repetition, Result
+from kvctl.lab.results.measure import summarise
+from kvctl.lab.results.result import Repetition, Result
+from kvctl.lab.results.summary import Evidence
+from kvctl.lab.results.summary import summarise as result_of
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
-from kvctl.lab.summary import Evidence
-from kvctl.lab.summary import summarise as result_of
 
 RECORDED = Path(__file__).with_name("noise.json")
 GAPS: dict[str, list[float]] = msgspec.json.decode(RECORDED.read_bytes())["gaps"]

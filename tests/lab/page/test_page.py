@@ -11,19 +11,19 @@ from msgspec.structs import replace
 
 from kvctl.console import duration
 from kvctl.lab.compare.comparison import compare
-from kvctl.lab.copies import CopyRow, Setting
-from kvctl.lab.faults import FaultReport
-from kvctl.lab.load_report import LoadReport, Step
-from kvctl.lab.measure import Latency, summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.page import render
 from kvctl.lab.page.side import Side
-from kvctl.lab.result import Result, TierHits
+from kvctl.lab.rank.copies import CopyRow, Setting
+from kvctl.lab.results.load_report import LoadReport, Step
+from kvctl.lab.results.measure import Latency, summarise
+from kvctl.lab.results.result import Result, TierHits
+from kvctl.lab.results.series import Moment, Point, Series
+from kvctl.lab.results.summary import Evidence
+from kvctl.lab.results.summary import summarise as result_of
+from kvctl.lab.run.faults import FaultReport
 from kvctl.lab.scenario import Chat, Fault, ModelConfig, Scenario
-from kvctl.lab.series import Moment, Point, Series
-from kvctl.lab.summary import Evidence
-from kvctl.lab.summary import summarise as result_of
-from tests.lab.test_limits import ALONE
+from tests.lab.results.test_limits import ALONE
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat(), question="<b>Is it & fast?</b>")
 VOID = {"meta", "br"}

@@ -16,8 +16,9 @@ from kvcore.config import ServerConfig
 from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
-from kvctl.lab import geometry, services
-from kvctl.lab.paged import PagedCache
+from kvctl.lab import geometry
+from kvctl.lab.rank.paged import PagedCache
+from kvctl.lab.run import services
 from kvctl.lab.systems import choose, lmcache, valkey
 from kvctl.lab.systems.contract import SystemSpec, taken_s
 

@@ -1,0 +1,1 @@
+"""A rank of a played engine: its cache, its copies, what it checks."""

@@ -1,0 +1,148 @@
+"""Makes the calls of a scenario's `copies`, in ranks, and puts them together.
+
+A rank gets a cache of its own for each setting, in which a chunk has so many bytes and
+its pieces so many, and calls in it as in `alone`. Several ranks do it at the same time.
+The driver adds what the server's process had to compute for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvcore.errors import KVError, SetupError
+from kvcore.protocol import RegisterKVCache
+from kvctl.lab.messages import AloneDone, CopiesDone, EnginePlan, PlayCopies
+from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
+from kvctl.lab.rank.caches import make_cache, register
+from kvctl.lab.rank.copies import Copies, CopyRow, Setting
+from kvctl.lab.results.measure import Samples
+from kvctl.lab.systems.contract import Client
+
+if TYPE_CHECKING:
+    from kvctl.lab.rank.busy import Products
+
+CACHE_CALLS = 2
+"""A cache holds the blocks of so many calls."""
+
+
+def play_copies(
+    client: Client, plan: EnginePlan, place: int, task: PlayCopies
+) -> CopiesDone:
+    """Be one worker of a setting.
+
+    Raises:
+        KVError: a call failed.
+        SetupError: a matrix product is asked for, and there is no torch.
+    """
+    copies = plan.scenario.copies or Copies()
+    with _seat(client, plan, place, task.setting, copies) as seat:
+        scattered = task.setting.order == "scattered"
+        soloist = Soloist(
+            seat, copies.chunks, task.seed, scattered=scattered, both=True
+        )
+        if not copies.busy:
+            return _done(seat, soloist.play(copies.rounds))
+        with _products(plan.scenario.device) as products:
+            quiet = products.rate()
+            done = soloist.play(copies.rounds)
+            return _done(seat, done, (quiet, products.rate_in(soloist.spans)))
+
+
+def _products(device: str) -> Products:
+    try:
+        from kvctl.lab.rank.busy import Products
+    except ImportError as error:
+        raise SetupError(f"copies.busy = true: {error}") from None
+    return Products(device)
+
+
+def _done(
+    seat: Seat, done: AloneDone, products: tuple[float, float] | None = None
+) -> CopiesDone:
+    return CopiesDone(
+        done.num_bytes, seat.chunk_bytes, done.samples, done.bytes_wrong, products
+    )
+
+
+@contextmanager
+def _seat(
+    client: Client, plan: EnginePlan, place: int, setting: Setting, copies: Copies
+) -> Iterator[Seat]:
+    """Register a cache of the setting for as long as the block runs."""
+    geometry = setting.geometry(copies.chunk, client.chunk_size)
+    chunk_blocks = client.chunk_size // geometry.block_size
+    num_blocks = CACHE_CALLS * copies.chunks * chunk_blocks
+    instance_id = f"{plan.engine_id}/copies-{place}"
+    cache = make_cache(
+        plan.scenario.device,
+        f"kvlab-{plan.engine_id}-{place}-copies",
+        geometry.groups(num_blocks, 0, 1),
+        place,
+    )
+    request = RegisterKVCache(
+        instance_id=instance_id,
+        engine_id=plan.engine_id,
+        model=f"{geometry.model}@{plan.model}",
+        world_size=1,
+        rank=0,
+        handles=cache.handles,
+        groups=cache.groups,
+    )
+    try:
+        yield Seat(
+            client,
+            cache,
+            [cache.pattern(0, 0, chunk_blocks)],
+            request.model,
+            1,
+            plan.engine_id,
+            instance_id,
+            register(client, request, cache).chunk_bytes,
+            geometry.block_size,
+        )
+    finally:
+        with suppress(KVError):
+            client.unregister_kv_cache(instance_id)
+        cache.close()
+
+
+def make_row(
+    setting: Setting, done: Sequence[CopiesDone], rounds: int, server_s: float | None
+) -> CopyRow:
+    """Put the workers of a setting together."""
+    num_bytes, chunk_bytes = done[0].num_bytes, done[0].chunk_bytes
+    times = Samples.merge(one.samples for one in done).summary()
+    each = [one.samples.summary() for one in done]
+    calls = [one["store"].p50_s + one["retrieve"].p50_s for one in each]
+    num_calls = 4 * (rounds + WARM_UP_ROUNDS) * len(done)
+    num_chunks = num_calls * num_bytes / chunk_bytes
+    rates = [one.products_per_s for one in done if one.products_per_s]
+    return CopyRow(
+        setting=setting,
+        call_bytes=num_bytes,
+        chunk_bytes=chunk_bytes,
+        store_gb_per_s=num_bytes / times["store"].p50_s / 1e9,
+        retrieve_gb_per_s=num_bytes / times["retrieve"].p50_s / 1e9,
+        store=times["plain_store"].p50_s / times["store"].p50_s,
+        retrieve=times["plain_retrieve"].p50_s / times["retrieve"].p50_s,
+        both_gb_per_s=2 * num_bytes / times["both"].p50_s / 1e9,
+        both=times["plain_both"].p50_s / times["both"].p50_s,
+        spread=max(calls) / min(calls) - 1,
+        server_s_per_chunk=server_s / num_chunks if server_s is not None else None,
+        product_slowdown=(
+            1 - sum(beside for _, beside in rates) / sum(alone for alone, _ in rates)
+            if rates
+            else None
+        ),
+    )
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU time that a process has used, user and system."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,1 @@
+"""One run: its processes, what strikes them, what is measured after."""

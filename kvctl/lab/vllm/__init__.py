@@ -1,0 +1,1 @@
+"""A real vLLM in place of the played engines."""

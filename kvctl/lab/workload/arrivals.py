@@ -1,0 +1,155 @@
+"""When each request of a workload is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, cycle
+from typing import assert_never
+
+import numpy as np
+
+from kvcore.errors import SetupError
+from kvctl.lab.workload.load import (
+    Bursts,
+    ClosedLoop,
+    Constant,
+    Load,
+    OpenLoop,
+    Poisson,
+    Sweep,
+    TraceTimes,
+)
+from kvctl.lab.workload.workload import Access
+
+ARRIVALS = 101
+"""Stream of random numbers, apart from those of the workloads."""
+LAST_GAP_S = 1.0
+"""Over which the requests of a trace's last instant are spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """An access and when it is due, in seconds after the start."""
+
+    access: Access
+    index: int
+    """Its place in the whole workload."""
+    at_s: float | None = None
+    """None in a closed loop: as soon as there is room."""
+    step: int = 0
+    """Of a sweep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A time of one rate."""
+
+    rate: float
+    seconds: float
+    step: int = 0
+
+
+def schedule(load: Load, accesses: Iterable[Access], seed: int) -> Iterator[Due]:
+    """Say when each access of a workload is due, in the workload's order.
+
+    A sweep ends with its last step, whatever is left of the workload. All is a
+    function of the workload, the load and the seed.
+
+    Raises:
+        SetupError: the load follows a trace whose rows have no times, or go back.
+    """
+    if isinstance(load, ClosedLoop):
+        return (Due(access, index) for index, access in enumerate(accesses))
+    if isinstance(load, TraceTimes):
+        return _trace_times(load, accesses)
+    rng = np.random.default_rng((seed, ARRIVALS))
+    moments = _moments(_segments(load), None if isinstance(load, Constant) else rng)
+    return (
+        Due(access, index, moment.at_s, moment.step)
+        for index, (access, moment) in enumerate(zip(accesses, moments, strict=False))
+    )
+
+
+def _segments(load: OpenLoop) -> Iterator[Segment]:
+    match load:
+        case Constant() | Poisson():
+            return iter([Segment(load.rate, float("inf"))])
+        case Bursts():
+            quiet = Segment(load.rate, load.every_s - load.burst_s)
+            return cycle([quiet, Segment(load.burst_rate, load.burst_s)])
+        case Sweep():
+            return (
+                Segment(load.rate * load.factor**step, load.step_s, step)
+                for step in range(load.max_steps)
+            )
+        case TraceTimes():
+            return iter(())
+        case _:
+            assert_never(load)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    at_s: float
+    step: int
+
+
+def _moments(
+    segments: Iterator[Segment], rng: np.random.Generator | None
+) -> Iterator[_Moment]:
+    """Walk a rate that changes in steps, by unit distances of its integral.
+
+    Distances are 1 without random numbers, else exponential: a Poisson process whose
+    rate varies is a plain one on the axis of expected arrivals (Lewis and Shedler,
+    1979).
+    """
+    begin, passed = 0.0, 0.0
+    wanted = _distance(rng)
+    for segment in segments:
+        room = segment.rate * segment.seconds
+        while wanted - passed < room:
+            at_s = begin + (wanted - passed) / segment.rate
+            yield _Moment(at_s, segment.step)
+            wanted += _distance(rng)
+        passed += room
+        begin += segment.seconds
+
+
+def _distance(rng: np.random.Generator | None) -> float:
+    return 1.0 if rng is None else float(rng.exponential())
+
+
+def _trace_times(load: TraceTimes, accesses: Iterable[Access]) -> Iterator[Due]:
+    """Take a trace's own times; those of one instant are spread up to the next."""
+    first: float | None = None
+    tied: list[Access] = []
+    numbers = count()
+    for access in accesses:
+        if access.arrival_s is None:
+            raise SetupError("load.kind = 'trace': the workload has no times")
+        first = access.arrival_s if first is None else first
+        if tied and access.arrival_s != tied[0].arrival_s:
+            gap = access.arrival_s - _time(tied[0])
+            if gap < 0:
+                raise SetupError(
+                    f"request {access.request_id} of the trace is {-gap} s earlier "
+                    "than the one before it: sort the trace by time"
+                )
+            yield from _spread(tied, first, gap, load.speed, numbers)
+            tied = []
+        tied.append(access)
+    yield from _spread(tied, first or 0.0, LAST_GAP_S, load.speed, numbers)
+
+
+def _spread(
+    tied: list[Access], first: float, gap: float, speed: float, numbers: Iterator[int]
+) -> Iterator[Due]:
+    gap = gap if len(tied) > 1 else 0.0
+    for place, access in enumerate(tied):
+        at_s = _time(access) - first + gap * place / len(tied)
+        yield Due(access, next(numbers), at_s / speed)
+
+
+def _time(access: Access) -> float:
+    return access.arrival_s or 0.0

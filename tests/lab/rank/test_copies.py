@@ -1,0 +1,74 @@
+"""Settings of copies, the caches made for them, and what is put together."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from kvcore.errors import SetupError
+from kvcore.options import ByteSize
+from kvctl.lab.messages import CopiesDone
+from kvctl.lab.rank.copies import Copies, Setting
+from kvctl.lab.rank.copyist import make_row
+from kvctl.lab.results.measure import Samples
+
+KIB = 1 << 10
+
+
+@pytest.mark.parametrize("kib", [4, 8, 16, 24, 32, 256, 2048])
+def test_a_chunk_has_pieces_as_large_as_asked_for(kib: int) -> None:
+    """Whatever the size, the geometry's blocks have it, and chunks are about right."""
+    setting = Setting(kib * KIB, "scattered", 1)
+    geometry = setting.geometry(32 << 20, 256)
+    assert geometry.piece_bytes(1) == kib * KIB
+    assert 256 % geometry.block_size == 0
+    chunk_bytes = geometry.token_bytes(1) * 256
+    assert 0.75 < chunk_bytes / (32 << 20) < 1.25
+
+
+def test_settings_vary_one_thing_at_a_time() -> None:
+    """Pieces and orders by the first number of workers, others by the middle piece."""
+    pieces = tuple(ByteSize(kib * KIB) for kib in (4, 32, 256))
+    copies = Copies(pieces=pieces, workers=(1, 2, 8))
+    settings = list(copies.settings())
+    assert len(settings) == 3 * 2 + 2
+    assert {setting.workers for setting in settings[:6]} == {1}
+    assert settings[6:] == [Setting(32 * KIB, "scattered", number) for number in (2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"pieces": ()}, "pieces"),
+        ({"workers": (0,)}, "workers"),
+        ({"pieces": (ByteSize(100),)}, "pieces"),
+    ],
+)
+def test_what_cannot_be_copied_is_refused(given: dict[str, object], key: str) -> None:
+    """The error names the key."""
+    with pytest.raises(SetupError, match=f"^{key} ="):
+        Copies(**given)  # type: ignore[arg-type]
+
+
+def done(store_s: float, products: tuple[float, float] | None = None) -> CopiesDone:
+    """A worker whose calls took so long, and plain copies half of it."""
+    seconds = {
+        "store": store_s, "plain_store": store_s / 2,
+        "retrieve": 1.0, "plain_retrieve": 0.5, "both": 2.0, "plain_both": 1.5,
+    }  # fmt: skip
+    samples = Samples.pack({name: array("d", [s] * 4) for name, s in seconds.items()})
+    return CopiesDone(10**9, 10**8, samples, 0, products)
+
+
+def test_a_row_tells_shares_spread_and_slowdown() -> None:
+    """Medians of all workers, the slowest against the fastest, the server's time."""
+    setting = Setting(4 * KIB, "scattered", 2)
+    row = make_row(setting, [done(1.0, (100, 90)), done(2.0, (100, 80))], 1, 12.0)
+    assert row.retrieve_gb_per_s == pytest.approx(1, rel=0.01)
+    assert row.retrieve == pytest.approx(0.5, rel=0.01)
+    assert row.both == pytest.approx(0.75, rel=0.01)
+    assert row.spread == pytest.approx(0.5, rel=0.01)
+    assert row.product_slowdown == pytest.approx(0.15)
+    # 4 calls a round and worker, of 10 chunks, in 3 rounds with the warm-up's.
+    assert row.server_s_per_chunk == pytest.approx(12.0 / (4 * 3 * 2 * 10))

@@ -1,0 +1,180 @@
+"""From planted reports to a result: counts, rates, problems, and the file."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from kvcore.errors import SetupError
+from kvctl.console import Table
+from kvctl.lab.messages import EngineReport, Tally
+from kvctl.lab.results import report
+from kvctl.lab.results.measure import Samples
+from kvctl.lab.results.result import Result, read
+from kvctl.lab.results.series import Point, Series
+from kvctl.lab.results.summary import Evidence, TierBytes, summarise
+from kvctl.lab.run.ceilings import Ceilings
+from kvctl.lab.scenario import Chat, Limits, ModelConfig, Scenario
+
+SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
+CEILINGS = Ceilings(1 << 20, 4096, 1000, 10.0, 8.0, 0.0001, 0.0002)
+
+
+def engine(*heads: bytes, **counts: int) -> EngineReport:
+    """What one engine measured: two lookups, and so many chunks."""
+    tally = Tally(
+        requests=2,
+        tokens=2560,
+        chunks=10,
+        store_bytes=10**9,
+        store_s=0.5,
+        copy_bytes=10**9,
+        copy_s=0.1,
+        **counts,
+    )
+    samples = Samples.pack({"lookup": array("d", [0.0004, 0.0005])})
+    return EngineReport(tally, samples, b"".join(head.ljust(8) for head in heads))
+
+
+def evidence(*reports: EngineReport, limits: Limits | None = None) -> Evidence:
+    """A run of these engines."""
+    scenario = replace(SCENARIO, limits=limits or Limits())
+    return Evidence(
+        "planted", scenario, 0, elapsed_s=2.0, reports=list(reports), ceilings=CEILINGS
+    )
+
+
+def test_rates_stand_beside_those_of_an_endless_cache() -> None:
+    """20 chunks asked for, 5 different ones: an endless cache would miss 5."""
+    one = engine(b"a", b"b", b"c", chunks_hit=6, tokens_hit=1536)
+    two = engine(b"c", b"d", b"e", chunks_hit=4, tokens_hit=1024)
+    result = summarise(evidence(one, two))
+    assert result.counts.chunks_hit_ideal == 15
+    assert result.hit_rates.by_block == 0.5
+    assert result.hit_rates.ideal_by_block == 0.75
+    assert result.hit_rates.by_token == 0.5
+    assert result.problems == ()
+
+
+def test_hits_are_split_between_memory_and_tiers() -> None:
+    """Half of the tokens hit; half of these were loaded, 3 to 1 from two tiers."""
+    found = evidence(engine(b"a", tokens_hit=1280, tokens_from_tiers=640))
+    assert summarise(found).tiers == ()
+    found.tier_bytes = [TierBytes("file", 3000), TierBytes("s3", 1000)]
+    result = summarise(found)
+    assert {one.name: one.hit_rate for one in result.tiers} == {
+        "L1": 0.25,
+        "tier 1: file": 0.1875,
+        "tier 2: s3": 0.0625,
+    }
+    assert "from tier 1: file 0.188 (2.9 KiB loaded)" in rendered(result)
+
+
+def test_a_long_run_shows_its_beginning_beside_its_end() -> None:
+    """Twenty points: the first two are told beside the last two; memory likewise."""
+    points = tuple(
+        Point(0.5 * (at + 1), {"requests": at, "tokens": 10, "tokens_hit": at // 2}, {})
+        for at in range(20)
+    )
+    found = evidence(engine(b"a"))
+    found.server_bytes = (30 << 20, 31 << 20)
+    text = rendered(replace(summarise(found), series=Series(0.5, points)))
+    assert "▇██ 1 37 38" in text, text
+    assert "0.000 0.900 0.900" in text
+    assert "30.0 MiB, after the load 31.0 MiB" in text
+
+
+def test_throughput_and_shares_follow_from_the_ceilings() -> None:
+    """1 GB in half a second is 2 GB/s, a fifth of the 10 GB/s of plain copies."""
+    result = summarise(evidence(engine(b"a")))
+    assert result.throughput.store_gb_per_s == 2.0
+    assert result.throughput.retrieve_gb_per_s is None
+    assert result.shares.store == 0.2
+    assert result.shares.lookup == pytest.approx(0.5, rel=1e-3)
+    assert result.throughput.requests_per_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"bytes_wrong": 3}, "3 bytes were wrong"),
+        ({"errors": 2}, "2 errors, limits.max_errors is 0"),
+    ],
+)
+def test_wrong_bytes_and_errors_are_problems(counts: dict[str, int], says: str) -> None:
+    """Each makes the exit code 1."""
+    result = summarise(evidence(engine(b"a", **counts)))
+    assert result.problems == (says,)
+
+
+def test_leaks_failures_and_missed_limits_are_problems() -> None:
+    """What a process or a lease did wrong, and what a scenario demanded."""
+    found = evidence(engine(b"a", b"b"), limits=Limits(min_hit_rate=0.5))
+    found.leases_leaked = 1
+    leaked, missed = summarise(found).problems
+    assert "1 leases outlived" in leaked
+    assert "min_hit_rate is 0.5" in missed
+    found.failures.append("rank 0 of engine 0 ended with exit code -9")
+    result = summarise(found)
+    assert result.counts.errors == 1
+    assert any("exit code -9" in problem for problem in result.problems)
+
+
+@pytest.mark.parametrize("failure", [None, "the server ended early"])
+def test_a_run_that_was_cut_has_no_hit_rate_to_reach(failure: str | None) -> None:
+    """Interrupted, or ended by a death: what was measured so far stands."""
+    found = evidence(engine(b"a"), limits=Limits(min_share_of_ideal=0.9))
+    found.interrupted = failure is None
+    found.failures += [failure] if failure else []
+    assert not any("min_share" in problem for problem in summarise(found).problems)
+
+
+def test_a_run_of_nothing_is_a_problem() -> None:
+    """No reports: rates are 0 and the result says so."""
+    assert summarise(evidence()).problems == ("no request was played",)
+
+
+def test_a_result_reads_back_as_it_was_saved(tmp_path: Path) -> None:
+    """Save, read: equal; the counts stand where scripts look for them."""
+    result = summarise(evidence(engine(b"a", chunks_hit=9)))
+    path = result.save(tmp_path / "new")
+    assert read(path) == result
+    counts = msgspec.json.decode(path.read_bytes())["counts"]
+    assert {"requests", "errors", "bytes_wrong", "leases_leaked"} <= counts.keys()
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not a result"),
+        ('{"version": 99}', "version 99; this kvctl reads 1"),
+        ('{"version": 1}', "not a result: .*missing required"),
+    ],
+)
+def test_a_wrong_file_says_why(tmp_path: Path, text: str, says: str) -> None:
+    """Broken, from another version, or incomplete."""
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(SetupError, match=rf"r\.json: .*{says}"):
+        read(path)
+
+
+def rendered(result: Result) -> str:
+    """All text of a result's tables."""
+    texts = []
+    for part in report.parts(result):
+        rows = part.rows if isinstance(part, Table) else ((part,),)
+        texts += [cell for row in rows for cell in row]
+    return " ".join(texts)
+
+
+def test_the_tables_show_what_was_measured() -> None:
+    """Counts, rates beside the ideal, latencies with units, shares, problems."""
+    text = rendered(summarise(evidence(engine(b"a", bytes_wrong=7))))
+    for shown in ("bytes wrong 7", "400 us", "20%", "problem: 7 bytes were wrong"):
+        assert shown in text

@@ -1,0 +1,86 @@
+"""`kvctl bench run` of documents: real processes, every byte checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from kvctl.lab.results.result import DocumentReuse, Result, read
+
+SCENARIO = """\
+engines = 2
+ranks = 2
+cache_blocks = 64
+[model]
+preset = "tiny-llama"
+block_size = 16
+[server]
+engine = "blend"
+chunk_size = 32
+l1.size = "8MiB"
+l1.page = "4KiB"
+[workload]
+kind = "documents"
+num_requests = 16
+num_documents = 6
+document_tokens = 128
+documents_per_request = 3
+system_tokens = 64
+glue_tokens = 16
+[load]
+concurrency = 2
+"""
+RUN_S = 50
+
+
+def run(folder: Path, *arguments: str) -> tuple[Result, str, int]:
+    """Play the scenario; return its result, what it printed, and its exit code."""
+    scenario = folder / "documents.toml"
+    scenario.write_text(SCENARIO)
+    command = [sys.executable, "-m", "kvctl", "bench", "run", str(scenario)]
+    done = subprocess.run(
+        [*command, "--out", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=RUN_S,
+        check=False,
+    )
+    (path,) = folder.glob("documents-*.json")
+    return read(path), done.stdout, done.returncode
+
+
+def reuse(result: Result) -> DocumentReuse:
+    """Return what the run says of documents."""
+    assert result.documents is not None
+    return result.documents
+
+
+def test_documents_are_reused_anywhere_and_every_byte_is_right(tmp_path: Path) -> None:
+    """Two engines of two ranks reuse each other's documents between glue."""
+    result, printed, code = run(tmp_path)
+    assert code == 0, result.problems
+    counts, documents = result.counts, reuse(result)
+    assert (counts.requests, counts.errors) == (16, 0)
+    assert (counts.bytes_wrong, counts.leases_leaked) == (0, 0)
+    assert counts.retrieved_bytes > 0
+    assert 0 < documents.chunks_hit <= documents.chunks_hit_ideal < documents.chunks
+    assert documents.tokens_hit > counts.tokens_hit
+    assert "by prefix alone" in printed
+    assert "by documents anywhere" in printed
+    share = documents.tokens_hit / counts.tokens
+    assert f"and {share:.0%} where documents count at any position." in printed
+
+
+def test_a_share_of_the_ideal_that_is_missed_is_exit_code_1(tmp_path: Path) -> None:
+    """The limit is named with what was reached: this L1 holds next to nothing."""
+    limits = (
+        "--set",
+        "limits.min_documents_share=1.0",
+        "--set",
+        "server.l1.size=64KiB",
+    )
+    result, _, code = run(tmp_path, *limits)
+    assert code == 1
+    (problem,) = result.problems
+    assert problem.startswith("min_documents_share is 1.0, reached ")

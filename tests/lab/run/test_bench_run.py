@@ -1,0 +1,274 @@
+"""`kvctl bench run` as a user starts it: real servers, engines and ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcore.shm import SHM_DIR
+from kvctl.lab.rank.worker import SEGMENT_PREFIX
+from kvctl.lab.results.result import Result, read
+
+SCENARIO = """\
+engines = 2
+ranks = 2
+cache_blocks = 64
+[model]
+preset = "tiny-llama"
+block_size = 16
+[server]
+chunk_size = 32
+l1.size = "8MiB"
+l1.page = "4KiB"
+[workload]
+kind = "chat"
+num_sessions = 4
+turns = 3
+system_tokens = 64
+user_tokens = 32
+answer_tokens = 32
+[load]
+concurrency = 2
+"""
+RUN_S = 50
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    """A scenario that plays twelve requests."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(SCENARIO)
+    return path
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start the command."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kvctl", "bench", "run", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for its end; return exit code, stdout, stderr."""
+    out, err = process.communicate(timeout=RUN_S)
+    return process.returncode, out, err
+
+
+def result_in(folder: Path) -> Result:
+    """Read the one result that a run saved."""
+    (path,) = folder.glob("*.json")
+    return read(path)
+
+
+def segments(process: subprocess.Popen[str]) -> list[str]:
+    """Shared memory of the caches that a run played."""
+    return [path.name for path in SHM_DIR.glob(f"{SEGMENT_PREFIX}{process.pid}.*")]
+
+
+@pytest.mark.parametrize("driver", ["server", "worker"])
+def test_a_run_checks_every_byte_and_saves_a_result(
+    scenario: Path, tmp_path: Path, driver: str
+) -> None:
+    """Two engines of two ranks: exit code 0, a table, and JSON with all that counts."""
+    chosen = ("--set", f"driver={driver}")
+    process = start(scenario, *chosen, "--out", tmp_path / "out")
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "bytes wrong" in out
+    result = result_in(tmp_path / "out")
+    counts = result.counts
+    assert (counts.requests, counts.errors, counts.bytes_wrong) == (12, 0, 0)
+    assert counts.leases_leaked == 0
+    assert counts.retrieved_bytes > 0
+    assert 0 < result.hit_rates.by_token <= result.hit_rates.ideal_by_token
+    assert result.operations["lookup"].count == 12
+    assert result.operations["store"].count > 0
+    assert result.ceilings is not None
+    assert result.shares.ping is not None
+    (path,) = (tmp_path / "out").glob("*.json")
+    data: dict[str, Any] = json.loads(path.read_text())
+    assert data.keys() >= {"version", "scenario", "environment", "hit_rates"}
+    assert data["counts"]["bytes_wrong"] == data["counts"]["leases_leaked"] == 0
+    assert data["operations"]["lookup"].keys() >= {"p50_s", "p99_s", "max_s"}
+    assert data["ceilings"]["copy_gb_per_s"] > 0
+    assert not segments(process)
+
+
+@pytest.mark.parametrize("preset", ["tiny-mla", "tiny-hybrid"])
+def test_one_request_at_a_time_hits_what_an_endless_cache_would(
+    scenario: Path, tmp_path: Path, preset: str
+) -> None:
+    """Alone and with room for all, served hits equal the ideal, MLA and hybrid too."""
+    settings = [
+        f"model.preset={preset}", "engines=1", "load.concurrency=1",
+    ]  # fmt: skip
+    if preset == "tiny-hybrid":
+        settings.append("model.window=48")
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    code, _, err = finish(start(scenario, "--out", tmp_path / "out", *flags))
+    assert code == 0, err
+    counts = result_in(tmp_path / "out").counts
+    assert counts.chunks_hit == counts.chunks_hit_ideal
+    assert counts.bytes_wrong == 0
+
+
+def test_a_trace_replays(scenario: Path, tmp_path: Path) -> None:
+    """Rows that share ids hit; --trace names the file."""
+    trace = tmp_path / "t.jsonl"
+    ids = ([1, 2, 3], [1, 2, 4], [1, 2, 3])
+    rows = [{"input_length": 90, "hash_ids": row} for row in ids]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = SCENARIO.partition("[workload]")[0].replace("engines = 2", "engines = 1")
+    scenario.write_text(text + '[workload]\nkind = "trace"\nblock_size = 32\n')
+    flags = ("--trace", trace, "--set", "load.concurrency=1", "--out", tmp_path / "out")
+    code, _, err = finish(start(scenario, *flags))
+    assert code == 0, err
+    counts = result_in(tmp_path / "out").counts
+    assert (counts.tokens, counts.chunks, counts.chunks_hit) == (270, 6, 4)
+
+
+def test_a_missed_limit_is_exit_code_1(scenario: Path, tmp_path: Path) -> None:
+    """The result is saved, the limit is named."""
+    flags = ("--set", "limits.min_hit_rate=0.99", "--out", tmp_path / "out")
+    code, out, _ = finish(start(scenario, *flags))
+    assert code == 1
+    assert "min_hit_rate is 0.99" in out
+    assert result_in(tmp_path / "out").problems
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--set", "load.concurency=2"], "did you mean load.concurrency"),
+        (["--set", "cache_blocks=2"], "cache_blocks = 2 cannot hold it"),
+        (["--set", "server.l1.size=1024TiB"], "did not start"),
+        (["--server", "nonsense"], "nonsense"),
+        (["--trace", "x.jsonl"], "workload.trace"),
+        (["--out", "/dev/null"], "--out /dev/null: not a folder"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    scenario: Path, tmp_path: Path, flags: list[str], says: str
+) -> None:
+    """Nothing is saved and nothing left behind."""
+    process = start(scenario, "--out", tmp_path / "out", *flags)
+    code, _, err = finish(process)
+    assert code == 2
+    assert says in err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    assert not segments(process)
+
+
+def begin_long(scenario: Path, out: Path) -> subprocess.Popen[str]:
+    """Start a run that would take minutes, and wait until it plays."""
+    flags = ("--set", "workload.turns=5", "--set", "workload.num_sessions=100000")
+    process = start(scenario, "--out", out, *flags)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if " requests, " in line:
+            return process
+    raise AssertionError(f"it never played: {said}, {process.communicate()}")
+
+
+def descendants(pid: int) -> list[int]:
+    """Servers, engines and ranks that a process started."""
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        children += map(int, (task / "children").read_text().split())
+    # Python's own resource tracker ends by itself, a little later.
+    return [pid for pid in children if "resource_tracker" not in command_of(pid)]
+
+
+def command_of(pid: int) -> str:
+    """A process's command line."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def test_an_interrupt_keeps_what_was_measured(scenario: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole group: a result says so, and nothing is left over."""
+    process = begin_long(scenario, tmp_path / "out")
+    children = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 0, err
+    result = result_in(tmp_path / "out")
+    assert result.interrupted
+    assert result.counts.requests > 0
+    assert result.counts.bytes_wrong == 0
+    assert len(children) >= 7
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not segments(process)
+
+
+def kill_one(process: subprocess.Popen[str], word: str) -> None:
+    """Kill the first child whose command line has a word in it."""
+    victims = [pid for pid in descendants(process.pid) if word in command_of(pid)]
+    os.kill(victims[0], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"), [("spawn_main", "exit code"), (" serve ", "SIGKILL")]
+)
+def test_a_death_ends_the_run_with_an_error(
+    scenario: Path, tmp_path: Path, word: str, told: str
+) -> None:
+    """A killed rank or server is named once; no call that waits holds the run up."""
+    process = begin_long(scenario, tmp_path / "out")
+    kill_one(process, word)
+    code, out, _ = finish(process)
+    assert code == 1
+    result = result_in(tmp_path / "out")
+    assert result.counts.errors >= 1
+    assert any(told in problem for problem in result.problems), out
+    assert out.count(told) == 1
+    assert "did not stop" not in out
+    assert not segments(process)
+
+
+def test_a_given_server_is_used_and_left_running(
+    scenario: Path, tmp_path: Path
+) -> None:
+    """--server: its chunk size counts, its L1 keeps what was stored, it lives on."""
+    from kvcore.client import KVClient
+    from kvcore.config import ServerConfig
+    from kvcore.options import load
+    from kvctl.lab.run.local_server import LocalServer
+
+    settings = ["chunk_size=64", "l1.size=16MiB", "l1.page=4KiB"]
+    server = LocalServer(load(ServerConfig, None, settings))
+    try:
+        flags = ("--server", server.address, "--out", tmp_path / "out")
+        code, _, err = finish(start(scenario, *flags))
+        assert code == 0, err
+        assert result_in(tmp_path / "out").scenario.server.chunk_size == 64
+        with KVClient(server.address) as client:
+            status = client.status()
+        assert status.l1.num_chunks > 0
+        assert (status.num_leases, status.instances) == (0, ())
+    finally:
+        assert server.stop() is None
+
+
+def test_a_run_can_be_limited_in_time(scenario: Path, tmp_path: Path) -> None:
+    """`load.max_s`: no request begins after that, and nothing is wrong with it."""
+    settings = ["load.max_s=0.3", "workload.num_sessions=10000"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    code, _, err = finish(start(scenario, "--out", tmp_path / "out", *flags))
+    assert code == 0, err
+    result = result_in(tmp_path / "out")
+    assert not result.interrupted
+    assert 0 < result.counts.requests < 30_000

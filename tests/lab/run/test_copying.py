@@ -1,0 +1,138 @@
+"""Copies for their own sake, by real servers and ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcore.shm import SHM_DIR
+from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
+from kvctl.lab.rank.worker import SEGMENT_PREFIX
+from kvctl.lab.results import report
+from kvctl.lab.results.result import Result
+from kvctl.lab.run import driver
+from kvctl.lab.scenario import read
+from tests.lab.rank.test_worker import FakeClient, make
+from tests.lab.run.test_bench_run import command_of, descendants
+
+SCENARIO = """\
+engines = 2
+cache_blocks = 128
+[model]
+preset = "tiny-llama"
+[server]
+l1.size = "32MiB"
+[workload]
+kind = "uniform"
+num_requests = 2
+[copies]
+pieces = ["4KiB", "32KiB"]
+workers = [1, 2]
+chunk = "1MiB"
+rounds = 2
+"""
+
+
+class WhenCopying(driver.Watcher):
+    """Sends a signal, to us or to the server, when copies begin."""
+
+    def __init__(self, to: str) -> None:
+        self.to = to
+
+    def phase(self, name: str) -> None:
+        """Strike."""
+        if name != "copying":
+            return
+        ours = os.getpid()
+        if self.to == "us":
+            os.kill(ours, signal.SIGINT)
+            return
+        # Servers of other tests are children of ours, too.
+        (server,) = (pid for pid in descendants(ours) if "/kvlab-" in command_of(pid))
+        os.kill(server, signal.SIGKILL)
+
+
+def play(
+    tmp_path: Path, *settings: str, watcher: driver.Watcher | None = None
+) -> Result:
+    """Two sizes of pieces in two orders, and the larger one by two workers."""
+    path = tmp_path / "copies.toml"
+    path.write_text(SCENARIO)
+    result = driver.run("copies", read(path, settings), 0, None, watcher)
+    assert not list(SHM_DIR.glob(f"{SEGMENT_PREFIX}{os.getpid()}.*"))
+    return result
+
+
+@pytest.mark.parametrize("by", ["server", "worker"])
+def test_every_setting_is_copied_and_checked(tmp_path: Path, by: str) -> None:
+    """A row each, by either driver; the server's time is told, no byte was wrong."""
+    result = play(tmp_path, f"driver={by}")
+    assert result.problems == ()
+    assert result.counts.bytes_wrong == 0
+    assert [row.setting.workers for row in result.copies] == [1, 1, 1, 1, 2]
+    for row in result.copies:
+        assert row.call_bytes == row.chunk_bytes == 1 << 20
+        assert min(row.store, row.retrieve, row.both) > 0
+        assert row.server_s_per_chunk is not None
+        assert row.product_slowdown is None
+    said = [part for part in report.parts(result) if isinstance(part, str)]
+    assert any(part.startswith("Every byte was right: stores") for part in said)
+
+
+def test_an_interrupt_ends_copies(tmp_path: Path) -> None:
+    """Those that were not begun are left out, and the result says so."""
+    result = play(tmp_path, watcher=WhenCopying("us"))
+    assert result.interrupted
+    assert (result.problems, result.copies) == ((), ())
+
+
+def test_a_server_that_dies_beneath_copies_is_told(tmp_path: Path) -> None:
+    """The run ends with a result, which says how."""
+    result = play(tmp_path, watcher=WhenCopying("the server"))
+    assert any("SIGKILL" in problem for problem in result.problems)
+    assert result.copies == ()
+
+
+class Wrong(FakeClient):
+    """Damages a byte of what it retrieves, and keeps the first store alone."""
+
+    def lookup(self, *_: object) -> None:
+        """Find nothing."""
+
+    def end_session(self, _session: object) -> None:
+        """Forget it."""
+
+    def store(self, *where: object) -> object:  # type: ignore[override]
+        """Keep right bytes, not those that were damaged."""
+        return None if self.kept else super().store(*where)  # type: ignore[arg-type]
+
+    def retrieve(self, *where: object) -> object:  # type: ignore[override]
+        """Write back what was kept, but for a byte."""
+        reply = super().retrieve(*where)  # type: ignore[arg-type]
+        assert self.rank
+        self.rank.cache.views[0][self.retrieved[0][0], 0, 1, 3, 1, 0] ^= 0xFF
+        return reply
+
+
+@pytest.mark.parametrize("scattered", [True, False])
+def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
+    """Of a retrieve by itself, and of one beside a store: each round has both."""
+    rank, _ = make("tiny-llama")
+    client = Wrong()
+    client.rank = rank
+    ours = rank.seat()
+    seat = Seat(
+        client,  # type: ignore[arg-type]
+        ours.cache, ours.patterns, ours.model, ours.world_size, ours.engine_id,
+        ours.instance_id, ours.chunk_bytes, ours.block_size,
+    )  # fmt: skip
+    try:
+        soloist = Soloist(seat, 2, 0, scattered=scattered, both=True)
+        assert not np.intersect1d(soloist.blocks[0], soloist.others[0]).size
+        assert soloist.play(1).bytes_wrong == 2 * (WARM_UP_ROUNDS + 1)
+    finally:
+        rank.close()
