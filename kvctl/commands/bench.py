@@ -174,7 +174,7 @@ def regress(
     Timings are held against the commit, counts also against results/baselines. Exit
     code 1 for a regression.
     """
-    from kvctl.lab.compare.regress import Plan, markdown
+    from kvctl.lab.regress import Plan, markdown
 
     folder = out / time.strftime("%Y%m%dT%H%M%S")
     plan = Plan(Path.cwd(), base, scenario, repeat, folder, gate.Gate(fail_on))
@@ -201,7 +201,7 @@ def report(
     markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
 ) -> None:
     """Write one page that works offline, or Markdown; else show tables."""
-    from kvctl.lab.results import reports
+    from kvctl.lab.page import reports
 
     read = reports.collect(results)
     if out is not None:
@@ -275,9 +275,9 @@ def _serve(
 
 def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
     """Play and show; say whether nothing was wrong."""
-    from kvctl.lab.results import report
-    from kvctl.lab.run import driver
-    from kvctl.lab.run.progress import Shown
+    from kvctl.lab import driver
+    from kvctl.lab.progress import Shown
+    from kvctl.lab.report import report
     from kvctl.lab.scenario import read
 
     name, scenario = one.scenario.stem, read(one.scenario, one.settings)

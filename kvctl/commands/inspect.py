@@ -134,7 +134,7 @@ def result(
     ] = False,
 ) -> None:
     """Show a saved result again."""
-    from kvctl.lab.results import report
+    from kvctl.lab.report import report
     from kvctl.lab.results.result import read, schema
 
     if as_schema == (file is not None):

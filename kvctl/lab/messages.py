@@ -9,10 +9,10 @@ import msgspec
 from kvcore.keys import SessionKey
 from kvcore.protocol import CBMatch
 from kvctl.lab.geometry import Geometry
-from kvctl.lab.rank.copies import Setting
-from kvctl.lab.results.measure import Samples
+from kvctl.lab.measure import Samples
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.systems.contract import SystemSpec
+from kvctl.lab.workload.copies import Setting
 
 
 class EnginePlan(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from kvcore.config import ServerConfig
 from kvcore.options import Options, load, require
 from kvctl.lab.geometry import Geometry, preset
-from kvctl.lab.rank.copies import Copies
+from kvctl.lab.workload.copies import Copies
 from kvctl.lab.workload.demand import (
     Agents,
     Chat,

@@ -12,10 +12,10 @@ from kvcore.config import ServerConfig
 from kvcore.keys import HashChain, chain_seed, pack_tokens
 from kvcore.options import Options, describe, encode_hook
 from kvctl.console import Table, size
-from kvctl.lab.rank.copies import Copies
 from kvctl.lab.scenario import Fault, Limits, Scenario
 from kvctl.lab.vllm.served import ServedScenario, prompt_lengths
 from kvctl.lab.workload.arrivals import schedule
+from kvctl.lab.workload.copies import Copies
 from kvctl.lab.workload.demand import Workload
 from kvctl.lab.workload.load import ClosedLoop, Load, Sweep
 from kvctl.lab.workload.workload import Survey, accesses, survey

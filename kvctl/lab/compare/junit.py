@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from kvctl.lab.compare.comparison import Comparison, CountVerdict
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.results.verdict import bounds, change, spans
+from kvctl.lab.compare.verdict import bounds, change, spans
 
 SUITE = "kvctl regress"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kvctl.console import Table, duration
 from kvctl.lab.compare.comparison import Comparison, CountVerdict
-from kvctl.lab.results.verdict import bounds, change, of_comparison, spans, words
+from kvctl.lab.compare.verdict import bounds, change, of_comparison, spans, words
 
 
 def parts(comparison: Comparison) -> Iterator[Table | str]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from kvctl.lab.engine.journal import Entry, Journal
+from kvctl.lab.measure import Recorder
 from kvctl.lab.messages import EngineReport, Tally
-from kvctl.lab.results.measure import Recorder
 
 MAX_ERRORS_TOLD = 10
 HEAD_BYTES = 8

@@ -7,11 +7,13 @@ from html import escape
 from importlib.resources import files
 
 from kvctl.console import Table
+from kvctl.lab.compare import verdict
 from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import plots, sections
 from kvctl.lab.page.sections import legend, section
 from kvctl.lab.page.side import Side
-from kvctl.lab.results import limits, load_tables, report, verdict
+from kvctl.lab.report import load_tables, report
+from kvctl.lab.results import limits
 
 MAX_SIDES = 4
 """As many as there are colours that can be told apart."""

@@ -10,7 +10,7 @@ from kvctl.console import duration
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side, operations
 from kvctl.lab.page.svg import Axis, Line, Tick
-from kvctl.lab.results.load_tables import fault_name
+from kvctl.lab.report.load_tables import fault_name
 from kvctl.lab.results.series import Point, Series
 
 SHARES = (

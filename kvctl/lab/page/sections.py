@@ -17,11 +17,11 @@ from kvctl.lab.compare.comparison import (
     flatten,
 )
 from kvctl.lab.compare.judge import Verdict
+from kvctl.lab.compare.verdict import bounds, change, spans, words
 from kvctl.lab.page import svg
 from kvctl.lab.page.side import Side
 from kvctl.lab.results.limits import reached
 from kvctl.lab.results.result import Result
-from kvctl.lab.results.verdict import bounds, change, spans, words
 from kvctl.lab.scenario import Scenario
 
 SMALLEST_REACH = 1.25

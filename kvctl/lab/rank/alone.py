@@ -19,10 +19,10 @@ import numpy as np
 from msgspec import Meta
 
 from kvcore.keys import SessionKey
+from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.measure import Samples, summarise
 from kvctl.lab.messages import AloneDone, PlayAlone
 from kvctl.lab.rank.cache import Cache, Indices, Pattern
-from kvctl.lab.results.measure import Samples, summarise
-from kvctl.lab.run.ceilings import Ceilings
 from kvctl.lab.systems.contract import Client
 
 COPY_BYTES = 16 << 20

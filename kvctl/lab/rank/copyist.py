@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from kvcore.errors import KVError, SetupError
 from kvcore.protocol import RegisterKVCache
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import AloneDone, CopiesDone, EnginePlan, PlayCopies
 from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
 from kvctl.lab.rank.caches import make_cache, register
-from kvctl.lab.rank.copies import Copies, CopyRow, Setting
-from kvctl.lab.results.measure import Samples
 from kvctl.lab.systems.contract import Client
+from kvctl.lab.workload.copies import Copies, CopyRow, Setting
 
 if TYPE_CHECKING:
     from kvctl.lab.rank.busy import Products

@@ -22,6 +22,7 @@ from kvcore.client import KVClient
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import RegisterKVCache
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
     CopiesDone,
     EnginePlan,
@@ -44,7 +45,6 @@ from kvctl.lab.rank.caches import make_cache, register
 from kvctl.lab.rank.copyist import play_copies
 from kvctl.lab.rank.document_buffer import DocumentBuffer
 from kvctl.lab.rank.pattern import chunk_seeds
-from kvctl.lab.results.measure import Samples
 from kvctl.lab.systems.choose import connect
 from kvctl.lab.systems.contract import Client, taken_s
 from kvctl.lab.workload.demand import Documents

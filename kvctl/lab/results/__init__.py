@@ -1,1 +1,1 @@
-"""From what was measured to a result, and a result as tables."""
+"""From what was measured to a result."""

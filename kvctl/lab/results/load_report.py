@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from kvctl.lab.engine.journal import Outcome, Records
 from kvctl.lab.engine.sweep import GRACE
-from kvctl.lab.results.measure import Latency, summarise
+from kvctl.lab.measure import Latency, summarise
 from kvctl.lab.run.faults import FaultReport, Struck, describe
 from kvctl.lab.scenario import Limits, Scenario
 from kvctl.lab.workload.load import ClosedLoop, Sweep

@@ -10,15 +10,15 @@ from msgspec import Meta
 
 from kvcore.errors import SetupError
 from kvcore.options import decode_hook, encode_hook
+from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.measure import Latency
 from kvctl.lab.rank.alone import Alone
-from kvctl.lab.rank.copies import CopyRow
 from kvctl.lab.results.hosts import HostReport
 from kvctl.lab.results.load_report import LoadReport
-from kvctl.lab.results.measure import Latency
 from kvctl.lab.results.series import Series
-from kvctl.lab.run.ceilings import Ceilings
 from kvctl.lab.run.environment import Environment
 from kvctl.lab.scenario import Scenario
+from kvctl.lab.workload.copies import CopyRow
 
 RESULT_VERSION = 1
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from kvctl.lab.results.histogram import Histogram
-from kvctl.lab.results.measure import Samples, Window
+from kvctl.lab.histogram import Histogram
+from kvctl.lab.measure import Samples, Window
 
 WIDTH_S = 0.5
 MAX_POINTS = 240

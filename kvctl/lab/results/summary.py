@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from kvcore import __version__
+from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.engine.journal import unpack
 from kvctl.lab.engine.score import heads_of
-from kvctl.lab.messages import AloneDone, CopiesDone, EngineReport, Tally
-from kvctl.lab.rank.alone import LookupAlone, summarise_alone
-from kvctl.lab.rank.copies import CopyRow
+from kvctl.lab.measure import Latency, Samples
+from kvctl.lab.messages import Tally
+from kvctl.lab.rank.alone import summarise_alone
 from kvctl.lab.results.hosts import report_hosts
 from kvctl.lab.results.load_report import LoadReport, report_load
-from kvctl.lab.results.measure import Latency, Samples
 from kvctl.lab.results.result import (
     RESULT_VERSION,
     Counts,
@@ -28,70 +26,14 @@ from kvctl.lab.results.result import (
     TierHits,
 )
 from kvctl.lab.results.series import series
-from kvctl.lab.run.ceilings import Ceilings
 from kvctl.lab.run.environment import detect
-from kvctl.lab.run.faults import Struck
-from kvctl.lab.scenario import Limits, Scenario
+from kvctl.lab.run.evidence import Evidence
+from kvctl.lab.scenario import Limits
 from kvctl.lab.systems.contract import SystemSpec
 from kvctl.lab.workload.demand import Documents
 from kvctl.lab.workload.documents import count_contents
 
 MAX_ERRORS_TOLD = 10
-
-
-@dataclass(frozen=True, slots=True)
-class TierBytes:
-    """What came from one tier."""
-
-    kind: str
-    num_bytes: int
-
-
-@dataclass(slots=True)
-class Evidence:
-    """All that a driver gathered. What it could not gather keeps its default."""
-
-    name: str
-    scenario: Scenario
-    seed: int
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    elapsed_s: float = 0.0
-    interrupted: bool = False
-    reports: list[EngineReport] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    """What went wrong outside of requests; each counts as an error."""
-    leases_leaked: int = 0
-    pings: Latency | None = None
-    ceilings: Ceilings | None = None
-    alone: list[AloneDone] = field(default_factory=list)
-    """From ranks that called alone, after the load; likewise `lookup_alone`."""
-    lookup_alone: LookupAlone | None = None
-    copied: list[CopiesDone] = field(default_factory=list)
-    """From the ranks of the setting that is being copied."""
-    copies: list[CopyRow] = field(default_factory=list)
-    copies_wrong: int = 0
-    storms: list[Samples] = field(default_factory=list)
-    """Of registrations, all ranks at once, before the load."""
-    struck: list[Struck] = field(default_factory=list)
-    """Faults that happened."""
-    begun_s: float = 0.0
-    """When the load began, on the host's monotonic clock."""
-    counters: list[Counter[str]] = field(default_factory=list)
-    """Each server's own, grown during the load."""
-    tier_bytes: list[TierBytes] = field(default_factory=list)
-    """Loaded from each tier during the load, in their order."""
-    server_bytes: tuple[int, int] | None = None
-    """The servers' own memory when the load began and when it had ended."""
-    spec: SystemSpec = field(default_factory=SystemSpec)
-    turns: str | None = None
-    """Where it met the run that it took turns with: half of the time was another's."""
-
-    def tally(self) -> Tally:
-        """Add up what the engines counted."""
-        total = Tally()
-        for report in self.reports:
-            total.add(report.tally)
-        return total
 
 
 def summarise(evidence: Evidence) -> Result:

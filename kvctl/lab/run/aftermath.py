@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from kvcore.errors import KVError
 from kvcore.keys import SessionKey
+from kvctl.lab import ceilings
+from kvctl.lab.measure import time_calls
 from kvctl.lab.messages import PlayAlone, PlayCopies, send
 from kvctl.lab.rank import alone
 from kvctl.lab.rank.copyist import cpu_s, make_row
-from kvctl.lab.results.measure import time_calls
-from kvctl.lab.run import ceilings
 from kvctl.lab.run.cast import Cast
 from kvctl.lab.systems.contract import Client
 from kvctl.lab.workload.workload import accesses

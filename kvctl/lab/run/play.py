@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.protocol import StatusReply
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
     AloneDone,
     CopiesDone,
@@ -30,19 +31,18 @@ from kvctl.lab.messages import (
     receive,
     send,
 )
-from kvctl.lab.results.measure import Samples
-from kvctl.lab.results.summary import Evidence, TierBytes
 from kvctl.lab.run.aftermath import Aftermath
 from kvctl.lab.run.cast import Actor, Cast
 from kvctl.lab.run.environment import anonymous_bytes
+from kvctl.lab.run.evidence import Evidence, TierBytes
 from kvctl.lab.run.faults import FaultPlan
-from kvctl.lab.run.local_server import LocalServer
-from kvctl.lab.run.services import RunningService
 from kvctl.lab.run.victims import Victims
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.systems.choose import connect_other
 from kvctl.lab.systems.contract import Client
 from kvctl.lab.systems.foreign_server import ForeignServer
+from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.services import RunningService
 from kvctl.lab.turns import in_turn
 from kvctl.lab.workload.workload import Survey
 

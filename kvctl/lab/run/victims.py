@@ -16,10 +16,10 @@ from kvcore.errors import KVError, SetupError
 from kvctl.lab.messages import Stop, send
 from kvctl.lab.run.cast import Actor, Cast
 from kvctl.lab.run.faults import Notice, Victim
-from kvctl.lab.run.local_server import LocalServer
-from kvctl.lab.run.services import RunningService
 from kvctl.lab.scenario import Fault
 from kvctl.lab.systems.contract import Client
+from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.services import RunningService
 
 if TYPE_CHECKING:
     from kvctl.lab.run.play import Play

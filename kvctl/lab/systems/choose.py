@@ -10,10 +10,10 @@ from kvcore.client.copying import CopyingClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError, Unavailable
 from kvctl.lab.messages import EnginePlan
-from kvctl.lab.run.local_server import LocalServer
 from kvctl.lab.systems import lmcache, valkey
 from kvctl.lab.systems.contract import OURS, Client, Foreign, Started, SystemSpec
 from kvctl.lab.systems.foreign_server import ForeignServer
+from kvctl.lab.systems.local_server import LocalServer
 
 PATIENCE_S = 30.0
 """For a server that is to come back."""

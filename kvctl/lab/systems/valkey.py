@@ -30,8 +30,8 @@ from kvcore.protocol import (
 from kvcore.shm import Segment
 from kvctl.lab.rank.cache import Indices, Words
 from kvctl.lab.rank.paged import logical_view
-from kvctl.lab.run.services import VALKEY, program
 from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
+from kvctl.lab.systems.services import VALKEY, program
 
 HASH_SLICE = 1 << 20
 

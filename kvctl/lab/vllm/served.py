@@ -30,7 +30,7 @@ from kvcore.errors import SetupError, Unavailable
 from kvcore.options import ByteSize, Options, encode_hook, load
 from kvctl.console import Table
 from kvctl.lab.run.environment import Environment, detect
-from kvctl.lab.run.local_server import LocalServer
+from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.vllm.vllm_server import Answer, VLLMServer
 from kvctl.lab.workload.demand import Chat, Workload
 from kvctl.lab.workload.workload import Access, accesses

@@ -14,10 +14,10 @@ from kvctl.lab.compare.comparison import CountVerdict, compare, gather
 from kvctl.lab.compare.contest import Contest, Pair
 from kvctl.lab.compare.gate import DEFAULT, Gate
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.results.measure import summarise
+from kvctl.lab.measure import summarise
 from kvctl.lab.results.result import Result
-from kvctl.lab.results.summary import Evidence
 from kvctl.lab.results.summary import summarise as result_of
+from kvctl.lab.run.evidence import Evidence
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())

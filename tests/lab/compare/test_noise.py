@@ -17,10 +17,10 @@ from msgspec.structs import replace
 
 from kvctl.lab.compare.comparison import Comparison, compare
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.results.measure import summarise
+from kvctl.lab.measure import summarise
 from kvctl.lab.results.result import Repetition, Result
-from kvctl.lab.results.summary import Evidence
 from kvctl.lab.results.summary import summarise as result_of
+from kvctl.lab.run.evidence import Evidence
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 RECORDED = Path(__file__).with_name("noise.json")

@@ -11,18 +11,18 @@ from msgspec.structs import replace
 
 from kvctl.console import duration
 from kvctl.lab.compare.comparison import compare
+from kvctl.lab.measure import Latency, summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.page import render
 from kvctl.lab.page.side import Side
-from kvctl.lab.rank.copies import CopyRow, Setting
 from kvctl.lab.results.load_report import LoadReport, Step
-from kvctl.lab.results.measure import Latency, summarise
 from kvctl.lab.results.result import Result, TierHits
 from kvctl.lab.results.series import Moment, Point, Series
-from kvctl.lab.results.summary import Evidence
 from kvctl.lab.results.summary import summarise as result_of
+from kvctl.lab.run.evidence import Evidence
 from kvctl.lab.run.faults import FaultReport
 from kvctl.lab.scenario import Chat, Fault, ModelConfig, Scenario
+from kvctl.lab.workload.copies import CopyRow, Setting
 from tests.lab.results.test_limits import ALONE
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat(), question="<b>Is it & fast?</b>")

@@ -8,11 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
+from kvctl.lab.driver import run
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import EngineReport, Tally
 from kvctl.lab.results import hosts
 from kvctl.lab.results.hosts import report_hosts
-from kvctl.lab.results.measure import Samples
-from kvctl.lab.run.driver import run
 from kvctl.lab.scenario import Scenario, read
 
 SCENARIO = """\

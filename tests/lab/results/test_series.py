@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvctl.lab.results.histogram import Histogram
-from kvctl.lab.results.measure import Samples, Window
+from kvctl.lab.histogram import Histogram
+from kvctl.lab.measure import Samples, Window
 from kvctl.lab.results.series import MAX_POINTS, series
 
 

@@ -11,13 +11,14 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvctl.console import Table
+from kvctl.lab.ceilings import Ceilings
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import EngineReport, Tally
-from kvctl.lab.results import report
-from kvctl.lab.results.measure import Samples
+from kvctl.lab.report import report
 from kvctl.lab.results.result import Result, read
 from kvctl.lab.results.series import Point, Series
-from kvctl.lab.results.summary import Evidence, TierBytes, summarise
-from kvctl.lab.run.ceilings import Ceilings
+from kvctl.lab.results.summary import summarise
+from kvctl.lab.run.evidence import Evidence, TierBytes
 from kvctl.lab.scenario import Chat, Limits, ModelConfig, Scenario
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from kvcore.shm import SHM_DIR
+from kvctl.lab import driver
 from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
 from kvctl.lab.rank.worker import SEGMENT_PREFIX
-from kvctl.lab.results import report
+from kvctl.lab.report import report
 from kvctl.lab.results.result import Result
-from kvctl.lab.run import driver
 from kvctl.lab.scenario import read
 from tests.lab.rank.test_worker import FakeClient, make
 from tests.lab.run.test_bench_run import command_of, descendants

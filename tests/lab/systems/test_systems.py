@@ -18,8 +18,7 @@ from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab import geometry
 from kvctl.lab.rank.paged import PagedCache
-from kvctl.lab.run import services
-from kvctl.lab.systems import choose, lmcache, valkey
+from kvctl.lab.systems import choose, lmcache, services, valkey
 from kvctl.lab.systems.contract import SystemSpec, taken_s
 
 SESSION = SessionKey("engine", "request")

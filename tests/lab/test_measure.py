@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvctl.lab.results.histogram import Histogram, decode
-from kvctl.lab.results.measure import Recorder, Samples, summarise
+from kvctl.lab.histogram import Histogram, decode
+from kvctl.lab.measure import Recorder, Samples, summarise
 
 DIGITS = 1e-3
 seconds = st.lists(st.floats(1e-9, 3600), min_size=1, max_size=50)

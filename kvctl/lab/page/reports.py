@@ -15,7 +15,7 @@ from kvctl.lab.compare.comparison import COMPARISON, Comparison, compare, gather
 from kvctl.lab.compare.contest import BASE, NEW
 from kvctl.lab.page.page import MAX_SIDES, render
 from kvctl.lab.page.side import Side
-from kvctl.lab.results import report
+from kvctl.lab.report import report
 
 
 @dataclass(frozen=True, slots=True)

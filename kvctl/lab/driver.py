@@ -17,14 +17,15 @@ from kvcore.shm import remove_dead
 from kvctl.lab.messages import Tally
 from kvctl.lab.rank.worker import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result
-from kvctl.lab.results.summary import Evidence, summarise
-from kvctl.lab.run.local_server import LocalServer
+from kvctl.lab.results.summary import summarise
+from kvctl.lab.run.evidence import Evidence
 from kvctl.lab.run.play import Play
-from kvctl.lab.run.services import RunningService, fill
 from kvctl.lab.scenario import Scenario, Service
 from kvctl.lab.systems.choose import start_server
 from kvctl.lab.systems.contract import SystemSpec
 from kvctl.lab.systems.foreign_server import ForeignServer
+from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.services import RunningService, fill
 from kvctl.lab.turns import can_take_turns
 from kvctl.lab.workload.workload import Survey, survey
 

@@ -16,15 +16,15 @@ from kvctl.lab.compare.comparison import compare
 from kvctl.lab.compare.contest import Command, Duel
 from kvctl.lab.compare.gate import DEFAULT, Gate
 from kvctl.lab.compare.installs import Installs
-from kvctl.lab.compare.regress import Regression, against_baseline, markdown
-from kvctl.lab.results.measure import summarise
+from kvctl.lab.measure import summarise
+from kvctl.lab.regress import Regression, against_baseline, markdown
 from kvctl.lab.results.result import Result, read
-from kvctl.lab.results.summary import Evidence
 from kvctl.lab.results.summary import summarise as result_of
+from kvctl.lab.run.evidence import Evidence
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 from kvctl.lab.scenario import read as read_scenario
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "results" / "baselines" / "regress.json"
 PLAIN = result_of(Evidence("planted", Scenario(ModelConfig("tiny-llama"), Chat()), 0))
 

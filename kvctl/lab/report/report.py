@@ -8,12 +8,13 @@ from statistics import fmean
 
 from kvcore.options import ByteSize
 from kvctl.console import Table, duration, size, spark
-from kvctl.lab.rank.copies import CopyRow
-from kvctl.lab.results import hosts, load_tables
+from kvctl.lab.compare.verdict import of_result
+from kvctl.lab.measure import Latency
+from kvctl.lab.report import load_tables
+from kvctl.lab.results import hosts
 from kvctl.lab.results.limits import NOTE, reached
-from kvctl.lab.results.measure import Latency
 from kvctl.lab.results.result import DocumentReuse, Result, TierHits
-from kvctl.lab.results.verdict import of_result
+from kvctl.lab.workload.copies import CopyRow
 
 NOTHING = "-"
 MIN_POINTS = 3

@@ -18,7 +18,7 @@ from kvctl.lab.compare.comparison import (
 from kvctl.lab.compare.contest import NEW, Command, Contest, Duel, Pair
 from kvctl.lab.compare.gate import Gate, span
 from kvctl.lab.compare.installs import Installs, knows_turns
-from kvctl.lab.results import reports
+from kvctl.lab.page import reports
 from kvctl.lab.results.result import Result, read
 from kvctl.lab.scenario import read as read_scenario
 from kvctl.lab.turns import can_take_turns

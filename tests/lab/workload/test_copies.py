@@ -8,10 +8,10 @@ import pytest
 
 from kvcore.errors import SetupError
 from kvcore.options import ByteSize
+from kvctl.lab.measure import Samples
 from kvctl.lab.messages import CopiesDone
-from kvctl.lab.rank.copies import Copies, Setting
 from kvctl.lab.rank.copyist import make_row
-from kvctl.lab.results.measure import Samples
+from kvctl.lab.workload.copies import Copies, Setting
 
 KIB = 1 << 10
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvctl.console import Progress
+from kvctl.lab.driver import Watcher
 from kvctl.lab.messages import Tally
-from kvctl.lab.run.driver import Watcher
 from kvctl.lab.workload.workload import Survey
 
 

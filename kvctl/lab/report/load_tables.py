@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvctl.console import Table, duration
+from kvctl.lab.measure import Latency
 from kvctl.lab.results.load_report import Goodput, LoadReport, Step, TenantReport
-from kvctl.lab.results.measure import Latency
 from kvctl.lab.run.faults import FaultReport
 from kvctl.lab.scenario import Fault
 

@@ -8,8 +8,8 @@ from kvctl.console import duration
 from kvctl.lab.compare.comparison import Comparison, Count, CountVerdict, Timing
 from kvctl.lab.compare.gate import span
 from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.rank.copies import CopyRow
 from kvctl.lab.results.result import Result
+from kvctl.lab.workload.copies import CopyRow
 
 
 def of_result(result: Result) -> str:

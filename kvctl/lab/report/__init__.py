@@ -1,0 +1,1 @@
+"""A result as tables, and in a sentence."""
