@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.blend.buffer import as_paged, check_slots, slots_of
-from kvcore.blend.index import DocumentIndex, Entry
+from kvcore.blend.entry import Entry
+from kvcore.blend.index import DocumentIndex
 from kvcore.blend.kept import KeptEntries, open_kept
 from kvcore.blend.lookups import DocumentLookups, Found
 from kvcore.blend.matchers import (

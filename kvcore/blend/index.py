@@ -16,17 +16,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvcore.blend.entry import Entry
+from kvcore.blend.kept import KeptEntries
 from kvcore.blend.rolling import Hashes
 from kvcore.keys import ChunkHash
-
-if TYPE_CHECKING:
-    from kvcore.blend.kept import KeptEntries
 
 Offsets = npt.NDArray[np.intp]
 
@@ -38,22 +36,6 @@ MAX_COUNT = 255
 PROBES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 """Odd multipliers whose products' high bits pick a slot (Dietzfelbinger et al.)."""
 WORD = (1 << 64) - 1
-NO_SLOT = -1
-
-
-class Entry(msgspec.Struct, eq=False, gc=False):
-    """One chunk of a document. `before` and `after` share its rolling hash."""
-
-    hash: ChunkHash
-    key: int
-    digest: bytes
-    """Of its own tokens, in its space."""
-    start: int
-    """Position in its document."""
-    slot: int = NO_SLOT
-    """Where it is kept across restarts."""
-    before: Entry | None = None
-    after: Entry | None = None
 
 
 class _Left(msgspec.Struct, frozen=True, gc=False):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from kvcore.blend.index import NO_SLOT, Entry
+from kvcore.blend.entry import NO_SLOT, Entry
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from kvcore.blend.index import DocumentIndex, Entry
+from kvcore.blend.entry import Entry
+from kvcore.blend.index import DocumentIndex
 from kvcore.blend.paragraphs import Markers, cut
 from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash, Tokens
 from kvcore.keys import (

@@ -12,7 +12,7 @@ from kvcore.errors import BadRequest, KVError, LayoutError
 from kvcore.layout import KVLayout
 from kvcore.protocol import Private, RegisterKVCache
 from kvcore.storage.l1 import PartId, PartName
-from kvcore.transport.attach import Attached
+from kvcore.transport.contract import Attached
 from kvcore.transport.paged import PagedCache
 
 

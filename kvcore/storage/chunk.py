@@ -14,7 +14,7 @@ from kvcore.errors import Internal
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
 from kvcore.parts import NO_CHECKSUM, Allocation, Checksum, Extent
-from kvcore.storage.quotas import Account
+from kvcore.storage.account import Account
 from kvcore.storage.tiers.contract import PartKey
 
 PartId = NewType("PartId", int)

@@ -7,15 +7,12 @@ over its quota loses its own chunks first, and what it asks for is at its own ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.status import QuotaStatus
+from kvcore.storage.account import Account
+from kvcore.storage.chunk import Chunk
 from kvcore.storage.eviction import EvictionPolicy, make_policy
-
-if TYPE_CHECKING:
-    from kvcore.storage.chunk import Chunk
 
 
 def make_order(
@@ -29,20 +26,6 @@ def make_order(
     if not limits:
         return make_policy(policy)
     return Quotas(lambda: make_policy(policy), limits, salt_of)
-
-
-@dataclass(slots=True, eq=False)
-class Account:
-    """One space: what it may keep, what it has, and the order in which that goes."""
-
-    max_bytes: int
-    order: EvictionPolicy
-    used_bytes: int = 0
-    """Of its chunks' parts, those being written included."""
-
-    def is_over(self, more_bytes: int = 0) -> bool:
-        """Say whether it has more than it may, or would with so many more."""
-        return self.used_bytes + more_bytes > self.max_bytes
 
 
 class Quotas:

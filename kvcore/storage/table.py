@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from kvcore.errors import Internal
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.parts import Allocation
+from kvcore.storage.account import Account
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,
@@ -21,7 +22,7 @@ from kvcore.storage.chunk import (
     used_extents,
 )
 from kvcore.storage.eviction import EvictionPolicy
-from kvcore.storage.quotas import Account, Quotas
+from kvcore.storage.quotas import Quotas
 
 
 class ChunkTable:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Generator
 import numpy as np
 from wire import served
 
-from kvcore.blend.index import DocumentIndex, Entry
+from kvcore.blend.entry import Entry
+from kvcore.blend.index import DocumentIndex
 from kvcore.blend.matchers import Anywhere, DocumentSpace
 from kvcore.blend.rolling import RollingHash
 from kvcore.client import KVClient

@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcore.blend.index import DocumentIndex, Entry
+from kvcore.blend.entry import Entry
+from kvcore.blend.index import DocumentIndex
 from kvcore.blend.kept import KeptEntries
 from kvcore.keys import ChunkHash
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcore.blend.index import Entry
+from kvcore.blend.entry import Entry
 from kvcore.blend.kept import SLOT_BYTES, KeptEntries
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash

@@ -22,7 +22,7 @@ from kvcore.layout import KVLayout
 from kvcore.protocol import CudaIpc
 from kvcore.shm import Bytes
 from kvcore.status import DeviceStatus
-from kvcore.transport.attach import Attached
+from kvcore.transport.contract import Attached
 from kvcore.transport.cuda.device import Device, Event
 from kvcore.transport.cuda.pinned import Pinned
 from kvcore.transport.paged import PagedCache

@@ -17,7 +17,8 @@ from kvcore.errors import (
 )
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from kvcore.protocol import CudaIpc, PosixShm
-from kvcore.transport.attach import Attached, Transports
+from kvcore.transport.attach import Transports
+from kvcore.transport.contract import Attached
 from kvcore.transport.cuda.ipc import MAX_EVENTS, CudaTransport, export
 from kvcore.transport.cuda.pinned import Pinned
 from tests.transport.cuda.fake import FakeDevice, Misuse, World, array_at
