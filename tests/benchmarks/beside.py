@@ -1,10 +1,13 @@
 """Lookups that L1 alone answers, beside what tiers do for others.
 
-Run as `PYTHONPATH=. python tests/benchmarks/beside.py FOLDER [rounds]`, with FOLDER on
-the disk that is meant. Quiet and busy periods of half a second take turns:
+Run as `PYTHONPATH=. python tests/benchmarks/beside.py FOLDER [rounds [rate]]`, with
+FOLDER on the disk that is meant. Lookups follow each other, or come so many a second.
+Quiet and busy periods of half a second take turns:
 
 - prefetch: another client looks up what only the file tier has, one prompt of 64 MiB
   after another; nobody stores;
+- reads elsewhere: the same files are read by a process that has nothing to do with the
+  server, which says what of the first is the machine's;
 - write-back: 192 MiB were stored before, and go to the tier while nobody stores;
 - tiers: another client stores 64 MiB ten times a second and looks up what was evicted,
   at a server with a file tier and at one without, which is the quiet side.
@@ -14,6 +17,8 @@ Each line has the median of a round's ratios of medians, and of 99th percentiles
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
 import signal
 import statistics
@@ -22,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -39,6 +45,8 @@ NUM_TOKENS = 16384
 NUM_PROMPTS = 16
 """Twice what L1 holds."""
 PERIOD_S = 0.5
+READERS = 4
+"""Threads, as many as the file tier loads with."""
 L1 = ("--l1-size", "512MiB", "--set", "log_level=error")
 
 
@@ -93,6 +101,29 @@ class Load:
         self.segment.close()
 
 
+def say_ready() -> None:
+    """Tell who started this process, and stand still until wanted."""
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    signal.raise_signal(signal.SIGSTOP)
+
+
+def read_files(folder: str) -> None:
+    """Read a tier's files until killed, as it does, into memory of this process."""
+    files = list(Path(folder).glob("*/*"))
+
+    def read(first: int) -> None:
+        room = mmap.mmap(-1, files[0].stat().st_size)
+        for index in itertools.count(first, READERS):
+            fd = os.open(files[index % len(files)], os.O_RDONLY | os.O_DIRECT)
+            os.preadv(fd, [room], 0)
+            os.close(fd)
+
+    say_ready()
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(READERS)))
+
+
 def load(kind: str, address: str) -> None:
     """Be the other client until killed; say so when ready."""
     with_load = Load(address, "load")
@@ -100,9 +131,7 @@ def load(kind: str, address: str) -> None:
         with_load.store(number)
         with_load.settle()
     number = 0
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    signal.raise_signal(signal.SIGSTOP)
+    say_ready()
     while True:
         if kind == "tiers":
             with_load.store(number)
@@ -132,6 +161,9 @@ def other_client(kind: str, address: str) -> Iterator[int]:
 class Lookups:
     """A client whose prompt of 8k tokens is in L1, and stays there by use."""
 
+    pause_s = 0.0
+    """From one lookup's due time to the next one's."""
+
     def __init__(self, address: str) -> None:
         self.client = KVClient(address)
         self.segment = Segment.create(
@@ -144,8 +176,11 @@ class Lookups:
     def measure(self, goes_on: Callable[[], bool]) -> list[float]:
         """Look up as long as something goes on; return each one's seconds."""
         self.cycles.lookups = []
+        due = time.monotonic()
         while goes_on():
-            for _ in range(50):
+            for _ in range(10 if self.pause_s else 50):
+                due = max(time.monotonic(), due + self.pause_s)
+                time.sleep(max(0, due - time.monotonic()))
                 self.cycles()
         return self.cycles.lookups
 
@@ -170,19 +205,50 @@ def beside_prefetch(folder: str, rounds: int) -> Iterator[Round]:
     with served(*L1, "--tier", f"file://{folder}/prefetch") as address:
         lookups, watch = Lookups(address), Load(address, "watch")
         with other_client("prefetch", address) as pid:
-            before = watch.client.status().counters["bytes_prefetched"]
-            for _ in range(rounds):
-                watch.settle()
-                quiet = lookups.period()
-                os.kill(pid, signal.SIGCONT)
-                time.sleep(PERIOD_S / 5)
-                yield quiet, lookups.period()
-                os.kill(pid, signal.SIGSTOP)
-            after = watch.client.status().counters["bytes_prefetched"]
-            rate = (after - before) / rounds / PERIOD_S / 1.2 / 1e9
-            print(f"prefetched {rate:.2f} GB/s")
+
+            def loaded() -> int:
+                return watch.client.status().counters["bytes_prefetched"]
+
+            yield from beside_another(lookups, pid, rounds, loaded, watch.settle)
         lookups.close()
         watch.close()
+
+
+def beside_reads(folder: str, rounds: int) -> Iterator[Round]:
+    """Yield lookups while nothing happens, and while another process reads."""
+    with served(*L1) as address:
+        lookups = Lookups(address)
+        with other_client("reads", f"{folder}/prefetch") as pid:
+
+            def read() -> int:
+                told = Path(f"/proc/{pid}/io").read_text()
+                return int(told.split("read_bytes: ")[1].split()[0])
+
+            yield from beside_another(lookups, pid, rounds, read, lambda: None)
+        lookups.close()
+
+
+def beside_another(
+    lookups: Lookups,
+    pid: int,
+    rounds: int,
+    moved: Callable[[], int],
+    settle: Callable[[], None],
+) -> Iterator[Round]:
+    """Yield lookups while a process stands still, and while it goes on."""
+    num_bytes, seconds = 0, 0.0
+    for _ in range(rounds):
+        settle()
+        quiet = lookups.period()
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(PERIOD_S / 5)
+        before, start = moved(), time.monotonic()
+        busy = lookups.period()
+        num_bytes += moved() - before
+        seconds += time.monotonic() - start
+        os.kill(pid, signal.SIGSTOP)
+        yield quiet, busy
+    print(f"read {num_bytes / seconds / 1e9:.2f} GB/s")
 
 
 def beside_write_back(folder: str, rounds: int) -> Iterator[Round]:
@@ -236,11 +302,14 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     """Measure and print."""
     if sys.argv[1:2] == ["--load"]:
-        load(sys.argv[2], sys.argv[3])
+        kind, at = sys.argv[2:]
+        read_files(at) if kind == "reads" else load(kind, at)
         return
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 15
+    Lookups.pause_s = 1 / float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     kinds = {
         "prefetch": beside_prefetch,
+        "reads elsewhere": beside_reads,
         "write-back": beside_write_back,
         "stores, with tiers or without": beside_tiers,
     }
