@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from time import monotonic_ns
 
 from kvcore.engine.instance import Instance
@@ -236,14 +237,8 @@ class Copier:
         """
         self._check_deadline(deadline_ns)
         wants = [wanted(rows, tokens) for rows in blocks]
-        needs = [
-            sum(
-                1 << group.part
-                for group, want in zip(instance.groups, wants, strict=True)
-                if want[i]
-            )
-            for i in range(len(hashes))
-        ]
+        bits = [1 << group.part for group in instance.groups]
+        needs = [sum(compress(bits, want)) for want in zip(*wants, strict=True)]
         chunks = self._l1.acquire(hashes, needs)
         if chunks is None:
             raise ChunksMissing(

@@ -21,7 +21,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -88,13 +87,11 @@ _GATHER = _Copy(lambda cache, part: np.copyto(part, cache), _take_rows, 1 << 20)
 _SCATTER = _Copy(np.copyto, _put_rows, _NUM_FREE_ROWS * _MIN_ROW)
 
 
-class _Way(IntEnum):
-    """How a span is copied."""
-
-    ROWS = 0
-    RUNS = 1
-    ONE_RUN = 2
-    """All of its blocks follow each other: nothing has to be looked for."""
+# How a span is copied. Plain numbers: an enum's members cost 0.3 us to name, each time.
+_ROWS = 0
+_RUNS = 1
+_ONE_RUN = 2
+"""All of its blocks follow each other: nothing has to be looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +173,17 @@ class HostCache:
         checksums: bool = False,
     ) -> list[Checksum]:
         ways = self._ways(spans, blocks)
-        rows = self._rows(blocks, ways == _Way.ROWS)
+        way_of = ways.tolist()
+        rows = self._rows(blocks, ways == _ROWS)
         step = CHECKSUM_STEP if checksums else sys.maxsize
         made = [NO_CHECKSUM] * len(spans) if checksums else []
 
         def move(number: int) -> None:
             span = spans[number]
             part = _Part(arena, span.extents, copy, self._strides)
-            if ways[number] == _Way.ROWS:
+            if way_of[number] == _ROWS:
                 ends = self._copy_rows(rows[number], part, step)
-            elif ways[number] == _Way.ONE_RUN:
+            elif way_of[number] == _ONE_RUN:
                 ends = self._copy_one_run(span, part, step)
             else:
                 ends = self._copy_runs(span, part)
@@ -194,7 +192,7 @@ class HostCache:
             else:
                 deque(ends, maxlen=0)
 
-        in_runs = (ways == _Way.ONE_RUN).all()
+        in_runs = (ways == _ONE_RUN).all()
         shared_bytes = _SHARED_RUN if in_runs else copy.shared_bytes
         is_shared = self.layout.part.num_bytes >= shared_bytes
         (self._crew if is_shared else ALONE).each(move, range(len(spans)))
@@ -210,10 +208,10 @@ class HostCache:
         )
         whole &= blocks.min(axis=1) != NULL_BLOCK
         scattered = breaks(blocks).any(axis=1)
-        ways = np.where(whole & ~scattered, _Way.ONE_RUN, _Way.RUNS).astype(np.uint8)
+        ways = np.where(whole & ~scattered, _ONE_RUN, _RUNS).astype(np.uint8)
         if self._row_planes:
             apart = self._row_planes[0].step != 1
-            ways[whole & (scattered | apart)] = _Way.ROWS
+            ways[whole & (scattered | apart)] = _ROWS
         return ways
 
     def _rows(

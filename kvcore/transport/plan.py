@@ -132,7 +132,8 @@ def wanted(rows: Blocks, tokens: Range) -> list[bool]:
     """Say of each chunk of a group whether it has somewhere to be written."""
     wanted = (rows != NULL_BLOCK).any(axis=1)
     wanted[: tokens.first_token // tokens.chunk_size - tokens.first_chunk] = False
-    return [bool(want) for want in wanted]
+    listed: list[bool] = wanted.tolist()
+    return listed
 
 
 def whole_spans(rows: Blocks, places: Sequence[Place], chunk_size: int) -> list[Span]:

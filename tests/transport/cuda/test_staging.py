@@ -16,14 +16,19 @@ SIZES = Sizes(slot_bytes=64, table_bytes=64, max_buffers=2)
 
 
 class SmallDevice(FakeDevice):
-    """A device with room for a few allocations only."""
+    """A device with room for a few buffers only."""
 
-    room = 1
+    def __init__(self, room: int) -> None:
+        super().__init__(World())
+        self.room = room
+        self.refused = Event()
 
     def allocate(self, num_bytes: int) -> int:
         """Take memory while there is some."""
-        if len(self.allocations) == self.room:
+        if not self.room:
+            self.refused.set()
             raise DeviceFailed("out of memory", status=2)
+        self.room -= 1
         return super().allocate(num_bytes)
 
 
@@ -72,21 +77,25 @@ def test_buffers_are_made_when_they_are_needed() -> None:
 
 
 def test_a_full_device_makes_do_with_what_there_is() -> None:
-    """Short of memory for a second buffer, borrowers share the first."""
-    staging = Staging(SmallDevice(World()), SIZES)
+    """Short of memory for a second buffer, a borrower waits for the first."""
+    device = SmallDevice(room=1)
+    staging = Staging(device, SIZES)
 
-    def borrow(_: int) -> int:
+    def borrow() -> int:
         with staging.buffer() as buffer:
             return buffer.table
 
-    with ThreadPoolExecutor(3) as pool:
-        assert len(set(pool.map(borrow, range(9)))) == 1
+    with ThreadPoolExecutor(1) as pool:
+        with staging.buffer() as first:
+            second = pool.submit(borrow)
+            assert device.refused.wait(30)
+            assert not second.done()
+        assert second.result(30) == first.table
 
 
 def test_no_memory_at_all_is_an_error() -> None:
     """Nobody waits for a buffer that cannot be; a later call may find room."""
-    device = SmallDevice(World())
-    device.room = 0
+    device = SmallDevice(room=0)
     staging = Staging(device, SIZES)
     with pytest.raises(DeviceFailed, match="out of memory"), staging.buffer():
         pass
