@@ -22,6 +22,8 @@ PLAIN_WIDTH = 160
 """Columns of a table that goes to a file or a pipe."""
 PLAIN_INTERVAL_S = 2.0
 """Between two progress lines where nothing can be redrawn."""
+NAME_WIDTH = 30
+"""A first column of names up to this long stays whole; all else folds to fit."""
 
 
 class Table(Struct, frozen=True):
@@ -46,7 +48,7 @@ def show(*parts: Table | str) -> None:
     """Print tables and lines, one under another."""
     console = _console()
     for part in parts:
-        console.print(_drawn(part), markup=False, highlight=False, soft_wrap=True)
+        console.print(_drawn(part), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -156,11 +158,12 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _drawn(part: Table | str) -> RenderableType:
-    if isinstance(part, str):
-        return part
     from rich import box
     from rich.table import Table as Drawn
     from rich.text import Text
+
+    if isinstance(part, str):
+        return Text(part)
 
     table = Drawn(
         title=part.title or None,
@@ -168,9 +171,14 @@ def _drawn(part: Table | str) -> RenderableType:
         box=box.SIMPLE,
         show_header=any(name.removeprefix(">") for name in part.columns),
     )
-    for name in part.columns:
-        right = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left")
+    longest = max((len(row[0]) for row in part.rows), default=0)
+    for place, name in enumerate(part.columns):
+        table.add_column(
+            name.removeprefix(">"),
+            justify="right" if name.startswith(">") else "left",
+            overflow="fold",
+            no_wrap=place == 0 and longest <= NAME_WIDTH,
+        )
     for row in part.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

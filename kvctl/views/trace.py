@@ -15,7 +15,7 @@ def parts(name: str, format_name: str, profile: Profile) -> list[Table | str]:
         _headline(name, format_name, profile),
         _lengths(profile),
         _reuse(profile),
-        _plots(profile),
+        *_plots(profile),
     ]
 
 
@@ -71,24 +71,20 @@ def _reuse(profile: Profile) -> Table:
     return Table("reuse, by an endless cache that all share", ("", ">"), rows)
 
 
-def _plots(profile: Profile) -> Table:
+def _plots(profile: Profile) -> list[str]:
     powers = range(len(profile.prompt_lengths))
     first = next((power for power in powers if profile.prompt_lengths[power]), 0)
     lengths = profile.prompt_lengths[first:]
-    rows = (
-        ("arrivals over time", spark(profile.arrivals), _most(profile.arrivals)),
-        (
-            "ideal hit rate over requests",
-            spark(profile.hit_rates),
-            f"at most {max(profile.hit_rates, default=0):.2f}",
-        ),
-        (
-            "prompt lengths, by powers of two",
-            spark(lengths),
-            f"{2**first:,} to {2 ** (first + len(lengths)):,} tokens",
-        ),
-    )
-    return Table("", ("", "", ""), rows)
+    return [
+        f"arrivals over time, {_most(profile.arrivals)}",
+        f"  {spark(profile.arrivals)}",
+        "ideal hit rate over requests, "
+        f"at most {max(profile.hit_rates, default=0):.2f}",
+        f"  {spark(profile.hit_rates)}",
+        "prompt lengths, by powers of two, "
+        f"{2**first:,} to {2 ** (first + len(lengths)):,} tokens",
+        f"  {spark(lengths)}",
+    ]
 
 
 def _most(values: Sequence[int]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
 from kvcore.errors import ERRORS
 from kvcore.protocol import BootToken, StatusReply
@@ -118,6 +120,25 @@ def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
         "leases (1 of 2)", "request-9", "1.5 s", "58.5 s", "0 1", "1,234,567",
     ):  # fmt: skip
         assert word in shown
+
+
+def test_what_is_watched_is_shown_as_it_is(capsys, monkeypatch) -> None:
+    """A bar's brackets are text on a terminal that is redrawn, too."""
+    drawn = partial(Console, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr(console, "_console", drawn)
+    with console.live(*status.parts(STATUS)):
+        pass
+    assert "L1 [########......................] 25.0%" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_folds_and_cuts_nothing(capsys, monkeypatch) -> None:
+    """Names stay whole in 80 columns; what does not fit goes on in the next line."""
+    monkeypatch.setattr(console, "_console", partial(Console, width=80))
+    inspect.config()
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "wire.max_requests_per_client" in shown
+    assert "…" not in shown
 
 
 def test_gpus_are_shown_with_their_rates(capsys) -> None:
