@@ -24,6 +24,8 @@ BLOCK_SIZE = 64
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 MICROSECOND_DIGITS = 6
+SHOWN_CHARACTERS = 100
+"""Of a header that is none; a line of another format may be a long one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def lengths(path: Path, columns: Sequence[str]) -> Iterator[Length]:
 def _places(header: list[str], columns: Sequence[str]) -> list[int]:
     missing = [name for name in columns if name not in header]
     if missing:
-        raise ValueError(f"the header lacks {', '.join(missing)}: {','.join(header)}")
+        shown = ",".join(header)[:SHOWN_CHARACTERS]
+        raise ValueError(f"the header lacks {', '.join(missing)}: {shown}")
     return [header.index(name) for name in columns]
 
 

@@ -61,9 +61,12 @@ class Row:
 def read(folder: Path) -> list[Row]:
     """Read a whole trace, in the order of time.
 
+    A file stands for the folder that it lies in.
+
     Raises:
         SetupError: with file, line and reason.
     """
+    folder = folder.parent if folder.is_file() else folder
     lengths = {
         kind: _read_table(folder, stem, key) for kind, (stem, key) in TABLES.items()
     }

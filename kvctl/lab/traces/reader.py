@@ -35,6 +35,8 @@ def detect(path: Path) -> str:
     if path.is_dir():
         return "ragpulse" if list(path.glob("0_trace.jsonl*")) else "weka"
     head = _head(path)
+    if not head:
+        raise SetupError(f"{path}: empty")
     for name, sign in SIGNS.items():
         if re.search(sign, head):
             return name

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from kvcore.errors import SetupError
-from kvctl.lab.traces import catalogue, reader
+from kvctl.lab.traces import catalogue, ragpulse, reader
 from kvctl.lab.traces.catalogue import PublicTrace
 from kvctl.lab.traces.profile import Profile, profile
 from kvctl.lab.traces.row import TraceRow
@@ -137,6 +137,7 @@ def test_a_prompt_continues_an_earlier_one(tmp_path: Path) -> None:
         ("a.csv", AZURE.replace("Gen", "Ben"), r"a\.csv:1: the header lacks"),
         ("w.json", '{"requests": [{"t": "x"}], "id": "s"}', r"w\.json: .*`float`"),
         ("n.txt", "nothing\n", "no known trace format"),
+        ("n.txt", "", r"n\.txt: empty"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
@@ -145,6 +146,27 @@ def test_a_bad_line_is_named(tmp_path: Path, name: str, text: str, says: str) ->
     path.write_text(text)
     with pytest.raises(SetupError, match=says):
         rows(path)
+
+
+def test_a_line_that_is_no_header_is_cut(tmp_path: Path) -> None:
+    """A file of another format may have one line of a megabyte."""
+    path = tmp_path / "a.csv"
+    path.write_text("x" * 10_000)
+    with pytest.raises(SetupError, match=r":1: the header lacks TIMESTAMP") as raised:
+        rows(path, format="azure")
+    assert len(raised.value.message) < 300
+
+
+def test_a_ragpulse_file_stands_for_its_folder(tmp_path: Path) -> None:
+    """Its tables of lengths lie beside it."""
+    for stem, key in ragpulse.TABLES.values():
+        (tmp_path / f"{stem}.jsonl").write_text(f'{{"{key}":1,"token_length":9}}\n')
+    path = tmp_path / "0_trace.jsonl"
+    path.write_text(
+        '{"timestamp":"1","hash_ids":{"passages_ids":[1]},"session_id":"s"}\n'
+    )
+    assert reader.detect(path) == "ragpulse"
+    assert ragpulse.read(path) == ragpulse.read(tmp_path)
 
 
 def test_a_profile_counts_what_an_endless_cache_would_find(tmp_path: Path) -> None:
