@@ -83,11 +83,13 @@ def load(
     path: Path | None,
     overrides: Sequence[str] = (),
     flags: Mapping[str, object] | None = None,
+    flag_names: Mapping[str, str] | None = None,
 ) -> ConfigT:
     """Read an option Struct from a TOML file, then overrides, then flags.
 
     An override reads `key.sub=value`; its value is read as TOML, and as a string where
-    it is not TOML. Flags are values by dotted key; one that is None was not given.
+    it is not TOML. Flags are values by dotted key; one that is None was not given. One
+    whose flag is not named after its key has its name in `flag_names`.
 
     Raises:
         SetupError: naming the file and line or the override, the key, and for an
@@ -103,7 +105,8 @@ def load(
         source.put(data, key.strip(), _toml_value(value.strip()), f"--set {override}")
     for key, given in (flags or {}).items():
         if given is not None:
-            source.put(data, key, given, f"{flag_name(key)} {given}")
+            name = (flag_names or {}).get(key, flag_name(key))
+            source.put(data, key, given, f"{name} {given}")
     _name_kinds(cls, data)
     unknown = _unknown_key(inspect.type_info(cls), data, "")
     if unknown is not None:

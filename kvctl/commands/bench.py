@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -79,21 +78,22 @@ def run(
 ) -> None:
     """Play a scenario; print what was measured and save it as JSON.
 
-    Exit code 1 when bytes were wrong, errors happened, a limit was missed, or the
-    other side of a comparison is a regression. Ctrl-C ends the load and keeps what was
-    measured so far.
+    Exit code 1 when bytes were wrong, errors happened, a limit was missed, or
+    the other side of a comparison is a regression. Ctrl-C ends the load and
+    keeps what was measured so far.
     """
     from kvctl.lab.vllm import served
 
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
+    rules = gate.Gate(fail_on)
     settings = list(overrides or ())
     if served.is_served(scenario):
         _serve(scenario, settings, trace, seed, out)
         return
-    if trace is not None:
-        settings.append(f"workload.trace={json.dumps(str(trace))}")
-    ours = Played(scenario, settings, seed, server, SystemSpec(system, system_python))
+    ours = Played(
+        scenario, settings, trace, seed, server, SystemSpec(system, system_python)
+    )
     if versus is None and versus_system is None and not versus_set:
         if not _play(ours, out, repeat, turns):
             raise typer.Exit(EXIT_PROBLEM)
@@ -101,13 +101,14 @@ def run(
     theirs = Played(
         versus or scenario,
         [*settings, *(versus_set or ())],
+        trace,
         seed,
         server,
         SystemSpec(versus_system or system, versus_system_python or system_python),
     )
     folder = out / f"{scenario.stem}-versus-{time.strftime('%Y%m%dT%H%M%S')}"
     found = _contest(ours, theirs, repeat, folder)
-    _judge(found, gate.Gate(fail_on), folder)
+    _judge(found, rules, folder)
 
 
 @app.command()
@@ -171,8 +172,8 @@ def regress(
 ) -> None:
     """Compare the working tree with a commit: both installed, played in turn.
 
-    Timings are held against the commit, counts also against results/baselines. Exit
-    code 1 for a regression.
+    Timings are held against the commit, counts also against
+    results/baselines. Exit code 1 for a regression.
     """
     from kvctl.lab.regress import Plan, markdown
 
@@ -242,6 +243,7 @@ class Played:
 
     scenario: Path
     settings: list[str]
+    trace: Path | None
     seed: int
     server: str | None
     system: SystemSpec
@@ -249,21 +251,24 @@ class Played:
     def arguments(self) -> list[str]:
         """Write it as the arguments of `bench run`."""
         flags = [flag for one in self.settings for flag in ("--set", one)]
+        trace = ["--trace", str(self.trace)] if self.trace else []
         server = ["--server", self.server] if self.server else []
         system = ["--system", self.system.name]
         if self.system.python:
             system += ["--system-python", self.system.python]
         seed = ["--seed", str(self.seed)]
-        return [str(self.scenario), *flags, *seed, *server, *system]
+        return [str(self.scenario), *flags, *trace, *seed, *server, *system]
 
 
 def _serve(
     scenario: Path, settings: list[str], trace: Path | None, seed: int, out: Path
 ) -> None:
     """Send a workload to real engines and show what they answered."""
+    from kvctl.lab.results.result import check_folder
     from kvctl.lab.vllm import served
 
     name, read = scenario.stem, served.read(scenario, settings, trace)
+    check_folder(out)
     with console.progress(name) as progress:
         result = served.run(name, read, seed, progress.update)
     path = result.save(out)
@@ -278,9 +283,11 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
     from kvctl.lab import driver
     from kvctl.lab.progress import Shown
     from kvctl.lab.report import report
+    from kvctl.lab.results.result import check_folder
     from kvctl.lab.scenario import read
 
-    name, scenario = one.scenario.stem, read(one.scenario, one.settings)
+    name, scenario = one.scenario.stem, read(one.scenario, one.settings, one.trace)
+    check_folder(out)
     fine = True
     for _ in range(repeat):
         with console.progress(name) as progress:
@@ -304,10 +311,12 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
 
 def _contest(ours: Played, theirs: Played, repeat: int, folder: Path) -> Comparison:
     from kvctl.lab.compare.contest import Command, Contest, Duel
+    from kvctl.lab.results.result import check_folder
     from kvctl.lab.scenario import read
     from kvctl.lab.turns import can_take_turns
 
-    sides = [read(side.scenario, side.settings) for side in (ours, theirs)]
+    sides = [read(one.scenario, one.settings, one.trace) for one in (ours, theirs)]
+    check_folder(folder)
     base, new = (Command(sys.executable, side.arguments()) for side in (ours, theirs))
     duel = Duel(base, new, in_turns=all(can_take_turns(side) for side in sides))
     with console.progress("comparing") as progress:

@@ -163,8 +163,9 @@ def trace(
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
     try:
         wanted = msgspec.convert(settings, Trace)
-    except msgspec.ValidationError as error:
-        raise SetupError(f"--format {format_name}: {error}") from None
+    except msgspec.ValidationError:
+        known = ", ".join(("auto", *reader.SIGNS))
+        raise SetupError(f"--format {format_name}: known are {known}") from None
     name = reader.detect(file) if wanted.format == "auto" else wanted.format
     if name == "ragpulse":
         found = profile_contents(ragpulse.read(file))
@@ -208,11 +209,8 @@ def scenario(
         real = served.read(file, settings, trace_file)
         console.show(*scenario_view.served_parts(file.stem, real, seed))
         return
-    if trace_file is not None:
-        settings.append(
-            f"workload.trace={msgspec.json.encode(str(trace_file)).decode()}"
-        )
-    console.show(*scenario_view.parts(file.stem, read(file, settings), seed))
+    played = read(file, settings, trace_file)
+    console.show(*scenario_view.parts(file.stem, played, seed))
 
 
 @app.command()
@@ -235,8 +233,10 @@ def _instance(status: StatusReply, wanted: str | None) -> InstanceStatus:
     for one in status.instances:
         if wanted in (None, one.instance_id):
             return one
-    known = ", ".join(one.instance_id for one in status.instances) or "none"
-    raise SetupError(f"--instance {wanted or 'left out'}: registered are {known}")
+    if not status.instances:
+        raise SetupError(f"no instance is registered at {status.address}")
+    known = ", ".join(one.instance_id for one in status.instances)
+    raise SetupError(f"--instance {wanted}: registered are {known}")
 
 
 def _unbounded(one: InstanceStatus) -> list[int]:

@@ -19,7 +19,7 @@ from kvctl.lab.compare.contest import NEW, Command, Contest, Duel, Pair
 from kvctl.lab.compare.gate import Gate, span
 from kvctl.lab.compare.installs import Installs, knows_turns
 from kvctl.lab.page import reports
-from kvctl.lab.results.result import Result, read
+from kvctl.lab.results.result import Result, make_folder, read
 from kvctl.lab.scenario import read as read_scenario
 from kvctl.lab.turns import can_take_turns
 
@@ -69,7 +69,7 @@ class Plan:
             told(number / self.num_pairs, f"pair {number + 1} of {self.num_pairs}")
             return duel(number)
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         contest = Contest((self._base_label(), "working tree"), self.folder, play)
         found = contest.run(self.num_pairs)
         found.save(self.folder)

@@ -285,6 +285,14 @@ class Scenario(Options, frozen=True):
         )
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Scenario:
-    """Read a scenario file; `SetupError` names file, key and the nearest known one."""
-    return load(Scenario, path, overrides)
+def read(
+    path: Path, overrides: Sequence[str] = (), trace: Path | None = None
+) -> Scenario:
+    """Read a scenario file, and take the trace of `--trace`.
+
+    Raises:
+        SetupError: naming file or flag, key and the nearest known one.
+    """
+    key = "workload.trace"
+    flags = {key: None if trace is None else str(trace)}
+    return load(Scenario, path, overrides, flags, {key: "--trace"})

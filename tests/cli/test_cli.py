@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
+from typer import Typer
 
 from kvcore import __version__
+from kvctl.commands import bench, inspect
 
 QUIET = ("serve", "--port", "0", "--log-level", "warning")
+QUICK = str(Path(__file__).parents[2] / "scenarios" / "quickstart.toml")
 HEAVY = ("zmq", "numpy", "torch", "prometheus_client", "kvcore.protocol")
 
 
@@ -60,6 +64,14 @@ def test_every_command_has_help(arguments: tuple[str, ...]) -> None:
     assert " ".join(("kvctl", *arguments[:-1])) in done.stdout
 
 
+@pytest.mark.parametrize("app", [bench.app, inspect.app])
+def test_help_fits_80_columns(app: Typer) -> None:
+    """A docstring's line is a line of help: none is too long to be one."""
+    for command in app.registered_commands:
+        lines = cleandoc(command.callback.__doc__ or "").splitlines()
+        assert max(map(len, lines)) <= 78, command.callback
+
+
 def test_the_version_is_the_library_s() -> None:
     """One version, said once."""
     assert kvctl("--version").stdout == f"kvctl {__version__}\n"
@@ -93,6 +105,9 @@ def test_flags_take_their_help_from_the_options() -> None:
         (("inspect", "layout", "--preset", "llama-3.1-8"), "llama-3.1-8b"),
         (("inspect", "result", "/nowhere.json"), "/nowhere.json: No such file"),
         (("inspect", "server", "--server", "tcp://127.0.0.1:1"), "no server answers"),
+        (("inspect", "trace", "x", "--format", "y"), "--format y: known are auto, bai"),
+        (("inspect", "scenario", QUICK, "--trace", "x"), "--trace x: unknown key"),
+        (("bench", "run", QUICK, "--fail-on", "z"), "--fail-on z: what is a regr"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(

@@ -160,6 +160,8 @@ def test_an_instance_that_is_not_there_is_named() -> None:
     """The error lists those that are."""
     with pytest.raises(inspect.SetupError, match=r"--instance w: .*are worker-0"):
         inspect._instance(STATUS, "w")
+    with pytest.raises(inspect.SetupError, match=f"registered at {STATUS.address}"):
+        inspect._instance(replace(STATUS, instances=()), None)
     assert inspect._instance(STATUS, None).instance_id == "worker-0"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,12 +203,38 @@ class Result(msgspec.Struct, frozen=True):
         path = folder / f"{self.name}-{stamp}{suffix}.json"
         text = msgspec.json.format(msgspec.json.encode(self, enc_hook=encode_hook))
         part = path.with_suffix(".part")
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             part.write_bytes(text + b"\n")
             return part.replace(path)
         except OSError as error:
             raise SetupError(f"--out {folder}: {error.strerror}") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, if need be.
+
+    Raises:
+        SetupError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"--out {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"--out {folder}: cannot be written to")
+
+
+def check_folder(folder: Path) -> None:
+    """Find out before a run whether its result could be saved; leave nothing there.
+
+    Raises:
+        SetupError: the folder cannot be made, or not be written to.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    make_folder(folder)
+    for one in missing:
+        one.rmdir()
 
 
 def read(path: Path) -> Result:

@@ -117,7 +117,8 @@ class Play:
                 before = [one.status(0) for one in clients]
                 begun_bytes = self._server_bytes()
                 self._watch(cast, client)
-                self.evidence.server_bytes = (begun_bytes, self._server_bytes())
+                if self.servers:
+                    self.evidence.server_bytes = begun_bytes, self._server_bytes()
                 self._count(clients, before)
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)

@@ -154,9 +154,11 @@ def test_a_missed_limit_is_exit_code_1(scenario: Path, tmp_path: Path) -> None:
         (["--set", "cache_blocks=2"], "cache_blocks = 2 cannot hold it"),
         (["--set", "server.l1.size=1024TiB"], "did not start"),
         (["--server", "nonsense"], "nonsense"),
-        (["--trace", "x.jsonl"], "workload.trace"),
+        (["--trace", "x.jsonl"], "--trace x.jsonl: unknown key workload.trace"),
         (["--out", "/dev/null"], "--out /dev/null: not a folder"),
+        (["--out", "/proc/x"], "--out /proc/x: No such file"),
         (["--seed", "-1"], "--seed"),
+        (["--fail-on", "worst"], "--fail-on worst: what is a regression"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
@@ -167,6 +169,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     code, _, err = finish(process)
     assert code == 2
     assert says in err.strip().splitlines()[-1]
+    assert "playing" not in err
     assert not (tmp_path / "out").exists()
     assert not segments(process)
 
@@ -254,7 +257,9 @@ def test_a_given_server_is_used_and_left_running(
         flags = ("--server", server.address, "--out", tmp_path / "out")
         code, _, err = finish(start(scenario, *flags))
         assert code == 0, err
-        assert result_in(tmp_path / "out").scenario.server.chunk_size == 64
+        result = result_in(tmp_path / "out")
+        assert result.scenario.server.chunk_size == 64
+        assert result.server_bytes is None
         with KVClient(server.address) as client:
             status = client.status()
         assert status.l1.num_chunks > 0
