@@ -54,7 +54,9 @@ def _show_version(wanted: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Serve the KV blocks that LLM engines compute, and measure it."""
@@ -72,7 +74,7 @@ def bench() -> None:
 
 @app.command()
 def inspect() -> None:
-    """Look inside a server, a layout, the protocol or a result."""
+    """Look inside a server, a layout, a scenario, a trace, a result."""
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def _flag(key: str) -> Any:
 @app.command()
 def serve(
     config: Annotated[
-        Path | None, typer.Option(help="TOML file of options; flags go before it")
+        Path | None, typer.Option(help="TOML file of options; what flags say wins")
     ] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="the port of the tcp address")

@@ -1,4 +1,4 @@
-/* A driver without a GPU, for what calls the real one: `cuda_driver_test.py`.
+/* A driver without a GPU, for what calls the real one: `test_driver.py`.
 
    Its functions have the types that cuda.h declares, or this file does not compile.
    Device memory is this host's, work is done when it is queued, and handles work
