@@ -69,7 +69,7 @@ class Server:
         with ExitStack() as stack:
             bound = stack.enter_context(bind(config.address, config.wire))
             self.address = bound.address
-            arena = open_arena(config.l1)
+            arena = self.arena = open_arena(config.l1)
             stack.callback(arena.close)
             self.transports = open_transports(
                 config.device, arena.array, config.copy_threads
@@ -119,6 +119,7 @@ class Server:
         """Serve until `stop` is called, then release everything."""
         try:
             config = self.config
+            self.arena.keep()
             soonest = min(config.sessions.lease_s, config.wire.heartbeat_s)
             self.loop.serve(self._handlers(), self._client_gone, self._upkeep, soonest)
         finally:

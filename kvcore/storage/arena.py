@@ -136,8 +136,8 @@ class PageAllocator:
 class Arena:
     """Shared memory in pages, made and touched once, and owned by this process.
 
-    A `kept` one outlives the process: who asks for its name again, and for the same
-    size, gets the same bytes.
+    A `kept` one outlives the process, once `keep` is called: who asks for its name
+    again, and for the same size, gets the same bytes.
 
     Every part starts on a page, so it wastes less than one page. Not thread-safe:
     L1's lock guards it. The bytes themselves need no lock: they belong to whoever
@@ -162,10 +162,11 @@ class Arena:
         self.total_bytes = num_pages * page_bytes
         self.name = name or f"{SEGMENT_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self._pages = PageAllocator(num_pages)
-        self._kept = kept
         earlier = Segment.adopt(self.name, self.total_bytes) if kept else None
         self.was_found = earlier is not None
         """It is an earlier run's, with the bytes that were left in it."""
+        self._is_kept = self.was_found
+        self._may_keep = kept
         self._segment = earlier or Segment.create(
             self.name, self.total_bytes, touch=True
         )
@@ -223,12 +224,19 @@ class Arena:
             for extent in extents
         )
 
+    def keep(self) -> None:
+        """Leave a `kept` arena's name to a later run from now on, closed or killed.
+
+        Until then a new one goes with `close`, so that a start that fails leaves none.
+        """
+        self._is_kept = self._may_keep
+
     def close(self) -> None:
         """Unlink and unmap the memory; views of it keep their bytes.
 
         A kept arena's name stays, for a later run.
         """
-        if not self._kept:
+        if not self._is_kept:
             self._segment.unlink()
         self._segment.close()
 

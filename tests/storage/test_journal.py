@@ -39,6 +39,7 @@ def kept(path: Path, num_pages: int = 8) -> Iterator[Arena]:
     """The arena of this journal, as one run of a server has it."""
     name = f"kvtest-{os.getpid()}-{path.parent.name}"
     arena = Arena(num_pages * PAGE, PAGE, name, kept=True)
+    arena.keep()
     try:
         yield arena
     finally:

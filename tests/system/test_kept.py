@@ -20,6 +20,7 @@ from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.recovery import arena_name
+from tests.cli.test_cli import kvctl
 from tests.system.server import CHUNK, Server
 from tests.system.worker import BLOCK, PLAIN, Cache
 
@@ -183,6 +184,24 @@ def test_a_clean_stop_keeps_it_too(serve: Serve, journal: Path) -> None:
     with registered(second.address, "reader") as (client, cache):
         assert count_served(client, cache, [1]) == NUM_CHUNKS
     assert second.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "more"),
+    [
+        ("nowhere", ()),
+        (".", ("--tier", "nothing://")),
+        (".", ("--ready-file", "/nowhere/ready")),
+    ],
+)
+def test_a_start_that_fails_keeps_nothing(
+    journal: Path, folder: str, more: tuple[str, ...]
+) -> None:
+    """No journal, no such tier, no ready file: exit code 2, and no memory taken."""
+    path = journal.parent / folder / journal.name
+    done = kvctl("serve", "--port", "0", "--set", f"l1.keep={path}", *more)
+    assert done.returncode == 2
+    assert not (SHM_DIR / arena_name(path)).exists()
 
 
 def test_wrong_bytes_are_a_miss_at_retrieve(serve: Serve, journal: Path) -> None:
