@@ -34,7 +34,8 @@ def parts(status: StatusReply) -> list[Table | str]:
         shown.append(_prefetches(status.prefetches, status.num_prefetches))
     if status.tiers:
         shown.append(_tiers(status.tiers))
-        shown.append(_tier_counters(status.tiers))
+        if any(any(tier.counters.values()) for tier in status.tiers):
+            shown.append(_tier_counters(status.tiers))
     shown += devices.parts(status.devices)
     shown.append(_counters(status.counters))
     return shown

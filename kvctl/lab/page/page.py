@@ -61,8 +61,9 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
         *(_comparison(one) for one in comparisons),
         section(
             "How long calls take",
-            "Of so many in a hundred calls none took longer; both scales are "
-            "logarithmic. All runs of a side together.",
+            "How long so many of a hundred calls took at most; both scales are "
+            "logarithmic. "
+            "All runs of a side together.",
             _plots(colours, *plots.distributions(sides)),
         ),
         section(
