@@ -62,8 +62,7 @@ def _body(sides: Sequence[Side], comparisons: Sequence[Comparison]) -> Sequence[
         section(
             "How long calls take",
             "How long so many of a hundred calls took at most; both scales are "
-            "logarithmic. "
-            "All runs of a side together.",
+            "logarithmic. All runs of a side together.",
             _plots(colours, *plots.distributions(sides)),
         ),
         section(
