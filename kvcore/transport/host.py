@@ -276,7 +276,7 @@ class _Part:
     ) -> None:
         self._arena = arena
         self._extents = extents
-        self._starts = list(accumulate((e.length for e in extents), initial=0))
+        self._starts = [0, *accumulate(e.length for e in extents[:-1])]
         self._copy = copy
         self._strides = strides
 
@@ -321,18 +321,24 @@ class _Part:
     def copy_rows(self, cache: Rows, index: Index, offset: int) -> None:
         """Copy the indexed rows, which follow each other in the part."""
         size = cache.itemsize
+        if len(self._extents) == 1:
+            self._place_rows(cache, index, self._extents[0].offset + offset)
+            return
         while len(index):
             place = self._from(offset)
             fit = min(len(index), place.length // size)
             if fit:
-                there = self._arena[place.offset : place.offset + fit * size]
-                self._copy.rows(cache, index[:fit], there.view(cache.dtype))
+                self._place_rows(cache, index[:fit], place.offset)
             else:
                 fit = 1
                 row = int(index[0])
                 self.copy(cache[row : row + 1].view(np.uint8), offset)
             index = index[fit:]
             offset += fit * size
+
+    def _place_rows(self, cache: Rows, index: Index, offset: int) -> None:
+        there = self._arena[offset : offset + len(index) * cache.itemsize]
+        self._copy.rows(cache, index, there.view(cache.dtype))
 
     def _from(self, offset: int) -> Extent:
         """Return the rest of the extent that holds the part's byte `offset`."""
