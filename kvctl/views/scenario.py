@@ -27,19 +27,30 @@ _WITH_SIZES: dict[str, type[Options]] = {"server": ServerConfig, "copies": Copie
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of scenario files; docs/scenario.schema.json is it."""
+    kinds = (Scenario, ServedScenario)
+    told, defs = msgspec.json.schema_components([_without_sizes(one) for one in kinds])
+    for kind in kinds:
+        properties = defs[kind.__name__]["properties"]
+        for name in properties.keys() & _WITH_SIZES:
+            properties[name] = _options_schema(_WITH_SIZES[name])
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "anyOf": list(told),
+        "$defs": defs,
+    }
+
+
+def _without_sizes(kind: type[Options]) -> type[msgspec.Struct]:
+    """Make a like kind whose options with sizes are any table: msgspec knows none."""
     fields: list[Any] = []
-    for one in msgspec.structs.fields(Scenario):
+    for one in msgspec.structs.fields(kind):
         if one.name in _WITH_SIZES:
             fields.append((one.name, dict, msgspec.field(default_factory=dict)))
         elif one.default is NODEFAULT:
             fields.append((one.name, one.type))
         else:
             fields.append((one.name, one.type, one.default))
-    same = msgspec.defstruct("Scenario", fields, forbid_unknown_fields=True)
-    made = msgspec.json.schema(same)
-    for name, kind in _WITH_SIZES.items():
-        made["$defs"]["Scenario"]["properties"][name] = _options_schema(kind)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+    return msgspec.defstruct(kind.__name__, fields, forbid_unknown_fields=True)
 
 
 def _options_schema(kind: type[Options]) -> dict[str, Any]:

@@ -109,5 +109,7 @@ def test_the_schema_knows_every_key() -> None:
     schema = scenario_view.schema()
     assert properties(schema, "Scenario").keys() == set(Scenario.__struct_fields__)
     assert "max_steps" in properties(schema, "Sweep")
-    server = properties(schema, "Scenario")["server"]["properties"]
-    assert "anyOf" in server["l1"]["properties"]["size"]
+    assert "max_prompt_tokens" in properties(schema, "EngineConfig")
+    for kind in ("Scenario", "ServedScenario"):
+        server = properties(schema, kind)["server"]["properties"]
+        assert "anyOf" in server["l1"]["properties"]["size"]

@@ -257,7 +257,7 @@ class _Versioned(msgspec.Struct):
     version: int
 
 
-SCENARIO_SCHEMA = "scenario.schema.json"
+SCENARIO_SCHEMA = "scenario.schema.json#/$defs/Scenario"
 """Beside the result's own schema."""
 
 
