@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -245,6 +246,12 @@ _encoder = msgspec.msgpack.Encoder()
 def send(connection: Connection, message: msgspec.Struct) -> None:
     """Send one message; `OSError` when the other end is gone."""
     connection.send_bytes(_encoder.encode(message))
+
+
+def send_failed(connection: Connection, reason: str) -> None:
+    """Say why a process ends, where somebody is left to hear it."""
+    with suppress(OSError):
+        send(connection, Failed(reason))
 
 
 def receive(connection: Connection) -> Control:

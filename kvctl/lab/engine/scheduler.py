@@ -26,13 +26,13 @@ from kvctl.lab.engine.stepper import Stepper
 from kvctl.lab.engine.sweep import SweepWatch
 from kvctl.lab.messages import (
     EnginePlan,
-    Failed,
     Ready,
     Start,
     Stop,
     Tally,
     receive,
     send,
+    send_failed,
 )
 from kvctl.lab.rank.cache import Indices
 from kvctl.lab.systems.choose import connect
@@ -187,7 +187,7 @@ def run(
                 _play_all(engine, start.epoch_s, control, slots)
             send(control, engine.score.report(engine.pacer.next_index, plan.host))
     except KVError as error:
-        send(control, Failed(error.message))
+        send_failed(control, error.message)
     except (EOFError, OSError):
         pass  # The driver is gone: nobody is left to tell.
 

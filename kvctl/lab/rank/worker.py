@@ -26,7 +26,6 @@ from kvctl.lab.measure import Samples
 from kvctl.lab.messages import (
     CopiesDone,
     EnginePlan,
-    Failed,
     Play,
     PlayAlone,
     PlayCopies,
@@ -38,6 +37,7 @@ from kvctl.lab.messages import (
     Tally,
     receive,
     send,
+    send_failed,
 )
 from kvctl.lab.rank.alone import Seat, play_alone
 from kvctl.lab.rank.cache import WARM_COPY_BYTES, Cache, Indices, Seeds
@@ -279,7 +279,7 @@ def run(
             finally:
                 played.close()
     except KVError as error:
-        send(control, Failed(error.message))
+        send_failed(control, error.message)
     except OSError:
         pass  # The driver or the scheduler is gone: nobody is left to tell.
 

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ import pytest
 from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterReply, RetrieveReply, StoreReply
+from kvctl.lab.engine import scheduler
 from kvctl.lab.geometry import RankCache
 from kvctl.lab.messages import EnginePlan, Play
+from kvctl.lab.rank import worker
 from kvctl.lab.rank.caches import make_cache
 from kvctl.lab.rank.worker import COPY_EVERY, Rank
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
@@ -183,6 +187,32 @@ def test_blocks_outside_the_window_are_null() -> None:
         assert (window < 0).tolist() == [True] * 16 + [False] * 32
     finally:
         rank.close()
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda plan, control: worker.run(plan, control, 0, []),
+        lambda plan, control: scheduler.run(plan, control, []),
+    ],
+)
+def test_whoever_fails_after_the_driver_has_gone_ends_in_silence(
+    begin: Callable[[EnginePlan, Connection], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank's error ends a run: those that fail beside it have nobody to tell."""
+
+    def refuse(*_: object) -> None:
+        raise SetupError("no room")
+
+    monkeypatch.setattr(worker, "connect", refuse)
+    monkeypatch.setattr(scheduler, "connect", refuse)
+    scenario = Scenario(ModelConfig(preset="tiny-llama"), Chat())
+    plan = EnginePlan("", 0, "test-0", "m", 0, scenario)
+    driver, control = Pipe()
+    begin(plan, control)
+    assert b"no room" in driver.recv_bytes()
+    driver.close()
+    begin(plan, control)
 
 
 def test_a_cache_on_a_gpu_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
