@@ -322,11 +322,15 @@ class Loop:
         self._send(identity, encode_error(request_id, error))
 
     def _send(self, identity: bytes, frame: bytes) -> None:
-        """Send without waiting; a client that left or does not read loses it."""
+        """Send without waiting; a client that does not read loses it.
+
+        One that has left waits for nothing: it is not counted.
+        """
         try:
             self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
             self._socket.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self.num_replies_lost += 1
+            if self._clients.get(identity) is not None:
+                self.num_replies_lost += 1

@@ -210,3 +210,18 @@ def test_a_client_that_closes_leaves_nothing(
             assert "short" in names(client)
         wait_until(lambda: client.status().num_clients == before)
         assert "short" not in names(client)
+
+
+def test_a_client_that_has_left_loses_no_reply(
+    server: Server, client: KVClient
+) -> None:
+    """Nobody waits for the answer to a goodbye; the counter is of those that wait."""
+    before = client.status().counters
+    clients = [KVClient(server.address) for _ in range(8)]
+    server.pause()
+    for one in clients:
+        one.close()
+    server.resume()
+    gone = before["clients_gone"] + 8
+    wait_until(lambda: client.status().counters["clients_gone"] >= gone)
+    assert client.status().counters["replies_lost"] == before["replies_lost"]
