@@ -13,6 +13,7 @@ from kvcore.keys import HashChain, chain_seed, pack_tokens
 from kvcore.options import Options, describe, encode_hook
 from kvctl.console import Table, size
 from kvctl.lab.scenario import Fault, Limits, Scenario
+from kvctl.lab.schemas import publish
 from kvctl.lab.vllm.served import ServedScenario, prompt_lengths
 from kvctl.lab.workload.arrivals import schedule
 from kvctl.lab.workload.copies import Copies
@@ -33,11 +34,7 @@ def schema() -> dict[str, Any]:
         properties = defs[kind.__name__]["properties"]
         for name in properties.keys() & _WITH_SIZES:
             properties[name] = _options_schema(_WITH_SIZES[name])
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "anyOf": list(told),
-        "$defs": defs,
-    }
+    return publish({"anyOf": list(told), "$defs": defs})
 
 
 def _without_sizes(kind: type[Options]) -> type[msgspec.Struct]:

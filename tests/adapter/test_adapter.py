@@ -15,7 +15,7 @@ from kvcore.vllm.plan import unpack_blocks
 from kvcore.vllm.tracked import Scheduled
 from tests.adapter.conftest import Start
 from tests.adapter.engine import BLOCK, Request
-from tests.system.server import CHUNK, wait_until
+from tests.system.server import CHUNK, Server, wait_until
 
 RequestOf = Callable[[int], Request]
 PER_CHUNK = CHUNK // BLOCK
@@ -54,13 +54,18 @@ def test_another_engine_loads_what_one_stored(
 
 
 def test_a_lookup_is_submitted_once_and_polled(
-    start: Start, request_of: RequestOf, client: KVClient
+    start: Start, request_of: RequestOf, client: KVClient, server: Server
 ) -> None:
-    """The first answer is None; asking again asks no server."""
+    """None until it is answered; asking again asks no server."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     before = client.status().counters["lookups"]
-    assert engine.scheduler.matched(request, 0) is None
+    server.pause()
+    try:
+        assert engine.scheduler.matched(request, 0) is None
+        assert engine.scheduler.matched(request, 0) is None
+    finally:
+        server.resume()
     assert engine.match(request) == 0
     assert engine.scheduler.matched(request, 0) == 0
     assert client.status().counters["lookups"] == before + 1

@@ -19,6 +19,7 @@ from kvctl.lab.results.load_report import LoadReport
 from kvctl.lab.results.series import Series
 from kvctl.lab.run.environment import Environment
 from kvctl.lab.scenario import Scenario
+from kvctl.lab.schemas import publish
 from kvctl.lab.workload.copies import CopyRow
 
 RESULT_VERSION = 1
@@ -269,4 +270,4 @@ def schema() -> dict[str, Any]:
     ]
     made = msgspec.json.schema(msgspec.defstruct("Result", fields, frozen=True))
     made["$defs"]["Result"]["properties"]["scenario"] = {"$ref": SCENARIO_SCHEMA}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+    return publish(made)

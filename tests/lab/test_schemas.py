@@ -1,0 +1,16 @@
+"""JSON Schemas as they are published."""
+
+from __future__ import annotations
+
+from kvctl.lab.schemas import publish
+
+
+def test_docstrings_lose_their_indentation() -> None:
+    """At any depth; a property of that name is no docstring."""
+    made = {"anyOf": [{"description": "One.\n\n    Two."}], "description": {"a": 1}}
+    published = publish(made)
+    assert published.pop("$schema")
+    assert published == {
+        "anyOf": [{"description": "One.\n\nTwo."}],
+        "description": {"a": 1},
+    }
