@@ -250,3 +250,38 @@ def test_claims_count_against_the_bound() -> None:
     assert (room.granted, room.evicted) == (True, ("a",))
     index.release(6)
     assert index.used_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "elsewhere"])
+def test_a_restart_knows_its_parts_whatever_lies_beside(
+    open_at: Callable[..., Tier], arena: Segment, folder: Path, kind: str
+) -> None:
+    """One odd thing in the folder hides no part and counts as none; the bound holds."""
+    first = open_at(3)
+    store(first, arena, 1, 2, 3)
+    first.close()
+    stranger = str(key_of(9))
+    folder_of = {"link": stranger[:2], "file": "", "elsewhere": "ff"}[kind]
+    place = folder / folder_of / ("fe" if kind == "file" else stranger)
+    place.parent.mkdir(exist_ok=True)
+    if kind == "link":
+        place.symlink_to("nowhere")
+    else:
+        place.write_bytes(b"mine")
+    second = open_at(3)
+    assert store(second, arena, 4) == [Stored.DONE]
+    assert sum(there(second, 1, 2, 3)) == 2
+    assert there(second, 4, 9) == [True, False]
+    assert second.health().counters.evicted == 1
+
+
+def test_what_was_removed_while_files_were_listed_stays_removed() -> None:
+    """A part that turned out wrong meanwhile can be stored again."""
+    index = FileIndex(10)
+    index.clear()
+    index.remove("a")
+    index.add_old([("a", 3), ("b", 3)])
+    assert ("a" in index, "b" in index, index.used_bytes) == (False, True, 3)
+    index.clear()
+    index.add_old([("a", 3)])
+    assert "a" in index

@@ -12,8 +12,10 @@ import fcntl
 import itertools
 import os
 import secrets
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from kvcore.errors import BadRequest, DeadlineExceeded, Unavailable
@@ -230,24 +232,32 @@ class FileBackend:
             evicted = self._index.add_old((name, size) for _, name, size in files)
             self._unlink(evicted)
         except (OSError, Unavailable):
-            pass  # Whoever asks next meets the same, and tells.
+            self._index.add_old(())  # Whoever asks next meets the same, and tells.
         finally:
             self._scanned.set()
 
 
 def _parts_under(directory: Path) -> Iterator[tuple[float, str, int]]:
-    """Yield when each part was written, its name and its size."""
+    """Yield when each part was written, its name and its size.
+
+    What is no part, or goes meanwhile, is passed over.
+    """
     for folder in directory.glob("[0-9a-f][0-9a-f]"):
+        if not folder.is_dir():
+            continue
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_part(entry.name):
-                    status = entry.stat()
-                    yield status.st_mtime, entry.name, status.st_size
+                if not _is_part(entry.name, folder.name):
+                    continue
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        yield status.st_mtime, entry.name, status.st_size
 
 
-def _is_part(name: str) -> bool:
+def _is_part(name: str, folder: str) -> bool:
     try:
         PartKey.parse(name)
     except BadRequest:
         return False
-    return True
+    return name.startswith(folder)

@@ -29,6 +29,8 @@ class FileIndex:
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._used = 0
+        self._removed: set[str] | None = None
+        """While old files are listed: what went since the listing began."""
 
     @property
     def used_bytes(self) -> int:
@@ -45,10 +47,14 @@ class FileIndex:
                 self._sizes.move_to_end(name)
 
     def add_old(self, files: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-        """Add files, latest used first, as older than all known; return evicted."""
+        """Add files, latest used first, as older than all known; return evicted.
+
+        Those that were removed since `clear` are there no longer.
+        """
         with self._lock:
+            removed, self._removed = self._removed or (), None
             for name, size in files:
-                if name not in self._sizes:
+                if name not in self._sizes and name not in removed:
                     self._sizes[name] = size
                     self._sizes.move_to_end(name, last=False)
                     self._used += size
@@ -82,6 +88,8 @@ class FileIndex:
         with self._lock:
             size = self._sizes.pop(name, None)
             self._used -= size or 0
+            if self._removed is not None:
+                self._removed.add(name)
             return size is not None
 
     def shrink(self, num_bytes: int) -> tuple[str, ...]:
@@ -90,8 +98,9 @@ class FileIndex:
             return self._evict_to(max(0, self._used - num_bytes))
 
     def clear(self) -> None:
-        """Forget all files; claims stay."""
+        """Forget all files, before those that are there are listed; claims stay."""
         with self._lock:
+            self._removed = set()
             self._used -= sum(self._sizes.values())
             self._sizes.clear()
 
