@@ -86,6 +86,7 @@ class BlendEngine:
             int(config.l1.size) // int(config.l1.page),
             config.blend.max_tier_chunks if engine.manager else 0,
             kept,
+            self._is_in_l1,
         )
         rolling = RollingHash(self.chunk_size, kept.base if kept else None)
         self._matcher = self._make_matcher(config.blend, rolling)
@@ -116,6 +117,9 @@ class BlendEngine:
         """Leave what is kept to the next server."""
         if self._kept is not None:
             self._kept.close()
+
+    def _is_in_l1(self, key: ChunkHash) -> bool:
+        return self.engine.l1.peek([key]) != [None]
 
     def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
         del reason, owner
@@ -231,7 +235,7 @@ class BlendEngine:
             instance_id=request.instance_id,
             start=request.start,
             end=request.end,
-            blocks=(slots.astype("<i4").data.cast("B"),),
+            blocks=(memoryview(slots.astype("<i4").tobytes()),),
             tokens=request.tokens,
             token_offset=request.token_offset,
             extras=request.extras,

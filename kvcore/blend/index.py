@@ -9,13 +9,13 @@ entry about 430 bytes (tests/benchmarks/blend.py), however many there are.
 
 A chunk that leaves L1 stays when a tier has it. No tier tells what it evicts: such an
 entry is a belief, which a lookup puts to the tier, and `forget` ends. The longest
-unused of them are forgotten beyond a limit.
+unused of them are forgotten beyond a limit; what L1 has is known all the same.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -53,7 +53,11 @@ class DocumentIndex:
     """
 
     def __init__(
-        self, l1_chunks: int, tier_chunks: int = 0, kept: KeptEntries | None = None
+        self,
+        l1_chunks: int,
+        tier_chunks: int = 0,
+        kept: KeptEntries | None = None,
+        is_in_l1: Callable[[ChunkHash], bool] = lambda _: False,
     ) -> None:
         bits = max(1, (l1_chunks + tier_chunks) * SLOTS_A_CHUNK - 1).bit_length()
         bits = min(max(bits, MIN_BITS), MAX_BITS)
@@ -67,6 +71,7 @@ class DocumentIndex:
         self._in_tier: dict[ChunkHash, None] = {}
         """The longest unused first."""
         self._kept = kept
+        self._is_in_l1 = is_in_l1
 
     def __len__(self) -> int:
         return len(self._by_hash)
@@ -158,9 +163,17 @@ class DocumentIndex:
             elif left.in_tier:
                 self._in_tier[left.hash] = None
                 if len(self._in_tier) > self._max_in_tier:
-                    self.forget(next(iter(self._in_tier)))
+                    self._forget_oldest()
             else:
                 self.forget(left.hash)
+
+    def _forget_oldest(self) -> None:
+        """Forget a chunk in a tier; what L1 has, L1 tells of when it leaves."""
+        oldest = next(iter(self._in_tier))
+        if self._is_in_l1(oldest):
+            del self._in_tier[oldest]
+        else:
+            self.forget(oldest)
 
     def _unlink(self, entry: Entry) -> None:
         before, after = entry.before, entry.after

@@ -57,10 +57,10 @@ class _Held:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """A session's loads, and whether somebody still wants them."""
+    """A session's lookup and its loads, and whether somebody still wants them."""
 
-    jobs: list[PrefetchJob]
     client: Hashable
+    jobs: list[PrefetchJob] = field(default_factory=list)
     cancelled: bool = False
 
 
@@ -91,29 +91,34 @@ class DocumentLookups:
         caller: Caller,
         answer: Answer,
     ) -> Generator[None, None, msgspec.Struct | Running]:
-        """Answer a lookup, in steps, once all that can be had is in L1."""
-        self._cancel(session.key)
+        """Answer a lookup, in steps, once all that can be had is in L1.
+
+        One that is overtaken, by its session's end or next lookup, finds nothing.
+        """
         needs = self._needs(session)
+        self._cancel(session.key)
+        wait = self._waits[session.key] = _Wait(caller.client)
         self._engine.sessions.enter(session)
         try:
             held = yield from self._hold(tokens, space, needs)
         except BaseException:
+            self._end_wait(session, wait)
             self._engine.sessions.leave(session)
             raise
-        wait = None
-        if not session.ended:
-            wait = self._load(session, space.owner(session.key), held, needs, caller)
-        if wait is None:
-            return answer(self._grant(session, held, caller))
 
         def finish() -> msgspec.Struct:
             self._complete(wait, held, needs, caller)
+            self._end_wait(session, wait)
             if wait.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
                 self._engine.sessions.leave(session)
                 return answer(Found())
             return answer(self._grant(session, held, caller))
 
+        if not wait.cancelled:
+            self._load(wait, space.owner(session.key), held, needs, caller)
+        if not wait.jobs:
+            return finish()
         return Running(_all_done([job.future for job in wait.jobs]), finish)
 
     def find_now(
@@ -174,18 +179,17 @@ class DocumentLookups:
 
     def _load(
         self,
-        session: Session,
+        wait: _Wait,
         owner: SaltedKey,
         held: Sequence[_Held],
         needs: Needs,
         caller: Caller,
-    ) -> _Wait | None:
-        """Begin to load what is missing, of all runs; None when there is nothing."""
+    ) -> None:
+        """Begin to load what is missing, of all runs."""
         manager = self._engine.manager
-        lacking = [each for each in held if len(each.chunks) < len(each.run.hashes)]
-        if manager is None or not lacking:
-            return None
-        jobs = [
+        if manager is None:
+            return
+        wait.jobs = [
             manager.submit_prefetch_task(
                 each.run.hashes[len(each.chunks) :],
                 needs,
@@ -194,18 +198,18 @@ class DocumentLookups:
                 owner=owner,
                 wait=True,
             )
-            for each in lacking
+            for each in held
+            if len(each.chunks) < len(each.run.hashes)
         ]
-        wait = self._waits[session.key] = _Wait(jobs, caller.client)
-        return wait
 
     def _complete(
         self, wait: _Wait, held: Sequence[_Held], needs: Needs, caller: Caller
     ) -> None:
         """Hold what has come, too, and end the jobs' own holds."""
-        if wait.cancelled or 0 < caller.deadline_ns < monotonic_ns():
+        is_late = bool(wait.jobs) and 0 < caller.deadline_ns < monotonic_ns()
+        if wait.cancelled or is_late:
             self._release(held)
-        else:
+        elif wait.jobs:
             for each in held:
                 missing = each.run.hashes[len(each.chunks) :]
                 each.chunks += self._engine.l1.acquire_leading(missing, needs.full)
@@ -222,12 +226,19 @@ class DocumentLookups:
             if self._engine.l1.peek([key]) == [None]:
                 self._index.forget(key)
 
+    def _end_wait(self, session: Session, wait: _Wait) -> None:
+        """Forget a lookup that is over; the session may have a later one."""
+        if self._waits.get(session.key) is wait:
+            del self._waits[session.key]
+
     def _cancel(self, key: SessionKey) -> None:
-        """Load nothing more for a session; a lookup that waits finds nothing."""
+        """Load nothing more for a session; a lookup under way finds nothing."""
         wait = self._waits.pop(key, None)
-        if wait is not None and self._engine.manager is not None:
-            wait.cancelled = True
-            for job in wait.jobs:
+        if wait is None:
+            return
+        wait.cancelled = True
+        for job in wait.jobs:
+            if self._engine.manager is not None:
                 self._engine.manager.prefetcher.cancel(job)
 
     def _cancel_client(self, client: Hashable) -> None:
@@ -239,13 +250,14 @@ class DocumentLookups:
 
     def _grant(self, session: Session, held: Sequence[_Held], caller: Caller) -> Found:
         """Lease what is held; remember it for as long as the session lasts."""
-        self._waits.pop(session.key, None)
         self._engine.sessions.leave(session)
         found = self._told(held)
         chunks = [chunk for each in held for chunk in each.chunks]
         owner = documents_of(session.key)
-        if session.ended or not chunks:
+        if session.ended:
+            # Its lease ended then; one that there is now is its successor's.
             self._release(held)
+        elif not chunks:
             self._engine.leases.end(owner)
         else:
             space = session.space
@@ -286,7 +298,8 @@ class DocumentLookups:
             return
         for match in matches:
             number = found.numbers.get(match.start)
-            if number is not None:
+            # It may have been told of another chunk at this place since.
+            if number is not None and found.matches[number].hash == match.hash:
                 self._engine.leases.read(documents_of(key), number, number + 1, rank)
 
     def _end_session(self, key: SessionKey) -> None:
