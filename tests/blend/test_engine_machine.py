@@ -1,0 +1,703 @@
+"""Documents and prefixes in any order, every request a step at a time.
+
+Nothing of a request happens but by a rule: its slices, its copy, a tier's answer and
+its end come in any order, with evictions, ended sessions and lost workers in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from kvcore.blend.buffer import slots_of
+from kvcore.blend.lookups import DocumentsOf, Found, documents_of
+from kvcore.config import WRITE_POLICIES
+from kvcore.errors import (
+    BadRequest,
+    ChunksMissing,
+    KVError,
+    TokensNeeded,
+    UnknownInstance,
+    UnknownModel,
+)
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.protocol import (
+    CBLookupPreComputed,
+    CBLookupReply,
+    CBMatch,
+    CBRange,
+    CBRetrievePreComputed,
+    CBStoreFinal,
+    CBStorePreComputed,
+    CBUnregisterKVCache,
+    Clear,
+    EndSession,
+    Lookup,
+    Retrieve,
+)
+from tests.blend.house import (
+    END,
+    MODEL,
+    SIZE,
+    SLOTS,
+    START,
+    Asked,
+    House,
+    extras_of,
+    packed,
+)
+
+CHUNKS = [(1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1), (3, 1, 1, 1)]
+"""Few, and alike at odd offsets: documents share them, and have one twice."""
+MOST_TOKENS = 40
+
+documents = st.builds(
+    lambda chunks, tail: (*(token for chunk in chunks for token in chunk), *tail),
+    st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=5),
+    st.lists(st.integers(1, 3), max_size=SIZE - 1),
+)
+glue = st.sampled_from([(START,), (START,), (), (END,), (2,), (3, 1, START), (3,) * 5])
+salts = st.sampled_from([""] * 5 + ["tenant"])
+KEYS = [SessionKey("e", name) for name in "12"]
+sessions = st.sampled_from(KEYS)
+at_once = st.booleans()
+rarely = st.sampled_from([False, False, False, True])
+offsets = st.sampled_from([0, 0, 1, 20, SLOTS - 16])
+Tokens = tuple[int, ...]
+
+LEASE_S = 60
+RANKS = {1: [(0,)], 2: [(0, 1), (0, 1), (1, 0), (1,)]}
+UPSETS = {"unregister", "register", "lose", "clear", "wait", "hurry", "spoil"}
+HANDLERS = {
+    "store": "cb_store_pre_computed",
+    "final": "cb_store_final",
+    "lookup": "cb_lookup_pre_computed",
+    "prefix": "lookup",
+    "retrieve": "cb_retrieve_pre_computed",
+    "retrieve_prefix": "retrieve",
+}
+
+
+@dataclass
+class Lease:
+    """Who still has to read what of a session's documents."""
+
+    found: Found
+    client: str
+    deadline: float
+    waiting: dict[int, set[int]] = field(default_factory=dict)
+
+
+class BlendMachine(RuleBasedStateMachine):
+    """The model: which tokens a stored chunk is of, and what is leased to whom."""
+
+    matcher: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.documents: list[Tokens] = []
+        self.prefixes: list[tuple[Tokens, str]] = []
+        self.leases: dict[SessionKey, Lease] = {}
+        self.known: dict[SessionKey, Found] = {}
+        self.prompts: dict[SessionKey, tuple[Tokens, str]] = {}
+        """What each of them was found in."""
+
+    @initialize(
+        num_pages=st.sampled_from([4, 9, 40]),
+        num_tiers=st.sampled_from([0, 1, 1, 2]),
+        world_size=st.sampled_from([1, 1, 2]),
+        policy=st.sampled_from(WRITE_POLICIES),
+        max_jobs=st.sampled_from([1, 100, 100]),
+        max_tier_chunks=st.sampled_from([2, 1000]),
+        collide=st.booleans(),
+        first=st.lists(documents, min_size=1, max_size=3),
+    )
+    def build(self, first: list[Tokens], **options: Any) -> None:
+        """A small L1, tiers or none, a rolling hash that may be bad, documents."""
+        self.house = House(self.matcher, **options)
+        self.house.look_at = self.look_at
+        for tokens in first:
+            self.put(tokens, "", 0, None, RANKS[self.house.world_size][0], now=True)
+
+    # -- what engines ask -------------------------------------------------------------
+
+    @rule(
+        data=st.data(),
+        tokens=documents,
+        salt=salts,
+        offset=offsets,
+        image=st.sampled_from([None] * 5 + [5]),
+        now=at_once,
+    )
+    def store(
+        self,
+        data: st.DataObject,
+        tokens: Tokens,
+        salt: str,
+        offset: int,
+        image: int | None,
+        now: bool,
+    ) -> None:
+        """All ranks store a document, or one alone does."""
+        ranks = data.draw(st.sampled_from(RANKS[self.house.world_size]))
+        self.put(tokens, salt, offset, image, ranks, now=now)
+
+    @rule(data=st.data(), key=sessions, salt=salts, now=at_once)
+    def store_final(
+        self, data: st.DataObject, key: SessionKey, salt: str, now: bool
+    ) -> None:
+        """A computed prompt becomes a prefix."""
+        tokens = self.prompt(data)
+        self.prefixes.append((tokens, salt))
+        end = data.draw(st.sampled_from([0, 7, len(tokens), len(tokens)]))
+        end = min(end, len(tokens))
+        start = data.draw(st.sampled_from([0, 0, 0, end // 2 // SIZE * SIZE]))
+        for rank in data.draw(st.sampled_from(RANKS[self.house.world_size])):
+            self.house.learn(tokens[:end], salt, is_document=False)
+            request = CBStoreFinal(
+                key, f"i{rank}", 1, start, end, packed(tokens), 0, extras_of(salt)
+            )
+            self.ask("final", request, now, rank=rank, session=key)
+
+    @rule(data=st.data(), key=sessions, salt=salts, now=at_once)
+    def look_up(
+        self, data: st.DataObject, key: SessionKey, salt: str, now: bool
+    ) -> None:
+        """A scheduler looks for documents."""
+        tokens = self.prompt(data)
+        image = data.draw(st.sampled_from([None] * 5 + [7]))
+        request = CBLookupPreComputed(
+            key,
+            MODEL,
+            self.house.world_size,
+            packed(tokens),
+            extras_of(salt, image),
+        )
+        read = tokens if image is None else tokens[:image]
+        expected = self.search(read, salt) if now and self.is_searched() else None
+        for earlier in self.house.asked:
+            earlier.is_void |= earlier.kind == "lookup" and earlier.session == key
+        asked = self.ask("lookup", request, now, tokens=read, salt=salt, session=key)
+        if expected is not None:
+            assert [match.start for match in asked.reply.matches] == expected
+
+    @precondition(lambda self: self.prefixes)
+    @rule(data=st.data(), key=sessions, wait=st.booleans(), now=at_once)
+    def look_up_prefix(
+        self, data: st.DataObject, key: SessionKey, wait: bool, now: bool
+    ) -> None:
+        """A scheduler looks for a prefix."""
+        tokens, salt = self.prefix(data)
+        extras = extras_of(salt)
+        request = Lookup(
+            key,
+            MODEL,
+            self.house.world_size,
+            len(tokens),
+            packed(tokens),
+            0,
+            extras,
+            wait,
+        )
+        self.ask("prefix", request, now, tokens=tokens, salt=salt, session=key)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), offset=offsets, now=at_once, again=st.booleans())
+    def retrieve(
+        self, data: st.DataObject, offset: int, now: bool, again: bool
+    ) -> None:
+        """A worker reads what its session was told, in ranges or chunk by chunk."""
+        key = data.draw(st.sampled_from(sorted(self.known, key=str)))
+        found = self.known[key]
+        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        ranges: tuple[CBRange, ...] = ()
+        matches: tuple[CBMatch, ...] = ()
+        if data.draw(st.booleans()):
+            ranges = found.ranges
+            if ranges and data.draw(st.booleans()):
+                one = data.draw(st.sampled_from(ranges))
+                ranges = (CBRange(one.start, one.end - SIZE), CBRange(0, SIZE))[:1]
+        else:
+            some = data.draw(st.lists(st.booleans(), max_size=12))
+            matches = tuple(m for m, b in zip(found.matches, some, strict=False) if b)
+        tokens, salt = self.prompts.get(key, ((), ""))
+        request = CBRetrievePreComputed(
+            key,
+            f"i{rank}",
+            offset,
+            ranges,
+            matches,
+            tokens=packed(tokens if again else ()),
+            extras=extras_of(salt),
+        )
+        self.ask(
+            "retrieve", request, now, rank=rank, tokens=tokens, salt=salt, session=key
+        )
+
+    @precondition(lambda self: self.house.texts)
+    @rule(data=st.data(), key=sessions, offset=offsets, now=at_once)
+    def retrieve_any(
+        self, data: st.DataObject, key: SessionKey, offset: int, now: bool
+    ) -> None:
+        """A worker names chunks that it was never told, there or not."""
+        known = sorted(self.house.texts)
+        hashes = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        starts = data.draw(
+            st.lists(st.integers(0, 20), min_size=len(hashes), max_size=len(hashes))
+        )
+        matches = tuple(
+            CBMatch(0, start, key) for start, key in zip(starts, hashes, strict=True)
+        )
+        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        request = CBRetrievePreComputed(key, f"i{rank}", offset, (), matches)
+        self.ask("retrieve", request, now, rank=rank, session=key)
+
+    @precondition(lambda self: self.prefixes)
+    @rule(data=st.data(), key=sessions, now=at_once)
+    def retrieve_prefix(self, data: st.DataObject, key: SessionKey, now: bool) -> None:
+        """A worker reads a prefix into the same buffer."""
+        tokens, salt = self.prefix(data)
+        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        end = len(tokens) - len(tokens) % SIZE
+        blocks = slots_of([3], end).astype("<i4").data.cast("B") if end else b""
+        request = Retrieve(
+            key,
+            f"i{rank}",
+            0,
+            end,
+            (memoryview(blocks),),
+            0,
+            packed(tokens),
+            0,
+            extras_of(salt),
+        )
+        self.ask("retrieve_prefix", request, now, rank=rank, session=key)
+
+    # -- what else happens ------------------------------------------------------------
+
+    @precondition(lambda self: self.house.asked)
+    @rule(data=st.data(), steps=st.integers(1, 4))
+    def go_on(self, data: st.DataObject, steps: int) -> None:
+        """Requests that are under way go on, in any order."""
+        for _ in range(steps):
+            if self.house.asked:
+                asked = data.draw(st.sampled_from(self.house.asked))
+                self.house.advance(asked)
+
+    @rule(key=sessions)
+    def end_session(self, key: SessionKey) -> None:
+        """A session ends, whatever of it is under way."""
+        self.house.engine.end_session(EndSession(key), self.house.caller("s"))
+        self.leases.pop(key, None)
+        self.known.pop(key, None)
+        for asked in self.house.asked:
+            asked.is_void |= asked.session == key
+
+    @rule(data=st.data(), what=st.sampled_from(sorted(UPSETS)))
+    def upset(self, data: st.DataObject, what: str) -> None:
+        """Something comes between that is rare."""
+        getattr(self, what)(data)
+
+    def unregister(self, data: st.DataObject) -> None:
+        """A buffer goes, mostly to come again; what is queued for it is told so."""
+        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        request = CBUnregisterKVCache(f"i{rank}")
+        try:
+            running = self.house.blend.cb_unregister_kv_cache(
+                request, self.house.caller(f"w{rank}")
+            )
+        except UnknownInstance:
+            assert self.house.instance(rank) is None
+        else:
+            running.future.result(20)
+            running.finish()
+        if not data.draw(rarely):
+            self.house.register(rank)
+
+    def register(self, data: st.DataObject) -> None:
+        """A buffer comes, or comes anew."""
+        self.house.register(data.draw(st.integers(0, self.house.world_size - 1)))
+
+    def lose(self, data: st.DataObject) -> None:
+        """A process dies: no slice of its requests runs any more."""
+        house = self.house
+        client = data.draw(st.sampled_from(["s", "w0", "w1"]))
+        for asked in [each for each in house.asked if each.client == client]:
+            asked.is_void = True
+            if asked.steps is not None:
+                asked.steps.close()
+                house.asked.remove(asked)
+        for rank in range(house.world_size):
+            if client == f"w{rank}" and house.instance(rank):
+                for lease in self.leases.values():
+                    for ranks in lease.waiting.values():
+                        ranks.discard(rank)
+        house.engine.client_gone(client)
+        house.await_closed()
+        for key in [k for k, each in self.leases.items() if each.client == client]:
+            del self.leases[key]
+        for rank in range(house.world_size):
+            if client == f"w{rank}" and not data.draw(rarely):
+                house.register(rank)
+
+    def clear(self, _: st.DataObject) -> None:
+        """Somebody clears."""
+        for _ in self.house.engine.clear(Clear(), self.house.caller("s")):
+            pass
+
+    def wait(self, data: st.DataObject) -> None:
+        """Leases expire, then sessions."""
+        self.house.now += data.draw(st.sampled_from([30, 61, 601]))
+        self.house.engine.expire()
+        now = self.house.now
+        for key in [k for k, each in self.leases.items() if each.deadline <= now]:
+            del self.leases[key]
+        for key in list(self.known):
+            if self.house.engine.sessions.find(key) is None:
+                del self.known[key]
+
+    @precondition(lambda self: any(tier.pending for tier in self.house.tiers))
+    @rule(data=st.data(), well=st.sampled_from([True, True, True, False]))
+    def answer(self, data: st.DataObject, well: bool) -> None:
+        """A call of a tier ends, well or not."""
+        tiers = [tier for tier in self.house.tiers if tier.pending]
+        tier = data.draw(st.sampled_from(tiers))
+        tier.answer(data.draw(st.integers(0, len(tier.pending) - 1)), well=well)
+
+    @rule()
+    def run_due(self) -> None:
+        """What was posted to the tiers' thread is done."""
+        self.house.coordinator.run_due()
+
+    @precondition(lambda self: self.house.tiers)
+    @rule(forget=st.booleans())
+    def save(self, forget: bool) -> None:
+        """Tiers catch up; then memory may be needed for something else."""
+        self.house.answer_tiers()
+        if forget:
+            self.house.l1.drop(self.house.l1.hashes())
+
+    def hurry(self, _: st.DataObject) -> None:
+        """Lookups that wait for tiers come to their deadline."""
+        self.house.coordinator.run_due()
+        self.house.coordinator.ahead = 1000.0
+        self.house.coordinator.run_due()
+        self.house.coordinator.ahead = 0.0
+
+    def spoil(self, data: st.DataObject) -> None:
+        """A tier evicts a part, or will return other bytes for it."""
+        tiers = [tier for tier in self.house.tiers if tier.kept]
+        if not tiers:
+            return
+        tier = data.draw(st.sampled_from(tiers))
+        key = data.draw(st.sampled_from(sorted(tier.kept)))
+        if data.draw(st.booleans()):
+            del tier.kept[key]
+        else:
+            tier.wrong.add(key)
+
+    # -- the model --------------------------------------------------------------------
+
+    def prompt(self, data: st.DataObject) -> Tokens:
+        """Draw a prompt: glue, documents, and pieces of them."""
+        tokens: Tokens = ()
+        for _ in range(data.draw(st.integers(1, 3))):
+            tokens += data.draw(glue)
+            if self.documents:
+                document = data.draw(st.sampled_from(self.documents))
+                first = data.draw(st.sampled_from([0, 0, 0, SIZE, 3]))
+                tokens += document[first : data.draw(st.sampled_from([99, 99, 10]))]
+        return tokens[:MOST_TOKENS]
+
+    def prefix(self, data: st.DataObject) -> tuple[Tokens, str]:
+        """Draw a prompt that was stored with its salt, or another."""
+        tokens, salt = data.draw(st.sampled_from(self.prefixes))
+        if data.draw(rarely):
+            return tokens[: 2 * SIZE] + self.prompt(data), data.draw(salts)
+        return tokens, salt
+
+    def put(
+        self,
+        tokens: Tokens,
+        salt: str,
+        offset: int,
+        image: int | None,
+        ranks: tuple[int, ...],
+        *,
+        now: bool,
+    ) -> None:
+        """Have ranks store a document."""
+        self.documents.append(tokens)
+        self.house.learn(tokens[:image], salt, is_document=True)
+        for rank in ranks:
+            request = CBStorePreComputed(
+                f"i{rank}", offset, packed(tokens), extras_of(salt, image)
+            )
+            self.ask("store", request, now, rank=rank, tokens=tokens, salt=salt)
+
+    def ask(self, kind: str, request: Any, now: bool, **named: Any) -> Asked:
+        """Begin a request; take its first step, or all of them."""
+        house = self.house
+        rank = named.pop("rank", None)
+        asked = Asked(kind, "s" if rank is None else f"w{rank}", None, **named)
+        asked.request = request
+        asked.instance = None if rank is None else house.instance(rank)
+        handler = HANDLERS[kind]
+        owner = house.blend if hasattr(house.blend, handler) else house.engine
+        house.ask(getattr(owner, handler), asked)
+        house.advance(asked)
+        if now:
+            house.drive(asked)
+        return asked
+
+    def look_at(self, asked: Asked) -> None:
+        """Look at what a step of a request brought."""
+        if asked.error is not None:
+            assert self.is_due(asked, asked.error), asked.error
+        key = asked.session
+        found = self.house.blend.lookups.found(key) if key else None
+        if found is not None and found is not self.known.get(key):
+            assert not asked.is_void
+            self.note(asked, found)
+        if not asked.is_over or asked.error is not None:
+            return
+        if asked.kind == "lookup":
+            self.check_told(asked, asked.reply)
+            assert not (asked.is_void and asked.reply.matches)
+            assert asked.reply.num_tokens == SIZE * len(asked.reply.matches)
+        elif asked.kind == "retrieve":
+            self.read(asked)
+        elif asked.kind == "prefix":
+            hashes = self.house.hashes(asked.tokens, asked.salt, is_document=False)
+            assert self.house.texts.keys() >= {*hashes[: asked.reply.num_chunks]}
+
+    def is_due(self, asked: Asked, error: KVError) -> bool:
+        """Say whether a request had to be refused like this."""
+        house, request = self.house, asked.request
+        if isinstance(error, UnknownModel):
+            return not house.needs()
+        if isinstance(error, UnknownInstance):
+            instance = asked.instance
+            return instance is None or not house.engine.registry.has(instance)
+        if isinstance(error, ChunksMissing):  # `House.copy` knows which.
+            return asked.kind in ("retrieve", "retrieve_prefix")
+        if isinstance(error, TokensNeeded):
+            known = self.known.get(asked.session)
+            return bool(asked.kind == "retrieve" and request.ranges and not known)
+        if isinstance(error, BadRequest) and asked.kind == "store":
+            return request.offset + len(asked.tokens) > SLOTS
+        if isinstance(error, BadRequest) and asked.kind == "retrieve":
+            return self.is_wrong(request)
+        return False
+
+    def is_wrong(self, request: CBRetrievePreComputed) -> bool:
+        """Say whether slots are named twice, or such as there are not."""
+        starts = sorted(match.start for match in request.matches)
+        starts += [each.end - SIZE for each in request.ranges]
+        twice = any(b - a < SIZE for a, b in pairwise(starts))
+        return twice or request.offset + max(starts) + SIZE > SLOTS
+
+    def note(self, asked: Asked, found: Found) -> None:
+        """Note what a session knows and holds from here on."""
+        key = asked.session
+        self.known[key] = found
+        self.prompts[key] = (asked.tokens, asked.salt)
+        self.check_told(asked, found)
+        self.leases.pop(key, None)
+        if found.matches:
+            ranks = range(self.house.world_size)
+            waiting = {number: {*ranks} for number in range(len(found.matches))}
+            deadline = self.house.now + LEASE_S
+            self.leases[key] = Lease(found, asked.client, deadline, waiting)
+
+    def check_told(self, asked: Asked, told: Found | CBLookupReply) -> None:
+        """Every match is true, and ranges are of one document each, apart."""
+        ranges = {each.start: each.end for each in told.ranges}
+        assert sum(b - a for a, b in ranges.items()) == SIZE * len(told.matches)
+        end, before = 0, None
+        for match in told.matches:
+            text = self.house.texts[ChunkHash(match.hash)]
+            tokens = asked.tokens[match.start : match.start + SIZE]
+            assert (text.is_document, text.salt) == (True, asked.salt)
+            assert (match.old_start, text.tokens[-SIZE:]) == (
+                len(text.tokens) - SIZE,
+                tokens,
+            )
+            if match.start in ranges:
+                assert match.start >= end
+                last = ranges[match.start]
+            else:
+                assert match.start == end < last
+                assert text.tokens == (*before, *tokens)
+            end, before = match.start + SIZE, text.tokens
+        assert set(ranges) <= {match.start for match in told.matches}
+
+    def read(self, asked: Asked) -> None:
+        """Take a rank off what it has read of its session's lease."""
+        lease = self.leases.get(asked.session)
+        if lease is None:
+            return
+        starts = [match.start for match in asked.request.matches] or [
+            start
+            for each in asked.request.ranges
+            for start in range(each.start, each.end, SIZE)
+        ]
+        rank = asked.instance.rank
+        for start, key in zip(starts, asked.copied, strict=True):
+            number = lease.found.numbers.get(start)
+            if number is not None and lease.found.matches[number].hash == key:
+                lease.waiting[number].discard(rank)
+
+    def is_searched(self) -> bool:
+        """Say whether a lookup finds what L1 has, and nothing else."""
+        house = self.house
+        house.blend.index.candidates(np.zeros(0, np.uint64))
+        if house.tiers and (
+            self.matcher != "anywhere" or house.blend.index.num_in_tier
+        ):
+            return False
+        return bool(house.needs()) and not house.asked
+
+    def search(self, tokens: Tokens, salt: str) -> list[int]:
+        """Find documents by looking everywhere."""
+        needs = self.house.needs()
+        known = self.house.texts
+        chunks = self.house.l1.peek(list(known))
+        there = {
+            text.tokens
+            for text, chunk in zip(known.values(), chunks, strict=True)
+            if (text.is_document, text.salt) == (True, salt)
+            and chunk is not None
+            and chunk.ready & needs == needs
+        }
+        search = anywhere if self.matcher == "anywhere" else separated
+        return [*search(tokens, there)]
+
+    # -- what always holds ------------------------------------------------------------
+
+    @invariant()
+    def all_is_as_it_was_stored(self) -> None:
+        """L1 is consistent, and so is every byte in it."""
+        self.house.check()
+
+    @invariant()
+    def leased_is_there(self) -> None:
+        """What a session was told stays for who has not read it."""
+        table = self.house.engine.leases._leases
+        needs = self.house.needs()
+        for key, lease in list(self.leases.items()):
+            if not any(lease.waiting.values()):
+                del self.leases[key]
+                continue
+            assert documents_of(key) in table
+            hashes = [
+                ChunkHash(lease.found.matches[n].hash)
+                for n, w in lease.waiting.items()
+                if w
+            ]
+            for chunk in self.house.l1.peek(hashes):
+                assert chunk is not None
+                assert chunk.holds
+                assert chunk.ready & needs == needs
+        owners = {owner for owner in table if isinstance(owner, DocumentsOf)}
+        assert owners == {documents_of(key) for key in self.leases}
+
+    @invariant()
+    def the_index_has_what_is_there(self) -> None:
+        """Between requests: all that L1 has, and nothing that is nowhere."""
+        house, index = self.house, self.house.blend.index
+        if self.matcher != "anywhere" or house.asked:
+            return
+        index.candidates(np.zeros(0, np.uint64))
+        known = [key for key, text in house.texts.items() if text.is_document]
+        for key, chunk in zip(known, house.l1.peek(known), strict=True):
+            if chunk is not None:
+                assert key in index
+            elif not house.tiers:
+                assert key not in index
+
+    def teardown(self) -> None:
+        """When all is answered and ended, nothing is held."""
+        house = self.house
+        try:
+            house.finish_all()
+            for key in KEYS:
+                self.end_session(key)
+            house.coordinator.run_due()
+            stats = house.l1.stats()
+            assert (stats.num_held, stats.num_reserved) == (0, 0)
+            assert len(house.engine.leases) == len(house.engine.sessions) == 0
+            assert not house.blend.lookups._found
+            assert not house.blend.lookups._waits
+            house.check()
+            house.l1.drop(house.l1.hashes())
+            assert house.arena.used_bytes == 0
+        finally:
+            house.close()
+
+
+def anywhere(tokens: Tokens, there: set[Tokens]) -> Iterator[int]:
+    """Yield where chunks stand: left to right, the longest run at each place."""
+    at = 0
+    while at + SIZE <= len(tokens):
+        best = 0
+        for document in there:
+            if document[-SIZE:] == tokens[at : at + SIZE]:
+                best = max(best, follow(document, tokens[at + SIZE :], there) + 1)
+        yield from range(at, at + best * SIZE, SIZE)
+        at += best * SIZE or 1
+
+
+def follow(document: Tokens, tokens: Tokens, there: set[Tokens]) -> int:
+    """Count the chunks by which a prompt goes on with a document."""
+    count = 0
+    while len(tokens) >= SIZE and (*document, *tokens[:SIZE]) in there:
+        document, tokens = (*document, *tokens[:SIZE]), tokens[SIZE:]
+        count += 1
+    return count
+
+
+def separated(tokens: Tokens, there: set[Tokens]) -> Iterator[int]:
+    """Yield where chunks stand: of each paragraph, from its start on."""
+    for first, mark in enumerate(tokens, 1):
+        if mark == START:
+            marks = (
+                at for at in range(first, len(tokens)) if tokens[at] in (START, END)
+            )
+            text = tokens[first : next(marks, len(tokens))]
+            yield from range(first, first + follow((), text, there) * SIZE, SIZE)
+
+
+class Anywhere(BlendMachine):
+    """Documents at any offset."""
+
+    matcher = "anywhere"
+
+
+class BetweenMarks(BlendMachine):
+    """Documents between marks."""
+
+    matcher = "separated"
+
+
+TestAnywhere = Anywhere.TestCase
+TestAnywhere.__doc__ = """No wrong match, no wrong byte, no lost hold."""
+TestBetweenMarks = BetweenMarks.TestCase
+TestBetweenMarks.__doc__ = """The same by the other matcher."""
+TestAnywhere.settings = settings(
+    max_examples=2 * settings().max_examples, stateful_step_count=40
+)
+TestBetweenMarks.settings = settings(stateful_step_count=40)
