@@ -35,7 +35,10 @@ class Range:
     @classmethod
     def to_store(cls, start: int, end: int, chunk_size: int) -> Self:
         """Return the whole chunks of [start, end); raises `BadRequest`."""
-        return cls.to_retrieve(start, max(end - end % chunk_size, start), 0, chunk_size)
+        whole = end - end % chunk_size
+        if start <= end:
+            whole = max(whole, start)
+        return cls.to_retrieve(start, whole, 0, chunk_size)
 
     @classmethod
     def to_retrieve(cls, start: int, end: int, skip: int, chunk_size: int) -> Self:

@@ -11,7 +11,7 @@ import pytest
 
 from kvcore.config import ServerConfig, WireConfig
 from kvcore.engine.engine import Caller, Engine, Running
-from kvcore.errors import UnknownInstance
+from kvcore.errors import BadRequest, UnknownInstance
 from kvcore.keys import SessionKey, pack_tokens
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.parts import Checksum
@@ -66,6 +66,17 @@ def test_an_instance_may_go_while_its_tokens_are_hashed(
         list(steps)
     engine.end_session(EndSession(KEY), ME)
     assert len(engine.sessions) == 0
+
+
+@pytest.mark.parametrize("kind", [Store, Retrieve])
+def test_a_range_that_ends_before_it_begins_is_refused(
+    engine: Engine, kind: type[Store] | type[Retrieve]
+) -> None:
+    """It is no empty one, which has nothing to copy: whoever asked is mistaken."""
+    request = kind(KEY, "i", 2 * CHUNK, CHUNK, BLOCKS, tokens=TOKENS)
+    steps = (engine.store if kind is Store else engine.retrieve)(request, ME)
+    with pytest.raises(BadRequest, match="range 32 to 16"):
+        next(steps)
 
 
 def test_a_lookup_that_is_dropped_holds_nothing(engine: Engine) -> None:
