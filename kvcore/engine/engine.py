@@ -52,7 +52,7 @@ from kvcore.status import InstanceStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.history import HASH_DIGITS, MIN_KEY_DIGITS, History
 from kvcore.storage.l1 import L1, Chunk
-from kvcore.storage.leases import LeaseTable
+from kvcore.storage.leases import LeaseNumber, LeaseTable
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs
 from kvcore.storage.quotas import make_order
@@ -277,20 +277,35 @@ class Engine:
             event=request.event,
         )
 
+        lease = self.lease_of(plan)
+
         def finish() -> RetrieveReply:
             self.sessions.leave(plan.session)
-            return self.count_read(plan, self.result(future))
+            return self.count_read(plan, lease, self.result(future))
 
         return Running(future, finish)
 
-    def count_read(self, plan: Plan, num_bytes: int) -> RetrieveReply:
-        """Count what was retrieved, take its reader off the lease, and reply."""
+    def lease_of(self, plan: Plan) -> LeaseNumber | None:
+        """Return the lease that a planned read is under, if there is one."""
+        session = plan.session
+        return None if session.ended else self.leases.number(session.key)
+
+    def count_read(
+        self, plan: Plan, lease: LeaseNumber | None, num_bytes: int
+    ) -> RetrieveReply:
+        """Count what was retrieved, take its reader off its lease, and reply.
+
+        By now the session may have another lease, by a later lookup: that one waits
+        for a read of its own.
+        """
         tokens = plan.tokens
         self.counters.retrieves += 1
         self.counters.bytes_retrieved += num_bytes
-        self.leases.read(
-            plan.session.key, tokens.first_chunk, tokens.end_chunk, plan.instance.rank
-        )
+        key = plan.session.key
+        if lease is not None and lease == self.leases.number(key):
+            self.leases.read(
+                key, tokens.first_chunk, tokens.end_chunk, plan.instance.rank
+            )
         num_tokens = tokens.end - tokens.first_token
         return RetrieveReply(num_tokens, plan.instance.memory.result().event)
 

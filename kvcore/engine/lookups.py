@@ -73,7 +73,8 @@ class Lookups:
         wait: bool,
     ) -> Generator[None, None, LookupReply | Running]:
         """Answer a lookup of chunks `hashes`, in steps; the session is kept by us."""
-        self.cancel(session.key)
+        if not session.ended:
+            self.cancel(session.key)
         self._sessions.enter(session)
         try:
             chunks = yield from self.acquire(hashes, needs)
@@ -178,7 +179,8 @@ class Lookups:
     ) -> LookupReply:
         """Lease what makes a hit of the held chunks; remember why the rest does not.
 
-        `tiers` says why they did not help, where they were asked.
+        `tiers` says why they did not help, where they were asked. A session that has
+        ended meanwhile gets no lease, and leaves alone what the next of its id has.
         """
         hit = self.count(chunks, needs)
         self._l1.release(chunks[hit:])
@@ -186,8 +188,9 @@ class Lookups:
         if hit < len(hashes):
             [first] = self._l1.peek([hashes[hit]])
             self._history.note_miss(session.key, hashes, hit, first, needs, tiers)
-        if session.ended or not chunks:
+        if session.ended:
             self._l1.release(chunks)
+        elif not chunks:
             self._leases.end(session.key)
         else:
             space = session.space

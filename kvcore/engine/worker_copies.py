@@ -169,7 +169,7 @@ class WorkerCopies:
         terms = Terms(
             caller.client,
             retrieve.session.request_id,
-            partial(engine.count_read, plan),
+            partial(engine.count_read, plan, engine.lease_of(plan)),
             partial(engine.sessions.leave, plan.session),
         )
         return self.lend(

@@ -13,10 +13,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice, pairwise
+from typing import NewType
 
 from kvcore.keys import SessionKey
 from kvcore.status import LeaseStatus
 from kvcore.storage.l1 import L1, Chunk
+
+LeaseNumber = NewType("LeaseNumber", int)
+"""Tells a session's lease from its later ones."""
 
 _ALL_RANKS = -1
 """The mask with every bit set."""
@@ -49,6 +53,7 @@ class _Run:
 class _Lease:
     """Runs are in order, apart, and wait for someone; what is outside is released."""
 
+    number: LeaseNumber
     owner: SessionKey
     model: str
     client: Hashable
@@ -109,11 +114,17 @@ class LeaseTable:
             return
         now = self._clock()
         runs = [_Run(0, len(chunks), readers)]
+        self.num_granted += 1
+        number = LeaseNumber(self.num_granted)
         self._leases[owner] = _Lease(
-            owner, model, client, chunks, runs, now, now + self._ttl_s
+            number, owner, model, client, chunks, runs, now, now + self._ttl_s
         )
         self._by_client.setdefault(client, {})[owner] = None
-        self.num_granted += 1
+
+    def number(self, owner: SessionKey) -> LeaseNumber | None:
+        """Return which lease a session has, if it has one."""
+        lease = self._leases.get(owner)
+        return lease.number if lease is not None else None
 
     def read(self, owner: SessionKey, start: int, end: int, rank: int) -> None:
         """Note that a rank has read, or will not read, the chunks [start, end)."""

@@ -130,3 +130,41 @@ def settle(steps: Iterator[None]) -> object:
     assert isinstance(running, Running)
     wait([running.future], 20)
     return running.finish()
+
+
+def test_a_lookup_of_an_ended_session_leaves_the_next_ones_lease(
+    engine: Engine,
+) -> None:
+    """The id was given to another request before the first one's lookup was over."""
+    settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
+    engine.end_session(EndSession(KEY), ME)
+    steps = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
+    next(steps)
+    engine.end_session(EndSession(KEY), ME)
+    list(engine.lookup(Lookup(KEY, "m", 1, 2 * CHUNK, TOKENS[: 8 * CHUNK]), ME))
+    assert len(engine.leases) == 1
+    list(steps)
+    assert len(engine.leases) == 1
+    assert engine.l1.stats().num_held == 2
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_read_counts_for_the_lease_that_it_was_asked_under(
+    engine: Engine, ends: bool
+) -> None:
+    """Not for one of a later lookup, whose reader has yet to come."""
+    settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
+    lookup = Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS)
+    list(engine.lookup(lookup, ME))
+    retrieve = Retrieve(KEY, "i", 0, 4 * CHUNK, BLOCKS)
+    with pytest.raises(StopIteration) as stop:
+        next(engine.retrieve(retrieve, ME))
+    running = stop.value.value
+    wait([running.future], 20)
+    if ends:
+        engine.end_session(EndSession(KEY), ME)
+    list(engine.lookup(lookup, ME))
+    running.finish()
+    assert (len(engine.leases), engine.l1.stats().num_held) == (1, 4)
+    settle(engine.retrieve(retrieve, ME))
+    assert (len(engine.leases), engine.l1.stats().num_held) == (0, 0)
