@@ -200,7 +200,8 @@ class Play:
         self.faults = FaultPlan(begun, Victims(self, cast, client).of, monotonic)
         for fault in self.evidence.scenario.faults:
             self.faults.add(fault)
-        cast.tell_schedulers(Start(begun))
+        if not self.interrupts.received:  # Else not all are ready: nothing is played.
+            cast.tell_schedulers(Start(begun))
         while self._unreported(cast) or self.faults.away:
             self.step(cast)
             self.faults.play()
@@ -284,7 +285,9 @@ class Play:
         self.ready.add(actor.name)
         self.chunk_bytes = max(self.chunk_bytes, chunk_bytes)
         if self.faults and not actor.is_rank:
-            send(actor.control, Start(self.faults.epoch_s))
+            over = self.interrupts.received
+            begun = Start(self.faults.epoch_s)
+            send(actor.control, Stop(self.server_gone) if over else begun)
 
     def _lost(self, actor: Actor) -> None:
         """A process ended: a failure where it crashed, or never told what it did."""

@@ -15,6 +15,7 @@ import pytest
 from kvcore.shm import SHM_DIR
 from kvctl.lab.rank.worker import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result, read
+from tests.system.server import wait_until
 
 SCENARIO = """\
 engines = 2
@@ -214,6 +215,23 @@ def test_an_interrupt_keeps_what_was_measured(scenario: Path, tmp_path: Path) ->
     assert result.counts.bytes_wrong == 0
     assert len(children) >= 7
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not segments(process)
+
+
+def test_ctrl_c_before_all_are_ready_plays_nothing(
+    scenario: Path, tmp_path: Path
+) -> None:
+    """Who is ready already does not ask for what nobody has registered."""
+    process = start(scenario, "--set", "ranks=4", "--out", tmp_path / "out")
+    assert process.stderr is not None
+    assert "starting" in process.stderr.readline()
+    wait_until(lambda: len(descendants(process.pid)) >= 10)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 0, out + err
+    result = result_in(tmp_path / "out")
+    assert result.interrupted
+    assert (result.counts.requests, result.counts.errors) == (0, 0)
     assert not segments(process)
 
 
