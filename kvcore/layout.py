@@ -154,10 +154,11 @@ class PartLayout(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         heads = "" if self.num_kv == 2 else ", one plane a layer"
         window = f", window {self.window}" if self.window else ""
+        layers = f"{self.num_layers} layer{'s' * (self.num_layers != 1)}"
         size = "" if self.order == "token" else f"{self.unit_tokens}-token "
         replicated = ", replicated" if self.replicated else ""
         return (
-            f"{self.num_layers} layers{heads}, {self.unit_bytes} bytes a "
+            f"{layers}{heads}, {self.unit_bytes} bytes a "
             f"{size}{self.order} ({self.dtype}){window}{replicated}"
         )
 

@@ -85,7 +85,10 @@ class Connection:
         except zmq.ZMQError as error:
             self._socket.close(0)
             self._context.term()
-            raise Unavailable(f"{address}: {error.strerror}") from None
+            raise Unavailable(
+                f"{address}: {error.strerror}; an address is like tcp://HOST:PORT "
+                "or ipc://PATH"
+            ) from None
         self._io = threading.Lock()
         # Held to submit and to begin to close, so that nothing is submitted later.
         self._gate = threading.Lock()
