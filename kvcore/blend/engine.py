@@ -55,6 +55,7 @@ from kvcore.protocol import (
 from kvcore.rope import Rope
 from kvcore.storage.chunk import DropReason
 from kvcore.storage.l1 import Chunk
+from kvcore.storage.leases import LeaseNumber
 from kvcore.transport.moves import Turning
 from kvcore.transport.plan import Range
 from kvcore.transport.rotation import Turn, check_rope
@@ -281,6 +282,7 @@ class BlendEngine:
             return RetrieveReply(0)
         self._check_matches(matches, instance, request.offset)
         turning = self._turning(instance, request, matches)
+        lease = self.lookups.lease_of(session)
         self.engine.registry.check_registered(instance)
         num_tokens = len(matches) * self.chunk_size
         starts = [request.offset + match.start for match in matches]
@@ -295,7 +297,7 @@ class BlendEngine:
             request.event,
         )
         return Running(
-            future, partial(self._retrieved, future, request, matches, instance)
+            future, partial(self._retrieved, future, request, matches, instance, lease)
         )
 
     def _retrieved(
@@ -304,10 +306,11 @@ class BlendEngine:
         request: CBRetrievePreComputed,
         matches: Sequence[CBMatch],
         instance: Instance,
+        lease: LeaseNumber | None,
     ) -> RetrieveReply:
         self.counters.document_retrieves += 1
         self.engine.counters.bytes_retrieved += self.engine.result(future)
-        self.lookups.read(request.session, matches, instance.rank)
+        self.lookups.read(request.session, matches, instance.rank, lease)
         num_tokens = len(matches) * self.chunk_size
         return RetrieveReply(num_tokens, instance.memory.result().event)
 

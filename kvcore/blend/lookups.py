@@ -25,6 +25,7 @@ from kvcore.keys import ChunkHash, SaltedKey, SessionKey
 from kvcore.protocol import CBMatch, CBRange
 from kvcore.storage.jobs import JobState, PrefetchJob
 from kvcore.storage.l1 import Chunk
+from kvcore.storage.leases import LeaseNumber
 from kvcore.storage.needs import Needs
 
 
@@ -291,16 +292,27 @@ class DocumentLookups:
         numbers = {match.start: number for number, match in enumerate(matches)}
         return Found(tuple(ranges), tuple(matches), numbers)
 
-    def read(self, key: SessionKey, matches: Sequence[CBMatch], rank: int) -> None:
-        """Note that a rank has read these matches of a session."""
-        found = self._found.get(key)
-        if found is None:
+    def lease_of(self, session: Session) -> LeaseNumber | None:
+        """Return the lease that a read is under from here on, if there is one."""
+        owner = documents_of(session.key)
+        return None if session.ended else self._engine.leases.number(owner)
+
+    def read(
+        self,
+        key: SessionKey,
+        matches: Sequence[CBMatch],
+        rank: int,
+        lease: LeaseNumber | None,
+    ) -> None:
+        """Note that a rank has read these matches, under a lease and no later one."""
+        found, owner = self._found.get(key), documents_of(key)
+        if found is None or lease is None or lease != self._engine.leases.number(owner):
             return
         for match in matches:
             number = found.numbers.get(match.start)
-            # It may have been told of another chunk at this place since.
+            # A caller may name another chunk for this place than it was told of.
             if number is not None and found.matches[number].hash == match.hash:
-                self._engine.leases.read(documents_of(key), number, number + 1, rank)
+                self._engine.leases.read(owner, number, number + 1, rank)
 
     def _end_session(self, key: SessionKey) -> None:
         self._cancel(key)

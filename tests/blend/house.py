@@ -150,6 +150,8 @@ class Asked:
     running: Running | None = None
     copied: Sequence[ChunkHash] = ()
     """What its copy reads or writes."""
+    lease: Any = None
+    """Under which it reads."""
     reply: Any = None
     error: KVError | None = None
     is_over: bool = False

@@ -100,15 +100,28 @@ def test_a_final_store_of_nothing_stores_nothing(build: Callable[..., House]) ->
 def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
     build: Callable[..., House],
 ) -> None:
-    """It is about another chunk, which stood at the same place."""
+    """The same chunk or another: its reader has yet to come."""
     house = build()
     [match, _] = found(house, ONE).matches
-    late = ask(house, CBRetrievePreComputed(KEY, "i0", 0, matches=(match,)), "w0")
-    [other] = found(house, TWO).matches
-    house.drive(late)
-    assert leased(house) == 1
-    house.drive(ask(house, CBRetrievePreComputed(KEY, "i0", 0, (), (other,)), "w0"))
+    for tokens, left in ((TWO, 1), (ONE, 2)):
+        late = ask(house, CBRetrievePreComputed(KEY, "i0", 0, (), (match,)), "w0")
+        told = found(house, tokens)
+        house.drive(late)
+        assert leased(house) == left
+    again = CBRetrievePreComputed(KEY, "i0", 0, (), told.matches)
+    house.drive(ask(house, again, "w0"))
     assert leased(house) == 0
+
+
+def test_a_chunk_that_was_not_told_is_under_no_lease(
+    build: Callable[..., House],
+) -> None:
+    """A worker names it for a place where another was found."""
+    house = build()
+    [other] = found(house, TWO).matches
+    assert found(house, ONE).num_tokens == len(ONE)
+    house.drive(ask(house, CBRetrievePreComputed(KEY, "i0", 0, (), (other,)), "w0"))
+    assert leased(house) == 2
 
 
 def test_an_ended_sessions_lookup_leaves_its_successor_alone(

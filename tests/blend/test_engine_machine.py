@@ -101,6 +101,9 @@ class Lease:
     waiting: dict[int, set[int]] = field(default_factory=dict)
 
 
+NO_LEASE = object()
+
+
 class BlendMachine(RuleBasedStateMachine):
     """The model: which tokens a stored chunk is of, and what is leased to whom."""
 
@@ -188,9 +191,10 @@ class BlendMachine(RuleBasedStateMachine):
         )
         read = tokens if image is None else tokens[:image]
         expected = self.search(read, salt) if now and self.is_searched() else None
-        for earlier in self.house.asked:
-            earlier.is_void |= earlier.kind == "lookup" and earlier.session == key
         asked = self.ask("lookup", request, now, tokens=read, salt=salt, session=key)
+        for earlier in self.house.asked if asked.error is None else ():
+            alike = earlier.kind == "lookup" and earlier.session == key
+            earlier.is_void |= alike and earlier is not asked
         if expected is not None:
             assert [match.start for match in asked.reply.matches] == expected
 
@@ -472,6 +476,8 @@ class BlendMachine(RuleBasedStateMachine):
         if found is not None and found is not self.known.get(key):
             assert not asked.is_void
             self.note(asked, found)
+        if asked.running and not asked.lease and not asked.is_void:
+            asked.lease = self.leases.get(key, NO_LEASE)
         if not asked.is_over or asked.error is not None:
             return
         if asked.kind == "lookup":
@@ -548,7 +554,7 @@ class BlendMachine(RuleBasedStateMachine):
     def read(self, asked: Asked) -> None:
         """Take a rank off what it has read of its session's lease."""
         lease = self.leases.get(asked.session)
-        if lease is None:
+        if lease is None or lease is not asked.lease:
             return
         starts = [match.start for match in asked.request.matches] or [
             start
