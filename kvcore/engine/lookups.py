@@ -72,15 +72,23 @@ class Lookups:
         *,
         wait: bool,
     ) -> Generator[None, None, LookupReply | Running]:
-        """Answer a lookup of chunks `hashes`, in steps; the session is kept by us."""
+        """Answer a lookup of chunks `hashes`, in steps; the session is kept by us.
+
+        One that is overtaken by the session's next lookup finds nothing.
+        """
         if not session.ended:
             self.cancel(session.key)
+        session.num_lookups += 1
+        number = session.num_lookups
         self._sessions.enter(session)
         try:
             chunks = yield from self.acquire(hashes, needs)
         except BaseException:
             self._sessions.leave(session)
             raise
+        if session.num_lookups != number:
+            self._l1.release(chunks)
+            return self._reply(session, hashes, 0)
         hit = self.count(chunks, needs)
         if self._manager is None or hit == len(hashes) or session.ended:
             return self._answer(session, needs, hashes, chunks, caller, "")

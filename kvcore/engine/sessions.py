@@ -24,6 +24,8 @@ class Session:
     last_used: float
     num_running: int = 0
     extending: bool = False
+    num_lookups: int = 0
+    """Begun so far: the last one's lease is the session's."""
     ended: bool = False
 
 

@@ -18,6 +18,7 @@ from kvcore.parts import Checksum
 from kvcore.protocol import (
     EndSession,
     Lookup,
+    LookupReply,
     PosixShm,
     RegisterKVCache,
     Retrieve,
@@ -102,6 +103,24 @@ def test_a_session_that_ends_in_a_lookup_gets_no_lease(engine: Engine) -> None:
     assert engine.l1.stats().num_held == 0
 
 
+def test_a_lookup_that_is_overtaken_finds_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session's later lookup was answered first, and its lease stays."""
+    settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
+    monkeypatch.setattr("kvcore.engine.lookups.ACQUIRE_CHUNKS", 1)
+    older = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
+    while not engine.l1.stats().num_held:
+        next(older)
+    half = TOKENS[: 4 * 2 * CHUNK]
+    newer = engine.lookup(Lookup(KEY, "m", 1, 2 * CHUNK, half), ME)
+    assert settle(newer) == LookupReply(2, 2 * CHUNK)
+    assert settle(older) == LookupReply(0, 0)
+    assert engine.l1.stats().num_held == 2
+    engine.end_session(EndSession(KEY), ME)
+    assert engine.l1.stats().num_held == 0
+
+
 def test_a_store_whose_client_dies_is_not_kept(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +146,8 @@ def settle(steps: Iterator[None]) -> object:
             next(steps)
     except StopIteration as stop:
         running = stop.value
-    assert isinstance(running, Running)
+    if not isinstance(running, Running):
+        return running
     wait([running.future], 20)
     return running.finish()
 
