@@ -120,7 +120,10 @@ def gather(path: Path) -> list[Result]:
         return [read(path)]
     files = [file for file in sorted(path.glob("*.json")) if file.name != COMPARISON]
     if not files:
-        raise SetupError(f"{path}: no results in it")
+        # A comparison's folder has its runs in one for each side.
+        inside = sorted({file.parent.name for file in path.glob("*/*.json")})
+        where = f", but in its folders {', '.join(inside)}" if inside else ""
+        raise SetupError(f"{path}: no results in it{where}")
     return [read(file) for file in files]
 
 

@@ -56,6 +56,7 @@ def test_wrong_use_of_compare_is_exit_code_2(tmp_path: Path) -> None:
         ([base, new], "--anyway"),
         ([base, base, "--fail-on", "slow"], "what is a regression"),
         ([base, tmp_path / "empty"], "no results in it"),
+        ([base, tmp_path], "no results in it, but in its folders a, b"),
     ):
         done = kvctl("bench", "compare", *map(str, flags))
         assert done.returncode == 2
