@@ -323,6 +323,8 @@ def _stopped_by_signals(server: Server) -> Iterator[None]:
             yield
         finally:
             signal.set_wakeup_fd(-1)
+            # Python's own end sets handlers back, and then one more signal would kill.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _tame_gc() -> None:

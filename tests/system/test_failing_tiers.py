@@ -141,14 +141,19 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
         client.end_session(session)
         wait_until(lambda: written(client) == 2)
     assert first.stop() == 0
-    pipes = sorted((tmp_path / "tier").glob("[0-9a-f][0-9a-f]/*"))
-    for path in pipes:
-        path.unlink()
-        os.mkfifo(path)
-
     second = serve(*tier, "--set", f"prefetch.deadline_s={DEADLINE_S}")
     with connected(second) as client:
         [worker] = staff(hire, second, model, PLAIN, 1)
+        # The folder is read once it is asked for something.
+        other = SessionKey("engine", "other")
+        client.lookup(other, model, 1, prompt(CHUNK))
+        client.end_session(other)
+        pipes = sorted((tmp_path / "tier").glob("[0-9a-f][0-9a-f]/*"))
+        size = sum(path.stat().st_size for path in pipes)
+        wait_until(lambda: client.status().tiers[0].used_bytes == size)
+        for path in pipes:
+            path.unlink()
+            os.mkfifo(path)
         session = SessionKey("engine", "reader")
         waiting = client.submit_lookup(session, model, 1, lost)
         wait_until(lambda: client.status().l1.num_reserved == 2)
