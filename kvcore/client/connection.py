@@ -65,6 +65,9 @@ HELLO_AGAIN_NS = 1_000_000_000
 MAX_HELLO_AGAIN_NS = 64 * HELLO_AGAIN_NS
 """ZeroMQ queues what nobody takes, up to a bound: few hellos for a long absence."""
 
+MAX_RECEIVES = 256
+"""Frames read before the deadlines are looked at, however many come."""
+
 MAX_SENDS = 4
 """Times that one request is sent before its error counts: an endless loop ends."""
 
@@ -109,7 +112,11 @@ class Connection:
         self._hello_again_ns = HELLO_AGAIN_NS
         self._boot = NO_BOOT
         self._closed = False
+        # The thread of the call that holds `_io`, 0 when it is the connection's own.
+        self._caller = 0
         self.peer: Peer | None = None
+        # Runs whose address is another's, while they may still write what was asked.
+        self._outlived: list[Peer] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -138,8 +145,9 @@ class Connection:
         The future ends with the reply or the error that the server named, with
         `DeadlineExceeded` after `timeout_s` (a retrieve's does not: its blocks belong
         to the server until it answers or is gone), or with `Unavailable` when the
-        server dies. Its callbacks run on the connection's thread and must not wait
-        for other requests. `late` is given a reply that comes after the deadline.
+        server dies. Its callbacks run on the thread that holds the socket and must not
+        wait for other requests; they may close the connection. `late` is given a reply
+        that comes after the deadline.
         """
         with self._gate:
             pending = self._make(request, timeout_s, retry, late)
@@ -185,12 +193,14 @@ class Connection:
 
     def _carry(self, pendings: Sequence[Pending], done: Callable[[], bool]) -> None:
         """Send requests and serve the socket until `done`; for who holds `_io`."""
+        self._caller = threading.get_ident()
         try:
             for pending in pendings:
                 self._transmit(pending)
             self._drive(done)
         finally:
             self._hand_over()
+            self._caller = 0
 
     def _hand_over(self) -> None:
         """Leave what is still under way to the connection's thread.
@@ -219,24 +229,30 @@ class Connection:
         self._registrations.pop(instance_id, None)
 
     def close(self) -> None:
-        """Say goodbye; what is unanswered ends with `Closed`. Idempotent."""
+        """Say goodbye; what is unanswered ends with `Closed`. Idempotent.
+
+        A future's callback does not wait for that: it would wait for itself.
+        """
         with self._gate:
-            if self._closed:
-                return
-            self._closed = True
-            os.eventfd_write(self._wake, 1)
-        self._thread.join()
-        with self._io:
-            self._fail_all(Closed("the connection was closed"))
-            if self._boot:
-                self._transmit(Pending(Goodbye(), 0))
-                self._pending.clear()
-            self._socket.close()
-            self._context.term()
-            if self.peer is not None:
-                self.peer.close()
-            self._epoll.close()
-            os.close(self._wake)
+            if not self._closed:
+                self._closed = True
+                os.eventfd_write(self._wake, 1)
+        if threading.get_ident() not in (self._caller, self._thread.ident):
+            self._thread.join()
+
+    def _release(self) -> None:
+        """End what is unanswered, and give back all that was opened."""
+        self._fail_all(Closed("the connection was closed"))
+        if self._boot:
+            self._transmit(Pending(Goodbye(), 0))
+            self._pending.clear()
+        self._socket.close()
+        self._context.term()
+        for peer in (self.peer, *self._outlived):
+            if peer is not None:
+                peer.close()
+        self._epoll.close()
+        os.close(self._wake)
 
     def _make(
         self,
@@ -253,15 +269,21 @@ class Connection:
 
     def _serve(self) -> None:
         """Sleep until there is something for this thread, then take the socket."""
-        while not self._closed:
-            self._epoll.poll(self._seconds_to_beat())
+        try:
+            while not self._closed:
+                self._epoll.poll(self._seconds_to_beat())
+                with self._io:
+                    # Here, since `_drive` does not look when there is nothing to do:
+                    # an idle client would never see that its server died.
+                    self._look_around()
+                    self._beat_is_new = False
+                    self._beat()
+                    self._drive(self._idle)
+        finally:
+            with self._gate:
+                self._closed = True
             with self._io:
-                # Here, since `_drive` does not look when there is nothing to do:
-                # an idle client would never see that its server died.
-                self._look_around()
-                self._beat_is_new = False
-                self._beat()
-                self._drive(self._idle)
+                self._release()
 
     def _idle(self) -> bool:
         return self._closed or not (self._is_busy or self._hello)
@@ -344,7 +366,7 @@ class Connection:
             self._unsent.append(pending)
 
     def _receive(self) -> None:
-        while True:
+        for _ in range(MAX_RECEIVES):
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -381,6 +403,11 @@ class Connection:
             if isinstance(error, StaleBoot):
                 if pending.boot == self._boot:
                     self._boot = NO_BOOT
+                if pending.is_restoring:
+                    pending.fail(error)
+                    if self._boot == NO_BOOT:
+                        self._greet()
+                    return
                 self._transmit(pending)
                 return
             request = pending.retry(error) if pending.retry else None
@@ -424,6 +451,7 @@ class Connection:
         self._meet(future.result())
         for registered in list(self._registrations.values()):
             again = Pending(registered.request, 0)
+            again.is_restoring = True
             again.promise().add_done_callback(registered.again)
             self._transmit(again)
         for _ in range(len(self._refused)):
@@ -440,7 +468,11 @@ class Connection:
             if earlier.pidfd is None:
                 # Its address is another's now, so it is gone, although unwatched.
                 self._fail_sent(earlier)
-            self._leave(earlier)
+            self._leave()
+            if any(p.boot == earlier.hello.boot for p in self._pending.values()):
+                self._outlived.append(earlier)
+            else:
+                self._unwatch(earlier)
         self.peer = Peer.meet(hello)
         self._beat_ns = NEVER_NS
         if not hello.watched:
@@ -456,9 +488,18 @@ class Connection:
                 os.eventfd_read(self._wake)
             elif peer is not None and fd == peer.pidfd:
                 self._server_gone(peer)
+            else:
+                self._outlived_gone(fd)
+
+    def _outlived_gone(self, pidfd: int) -> None:
+        for peer in [peer for peer in self._outlived if peer.pidfd == pidfd]:
+            self._outlived.remove(peer)
+            self._unwatch(peer)
+            self._fail_sent(peer)
 
     def _server_gone(self, peer: Peer) -> None:
-        self._leave(peer)
+        self._leave()
+        self._unwatch(peer)
         self.peer = None
         self._beat_ns = NEVER_NS
         self._boot = NO_BOOT
@@ -466,9 +507,11 @@ class Connection:
         if self._registrations:
             self._greet()
 
-    def _leave(self, peer: Peer) -> None:
+    def _leave(self) -> None:
         for told in self.on_leave:
             told()
+
+    def _unwatch(self, peer: Peer) -> None:
         if peer.pidfd is not None:
             self._epoll.unregister(peer.pidfd)
         peer.close()
@@ -502,8 +545,9 @@ class Connection:
         sent = [p for p in self._pending.values() if p.boot == peer.hello.boot]
         for pending in sent:
             del self._pending[pending.id]
-        sent += self._unsent
-        self._unsent.clear()
+        for pending in [p for p in self._unsent if p.boot == peer.hello.boot]:
+            self._unsent.remove(pending)
+            sent.append(pending)
         self._fail(sent, Unavailable(f"the server (process {peer.hello.pid}) is gone"))
 
     def _fail_all(self, error: KVError) -> None:
@@ -533,7 +577,7 @@ class _Registered:
             reply = future.result()
             if self.told is not None:
                 self.told(reply)
-        except Closed:
+        except (Closed, StaleBoot):  # Another run is met, and is told anew.
             return
         except KVError as error:
             log.warning("could not register again: %s", error)

@@ -32,7 +32,7 @@ class Peer:
             return cls(hello, None)
         try:
             pidfd = os.pidfd_open(hello.pid)
-        except OSError:
+        except (OSError, OverflowError):  # Gone, or no pid at all.
             return cls(hello, None)
         if start_time(hello.pid) == hello.pid_start:
             return cls(hello, pidfd)

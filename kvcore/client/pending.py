@@ -23,8 +23,8 @@ class Pending:
     """
 
     __slots__ = (
-        "boot", "deadline_ns", "error", "future", "id", "is_done", "late",
-        "num_sends", "reply", "request", "retry",
+        "boot", "deadline_ns", "error", "future", "id", "is_done", "is_restoring",
+        "late", "num_sends", "reply", "request", "retry",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +42,8 @@ class Pending:
         self.boot = NO_BOOT
         self.num_sends = 0
         self.is_done = False
+        # Every run of the server is told anew, so another never gets this one.
+        self.is_restoring = False
         self.reply: Any = None
         self.error: BaseException | None = None
         self.future: Future[Any] | None = None

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from kvcore.errors import (
     DeadlineExceeded,
     KVError,
     StaleBoot,
+    Unavailable,
 )
 from kvcore.keys import HASH_ALGORITHM, SessionKey
 from kvcore.process import pid_namespace, start_time
@@ -54,7 +56,10 @@ class Played:
         self.address = address
         self.watched = watched
         self.namespace = pid_namespace() if watched else 0
+        self.pid = os.getpid()
         self.boot = BootToken(1)
+        self.boots: dict[type[Request[Any]], BootToken] = {}
+        """The run that begins just before the first request of a kind is read."""
         self.seen: list[Request[Any]] = []
         self.news = threading.Condition()
         self.answers: dict[type[Request[Any]], Any] = {
@@ -84,6 +89,7 @@ class Played:
             identity, frame = self._socket.recv_multipart()
             envelope = decode_envelope(frame)
             _, request = decode_request(envelope)
+            self.boot = self.boots.pop(type(request), self.boot)
             if isinstance(request, Hello):
                 answer = self.answers.get(Hello, self.hello())
             elif envelope.boot != self.boot:
@@ -114,8 +120,8 @@ class Played:
             boot=self.boot,
             chunk_size=64,
             hash_algorithm=HASH_ALGORITHM,
-            pid=os.getpid(),
-            pid_start=start_time(os.getpid()) or 0,
+            pid=self.pid,
+            pid_start=start_time(self.pid) or 0,
             pid_namespace=self.namespace,
             watched=self.watched,
             heartbeat_s=0.02,
@@ -357,3 +363,131 @@ def test_what_a_refused_hello_ended_is_never_sent(
     client.submit(Ping()).result(20)
     # Once to the earlier run, which refused it; not again.
     assert played.names().count("EndSession") == 1
+
+
+def test_a_callback_may_close(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """On the connection's own thread; what else is unanswered ends."""
+    client = connect(played)
+    played.answers[EndSession] = None
+    played.answers[Ping] = None
+    ended = client.submit_end_session(KEY)
+    left = client.submit(Ping())
+    played.wait_for(Ping, 2)
+    ended.add_done_callback(lambda _: client.close())
+    played.answer(EndSession, Done())
+    assert ended.result(20) == Done()
+    with pytest.raises(Closed):
+        left.result(20)
+    client.close()
+    assert not client._connection._thread.is_alive()
+    assert client._connection._socket.closed
+
+
+def test_a_callback_may_close_in_another_threads_call(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """The call that served it ends too."""
+    client = connect(played)
+    played.answers[EndSession] = None
+    played.answers[Ping] = None
+    ends: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.end_session(KEY)
+        except KVError as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    played.wait_for(EndSession)
+    future = client.submit(Ping())
+    future.add_done_callback(lambda _: client.close())
+    played.wait_for(Ping, 2)
+    played.answer(Ping, Pong(0))
+    future.result(20)
+    thread.join(20)
+    assert not thread.is_alive()
+    client.close()
+    assert [type(end) for end in ends] == [Closed]
+    assert client._connection._socket.closed
+
+
+@pytest.mark.parametrize("name", ["message", "self", "code"])
+def test_an_error_may_have_details_of_any_name(
+    played: Played, connect: Callable[[Played], KVClient], name: str
+) -> None:
+    """The request that it answers fails with it; the connection goes on."""
+    client = connect(played)
+    error = BadRequest("so it is")
+    error.details = {name: 1}
+    played.answers[EndSession] = error
+    with pytest.raises(BadRequest, match="so it is") as raised:
+        client.submit_end_session(KEY).result(20)
+    assert raised.value.details == {name: 1}
+    client.ping()
+
+
+def test_a_server_of_an_impossible_process_is_not_watched(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """It is met all the same."""
+    played.pid = 1 << 40
+    client = connect(played)
+    client.ping()
+    assert client.server.pid == 1 << 40
+
+
+def test_a_run_that_was_never_registered_with_is_no_reason_to_register_twice(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """What was on its way to one run is not sent to the next one besides."""
+    client = connect(played)
+    client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
+    played.boots[RegisterKVCache] = BootToken(3)
+    played.seen.clear()
+    played.boot = BootToken(2)
+    client.end_session(KEY)
+    assert client.server.boot == 3
+    assert played.names() == [
+        *("EndSession", "Hello", "RegisterKVCache", "EndSession"),
+        *("Hello", "RegisterKVCache", "EndSession"),
+    ]
+
+
+def test_a_run_that_outlives_its_address_is_watched(
+    played: Played, connect: Callable[[Played], KVClient]
+) -> None:
+    """It may write what it was asked to until its process ends; then that ends."""
+    with Popen(["sleep", "1000"]) as process:
+        played.pid = process.pid
+        client = connect(played)
+        future = client.submit_retrieve(KEY, "i", 0, 64, [[0]])
+        played.wait_for(Retrieve)
+        played.pid = os.getpid()
+        played.boot = BootToken(2)
+        client.ping()
+        assert client.server.boot == 2
+        assert not future.done()
+        process.kill()
+        with pytest.raises(Unavailable, match="is gone"):
+            future.result(20)
+        client.ping()
+
+
+def test_deadlines_pass_while_nonsense_keeps_coming(
+    played: Played,
+    connect: Callable[[Played], KVClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However fast it comes: there is always another frame."""
+    client = connect(played)
+    nonsense = encode_reply(10**6, Done())
+    played.answers[EndSession] = nonsense
+    with monkeypatch.context() as patched:
+        patched.setattr(client._connection._socket, "recv", lambda _: nonsense)
+        future = client.submit(EndSession(KEY), 0.05)
+        with pytest.raises(DeadlineExceeded):
+            future.result(20)
