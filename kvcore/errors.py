@@ -37,7 +37,7 @@ class KVError(Exception):
 
     code: ClassVar[str] = "error"
 
-    def __init__(self, message: str, **details: int | str) -> None:
+    def __init__(self, message: str, /, **details: int | str) -> None:
         super().__init__(message)
         self.message = message
         self.details = details
