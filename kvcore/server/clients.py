@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 from kvcore.process import pid_namespace, start_time
@@ -31,6 +31,15 @@ class Client:
     """Requests taken and not yet answered."""
 
 
+@dataclass(slots=True)
+class Watched:
+    """A process, and its clients: however many come and go, one descriptor."""
+
+    process: tuple[int, int]
+    pidfd: int
+    clients: dict[bytes, Client] = field(default_factory=dict)
+
+
 class ClientTable:
     """Connected clients by identity and by pidfd. Loop thread only."""
 
@@ -47,7 +56,8 @@ class ClientTable:
         self._clock = clock
         self._namespace = pid_namespace()
         self._clients: dict[bytes, Client] = {}
-        self._by_pidfd: dict[int, Client] = {}
+        self._by_pidfd: dict[int, Watched] = {}
+        self._by_process: dict[tuple[int, int], Watched] = {}
         self._num_unwatched = 0
 
     def __len__(self) -> int:
@@ -58,8 +68,9 @@ class ClientTable:
         return self._clients.get(identity)
 
     def by_pidfd(self, pidfd: int) -> Client | None:
-        """Return the client that a pidfd watches."""
-        return self._by_pidfd.get(pidfd)
+        """Return a client of the process that a pidfd watches."""
+        watched = self._by_pidfd.get(pidfd)
+        return next(iter(watched.clients.values())) if watched else None
 
     def seen(self, client: Client) -> None:
         """Note a sign of life of a client that cannot be watched."""
@@ -68,20 +79,33 @@ class ClientTable:
 
     def add(self, identity: bytes, hello: Hello) -> Client:
         """Enter a client and watch its process if that can be done."""
-        pidfd = self._open(hello)
+        watched = self._watched(hello)
+        pidfd = watched.pidfd if watched else None
         client = Client(identity, hello.pid, hello.label, pidfd, self._clock())
         self._clients[identity] = client
-        if pidfd is None:
+        if watched is None:
             self._num_unwatched += 1
         else:
-            self._by_pidfd[pidfd] = client
-            self._watch(pidfd)
+            watched.clients[identity] = client
         return client
+
+    def _watched(self, hello: Hello) -> Watched | None:
+        """Return the watched process that said hello; None if it cannot be watched."""
+        if hello.pid_namespace != self._namespace:
+            return None
+        process = hello.pid, hello.pid_start
+        watched = self._by_process.get(process)
+        if watched is None:
+            pidfd = self._open(hello)
+            if pidfd is None:
+                return None
+            watched = Watched(process, pidfd)
+            self._by_process[process] = self._by_pidfd[pidfd] = watched
+            self._watch(pidfd)
+        return watched
 
     def _open(self, hello: Hello) -> int | None:
         """Open a pidfd for exactly the process that said hello."""
-        if hello.pid_namespace != self._namespace:
-            return None
         try:
             pidfd = os.pidfd_open(hello.pid)
         except (OSError, OverflowError):  # Gone, or no pid at all.
@@ -99,9 +123,12 @@ class ClientTable:
         if client.pidfd is None:
             self._num_unwatched -= 1
             return
-        del self._by_pidfd[client.pidfd]
-        self._unwatch(client.pidfd)
-        os.close(client.pidfd)
+        watched = self._by_pidfd[client.pidfd]
+        del watched.clients[client.identity]
+        if not watched.clients:
+            del self._by_pidfd[watched.pidfd], self._by_process[watched.process]
+            self._unwatch(watched.pidfd)
+            os.close(watched.pidfd)
 
     def silent(self) -> list[Client]:
         """Return the unwatched clients that missed their heartbeats."""

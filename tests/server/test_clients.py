@@ -96,8 +96,25 @@ def test_any_other_lives_by_its_heartbeats(
 
 def test_closing_lets_go_of_everyone(house: House) -> None:
     """And of the descriptors."""
-    for n in range(3):
-        house.table.add(b"%d" % n, house.hello(os.getpid()))
-    assert len(house.watched) == 3
+    for n, pid in enumerate((os.getpid(), os.getppid(), os.getpid())):
+        house.table.add(b"%d" % n, house.hello(pid))
+    assert len(house.watched) == 2
     house.table.close()
     assert (len(house.table), house.watched) == (0, [])
+
+
+def test_clients_of_one_process_share_a_descriptor(house: House) -> None:
+    """However many it has; it is watched until the last of them is forgotten."""
+    hello = house.hello(os.getpid())
+    clients = [house.table.add(bytes([n]), hello) for n in range(100)]
+    assert len(house.watched) == 1
+    (pidfd,) = house.watched
+    for client in clients:
+        assert house.table.by_pidfd(pidfd) is client
+        house.table.remove(client)
+    assert house.watched == []
+    assert house.table.by_pidfd(pidfd) is None
+    again = house.table.add(b"again", hello)
+    assert house.watched == [again.pidfd]
+    house.table.close()
+    assert house.watched == []
