@@ -91,10 +91,10 @@ class SchedulerHalf:
         None while that is not known: ask again.
         """
         tracked = self._track(request)
-        if tracked.load_failed:
+        if tracked is None or tracked.load_failed:
             return 0
         match = tracked.match
-        if match is not None and monotonic() - match.begun > LOOKUP_VALID_S:
+        if match is not None and match.is_over(LOOKUP_VALID_S):
             match = None
         if match is None:
             match = tracked.match = self._look_up(tracked, num_computed)
@@ -102,7 +102,10 @@ class SchedulerHalf:
             return 0
         if not match.future.done():
             return None
-        match.hit = self._hit(tracked, match)
+        if not match.is_judged:
+            # Once: an error that is told of again makes a server that is well ill.
+            match.is_judged = True
+            match.hit = self._hit(tracked, match)
         # The engine computes at least one token, in this very step if loads are sync.
         most = len(tracked.tokens) - 1 if self.is_sync else match.hit
         match.usable = min(match.hit, most)
@@ -150,7 +153,7 @@ class SchedulerHalf:
         self._loads.append(load)
         # The engine itself keeps the blocks of an asynchronous load.
         held = real_blocks(packed) if load.is_sync else []
-        self._take_off(load.op, tracked, held)
+        self._take_off(load.op, tracked, held, is_sync=load.is_sync)
 
     def _look_up(self, tracked: Tracked, num_computed: int) -> Match | None:
         server = self._link.server
@@ -196,7 +199,9 @@ class SchedulerHalf:
 
     def step(self, scheduled: Iterable[Scheduled]) -> Plan:
         """Plan what this step loads, and stores when it has been computed."""
-        server = self._link.server
+        # What follows a synchronous load is wrong on every rank if it failed on one.
+        is_sure = not any(flight.is_sync for flight in self._flights.values())
+        server = self._link.server if is_sure else None
         stores = []
         for one in scheduled:
             tracked = self._tracked.get(one.request_id)
@@ -256,11 +261,13 @@ class SchedulerHalf:
         )
         tracked.num_told = end
 
-    def _take_off(self, op: OpId, tracked: Tracked, held: list[int]) -> None:
+    def _take_off(
+        self, op: OpId, tracked: Tracked, held: list[int], *, is_sync: bool = False
+    ) -> None:
         if self.pool is not None:
             self.pool.hold(held)
         tracked.num_ops += 1
-        self._flights[op] = Flight(tracked, held, self._world_size)
+        self._flights[op] = Flight(tracked, held, self._world_size, is_sync)
 
     # -- ends -------------------------------------------------------------------------
 
@@ -315,10 +322,20 @@ class SchedulerHalf:
         self._tracked.clear()
         self._link.close()
 
-    def _track(self, request: EngineRequest) -> Tracked:
+    def _track(self, request: EngineRequest) -> Tracked | None:
+        """Return what is known of a request; None while one of its name is ending."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
+            if self._is_ending(request.request_id):
+                return None
             session = SessionKey(self._engine_id, request.request_id)
             tracked = Tracked(session, request.tokens, request.extras)
             self._tracked[request.request_id] = tracked
         return tracked
+
+    def _is_ending(self, request_id: str) -> bool:
+        """Say whether the workers still have a finished request's tokens."""
+        return request_id in self._ended or any(
+            flight.tracked.session.request_id == request_id
+            for flight in self._flights.values()
+        )

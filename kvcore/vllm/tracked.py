@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Protocol
 
 from kvcore.keys import ExtraKey, SessionKey
@@ -62,6 +63,12 @@ class Match:
     chunk_size: int
     hit: int = 0
     usable: int = 0
+    is_judged: bool = False
+    """Whether the answer has been taken in."""
+
+    def is_over(self, valid_s: float) -> bool:
+        """Say whether it was answered and that was long ago."""
+        return self.future.done() and monotonic() - self.begun > valid_s
 
 
 @dataclass(slots=True)
@@ -103,3 +110,5 @@ class Flight:
     tracked: Tracked
     held: list[int]
     num_waiting: int
+    is_sync: bool = False
+    """Whether it is a load that steps were computed from before it was acknowledged."""

@@ -68,6 +68,8 @@ class _Flight:
     load: Load | None = None
     told: bool = False
     """Whether the engine knows how a load ended."""
+    is_late: bool = False
+    """Whether the step that needed a load did not wait for its end."""
 
 
 @dataclass(slots=True)
@@ -131,9 +133,11 @@ class WorkerHalf:
         event = self._mark() if plan.loads else b""
         flights = [self._begin_load(load, event) for load in plan.loads]
         self._flights += flights
-        awaited = [f.future for f in flights if f.load is not None and f.load.is_sync]
+        awaited = [f for f in flights if f.load is not None and f.load.is_sync]
         if awaited:
-            wait(awaited, self._config.load_timeout_s)
+            wait([f.future for f in awaited], self._config.load_timeout_s)
+        for flight in awaited:
+            flight.is_late = not flight.future.done()
 
     def store(self, plan: Plan) -> None:
         """Begin a plan's stores, of blocks that have been computed by now."""
@@ -239,7 +243,7 @@ class WorkerHalf:
             return
         if not flight.load.is_sync:
             collected.loaded.add(flight.request_id)
-        if error is not None or not _is_whole(flight):
+        if not _is_usable(flight):
             _fail(flight.load, collected)
 
     def _give_up(self, flight: _Flight, collected: Collected) -> None:
@@ -257,8 +261,10 @@ class WorkerHalf:
             self._link.close()
 
 
-def _is_whole(flight: _Flight) -> bool:
-    """Say whether a load wrote all that it was asked for."""
+def _is_usable(flight: _Flight) -> bool:
+    """Say whether a load wrote all that it was asked for, by when it was needed."""
+    if flight.is_late or flight.future.exception() is not None:
+        return False
     reply, load = flight.future.result(), flight.load
     return load is None or (
         isinstance(reply, RetrieveReply)
