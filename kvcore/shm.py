@@ -26,6 +26,8 @@ import numpy as np
 from kvcore.errors import Closed, HandleError, SetupError
 
 SHM_DIR = Path("/dev/shm")
+SEGMENT_PREFIX = "kvcore-"
+"""A server's own begin so, its process id next; `remove_dead` looks for them."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")

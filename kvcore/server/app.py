@@ -43,9 +43,8 @@ from kvcore.server.loop import Handler, Loop
 from kvcore.server.metrics import exposed
 from kvcore.server.recording import Recording
 from kvcore.server.socket import bind
-from kvcore.shm import remove_dead
+from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from kvcore.status import L1Status
-from kvcore.storage.arena import SEGMENT_PREFIX
 from kvcore.storage.manager import open_tiers
 from kvcore.storage.recovery import open_arena, recover
 from kvcore.transport.attach import open_transports

@@ -9,11 +9,7 @@ from typing import NewType
 
 from kvcore.errors import Internal, SetupError
 from kvcore.parts import Allocation, Extent
-from kvcore.shm import Bytes, Segment
-
-SEGMENT_PREFIX = "kvcore-"
-"""Names of arenas begin so; `remove_dead` at start-up looks for them."""
-
+from kvcore.shm import SEGMENT_PREFIX, Bytes, Segment
 
 PageRun = NewType("PageRun", tuple[int, int])
 """First page and number of pages."""

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcore import shm
 from kvcore.config import ServerConfig
 from kvcore.errors import HandleError, LayoutError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.layout import KVLayout
 from kvcore.protocol import CudaIpc, PosixShm
 from kvcore.shm import SHM_DIR, Segment, remove_dead
-from kvcore.storage import arena
 from kvcore.vllm import config, groups
 from kvcore.vllm import memory as memory_module
 from kvcore.vllm.identity import extra_keys, model_identity
@@ -247,7 +247,7 @@ def test_the_next_engine_removes_what_a_killed_one_shared(
 
 def test_servers_know_the_names_of_shared_caches() -> None:
     """They remove those of the dead."""
-    assert SEGMENT_PREFIX.startswith(arena.SEGMENT_PREFIX)
+    assert SEGMENT_PREFIX.startswith(shm.SEGMENT_PREFIX)
 
 
 def test_memory_that_cannot_be_shared_is_refused(

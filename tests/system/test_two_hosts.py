@@ -22,8 +22,7 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-from kvcore.shm import remove_dead
-from kvcore.storage.arena import SEGMENT_PREFIX
+from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from tests.system.conftest import Prompt
 from tests.system.server import CHUNK, Server, wait_until
 from tests.system.test_tiers import blocks_of, connected, counter, staff, written

@@ -19,8 +19,7 @@ import numpy as np
 
 from kvcore.errors import DeadlineExceeded, SetupError, Unavailable
 from kvcore.parts import Buffers
-from kvcore.shm import Segment
-from kvcore.storage.arena import SEGMENT_PREFIX
+from kvcore.shm import SEGMENT_PREFIX, Segment
 from kvcore.storage.tiers.backend import Deadline
 from kvcore.storage.tiers.contract import HEADER_BYTES
 from kvcore.storage.tiers.mooncake_process import (

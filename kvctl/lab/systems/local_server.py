@@ -16,6 +16,7 @@ import msgspec
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError, Unavailable
 from kvcore.options import encode_hook
+from kvcore.shm import SEGMENT_PREFIX, remove_dead
 
 READY_S = 120.0
 """The touch of a large L1 takes a while on a busy machine."""
@@ -87,6 +88,8 @@ class LocalServer:
     def _forget(self) -> None:
         """Release what belongs to a process that has ended."""
         self._process.wait(STOP_S)
+        # Killed, it could not; the next server's start may be long from now.
+        remove_dead(f"{SEGMENT_PREFIX}{self.pid}-")
         if self._process.stdout:
             self._process.stdout.close()
         os.close(self.exited)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvcore.shm import SEGMENT_PREFIX as SERVERS_PREFIX
 from kvcore.shm import SHM_DIR
 from kvctl.lab import driver
 from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
@@ -42,6 +43,7 @@ class WhenCopying(driver.Watcher):
 
     def __init__(self, to: str) -> None:
         self.to = to
+        self.server = 0
 
     def phase(self, name: str) -> None:
         """Strike."""
@@ -52,8 +54,10 @@ class WhenCopying(driver.Watcher):
             os.kill(ours, signal.SIGINT)
             return
         # Servers of other tests are children of ours, too.
-        (server,) = (pid for pid in descendants(ours) if "/kvlab-" in command_of(pid))
-        os.kill(server, signal.SIGKILL)
+        (self.server,) = (
+            pid for pid in descendants(ours) if "/kvlab-" in command_of(pid)
+        )
+        os.kill(self.server, signal.SIGKILL)
 
 
 def play(
@@ -91,10 +95,12 @@ def test_an_interrupt_ends_copies(tmp_path: Path) -> None:
 
 
 def test_a_server_that_dies_beneath_copies_is_told(tmp_path: Path) -> None:
-    """The run ends with a result, which says how."""
-    result = play(tmp_path, watcher=WhenCopying("the server"))
+    """The run ends with a result, which says how; L1 does not stay behind."""
+    watcher = WhenCopying("the server")
+    result = play(tmp_path, watcher=watcher)
     assert any("SIGKILL" in problem for problem in result.problems)
     assert result.copies == ()
+    assert not list(SHM_DIR.glob(f"{SERVERS_PREFIX}{watcher.server}-*"))
 
 
 class Wrong(FakeClient):
