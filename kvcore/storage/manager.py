@@ -38,6 +38,10 @@ def open_tiers(urls: Sequence[str]) -> list[Tier]:
     return tiers
 
 
+PROBE_S = 1.0
+"""How often tiers that are not up are probed, though nobody asks them anything."""
+
+
 class Manager:
     """Tiers beneath one L1, and the thread that moves chunks between them.
 
@@ -76,6 +80,7 @@ class Manager:
             max_jobs=prefetch.max_jobs,
             max_bytes=int(prefetch.max_bytes),
         )
+        self._coordinator.post(self._probe)
         if coordinator is None:
             self._coordinator.start()
 
@@ -108,8 +113,19 @@ class Manager:
         """Note that parts of these chunks were committed."""
         self.write_back.stored(chunks)
 
+    def _probe(self) -> None:
+        for tier in self._tiers:
+            if not tier.health().up:
+                tier.probe()
+        self._coordinator.at(self.clock() + PROBE_S, self._probe)
+
     def status(self) -> tuple[TierStatus, ...]:
-        """Describe the tiers and what waits for them."""
+        """Describe the tiers and what waits for them, as far as is known.
+
+        They are asked behind the answer: the next one knows more.
+        """
+        for tier in self._tiers:
+            tier.probe()
         return tuple(
             TierStatus(
                 name=health.name,

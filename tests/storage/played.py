@@ -41,6 +41,8 @@ class PlayedTier:
     """Keys whose next load gives other bytes."""
     pending: list[Pending] = field(default_factory=list)
     asked: int = 0
+    up: bool = True
+    probed: int = 0
 
     def attach(self, name: str, arena: object) -> None:
         """Need nothing of it."""
@@ -103,9 +105,14 @@ class PlayedTier:
         future.set_result(None)
         return future
 
+    def probe(self) -> None:
+        """See `Tier.probe`."""
+        self.probed += 1
+
     def health(self) -> TierHealth:
         """See `Tier.health`."""
-        return TierHealth(self.name, "", True, 0.0, "", None, None, TierCounters())
+        counters = TierCounters()
+        return TierHealth(self.name, "", self.up, 0.0, "", None, None, counters)
 
     def close(self) -> None:
         """See `Tier.close`: what is pending fails."""

@@ -493,3 +493,21 @@ def test_on_eviction_writes_ahead_of_it(houses: list[House]) -> None:
     house.store(chain(4, 8))
     house.answer_all()
     assert house.written.chunks_evicted_unsaved > 0
+
+
+def test_a_tier_that_is_not_up_is_probed_from_the_start(houses: list[House]) -> None:
+    """Nobody asks for anything; once it is up, it is probed for whom it concerns."""
+    house = House()
+    houses.append(house)
+    house.tier.up = False
+    for second in range(3):
+        house.now = second
+        house.run()
+        house.run()
+        assert house.tier.probed == second + 1
+    house.tier.up = True
+    house.now += 10
+    house.run()
+    assert house.tier.probed == 3
+    assert house.manager.status()[0].up
+    assert house.tier.probed == 4

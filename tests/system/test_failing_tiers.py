@@ -144,10 +144,6 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
     second = serve(*tier, "--set", f"prefetch.deadline_s={DEADLINE_S}")
     with connected(second) as client:
         [worker] = staff(hire, second, model, PLAIN, 1)
-        # The folder is read once it is asked for something.
-        other = SessionKey("engine", "other")
-        client.lookup(other, model, 1, prompt(CHUNK))
-        client.end_session(other)
         pipes = sorted((tmp_path / "tier").glob("[0-9a-f][0-9a-f]/*"))
         size = sum(path.stat().st_size for path in pipes)
         wait_until(lambda: client.status().tiers[0].used_bytes == size)
@@ -218,3 +214,18 @@ def test_a_tier_that_is_gone_is_a_miss_at_once(
         [tier] = client.status().tiers
         assert not tier.up
         assert tier.last_error
+
+
+def test_a_tier_is_shown_as_it_is_though_nobody_asks_it(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Not there at the start, there later: the server is ready, and tells both."""
+    folder = tmp_path / "tier"
+    folder.write_text("in the way")
+    server = serve("--tier", f"file://{folder}?retry=0.1")
+    with connected(server) as client:
+        wait_until(lambda: "Not a directory" in client.status().tiers[0].last_error)
+        assert not client.status().tiers[0].up
+        folder.unlink()
+        wait_until(lambda: client.status().tiers[0].up)
+    assert server.stop() == 0

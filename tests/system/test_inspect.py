@@ -211,7 +211,7 @@ def test_a_server_s_tables_show_what_is_under_way(
         assert held.split()[-2:] == ["0", "lookup"]
         job = next(line for line in shown.splitlines() if " waiting " in line)
         assert job.split()[:4] == [ENGINE, "waiting", "asking", "3"]
-        assert rows["slow"][1:3] == ["up", "for"]
+        assert rows["slow"][1:3] == ["down", "for"]  # It has never answered.
         assert "16.0 KiB" in " ".join(rows["slow"])
         assert rows["gone"][1:3] == ["down", "for"]
         assert "secret" not in shown

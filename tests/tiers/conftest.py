@@ -23,6 +23,7 @@ from engines import (  # the folder's own modules, found by the line above
     ValkeyEngine,
 )
 from fakes import FakeEngine
+from files import RECORD
 
 from kvcore.shm import Segment
 from kvcore.storage.tiers.contract import Tier
@@ -98,3 +99,24 @@ def tier(engine: Engine, opened: Callable[[], Tier]) -> Tier:
     """A tier on an engine that runs."""
     engine.start()
     return opened()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a file tier keeps its files."""
+    return tmp_path / "tier"
+
+
+@pytest.fixture
+def open_at(folder: Path) -> Iterator[Callable[..., Tier]]:
+    """Opens tiers on the folder with room for some parts, and closes them."""
+    tiers: list[Tier] = []
+
+    def open_one(num_parts: int, place: Path = folder) -> Tier:
+        url = f"file://{place}?max={num_parts * RECORD}B&retry=0.02&threads=1"
+        tiers.append(open_tier(url))
+        return tiers[-1]
+
+    yield open_one
+    for tier in tiers:
+        tier.close()

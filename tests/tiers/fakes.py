@@ -89,6 +89,7 @@ class FakeBackend:
 
     def usage(self, deadline: Deadline) -> Usage:
         """See `Backend.usage`."""
+        self._enter(deadline)
         return Usage(sum(map(len, self.records.values())), self.max_bytes)
 
     def close(self) -> None:

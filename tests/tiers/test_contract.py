@@ -170,6 +170,25 @@ def test_down_at_start_then_up(
     assert tier.health().up
 
 
+def test_a_probe_tells_the_truth(engine: Engine, opened: Callable[[], Tier]) -> None:
+    """Nobody asks it for parts, and it is shown as it is: gone, there, gone again."""
+    tier = opened()
+
+    def shows(up: bool) -> bool:
+        tier.probe()
+        health = tier.health()
+        return health.up is up and health.counters.failures == num_failures
+
+    num_failures = 1
+    wait_until(lambda: shows(up=False), "down at the start")
+    assert tier.health().last_error
+    engine.start()
+    wait_until(lambda: shows(up=True), "up")
+    engine.kill()
+    num_failures = 2
+    wait_until(lambda: shows(up=False), "down")
+
+
 def test_dies_under_load_and_comes_back(
     engine: Engine, tier: Tier, arena: Segment
 ) -> None:

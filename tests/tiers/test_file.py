@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -10,60 +9,14 @@ from pathlib import Path
 
 import pytest
 from engines import wait_until
+from files import RECORD, ROOMY, files_in, load, store, there
 from parts import PAGE, blob_of, key_of, load_checked, view
 
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.tiers import direct, file
-from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
-from kvcore.storage.tiers.direct import Mode, file_bytes, probe
+from kvcore.storage.tiers.contract import LoadOutcome, Stored, Tier
+from kvcore.storage.tiers.direct import Mode, probe
 from kvcore.storage.tiers.index import FileIndex
-from kvcore.storage.tiers.url import open_tier
-
-RECORD = file_bytes(PAGE)
-ROOMY = 32 << 20
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where the tier keeps its files."""
-    return tmp_path / "tier"
-
-
-@pytest.fixture
-def open_at(folder: Path) -> Iterator[Callable[..., Tier]]:
-    """Opens tiers on the folder with room for some parts, and closes them."""
-    tiers: list[Tier] = []
-
-    def open_one(num_parts: int, place: Path = folder) -> Tier:
-        url = f"file://{place}?max={num_parts * RECORD}B&retry=0.02&threads=1"
-        tiers.append(open_tier(url))
-        return tiers[-1]
-
-    yield open_one
-    for tier in tiers:
-        tier.close()
-
-
-def store(tier: Tier, arena: Segment, *numbers: int) -> list[Stored]:
-    """Store parts of one page."""
-    blobs = [blob_of(number, view(arena, number * PAGE, PAGE)) for number in numbers]
-    return tier.store(blobs).result()
-
-
-def there(tier: Tier, *numbers: int) -> list[bool]:
-    """Say which parts are there."""
-    return tier.contains([key_of(number) for number in numbers]).result()
-
-
-def load(tier: Tier, arena: Segment, number: int) -> LoadOutcome:
-    """Load a part of one page."""
-    slot = Slot(key_of(number), (view(arena, ROOMY, PAGE),))
-    return tier.load([slot]).result()[0].outcome
-
-
-def files_in(folder: Path) -> int:
-    """Bytes of all parts on the disk."""
-    return sum(path.stat().st_size for path in folder.glob("??/*"))
 
 
 def test_the_least_recently_used_parts_make_room(
@@ -167,45 +120,6 @@ def test_a_directory_serves_one_server(
     first.close()
     wait_until(lambda: store(second, arena, 2) == [Stored.DONE], "the lock")
     assert there(second, 1) == [True]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_full_and_gives_back(
-    open_at: Callable[..., Tier],
-    arena: Segment,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: int,
-) -> None:
-    """No room on the disk is FULL, leaves nothing behind and frees an old part."""
-    tier = open_at(9)
-    store(tier, arena, 1, 2)
-
-    def full(*_: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "pwritev", full)
-    assert store(tier, arena, 3) == [Stored.FULL]
-    assert list((folder / "incoming").iterdir()) == []
-    assert there(tier, 1, 2, 3) == [False, True, False]
-    assert tier.health().up
-
-
-def test_a_disk_that_fails_is_down(
-    open_at: Callable[..., Tier], arena: Segment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An I/O error fails the part, and the tier is asked again after its back-off."""
-    tier = open_at(9)
-    store(tier, arena, 1)
-
-    def broken(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", broken)
-        assert load(tier, arena, 1) is LoadOutcome.FAILED
-    assert "Input/output error" in tier.health().last_error
-    wait_until(lambda: load(tier, arena, 1) is LoadOutcome.DONE, "back-off")
 
 
 def test_without_direct_io_it_works_as_well(

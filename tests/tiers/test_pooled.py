@@ -110,6 +110,7 @@ def test_standing_in_line_is_not_the_stores_fault(
     fake: FakeEngine, tier: Tier, arena: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts whose turn comes after their deadline fail, and the tier stays up."""
+    tier.contains([key_of(1)]).result()
     monkeypatch.setattr(tier, "timeout_s", -1.0)
     assert tier.store([blob_of(1, view(arena, 0, PAGE))]).result() == [Stored.FAILED]
     health = tier.health()
@@ -152,13 +153,32 @@ def test_a_defect_is_a_failure_and_is_logged(
     assert not tier.health().up
 
 
-def test_usage_is_asked_in_the_background(
+def test_a_probe_asks_behind_the_callers_back(fake: FakeEngine, tier: Tier) -> None:
+    """Health tells what is known: nothing at first, and not that the tier is up."""
+    fake.pause()
+    for _ in range(9):
+        tier.probe()
+    health = tier.health()
+    assert (health.up, health.used_bytes, health.counters.failures) == (False, None, 0)
+    assert health.last_error == "it has not answered yet"
+    fake.resume()
+    wait_until(lambda: tier.health().up, "an answer")
+    health = tier.health()
+    assert (health.used_bytes, health.max_bytes) == (0, FakeEngine.capacity)
+    assert health.last_error == ""
+    assert fake.backend.entered.acquire(blocking=False)
+    assert not fake.backend.entered.acquire(blocking=False)  # Nine probes are one.
+
+
+def test_a_probe_ends_with_its_time(
     fake: FakeEngine, tier: Tier, arena: Segment
 ) -> None:
-    """Health answers at once with what is known, and knows more the next time."""
-    assert tier.health().used_bytes is None
-    wait_until(lambda: tier.health().used_bytes == 0, "usage")
-    assert tier.health().max_bytes == FakeEngine.capacity
+    """Questions behind a store that hangs wait no longer for it having been probed."""
+    tier.contains([key_of(1)]).result()
+    fake.pause()
+    tier.probe()
+    assert tier.contains([key_of(1)]).result() == [False]
+    assert not tier.health().up
 
 
 def test_a_batch_fails_only_where_it_broke(

@@ -70,7 +70,7 @@ class Backend(Protocol):
         """Remove keys; return how many were there, as far as the store says."""
 
     def usage(self, deadline: Deadline) -> Usage:
-        """Ask how much is held."""
+        """Ask how much is held, and so whether the store is there."""
 
     @property
     def num_evicted(self) -> int:

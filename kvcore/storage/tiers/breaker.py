@@ -15,7 +15,10 @@ _MAX_BACKOFF = 16
 
 @dataclass(frozen=True, slots=True)
 class BreakerState:
-    """Up or down since a Unix time, and what was last wrong."""
+    """Up or down since a Unix time, and what was last wrong.
+
+    A store is not up before it has answered once.
+    """
 
     up: bool
     since: float
@@ -42,8 +45,9 @@ class Breaker:
         """Failures in a row; 0 is up."""
         self._retry_at = 0.0
         self._probing = False
+        self._up = False
         self._since = time.time()
-        self._last_error = ""
+        self._last_error = "it has not answered yet"
         self._num_failures = 0
 
     def admit(self) -> bool:
@@ -58,14 +62,18 @@ class Breaker:
             self._retry_at = now + self._probe_s
             return True
 
-    def succeed(self) -> None:
-        """Note that the store answered."""
-        if not self._tries:
-            return
+    def succeed(self) -> bool:
+        """Note that the store answered; return whether that is news."""
+        if self._up:
+            return False
         with self._lock:
+            was_up, self._up = self._up, True
             self._tries = 0
             self._probing = False
             self._since = time.time()
+            if not self._num_failures:
+                self._last_error = ""
+            return not was_up
 
     def fail(self, error: str) -> bool:
         """Note that it did not; return whether that is news."""
@@ -76,6 +84,7 @@ class Breaker:
                 self._num_failures += 1
                 self._since = time.time()
             self._tries += 1
+            self._up = False
             self._probing = False
             factor = min(2 ** (self._tries - 1), _MAX_BACKOFF)
             self._retry_at = self._clock() + self._backoff_s * factor
@@ -86,5 +95,5 @@ class Breaker:
         """Return the state of this moment."""
         with self._lock:
             return BreakerState(
-                not self._tries, self._since, self._last_error, self._num_failures
+                self._up, self._since, self._last_error, self._num_failures
             )

@@ -143,7 +143,7 @@ class TierHealth(msgspec.Struct, frozen=True):
     up: bool
     since: float
     last_error: str
-    """Of the last failure, also after it is over; empty before the first."""
+    """Of the last failure, also after it is over; empty while there was none."""
     used_bytes: int | None
     max_bytes: int | None
     counters: TierCounters
@@ -178,8 +178,17 @@ class Tier(Protocol):
     def delete(self, keys: Sequence[PartKey]) -> Future[None]:
         """Remove the keys; those that are not there, or a tier that is down, pass."""
 
+    def probe(self) -> None:
+        """Have the store asked, behind the caller's back, for what `health` tells.
+
+        One that is down is asked when its back-off is over, as by any other call.
+        """
+
     def health(self) -> TierHealth:
-        """Describe the state, from what is known without asking the store."""
+        """Describe the state, from what is known without asking the store.
+
+        A tier that has not answered anything yet is not up.
+        """
 
     def close(self) -> None:
         """End what is under way (within `timeout_s`) and let go of the store.

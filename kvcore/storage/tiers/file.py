@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import secrets
 import stat
@@ -39,7 +40,21 @@ from kvcore.storage.tiers.direct import (
 )
 from kvcore.storage.tiers.index import FileIndex
 
+log = logging.getLogger(__name__)
+
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_IN_THE_WAY = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EINVAL,  # What O_DIRECT gets of a folder.
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.EXDEV,
+}
+"""What is said where something foreign stands in a part's place, or its folder's."""
 _INCOMING = "incoming"
 """Folder of files that are being written."""
 
@@ -58,11 +73,14 @@ class FileBackend:
         self._index = FileIndex(max_bytes)
         self._lock = threading.Lock()
         self._lock_fd: int | None = None
+        self._lock_file = os.stat_result([0] * 10)
         self._mode = Mode.BUFFERED
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count()
         self._scanned = threading.Event()
         self._scan: threading.Thread | None = None
+        self._passed_over: set[str] = set()
+        """Folders of which it was said that something is in the way there."""
 
     def attach(self, name: str, arena: Bytes) -> None:
         """Nothing to do: any page-aligned memory will do."""
@@ -77,7 +95,7 @@ class FileBackend:
         self._open()
         if self._scanned.is_set():
             return [str(key) in self._index for key in keys]
-        return [self._path(str(key)).exists() for key in keys]
+        return [os.path.exists(self._path(str(key))) for key in keys]
 
     def load(self, slots: Sequence[Slot], deadline: Deadline) -> Iterator[Loaded]:
         """Read straight into the slots."""
@@ -99,7 +117,9 @@ class FileBackend:
         return sum(self._remove(str(key)) for key in keys)
 
     def usage(self, deadline: Deadline) -> Usage:
-        """Bytes of the files known so far."""
+        """Bytes of the files known so far, while the directory is there."""
+        self._open()
+        self._look()
         return Usage(self._index.used_bytes, self._index.max_bytes)
 
     def close(self) -> None:
@@ -114,11 +134,11 @@ class FileBackend:
         name = str(slot.key)
         try:
             checksum = read_record(self._path(name), slot, self._mode, deadline)
-        except FileNotFoundError:
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self._pass_over(name, error)
             self._index.remove(name)
             return Loaded(LoadOutcome.MISSING)
-        except OSError as error:
-            raise self._failure(error) from error
         if checksum is None:
             return Loaded(LoadOutcome.REJECTED)
         self._index.touch(name)
@@ -138,7 +158,8 @@ class FileBackend:
         except OSError as error:
             self._index.release(size)
             if error.errno not in _NO_ROOM:
-                raise self._failure(error) from error
+                self._pass_over(name, error)
+                return Stored.FAILED
             # The disk is smaller than the bound, or others fill it: give some back.
             self._unlink(self._index.shrink(size))
             return Stored.FULL
@@ -172,7 +193,17 @@ class FileBackend:
             try:
                 self._path(name).unlink(missing_ok=True)
             except OSError as error:
-                raise self._failure(error) from error
+                self._pass_over(name, error)
+
+    def _pass_over(self, name: str, error: OSError) -> None:
+        """Do without a part whose place is taken; raises for what is worse."""
+        if error.errno not in _IN_THE_WAY:
+            raise self._failure(error) from error
+        self._look()
+        folder = name[:2]
+        if folder not in self._passed_over:
+            self._passed_over.add(folder)
+            log.warning("%s: parts are passed over: %s", self._directory, error)
 
     def _path(self, name: str) -> Path:
         return self._directory / name[:2] / name
@@ -191,7 +222,8 @@ class FileBackend:
                 self._mode = probe(incoming)
             except OSError as error:
                 self._unlock()
-                raise Unavailable(f"{self._directory}: {error.strerror}") from error
+                place = error.filename or self._directory
+                raise Unavailable(f"{place}: {error.strerror}") from error
             if self._scan is not None:
                 self._scan.join()
             self._index.clear()
@@ -200,8 +232,8 @@ class FileBackend:
             self._scan.start()
 
     def _take(self) -> int:
-        path = self._directory / ".lock"
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC
+        fd = os.open(self._lock_path, flags, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -209,7 +241,20 @@ class FileBackend:
             raise Unavailable(
                 f"{self._directory} is another server's: give each its own"
             ) from error
+        self._lock_file = os.fstat(fd)
         return fd
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._directory / ".lock"
+
+    def _look(self) -> None:
+        """Raise `Unavailable` when the directory is not the one that was opened."""
+        try:
+            if not os.path.samestat(self._lock_path.stat(), self._lock_file):
+                raise OSError(errno.ESTALE, "another directory is in its place")
+        except OSError as error:
+            raise self._failure(error) from error
 
     def _unlock(self) -> None:
         fd, self._lock_fd = self._lock_fd, None
@@ -227,7 +272,8 @@ class FileBackend:
         try:
             for path in (self._directory / _INCOMING).iterdir():
                 if not path.name.startswith(self._run):
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):  # A folder, say, which is nobody's of ours.
+                        path.unlink()
             files = sorted(_parts_under(self._directory), reverse=True)
             evicted = self._index.add_old((name, size) for _, name, size in files)
             self._unlink(evicted)
@@ -240,12 +286,10 @@ class FileBackend:
 def _parts_under(directory: Path) -> Iterator[tuple[float, str, int]]:
     """Yield when each part was written, its name and its size.
 
-    What is no part, or goes meanwhile, is passed over.
+    What is no part, goes meanwhile or cannot be read is passed over.
     """
     for folder in directory.glob("[0-9a-f][0-9a-f]"):
-        if not folder.is_dir():
-            continue
-        with os.scandir(folder) as entries:
+        with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if not _is_part(entry.name, folder.name):
                     continue

@@ -95,7 +95,9 @@ class MooncakeBackend:
             return call.ask(Request("remove", self._names(keys))).count(0)
 
     def usage(self, deadline: Deadline) -> Usage:
-        """Only the master's metrics know."""
+        """Only the master's metrics know; a key is asked for."""
+        with self._call(deadline) as call:
+            call.exist((f"{self._prefix}probe",))
         return Usage()
 
     def close(self) -> None:

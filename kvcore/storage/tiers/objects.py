@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 
 _REJECTED = Loaded(LoadOutcome.REJECTED)
+_PROBE = "probe"
+"""An object that need not be there."""
 _NO_ROOM = ("507", "insufficient storage", "quotaexceeded", "storagefull")
 """How servers say that they are full; S3 itself never is."""
 
@@ -95,7 +97,8 @@ class ObjectsBackend:
         return len(keys)
 
     def usage(self, deadline: Deadline) -> Usage:
-        """Nobody knows without listing everything."""
+        """Nobody knows without listing everything; an object is asked for."""
+        self._run(self._exists(_PROBE), deadline)
         return Usage()
 
     def close(self) -> None:
@@ -106,7 +109,7 @@ class ObjectsBackend:
     ) -> list[ResultT]:
         return await asyncio.gather(*map(ask, keys))
 
-    async def _exists(self, key: PartKey) -> bool:
+    async def _exists(self, key: PartKey | str) -> bool:
         try:
             await self._api.head_async(self._store, str(key))
         except FileNotFoundError:

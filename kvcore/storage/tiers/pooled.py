@@ -16,7 +16,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from copy import copy
 from typing import Generic, TypeVar
 
-from kvcore.errors import DeadlineExceeded, KVError, Unavailable
+from kvcore.errors import DeadlineExceeded, KVError
 from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Backend, Deadline, Usage
 from kvcore.storage.tiers.breaker import Breaker, Clock
@@ -34,8 +34,6 @@ from kvcore.storage.tiers.contract import (
 
 log = logging.getLogger(__name__)
 
-_USAGE_AGE_S = 1.0
-"""How old the usage in `health` may be before it is asked for anew."""
 _FAILED = Loaded(LoadOutcome.FAILED)
 
 ItemT = TypeVar("ItemT")
@@ -68,12 +66,12 @@ class PooledTier:
         self._lock = threading.Lock()
         self._counters = TierCounters()
         self._usage = Usage()
-        self._usage_at = float("-inf")
         self._full_until = float("-inf")
         self._closed = False
         self._loads = ThreadPoolExecutor(threads, f"{name}-load")
         self._stores = ThreadPoolExecutor(threads, f"{name}-store")
         self._questions = ThreadPoolExecutor(1, f"{name}-ask")
+        self._probe = _done([None])
 
     # -- the contract -------------------------------------------------------------
 
@@ -109,15 +107,16 @@ class PooledTier:
         done.add_done_callback(lambda _: deleted.set_result(None))
         return deleted
 
+    def probe(self) -> None:
+        """See `Tier.probe`; not while one is under way."""
+        if self._probe.done():
+            self._probe = self._spread(self._questions, [None], 1, self._ask, None)
+
     def health(self) -> TierHealth:
-        """See `Tier.health`; what is used is a second old when the store is up."""
+        """See `Tier.health`."""
         state = self._breaker.state()
         with self._lock:
             counters, usage = copy(self._counters), self._usage
-            due = self._clock() >= self._usage_at + _USAGE_AGE_S
-            if due and state.up and not self._closed:
-                self._usage_at = self._clock()
-                self._questions.submit(self._refresh_usage)
         counters.failures = state.num_failures
         counters.evicted = self._backend.num_evicted
         return TierHealth(
@@ -197,9 +196,11 @@ class PooledTier:
                 return
             deadline.left()
             for outcome in work(items, deadline):
-                gather.put(first + num_done, outcome)
                 num_done += 1
-            self._breaker.succeed()
+                if num_done == len(items) and self._breaker.succeed():
+                    # Before the future is done: who waits for it may look.
+                    log.info("tier %s is up", self.name)
+                gather.put(first + num_done - 1, outcome)
         except Exception as error:  # noqa: BLE001 - no failure of a store is ours
             if isinstance(error, DeadlineExceeded) and left < self.timeout_s / 2:
                 # It stood in line for most of its time: not the store's fault.
@@ -216,16 +217,11 @@ class PooledTier:
         if self._breaker.fail(str(error)):
             log.warning("tier %s is down: %s", self.name, error)
 
-    def _refresh_usage(self) -> None:
-        try:
-            usage = self._backend.usage(Deadline.after(self.timeout_s))
-        except (Unavailable, DeadlineExceeded) as error:
-            self._note(error)
-        else:
-            with self._lock:
-                self._usage = usage
-
     # -- the work itself, in a thread ---------------------------------------------
+
+    def _ask(self, _: Sequence[None], deadline: Deadline) -> Iterator[None]:
+        self._usage = self._backend.usage(deadline)
+        return iter([None])
 
     def _contains(self, keys: Sequence[PartKey], deadline: Deadline) -> Iterator[bool]:
         found = self._backend.contains(keys, deadline)

@@ -1,0 +1,38 @@
+"""Parts of one page in a file tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parts import PAGE, blob_of, key_of, view
+
+from kvcore.shm import Segment
+from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
+from kvcore.storage.tiers.direct import file_bytes
+
+RECORD = file_bytes(PAGE)
+"""Bytes of each on the disk."""
+ROOMY = 32 << 20
+"""Where in the arena they are loaded to."""
+
+
+def store(tier: Tier, arena: Segment, *numbers: int) -> list[Stored]:
+    """Store parts of one page."""
+    blobs = [blob_of(number, view(arena, number * PAGE, PAGE)) for number in numbers]
+    return tier.store(blobs).result()
+
+
+def there(tier: Tier, *numbers: int) -> list[bool]:
+    """Say which parts are there."""
+    return tier.contains([key_of(number) for number in numbers]).result()
+
+
+def load(tier: Tier, arena: Segment, number: int) -> LoadOutcome:
+    """Load a part of one page."""
+    slot = Slot(key_of(number), (view(arena, ROOMY, PAGE),))
+    return tier.load([slot]).result()[0].outcome
+
+
+def files_in(folder: Path) -> int:
+    """Bytes of all parts on the disk."""
+    return sum(path.stat().st_size for path in folder.glob("??/*"))

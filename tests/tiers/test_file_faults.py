@@ -1,0 +1,212 @@
+"""The file tier on disks that are full, broken, gone, or not its alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engines import wait_until
+from files import RECORD, ROOMY, files_in, load, store, there
+from parts import PAGE, blob_of, key_of, view
+
+from kvcore.shm import Segment
+from kvcore.storage.tiers import file
+from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_full_and_gives_back(
+    open_at: Callable[..., Tier],
+    arena: Segment,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """No room on the disk is FULL, leaves nothing behind and frees an old part."""
+    tier = open_at(9)
+    store(tier, arena, 1, 2)
+
+    def full(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    assert store(tier, arena, 3) == [Stored.FULL]
+    assert list((folder / "incoming").iterdir()) == []
+    assert there(tier, 1, 2, 3) == [False, True, False]
+    assert tier.health().up
+
+
+def test_a_disk_that_fails_is_down(
+    open_at: Callable[..., Tier], arena: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An I/O error fails the part, and the tier is asked again after its back-off."""
+    tier = open_at(9)
+    store(tier, arena, 1)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        assert load(tier, arena, 1) is LoadOutcome.FAILED
+    assert "Input/output error" in tier.health().last_error
+    wait_until(lambda: load(tier, arena, 1) is LoadOutcome.DONE, "back-off")
+
+
+ODD = 1 << 24
+"""A part in a folder of its own."""
+
+
+def _put_file(part: Path) -> None:
+    part.parent.write_text("mine")
+
+
+def _put_folder(part: Path) -> None:
+    part.mkdir(parents=True)
+    (part / "notes").write_text("mine")
+
+
+def _put_link_to_nowhere(part: Path) -> None:
+    part.parent.symlink_to("nowhere")
+
+
+def _put_link_to_itself(part: Path) -> None:
+    part.parent.symlink_to(part.parent)
+
+
+ODD_THINGS = [_put_file, _put_folder, _put_link_to_nowhere, _put_link_to_itself]
+
+
+@pytest.mark.parametrize("put", ODD_THINGS)
+@pytest.mark.parametrize("when", ["before", "listing", "serving", "known"])
+def test_what_stands_in_a_parts_place_costs_that_part_alone(
+    open_at: Callable[..., Tier],
+    arena: Segment,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    put: Callable[[Path], None],
+    when: str,
+) -> None:
+    """It is a miss and cannot be stored, others are as ever, and the log has a line."""
+    blob = blob_of(ODD, view(arena, 0, PAGE))
+    part = folder / str(blob.key)[:2] / str(blob.key)
+    go_on = threading.Event()
+    if when == "before":
+        folder.mkdir()
+        put(part)
+    elif when == "listing":
+
+        def slow(_: Path) -> Iterator[tuple[float, str, int]]:
+            go_on.wait()
+            return iter(())
+
+        monkeypatch.setattr(file, "_parts_under", slow)
+    tier = open_at(9)
+    there(tier, 1)
+    if when == "known":
+        assert tier.store([blob]).result() == [Stored.DONE]
+        part.unlink()
+        part.parent.rmdir()
+    if when != "before":
+        put(part)
+    for _ in range(2):
+        slot = Slot(blob.key, (view(arena, ROOMY, PAGE),))
+        [loaded] = tier.load([slot]).result()
+        assert loaded.outcome in (LoadOutcome.MISSING, LoadOutcome.REJECTED)
+        go_on.set()
+        assert tier.store([blob]).result() == [Stored.FAILED]
+        tier.delete([blob.key]).result()
+        assert there(tier, ODD) == [False]
+    assert store(tier, arena, 1) == [Stored.DONE]
+    assert load(tier, arena, 1) is LoadOutcome.DONE
+    health = tier.health()
+    assert (health.up, health.counters.failures) == (True, 0)
+    assert caplog.text.count("passed over") == 1
+    assert health.used_bytes in (None, RECORD)
+
+
+def test_a_folder_that_goes_is_a_tier_that_comes_back(
+    open_at: Callable[..., Tier], arena: Segment, folder: Path
+) -> None:
+    """What it had is missing; it is made anew, and what is stored then is served."""
+    tier = open_at(9)
+    store(tier, arena, 1, 2)
+    shutil.rmtree(folder)
+    assert load(tier, arena, 1) is LoadOutcome.MISSING
+    assert store(tier, arena, 3) == [Stored.FAILED]
+    wait_until(lambda: store(tier, arena, 3) == [Stored.DONE], "the folder")
+    assert there(tier, 1, 2, 3) == [False, False, True]
+    assert files_in(folder) == RECORD
+
+
+def test_another_folder_in_its_place_is_noticed(
+    open_at: Callable[..., Tier], arena: Segment, folder: Path
+) -> None:
+    """A disk that was unmounted, say: a probe finds out, and the next one opens it."""
+    tier = open_at(9)
+    store(tier, arena, 1)
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+    (folder / ".lock").touch()
+
+    def has_failed() -> bool:
+        tier.probe()
+        return tier.health().counters.failures > 0
+
+    wait_until(has_failed, "the probe")
+    assert "another directory" in tier.health().last_error
+    wait_until(lambda: store(tier, arena, 2) == [Stored.DONE], "the folder")
+    assert there(tier, 1, 2) == [False, True]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_disk_that_takes_no_files_is_down_and_says_why(
+    open_at: Callable[..., Tier],
+    arena: Segment,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """Read-only, broken or gone: what was meant for it fails, and it is tried again."""
+    tier = open_at(9)
+    store(tier, arena, 1)
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", refuse)
+        assert store(tier, arena, 2) == [Stored.FAILED]
+        assert os.strerror(number) in tier.health().last_error
+    wait_until(lambda: store(tier, arena, 2) == [Stored.DONE], "back-off")
+    assert there(tier, 1, 2) == [True, True]
+
+
+def test_a_folder_that_cannot_be_listed_hides_no_other(
+    open_at: Callable[..., Tier],
+    arena: Segment,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a restart its parts are not served, those of others are."""
+    first = open_at(9)
+    store(first, arena, 1, 2)
+    first.store([blob_of(ODD, view(arena, 0, PAGE))]).result()
+    first.close()
+    (folder / "incoming" / "odd").mkdir()
+    listing = os.scandir
+
+    def refuse(path: Path) -> os.ScandirIterator[str]:
+        if path == folder / str(key_of(ODD))[:2]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(file.os, "scandir", refuse)
+    second = open_at(9)
+    assert store(second, arena, 3) == [Stored.DONE]
+    assert there(second, 1, 2, 3, ODD) == [True, True, True, False]
