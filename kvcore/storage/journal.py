@@ -3,11 +3,12 @@
 An append-only file of checksummed records. It says where bytes should be, never that
 they are right: each part carries its own checksum, and whoever starts again checks
 the bytes against it. So nothing here is synced, and a record that was lost or torn
-costs a chunk at most.
+costs a chunk at most. A disk that fails or is full ends the keeping, not the server.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -22,6 +23,8 @@ from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.parts import Allocation, Checksum
 from kvcore.storage.chunk import Chunk, DropReason, PartId, PartName
+
+log = logging.getLogger(__name__)
 
 _FRAME = struct.Struct("<IQ")
 VERSION = 1
@@ -74,10 +77,15 @@ class Journal:
         self._lock = threading.Lock()
         self._num_records = 0
         self._num_live = 0
+        self._ended = False
+        """The disk took no more: what is noted from here on is dropped."""
         self._compaction: threading.Thread | None = None
         self._aside: int | None = None
         """File of a compaction under way; it gets every record, too."""
-        self._file = self._create(self._aside_path)
+        try:
+            self._file = self._create(self._aside_path)
+        except OSError as error:
+            raise _unusable(path, error) from None
 
     def note(self, chunk: Chunk, part: PartId) -> None:
         """Note a part that is readable; without name or checksum it is not kept."""
@@ -111,9 +119,13 @@ class Journal:
                 record = self._noted.popleft()
                 self._count(record)
                 frames.append(_frame(record))
-            self._append(b"".join(frames))
+            try:
+                self._append(b"".join(frames))
+            except OSError as error:
+                self._end(error)
             waste = self._num_records - 2 * self._num_live
-            return waste > SPARE_RECORDS and self._compaction is None
+            idle = self._compaction is None and not self._ended
+            return idle and waste > SPARE_RECORDS
 
     def _count(self, record: Record) -> None:
         self._num_records += 1
@@ -124,13 +136,21 @@ class Journal:
 
     def _append(self, data: bytes) -> None:
         for file in (self._file, self._aside):
-            if file is not None:
+            if file is not None and not self._ended:
                 _write_all(file, data)
+
+    def _end(self, error: OSError) -> None:
+        """Leave the journal as it is: what it says is checked by who reads it."""
+        self._ended = True
+        log.error("keeping L1 in %s ended: %s", self.path, error.strerror)
 
     def begin(self) -> None:
         """Take the place of an earlier run's journal."""
         self.write()
-        self._aside_path.replace(self.path)
+        try:
+            self._aside_path.replace(self.path)
+        except OSError as error:
+            raise _unusable(self.path, error) from None
 
     # -- compaction -------------------------------------------------------------------
 
@@ -141,9 +161,13 @@ class Journal:
         meanwhile goes to both files.
         """
         with self._lock:
-            if self._compaction is not None:
+            if self._compaction is not None or self._ended:
                 return
-            self._aside = self._create(self._aside_path)
+            try:
+                self._aside = self._create(self._aside_path)
+            except OSError as error:
+                self._end(error)
+                return
             self._num_records = self._num_live = 0
             self._compaction = threading.Thread(
                 target=self._compact, args=(note_all,), name="compact", daemon=True
@@ -157,20 +181,25 @@ class Journal:
     def _compact(self, note_all: Callable[[], None]) -> None:
         note_all()
         with self._lock:
-            if self._aside is None:
+            aside, self._aside, self._compaction = self._aside, None, None
+            if aside is None:
                 return
-            self._aside_path.replace(self.path)
-            os.close(self._file)
-            self._file, self._aside = self._aside, None
-            self._compaction = None
+            if not self._ended:
+                try:
+                    self._aside_path.replace(self.path)
+                    self._file, aside = aside, self._file
+                except OSError as error:
+                    self._end(error)
+            os.close(aside)
 
     def _create(self, path: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        file = os.open(path, flags, 0o600)
         try:
-            file = os.open(path, flags, 0o600)
             _write_all(file, _frame(self._opened))
-        except OSError as error:
-            raise SetupError(f"l1.keep = {path}: {error.strerror}") from None
+        except OSError:
+            os.close(file)
+            raise
         return file
 
     def close(self) -> None:
@@ -187,10 +216,17 @@ def read(path: Path, opened: Opened) -> Iterator[Committed | Freed]:
     """Yield a journal's records up to the first that is torn.
 
     Nothing when there is no journal, or it is another arena's.
+
+    Raises:
+        SetupError: there is something, and it cannot be read.
     """
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return
-    records = _records(path.read_bytes())
+    except OSError as error:
+        raise _unusable(path, error) from None
+    records = _records(data)
     if next(records, None) != opened:
         return
     for record in records:
@@ -211,6 +247,10 @@ def _records(data: bytes) -> Iterator[Record]:
         except msgspec.MsgspecError:
             return
         offset += length
+
+
+def _unusable(path: Path, error: OSError) -> SetupError:
+    return SetupError(f"l1.keep = {path}: {error.strerror}")
 
 
 def _frame(record: Record) -> bytes:

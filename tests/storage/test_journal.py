@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,3 +195,57 @@ def test_compaction_keeps_what_is_live(
         again = start(path, arena)
         assert live == [number for number in range(300) if there(again, number)[0]]
         assert len(live) == 4
+
+
+@pytest.mark.parametrize("spare", [journals.SPARE_RECORDS, 8])
+@pytest.mark.parametrize("failing", ["open", "write", "replace"])
+def test_a_disk_that_takes_no_more_ends_the_keeping(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: str,
+    spare: int,
+) -> None:
+    """L1 goes on as ever, also while the journal is written anew; the log has a line.
+
+    A later run believes what it still finds to be right, and no more.
+    """
+    monkeypatch.setattr(journals, "SPARE_RECORDS", spare)
+    with kept(path) as arena, monkeypatch.context() as patch:
+        l1 = start(path, arena)
+        store(l1, arena, 1, 2)
+
+        def full(*args: object) -> int:
+            if failing == "write":
+                os.pwrite(args[0], args[1][:9], os.lseek(args[0], 0, 1))  # type: ignore
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        place = Path if failing == "replace" else journals.os
+        patch.setattr(place, failing, full)
+        for number in range(3, 60):
+            store(l1, arena, number)
+            assert there(l1, number) == [True]
+            assert l1._journal is not None
+            compaction = l1._journal._compaction
+            if compaction is not None:
+                compaction.join()
+        l1.check()
+        assert not l1._journal._noted
+        l1._journal.close()
+    ended = failing == "write" or spare == 8
+    assert caplog.text.count("keeping L1 in") == ended
+    with kept(path) as arena:
+        again = start(path, arena)
+        store(again, arena, 60)
+        assert there(again, 60) == [True]
+
+
+def test_a_journal_that_is_none_is_refused_by_name(path: Path) -> None:
+    """A folder in its place says so, before anything is served."""
+    for found in (False, True):
+        with kept(path) as arena:
+            assert arena.was_found is found
+            path.mkdir()
+            with pytest.raises(SetupError, match=r"l1\.keep = .*: Is a directory"):
+                start(path, arena)
+            path.rmdir()
