@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from engines import S3Engine
-from parts import PAGE, blob_of, view
+from parts import PAGE, blob_of, outcome, view
 
 from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import Stored
+from kvcore.storage.tiers.contract import LoadOutcome, Stored
 from kvcore.storage.tiers.url import open_tier
 
 pytestmark = pytest.mark.tiers
 
 
+TERABYTE = 1 << 40
+
+
 class Full(BaseHTTPRequestHandler):
-    """Has nothing and takes nothing; `answer` is how it says so."""
+    """Has nothing and takes nothing; `answer` is how it says so.
+
+    But for a terabyte under every name, which it begins to send.
+    """
 
     answer: tuple[int, str]
+    removed: list[str]
+
+    def do_GET(self) -> None:
+        """Send some of it."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(TERABYTE))
+        self.send_header("Last-Modified", "Tue, 24 Nov 2026 00:00:00 GMT")
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(bytes(1 << 16))
+
+    def do_POST(self) -> None:
+        """Note what is deleted."""
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        keys = re.findall(r"<Key>.*?</Key>", asked.decode())
+        self.removed += [key[5:-6] for key in keys]
+        deleted = "".join(f"<Deleted>{key}</Deleted>" for key in keys)
+        self._reply(200, f"<DeleteResult>{deleted}</DeleteResult>")
 
     def do_HEAD(self) -> None:
         """Nothing is there."""
@@ -42,16 +68,22 @@ class Full(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
 
+@pytest.fixture
+def removed() -> list[str]:
+    """Objects that were deleted."""
+    return []
+
+
 Serve = Callable[[int, str], str]
 
 
 @pytest.fixture
-def full_store() -> Iterator[Serve]:
+def full_store(removed: list[str]) -> Iterator[Serve]:
     """Serve one that answers a PUT so; return its tier's URL."""
     servers: list[ThreadingHTTPServer] = []
 
     def serve(status: int, text: str) -> str:
-        handler = type("Full", (Full,), {"answer": (status, text)})
+        handler = type("Full", (Full,), {"answer": (status, text), "removed": removed})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever).start()
@@ -85,6 +117,19 @@ def test_a_full_store_is_full_and_stays_up(
     assert tier.contains([blob.key]).result() == [False]
     health = tier.health()
     assert (health.up, health.counters.full, health.counters.failures) == (True, 1, 0)
+    tier.close()
+
+
+def test_an_object_of_another_size_is_not_read(
+    full_store: Serve, removed: list[str], arena: Segment
+) -> None:
+    """Somebody's terabyte under a part's name costs no memory, and is removed."""
+    tier = open_tier(full_store(507, ""))
+    blob = blob_of(1, view(arena, 0, PAGE))
+    room = view(arena, 32 << 20, PAGE)
+    assert outcome(tier, blob.key, room) is LoadOutcome.REJECTED
+    assert removed == [str(blob.key)]
+    assert tier.health().up
     tier.close()
 
 

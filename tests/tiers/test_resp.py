@@ -61,7 +61,15 @@ def test_replies_of_each_kind(scripted: Callable[[bytes], Target]) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"HTTP/1.1 400\r\n", b":x\r\n", b"$\r\n", b"x" * 70_000]
+    "answer",
+    [
+        b"HTTP/1.1 400\r\n",
+        b":x\r\n",
+        b"$\r\n",
+        b":--1\r\n",
+        b"$" + b"9" * 5000 + b"\r\n",
+        b"x" * 70_000,
+    ],
 )
 def test_other_protocols_are_refused(
     scripted: Callable[[bytes], Target], answer: bytes

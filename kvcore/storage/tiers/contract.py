@@ -106,7 +106,7 @@ class Stored(Enum):
     PRESENT = "present"
     """The key was there already; nothing was written."""
     FULL = "full"
-    """No room, and none could be made; stores answer so for a short while."""
+    """No room or no leave to write; stores answer so for a short while."""
     FAILED = "failed"
 
 

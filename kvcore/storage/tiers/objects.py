@@ -79,7 +79,7 @@ class ObjectsBackend:
     def load(self, slots: Sequence[Slot], deadline: Deadline) -> Iterator[Loaded]:
         """Get, then copy."""
         for slot in slots:
-            value = self._run(self._get(slot.key), deadline)
+            value = self._run(self._get(slot), deadline)
             yield Loaded(LoadOutcome.MISSING) if value is None else _fill(slot, value)
 
     def store(self, blobs: Sequence[Blob], deadline: Deadline) -> Iterator[Stored]:
@@ -116,9 +116,11 @@ class ObjectsBackend:
             return False
         return True
 
-    async def _get(self, key: PartKey) -> memoryview | None:
+    async def _get(self, slot: Slot) -> memoryview | None:
         try:
-            result = await self._api.get_async(self._store, str(key))
+            result = await self._api.get_async(self._store, str(slot.key))
+            if result.meta["size"] != _size_of(slot):
+                return memoryview(b"")  # Somebody's terabyte is not for our memory.
             return memoryview(await result.buffer_async())
         except FileNotFoundError:
             return None
@@ -155,7 +157,7 @@ class ObjectsBackend:
 
 
 def _fill(slot: Slot, value: memoryview) -> Loaded:
-    if value.nbytes != HEADER_BYTES + num_bytes_of(slot.buffers):
+    if value.nbytes != _size_of(slot):
         return _REJECTED
     checksum = read_header(value, slot)
     if checksum is None:
@@ -165,6 +167,10 @@ def _fill(slot: Slot, value: memoryview) -> Loaded:
         buffer[:] = value[start : start + buffer.nbytes]
         start += buffer.nbytes
     return Loaded(LoadOutcome.DONE, checksum)
+
+
+def _size_of(slot: Slot) -> int:
+    return HEADER_BYTES + num_bytes_of(slot.buffers)
 
 
 def _brief(error: Exception) -> str:

@@ -7,6 +7,7 @@ tier needs, strictly one reply after another.
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import ssl
@@ -23,6 +24,8 @@ _PIECE = 2 << 20
 """Bytes a system call, at most."""
 _BUFFER = 64 << 10
 _NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+_NUMBER = re.compile(rb"-?[0-9]{1,19}")
 
 Argument = bytes | str | int
 
@@ -133,10 +136,10 @@ class RespConnection:
             return text
         if mark == b"-":
             return ErrorReply(text)
-        number = int(text) if text.lstrip("-").isdecimal() else None
-        if mark == b":" and number is not None:
-            return number
-        if mark == b"$" and number is not None:
+        if mark in (b":", b"$") and _NUMBER.fullmatch(line, 1):
+            number = int(text)
+            if mark == b":":
+                return number
             return BulkReply(number) if number >= 0 else None
         raise Unavailable(f"the server does not speak RESP: {line[:32]!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,11 @@ from kvcore.storage.tiers.resp import (
     Target,
 )
 
+log = logging.getLogger(__name__)
+
+_TAKES_NOTHING = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")
+"""Refusals to write of a server that answers all else: full, a replica, one that cannot
+save or has lost its replicas, a user who may only read."""
 _REJECTED = Loaded(LoadOutcome.REJECTED)
 
 
@@ -45,6 +51,8 @@ class ValkeyBackend:
         self._prefix = prefix
         self._lock = threading.Lock()
         self._idle: list[RespConnection] = []
+        self._refusal = ""
+        """Why it last took no part."""
 
     def attach(self, name: str, arena: Bytes) -> None:
         """Nothing to do: sockets take any memory."""
@@ -115,7 +123,11 @@ class ValkeyBackend:
         reply = connection.receive(deadline)
         if reply == "OK":
             return Stored.DONE
-        if isinstance(reply, ErrorReply) and reply.text.startswith("OOM"):
+        if isinstance(reply, ErrorReply) and reply.text.startswith(_TAKES_NOTHING):
+            if reply.text != self._refusal:
+                self._refusal = reply.text
+                place = self._target.path or self._target.host
+                log.warning("%s takes no parts: %s", place, reply.text)
             return Stored.FULL
         raise _refused(reply)
 

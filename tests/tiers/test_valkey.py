@@ -1,0 +1,206 @@
+"""A Valkey server that refuses, redirects and lies."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from engines import wait_until
+from parts import PAGE, blob_of, key_of, load_checked, outcome, view
+
+from kvcore.shm import Segment
+from kvcore.storage.tiers.contract import Blob, LoadOutcome, Stored, Tier, pack_header
+from kvcore.storage.tiers.url import open_tier
+
+ROOMY = 32 << 20
+
+
+class Played:
+    """Keeps values as Valkey does, but for the answers that a test gives it."""
+
+    def __init__(self, path: Path) -> None:
+        self.answers: dict[str, bytes] = {}
+        """Said to a command of that name instead of the right thing."""
+        self.values: dict[bytes, bytes] = {}
+        self.asked: list[str] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                thread = threading.Thread(target=self._serve, args=(connection,))
+                self._threads.append(thread)
+                thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError), connection, connection.makefile("rwb") as stream:
+            while line := stream.readline():
+                words = []
+                for _ in range(int(line[1:])):
+                    words.append(stream.read(int(stream.readline()[1:])))
+                    stream.readline()
+                stream.write(self._answer(words[0].decode(), *words[1:]))
+                stream.flush()
+
+    def _answer(self, name: str, *words: bytes) -> bytes:
+        self.asked.append(name)
+        if name in self.answers:
+            return self.answers[name]
+        if name == "SET":
+            self.values[words[0]] = words[1]
+            return b"+OK\r\n"
+        if name == "UNLINK":
+            there = [self.values.pop(word, None) is not None for word in words]
+            return b":%d\r\n" % sum(there)
+        if name == "EXISTS":
+            return b":%d\r\n" % (words[0] in self.values)
+        value = self.values.get(words[0])
+        return b"$-1\r\n" if value is None else b"$%d\r\n%b\r\n" % (len(value), value)
+
+    def close(self) -> None:
+        """End, after the clients."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Played]:
+    """A server."""
+    played = Played(tmp_path / "socket")
+    yield played
+    played.close()
+
+
+@pytest.fixture
+def tier(store: Played, tmp_path: Path) -> Iterator[Tier]:
+    """A tier on it."""
+    tier = open_tier(f"valkey+unix://{tmp_path}/socket?retry=0.02&timeout=10")
+    yield tier
+    tier.close()
+
+
+@pytest.fixture
+def blob(arena: Segment) -> Blob:
+    """A part."""
+    return blob_of(1, view(arena, 0, PAGE))
+
+
+REFUSALS = [
+    "OOM command not allowed when used memory > 'maxmemory'.",
+    "READONLY You can't write against a read only replica.",
+    "MISCONF Valkey is configured to save RDB snapshots, but it's unable to.",
+    "NOREPLICAS Not enough good replicas to write.",
+    "NOPERM User kv has no permissions to run the 'set' command",
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_server_that_takes_no_writes_is_read(
+    store: Played,
+    tier: Tier,
+    arena: Segment,
+    blob: Blob,
+    refusal: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Stores are FULL for a while, which the log says once; what is there is served."""
+    assert tier.store([blob]).result() == [Stored.DONE]
+    store.answers["SET"] = f"-{refusal}\r\n".encode()
+    new = blob_of(2, view(arena, PAGE, PAGE))
+    for number in (1, 2):
+        wait_until(lambda n=number: _refused(tier, new, store, n), "another try")
+    assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
+    health = tier.health()
+    assert (health.up, health.counters.failures) == (True, 0)
+    assert caplog.text.count(refusal) == 1
+    store.answers.clear()
+    wait_until(lambda: tier.store([new]).result() == [Stored.DONE], "leave to write")
+
+
+def _refused(tier: Tier, blob: Blob, store: Played, times: int) -> bool:
+    assert tier.store([blob]).result() == [Stored.FULL]
+    return store.asked.count("SET") == 1 + times
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "LOADING Valkey is loading the dataset in memory",
+        "MOVED 3999 127.0.0.1:6381",
+        "NOAUTH Authentication required.",
+        "ERR max number of clients reached",
+        "MASTERDOWN Link with MASTER is down",
+    ],
+)
+@pytest.mark.parametrize("name", ["EXISTS", "GET", "SET"])
+def test_a_server_that_refuses_is_down_and_says_why(
+    store: Played, tier: Tier, arena: Segment, blob: Blob, name: str, refusal: str
+) -> None:
+    """Whatever it was asked, it is a miss, and the connection is as good as before."""
+    assert tier.store([blob]).result() == [Stored.DONE]
+    store.answers[name] = f"-{refusal}\r\n".encode()
+    if name == "EXISTS":
+        assert tier.contains([blob.key]).result() == [False]
+    elif name == "GET":
+        room = view(arena, ROOMY, PAGE)
+        assert outcome(tier, blob.key, room) is LoadOutcome.FAILED
+    else:
+        new = blob_of(2, view(arena, PAGE, PAGE))
+        assert tier.store([new]).result() == [Stored.FAILED]
+    assert not tier.health().up
+    assert refusal in tier.health().last_error
+    store.answers.clear()
+    wait_until(lambda: tier.contains([blob.key]).result() == [True], "up again")
+    assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
+
+
+@pytest.mark.parametrize("wrong", ["short", "long", "empty", "other", "zeros"])
+def test_a_wrong_value_is_removed_and_its_neighbours_come(
+    store: Played, tier: Tier, arena: Segment, blob: Blob, wrong: str
+) -> None:
+    """Of whatever length; the connection still knows where the next value begins."""
+    others = [blob_of(n, view(arena, n * PAGE, PAGE)) for n in (0, 2, 3)]
+    assert tier.store([*others, blob]).result() == [Stored.DONE] * 4
+    name = str(blob.key).encode()
+    right = store.values[name]
+    store.values[name] = {
+        "short": right[:-1],
+        "long": right + bytes(200_000),
+        "empty": b"",
+        "other": store.values[str(key_of(2)).encode()],
+        "zeros": bytes(len(right)),
+    }[wrong]
+    assert outcome(tier, blob.key, view(arena, ROOMY, PAGE)) is LoadOutcome.REJECTED
+    assert name not in store.values
+    for other in others:
+        assert load_checked(tier, other, view(arena, ROOMY, PAGE))
+    # A value of its own digest, whose payload is another's: only its sum tells.
+    store.values[name] = pack_header(blob) + right[len(pack_header(blob)) :][::-1]
+    room = view(arena, ROOMY, PAGE)
+    assert outcome(tier, blob.key, room) is LoadOutcome.DONE
+    assert not load_checked(tier, blob, room)
+
+
+@pytest.mark.parametrize("answer", [b":1\r\n", b"+OK\r\n", b"?\r\n", b"$x\r\n"])
+def test_an_answer_of_another_kind_is_a_failure(
+    store: Played, tier: Tier, arena: Segment, blob: Blob, answer: bytes
+) -> None:
+    """A number for a value, say: no outcome is made up, and it is tried anew."""
+    assert tier.store([blob]).result() == [Stored.DONE]
+    store.answers["GET"] = answer
+    room = view(arena, ROOMY, PAGE)
+    assert outcome(tier, blob.key, room) is LoadOutcome.FAILED
+    assert not tier.health().up
+    store.answers.clear()
+    wait_until(lambda: load_checked(tier, blob, room), "up again")
