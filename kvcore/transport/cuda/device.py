@@ -16,6 +16,9 @@ import numpy as np
 
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
+Integer = type[c_int32] | type[c_int64]
+"""How wide a kernel's argument is."""
+
 HANDLE_BYTES = 64
 """Of an IPC handle to memory or to an event (CU_IPC_HANDLE_SIZE)."""
 
@@ -31,7 +34,7 @@ class Launch:
     warps: int
     shared_bytes: int
     arguments: Sequence[int]
-    types: Sequence[type[c_int32] | type[c_int64]]
+    types: Sequence[Integer]
 
 
 class Event(Protocol):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from ctypes import c_int32, c_int64
+from ctypes import c_int32, c_int64, sizeof
 from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
 from kvcore.errors import DeviceFailed
 from kvcore.rope import Rope
-from kvcore.transport.cuda.device import Device, Function, Launch, Stream
+from kvcore.transport.cuda.device import Device, Function, Integer, Launch, Stream
 from kvcore.transport.cuda.pieces import Rows
 from kvcore.transport.cuda.staging import Written
 
@@ -29,7 +29,7 @@ TILES = (1024, 256, 64, 16, 4, 1)
 """Words that a row is cut into pieces of."""
 MAX_WASTE = 1 / 8
 """Share of a row's last piece that may be nothing, before smaller pieces are taken."""
-_PARAMETER = re.compile(r"\.param \.\w+")
+_PARAMETER = re.compile(r"\.param \.[bsuf](\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +131,11 @@ class Compiled:
     scratch_bytes: int
 
     @property
-    def num_parameters(self) -> int:
-        """How many it takes: those of ours, then pointers that Triton adds."""
+    def parameter_bytes(self) -> tuple[int, ...]:
+        """Of each that it takes: those of ours, then pointers that Triton adds."""
         entry = self.ptx[self.ptx.index(".entry") :]
-        return len(_PARAMETER.findall(entry[: entry.index("{")]))
+        bits = _PARAMETER.findall(entry[: entry.index("{")])
+        return tuple(int(each) // 8 for each in bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class _Loaded:
 
     function: Function
     shared_bytes: int
-    types: tuple[type[c_int32] | type[c_int64], ...]
+    types: tuple[Integer, ...]
     added: tuple[int, ...]
 
 
@@ -218,14 +219,33 @@ class TritonKernels:
 
     def _load(self, arguments: Arguments) -> _Loaded:
         made = compiled(arguments, self._device.compute_capability)
-        longs, ints = len(arguments.longs), len(arguments.ints)
-        added = made.num_parameters - longs - ints
+        types = types_of(arguments, made)
         return _Loaded(
             self._device.load(made.cubin, made.name, made.shared_bytes),
             made.shared_bytes,
-            (*[c_int64] * longs, *[c_int32] * ints, *[c_int64] * added),
-            (0,) * added,
+            types,
+            (0,) * (len(types) - len(arguments.longs) - len(arguments.ints)),
         )
+
+
+def types_of(arguments: Arguments, made: Compiled) -> tuple[Integer, ...]:
+    """Return what a launch packs: our arguments, then null pointers to scratch.
+
+    Raises:
+        DeviceFailed: the program takes something else, and would read it amiss.
+    """
+    ours: tuple[Integer, ...] = (
+        *(c_int64 for _ in arguments.longs),
+        *(c_int32 for _ in arguments.ints),
+    )
+    added = len(made.parameter_bytes) - len(ours)
+    types = (*ours, *(c_int64 for _ in range(added)))
+    if made.scratch_bytes or tuple(map(sizeof, types)) != made.parameter_bytes:
+        raise DeviceFailed(
+            f"Triton's {made.name} takes parameters of {made.parameter_bytes} bytes "
+            f"and {made.scratch_bytes} of scratch: a version that is not known here"
+        )
+    return types
 
 
 def tile_words(row_words: int) -> int:

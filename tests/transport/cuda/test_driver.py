@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_int64
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,9 @@ import pytest
 
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 from kvcore.transport.attach import open_transports
-from kvcore.transport.cuda.device import Launch
+from kvcore.transport.cuda.ipc import open_caches
+from kvcore.transport.cuda.kernels import TritonKernels, compiled, upload_arguments
+from kvcore.transport.cuda.staging import Written
 
 pytestmark = pytest.mark.torch
 
@@ -161,19 +162,36 @@ def test_memory_of_another_gpu_is_not_exported(stub: ctypes.CDLL) -> None:
 
 
 def test_a_kernel_is_loaded_and_launched(stub: ctypes.CDLL) -> None:
-    """Grid, block, shared memory and arguments of both widths arrive."""
+    """What was compiled for Hopper finds its arguments where it has them."""
     device = open_devices()[0]
-    with pytest.raises(DeviceFailed, match="loading kernel fill"):
-        device.load(b"no image", "fill")
+    with pytest.raises(DeviceFailed, match="loading kernel none"):
+        device.load(b"no image", "none")
+    made = compiled(upload_arguments(Written(0, 0, 0, ())), 90)
     with pytest.raises(DeviceFailed, match="finding kernel none"):
-        device.load(b"cubin", "none")
-    function = device.load(b"cubin", "fill", 64 << 10)
+        device.load(made.cubin, "none")
     stream, address = device.stream(), device.allocate(256)
-    launch = Launch(12, 4, 64 << 10, (address, 100, 9), (c_int64, c_int32, c_int32))
-    stream.launch(function, launch)
-    assert bytes((ctypes.c_uint8 * 101).from_address(address)) == b"\x09" * 100 + b"\0"
+    table = np.arange(200, dtype=np.uint8)
+    TritonKernels(device).upload(
+        stream, Written(address, table.ctypes.data, table.size, ())
+    )
+    got = bytes((ctypes.c_uint8 * 256).from_address(address))
+    assert got == table.tobytes() + bytes(56)
     stream.close()
     device.free(address)
+
+
+def test_a_driver_that_refuses_kernels_still_copies(
+    stub: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Small pieces go as batches, and the log says so once."""
+    monkeypatch.setenv("STUB_REFUSES_KERNELS", "1")
+    caches: Any = open_caches(open_devices()[0])
+    rates = caches.rates.to_host
+    assert rates.batched
+    assert not rates.kernels
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "runs no kernels of ours: loading kernel" in caplog.text
+    caches.close()
 
 
 def test_nothing_stays_open(stub: ctypes.CDLL) -> None:

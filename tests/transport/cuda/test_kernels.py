@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from ctypes import sizeof
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 
+from kvcore.errors import DeviceFailed
 from kvcore.rope import Rope
 from kvcore.transport.cuda.kernels import (
     TILES,
@@ -21,6 +24,7 @@ from kvcore.transport.cuda.kernels import (
     compiled,
     move_arguments,
     turn_arguments,
+    types_of,
     upload_arguments,
 )
 from kvcore.transport.cuda.pieces import WORDS, Rows
@@ -46,6 +50,7 @@ from tests.transport.test_rotation import ROPES
 pytest.importorskip("triton", reason="needs triton: make test-torch")
 pytestmark = pytest.mark.torch
 HOPPER = 90
+EIFMT_SVAL, EIATTR_KPARAM_INFO = 4, 0x17
 SIZES = Sizes(slot_bytes=1 << 15, table_bytes=4096, max_buffers=1)
 
 
@@ -228,8 +233,58 @@ def test_the_others_compile_for_hopper(arguments: Arguments) -> None:
 
 
 def check_launch(arguments: Arguments, made: Compiled) -> None:
-    """A launch needs what it is given, and two pointers to scratch that it has not."""
-    assert made.cubin.startswith(b"\x7fELF")
-    assert made.num_parameters == len(arguments.longs) + len(arguments.ints) + 2
-    assert made.scratch_bytes == 0
+    """A launch packs what the program takes, as PTX and cubin both have it."""
+    types = types_of(arguments, made)
+    assert parameters_of(made) == [*map(sizeof, types)]
+    assert len(types) == len(arguments.longs) + len(arguments.ints) + 2
     assert made.shared_bytes <= 48 << 10
+
+
+def parameters_of(made: Compiled) -> list[int]:
+    """Return the parameters' bytes as the driver reads them, from a cubin's notes."""
+    cubin = made.cubin
+    assert cubin.startswith(b"\x7fELF")
+    notes = sections_of(cubin)[f".nv.info.{made.name}"]
+    found, at = {}, 0
+    while at < len(notes):
+        form, kind, size = struct.unpack_from("<BBH", notes, at)
+        at += 4
+        if form != EIFMT_SVAL:
+            continue
+        if kind == EIATTR_KPARAM_INFO:
+            number, offset, packed = struct.unpack_from("<4xHHI", notes, at)
+            found[number] = offset, packed >> 18
+        at += size
+    ordered = [found[number] for number in sorted(found)]
+    # Each lies behind the one before it, at a multiple of its size.
+    end = 0
+    for offset, size in ordered:
+        assert offset == -(-end // size) * size
+        end = offset + size
+    return [size for _, size in ordered]
+
+
+def sections_of(elf: bytes) -> dict[str, bytes]:
+    """Return the sections of a 64-bit ELF file by name."""
+    (start,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 58)
+    heads = [struct.unpack_from("<I20xQQ", elf, start + n * size) for n in range(count)]
+    names = elf[heads[names_at][1] :]
+    return {
+        names[name : names.index(0, name)].decode(): elf[offset : offset + length]
+        for name, offset, length in heads
+    }
+
+
+def test_other_parameters_than_ours_are_refused() -> None:
+    """A Triton that packs differently has no kernels, and harms nothing."""
+    arguments = upload_arguments(Written(0, 0, 8, ()))
+    made = compiled(arguments, HOPPER)
+    narrow = replace(made, ptx=made.ptx.replace(".param .u64", ".param .u32", 1))
+    for other in (
+        narrow,
+        replace(made, scratch_bytes=16),
+        replace(made, ptx=".entry {"),
+    ):
+        with pytest.raises(DeviceFailed, match="takes parameters of"):
+            types_of(arguments, other)
