@@ -53,7 +53,7 @@ test-vllm: $(VLLM_VENV)/.ready
 # Everything that needs a card, on this host and without a network, in 8 minutes.
 # make gpu TRACE=mooncake_conversation.jsonl.zst
 gpu:
-	PYTHON=$(PYTHON) TRACE=$(TRACE) .ci/gpu
+	PYTHON=$(PYTHON) TRACE=$(TRACE) RESULTS=$(RESULTS) .ci/gpu
 
 # What a GPU host without a network lacks, to be carried there.
 wheels:

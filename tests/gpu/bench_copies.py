@@ -1,17 +1,17 @@
 """What copies reach on a card, beside the raw copies of the same run.
 
-    python -m tests.gpu.bench_copies > copies.json
+    python -m tests.gpu.bench_copies > copies.jsonl
 
-Medians over repetitions in turn; a share is that of the raw page-locked copy of as many
-bytes, measured in the same repetition. A matrix product needs torch; without it, that
-figure is left out.
+A line for the device, one for each size and way, and one for each way beside a matrix
+product, as soon as it is known. Medians over repetitions in turn; a share is that of
+the raw page-locked copy of as many bytes, measured in the same repetition. A matrix
+product needs torch; without it, that figure is left out.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -39,7 +39,7 @@ TOTAL = NUM_CHUNKS * PART
 PIECES = (4096, 8192, 16384, 24576, 32768, 65536, 262144, 2 << 20)
 BLOCKS = 16
 """A chunk's: a piece is a plane's bytes of a block."""
-REPEATS = 7
+REPEATS = 5
 BUSY_S = 1.5
 MATRIX = 8192
 
@@ -244,33 +244,32 @@ def slowdown(bench: Bench, way: Way) -> Any:
     }
 
 
-def run() -> Any:
-    """Measure everything on the first GPU."""
+def run() -> Iterator[Any]:
+    """Measure everything on the first GPU, the most telling first."""
     with ExitStack() as stack:
         # Here: this file is read where the bindings are not installed, too.
         from kvcore.transport.cuda.driver import open_devices
 
         bench = Bench(open_devices()[0], stack)
-        results = {
+        yield {
             "device": bench.device.name,
             "programs_a_launch": PROGRAMS,
             "rates": msgspec.to_builtins(bench.caches.rates),
-            "copies": [
-                copies(bench, piece, way, scattered=scattered)
-                for piece in PIECES
-                for way in (None, *bench.ways)
-                for scattered in (True, False)
-                if way is not Way.SINGLE or piece >= 65536
-            ],
         }
+        for way in (None, *bench.ways):
+            for piece in PIECES:
+                if way is Way.SINGLE and piece < 65536:
+                    continue
+                for scattered in (True, False):
+                    yield copies(bench, piece, way, scattered=scattered)
         try:
-            results["matrix_product"] = [
-                slowdown(bench, way) for way in bench.ways if way is not Way.SINGLE
-            ]
+            for way in bench.ways:
+                if way is not Way.SINGLE:
+                    yield slowdown(bench, way)
         except ImportError as error:
-            results["matrix_product"] = f"not measured: {error}"
-        return results
+            yield {"matrix_product": f"not measured: {error}"}
 
 
 if __name__ == "__main__":
-    json.dump(run(), sys.stdout, indent=1)
+    for line in run():
+        print(json.dumps(line), flush=True)

@@ -1,4 +1,4 @@
-"""What only a card shows: torch's tensors, kernels that last, device memory."""
+"""Torch's tensors; and what only a card shows: kernels that last, device memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.system.conftest import Prompt
 from tests.system.server import CHUNK
 from tests.system.worker import Told, Worker
 
-pytestmark = [pytest.mark.gpu, pytest.mark.card]
+pytestmark = pytest.mark.gpu
 
 FROM, INTO = [9, 3, 4, 60], [20, 7, 40, 11]
 GROWTH_BYTES = 32 << 20
@@ -47,6 +47,7 @@ def test_a_tensor_comes_to_another_process(
     assert all((layer == -7).all() for layer in second.ask("sums", "b", others))
 
 
+@pytest.mark.card
 def test_a_store_waits_for_the_kernel_that_writes(
     workers: list[Worker],
     client: KVClient,
@@ -69,6 +70,7 @@ def test_a_store_waits_for_the_kernel_that_writes(
     ]
 
 
+@pytest.mark.card
 def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
     """A thousand instances, registered and unregistered."""
     worker = workers[0]
@@ -79,6 +81,7 @@ def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
     assert before - worker.ask("free_bytes") < GROWTH_BYTES
 
 
+@pytest.mark.card
 def test_expandable_segments_are_refused_by_name(
     hire: Hire, monkeypatch: pytest.MonkeyPatch
 ) -> None:

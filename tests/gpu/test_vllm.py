@@ -9,7 +9,7 @@ import pytest
 from kvcore.protocol import CudaIpc
 from kvcore.vllm.memory import Memory
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.card]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Bytes are made and checked on the device, with the same function as in host memo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from kvcore.layout import KVLayout
 from kvcore.protocol import MemoryHandle
 from kvcore.shm import Bytes
 from kvcore.transport.cuda.driver import open_devices
-from kvcore.transport.cuda.ipc import DeviceCaches, export, open_caches
+from kvcore.transport.cuda.ipc import export, open_caches
 from kvcore.transport.cuda.own import OwnCuda, OwnDevice
 from kvctl.lab.geometry import RankCache
 from kvctl.lab.rank.cache import POISON, Grid, Indices, Seeds, handle_starts
@@ -45,8 +46,6 @@ class DeviceCache:
         self.handles: tuple[MemoryHandle, ...] = tuple(
             export(part.data_ptr(), part.nbytes, self._gpu) for part in self.memory
         )
-        self._own: OwnDevice | None = None
-        self._caches: DeviceCaches | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
         self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -66,10 +65,7 @@ class DeviceCache:
         Only here the device is measured and staging taken: a server that copies does
         both in its own process.
         """
-        if self._own is None:
-            self._caches = open_caches(self._gpu)
-            self._own = OwnDevice(self._gpu, self._caches)
-        return self._own.open(layouts, memory, arena)
+        return own_device(self.device.index).open(layouts, memory, arena)
 
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""
@@ -133,10 +129,18 @@ class DeviceCache:
     def close(self) -> None:
         """Give the memory back to torch."""
         empty = torch.empty(0, dtype=torch.uint8)
-        if self._caches is not None:
-            self._caches.close()
         self.views = self.memory = ()
         self._whole, self._host, self._spare = empty, empty, empty
+
+
+@cache
+def own_device(number: int) -> OwnDevice:
+    """Return what all caches of this process on a GPU share.
+
+    One, since an arena is page-locked once in a process. It stays to the process's end.
+    """
+    gpu = open_devices()[number]
+    return OwnDevice(gpu, open_caches(gpu))
 
 
 def device_view(memory: torch.Tensor, grid: Grid) -> torch.Tensor:

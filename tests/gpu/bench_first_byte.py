@@ -1,0 +1,81 @@
+"""From a scheduler's lookup to a worker's first bytes, through a real server.
+
+    python -m tests.gpu.bench_first_byte
+
+256 chunks in L1, looked up in one request of a new session; then the first of them is
+retrieved to a GPU's memory. No bytes can be had sooner.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+
+import numpy as np
+
+from kvcore.keys import SessionKey
+from tests.gpu.told import GpuTold
+from tests.system.server import CHUNK, Server
+from tests.system.worker import BLOCK, Group
+
+NUM_CHUNKS = 256
+ROUNDS = 50
+WARM_UP_ROUNDS = 5
+GROUPS = (Group(shape=(8, 2, 0, BLOCK, 1024)),)
+"""A chunk has 1 MiB, in pieces of 16 KiB."""
+L1 = ("--l1-size", "320MiB")
+
+
+def run(address: str) -> dict[str, float]:
+    """Store the chunks, then look up and retrieve."""
+    told = GpuTold(address, "first-byte")
+    try:
+        num_blocks = NUM_CHUNKS * CHUNK // BLOCK
+        tokens = np.random.default_rng(0).integers(1 << 31, size=NUM_CHUNKS * CHUNK)
+        tokens = tokens.astype(np.uint32)
+        blocks = np.random.default_rng(1).permutation(num_blocks).astype(np.int32)
+        told.register("a", "model", GROUPS, num_blocks=num_blocks)
+        first = SessionKey("engine", "store")
+        stored = told.client.store(first, "a", 0, len(tokens), [blocks], tokens)
+        told.client.end_session(first)
+        taken = [_round(told, number, tokens, blocks) for number in range(ROUNDS)]
+    finally:
+        told.close()
+    looked_up, whole = zip(*taken[WARM_UP_ROUNDS:], strict=True)
+    return {
+        "chunks": stored.num_stored,
+        "lookup_s": median(looked_up),
+        "first_byte_s": median(whole),
+        "first_byte_p90_s": quantiles(whole, n=10)[-1],
+    }
+
+
+def _round(
+    told: GpuTold, number: int, tokens: np.ndarray, blocks: np.ndarray
+) -> tuple[float, float]:
+    session = SessionKey("engine", f"round {number}")
+    begun = perf_counter()
+    found = told.client.lookup(session, "model", 1, tokens)
+    looked_up = perf_counter() - begun
+    told.client.retrieve(session, "a", 0, CHUNK, [blocks[: CHUNK // BLOCK]])
+    whole = perf_counter() - begun
+    assert found.num_chunks == NUM_CHUNKS
+    told.client.end_session(session)
+    return looked_up, whole
+
+
+def main() -> None:
+    """Measure with a server of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), "--device", "cuda", *L1)
+        try:
+            print(json.dumps(run(server.address)), flush=True)
+        finally:
+            server.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The scenarios of `make gpu`, small, over the stub: real servers and real ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvctl.lab.results.result import Result, read
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("server.l1.size=256MiB", "copies.chunk=1MiB", "copies.rounds=1")
+PLAY_S = 150
+
+
+def play(folder: Path, name: str, *settings: str, trace: Path | None = None) -> Result:
+    """Play a scenario in a process of its own; return what it saved."""
+    command = [sys.executable, "-m", "kvctl", "bench", "run", f"scenarios/{name}.toml"]
+    for setting in settings:
+        command += ["--set", setting]
+    command += ["--trace", str(trace)] if trace else []
+    done = subprocess.run(
+        [*command, "--out", str(folder)],
+        capture_output=True, text=True, timeout=PLAY_S, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (saved,) = folder.glob(f"{name}-*.json")
+    result = read(saved)
+    assert result.counts.bytes_wrong == 0
+    return result
+
+
+@pytest.mark.parametrize("driver", ["server", "worker"])
+def test_copies_by_several_workers(stub: None, tmp_path: Path, driver: str) -> None:
+    """Every size of piece, each order, and two workers at once."""
+    result = play(
+        tmp_path, "h100_store_retrieve", f"driver={driver}", *SMALL, "engines=2",
+        "copies.workers=[1,2]", 'copies.pieces=["4KiB","2MiB"]', "copies.chunks=2",
+    )  # fmt: skip
+    assert [row.setting.workers for row in result.copies] == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("driver", ["server", "worker"])
+def test_copies_beside_a_matrix_product(
+    stub: None, tmp_path: Path, driver: str
+) -> None:
+    """Its slowdown is told, by either driver."""
+    result = play(
+        tmp_path, "h100_busy", f"driver={driver}", *SMALL, 'copies.pieces=["8KiB"]'
+    )
+    assert all(row.product_slowdown is not None for row in result.copies)
+
+
+def test_a_trace_with_a_real_models_geometry(stub: None, tmp_path: Path) -> None:
+    """Two requests of a conversation, the second of which finds the first's."""
+    lines = [
+        {"timestamp": n, "input_length": 512 * len(ids), "output_length": 1}
+        | {"hash_ids": ids}
+        for n, ids in enumerate(([0, 1], [0, 1, 2]))
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = ("cache_blocks=128", "server.l1.size=512MiB")
+    result = play(tmp_path, "h100_llama8b_trace", *settings, trace=trace)
+    assert result.counts.chunks_hit == 2
+    assert result.counts.retrieved_bytes == 2 * 64 << 20

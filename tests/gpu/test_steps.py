@@ -1,0 +1,129 @@
+"""The steps of `make gpu`: each is told, ended in time, and hides no other."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.steps import Step, play
+from tests.gpu.targets import targets_of
+
+SITE = Path(__file__).parent / "site"
+HANGS = """\
+import subprocess, sys, threading
+def stands_here():
+    threading.Event().wait()
+if "child" in sys.argv:
+    stands_here()
+subprocess.run([sys.executable, __file__, "child"], start_new_session=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every Python listen to SIGUSR1, as `make gpu` has."""
+    paths = f"{SITE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", paths)
+
+
+def known(folder: Path) -> Any:
+    """Read what was saved."""
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_a_step_that_fails_hides_no_other(tmp_path: Path) -> None:
+    """What both said is kept, and lines of JSON are figures."""
+    bad = Step("bad", 30, ("-c", "print('before'); raise SystemExit('why')"))
+    good = Step("good", 30, ("-c", "print('{\"one\": 1}'); print('after')"))
+    ended = play([bad, good], tmp_path, 60)
+    assert [one.exit_code for one in ended] == [1, 0]
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f"{word}\n" in log for word in ("before", "why", "after"))
+    assert [step["figures"] for step in known(tmp_path)["steps"]] == [[], [{"one": 1}]]
+
+
+def test_a_hung_step_leaves_the_stacks_of_all_its_processes(tmp_path: Path) -> None:
+    """Of a child in a session of its own, too; the next step runs, and none is left."""
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    ended = play(
+        [Step("hangs", 2, (str(script),)), Step("good", 30, ("-c", "0"))], tmp_path, 60
+    )
+    assert [one.hung for one in ended] == [True, False]
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("-- where process") == 2
+    assert log.count("in stands_here") == 1
+    assert "hangs.py child" in log
+    for stat in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert str(script).encode() not in stat.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def test_what_needs_a_card_is_not_tried_without_one(tmp_path: Path) -> None:
+    """A needed step's failure ends all; so does the budget."""
+    needed = Step("facts", 30, ("-c", "raise SystemExit('no card')"), is_needed=True)
+    other = Step("other", 30, ("-c", "0"))
+    assert [one.name for one in play([needed, other], tmp_path, 60)] == ["facts"]
+    (late,) = play([other], tmp_path, 0)
+    assert late.exit_code is None
+    assert "not begun" in str(late)
+
+
+def row(workers: int, order: str, piece: int, **values: float) -> dict[str, Any]:
+    """Make a row as a scenario saves it; all is well but for `values`."""
+    setting = {"workers": workers, "order": order, "piece_bytes": piece}
+    well = {
+        "store": 0.99,
+        "retrieve": 0.99,
+        "both": 0.95,
+        "spread": 0.01,
+        "server_s_per_chunk": 1e-5,
+        "chunk_bytes": 32 << 20,
+        "product_slowdown": None,
+    }
+    return {"setting": setting, **well, **values}
+
+
+def test_targets_are_of_the_worst() -> None:
+    """Each kind of row has its own; what was not measured is not met."""
+    rows = [
+        row(1, "scattered", 4096, store=0.8),
+        row(1, "contiguous", 4096, retrieve=0.94),
+        row(1, "scattered", 1 << 20, both=0.91, server_s_per_chunk=2e-4),
+        row(8, "scattered", 32768, spread=0.2, store=0.1),
+    ]
+    scenario = {"driver": "server"}
+    results = [
+        {"name": "h100_store_retrieve", "scenario": scenario, "copies": rows},
+        {
+            "name": "h100_busy",
+            "scenario": scenario,
+            "copies": [row(1, "scattered", 8192, product_slowdown=0.04)],
+        },
+    ]
+    figures = {
+        "copies": [{"programs_a_launch": 6}, {"piece_bytes": 4096}],
+        "first_byte": [{"first_byte_s": 0.003}],
+    }
+    made = targets_of(figures, results)
+    by_server = [(one.measured, one.is_met) for one in made if one.by == "server"]
+    assert by_server == [
+        (0.99, True),  # store
+        (0.94, False),  # retrieve
+        (0.91, True),  # both
+        (0.8, False),  # store, small and scattered
+        (0.99, True),
+        (2e-4, False),  # the server's CPU
+        (0.2, False),  # 8 workers
+        (0.04, True),  # the matrix product
+        (0.003, False),  # the first byte
+    ]
+    assert {one.is_met for one in made if one.by == "worker"} == {None}
+    assert [one.is_met for one in made if one.by == "both"] == [True]
+    assert all(str(one) for one in made)
