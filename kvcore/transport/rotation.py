@@ -21,23 +21,19 @@ import numpy.typing as npt
 from kvcore.errors import LayoutError
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
+from kvcore.transport.conversions import CONVERSIONS, Doubles, Raw
 
 Factors = npt.NDArray[np.complex128]
-Doubles = npt.NDArray[np.float64]
-Raw = np.ndarray[Any, np.dtype[Any]]
 
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),  # numpy has none: its bits
 }
+
 PIECE_PAIRS = 1 << 16
 """Turned at once: four arrays of doubles, 2 MiB. With fewer, Python takes its share; a
 second thread then only waits for the GIL."""
-
-_BELOW_BFLOAT16 = np.uint64((1 << 45) - 1)
-"""Bits that a double's mantissa has more."""
-_HALF_BFLOAT16 = np.uint64(1 << 44)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,46 +107,18 @@ class _Piece:
 
     def __init__(self, num_pairs: int, dtype: str) -> None:
         self._doubles = np.empty((4, num_pairs))
-        self._words = np.empty(num_pairs, np.uint32)
-        self._widen = self._from_bfloat16 if dtype == "bfloat16" else _from_float
-        self._narrow = self._to_bfloat16 if dtype == "bfloat16" else _to_float
+        self._conversion = CONVERSIONS[dtype](num_pairs)
 
     def turn(self, real: Raw, imaginary: Raw, cos: Doubles, sin: Doubles) -> None:
         """Multiply pairs, `[..., heads, rotary_dim / 2]`, in place."""
         a, b, c, d = self._doubles[:, : real.size].reshape(4, -1, cos.size)
-        self._widen(a.reshape(real.shape), real)
-        self._widen(b.reshape(real.shape), imaginary)
+        self._conversion.widen(a.reshape(real.shape), real)
+        self._conversion.widen(b.reshape(real.shape), imaginary)
         np.multiply(a, cos, out=c)
         np.multiply(b, sin, out=d)
         c -= d
         a *= sin
         b *= cos
         a += b
-        self._narrow(real, c.reshape(real.shape))
-        self._narrow(imaginary, a.reshape(real.shape))
-
-    def _shaped(self, like: Raw) -> npt.NDArray[np.uint32]:
-        return self._words[: like.size].reshape(like.shape)
-
-    def _from_bfloat16(self, doubles: Doubles, raw: Raw) -> None:
-        words = self._shaped(raw)
-        np.copyto(words, raw)
-        words <<= np.uint32(16)
-        np.copyto(doubles, words.view(np.float32))
-
-    def _to_bfloat16(self, raw: Raw, doubles: Doubles) -> None:
-        """Round in double precision: by way of float32 it would be twice."""
-        bits, words = doubles.view(np.uint64), self._shaped(raw)
-        bits += _HALF_BFLOAT16
-        bits &= ~_BELOW_BFLOAT16
-        np.copyto(words.view(np.float32), doubles, casting="same_kind")
-        words >>= np.uint32(16)
-        np.copyto(raw, words, casting="unsafe")
-
-
-def _from_float(doubles: Doubles, raw: Raw) -> None:
-    np.copyto(doubles, raw)
-
-
-def _to_float(raw: Raw, doubles: Doubles) -> None:
-    np.copyto(raw, doubles, casting="same_kind")
+        self._conversion.narrow(real, c.reshape(real.shape))
+        self._conversion.narrow(imaginary, a.reshape(real.shape))

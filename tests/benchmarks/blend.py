@@ -140,29 +140,30 @@ def lookups(client: KVClient) -> None:
     buffer.close()
 
 
-def retrieves(client: KVClient) -> None:
+def retrieves(client: KVClient, dtype: str) -> None:
     """Chunks of 1 MiB from many documents to scattered places, and a plain copy."""
     blend, rng = BlendClient(client), np.random.default_rng(1)
     shape, num_chunks = (2, 2, 256 * CHUNK, 512), 96
     rope = Rope(theta=5e5, head_dim=128, rotary_dim=128)
-    buffer = Buffer(client, "retrieves", shape, "bfloat16", rope=rope)
+    name = f"retrieves-{dtype}"
+    buffer = Buffer(client, name, shape, dtype, rope=rope)
     memory = buffer.segment.array
     memory[:] = np.frombuffer(rng.bytes(memory.size), np.uint8) & 0x3F
     prompt = []
     for _ in range(num_chunks):
         tokens = rng.integers(0, 128_000, CHUNK, dtype=np.uint32)
-        blend.store_pre_computed("retrieves", 0, tokens)
+        blend.store_pre_computed(name, 0, tokens)
         prompt += [tokens, rng.integers(0, 9, 300, dtype=np.uint32)]
     order = rng.permutation(num_chunks).tolist()
     text = np.concatenate([prompt[2 * n + part] for n in order for part in (0, 1)])
-    key = SessionKey("bench", "retrieves")
-    found = blend.lookup_pre_computed(key, "retrieves", 1, text)
+    key = SessionKey("bench", name)
+    found = blend.lookup_pre_computed(key, name, 1, text)
     num_bytes = len(found.matches) * memory.size // 256
     source = Segment.create(f"kvbench-{os.getpid()}-source", num_bytes, touch=True)
 
     def retrieve(*, turn_keys: bool) -> Callable[[], object]:
         return lambda: blend.retrieve_pre_computed(
-            key, "retrieves", 0, matches=found.matches, turn_keys=turn_keys
+            key, name, 0, matches=found.matches, turn_keys=turn_keys
         )
 
     def once(call: Callable[[], object]) -> Callable[[], float]:
@@ -176,7 +177,8 @@ def retrieves(client: KVClient) -> None:
         30,
     )
     took |= interleaved({"retrieve, keys turned": once(retrieve(turn_keys=True))}, 9)
-    print(f"{len(found.ranges)} scattered ranges, {num_bytes >> 20} MiB, call to reply")
+    size = f"{num_bytes >> 20} MiB of {dtype}"
+    print(f"{len(found.ranges)} scattered ranges, {size}, call to reply")
     base = next(iter(took.values()))
     for name, seconds in took.items():
         rate = num_bytes / seconds / 1e9
@@ -221,7 +223,8 @@ def main() -> None:
     """Measure everything."""
     options = ("--engine", "blend", "--l1-size", "1GiB", "--set", "l1.page=4KiB")
     with served(*options) as address, KVClient(address, timeout_s=60) as client:
-        retrieves(client)
+        for dtype in ("bfloat16", "float16"):
+            retrieves(client, dtype)
         lookups(client)
     index_memory()
 
