@@ -16,6 +16,8 @@ from kvcore.errors import KVError
 from kvctl import console
 
 EXIT_WRONG_USE = 2
+EXIT_INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
 
 COMMANDS: dict[str, Callable[[typer.Typer], Any]] = {
     "serve": get_command,
@@ -94,4 +96,6 @@ def _run() -> int:
     except KVError as failed:
         console.error(f"kvctl: {failed.message}")
         return EXIT_WRONG_USE
+    if code == EXIT_INTERRUPTED:
+        console.error("kvctl: interrupted")
     return code if isinstance(code, int) else 0

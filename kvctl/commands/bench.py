@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from kvctl.lab.systems.contract import OURS, SystemSpec
 if TYPE_CHECKING:
     from kvctl.lab.compare.comparison import Comparison
     from kvctl.lab.compare.contest import Pair
+    from kvctl.lab.scenario import Scenario
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -100,11 +102,12 @@ def run(
         return
     theirs = Played(
         versus or scenario,
-        [*settings, *(versus_set or ())],
+        settings,
         trace,
         seed,
         server,
         SystemSpec(versus_system or system, versus_system_python or system_python),
+        versus_set or [],
     )
     folder = out / f"{scenario.stem}-versus-{time.strftime('%Y%m%dT%H%M%S')}"
     found = _contest(ours, theirs, repeat, folder)
@@ -247,10 +250,29 @@ class Played:
     seed: int
     server: str | None
     system: SystemSpec
+    versus: Sequence[str] = ()
+    """What sets it apart: `--versus-set`."""
+
+    def read(self) -> Scenario:
+        """Read its scenario.
+
+        Raises:
+            SetupError: naming the flag that was wrong.
+        """
+        from kvctl.lab.scenario import read
+
+        try:
+            return read(self.scenario, [*self.settings, *self.versus], self.trace)
+        except SetupError as error:
+            said = error.message
+            if said.startswith(tuple(f"--set {one}" for one in self.versus)):
+                raise SetupError(f"--versus-set{said.removeprefix('--set')}") from None
+            raise
 
     def arguments(self) -> list[str]:
         """Write it as the arguments of `bench run`."""
-        flags = [flag for one in self.settings for flag in ("--set", one)]
+        settings = [*self.settings, *self.versus]
+        flags = [flag for one in settings for flag in ("--set", one)]
         trace = ["--trace", str(self.trace)] if self.trace else []
         server = ["--server", self.server] if self.server else []
         system = ["--system", self.system.name]
@@ -284,9 +306,8 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
     from kvctl.lab.progress import Shown
     from kvctl.lab.report import report
     from kvctl.lab.results.result import check_folder
-    from kvctl.lab.scenario import read
 
-    name, scenario = one.scenario.stem, read(one.scenario, one.settings, one.trace)
+    name, scenario = one.scenario.stem, one.read()
     check_folder(out)
     fine = True
     for _ in range(repeat):
@@ -312,13 +333,13 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
 def _contest(ours: Played, theirs: Played, repeat: int, folder: Path) -> Comparison:
     from kvctl.lab.compare.contest import Command, Contest, Duel
     from kvctl.lab.results.result import check_folder
-    from kvctl.lab.scenario import read
-    from kvctl.lab.turns import can_take_turns
+    from kvctl.lab.turns import can_take_turns, fit_at_once
 
-    sides = [read(one.scenario, one.settings, one.trace) for one in (ours, theirs)]
+    sides = ours.read(), theirs.read()
+    in_turns = all(map(can_take_turns, sides)) and fit_at_once(*sides)
     check_folder(folder)
     base, new = (Command(sys.executable, side.arguments()) for side in (ours, theirs))
-    duel = Duel(base, new, in_turns=all(can_take_turns(side) for side in sides))
+    duel = Duel(base, new, in_turns)
     with console.progress("comparing") as progress:
 
         def play(number: int) -> Pair:
@@ -335,7 +356,7 @@ def _labels(ours: Played, theirs: Played) -> tuple[str, str]:
         return ours.system.name, theirs.system.name
     if ours.scenario != theirs.scenario:
         return ours.scenario.stem, theirs.scenario.stem
-    return ours.scenario.stem, " ".join(theirs.settings[len(ours.settings) :])
+    return ours.scenario.stem, " ".join(theirs.versus)
 
 
 def _judge(

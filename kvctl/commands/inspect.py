@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,8 @@ def server(
     if not watch:
         console.show(*status_view.parts(_status(address)))
         return
-    with console.live(*status_view.parts(_status(address))) as update:
+    shown = status_view.parts(_status(address))
+    with suppress(KeyboardInterrupt), console.live(*shown) as update:
         while not threading.Event().wait(REFRESH_S):
             update(*status_view.parts(_status(address)))
 

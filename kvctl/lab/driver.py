@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
@@ -100,10 +101,10 @@ def run(
             service.name: stack.enter_context(_running(service))
             for service in scenario.services
         }
-        folder = stack.enter_context(TemporaryDirectory(prefix="kvlab-"))
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="kvlab-")))
         evidence = Evidence(name, scenario, seed, spec=spec, turns=turns)
         configs = [] if address else _configs(scenario, services, folder)
-        with _serving(spec, configs, evidence.failures) as servers:
+        with _serving(spec, configs, folder, evidence.failures) as servers:
             where = [address] if address else [one.address for one in servers]
             Play(evidence, where, servers, services, planned, interrupts, watcher).run()
         return summarise(evidence)
@@ -111,12 +112,15 @@ def run(
 
 @contextmanager
 def _serving(
-    spec: SystemSpec, configs: Sequence[ServerConfig], failures: list[str]
+    spec: SystemSpec,
+    configs: Sequence[ServerConfig],
+    folder: Path,
+    failures: list[str],
 ) -> Iterator[list[LocalServer | ForeignServer]]:
     """Start servers; after the block stop them, and note which ended wrongly."""
     servers: list[LocalServer | ForeignServer] = []
     try:
-        servers.extend(start_server(spec, config) for config in configs)
+        servers.extend(start_server(spec, config, folder) for config in configs)
         yield servers
     finally:
         told = [server.stop() for server in servers]
@@ -124,7 +128,7 @@ def _serving(
 
 
 def _configs(
-    scenario: Scenario, services: dict[str, RunningService], folder: str
+    scenario: Scenario, services: dict[str, RunningService], folder: Path
 ) -> list[ServerConfig]:
     """Write each host's server down."""
     if scenario.hosts == 1:
@@ -148,10 +152,10 @@ def _running(service: Service) -> Iterator[RunningService]:
 
 
 def _with_places(
-    config: ServerConfig, services: dict[str, RunningService], folder: str, host: str
+    config: ServerConfig, services: dict[str, RunningService], folder: Path, host: str
 ) -> ServerConfig:
     """Fill in the tiers' URLs: `{NAME.port}`, `{NAME.folder}`, `{folder}`, `{host}`."""
-    places = {"folder": folder, "host": host} | {
+    places = {"folder": str(folder), "host": host} | {
         f"{name}.{place}": value
         for name, service in services.items()
         for place, value in service.places.items()

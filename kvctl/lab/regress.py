@@ -21,7 +21,7 @@ from kvctl.lab.compare.installs import Installs, knows_turns
 from kvctl.lab.page import reports
 from kvctl.lab.results.result import Result, make_folder, read
 from kvctl.lab.scenario import read as read_scenario
-from kvctl.lab.turns import can_take_turns
+from kvctl.lab.turns import can_take_turns, fit_at_once
 
 BASELINES = Path("results/baselines")
 FAILING = (CountVerdict.WORSE, CountVerdict.DIFFERS)
@@ -99,8 +99,11 @@ class Plan:
         new = installs.working_tree()
         # Elsewhere, since a Python started here would take what lies here.
         elsewhere = installs.folder
-        in_turns = can_take_turns(read_scenario(self.scenario)) and all(
-            knows_turns(python, elsewhere) for python in (base, new)
+        scenario = read_scenario(self.scenario)
+        in_turns = (
+            can_take_turns(scenario)
+            and fit_at_once(scenario, scenario)
+            and all(knows_turns(python, elsewhere) for python in (base, new))
         )
         arguments = [str(self.scenario.resolve())]
         return Duel(

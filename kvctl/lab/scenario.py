@@ -265,6 +265,13 @@ class Scenario(Options, frozen=True):
             known = fault.service in [service.name for service in self.services]
             require(known, f"{key}.service", fault.service, "no service of that name")
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the paged caches of one engine's ranks."""
+        geometry = self.model.geometry()
+        token = geometry.token_bytes(self.ranks)
+        return token * geometry.block_size * self.cache_blocks * self.ranks
+
     def parts(self) -> dict[str, Scenario]:
         """Return what each tenant plays, as a scenario of its own; ours is `main`."""
         own = {"main": self} if not self.tenants else {"main": self._alone()}

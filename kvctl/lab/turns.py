@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from shutil import disk_usage
 from threading import Event
 from time import monotonic
 
 from kvcore.errors import SetupError, Unavailable
+from kvcore.shm import SHM_DIR
 from kvctl.lab.scenario import Scenario
 from kvctl.lab.workload.load import ClosedLoop
 
@@ -92,6 +94,16 @@ def can_take_turns(scenario: Scenario) -> bool:
     load = scenario.load
     alone = isinstance(load, ClosedLoop) and load.concurrency == 1
     return alone and sum(part.engines for part in scenario.parts().values()) == 1
+
+
+def fit_at_once(*sides: Scenario) -> bool:
+    """Say whether there is shared memory for the servers and caches of all sides."""
+    needed = sum(
+        int(side.server.l1.size) * side.hosts
+        + sum(part.engines * part.cache_bytes for part in side.parts().values())
+        for side in sides
+    )
+    return needed <= disk_usage(SHM_DIR).free
 
 
 def _wait_for_peer(path: str) -> Connection:

@@ -184,7 +184,7 @@ class _Part:
             str(scenario.ranks),
             size(token),
             size(self.chunk_bytes),
-            size(token * geometry.block_size * scenario.cache_blocks),
+            size(scenario.cache_bytes // scenario.ranks),
         )
 
     def workload_row(self) -> tuple[str, ...]:

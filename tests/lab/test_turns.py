@@ -8,9 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from kvcore.config import L1Config
 from kvcore.errors import SetupError
-from kvctl.lab.turns import Turns
+from kvcore.options import ByteSize
+from kvctl.lab.scenario import Chat, ModelConfig, Scenario
+from kvctl.lab.turns import Turns, fit_at_once
 
 JOIN_S = 20
 
@@ -66,3 +70,14 @@ def test_a_wrong_place_is_wrong_use(place: str) -> None:
     """The error says how it is written."""
     with pytest.raises(SetupError, match="first:PATH or second:PATH"):
         Turns(place, 1, lambda: None)
+
+
+def test_sides_without_memory_for_both_do_not_meet() -> None:
+    """The servers' L1 and the engines' caches count."""
+    small = Scenario(ModelConfig("tiny-llama"), Chat())
+    large = replace(
+        small, server=replace(small.server, l1=L1Config(size=ByteSize(1 << 50)))
+    )
+    assert fit_at_once(small, replace(small, cache_blocks=64))
+    assert not fit_at_once(small, large)
+    assert not fit_at_once(small, replace(small, cache_blocks=1 << 40))

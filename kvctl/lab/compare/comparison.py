@@ -188,6 +188,11 @@ def _notes(base: Sequence[Result], new: Sequence[Result]) -> list[str]:
         notes.append(f"{cut} runs were interrupted")
     if base[0].environment.versions != new[0].environment.versions:
         notes.append("the versions of packages differ")
+    if _in_pairs(base, new) and not base[0].turns:
+        notes.append(
+            "each run had the machine for itself: to take turns, which tells more in "
+            "fewer pairs, needs engines = 1, load.concurrency = 1 and memory for both"
+        )
     cores = base[0].environment.num_cores
     busy = sum(result.environment.load > 2 * cores for result in (*base, *new))
     if busy:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +23,9 @@ from kvctl.lab.turns import FIRST, SECOND
 
 BASE, NEW = "base", "new"
 EXIT_WRONG_USE = 2
+EXITS_INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
+END_S = 20.0
+"""For a run that is not wanted any more to end what it has started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,10 @@ class Contest:
         base: list[Result] = []
         new: list[Result] = []
         for number in range(num_pairs):
-            pair = self.play(number)
+            try:
+                pair = self.play(number)
+            except KeyboardInterrupt:
+                break
             if pair.base.interrupted or pair.new.interrupted:
                 break
             base.append(self._keep(pair.base, BASE, number))
@@ -66,6 +74,42 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """A run of one side under way; it saves its result in an empty folder."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    log: Path
+    """What it says on stderr."""
+
+    def result(self) -> Result:
+        """Wait for its end and read what it saved; one with problems has saved, too.
+
+        Raises:
+            SetupError: it could not begin; in its own words.
+            KeyboardInterrupt: it was interrupted before its load began.
+        """
+        code = self.process.wait()
+        if code in EXITS_INTERRUPTED:
+            raise KeyboardInterrupt
+        files = list(self.folder.glob("*.json"))
+        if code == EXIT_WRONG_USE or len(files) != 1:
+            words = self.log.read_text(errors="replace").strip().splitlines()
+            said = words[-1] if words else f"exit code {code}"
+            raise SetupError(said.removeprefix("kvctl: "))
+        return read(files[0])
+
+    def end(self) -> None:
+        """End it, and with it what it has started."""
+        self.process.terminate()
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """How a run of one side is started: `kvctl bench run` of some installation."""
 
@@ -74,26 +118,28 @@ class Command:
     """Scenario and flags, without --out."""
     cwd: Path | None = None
 
-    def start(self, folder: Path, *more: str) -> subprocess.Popen[str]:
-        """Start a run that saves its result in an empty folder."""
+    def start(self, folder: Path, *more: str) -> Run:
+        """Start a run that saves its result in a folder."""
         command = [self.python, "-m", "kvctl", "bench", "run", *self.arguments, *more]
-        return subprocess.Popen(
-            [*command, "--out", str(folder)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.cwd,
-            start_new_session=True,
-        )
+        log = folder.with_suffix(".log")
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                [*command, "--out", str(folder)],
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                cwd=self.cwd,
+                start_new_session=True,
+            )
+        return Run(process, folder, log)
 
 
 @dataclass(frozen=True, slots=True)
 class Duel:
     """Plays pairs of two commands.
 
-    Where the scenario lets them, both run at once and take turns; else one after the
-    other. Which side begins changes from pair to pair, and so no side is always the
-    one that finds the machine warm.
+    Where they can, both run at once and take turns; else one after the other. Which
+    side begins changes from pair to pair, and so no side is always the one that finds
+    the machine warm.
     """
 
     base: Command
@@ -105,6 +151,7 @@ class Duel:
 
         Raises:
             SetupError: a run could not begin; in its own words.
+            KeyboardInterrupt: a signal came before the load began.
         """
         order = (BASE, NEW) if number % 2 == 0 else (NEW, BASE)
         with tempfile.TemporaryDirectory(prefix="kvlab-") as folder, _passed_on() as on:
@@ -113,56 +160,56 @@ class Duel:
             return Pair(found[BASE], found[NEW])
 
     def _at_once(
-        self, order: Sequence[str], folder: Path, on: list[subprocess.Popen[str]]
+        self, order: Sequence[str], folder: Path, on: list[Run]
     ) -> dict[str, Result]:
+        """Let them meet; one that cannot begin is not waited for by the other."""
         for side, place in zip(order, (FIRST, SECOND), strict=True):
             turns = f"{place}:{folder / 'turns'}"
             on.append(self._of(side).start(folder / side, "--turns", turns))
-        said = [process.communicate()[1] for process in on]
-        return {
-            side: _result(process, words, folder / side)
-            for side, process, words in zip(order, on, said, strict=True)
-        }
+        return {run.folder.name: run.result() for run in _as_they_end(on)}
 
     def _one_by_one(
-        self, order: Sequence[str], folder: Path, on: list[subprocess.Popen[str]]
+        self, order: Sequence[str], folder: Path, on: list[Run]
     ) -> dict[str, Result]:
         found = {}
         for side in order:
-            on.append(process := self._of(side).start(folder / side))
-            found[side] = _result(process, process.communicate()[1], folder / side)
+            on.append(run := self._of(side).start(folder / side))
+            found[side] = run.result()
         return found
 
     def _of(self, side: str) -> Command:
         return self.base if side == BASE else self.new
 
 
-def _result(process: subprocess.Popen[str], words: str, folder: Path) -> Result:
-    """Read what a run saved; a run with problems has saved them as well."""
-    files = list(folder.glob("*.json"))
-    if process.returncode == EXIT_WRONG_USE or len(files) != 1:
-        said = words.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise SetupError(said[-1].removeprefix("kvctl: "))
-    return read(files[0])
+def _as_they_end(runs: Sequence[Run]) -> Iterator[Run]:
+    with ExitStack() as stack:
+        left: dict[int, Run] = {}
+        for run in runs:
+            ended = os.pidfd_open(run.process.pid)
+            stack.callback(os.close, ended)
+            left[ended] = run
+        while left:
+            over = wait(list(left))
+            for ended in [one for one in left if one in over]:
+                yield left.pop(ended)
 
 
 @contextmanager
-def _passed_on() -> Iterator[list[subprocess.Popen[str]]]:
-    """Pass signals on to the processes in a list; kill what is left at the end."""
-    processes: list[subprocess.Popen[str]] = []
+def _passed_on() -> Iterator[list[Run]]:
+    """Pass signals on to the runs in a list; end what is left of them after all."""
+    runs: list[Run] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         del frame
-        for process in processes:
-            process.send_signal(number)
+        for run in runs:
+            run.process.send_signal(number)
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, receive) for number in signals}
     try:
-        yield processes
+        yield runs
     finally:
+        for run in runs:
+            run.end()
         for number, handler in before.items():
             signal.signal(number, handler)
-        for process in processes:
-            process.kill()
-            process.wait()

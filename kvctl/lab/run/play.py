@@ -123,6 +123,9 @@ class Play:
                 if self.evidence.turns is None and self.evidence.spec.is_ours:
                     after.play_alone(cast)
                     after.play_copies(cast)
+            except KeyboardInterrupt:
+                cast.close(at_once=True)
+                raise
             finally:
                 cast.close(at_once=self.server_gone)
             if not self.server_gone:
@@ -172,11 +175,14 @@ class Play:
 
         Raises:
             SetupError: one of them could not.
+            KeyboardInterrupt: a signal asked to stop meanwhile.
         """
         patience = READY_S + READY_PER_PROCESS_S * len(cast.actors)
         give_up = monotonic() + patience
-        while len(self.ready) < len(cast.actors) and not self.interrupts.received:
+        while len(self.ready) < len(cast.actors):
             self.step(cast)
+            if self.interrupts.received:
+                raise KeyboardInterrupt
             if self.evidence.failures:
                 raise SetupError("; ".join(self.evidence.failures))
             if monotonic() > give_up:
@@ -200,8 +206,7 @@ class Play:
         self.faults = FaultPlan(begun, Victims(self, cast, client).of, monotonic)
         for fault in self.evidence.scenario.faults:
             self.faults.add(fault)
-        if not self.interrupts.received:  # Else not all are ready: nothing is played.
-            cast.tell_schedulers(Start(begun))
+        cast.tell_schedulers(Start(begun))
         while self._unreported(cast) or self.faults.away:
             self.step(cast)
             self.faults.play()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
@@ -22,8 +23,8 @@ PATIENCE_S = 30.0
 class Driver(Protocol):
     """A module that drives another system."""
 
-    def start(self, spec: SystemSpec, config: ServerConfig) -> Started:
-        """Say how its server is started."""
+    def start(self, spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
+        """Say how its server is started; what it keeps on disk goes into the folder."""
 
     def connect(
         self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
@@ -45,8 +46,12 @@ def check(spec: SystemSpec) -> None:
         raise SetupError(f"--system {spec.name}: known are {', '.join(NAMES)}")
 
 
-def start_server(spec: SystemSpec, config: ServerConfig) -> LocalServer | ForeignServer:
+def start_server(
+    spec: SystemSpec, config: ServerConfig, folder: Path
+) -> LocalServer | ForeignServer:
     """Start a system's server with as much memory and chunks as large.
+
+    The folder is removed by the caller, once the server has been stopped.
 
     Raises:
         SetupError: it is not there, or did not start.
@@ -54,7 +59,7 @@ def start_server(spec: SystemSpec, config: ServerConfig) -> LocalServer | Foreig
     check(spec)
     if spec.is_ours:
         return LocalServer(config)
-    return ForeignServer(OTHERS[spec.name].start(spec, config))
+    return ForeignServer(OTHERS[spec.name].start(spec, config, folder), folder)
 
 
 def connect(plan: EnginePlan, label: str) -> Client:

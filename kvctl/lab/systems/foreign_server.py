@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
@@ -26,15 +25,14 @@ class ForeignServer:
     away = False
     """It cannot be struck and come back."""
 
-    def __init__(self, started: Started) -> None:
-        """Start it and wait until it accepts connections.
+    def __init__(self, started: Started, folder: Path) -> None:
+        """Start it and wait until it accepts connections; its log is in the folder.
 
         Raises:
             SetupError: with its last words, when it ends instead.
             Unavailable: it never accepts any.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="kvlab-")
-        self._log = Path(self._folder.name) / "log"
+        self._log = folder / "log"
         self.address = started.address
         with self._log.open("wb") as log:
             try:
@@ -88,7 +86,6 @@ class ForeignServer:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         os.close(self.exited)
-        self._folder.cleanup()
         return words
 
 

@@ -43,11 +43,14 @@ START_S = 60.0
 """For a Python with torch in it to start, beside others that do."""
 
 
-def start(spec: SystemSpec, config: ServerConfig) -> Started:
+def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
     """Say how its server is started: memory touched before, engines copy themselves."""
-    port = free_port()
+    del folder
+    port, program = free_port(), Path(_python(spec)).with_name("lmcache")
+    if not program.exists():
+        raise SetupError(f"--system-python {spec.python}: no lmcache beside it")
     command = (
-        str(Path(_python(spec)).with_name("lmcache")), "server",
+        str(program), "server",
         "--l1-size-gb", str(config.l1.size / (1 << 30)),
         "--chunk-size", str(config.chunk_size),
         "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven",

@@ -7,7 +7,6 @@ values over a Unix socket. No leases, so what was found may be gone when it is r
 from __future__ import annotations
 
 import socket
-import tempfile
 import threading
 from collections.abc import Sequence
 from io import BufferedReader
@@ -36,13 +35,13 @@ from kvctl.lab.systems.services import VALKEY, program
 HASH_SLICE = 1 << 20
 
 
-def start(spec: SystemSpec, config: ServerConfig) -> Started:
+def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
     """Say how a server that keeps nothing on disk is started."""
-    address = f"{tempfile.mkdtemp(prefix='kvlab-')}/socket"
+    address = f"{folder}/socket"
     command = (
         _server(spec), "--port", "0", "--unixsocket", address, "--save", "",
         "--appendonly", "no", "--maxmemory", str(int(config.l1.size)),
-        "--maxmemory-policy", "allkeys-lru", "--dir", str(Path(address).parent),
+        "--maxmemory-policy", "allkeys-lru", "--dir", str(folder),
     )  # fmt: skip
     return Started(command, f"unix://{address}", is_ready=f"unix://{address}")
 

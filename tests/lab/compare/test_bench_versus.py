@@ -65,6 +65,8 @@ def test_another_system_stands_in_the_same_table(
     fake.write_text(FAKE_VALKEY)
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     flags = ("--system", "valkey", "--versus-system", "kvctl")
     code, out, err = finish(start(TURNS, *flags, "--out", tmp_path / "out"))
     assert code == 0, out + err
@@ -75,3 +77,22 @@ def test_another_system_stands_in_the_same_table(
     assert theirs.counts.tokens_hit == ours.counts.tokens_hit > 0
     assert theirs.counts.bytes_wrong == ours.counts.bytes_wrong == 0
     assert "end_session" not in theirs.operations, "it has none"
+    assert theirs.turns, "the two systems took turns"
+    assert ours.turns, "the two systems took turns"
+    assert not list(scratch.iterdir())
+
+
+def test_a_side_that_cannot_begin_is_told_at_once(tmp_path: Path) -> None:
+    """In its own words; the other does not wait for it."""
+    flags = ("--versus-system", "lmcache", "--system-python", tmp_path / "python")
+    code, _, err = finish(start(TURNS, *flags, "--out", tmp_path / "out"))
+    assert code == 2
+    assert err.splitlines()[-1].endswith("no lmcache beside it")
+
+
+def test_what_is_wrong_in_versus_set_is_named_so(tmp_path: Path) -> None:
+    """Not --set, which was right."""
+    flags = ("--set", "ranks=1", "--versus-set", "rank=2", "--out", tmp_path / "out")
+    code, _, err = finish(start(TURNS, *flags))
+    assert code == 2
+    assert "--versus-set rank=2: unknown key rank" in err

