@@ -201,6 +201,10 @@ class PlayCopies(msgspec.Struct, frozen=True, tag=True):
     seed: int
 
 
+class Warm(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: its first calls are made; it waits for `Start`, as others do."""
+
+
 class CopiesDone(msgspec.Struct, frozen=True, tag=True):
     """From a rank: how long its calls took, with plain copies of as many bytes."""
 
@@ -234,6 +238,7 @@ Control = (
     | PlayAlone
     | AloneDone
     | PlayCopies
+    | Warm
     | CopiesDone
     | Storm
     | StormDone

@@ -164,15 +164,17 @@ def test_copies_cross_from_one_pinned_piece_to_the_next(
     start = memory.ctypes.data
     address = device.allocate(MIB)
     bench.stream.copy(address, start, MIB)
-    half = np.array([MIB // 2], np.int64)
-    bench.stream.copy_many(
-        bench.address + half - half // 2, start + half - half // 2, half
-    )
-    bench.stream.copy(bench.address + MIB, address, MIB)
+    bench.stream.copy(bench.address, address, MIB)
     bench.wait()
-    middle = slice(MIB // 4, 3 * MIB // 4)
-    assert (bench.host[middle] == memory[middle]).all()
-    assert (bench.host[MIB : 2 * MIB] == memory).all()
+    assert (bench.host[:MIB] == memory).all()
+    # Across a border, across another to the end of a piece, within a piece.
+    firsts = np.array([0, MIB // 2, MIB // 8 * 7], np.int64)
+    sizes = np.array([MIB // 2, MIB // 8 * 3, MIB // 8], np.int64)
+    memory[:] = noise(4, MIB)
+    bench.stream.copy_many(address + firsts, start + firsts, sizes)
+    bench.stream.copy(bench.address, address, MIB)
+    bench.wait()
+    assert (bench.host[:MIB] == memory).all()
     pinned.close()
     device.free(address)
 

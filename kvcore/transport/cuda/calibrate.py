@@ -1,15 +1,18 @@
 """How fast a device copies, measured once before its first copy.
 
 Some tens of milliseconds of copies, and up to 2 s for the kernels' first compilation,
-which Triton keeps on disk.
+which Triton keeps on disk. Processes of one installation take turns: workers that start
+together would find a link of which each has a part, and each compile the same.
 """
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from statistics import median
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
+from typing import IO
 
 import numpy as np
 
@@ -26,16 +29,39 @@ MAX_PIECES = 1024
 SMALL_BYTES = 4096
 NUM_CALLS = 64
 REPEATS = 3
+TURN_S, TURN_PAUSE_S = 10.0, 0.01
 
 
 def measure(device: Device, kernels: Kernels, staging: Staging) -> DeviceRates:
     """Time copies of both directions on memory of our own, and every way."""
     begun = perf_counter()
-    with staging.buffer() as buffer, _host(device, staging.sizes.slot_bytes) as host:
+    slot_bytes = staging.sizes.slot_bytes
+    with _turn(), staging.buffer() as buffer, _host(device, slot_bytes) as host:
         bench = _Bench(device, kernels, buffer, host)
         with closing(bench):
             to_host, to_device = bench.rates(to_host=True), bench.rates(to_host=False)
     return DeviceRates(to_host, to_device, measured_s=perf_counter() - begun)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until no other process measures, but not for one that hangs."""
+    give_up = monotonic() + TURN_S
+    with open(__file__, "rb") as ours:
+        while not _locked(ours) and monotonic() < give_up:
+            sleep(TURN_PAUSE_S)
+        yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Say whether a file is ours alone; true where files have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """The real device, over NVIDIA's `cuda.bindings.driver`.
 
 Each GPU's primary context is retained for as long as the process lives; torch uses the
-same one. Every call that needs a context makes it the thread's current one first. The
-bindings release the interpreter's lock in every call.
+same one. Every call that needs a context makes it the thread's current one first, and
+takes the thread out of what others capture: an engine that captures a graph meanwhile
+would find its capture broken by our calls, and our calls would fail. The bindings
+release the interpreter's lock in every call.
 """
 
 from __future__ import annotations
 
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 from uuid import UUID
 
@@ -29,6 +31,14 @@ _NAME_BYTES = 256
 _MAX_STATIC_SHARED_BYTES = 48 << 10
 # The older bindings' first version knows nothing of MIG.
 _uuid_of = getattr(cu, "cuDeviceGetUuid_v2", cu.cuDeviceGetUuid)
+
+
+class _Thread(local):
+    is_apart = False
+    """Captures of other threads are nothing to its calls."""
+
+
+_thread = _Thread()
 
 
 def open_devices() -> tuple[CudaDevice, ...]:
@@ -79,6 +89,10 @@ class CudaDevice:
 
     def enter(self) -> None:
         """Make this device's context the calling thread's."""
+        if not _thread.is_apart:
+            apart = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            check(cu.cuThreadExchangeStreamCaptureMode(apart), "a thread of our own")
+            _thread.is_apart = True
         if self._context is None:
             self._retain()
         check(cu.cuCtxSetCurrent(self._context), f"entering {self.uuid}")
@@ -181,8 +195,10 @@ class CudaDevice:
         if not self._pointer(
             kind.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, address
         ):
-            pool = self._pointer(kind.CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, address)
-            raise _not_capable(from_pool=bool(int(pool)))
+            asked = kind.CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE
+            status, pool = cu.cuPointerGetAttribute(asked, address)
+            from_pool = status == RESULT.CUDA_SUCCESS and bool(int(pool))
+            raise _not_capable(from_pool=from_pool)
         found = cu.cuMemGetAddressRange(address)
         base, size = check(found, "finding an allocation")
         handle = check(cu.cuIpcGetMemHandle(base), "naming an allocation")
@@ -211,6 +227,11 @@ class CudaDevice:
         with self._lock:
             if self._context is None:
                 retained = cu.cuDevicePrimaryCtxRetain(self._device)
+                if retained[0] == RESULT.CUDA_ERROR_DEVICE_UNAVAILABLE:
+                    raise SetupError(
+                        f"{self.name} is another process's alone (compute mode "
+                        "exclusive): start NVIDIA's MPS, or let workers copy"
+                    )
                 self._context = check(retained, f"a context on {self.name}")
 
     def _attribute(self, kind: Any) -> int:

@@ -152,12 +152,15 @@ class Soloist:
         for pattern, ids in zip(seat.patterns, self.blocks, strict=True):
             pattern.write(self.seeds, ids)
 
-    def play(self, rounds: int) -> AloneDone:
-        """Make so many calls of each kind."""
+    def play(self, rounds: int, begin: Callable[[], None] = lambda: None) -> AloneDone:
+        """Make so many calls of each kind; `begin` is called when it is warm."""
         names = (*SAMPLES, *BOTH) if self.both else SAMPLES
         times: dict[str, list[float]] = {name: [] for name in names}
         wrong = 0
         for number in range(WARM_UP_ROUNDS + rounds):
+            if number == WARM_UP_ROUNDS:
+                begin()
+                self.spans.clear()
             taken = self._round(number)
             wrong += self._count_wrong_bytes(self.blocks)
             if self.both:

@@ -7,17 +7,16 @@ The driver adds what the server's process had to compute for them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcore.errors import KVError, SetupError
 from kvcore.protocol import RegisterKVCache
 from kvctl.lab.measure import Samples
 from kvctl.lab.messages import AloneDone, CopiesDone, EnginePlan, PlayCopies
-from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
+from kvctl.lab.rank.alone import Seat, Soloist
 from kvctl.lab.rank.caches import make_cache, register
 from kvctl.lab.systems.contract import Client
 from kvctl.lab.workload.copies import Copies, CopyRow, Setting
@@ -25,14 +24,19 @@ from kvctl.lab.workload.copies import Copies, CopyRow, Setting
 if TYPE_CHECKING:
     from kvctl.lab.rank.busy import Products
 
+_CPUCLOCK_SCHED = 2
 CACHE_CALLS = 2
 """A cache holds the blocks of so many calls."""
 
 
 def play_copies(
-    client: Client, plan: EnginePlan, place: int, task: PlayCopies
+    client: Client,
+    plan: EnginePlan,
+    place: int,
+    task: PlayCopies,
+    begin: Callable[[], None],
 ) -> CopiesDone:
-    """Be one worker of a setting.
+    """Be one worker of a setting; `begin` returns when all of them are warm.
 
     Raises:
         KVError: a call failed.
@@ -45,10 +49,10 @@ def play_copies(
             seat, copies.chunks, task.seed, scattered=scattered, both=True
         )
         if not copies.busy:
-            return _done(seat, soloist.play(copies.rounds))
+            return _done(seat, soloist.play(copies.rounds, begin))
         with _products(plan.scenario.device) as products:
             quiet = products.rate()
-            done = soloist.play(copies.rounds)
+            done = soloist.play(copies.rounds, begin)
             return _done(seat, done, (quiet, products.rate_in(soloist.spans)))
 
 
@@ -118,7 +122,7 @@ def make_row(
     times = Samples.merge(one.samples for one in done).summary()
     each = [one.samples.summary() for one in done]
     calls = [one["store"].p50_s + one["retrieve"].p50_s for one in each]
-    num_calls = 4 * (rounds + WARM_UP_ROUNDS) * len(done)
+    num_calls = 4 * rounds * len(done)
     num_chunks = num_calls * num_bytes / chunk_bytes
     rates = [one.products_per_s for one in done if one.products_per_s]
     return CopyRow(
@@ -142,7 +146,8 @@ def make_row(
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time that a process has used, user and system."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    fields = stat.rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the CPU time that a process has used, user and system.
+
+    By its clock, numbered as clock_getcpuclockid(3) does: /proc has ticks of 10 ms.
+    """
+    return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)

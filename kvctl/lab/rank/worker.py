@@ -8,7 +8,7 @@ timed calls.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from kvctl.lab.messages import (
     Storm,
     StormDone,
     Tally,
+    Warm,
     receive,
     send,
     send_failed,
@@ -127,9 +128,9 @@ class Rank:
             self.block_size,
         )
 
-    def play_copies(self, task: PlayCopies) -> CopiesDone:
+    def play_copies(self, task: PlayCopies, begin: Callable[[], None]) -> CopiesDone:
         """Make calls in a cache of another model."""
-        return play_copies(self.client, self._plan, self._place, task)
+        return play_copies(self.client, self._plan, self._place, task, begin)
 
     def play(self, task: Play | PlayDocuments) -> Played:
         """Retrieve and check, then write and store; errors are told, not raised."""
@@ -280,8 +281,14 @@ def run(
                 played.close()
     except KVError as error:
         send_failed(control, error.message)
-    except OSError:
+    except (OSError, EOFError):
         pass  # The driver or the scheduler is gone: nobody is left to tell.
+
+
+def _wait_for_others(control: Connection) -> None:
+    """Say that the first calls are made; return when all ranks have."""
+    send(control, Warm())
+    receive(control)
 
 
 def _obey(played: Rank, control: Connection, slots: list[Connection]) -> None:
@@ -297,7 +304,8 @@ def _obey(played: Rank, control: Connection, slots: list[Connection]) -> None:
                 if isinstance(task, PlayAlone):
                     send(control, play_alone(played.seat(), task))
                 elif isinstance(task, PlayCopies):
-                    send(control, played.play_copies(task))
+                    begin = partial(_wait_for_others, control)
+                    send(control, played.play_copies(task, begin))
                 elif isinstance(task, Storm):
                     send(control, played.storm(task.rounds))
                 continue

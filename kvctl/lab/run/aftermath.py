@@ -11,11 +11,12 @@ from kvcore.errors import KVError
 from kvcore.keys import SessionKey
 from kvctl.lab import ceilings
 from kvctl.lab.measure import time_calls
-from kvctl.lab.messages import PlayAlone, PlayCopies, send
+from kvctl.lab.messages import PlayAlone, PlayCopies, Start, send
 from kvctl.lab.rank import alone
 from kvctl.lab.rank.copyist import cpu_s, make_row
 from kvctl.lab.run.cast import Cast
 from kvctl.lab.systems.contract import Client
+from kvctl.lab.workload.copies import Setting
 from kvctl.lab.workload.workload import accesses
 
 if TYPE_CHECKING:
@@ -67,21 +68,38 @@ class Aftermath:
             if play.interrupts.received:
                 evidence.interrupted = True
                 return
-            evidence.copied.clear()
-            before = self._server_s()
-            actors = cast.ranks[: setting.workers]
-            for place, actor in enumerate(actors):
-                # Tokens of its own: what is there already would not be copied.
-                seed = number * len(cast.ranks) + place
-                send(actor.control, PlayCopies(setting, seed))
-            while len(evidence.copied) < len(actors) and not evidence.failures:
-                play.step(cast)
-            if evidence.failures:  # A server that is gone has no time to tell.
+            server_s = self._copy(cast, setting, number)
+            if evidence.failures:
                 return
-            server_s = self._server_s() - before if play.servers else None
             made = make_row(setting, evidence.copied, copies.rounds, server_s)
             evidence.copies.append(made)
             evidence.copies_wrong += sum(d.bytes_wrong for d in evidence.copied)
+
+    def _copy(self, cast: Cast, setting: Setting, number: int) -> float | None:
+        """Let ranks make the calls of a setting; return the server's CPU time in them.
+
+        They begin together, when all have made their first ones: a server compiles
+        kernels then, and the last to register would have the link to itself.
+        """
+        evidence, play = self._evidence, self._play
+        actors = cast.ranks[: setting.workers]
+        evidence.copied.clear()
+        evidence.num_warm = 0
+        for place, actor in enumerate(actors):
+            # Tokens of its own: what is there already would not be copied.
+            send(actor.control, PlayCopies(setting, number * len(cast.ranks) + place))
+        while evidence.num_warm < len(actors) and not evidence.failures:
+            play.step(cast)
+        if evidence.failures:
+            return None
+        before = self._server_s()
+        for actor in actors:
+            send(actor.control, Start())
+        while len(evidence.copied) < len(actors) and not evidence.failures:
+            play.step(cast)
+        if evidence.failures or not play.servers:  # One that is gone cannot tell.
+            return None
+        return self._server_s() - before
 
     def _server_s(self) -> float:
         return sum(cpu_s(server.pid) for server in self._play.servers)

@@ -43,6 +43,8 @@ class Evidence:
     alone: list[AloneDone] = field(default_factory=list)
     """From ranks that called alone, after the load; likewise `lookup_alone`."""
     lookup_alone: LookupAlone | None = None
+    num_warm: int = 0
+    """Ranks of the setting that is being copied that have made their first calls."""
     copied: list[CopiesDone] = field(default_factory=list)
     """From the ranks of the setting that is being copied."""
     copies: list[CopyRow] = field(default_factory=list)

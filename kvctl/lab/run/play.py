@@ -28,6 +28,7 @@ from kvctl.lab.messages import (
     Stop,
     StormDone,
     Tally,
+    Warm,
     receive,
     send,
 )
@@ -276,6 +277,8 @@ class Play:
                 self._show_progress()
             case AloneDone():
                 self.evidence.alone.append(message)
+            case Warm():
+                self.evidence.num_warm += 1
             case CopiesDone():
                 self.evidence.copied.append(message)
             case StormDone(samples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from time import process_time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kvcore.shm import SEGMENT_PREFIX as SERVERS_PREFIX
 from kvcore.shm import SHM_DIR
 from kvctl.lab import driver
 from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
+from kvctl.lab.rank.copyist import cpu_s
 from kvctl.lab.rank.worker import SEGMENT_PREFIX
 from kvctl.lab.report import report
 from kvctl.lab.results.result import Result
@@ -139,6 +141,22 @@ def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
     try:
         soloist = Soloist(seat, 2, 0, scattered=scattered, both=True)
         assert not np.intersect1d(soloist.blocks[0], soloist.others[0]).size
-        assert soloist.play(1).bytes_wrong == 2 * (WARM_UP_ROUNDS + 1)
+        begun: list[int] = []
+        done = soloist.play(1, lambda: begun.append(len(soloist.spans)))
+        assert done.bytes_wrong == 2 * (WARM_UP_ROUNDS + 1)
+        # Calls count from where all ranks begin: a store, a retrieve, both at once.
+        assert (begun, len(soloist.spans)) == ([3 * WARM_UP_ROUNDS], 3)
     finally:
         rank.close()
+
+
+def test_a_process_has_a_clock_of_its_own() -> None:
+    """What it computes counts, finer than the 10 ms of its entry in /proc."""
+    begun, ours = cpu_s(os.getpid()), process_time()
+    while process_time() - ours < 1e-3:
+        pass
+    taken = cpu_s(os.getpid()) - begun
+    assert 1e-3 <= taken < 1
+    assert taken % 1e-2
+    with pytest.raises(OSError, match="Invalid argument"):
+        cpu_s(2**22)

@@ -70,5 +70,5 @@ def test_a_row_tells_shares_spread_and_slowdown() -> None:
     assert row.both == pytest.approx(0.75, rel=0.01)
     assert row.spread == pytest.approx(0.5, rel=0.01)
     assert row.product_slowdown == pytest.approx(0.15)
-    # 4 calls a round and worker, of 10 chunks, in 3 rounds with the warm-up's.
-    assert row.server_s_per_chunk == pytest.approx(12.0 / (4 * 3 * 2 * 10))
+    # 4 calls a round and worker, of 10 chunks.
+    assert row.server_s_per_chunk == pytest.approx(12.0 / (4 * 2 * 10))

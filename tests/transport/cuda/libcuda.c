@@ -4,8 +4,9 @@
    Device memory is this host's, work is done when it is queued, and handles work
    between processes (memfds, opened through /proc). Kernels are done again in C, see
    cubin.c. What a real driver refuses and the tests are about, it refuses: copies
-   across two registrations, unknown handles, memory without handles. `stub_hold` keeps events from being reached; `stub_break` is a
-   sticky failure. */
+   across two registrations, unknown handles, memory without handles. `stub_hold` keeps
+   events from being reached; `stub_break` is a sticky failure, and `stub_capture` the
+   capture of a thread that is not ours. */
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -57,11 +58,13 @@ struct event {
 static struct region regions[MAX_REGIONS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local CUcontext current;
-static int is_held, is_broken, next_virtual, next_pooled;
+static _Thread_local CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+static int is_held, is_broken, is_capturing, next_virtual, next_pooled;
 static int num_streams, num_events, num_batches, num_copies;
 
 void stub_hold(int held) { is_held = held; }
 void stub_break(int broken) { is_broken = broken; }
+void stub_capture(int capturing) { is_capturing = capturing; }
 void stub_next_virtual(void) { next_virtual = 1; }
 void stub_next_pooled(void) { next_pooled = 1; }
 int stub_num_batches(void) { return num_batches; }
@@ -80,6 +83,8 @@ static int env(const char *name, int otherwise) {
 
 static CUresult ready(void) {
     if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+    if (is_capturing && mode == CU_STREAM_CAPTURE_MODE_GLOBAL)
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     return is_broken ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
 }
 
@@ -180,6 +185,14 @@ static CUresult stub_cuDeviceGetAttribute(int *value, CUdevice_attribute kind,
 DECLARE(cuDevicePrimaryCtxRetain);
 static CUresult stub_cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     *context = (CUcontext)(intptr_t)(device + 1);
+    return (CUresult)env("STUB_RETAIN", CUDA_SUCCESS);
+}
+
+DECLARE(cuThreadExchangeStreamCaptureMode);
+static CUresult stub_cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *swapped) {
+    CUstreamCaptureMode before = mode;
+    mode = *swapped;
+    *swapped = before;
     return CUDA_SUCCESS;
 }
 
@@ -573,7 +586,7 @@ static const struct {
 } functions[] = {
     GIVE(cuInit), GIVE(cuDriverGetVersion), GIVE(cuDeviceGetCount), GIVE(cuDeviceGet),
     GIVE(cuDeviceGetUuid), GIVE(cuDeviceGetName), GIVE(cuDeviceGetAttribute),
-    GIVE(cuDevicePrimaryCtxRetain), GIVE(cuCtxSetCurrent),
+    GIVE(cuThreadExchangeStreamCaptureMode), GIVE(cuDevicePrimaryCtxRetain), GIVE(cuCtxSetCurrent),
     GIVE(cuCtxGetStreamPriorityRange), GIVE(cuStreamCreateWithPriority),
     GIVE(cuStreamDestroy), GIVE(cuEventCreate), GIVE(cuEventDestroy),
     GIVE(cuEventRecord), GIVE(cuEventQuery), GIVE(cuEventSynchronize),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from kvcore.errors import BadRequest, DeviceFailed, LayoutError
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from kvcore.parts import Extent
 from kvcore.protocol import NULL_BLOCK
+from kvcore.transport.cuda import calibrate
 from kvcore.transport.cuda.cache import CudaCaches
 from kvcore.transport.cuda.staging import Sizes
 from kvcore.transport.cuda.ways import Way
@@ -305,6 +307,41 @@ def test_rates_of_a_small_buffer_leave_out_what_does_not_fit() -> None:
     """Pieces larger than a slot are not measured."""
     caches = CudaCaches(FakeDevice(World(1)), PlainKernels(), sizes=SMALLER)
     assert [rate.piece_bytes for rate in caches.rates.to_host.batched] == [4096]
+
+
+def test_processes_measure_in_turn() -> None:
+    """Others of this installation wait until one has measured, and no longer."""
+    could: list[bool] = []
+
+    class Watched(FakeDevice):
+        def allocate_host(self, num_bytes: int) -> int:
+            could.append(could_measure())
+            return super().allocate_host(num_bytes)
+
+    for _ in range(2):
+        CudaCaches(Watched(World(0)), PlainKernels(), sizes=SMALLER).close()
+    assert could
+    assert not any(could)
+
+
+def test_a_process_that_hangs_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who has waited long enough measures all the same."""
+    monkeypatch.setattr(calibrate, "TURN_S", 0.02)
+    with open(calibrate.__file__, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        CudaCaches(FakeDevice(World(0)), PlainKernels(), sizes=SMALLER).close()
+
+
+def could_measure() -> bool:
+    """Say whether another process would measure now."""
+    with open(calibrate.__file__, "rb") as others:
+        try:
+            fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 SMALLER = Sizes(slot_bytes=8192, table_bytes=8192, max_buffers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,38 @@ def test_memory_of_another_gpu_is_not_exported(stub: ctypes.CDLL) -> None:
     with pytest.raises(HandleError, match="lies on GPU 1, not 0"):
         first.export(address)
     second.free(address)
+
+
+def test_calls_go_on_beside_an_engines_capture(stub: ctypes.CDLL) -> None:
+    """From any thread of ours, while another thread captures a graph."""
+    device = open_devices()[0]
+
+    def copy() -> bool:
+        stream, event = device.stream(), device.event()
+        address = device.allocate(64)
+        stream.copy(address, np.zeros(64, np.uint8).ctypes.data, 64)
+        stream.record(event)
+        event.wait()
+        for done in (stream.close, event.close, lambda: device.free(address)):
+            done()
+        return True
+
+    stub.stub_capture(1)
+    try:
+        with ThreadPoolExecutor(1) as ours:
+            assert ours.submit(copy).result(20)
+    finally:
+        stub.stub_capture(0)
+
+
+def test_a_gpu_that_is_anothers_alone_is_one_line(
+    stub: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In exclusive mode the cure is named, which is not a smaller L1."""
+    monkeypatch.setenv("STUB_RETAIN", "46")
+    with pytest.raises(SetupError, match=r"compute mode exclusive.*MPS") as caught:
+        open_transports("cuda", np.zeros(8, np.uint8))
+    assert "l1" not in caught.value.message
 
 
 def test_a_kernel_is_loaded_and_launched(stub: ctypes.CDLL) -> None:
