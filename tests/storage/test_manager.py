@@ -20,6 +20,7 @@ from kvcore.storage.l1 import L1
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs, PartNeed, WindowNeed, count_hits
 from kvcore.storage.policies.lru import LRU
+from kvcore.storage.tiers.contract import Tier
 from tests.storage.played import PlayedTier
 
 PAGE = 64
@@ -71,6 +72,8 @@ class House:
     write_bytes: int = 1 << 20
     max_jobs: int = 10
     now: float = 0.0
+    over: Sequence[Tier] = ()
+    """Instead of played tiers."""
     tiers: list[PlayedTier] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class House:
         self.manager = Manager(
             self.l1,
             self.arena,
-            self.tiers,
+            self.over or self.tiers,
             PrefetchConfig(max_jobs=self.max_jobs, max_bytes=ByteSize(self.max_bytes)),
             WriteBackConfig(
                 policy=self.policy,
