@@ -69,7 +69,8 @@ def replay(records: Iterable[Committed | Freed], arena: Arena) -> Iterable[Commi
     """
     live: dict[tuple[ChunkHash, PartId], Committed] = {}
     by_chunk: dict[ChunkHash, set[PartId]] = {}
-    owners: dict[int, tuple[ChunkHash, PartId]] = {}
+    owners: dict[int, Committed] = {}
+    """Of each page, the last who claimed it; what is live no more may be among them."""
     for record in records:
         if isinstance(record, Freed):
             for part in by_chunk.pop(record.chunk, ()):
@@ -80,9 +81,9 @@ def replay(records: Iterable[Committed | Freed], arena: Arena) -> Iterable[Commi
         key = (record.chunk, record.part)
         for page in _pages(record.extents, arena):
             owner = owners.get(page)
-            if owner is not None and owner != key:
-                live.pop(owner, None)
-            owners[page] = key
+            if owner is not None and live.get((owner.chunk, owner.part)) is owner:
+                del live[owner.chunk, owner.part]
+            owners[page] = record
         live.pop(key, None)
         live[key] = record
         by_chunk.setdefault(record.chunk, set()).add(record.part)

@@ -166,6 +166,21 @@ def test_a_later_owner_of_a_page_is_believed(path: Path) -> None:
         assert list(replay([part(1, 7, 8)], arena)) == []
 
 
+def test_a_chunk_that_came_back_has_all_its_parts(path: Path) -> None:
+    """What it had before it left is forgotten, wherever its new parts lie."""
+    with kept(path) as arena:
+
+        def part(number: PartId, page: int) -> Committed:
+            extents = (Extent(page * PAGE, PAGE),)
+            name = NAMES[number]
+            return Committed(key(1), number, name, extents, PAGE, Checksum(b""))
+
+        first, other = PARTS
+        records = [part(first, 0), part(other, 1), Freed(key(1), 2)]
+        back = [part(first, 1), part(other, 0)]
+        assert list(replay([*records, *back], arena)) == back
+
+
 def test_claims_that_overlap_are_refused(path: Path) -> None:
     """They would be two parts of the same bytes."""
     with kept(path) as arena:
