@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,8 @@ from kvcore.storage.jobs import JobState, PrefetchJob
 from kvcore.storage.l1 import L1
 from kvcore.storage.manager import Manager
 from kvcore.storage.needs import Needs, PartNeed, WindowNeed, count_hits
-from kvcore.storage.policies.lru import LRU
+from kvcore.storage.quotas import make_order
+from kvcore.storage.recovery import arena_name, recover
 from kvcore.storage.tiers.contract import Tier
 from tests.storage.played import PlayedTier
 
@@ -73,18 +75,21 @@ class House:
     max_jobs: int = 10
     now: float = 0.0
     over: Sequence[Tier] = ()
-    """Instead of played tiers."""
+    """Instead of played tiers of its own."""
+    kept_at: Path | None = None
+    """The journal of an L1 that a later house takes over."""
+    quotas: Mapping[str, int] = field(default_factory=dict)
     tiers: list[PlayedTier] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.arena = Arena(self.num_pages * PAGE, PAGE)
-        self.l1 = L1(self.arena, LRU())
-        self.tiers = [PlayedTier(f"t{i}") for i in range(self.num_tiers)]
+        self._open_l1()
+        self.over = self.over or [PlayedTier(f"t{i}") for i in range(self.num_tiers)]
+        self.tiers = [tier for tier in self.over if isinstance(tier, PlayedTier)]
         self.coordinator = Coordinator("test", lambda: self.now)
         self.manager = Manager(
             self.l1,
             self.arena,
-            self.over or self.tiers,
+            self.over,
             PrefetchConfig(max_jobs=self.max_jobs, max_bytes=ByteSize(self.max_bytes)),
             WriteBackConfig(
                 policy=self.policy,
@@ -95,6 +100,20 @@ class House:
         )
         self.prefetched = self.manager.prefetcher.counters
         self.written = self.manager.write_back.counters
+
+    def _open_l1(self) -> None:
+        order = make_order("lru", self.quotas, lambda owner: owner.request_id)
+        num_bytes = self.num_pages * PAGE
+        if self.kept_at is None:
+            self.arena = Arena(num_bytes, PAGE)
+            self.l1 = L1(self.arena, order)
+            return
+        self.arena = Arena(num_bytes, PAGE, arena_name(self.kept_at), kept=True)
+        recovered = recover(self.kept_at, self.arena)
+        self.journal = recovered.journal
+        self.l1 = L1(self.arena, order, self.journal)
+        self.l1.restore(recovered.parts)
+        self.arena.keep()
 
     @property
     def tier(self) -> PlayedTier:
@@ -110,10 +129,17 @@ class House:
                 kept = self.tiers[tier].kept
                 kept[need.name.key(key)] = content(key, need.name)
 
-    def store(self, hashes: Sequence[ChunkHash], needs: Needs = ONE) -> None:
+    def store(
+        self,
+        hashes: Sequence[ChunkHash],
+        needs: Needs = ONE,
+        owner: SessionKey | None = None,
+    ) -> None:
         """Store as a worker would, all parts."""
         for need in needs.parts:
-            got = self.l1.reserve(hashes, need.part, PART_BYTES, name=need.name)
+            got = self.l1.reserve(
+                hashes, need.part, PART_BYTES, name=need.name, owner=owner
+            )
             for reservation in got.reservations:
                 buffers = buffers_of(self.arena.array.data, reservation.extents)
                 rest = content(reservation.chunk.hash, need.name)

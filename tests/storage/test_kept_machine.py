@@ -1,0 +1,169 @@
+"""The manager's machine once more, with quotas and an L1 that outlives its server.
+
+Servers end and are killed at any moment; before the next one begins, its journal is cut
+or lost, or somebody has written into its memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, rule
+
+from kvcore.config import WRITE_POLICIES
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.shm import SHM_DIR
+from kvcore.storage import journal
+from kvcore.storage.recovery import arena_name
+from tests.storage.test_manager import House, chain
+from tests.storage.test_manager_machine import PROMPTS, ManagerMachine
+
+SPARE_RECORDS = 12
+"""So that the journal is written anew now and then."""
+
+
+class KeptMachine(ManagerMachine):
+    """The model: what is readable when a server ends is what the next one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="kvtest-"))
+        self.path = self.folder / "journal"
+        self.patch = mock.patch.object(journal, "SPARE_RECORDS", SPARE_RECORDS)
+        self.patch.start()
+
+    @initialize(policy=st.sampled_from(WRITE_POLICIES), quota=st.integers(0, 12))
+    def build(self, policy: str, quota: int) -> None:
+        """A first server, in which a tenant and the model have a quota."""
+        self.policy = policy
+        self.quotas = {"salt:tenant": quota * 100, "model:m": 900}
+        self.open(now=0.0)
+
+    def open(self, now: float) -> None:
+        """The next server begins, over the same tiers."""
+        self.house = House(
+            num_pages=22,
+            num_tiers=2,
+            policy=self.policy,
+            max_bytes=500,
+            max_jobs=3,
+            now=now,
+            over=self.house.over if now else (),
+            kept_at=self.path,
+            quotas=self.quotas,
+        )
+
+    @rule(number=st.sampled_from(sorted(PROMPTS)), length=st.integers(1, 6))
+    def store_of_tenant(self, number: int, length: int) -> None:
+        """A worker stores a prompt's chunks on the tenant's account."""
+        owner = SessionKey("e", "tenant")
+        self.house.store(chain(number, length), PROMPTS[number], owner)
+
+    # -- the end of a server ----------------------------------------------------------
+
+    @rule()
+    def stop(self) -> None:
+        """A server ends well: all that was readable is there again."""
+        before = self.readable()
+        self.house.manager.close()
+        self.house.l1.close()
+        self.end()
+        assert self.readable() == before
+
+    @rule()
+    def kill(self) -> None:
+        """A server is killed: the same, and what was under way is lost."""
+        before = self.readable()
+        for tier in self.house.tiers:
+            tier.pending.clear()
+        self.end()
+        assert self.readable() == before
+
+    @rule(data=st.data(), harm=st.sampled_from(["cut", "lost", "bytes"]))
+    def harm(self, data: st.DataObject, harm: str) -> None:
+        """What a killed server left is not whole; what the next one has is right."""
+        before = self.readable()
+        for tier in self.house.tiers:
+            tier.pending.clear()
+        self.close()
+        segment = SHM_DIR / arena_name(self.path)
+        if harm == "lost":
+            self.path.unlink()
+        elif harm == "cut":
+            size = self.path.stat().st_size
+            os.truncate(self.path, data.draw(st.integers(0, size)))
+        else:
+            with segment.open("r+b") as file:
+                file.seek(data.draw(st.integers(0, segment.stat().st_size - 1)))
+                file.write(b"\xff")
+        self.open(self.house.now + 1)
+        after = self.readable()
+        # A cut may bring back what had gone: the invariants say that it is right.
+        assert harm == "cut" or set(after) <= set(before)
+
+    def end(self) -> None:
+        """One server ends, the next begins."""
+        self.close()
+        self.open(self.house.now + 1)
+
+    def close(self) -> None:
+        """Nobody has anything of a server that has ended but what it kept.
+
+        The next one gets copies: here the memory stays mapped, and so locked, as long
+        as anything of the last one is about.
+        """
+        self.jobs.clear()
+        self.unwaited.clear()
+        self.leases.clear()
+        earlier, self.path = self.path, self.path.with_name(f"{self.house.now}")
+        shutil.copy(earlier, self.path)
+        shutil.copy(SHM_DIR / arena_name(earlier), SHM_DIR / arena_name(self.path))
+        self.leave()
+
+    def leave(self) -> None:
+        """Remove what a server kept."""
+        self.house.journal.close()
+        self.house.arena.close()
+        (SHM_DIR / self.house.arena.name).unlink(missing_ok=True)
+
+    def readable(self) -> dict[ChunkHash, int]:
+        """Return the parts of each chunk that can be read."""
+        [*chunks] = (
+            chunk
+            for number in PROMPTS
+            for chunk in self.house.l1.peek(chain(number, 6))
+            if chunk is not None and chunk.ready
+        )
+        return {chunk.hash: chunk.ready for chunk in chunks}
+
+    # -- what always holds ------------------------------------------------------------
+
+    @invariant()
+    def accounts_add_up(self) -> None:
+        """Each has the bytes of its chunks' parts."""
+        table = self.house.l1._table
+        assert table.quotas is not None
+        chunks = [*table.index.values(), *table._dropped]
+        for account in table.quotas._accounts.values():
+            parts = (c.parts.values() for c in chunks if c.account is account)
+            assert account.used_bytes == sum(p.num_bytes for ps in parts for p in ps)
+
+    def teardown(self) -> None:
+        """Nothing is held when all is settled; the memory's name is removed."""
+        try:
+            super().teardown()
+        finally:
+            self.leave()
+            shutil.rmtree(self.folder)
+            self.patch.stop()
+
+
+TestKeptMachine = KeptMachine.TestCase
+TestKeptMachine.__doc__ = """What one server had is the next one's, and right."""
+TestKeptMachine.settings = settings(stateful_step_count=50)
