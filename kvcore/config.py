@@ -131,8 +131,9 @@ class BlendConfig(Options, frozen=True):
     matcher: Annotated[
         Literal["anywhere", "separated"],
         Meta(
-            description="anywhere: at any offset, by their tokens; separated: "
-            "paragraphs between token patterns, each a document from its start on"
+            description="separated: paragraphs between token patterns, each a document "
+            "from its start on; anywhere: at any offset, by their tokens, and in tiers "
+            "such paragraphs, too"
         ),
     ] = "anywhere"
     preset: Annotated[

@@ -25,6 +25,7 @@ from kvcore.blend.lookups import DocumentLookups, Found
 from kvcore.blend.matchers import (
     MATCH_STEP,
     Anywhere,
+    AnywhereOrSeparated,
     DocumentSpace,
     Matcher,
     Separated,
@@ -98,9 +99,14 @@ class BlendEngine:
             self._restore(kept)
 
     def _make_matcher(self, config: BlendConfig, rolling: RollingHash) -> Matcher:
-        if config.matcher == "anywhere":
-            return Anywhere(self.index, rolling)
-        return Separated(make_markers(config), self.chunk_size, self._slice_chunks)
+        markers = make_markers(config)
+        separated = Separated(markers, self.chunk_size, self._slice_chunks)
+        if config.matcher == "separated":
+            return separated
+        anywhere = Anywhere(self.index, rolling)
+        if self.engine.manager is None or not (markers.start or markers.end):
+            return anywhere
+        return AnywhereOrSeparated(anywhere, separated)
 
     def _restore(self, kept: KeptEntries) -> None:
         """Enter what an earlier run knew; a tier may have all of it."""

@@ -7,6 +7,7 @@ by the digest of a chunk's own tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -117,19 +118,31 @@ class Separated:
     ) -> Runs:
         """Return every paragraph, stored or not: a tier may have what L1 lacks."""
         del count_ready
-        runs = []
+        return (yield from self.find_between([], tokens, space))
+
+    def find_between(
+        self, runs: list[Run], tokens: Tokens, space: DocumentSpace
+    ) -> Runs:
+        """Return the paragraphs that begin outside these runs, as far as the next."""
+        size = self._chunk_size
+        found = []
         num_hashed = 0
+        ends = [run.start + len(run.hashes) * size for run in runs]
         for paragraph in cut(tokens, self._markers):
-            chain = HashChain(space.seed, self._chunk_size)
-            packed = tokens[paragraph.start : paragraph.end].data.cast("B")
+            start, end = paragraph.start, paragraph.end
+            later = bisect_right(ends, start)
+            if later < len(runs):
+                end = max(start, min(end, runs[later].start))
+            chain = HashChain(space.seed, size)
+            packed = tokens[start:end].data.cast("B")
             yield from chain.extend(packed, self._slice_chunks)
             if chain.hashes:
-                runs.append(Run(0, paragraph.start, chain.hashes))
+                found.append(Run(0, start, chain.hashes))
             num_hashed += len(chain.hashes)
             if num_hashed >= self._slice_chunks:
                 num_hashed = 0
                 yield
-        return runs
+        return found
 
 
 class Anywhere:
@@ -246,3 +259,28 @@ class Anywhere:
                 return False
             hashes.append(child)
         return first + MATCH_STEP * size == end
+
+
+class AnywhereOrSeparated:
+    """Chunks anywhere, and between them paragraphs that only a tier may know.
+
+    So it finds what another host has stored, from its document's start on.
+    """
+
+    def __init__(self, anywhere: Anywhere, separated: Separated) -> None:
+        self._anywhere = anywhere
+        self._separated = separated
+
+    def learn(
+        self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
+    ) -> Learnt:
+        """See `Anywhere`."""
+        return self._anywhere.learn(tokens, hashes, space)
+
+    def find(
+        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
+    ) -> Runs:
+        """Return the runs of both."""
+        runs = yield from self._anywhere.find(tokens, space, count_ready)
+        runs += yield from self._separated.find_between(runs, tokens, space)
+        return sorted(runs, key=lambda run: run.start)

@@ -177,9 +177,9 @@ class House:
         config = ServerConfig(
             chunk_size=SIZE,
             blend=BlendConfig(
-                matcher=matcher,
-                start=((START,),) if matcher == "separated" else (),
-                end=((END,),) if matcher == "separated" else (),
+                matcher="separated" if matcher == "separated" else "anywhere",
+                start=() if matcher == "anywhere" else ((START,),),
+                end=() if matcher == "anywhere" else ((END,),),
                 max_tier_chunks=max_tier_chunks,
             ),
             l1=L1Config(size=ByteSize(num_pages << 12), page=ByteSize(1 << 12)),

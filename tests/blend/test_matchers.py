@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from kvcore.blend import matchers
 from kvcore.blend.index import DocumentIndex
-from kvcore.blend.matchers import Anywhere, DocumentSpace, Matcher, Run, Separated
+from kvcore.blend.matchers import (
+    Anywhere,
+    AnywhereOrSeparated,
+    DocumentSpace,
+    Matcher,
+    Run,
+    Separated,
+)
 from kvcore.blend.paragraphs import Markers, cut
 from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash
 from kvcore.keys import ChunkHash, ExtraKey, HashChain
@@ -162,6 +169,42 @@ def test_separated_finds_each_paragraph_from_its_start(
     expected = [hashes_of(p) for p in paragraphs if len(p) >= SIZE]
     assert [run.hashes for run in runs] == expected
     assert all(run.old_start == 0 for run in runs)
+
+
+@given(
+    planted(),
+    st.lists(st.sampled_from([(0,), (1, 1), (2, 0)]), min_size=1, max_size=2),
+    st.lists(st.sampled_from([(2,), (0, 1)]), max_size=1),
+)
+def test_paragraphs_are_found_between_what_is_found_anywhere(
+    case: tuple[list[list[int]], list[int]],
+    start: list[tuple[int, ...]],
+    end: list[tuple[int, ...]],
+) -> None:
+    """What begins in no known run is a document, as far as the next; nothing else."""
+    known, prompt = case
+    library, plain = anywhere(), anywhere()
+    for document in known:
+        library.store(document)
+        plain.store(document)
+    markers = Markers(tuple(start), tuple(end))
+    separated = Separated(markers, SIZE, 1)
+    library.matcher = AnywhereOrSeparated(library.matcher, separated)
+    runs, told = library.find(prompt), plain.find(prompt)
+    assert [run for run in runs if run in told] == told
+    taken = {
+        at
+        for run in told
+        for at in range(run.start, run.start + len(run.hashes) * SIZE)
+    }
+    expected = []
+    for each in cut(np.array(prompt, np.uint32), markers):
+        free = next((at for at in range(each.start, each.end) if at in taken), each.end)
+        hashes = hashes_of(prompt[each.start : free])
+        if hashes:
+            expected.append(Run(0, each.start, hashes))
+    assert [run for run in runs if run not in told] == expected
+    assert [run.start for run in runs] == sorted({run.start for run in runs})
 
 
 def test_a_document_crosses_a_slice_of_windows() -> None:

@@ -25,6 +25,7 @@ from tests.system.test_blend import Values, fresh, put, where
 from tests.system.test_failing_tiers import Hanging
 from tests.system.test_tiers import connected, counter, is_idle, written
 from tests.system.worker import Worker
+from tests.tiers.engines import ValkeyEngine
 
 SMALL_CHUNKS = 8
 SMALL = ("--l1-size", "64KiB")
@@ -359,6 +360,61 @@ def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
         assert len(house.look_up(tokens).matches) == 2
         house.client.end_session(KEY)
     again.close()
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[ValkeyEngine]:
+    """A store that several servers share."""
+    engine = ValkeyEngine(tmp_path)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.kill()
+
+
+@pytest.mark.tiers
+@pytest.mark.parametrize("matcher", ["anywhere", "separated"])
+def test_another_servers_document_is_found_where_a_paragraph_begins(
+    serve: Serve, valkey: ValkeyEngine, prompt: Prompt, matcher: str
+) -> None:
+    """Of two with one tier each finds what the other stored, beside its own."""
+    marks = ("--set", f"blend.matcher={matcher}", "--set", "blend.start=[[7]]")
+    options = [*BLEND, "--tier", valkey.url, *marks]
+    with housed(serve(*options)) as here, housed(serve(*options)) as there:
+        one, two = prompt(3 * CHUNK), prompt(2 * CHUNK)
+        of_one, of_two = put(here.worker, one, 1), put(there.worker, two, 2)
+        here.await_written(3)
+        there.await_written(2)
+        text = [*prompt(4), 7, *one, 7, *two]
+        after = 5 + 3 * CHUNK + 1
+        for house, num_loaded in ((here, 2), (there, 3)):
+            found = house.look_up(text)
+            assert where(found) == [(5, 5 + 3 * CHUNK), (after, after + 2 * CHUNK)]
+            slots = house.read(found)
+            assert np.array_equal(slots[:, :, 5 : 5 + 3 * CHUNK], of_one)
+            assert np.array_equal(slots[:, :, after : after + 2 * CHUNK], of_two)
+            assert house.count("parts_prefetched") == num_loaded
+
+
+def test_a_document_that_no_index_knows_is_found_where_a_paragraph_begins(
+    serve: Serve, folder: Path, prompt: Prompt
+) -> None:
+    """An earlier server's, in its tier: by marks, and not without."""
+    options = [*BLEND, *tier_of(folder)]
+    tokens = prompt(2 * CHUNK)
+    with housed(server := serve(*options)) as house:
+        values = put(house.worker, tokens, 1)
+        house.await_written(2)
+    server.close()
+    text = [*prompt(4), 7, *tokens]
+    with housed(server := serve(*options)) as house:
+        assert house.look_up(text) == CBLookupReply((), (), 0)
+    server.close()
+    with housed(serve(*options, "--set", "blend.start=[[7]]")) as house:
+        found = house.look_up(text)
+        assert where(found) == [(5, 5 + 2 * CHUNK)]
+        assert np.array_equal(house.read(found)[:, :, 5 : 5 + 2 * CHUNK], values)
 
 
 def test_all_paragraphs_are_asked_for_before_any_is_waited_for(
