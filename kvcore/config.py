@@ -60,6 +60,10 @@ class L1Config(Options, frozen=True):
             )  # fmt: skip
 
 
+MIN_HEARTBEAT_S = 0.001
+MAX_HEARTBEAT_S = 86_400.0
+
+
 class WireConfig(Options, frozen=True):
     """Bounds on what clients may ask at once."""
 
@@ -88,7 +92,10 @@ class WireConfig(Options, frozen=True):
         )
         require(slices >= 1, "wire.slice_chunks", slices, "at least 1")
         require(
-            self.heartbeat_s > 0, "wire.heartbeat_s", self.heartbeat_s, "more than 0"
+            MIN_HEARTBEAT_S <= self.heartbeat_s <= MAX_HEARTBEAT_S,
+            "wire.heartbeat_s",
+            self.heartbeat_s,
+            f"from {MIN_HEARTBEAT_S:g} to {MAX_HEARTBEAT_S:g}",
         )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Generic, NewType, TypeVar
 import msgspec
 from msgspec import Meta
 
+from kvcore.config import MAX_HEARTBEAT_S, MIN_HEARTBEAT_S
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.layout import CacheGroup
 from kvcore.parts import Place
@@ -118,7 +119,7 @@ class HelloReply(msgspec.Struct, frozen=True):
 
     protocol_version: int
     boot: BootToken
-    chunk_size: Annotated[int, Meta(description="tokens a chunk")]
+    chunk_size: Annotated[int, Meta(ge=1, description="tokens a chunk")]
     hash_algorithm: str
     pid: int
     pid_start: Annotated[int, Meta(description="start time, clock ticks since boot")]
@@ -127,13 +128,18 @@ class HelloReply(msgspec.Struct, frozen=True):
         bool, Meta(description="the server watches the client's process by pidfd")
     ]
     heartbeat_s: Annotated[
-        float, Meta(description="send at least this often when not watched")
+        float,
+        Meta(
+            ge=MIN_HEARTBEAT_S,
+            le=MAX_HEARTBEAT_S,
+            description="send at least this often when not watched",
+        ),
     ]
     max_message_bytes: int
 
 
 class Hello(Request[HelloReply], frozen=True):
-    """Open a connection. The only request that needs no boot token.
+    """Open a connection. Only this and GOODBYE need no boot token.
 
     Saying it again from the same process changes nothing.
     """

@@ -188,7 +188,7 @@ def test_an_error_names_the_file_the_line_and_the_key(
         ("address=localhost", "address = 'localhost': must be tcp://HOST:PORT"),
         ("address=tcp://a:70000", "must be tcp://HOST:PORT"),
         ("log_level=loud", "log_level = 'loud': one of debug, info"),
-        ("wire.heartbeat_s=0", "wire.heartbeat_s = 0.0: more than 0"),
+        ("wire.heartbeat_s=0", "wire.heartbeat_s = 0.0: from 0.001 to 86400"),
         ("wire.max_message=1kB", "wire.max_message = 1000B: at least 4KiB"),
         ("sessions.idle_s=1", "sessions.idle_s = 1.0: less than sessions.lease_s"),
         ("metrics_port=-1", "metrics_port = -1: 0 to 65535"),

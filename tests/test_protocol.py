@@ -68,9 +68,10 @@ def scalars(kind: inspect.Type) -> st.SearchStrategy[Any]:
         return st.binary(min_size=low, max_size=kind.max_length or low + 16)
     if isinstance(kind, inspect.MemoryViewType):
         return st.binary(max_size=16).map(memoryview)
+    if isinstance(kind, inspect.FloatType):
+        return st.floats(kind.ge, kind.le, allow_nan=False)
     return {
         inspect.BoolType: st.booleans(),
-        inspect.FloatType: st.floats(allow_nan=False),
         inspect.NoneType: st.none(),
     }[type(kind)]
 

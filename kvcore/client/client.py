@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from kvcore.client.connection import Connection, Registration
+from kvcore.client.connection import Connection
 from kvcore.client.pending import Retry
+from kvcore.client.runs import Registration
 from kvcore.errors import KVError, TokensNeeded, Unavailable
 from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens, view_tokens
 from kvcore.protocol import (
@@ -77,7 +78,7 @@ class KVClient:
         Raises:
             Unavailable: it is gone and no other has answered yet.
         """
-        peer = self._connection.peer
+        peer = self._connection.runs.peer
         if peer is None:
             raise Unavailable(f"no server at {self.address} just now")
         return peer.hello
@@ -125,9 +126,7 @@ class KVClient:
 
     def register_kv_cache(self, request: Registration) -> RegisterReply:
         """Register a cache or a buffer, now and with every later run of the server."""
-        reply = self.call(request)
-        self._connection.remember(request)
-        return reply
+        return self._connection.register(request, self.timeout_s)
 
     def unregister_kv_cache(self, instance_id: str) -> Done:
         """Forget a cache; when this returns the server has unmapped it."""
@@ -135,7 +134,7 @@ class KVClient:
 
     def unregister(self, request: UnregisterKVCache | CBUnregisterKVCache) -> Done:
         """Forget a cache or a buffer, and that it was to be registered again."""
-        self._connection.forget(request.instance_id)
+        self._connection.runs.forget(request.instance_id)
         return self.call(request)
 
     def submit_store(

@@ -5,9 +5,9 @@ own answer and hands it back: no other thread takes part, which is worth 50 us a
 (docs/performance.md). While futures are outstanding the connection's own thread holds
 it; a call that finds it taken queues its frame and wakes the holder.
 
-A server that was replaced refuses what was meant for its predecessor. The connection
-then says hello, registers again what was registered, and sends the refused requests
-once more; callers see nothing of it but the time it took.
+A server that was replaced refuses what was meant for its predecessor. `Runs` then says
+hello and registers again what was registered, and the refused requests are sent once
+more; callers see nothing of it but the time it took.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ import secrets
 import select
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from time import monotonic_ns
 from typing import Any, TypeVar
 
 import zmq
 
-from kvcore.client.peer import Peer
-from kvcore.client.pending import Late, Pending, Retry
+from kvcore.client.pending import NEVER_NS, Late, Pending, Posted, Retry
+from kvcore.client.runs import Registration, Runs, Told
 from kvcore.errors import (
     BadRequest,
     Closed,
-    DeadlineExceeded,
     KVError,
     Overloaded,
     StaleBoot,
@@ -40,30 +39,12 @@ from kvcore.errors import (
     Unavailable,
     from_wire,
 )
-from kvcore.process import pid_namespace, start_time
-from kvcore.protocol import (
-    NO_BOOT,
-    PROTOCOL_VERSION,
-    CBRegisterKVCache,
-    Goodbye,
-    Hello,
-    HelloReply,
-    Ping,
-    RegisterKVCache,
-    RegisterReply,
-    Request,
-)
+from kvcore.protocol import NO_BOOT, Goodbye, RegisterReply, Request
 from kvcore.wire import BY_CLASS, UNREADABLE, decode_error, decode_reply, encode_request
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Registration = RegisterKVCache | CBRegisterKVCache
-NEVER_NS = 2**63 - 1
-HELLO_AGAIN_NS = 1_000_000_000
-"""An unanswered hello is said again after this, then after twice that, and so on."""
-MAX_HELLO_AGAIN_NS = 64 * HELLO_AGAIN_NS
-"""ZeroMQ queues what nobody takes, up to a bound: few hellos for a long absence."""
 
 MAX_RECEIVES = 256
 """Frames read before the deadlines are looked at, however many come."""
@@ -77,7 +58,6 @@ class Connection:
 
     def __init__(self, address: str, label: str) -> None:
         self._address = address
-        self._label = label
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
@@ -97,39 +77,25 @@ class Connection:
         self._gate = threading.Lock()
         self._ids = count(1)
         self._outbox: deque[Pending] = deque()
-        self._pending: dict[int, Pending] = {}
-        self._refused: deque[Pending] = deque()
-        self._earliest_ns = NEVER_NS
-        self._beat_ns = NEVER_NS
-        # The connection's thread may sleep without end: a call that met a server hands
-        # over even when it leaves nothing else.
-        self._beat_is_new = False
-        self._registrations: dict[str, _Registered] = {}
-        self._unsent: deque[Pending] = deque()
-        self.on_leave: list[Callable[[], None]] = []
-        """Told that a run of the server is gone, by the thread that found out."""
-        self._hello: Pending | None = None
-        self._hello_again_ns = HELLO_AGAIN_NS
-        self._boot = NO_BOOT
+        self._posted = Posted()
         self._closed = False
         # The thread of the call that holds `_io`, 0 when it is the connection's own.
         self._caller = 0
-        self.peer: Peer | None = None
-        # Runs whose address is another's, while they may still write what was asked.
-        self._outlived: list[Peer] = []
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
+        self.runs = Runs(address, label, self._post, self._posted, self._epoll)
         self._sources: list[tuple[Any, int]] = [
             (self._socket, zmq.POLLIN),
             (self._epoll.fileno(), zmq.POLLIN),
         ]
+        self._sleeps_until_ns = NEVER_NS
         self._thread = threading.Thread(target=self._serve, name="kvcore", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"boot {self._boot:x}"
-        return f"<Connection {self._address} {state}, {len(self._pending)} pending>"
+        state = "closed" if self._closed else f"boot {self.runs.boot:x}"
+        return f"<Connection {self._address} {state}, {len(self._posted)} pending>"
 
     # -- for callers ----------------------------------------------------------------
 
@@ -149,12 +115,7 @@ class Connection:
         wait for other requests; they may close the connection. `late` is given a reply
         that comes after the deadline.
         """
-        with self._gate:
-            pending = self._make(request, timeout_s, retry, late)
-            future = pending.promise()
-            self._outbox.append(pending)
-            os.eventfd_write(self._wake, 1)
-        return future
+        return self._queue(_make(request, timeout_s, retry, late))
 
     def call(
         self,
@@ -164,15 +125,21 @@ class Connection:
         late: Late | None = None,
     ) -> R:
         """Send a request and wait for its answer; errors as for `submit`."""
-        if not self._io.acquire(blocking=False):
-            return self.submit(request, timeout_s, retry, late).result()
-        try:
-            pending = self._make(request, timeout_s, retry, late)
-            self._carry((pending,), lambda: pending.is_done or self._closed)
-        finally:
-            self._io.release()
-        result: R = pending.result()
+        result: R = self._ask(_make(request, timeout_s, retry, late))
         return result
+
+    def register(
+        self, request: Registration, timeout_s: float, told: Told | None = None
+    ) -> RegisterReply:
+        """Register now, and again whenever another run of the server is met.
+
+        `told` is given every reply, this one before it is returned. What it raises
+        this time is raised here.
+        """
+        pending = _make(request, timeout_s)
+        pending.taken = partial(self.runs.remember, request, told)
+        reply: RegisterReply = self._ask(pending)
+        return reply
 
     def call_all(self, requests: Sequence[Request[Any]], timeout_s: float) -> list[Any]:
         """Send requests at once and wait for all answers; raises the first error.
@@ -183,50 +150,13 @@ class Connection:
             futures = [self.submit(request, timeout_s) for request in requests]
             return [future.result() for future in futures]
         try:
-            pendings = [self._make(request, timeout_s) for request in requests]
+            pendings = [_make(request, timeout_s) for request in requests]
             self._carry(
                 pendings, lambda: self._closed or all(p.is_done for p in pendings)
             )
         finally:
             self._io.release()
         return [pending.result() for pending in pendings]
-
-    def _carry(self, pendings: Sequence[Pending], done: Callable[[], bool]) -> None:
-        """Send requests and serve the socket until `done`; for who holds `_io`."""
-        self._caller = threading.get_ident()
-        try:
-            for pending in pendings:
-                self._transmit(pending)
-            self._drive(done)
-        finally:
-            self._hand_over()
-            self._caller = 0
-
-    def _hand_over(self) -> None:
-        """Leave what is still under way to the connection's thread.
-
-        It may have missed why it was woken, since this one took the wake-up.
-        """
-        if self._closed:
-            self._fail_all(Closed("the connection was closed"))
-        elif not (self._is_busy or self._beat_is_new):
-            return
-        os.eventfd_write(self._wake, 1)
-
-    def remember(
-        self,
-        request: Registration,
-        told: Callable[[RegisterReply], object] | None = None,
-    ) -> None:
-        """Register this again whenever another run of the server is met.
-
-        `told` is given the reply, by the connection's thread.
-        """
-        self._registrations[request.instance_id] = _Registered(request, told)
-
-    def forget(self, instance_id: str) -> None:
-        """Register it no more."""
-        self._registrations.pop(instance_id, None)
 
     def close(self) -> None:
         """Say goodbye; what is unanswered ends with `Closed`. Idempotent.
@@ -237,33 +167,59 @@ class Connection:
             if not self._closed:
                 self._closed = True
                 os.eventfd_write(self._wake, 1)
-        if threading.get_ident() not in (self._caller, self._thread.ident):
+        if not self.is_served_here:
             self._thread.join()
 
-    def _release(self) -> None:
-        """End what is unanswered, and give back all that was opened."""
-        self._fail_all(Closed("the connection was closed"))
-        if self._boot:
-            self._transmit(Pending(Goodbye(), 0))
-            self._pending.clear()
-        self._socket.close()
-        self._context.term()
-        for peer in (self.peer, *self._outlived):
-            if peer is not None:
-                peer.close()
-        self._epoll.close()
-        os.close(self._wake)
+    @property
+    def is_served_here(self) -> bool:
+        """Whether this thread serves the socket: it must not wait for an answer."""
+        return threading.get_ident() in (self._caller, self._thread.ident)
 
-    def _make(
-        self,
-        request: Request[Any],
-        timeout_s: float,
-        retry: Retry | None = None,
-        late: Late | None = None,
-    ) -> Pending:
+    def _queue(self, pending: Pending) -> Future[Any]:
+        with self._gate:
+            self._check_open()
+            future = pending.promise()
+            self._outbox.append(pending)
+            os.eventfd_write(self._wake, 1)
+        return future
+
+    def _ask(self, pending: Pending) -> Any:
+        if not self._io.acquire(blocking=False):
+            return self._queue(pending).result()
+        try:
+            self._carry((pending,), lambda: pending.is_done or self._closed)
+        finally:
+            self._io.release()
+        return pending.result()
+
+    def _carry(self, pendings: Sequence[Pending], done: Callable[[], bool]) -> None:
+        """Send requests and serve the socket until `done`; for who holds `_io`."""
+        self._check_open()
+        self._caller = threading.get_ident()
+        try:
+            for pending in pendings:
+                self._transmit(pending)
+            self._drive(done)
+        finally:
+            if self._closed:
+                for pending in pendings:
+                    pending.fail(_closed())
+            self._hand_over()
+            self._caller = 0
+
+    def _check_open(self) -> None:
         if self._closed:
-            raise Closed("the connection was closed")
-        return Pending(request, monotonic_ns() + int(timeout_s * 1e9), retry, late)
+            raise _closed()
+
+    def _hand_over(self) -> None:
+        """Leave what is still under way to the connection's thread.
+
+        It may have missed why it was woken, since this one took the wake-up; and it
+        may sleep for longer than it now should.
+        """
+        sleeps_too_long = self.runs.due_ns < self._sleeps_until_ns
+        if self._closed or self._is_busy or sleeps_too_long:
+            os.eventfd_write(self._wake, 1)
 
     # -- the connection's thread ----------------------------------------------------
 
@@ -271,31 +227,38 @@ class Connection:
         """Sleep until there is something for this thread, then take the socket."""
         try:
             while not self._closed:
-                self._epoll.poll(self._seconds_to_beat())
+                self._epoll.poll(_seconds_until(self._sleeps_until_ns))
                 with self._io:
                     # Here, since `_drive` does not look when there is nothing to do:
                     # an idle client would never see that its server died.
                     self._look_around()
-                    self._beat_is_new = False
-                    self._beat()
-                    self._drive(self._idle)
+                    self.runs.tick(monotonic_ns())
+                    self._drive(lambda: self._closed or not self._is_busy)
+                    self._sleeps_until_ns = self.runs.due_ns
         finally:
             with self._gate:
                 self._closed = True
             with self._io:
                 self._release()
 
-    def _idle(self) -> bool:
-        return self._closed or not (self._is_busy or self._hello)
-
     @property
     def _is_busy(self) -> bool:
-        return bool(self._pending or self._outbox or self._refused or self._unsent)
+        return bool(self._posted or self._outbox or self.runs.waiting)
 
-    def _seconds_to_beat(self) -> float | None:
-        if self._beat_ns == NEVER_NS:
-            return None
-        return max(0, self._beat_ns - monotonic_ns()) / 1e9
+    def _release(self) -> None:
+        """End what is unanswered, and give back all that was opened."""
+        is_known = self.runs.is_known
+        self._posted.fail(_closed())
+        for queue in (self._outbox, self.runs.waiting):
+            while queue:
+                queue.popleft().fail(_closed())
+        if is_known:
+            self._post(Pending(Goodbye(), 0))
+        self._socket.close()
+        self._context.term()
+        self.runs.close()
+        self._epoll.close()
+        os.close(self._wake)
 
     # -- whoever holds the socket ---------------------------------------------------
 
@@ -306,64 +269,59 @@ class Connection:
                 self._transmit(self._outbox.popleft())
             if done():
                 return
-            for source, _ in zmq.zmq_poll(self._sources, self._timeout_ms()):
+            due_ns = min(self._posted.earliest_ns, self.runs.due_ns)
+            for source, _ in zmq.zmq_poll(self._sources, _milliseconds_until(due_ns)):
                 if source is self._socket:
                     self._receive()
                 else:
                     self._look_around()
-            if min(self._earliest_ns, self._beat_ns) <= monotonic_ns():
-                self._expire()
-                self._beat()
+            now = monotonic_ns()
+            self._posted.expire(now)
+            self.runs.tick(now)
 
-    def _timeout_ms(self) -> int:
-        earliest_ns = min(self._earliest_ns, self._beat_ns)
-        if earliest_ns == NEVER_NS:
-            return -1
-        return max(0, (earliest_ns - monotonic_ns()) // 1_000_000 + 1)
-
-    def _beat(self) -> None:
-        """Show life, when it is time, to a server that cannot watch this process."""
-        now = monotonic_ns()
-        if self.peer is not None and self._beat_ns <= now:
-            self._beat_ns = now + self.peer.beat_ns
-            self._transmit(Pending(Ping(), now + self.peer.beat_ns))
+    def _look_around(self) -> None:
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                self.runs.gone(fd)
 
     def _transmit(self, pending: Pending) -> None:
-        """Send a request; without a server it waits here for a hello's answer."""
-        if pending.deadline_ns:
-            self._earliest_ns = min(self._earliest_ns, pending.deadline_ns)
-        if self._boot == NO_BOOT and pending is not self._hello:
-            self._refused.append(pending)
-            self._greet()
-            return
+        """Send to the run that is there, or have it wait for one."""
+        if self.runs.boot == NO_BOOT:
+            self.runs.wait(pending)
+        else:
+            self._post(pending)
+
+    def _post(self, pending: Pending) -> None:
+        """Send now, met or not; what cannot be sent has failed."""
         pending.id = next(self._ids)
-        pending.boot = self._boot
+        pending.boot = self.runs.boot
         pending.num_sends += 1
         try:
             self._send(pending)
         except Exception as error:  # noqa: BLE001 - the future carries it
-            self._pending.pop(pending.id, None)
+            self._posted.by_id.pop(pending.id, None)
             pending.fail(error)
 
     def _send(self, pending: Pending) -> None:
         frame = encode_request(
             pending.request, pending.id, pending.boot, pending.deadline_ns
         )
-        peer = self.peer
+        peer = self.runs.peer
         if peer is not None and len(frame) > peer.hello.max_message_bytes:
             raise TooLarge(
                 f"a request of {len(frame)} bytes; the server reads at most "
                 f"{peer.hello.max_message_bytes}"
             )
-        self._pending[pending.id] = pending
+        self._posted.add(pending)
         try:
             self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             if not pending.request.ends_work:
                 raise Overloaded("too many requests are waiting to be sent") from None
             # The server must hear of it: sent when the queue has moved.
-            del self._pending[pending.id]
-            self._unsent.append(pending)
+            self._posted.set_aside(pending)
 
     def _receive(self) -> None:
         for _ in range(MAX_RECEIVES):
@@ -372,9 +330,9 @@ class Connection:
             except zmq.Again:
                 return
             self._take(frame)
-            for _ in range(len(self._unsent)):
-                self._transmit(self._unsent.popleft())
-            if not self._pending:
+            for _ in range(len(self._posted.unsent)):
+                self._transmit(self._posted.unsent.popleft())
+            if not self._posted:
                 return
 
     def _take(self, frame: bytes) -> None:
@@ -383,7 +341,7 @@ class Connection:
         except BadRequest as error:
             log.warning("dropped a frame from %s: %s", self._address, error)
             return
-        pending = self._pending.pop(envelope.id, None)
+        pending = self._posted.by_id.pop(envelope.id, None)
         if pending is None:
             return
         try:
@@ -399,185 +357,44 @@ class Connection:
             pending.fail(BadRequest(f"reply: {error}"))
 
     def _take_error(self, pending: Pending, error: KVError) -> None:
-        if pending.num_sends < MAX_SENDS and not pending.is_done:
-            if isinstance(error, StaleBoot):
-                if pending.boot == self._boot:
-                    self._boot = NO_BOOT
-                if pending.is_restoring:
-                    pending.fail(error)
-                    if self._boot == NO_BOOT:
-                        self._greet()
-                    return
-                self._transmit(pending)
-                return
-            request = pending.retry(error) if pending.retry else None
-            if request is not None:
-                pending.request = request
-                self._transmit(pending)
-                return
-        pending.fail(error)
-
-    # -- greeting -------------------------------------------------------------------
-
-    def _greet(self) -> None:
-        """Say hello, once at a time; `_greeted` goes on."""
-        if self._hello is not None:
-            return
-        pid = os.getpid()
-        hello = Hello(
-            protocol_version=PROTOCOL_VERSION,
-            pid=pid,
-            pid_start=start_time(pid) or 0,
-            pid_namespace=pid_namespace(),
-            label=self._label,
-        )
-        self._hello = Pending(hello, monotonic_ns() + self._hello_again_ns)
-        self._hello_again_ns = min(2 * self._hello_again_ns, MAX_HELLO_AGAIN_NS)
-        self._hello.promise().add_done_callback(self._greeted)
-        self._transmit(self._hello)
-
-    def _greeted(self, future: Future[HelloReply]) -> None:
-        self._hello = None
-        error = future.exception()
-        if isinstance(error, DeadlineExceeded):
-            # It may have reached a server that died: say it again while it matters.
-            if not self._closed and (self._refused or self._registrations):
-                self._greet()
-            return
-        if error is not None:
-            refused, self._refused = self._refused, deque()
-            self._fail(refused, error)
-            return
-        self._meet(future.result())
-        for registered in list(self._registrations.values()):
-            again = Pending(registered.request, 0)
-            again.is_restoring = True
-            again.promise().add_done_callback(registered.again)
-            self._transmit(again)
-        for _ in range(len(self._refused)):
-            self._transmit(self._refused.popleft())
-
-    def _meet(self, hello: HelloReply) -> None:
-        """Take up with a run of the server; watch its process if that can be done."""
-        earlier = self.peer
-        self._boot = hello.boot
-        self._hello_again_ns = HELLO_AGAIN_NS
-        if earlier is not None:
-            if earlier.hello.boot == hello.boot:
-                return
-            if earlier.pidfd is None:
-                # Its address is another's now, so it is gone, although unwatched.
-                self._fail_sent(earlier)
-            self._leave()
-            if any(p.boot == earlier.hello.boot for p in self._pending.values()):
-                self._outlived.append(earlier)
-            else:
-                self._unwatch(earlier)
-        self.peer = Peer.meet(hello)
-        self._beat_ns = NEVER_NS
-        if not hello.watched:
-            self._beat_ns = monotonic_ns() + self.peer.beat_ns
-            self._beat_is_new = True
-        if self.peer.pidfd is not None:
-            self._epoll.register(self.peer.pidfd, select.EPOLLIN)
-
-    def _look_around(self) -> None:
-        peer = self.peer
-        for fd, _ in self._epoll.poll(0):
-            if fd == self._wake:
-                os.eventfd_read(self._wake)
-            elif peer is not None and fd == peer.pidfd:
-                self._server_gone(peer)
-            else:
-                self._outlived_gone(fd)
-
-    def _outlived_gone(self, pidfd: int) -> None:
-        for peer in [peer for peer in self._outlived if peer.pidfd == pidfd]:
-            self._outlived.remove(peer)
-            self._unwatch(peer)
-            self._fail_sent(peer)
-
-    def _server_gone(self, peer: Peer) -> None:
-        self._leave()
-        self._unwatch(peer)
-        self.peer = None
-        self._beat_ns = NEVER_NS
-        self._boot = NO_BOOT
-        self._fail_sent(peer)
-        if self._registrations:
-            self._greet()
-
-    def _leave(self) -> None:
-        for told in self.on_leave:
-            told()
-
-    def _unwatch(self, peer: Peer) -> None:
-        if peer.pidfd is not None:
-            self._epoll.unregister(peer.pidfd)
-        peer.close()
-
-    # -- failing --------------------------------------------------------------------
-
-    def _expire(self) -> None:
-        """End what is past its deadline, and find the earliest of the rest.
-
-        `_earliest_ns` is a lower bound that answers do not raise, so this runs at most
-        once a deadline and costs nothing in between.
-        """
-        now = monotonic_ns()
-        refused = [p for p in self._refused if 0 < p.deadline_ns <= now]
-        sent = [p for p in self._pending.values() if p.expires and p.deadline_ns <= now]
-        for pending in refused:
-            self._refused.remove(pending)
-        for pending in sent:
-            if pending.late is None:
-                del self._pending[pending.id]
-        sent += [p for p in self._unsent if p.expires and p.deadline_ns <= now]
-        left = [p.deadline_ns for p in self._pending.values() if p.expires]
-        left += [p.deadline_ns for p in self._refused if p.deadline_ns]
-        left += [p.deadline_ns for p in self._unsent if p.expires]
-        self._earliest_ns = min(left, default=NEVER_NS)
-        self._fail(refused, Unavailable(f"no server answers at {self._address}"))
-        self._fail(sent, DeadlineExceeded("no answer before the deadline"))
-
-    def _fail_sent(self, peer: Peer) -> None:
-        """End what a dead server was asked; it can write no more."""
-        sent = [p for p in self._pending.values() if p.boot == peer.hello.boot]
-        for pending in sent:
-            del self._pending[pending.id]
-        for pending in [p for p in self._unsent if p.boot == peer.hello.boot]:
-            self._unsent.remove(pending)
-            sent.append(pending)
-        self._fail(sent, Unavailable(f"the server (process {peer.hello.pid}) is gone"))
-
-    def _fail_all(self, error: KVError) -> None:
-        self._hello = None
-        left = [*self._pending.values(), *self._unsent, *self._outbox, *self._refused]
-        self._pending.clear()
-        self._unsent.clear()
-        self._outbox.clear()
-        self._refused.clear()
-        self._fail(left, error)
-
-    def _fail(self, pendings: Iterable[Pending], error: BaseException) -> None:
-        for pending in pendings:
+        if isinstance(error, StaleBoot):
+            self.runs.refused(pending.boot)
+        again = None if pending.is_done else self._again(pending, error)
+        if again is None:
             pending.fail(error)
+        else:
+            pending.request = again
+            self._transmit(pending)
+
+    def _again(self, pending: Pending, error: KVError) -> Request[Any] | None:
+        """Return what to send once more, if anything."""
+        if pending.num_sends >= MAX_SENDS:
+            return None
+        if isinstance(error, StaleBoot):
+            return None if pending.is_restoring else pending.request
+        return pending.retry(error) if pending.retry else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Registered:
-    """What every run of the server is told anew, and who is told what it answered."""
+def _make(
+    request: Request[Any],
+    timeout_s: float,
+    retry: Retry | None = None,
+    late: Late | None = None,
+) -> Pending:
+    return Pending(request, monotonic_ns() + int(timeout_s * 1e9), retry, late)
 
-    request: Registration
-    told: Callable[[RegisterReply], object] | None
 
-    def again(self, future: Future[RegisterReply]) -> None:
-        """Take in another run's reply."""
-        try:
-            reply = future.result()
-            if self.told is not None:
-                self.told(reply)
-        except (Closed, StaleBoot):  # Another run is met, and is told anew.
-            return
-        except KVError as error:
-            log.warning("could not register again: %s", error)
+def _closed() -> Closed:
+    return Closed("the connection was closed")
+
+
+def _seconds_until(due_ns: int) -> float | None:
+    if due_ns == NEVER_NS:
+        return None
+    return max(0, due_ns - monotonic_ns()) / 1e9
+
+
+def _milliseconds_until(due_ns: int) -> int:
+    if due_ns == NEVER_NS:
+        return -1
+    return max(0, (due_ns - monotonic_ns()) // 1_000_000 + 1)

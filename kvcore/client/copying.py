@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from kvcore.client.client import KVClient, resend
-from kvcore.client.connection import Registration
-from kvcore.client.own import Direction, Mapped, Memory, OwnCache, UnderWay
+from kvcore.client.own import Direction, Memory, OwnCache, UnderWay
 from kvcore.client.pending import Retry
+from kvcore.client.runs import Registration
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
@@ -77,12 +77,22 @@ class CopyingClient(KVClient):
         self._lock = Lock()
         self._under_way = UnderWay("the client was closed", Closed)
         super().__init__(address, label=label, timeout_s=timeout_s)
-        self._connection.on_leave.append(self._unmap)
+        self._connection.runs.on_leave.append(self._unmap)
 
     def close(self) -> None:
-        """Wait for copies under way, then say goodbye and let go of the arena."""
+        """Wait for copies under way, then say goodbye and let go of the arena.
+
+        A future's callback does not wait for the last: who waits for an answer, which
+        that thread takes in, may have a cache's turn.
+        """
         self._under_way.close()
         super().close()
+        if self._connection.is_served_here:
+            Thread(target=self._forget_all).start()
+        else:
+            self._forget_all()
+
+    def _forget_all(self) -> None:
         for instance_id in list(self._own):
             self._forget(instance_id)
         self._unmap()
@@ -108,18 +118,27 @@ class CopyingClient(KVClient):
         private = replace(
             request, handles=tuple(Private(part.nbytes) for part in memory)
         )
-        reply = self.call(private)
-        own = OwnCache(request.instance_id, request.groups, memory, open_own)
+        instance_id = request.instance_id
+        own = OwnCache(instance_id, request.groups, memory, open_own)
+        replaced: list[OwnCache | None] = []
+
+        def told(reply: RegisterReply) -> None:
+            if not replaced:
+                replaced.append(self._own.get(instance_id))
+                self._own[instance_id] = own
+            self._map(own, reply)
+
         try:
-            self._map(own, reply).result()
+            reply = self._connection.register(private, self.timeout_s, told)
+            own.wait()
         except BaseException:
-            own.close()
-            with suppress(KVError):  # What is wrong has been said.
-                super().unregister(UnregisterKVCache(request.instance_id))
+            if replaced:
+                with suppress(KVError):  # What is wrong has been said.
+                    self.unregister(UnregisterKVCache(instance_id))
             raise
-        self._forget(request.instance_id)
-        self._own[request.instance_id] = own
-        self._connection.remember(private, partial(self._map, own))
+        finally:
+            for earlier in filter(None, replaced):
+                earlier.close()
         return reply
 
     def unregister(self, request: UnregisterKVCache | CBUnregisterKVCache) -> Done:
@@ -132,7 +151,7 @@ class CopyingClient(KVClient):
         if own is not None:
             own.close()
 
-    def _map(self, own: OwnCache, reply: RegisterReply) -> Future[Mapped]:
+    def _map(self, own: OwnCache, reply: RegisterReply) -> None:
         """Map the arena that a run of the server says it has; opened behind."""
         handle = reply.arena
         if handle is None:
@@ -146,7 +165,7 @@ class CopyingClient(KVClient):
                 )
                 warming = (arena.array, lambda: self._arena is arena)
                 Thread(target=populate, args=warming, daemon=True).start()
-            return own.map(self._arena, self.chunk_size, checksums=handle.checksums)
+            own.map(self._arena, self.chunk_size, checksums=handle.checksums)
 
     def _unmap(self) -> None:
         with self._lock:

@@ -152,16 +152,20 @@ class OwnCache:
         self.stores = Direction(f"store-{instance_id[:40]}")
         self.retrieves = Direction(f"retrieve-{instance_id[:40]}")
 
-    def map(
-        self, arena: Segment, chunk_size: int, *, checksums: bool
-    ) -> Future[Mapped]:
-        """Meet a run of the server, whose chunks may be of another size."""
-        self.unmap()
-        self._arena = arena.name
-        self._mapped = self._mapper.submit(
-            self._make, arena.array, chunk_size, checksums=checksums
-        )
-        return self._mapped
+    def map(self, arena: Segment, chunk_size: int, *, checksums: bool) -> None:
+        """Meet a run of the server, whose chunks may be of another size.
+
+        Raises:
+            UnknownInstance: it was closed meanwhile.
+        """
+        try:
+            self.unmap()
+            mapped = self._mapper.submit(
+                self._make, arena.array, chunk_size, checksums=checksums
+            )
+        except RuntimeError:  # Shut down.
+            raise UnknownInstance("unregistered before a server was met") from None
+        self._arena, self._mapped = arena.name, mapped
 
     def _make(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> Mapped:
         sizes = [part.nbytes for part in self._memory]
@@ -185,6 +189,12 @@ class OwnCache:
         if mapped is None or self._arena != arena:
             raise Unavailable("the server went before its copy began")
         return mapped.result()
+
+    def wait(self) -> None:
+        """Wait for what `map` began, and raise what came of it."""
+        mapped = self._mapped
+        if mapped is not None:
+            mapped.result()
 
     def close(self) -> None:
         """Wait for copies under way; no other begins."""

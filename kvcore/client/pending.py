@@ -1,13 +1,16 @@
-"""A request under way, from the first send to its one answer."""
+"""Requests under way, from the first send to the one answer."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from kvcore.errors import KVError
-from kvcore.protocol import NO_BOOT, Lane, Request
+from kvcore.errors import DeadlineExceeded, KVError
+from kvcore.protocol import NO_BOOT, BootToken, Lane, Request
+
+NEVER_NS = 2**63 - 1
 
 Retry = Callable[[KVError], Request[Any] | None]
 """Given an error, returns the request to send in its place, or None to let it be."""
@@ -24,7 +27,7 @@ class Pending:
 
     __slots__ = (
         "boot", "deadline_ns", "error", "future", "id", "is_done", "is_restoring",
-        "late", "num_sends", "reply", "request", "retry",
+        "late", "num_sends", "reply", "request", "retry", "taken",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +47,8 @@ class Pending:
         self.is_done = False
         # Every run of the server is told anew, so another never gets this one.
         self.is_restoring = False
+        # Told of the reply before anything else is received; may refuse it.
+        self.taken: Callable[[Any], None] | None = None
         self.reply: Any = None
         self.error: BaseException | None = None
         self.future: Future[Any] | None = None
@@ -70,6 +75,12 @@ class Pending:
             if self.late is not None:
                 self.late(reply)
             return
+        try:
+            if self.taken is not None:
+                self.taken(reply)
+        except Exception as error:  # noqa: BLE001 - raised to whoever asked
+            self.fail(error)
+            return
         self.is_done = True
         self.reply = reply
         if self.future is not None:
@@ -89,3 +100,56 @@ class Pending:
         if self.error is not None:
             raise self.error
         return self.reply
+
+
+class Posted:
+    """What was sent and is not answered. For who holds the socket."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, Pending] = {}
+        self.unsent: deque[Pending] = deque()
+        """Ends of work that found the socket's queue full."""
+        self.earliest_ns = NEVER_NS
+        """No deadline is before this; answers do not raise it."""
+
+    def __len__(self) -> int:
+        return len(self.by_id) + len(self.unsent)
+
+    def add(self, pending: Pending) -> None:
+        """Enter a request that is about to be sent."""
+        self.by_id[pending.id] = pending
+        if pending.deadline_ns:
+            self.earliest_ns = min(self.earliest_ns, pending.deadline_ns)
+
+    def set_aside(self, pending: Pending) -> None:
+        """Keep what could not be sent just now."""
+        del self.by_id[pending.id]
+        self.unsent.append(pending)
+
+    def has(self, boot: BootToken) -> bool:
+        """Say whether a run has been asked what it has not answered."""
+        return any(pending.boot == boot for pending in self.by_id.values())
+
+    def expire(self, now: int) -> None:
+        """End what is past its deadline, and find the earliest of the rest."""
+        if now < self.earliest_ns:
+            return
+        all_posted = [*self.by_id.values(), *self.unsent]
+        late = [p for p in all_posted if p.expires and p.deadline_ns <= now]
+        left = (p.deadline_ns for p in all_posted if p.expires and p.deadline_ns > now)
+        self.earliest_ns = min(left, default=NEVER_NS)
+        for pending in late:
+            # A late reply is handed on by what is still there.
+            if pending.late is None:
+                self.by_id.pop(pending.id, None)
+            pending.fail(DeadlineExceeded("no answer before the deadline"))
+
+    def fail(self, error: KVError, boot: BootToken | None = None) -> None:
+        """End what one run was asked, or all of them: it can write no more."""
+        all_posted = [*self.by_id.values(), *self.unsent]
+        ended = [p for p in all_posted if boot is None or p.boot == boot]
+        for pending in ended:
+            self.by_id.pop(pending.id, None)
+        self.unsent = deque(p for p in self.unsent if p not in ended)
+        for pending in ended:
+            pending.fail(error)

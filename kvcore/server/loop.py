@@ -31,7 +31,7 @@ from kvcore.errors import (
     Overloaded,
     StaleBoot,
 )
-from kvcore.protocol import BootToken, Hello, Request
+from kvcore.protocol import BootToken, Goodbye, Hello, Request
 from kvcore.server.clients import Client, ClientTable
 from kvcore.wire import (
     RequestEnvelope,
@@ -192,7 +192,9 @@ class Loop:
             if client is not None:
                 self._gone(client)
             return self._clients.add(identity, request)
-        if client is None or envelope.boot != self._boot:
+        # Who leaves may have said hello and not waited for the boot token.
+        is_of_this_run = envelope.boot == self._boot or isinstance(request, Goodbye)
+        if client is None or not is_of_this_run:
             raise StaleBoot("not a client of this run of the server: say hello first")
         self._clients.seen(client)
         if client.num_running >= self._max_requests and not request.ends_work:

@@ -46,8 +46,16 @@ from kvcore.protocol import (
 )
 from kvcore.wire import decode_envelope, decode_request, encode_error, encode_reply
 
-ENDS = (BadRequest, Closed, DeadlineExceeded, Internal, StaleBoot, Unavailable)
-"""What a request may end with here; `TokensNeeded` is met by sending them."""
+ENDS = (
+    BadRequest,
+    Closed,
+    DeadlineExceeded,
+    Internal,
+    StaleBoot,
+    TokensNeeded,  # Of the last time that it is sent; else they are sent.
+    Unavailable,
+)
+"""What a request may end with here."""
 INSTANCES = ("a", "b")
 SOON_S = 0.15
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import as_completed, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, as_completed, wait
+from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from kvcore.protocol import (
     Hold,
     HoldReply,
     Ping,
+    Pong,
     PosixShm,
     Private,
     RegisterKVCache,
@@ -42,7 +45,7 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.shm import Bytes, Segment
-from kvcore.transport.own import Opened
+from kvcore.transport.own import Opened, OwnHost
 from tests.client.test_connection import Played, played
 
 __all__ = ["played"]
@@ -175,6 +178,57 @@ def test_a_closed_client_waits_for_its_copy(
     client.close()
     with pytest.raises(Closed):
         client.store(KEY, "i", 0, CHUNK, BLOCKS)
+
+
+def test_a_callback_may_close_while_a_copy_waits_for_its_answer(
+    played: Played, client: CopyingClient
+) -> None:
+    """The answer would be taken in by the very thread that closes."""
+    played.answers[Reserve] = None
+    played.answers[Ping] = None
+    store = client.submit_store(KEY, "i", 0, CHUNK, BLOCKS)
+    played.wait_for(Reserve)
+    ended = client.submit(Ping(), 20)
+    closed = ended_with(ended, client.close)
+    played.wait_for(Ping, 2)
+    played.answer(Ping, Pong(0))
+    assert closed.wait(20)
+    with pytest.raises(Closed):
+        store.result(20)
+    client.close()
+    assert not client._own
+
+
+def ended_with(future: Future[Any], call: Callable[[], None]) -> Event:
+    """Have a future's callback call something, and say when that has returned."""
+    returned = Event()
+
+    def called(_: Future[Any]) -> None:
+        call()
+        returned.set()
+
+    future.add_done_callback(called)
+    return returned
+
+
+def test_a_run_that_goes_while_a_cache_is_registered_is_let_go(
+    played: Played, client: CopyingClient, arena: Segment, cache: Bytes
+) -> None:
+    """Its arena is not kept for a cache that the caller has not been given yet."""
+    leave = client._connection.runs._leave
+    opened = Event()
+
+    def slow(*args: Any) -> Opened:
+        leave()
+        opened.set()
+        return OwnHost(*args)
+
+    request = RegisterKVCache("j", "e", "m", 1, 0, (), (GROUP,))
+    client.register_kv_cache(request, (cache,), slow)
+    assert opened.is_set()
+    assert client._own["j"]._mapped is None
+    with pytest.raises(Unavailable, match="went before its copy began"):
+        client.store(KEY, "j", 0, CHUNK, BLOCKS)
 
 
 def test_an_unregistered_cache_is_not_copied(
