@@ -39,11 +39,11 @@ from kvcore.protocol import (
     StatusReply,
 )
 from kvcore.server.clients import Client, ClientTable
+from kvcore.server.leftovers import Leftovers, remove_leftovers
 from kvcore.server.loop import Handler, Loop
 from kvcore.server.metrics import exposed
 from kvcore.server.recording import Recording
 from kvcore.server.socket import bind
-from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from kvcore.status import L1Status
 from kvcore.storage.manager import open_tiers
 from kvcore.storage.recovery import open_arena, recover
@@ -86,6 +86,7 @@ class Server:
                 recovered=recovered,
                 transports=self.transports,
             )
+            self._leftovers = Leftovers(self.engine.do_behind)
             self.copies = WorkerCopies(self.engine, config.wire.max_requests_per_client)
             if config.record is not None:
                 recording = Recording(Path(config.record), config.chunk_size)
@@ -263,7 +264,7 @@ class Server:
         self.engine.client_gone(client.identity)
         # What a killed worker shared has its name until somebody takes it away. Not
         # here: the last of a segment's memory is freed with it, at 0.12 s a GiB.
-        self.engine.do_behind(_remove_dead)
+        self._leftovers.remove_soon()
 
     def _upkeep(self) -> float | None:
         self.loop.expire_silent()
@@ -277,7 +278,7 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     Raises:
         SetupError: the address is taken, or there is not enough memory.
     """
-    _remove_dead()
+    remove_leftovers()
     server = Server(config)
     with _stopped_by_signals(server):
         _tame_gc()
@@ -289,11 +290,6 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
             server.close()
             raise
         server.run()
-
-
-def _remove_dead() -> None:
-    for name in remove_dead(SEGMENT_PREFIX):
-        log.info("removed %s, left behind by a dead process", name)
 
 
 @contextmanager

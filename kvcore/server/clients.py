@@ -12,10 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
+from kvcore.errors import Overloaded
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import Hello
 
 MISSED_HEARTBEATS = 4
+
+MAX_PER_PROCESS = 1024
+"""A process that lives and forgets to say goodbye fills no more of the table."""
 
 
 @dataclass(slots=True)
@@ -78,8 +82,17 @@ class ClientTable:
             client.last_seen = self._clock()
 
     def add(self, identity: bytes, hello: Hello) -> Client:
-        """Enter a client and watch its process if that can be done."""
+        """Enter a client and watch its process if that can be done.
+
+        Raises:
+            Overloaded: its process has all that it may have.
+        """
         watched = self._watched(hello)
+        if watched is not None and len(watched.clients) >= MAX_PER_PROCESS:
+            raise Overloaded(
+                f"process {hello.pid} has {MAX_PER_PROCESS} clients that have not "
+                "said goodbye"
+            )
         pidfd = watched.pidfd if watched else None
         client = Client(identity, hello.pid, hello.label, pidfd, self._clock())
         self._clients[identity] = client

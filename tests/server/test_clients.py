@@ -8,8 +8,10 @@ import select
 
 import pytest
 
+from kvcore.errors import Overloaded
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import PROTOCOL_VERSION, Hello
+from kvcore.server import clients
 from kvcore.server.clients import MISSED_HEARTBEATS, ClientTable
 
 HEARTBEAT_S = 5.0
@@ -118,3 +120,19 @@ def test_clients_of_one_process_share_a_descriptor(house: House) -> None:
     assert house.watched == [again.pidfd]
     house.table.close()
     assert house.watched == []
+
+
+def test_a_process_has_so_many_clients_and_no_more(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lives and never says goodbye is told; others are entered."""
+    monkeypatch.setattr(clients, "MAX_PER_PROCESS", 3)
+    hello = house.hello(os.getpid())
+    known = [house.table.add(bytes([n]), hello) for n in range(3)]
+    with pytest.raises(Overloaded, match=f"process {os.getpid()} has 3 clients"):
+        house.table.add(b"more", hello)
+    house.table.add(b"other", house.hello(os.getppid()))
+    house.table.remove(known[0])
+    house.table.add(b"again", hello)
+    assert len(house.table) == 4
+    house.table.close()

@@ -1,0 +1,66 @@
+"""The socket loop, against a played socket."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from kvcore.protocol import BootToken
+from kvcore.server.clients import ClientTable
+from kvcore.server.loop import MAX_SKIPPED, Loop
+from kvcore.wire import decode_reply
+
+
+@dataclass
+class Frame:
+    """One frame of a message."""
+
+    buffer: bytes
+    more: bool
+
+
+class PlayedSocket:
+    """A ROUTER that has received messages and takes answers."""
+
+    def __init__(self) -> None:
+        self.frames: deque[Frame] = deque()
+        self.sent: list[bytes] = []
+
+    def add(self, *message: bytes) -> None:
+        """Have a message received."""
+        last = len(message) - 1
+        self.frames += [Frame(part, at < last) for at, part in enumerate(message)]
+
+    def recv(self, _flags: int, copy: bool = True) -> Any:
+        """Receive a frame."""
+        if not self.frames:
+            raise zmq.Again
+        frame = self.frames.popleft()
+        return frame.buffer if copy else frame
+
+    def send(self, frame: bytes, _flags: int) -> None:
+        """Send a frame."""
+        self.sent.append(frame)
+
+
+def test_a_message_of_many_frames_is_dropped_in_turns() -> None:
+    """It is answered once; others are served between its pieces, and then after it."""
+    socket = PlayedSocket()
+    table = ClientTable(1, list[int]().append, list[int]().remove)
+    loop = Loop(socket, BootToken(1), table, 8)  # type: ignore[arg-type]
+    socket.add(b"liar", *[b"x"] * (3 * MAX_SKIPPED))
+    socket.add(b"next", b"junk")
+    turns = 0
+    while socket.frames:
+        before = len(socket.frames)
+        loop._receive()
+        assert before - len(socket.frames) <= MAX_SKIPPED
+        turns += 1
+    assert turns == 1 + 3 + 1
+    assert socket.sent[::2] == [b"liar", b"next"]
+    errors = [decode_reply(frame).code for frame in socket.sent[1::2]]
+    assert errors == ["bad_request", "bad_request"]
+    loop.close()
