@@ -8,7 +8,7 @@ The driver adds what the server's process had to compute for them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -115,14 +115,19 @@ def _seat(
 
 
 def make_row(
-    setting: Setting, done: Sequence[CopiesDone], rounds: int, server_s: float | None
+    setting: Setting,
+    done: Sequence[CopiesDone],
+    *,
+    server_s: float | None,
+    ways: Mapping[str, int],
 ) -> CopyRow:
     """Put the workers of a setting together."""
     num_bytes, chunk_bytes = done[0].num_bytes, done[0].chunk_bytes
     times = Samples.merge(one.samples for one in done).summary()
     each = [one.samples.summary() for one in done]
     calls = [one["store"].p50_s + one["retrieve"].p50_s for one in each]
-    num_calls = 4 * rounds * len(done)
+    # Both at once are two calls.
+    num_calls = 4 * sum(one["both"].count for one in each)
     num_chunks = num_calls * num_bytes / chunk_bytes
     rates = [one.products_per_s for one in done if one.products_per_s]
     return CopyRow(
@@ -137,6 +142,7 @@ def make_row(
         both=times["plain_both"].p50_s / times["both"].p50_s,
         spread=max(calls) / min(calls) - 1,
         server_s_per_chunk=server_s / num_chunks if server_s is not None else None,
+        ways=dict(ways),
         product_slowdown=(
             1 - sum(beside for _, beside in rates) / sum(alone for alone, _ in rates)
             if rates

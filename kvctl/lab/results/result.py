@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from kvcore.errors import SetupError
 from kvcore.options import decode_hook, encode_hook
+from kvcore.status import DeviceStatus
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.measure import Latency
 from kvctl.lab.rank.alone import Alone
@@ -164,6 +165,10 @@ class Result(msgspec.Struct, frozen=True):
     ] = None
     copies: Annotated[
         tuple[CopyRow, ...], Meta(description="of every setting in scenario.copies")
+    ] = ()
+    devices: Annotated[
+        tuple[DeviceStatus, ...],
+        Meta(description="GPUs whose caches the server copied, how fast it found them"),
     ] = ()
     load: LoadReport | None = None
     documents: DocumentReuse | None = None

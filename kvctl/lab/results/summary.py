@@ -74,6 +74,7 @@ def summarise(evidence: Evidence) -> Result:
         shares=_shares(throughput, operations, evidence.ceilings),
         alone=summarise_alone(evidence.alone, evidence.lookup_alone, evidence.ceilings),
         copies=tuple(evidence.copies),
+        devices=evidence.devices,
         load=load,
         documents=documents,
         errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from time import perf_counter
@@ -16,7 +17,7 @@ from kvctl.lab.rank import alone
 from kvctl.lab.rank.copyist import cpu_s, make_row
 from kvctl.lab.run.cast import Cast
 from kvctl.lab.systems.contract import Client
-from kvctl.lab.workload.copies import Setting
+from kvctl.lab.workload.copies import CopyRow, Setting
 from kvctl.lab.workload.workload import accesses
 
 if TYPE_CHECKING:
@@ -68,15 +69,14 @@ class Aftermath:
             if play.interrupts.received:
                 evidence.interrupted = True
                 return
-            server_s = self._copy(cast, setting, number)
-            if evidence.failures:
+            row = self._copy(cast, setting, number)
+            if row is None:
                 return
-            made = make_row(setting, evidence.copied, copies.rounds, server_s)
-            evidence.copies.append(made)
+            evidence.copies.append(row)
             evidence.copies_wrong += sum(d.bytes_wrong for d in evidence.copied)
 
-    def _copy(self, cast: Cast, setting: Setting, number: int) -> float | None:
-        """Let ranks make the calls of a setting; return the server's CPU time in them.
+    def _copy(self, cast: Cast, setting: Setting, number: int) -> CopyRow | None:
+        """Let ranks make the calls of a setting; None when one of them failed.
 
         They begin together, when all have made their first ones: a server compiles
         kernels then, and the last to register would have the link to itself.
@@ -92,14 +92,24 @@ class Aftermath:
             play.step(cast)
         if evidence.failures:
             return None
-        before = self._server_s()
+        before = self._server_s(), self._ways()
         for actor in actors:
             send(actor.control, Start())
         while len(evidence.copied) < len(actors) and not evidence.failures:
             play.step(cast)
-        if evidence.failures or not play.servers:  # One that is gone cannot tell.
+        if evidence.failures:  # A server that is gone has nothing to tell.
             return None
-        return self._server_s() - before
+        return make_row(
+            setting,
+            evidence.copied,
+            server_s=self._server_s() - before[0] if play.servers else None,
+            ways=self._ways() - before[1],
+        )
+
+    def _ways(self) -> Counter[str]:
+        """Count what the server has copied on GPUs, by way and direction."""
+        counts = (device.copies for device in self._client.status(0).devices)
+        return sum(map(Counter, counts), Counter())
 
     def _server_s(self) -> float:
         return sum(cpu_s(server.pid) for server in self._play.servers)
@@ -131,6 +141,7 @@ class Aftermath:
         self._play.watcher.phase("measuring ceilings")
         try:
             self._evidence.leases_leaked = sum(map(self._num_leaked, self._clients))
+            self._evidence.devices = self._client.status(0).devices
             self._evidence.pings = time_calls(self._client.ping, NUM_PINGS)
             self._evidence.ceilings = self._ceilings()
         except KVError as error:

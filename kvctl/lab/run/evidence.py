@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from kvcore.status import DeviceStatus
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.measure import Latency, Samples
 from kvctl.lab.messages import AloneDone, CopiesDone, EngineReport, Tally
@@ -49,6 +50,8 @@ class Evidence:
     """From the ranks of the setting that is being copied."""
     copies: list[CopyRow] = field(default_factory=list)
     copies_wrong: int = 0
+    devices: tuple[DeviceStatus, ...] = ()
+    """GPUs whose caches the first server copied."""
     storms: list[Samples] = field(default_factory=list)
     """Of registrations, all ranks at once, before the load."""
     struck: list[Struck] = field(default_factory=list)

@@ -117,6 +117,10 @@ class CopyRow(msgspec.Struct, frozen=True):
     server_s_per_chunk: Annotated[
         float | None, Meta(description="the server's CPU time for a chunk of a call")
     ] = None
+    ways: Annotated[
+        dict[str, int],
+        Meta(description="calls that the server copied on GPUs, by way and direction"),
+    ] = {}
     product_slowdown: Annotated[
         float | None,
         Meta(description="of a matrix product beside the calls; 0: none"),

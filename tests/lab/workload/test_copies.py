@@ -64,11 +64,13 @@ def done(store_s: float, products: tuple[float, float] | None = None) -> CopiesD
 def test_a_row_tells_shares_spread_and_slowdown() -> None:
     """Medians of all workers, the slowest against the fastest, the server's time."""
     setting = Setting(4 * KIB, "scattered", 2)
-    row = make_row(setting, [done(1.0, (100, 90)), done(2.0, (100, 80))], 1, 12.0)
+    both = [done(1.0, (100, 90)), done(2.0, (100, 80))]
+    row = make_row(setting, both, server_s=12.0, ways={"staged_to_host": 7})
+    assert row.ways == {"staged_to_host": 7}
     assert row.retrieve_gb_per_s == pytest.approx(1, rel=0.01)
     assert row.retrieve == pytest.approx(0.5, rel=0.01)
     assert row.both == pytest.approx(0.75, rel=0.01)
     assert row.spread == pytest.approx(0.5, rel=0.01)
     assert row.product_slowdown == pytest.approx(0.15)
-    # 4 calls a round and worker, of 10 chunks.
-    assert row.server_s_per_chunk == pytest.approx(12.0 / (4 * 2 * 10))
+    # 4 calls a round, of 10 chunks each, in 4 rounds of 2 workers.
+    assert row.server_s_per_chunk == pytest.approx(12.0 / (4 * 4 * 2 * 10))
