@@ -17,6 +17,7 @@ from parts import PAGE, blob_of, key_of, view
 from kvcore.shm import Segment
 from kvcore.storage.tiers import file
 from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
+from kvcore.storage.tiers.url import open_tier
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -210,3 +211,38 @@ def test_a_folder_that_cannot_be_listed_hides_no_other(
     second = open_at(9)
     assert store(second, arena, 3) == [Stored.DONE]
     assert there(second, 1, 2, 3, ODD) == [True, True, True, False]
+
+
+def test_a_folder_that_takes_long_to_read_delays_nobody(
+    folder: Path, arena: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failure it is to be read anew: who asks meanwhile is told in time."""
+    go_on = threading.Event()
+
+    def slow(_: Path) -> Iterator[tuple[float, str, int]]:
+        go_on.wait()
+        return iter(())
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(file, "_parts_under", slow)
+    tier = open_tier(f"file://{folder}?retry=0.02&timeout=0.2")
+    try:
+        there(tier, 1)
+        place = folder / str(key_of(1))[:2] / str(key_of(1))
+        place.parent.mkdir()
+        place.write_bytes(bytes(RECORD))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", broken)
+            assert load(tier, arena, 1) is LoadOutcome.FAILED
+
+        def is_told() -> bool:
+            slot = Slot(key_of(1), (view(arena, ROOMY, PAGE),))
+            assert tier.load([slot]).result(10)[0].outcome is LoadOutcome.FAILED
+            return "still being read" in tier.health().last_error
+
+        wait_until(is_told, "the deadline")
+    finally:
+        go_on.set()
+        tier.close()

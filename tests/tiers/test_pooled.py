@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,3 +202,20 @@ def test_a_batch_fails_only_where_it_broke(
     slots = [Slot(blob.key, (view(arena, PAGE, PAGE),)) for blob in blobs]
     outcomes = [one.outcome for one in tier.load(slots).result()]
     assert outcomes == [LoadOutcome.DONE, LoadOutcome.FAILED]
+
+
+def test_work_waits_for_a_thread_that_cannot_be_had(
+    tier: Tier, arena: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process with all the threads it may have: the next call gets both done."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    blob = blob_of(1, view(arena, 0, PAGE))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        first = tier.store([blob])
+        assert not first.done()
+    assert tier.store([blob]).result() == [Stored.PRESENT]
+    assert first.result() == [Stored.DONE]

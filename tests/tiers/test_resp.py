@@ -118,6 +118,12 @@ def test_no_answer_ends_at_the_deadline(tmp_path: Path) -> None:
         connection.close()
 
 
+def test_a_host_that_has_no_name_is_unavailable() -> None:
+    """What cannot be looked up is a server that cannot be reached."""
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        RespConnection(Target(host="a..b"), Deadline.after(10))
+
+
 def test_128_keys_are_one_round_trip(tmp_path: Path) -> None:
     """A server that says nothing before it has every question has them all."""
     keys = [key_of(number) for number in range(128)]

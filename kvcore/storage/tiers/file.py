@@ -92,20 +92,20 @@ class FileBackend:
 
     def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
         """Look into the index, and before that is complete onto the disk."""
-        self._open()
+        self._open(deadline)
         if self._scanned.is_set():
             return [str(key) in self._index for key in keys]
         return [os.path.exists(self._path(str(key))) for key in keys]
 
     def load(self, slots: Sequence[Slot], deadline: Deadline) -> Iterator[Loaded]:
         """Read straight into the slots."""
-        self._open()
+        self._open(deadline)
         for slot in slots:
             yield self._load(slot, deadline)
 
     def store(self, blobs: Sequence[Blob], deadline: Deadline) -> Iterator[Stored]:
         """Write beside, rename, evict what is then too much."""
-        self._open()
+        self._open(deadline)
         if not self._scanned.wait(deadline.left()):
             raise DeadlineExceeded(f"{self._directory} is still being read")
         for blob in blobs:
@@ -113,12 +113,12 @@ class FileBackend:
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
         """Remove files, whether the index knows them or not."""
-        self._open()
+        self._open(deadline)
         return sum(self._remove(str(key)) for key in keys)
 
     def usage(self, deadline: Deadline) -> Usage:
         """Bytes of the files known so far, while the directory is there."""
-        self._open()
+        self._open(deadline)
         self._look()
         return Usage(self._index.used_bytes, self._index.max_bytes)
 
@@ -210,11 +210,15 @@ class FileBackend:
 
     # -- the directory ------------------------------------------------------------
 
-    def _open(self) -> None:
+    def _open(self, deadline: Deadline) -> None:
         """Take the directory and have it read, unless that is done."""
         with self._lock:
             if self._lock_fd is not None:
                 return
+            if self._scan is not None:
+                self._scan.join(deadline.left())
+                if self._scan.is_alive():
+                    raise DeadlineExceeded(f"{self._directory} is still being read")
             incoming = self._directory / _INCOMING
             try:
                 incoming.mkdir(parents=True, exist_ok=True)
@@ -224,8 +228,6 @@ class FileBackend:
                 self._unlock()
                 place = error.filename or self._directory
                 raise Unavailable(f"{place}: {error.strerror}") from error
-            if self._scan is not None:
-                self._scan.join()
             self._index.clear()
             self._scanned.clear()
             self._scan = threading.Thread(target=self._read_names, daemon=True)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy
 from typing import Generic, TypeVar
 
@@ -175,7 +176,10 @@ class PooledTier:
                         self._run(work, some, gather, first, deadline)
 
                 for _ in range(min(self._threads, -(-len(items) // share))):
-                    executor.submit(run)
+                    with suppress(RuntimeError):
+                        # No new thread is to be had: the work waits for one all the
+                        # same, and the next call tries again.
+                        executor.submit(run)
                 return gather.future
         gather.skip(len(items))
         self._count_failed(failed, len(items))

@@ -256,8 +256,8 @@ def _translated() -> Iterator[None]:
         yield
     except TimeoutError:
         raise DeadlineExceeded("the server has not answered in time") from None
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # A host's name may be none.
+        reason = getattr(error, "strerror", None) or str(error)
         raise Unavailable(f"the server cannot be reached: {reason}") from error
 
 
