@@ -19,10 +19,6 @@ class ConnectorConfig(Options, frozen=True):
     address: Annotated[str, Meta(description="the server's address")] = (
         ServerConfig().address
     )
-    load: Annotated[
-        Literal["async", "sync"],
-        Meta(description="async: between steps; sync: before the step that needs it"),
-    ] = "async"
     driver: Annotated[
         Literal["server", "worker"],
         Meta(description="who copies: worker needs no cache in shared memory"),
@@ -35,9 +31,7 @@ class ConnectorConfig(Options, frozen=True):
     ] = 5.0
     load_timeout_s: Annotated[
         float,
-        Meta(
-            description="a load begins by then or fails; a synchronous one ends by it"
-        ),
+        Meta(description="a load begins by then or fails, and is computed"),
     ] = 10.0
     retry_s: Annotated[
         float, Meta(description="a server that does not answer is tried again after")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import vllm
-from msgspec.structs import replace
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.platforms import current_platform
@@ -21,8 +20,8 @@ from vllm.platforms import current_platform
 from kvcore.errors import KVError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.protocol import RegisterKVCache
-from kvcore.vllm.config import ConnectorConfig, read
-from kvcore.vllm.groups import EngineGroup, describe, engine_groups
+from kvcore.vllm.config import read
+from kvcore.vllm.groups import EngineGroup, check_engine, describe, engine_groups
 from kvcore.vllm.identity import extra_keys, model_identity
 from kvcore.vllm.link import Link
 from kvcore.vllm.memory import Memory, OwnMemory
@@ -113,8 +112,10 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._groups = ()
             log.warning("no KV cache: %s", error)
             return
-        self._config = _config_for(self._config, self._groups)
-        self._model = self._config.model or model_identity(vllm_config, _platform())
+        kv_layout = getattr(kv_cache_config, "kv_cache_layout", None)
+        self._model = self._config.model or model_identity(
+            vllm_config, _platform(), kv_layout
+        )
         if role == base.KVConnectorRole.SCHEDULER:
             self._scheduler = self._scheduler_half()
         else:
@@ -133,7 +134,9 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             engine_id=self._engine_id,
             model=self._model,
             world_size=self._world_size,
-            groups=[GroupShape(g.block_size, g.window) for g in self._groups],
+            groups=[
+                GroupShape(g.block_size, g.window, g.is_chunked) for g in self._groups
+            ],
         )
 
     @property
@@ -191,7 +194,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._worker.learn(connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step's loads; synchronous ones have ended at return, or failed."""
+        """Begin the step's loads; their requests are in no step until they end."""
         del forward_context, kwargs
         if self._worker is not None:
             self._worker.load(self._plan)
@@ -262,7 +265,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         if self._scheduler is None or not _is_cacheable(request):
             return 0, False
         matched = self._scheduler.matched(_Request(request), num_computed_tokens)
-        return matched, bool(matched) and not self._scheduler.is_sync
+        return matched, bool(matched)
 
     def update_state_after_alloc(
         self, request: Any, blocks: Any, num_external_tokens: int
@@ -300,14 +303,27 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._scheduler.finished(request.request_id)
         return False, None
 
+    def reset_cache(self) -> bool:
+        """Find nothing any more of what was stored so far: the weights have changed."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
     def has_pending_push_work(self) -> bool:
         """Keep vLLM stepping until every copy has been acknowledged."""
         return self._scheduler is not None and self._scheduler.num_ops > 0
 
 
 def _is_cacheable(request: Any) -> bool:
-    """Say whether tokens and extras tell what a request's KV is."""
-    return request.prompt_embeds is None and not request.skip_reading_prefix_cache
+    """Say whether tokens and extras tell what a request's KV is, for its whole life.
+
+    Those of a streaming session change: its last answer is taken back, images come.
+    """
+    return (
+        request.prompt_embeds is None
+        and not request.skip_reading_prefix_cache
+        and not getattr(request, "resumable", False)
+    )
 
 
 def _scheduled(output: Any) -> list[Scheduled]:
@@ -335,10 +351,7 @@ def _scheduled(output: Any) -> list[Scheduled]:
 
 def _groups(config: VllmConfig, kv_cache_config: Any) -> tuple[EngineGroup, ...]:
     """Read the engine's groups; a `KVError` says why they cannot be cached."""
-    parallel = config.parallel_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            raise SetupError(f"{name} over 1 spreads a block's tokens over ranks")
+    check_engine(config)
     groups = engine_groups(kv_cache_config)
     if len(groups) > 1 and not CAN_FAIL_REQUESTS:
         raise SetupError(
@@ -346,16 +359,6 @@ def _groups(config: VllmConfig, kv_cache_config: Any) -> tuple[EngineGroup, ...]
             "several cache groups; 0.30 can"
         )
     return groups
-
-
-def _config_for(
-    config: ConnectorConfig, groups: Sequence[EngineGroup]
-) -> ConnectorConfig:
-    """Load asynchronously where vLLM cannot recompute a failed synchronous load."""
-    if config.load == "sync" and len(groups) > 1:
-        log.warning("several cache groups: loads are asynchronous")
-        return replace(config, load="async")
-    return config
 
 
 def _platform() -> str:

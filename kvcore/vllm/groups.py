@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcore.errors import LayoutError
+from kvcore.errors import LayoutError, SetupError
 from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
 from kvcore.protocol import MemoryHandle
 from kvcore.vllm.memory import Tensor
@@ -36,6 +36,8 @@ class EngineGroup:
     block_size: int
     window: int | None
     is_mla: bool
+    is_chunked: bool = False
+    """Whether windows begin at multiples of `window`, and do not slide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,32 @@ class Described:
     """Of each group, the engine's group whose blocks it has."""
 
 
+def check_engine(config: Any) -> None:
+    """Refuse an engine, by vLLM's `VllmConfig`, whose KV cannot be shared.
+
+    Raises:
+        SetupError: saying why.
+    """
+    parallel, role = config.parallel_config, config.kv_transfer_config.kv_role
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise SetupError(f"{name} over 1 spreads a block's tokens over ranks")
+    if getattr(parallel, "nnodes_within_dp", 1) > 1:
+        raise SetupError("an engine's ranks on several hosts; a server serves one")
+    if role != "kv_both":
+        raise SetupError(f"kv_role {role}; this connector stores and loads: kv_both")
+    if getattr(config.model_config, "is_diffusion", False):
+        raise SetupError("a diffusion model replaces tokens that it has computed")
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise SetupError("calculate_kv_scales gives each start scales of its own")
+
+
 def engine_groups(kv_cache_config: Any) -> tuple[EngineGroup, ...]:
     """Read the groups of vLLM's `KVCacheConfig`.
 
     Raises:
-        LayoutError: a group is of a kind whose state is not kept by token (Mamba).
+        LayoutError: a group's state is not kept by token (Mamba), or is not what the
+            tokens before it make it.
     """
     return tuple(map(_engine_group, kv_cache_config.kv_cache_groups))
 
@@ -60,17 +83,26 @@ def engine_groups(kv_cache_config: Any) -> tuple[EngineGroup, ...]:
 def _engine_group(group: Any) -> EngineGroup:
     spec = group.kv_cache_spec
     block_size = spec.block_size
-    inner = getattr(spec, "kv_cache_specs", None)
-    if inner:
-        # Layers of one kind and different sizes: one of them speaks for the kind.
-        spec = next(iter(inner.values()))
+    # Layers of one kind and different sizes: one of them speaks for the kind.
+    specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
+    spec = specs[0]
     name = type(spec).__name__
     if name not in _SPECS_FULL and name not in _SPECS_WINDOW:
         raise LayoutError(f"layers of kind {name} cannot be cached by token")
     if not getattr(group, "enable_kv_transfer", True):
         raise LayoutError(f"vLLM does not let layers of kind {name} be transferred")
+    if not all(getattr(one, "prefix_cacheable", True) for one in specs):
+        raise LayoutError(f"vLLM keeps layers of kind {name} out of prefix caching")
+    if any(getattr(one, "non_causal", False) for one in specs):
+        raise LayoutError("layers that look ahead: a token's KV depends on later ones")
     window = getattr(spec, _SPECS_WINDOW[name]) if name in _SPECS_WINDOW else None
-    return EngineGroup(tuple(group.layer_names), block_size, window, "MLA" in name)
+    return EngineGroup(
+        tuple(group.layer_names),
+        block_size,
+        window,
+        is_mla="MLA" in name,
+        is_chunked="Chunked" in name,
+    )
 
 
 def describe(

@@ -8,6 +8,7 @@ holds nothing that only one of them knows.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -15,38 +16,41 @@ from typing import Any
 
 from kvcore.keys import ExtraKey
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.tensors")
 NUM_SAMPLES = 16
 SAMPLE_BYTES = 4096
 _NOT_IDENTITY = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
-def model_identity(config: Any, platform: str) -> str:
+def model_identity(config: Any, platform: str, kv_layout: str | None = None) -> str:
     """Name a model with its revision and a digest of what shapes its KV.
 
     `platform` tells apart machines and versions whose kernels lay out a block's inside
-    otherwise, or compute other values.
+    otherwise, or compute other values; so does `kv_layout`, the engine's own name for
+    the order inside a block.
     """
     model, parallel = config.model_config, config.parallel_config
     cache, speculative = config.cache_config, config.speculative_config
     name = str(model.model)
-    folder = Path(name)
+    local = Path(name)
+    draft = str(getattr(speculative, "model", None))
     facts = {
         "config": _model_config(model.hf_config),
-        "weights": _weights(folder) if folder.is_dir() else _revision(model),
+        "weights": _weights(local) or _revision(model),
         "dtype": str(model.dtype),
         "cache_dtype": str(cache.cache_dtype),
         "quantization": str(model.quantization),
         "load_format": str(config.load_config.load_format),
         "seed": str(model.seed) if config.load_config.load_format == "dummy" else "",
         "attention": str(getattr(config, "attention_config", "")),
-        "draft": str(getattr(speculative, "model", None)),
+        "draft": [draft, _weights(Path(draft))],
         "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
         "platform": platform,
+        "kv_layout": kv_layout or os.environ.get("VLLM_KV_CACHE_LAYOUT", ""),
     }
     digest = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    if folder.is_dir():
-        return f"{folder.name[:200]}#{digest}"
+    if local.exists():
+        return f"{local.name[:200]}#{digest}"
     return f"{name[:200]}@{_revision(model)}#{digest}"
 
 
@@ -61,14 +65,17 @@ def _revision(model: Any) -> str:
     return str(commit or model.revision or "main")
 
 
-def _weights(folder: Path) -> str:
-    """Sample the weights in a folder: their bytes make the KV, whatever their name.
+def _weights(place: Path) -> str:
+    """Sample a file or a folder of weights: their bytes make the KV, not their name.
 
     A sample of each file finds every retraining, and takes milliseconds where hashing
-    all of it takes minutes.
+    all of it takes minutes. Empty for a name that is no path here.
     """
+    if not place.exists():
+        return ""
+    found = {path for glob in WEIGHTS for path in place.glob(glob)}
     state = sha256()
-    for path in sorted({path for glob in WEIGHTS for path in folder.glob(glob)}):
+    for path in [place] if place.is_file() else sorted(found):
         size = path.stat().st_size
         state.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
@@ -88,11 +95,26 @@ def _extra_keys(request: Any) -> Iterator[ExtraKey]:
         yield ExtraKey(0, _material("salt", request.cache_salt))
     lora = request.lora_request
     if lora is not None:
-        yield ExtraKey(0, _material("lora", lora.lora_name, lora.lora_path))
+        weights = _adapter_weights(lora)
+        yield ExtraKey(0, _material("lora", lora.lora_name, lora.lora_path, weights))
     for feature in request.mm_features or ():
         place = feature.mm_position
         material = _material("mm", str(feature.identifier), place.length)
         yield ExtraKey(place.offset, material)
+
+
+_adapters: dict[tuple[int, str], str] = {}
+
+
+def _adapter_weights(lora: Any) -> str:
+    """Sample an adapter's weights as the engine has them: as they were when it came.
+
+    One that is loaded in place is read anew by the engine with each request.
+    """
+    key = (lora.lora_int_id, lora.lora_path)
+    if key not in _adapters or getattr(lora, "load_inplace", False):
+        _adapters[key] = _weights(Path(lora.lora_path))
+    return _adapters[key]
 
 
 def _material(*parts: object) -> bytes:

@@ -186,7 +186,7 @@ class Link:
         code = getattr(error, "code", type(error).__name__)
         if code not in self._told:
             self._told.add(code)
-            log.info("a request to the cache server failed: %s", error)
+            log.warning("a request to the cache server failed: %s", error)
 
 
 def ignore(future: Future[Any]) -> None:

@@ -31,7 +31,6 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     end: int
     skip: int
     blocks: GroupBlocks
-    is_sync: bool
 
 
 class Store(msgspec.Struct, frozen=True, array_like=True):

@@ -9,12 +9,13 @@ between (finished it, preempted it, moved its window on).
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from time import monotonic
 
 from kvcore.errors import KVError
-from kvcore.keys import SessionKey, pack_tokens
+from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.vllm.config import ConnectorConfig
 from kvcore.vllm.link import Link, ignore
 from kvcore.vllm.plan import (
@@ -69,6 +70,7 @@ class SchedulerHalf:
         self._loads: list[Load] = []
         self._pieces: list[TokenPiece] = []
         self._ended: list[str] = []
+        self._since_reset: tuple[ExtraKey, ...] = ()
 
     def __repr__(self) -> str:
         return f"<SchedulerHalf {len(self._tracked)} requests, {self.num_ops} ops>"
@@ -77,11 +79,6 @@ class SchedulerHalf:
     def num_ops(self) -> int:
         """Loads and stores under way: the engine needs to go on stepping."""
         return len(self._flights)
-
-    @property
-    def is_sync(self) -> bool:
-        """Whether loads happen before the step that needs them."""
-        return self._config.load == "sync"
 
     # -- finding and loading ----------------------------------------------------------
 
@@ -106,10 +103,7 @@ class SchedulerHalf:
             # Once: an error that is told of again makes a server that is well ill.
             match.is_judged = True
             match.hit = self._hit(tracked, match)
-        # The engine computes at least one token, in this very step if loads are sync.
-        most = len(tracked.tokens) - 1 if self.is_sync else match.hit
-        match.usable = min(match.hit, most)
-        return max(match.usable - num_computed, 0)
+        return max(match.hit - num_computed, 0)
 
     def allocated(
         self, request_id: str, blocks: tuple[list[int], ...], num_external: int
@@ -121,7 +115,7 @@ class SchedulerHalf:
         match, tracked.match = tracked.match, None
         tracked.num_stored = match.hit
         if num_external > 0:
-            self._order_load(tracked, match, match.usable - num_external, blocks)
+            self._order_load(tracked, match, match.hit - num_external, blocks)
         else:
             self._free(tracked, 0, match.hit)
 
@@ -148,12 +142,10 @@ class SchedulerHalf:
             end=match.hit,
             skip=computed - start,
             blocks=packed,
-            is_sync=self.is_sync,
         )
         self._loads.append(load)
-        # The engine itself keeps the blocks of an asynchronous load.
-        held = real_blocks(packed) if load.is_sync else []
-        self._take_off(load.op, tracked, held, is_sync=load.is_sync)
+        # The engine itself keeps the blocks of a load until every rank has ended it.
+        self._take_off(load.op, tracked, [])
 
     def _look_up(self, tracked: Tracked, num_computed: int) -> Match | None:
         server = self._link.server
@@ -199,9 +191,7 @@ class SchedulerHalf:
 
     def step(self, scheduled: Iterable[Scheduled]) -> Plan:
         """Plan what this step loads, and stores when it has been computed."""
-        # What follows a synchronous load is wrong on every rank if it failed on one.
-        is_sure = not any(flight.is_sync for flight in self._flights.values())
-        server = self._link.server if is_sure else None
+        server = self._link.server
         stores = []
         for one in scheduled:
             tracked = self._tracked.get(one.request_id)
@@ -244,10 +234,7 @@ class SchedulerHalf:
         packed = []
         for group, ids in zip(self._groups, tracked.blocks, strict=True):
             first, last = start // group.block_size, -(-end // group.block_size)
-            num_gone = 0
-            if group.window is not None:
-                num_skipped = max(num_computed - group.window + 1, 0)
-                num_gone = max(num_skipped // group.block_size - first, 0)
+            num_gone = max(group.num_gone(num_computed) - first, 0)
             packed.append(pack_blocks(ids[first:last], num_gone))
         return tuple(packed)
 
@@ -261,13 +248,11 @@ class SchedulerHalf:
         )
         tracked.num_told = end
 
-    def _take_off(
-        self, op: OpId, tracked: Tracked, held: list[int], *, is_sync: bool = False
-    ) -> None:
+    def _take_off(self, op: OpId, tracked: Tracked, held: list[int]) -> None:
         if self.pool is not None:
             self.pool.hold(held)
         tracked.num_ops += 1
-        self._flights[op] = Flight(tracked, held, self._world_size, is_sync)
+        self._flights[op] = Flight(tracked, held, self._world_size)
 
     # -- ends -------------------------------------------------------------------------
 
@@ -317,6 +302,16 @@ class SchedulerHalf:
             except KVError as error:
                 self._link.failed(error)
 
+    def reset(self) -> None:
+        """Find nothing any more of what has been stored, by whomever: weights changed.
+
+        What is stored from now on is found by this engine alone, since nothing else
+        names its weights. A request under way is left alone until it is preempted.
+        """
+        for request_id in list(self._tracked):
+            self.finished(request_id)
+        self._since_reset = (ExtraKey(0, b"reset" + secrets.token_bytes(16)),)
+
     def close(self) -> None:
         """End what is tracked and say goodbye."""
         self._tracked.clear()
@@ -329,7 +324,8 @@ class SchedulerHalf:
             if self._is_ending(request.request_id):
                 return None
             session = SessionKey(self._engine_id, request.request_id)
-            tracked = Tracked(session, request.tokens, request.extras)
+            extras = (*self._since_reset, *request.extras)
+            tracked = Tracked(session, request.tokens, extras)
             self._tracked[request.request_id] = tracked
         return tracked
 

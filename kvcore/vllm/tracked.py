@@ -39,6 +39,16 @@ class GroupShape:
 
     block_size: int
     window: int | None = None
+    is_chunked: bool = False
+    """Whether windows begin at multiples of `window`, and do not slide."""
+
+    def num_gone(self, num_computed: int) -> int:
+        """Count the leading blocks that the engine may have given away by then."""
+        if self.window is None:
+            return 0
+        if self.is_chunked:
+            return num_computed // self.window * self.window // self.block_size
+        return max(num_computed - self.window + 1, 0) // self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,6 @@ class Match:
     num_tokens: int
     chunk_size: int
     hit: int = 0
-    usable: int = 0
     is_judged: bool = False
     """Whether the answer has been taken in."""
 
@@ -110,5 +119,3 @@ class Flight:
     tracked: Tracked
     held: list[int]
     num_waiting: int
-    is_sync: bool = False
-    """Whether it is a load that steps were computed from before it was acknowledged."""

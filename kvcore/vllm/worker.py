@@ -8,7 +8,7 @@ load, and acknowledges each op, exactly once, however often the engine names a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,10 +66,6 @@ class _Flight:
     request_id: str
     future: Reply
     load: Load | None = None
-    told: bool = False
-    """Whether the engine knows how a load ended."""
-    is_late: bool = False
-    """Whether the step that needed a load did not wait for its end."""
 
 
 @dataclass(slots=True)
@@ -77,9 +73,9 @@ class Collected:
     """What has ended since the last time."""
 
     loaded: set[str] = field(default_factory=set)
-    """Requests whose asynchronous load ended, well or not."""
+    """Requests whose load ended, well or not."""
     failed: set[str] = field(default_factory=set)
-    """Requests whose load did not end well."""
+    """Those whose load did not end well."""
     failed_blocks: set[int] = field(default_factory=set)
     """The blocks of those."""
     acks: dict[OpId, int] = field(default_factory=dict)
@@ -129,15 +125,9 @@ class WorkerHalf:
             self._append(piece)
 
     def load(self, plan: Plan) -> None:
-        """Begin a plan's loads, and wait for the synchronous ones."""
+        """Begin a plan's loads."""
         event = self._mark() if plan.loads else b""
-        flights = [self._begin_load(load, event) for load in plan.loads]
-        self._flights += flights
-        awaited = [f for f in flights if f.load is not None and f.load.is_sync]
-        if awaited:
-            wait([f.future for f in awaited], self._config.load_timeout_s)
-        for flight in awaited:
-            flight.is_late = not flight.future.done()
+        self._flights += [self._begin_load(load, event) for load in plan.loads]
 
     def store(self, plan: Plan) -> None:
         """Begin a plan's stores, of blocks that have been computed by now."""
@@ -158,8 +148,6 @@ class WorkerHalf:
                 self._land(flight, collected)
             else:
                 under_way.append(flight)
-                if flight.load is not None and flight.load.is_sync:
-                    self._give_up(flight, collected)
         self._flights = under_way
         return collected
 
@@ -239,21 +227,12 @@ class WorkerHalf:
         error = flight.future.exception()
         if error is not None and self._link is not None:
             self._link.failed(error)
-        if flight.load is None or flight.told:
+        if flight.load is None:
             return
-        if not flight.load.is_sync:
-            collected.loaded.add(flight.request_id)
-        if not _is_usable(flight):
-            _fail(flight.load, collected)
-
-    def _give_up(self, flight: _Flight, collected: Collected) -> None:
-        """Report a synchronous load that is late; its blocks stay held until it ends.
-
-        What the server may still write into them is what the engine computes anew.
-        """
-        if flight.load is not None and not flight.told:
-            flight.told = True
-            _fail(flight.load, collected)
+        collected.loaded.add(flight.request_id)
+        if not _is_whole(flight.load, flight.future):
+            collected.failed.add(flight.request_id)
+            collected.failed_blocks.update(_written_blocks(flight.load))
 
     def close(self) -> None:
         """Say goodbye: the server forgets the cache."""
@@ -261,20 +240,15 @@ class WorkerHalf:
             self._link.close()
 
 
-def _is_usable(flight: _Flight) -> bool:
-    """Say whether a load wrote all that it was asked for, by when it was needed."""
-    if flight.is_late or flight.future.exception() is not None:
+def _is_whole(load: Load, future: Reply) -> bool:
+    """Say whether a load wrote all that it was asked for."""
+    if future.exception() is not None:
         return False
-    reply, load = flight.future.result(), flight.load
-    return load is None or (
+    reply = future.result()
+    return (
         isinstance(reply, RetrieveReply)
         and reply.num_tokens == load.end - load.start - load.skip
     )
-
-
-def _fail(load: Load, collected: Collected) -> None:
-    collected.failed.add(load.request_id)
-    collected.failed_blocks.update(_written_blocks(load))
 
 
 def _written_blocks(load: Load) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvcore.errors import KVError
-from kvcore.keys import SessionKey
+from kvcore.keys import ExtraKey, SessionKey
 from kvcore.protocol import NULL_BLOCK
 from kvcore.vllm.link import ILLS, Server
 
@@ -26,6 +26,7 @@ class Asked:
     end: int = 0
     skip: int = 0
     blocks: tuple[tuple[int, ...], ...] = ()
+    extras: tuple[ExtraKey, ...] = ()
     future: Future[Any] = field(default_factory=Future)
 
     @property
@@ -58,11 +59,14 @@ class PlayedClient:
         model: str,
         world_size: int,
         tokens: Sequence[int],
+        *,
+        extras: tuple[ExtraKey, ...] = (),
         **rest: object,
     ) -> Future[Any]:
         """Take a lookup."""
         del model, world_size, rest
-        return self._ask(Asked("lookup", session.request_id, tuple(tokens)))
+        name = session.request_id
+        return self._ask(Asked("lookup", name, tuple(tokens), extras=extras))
 
     def submit_store(
         self,
@@ -72,12 +76,16 @@ class PlayedClient:
         end: int,
         blocks: Sequence[Sequence[int]],
         tokens: Sequence[int],
+        *,
+        extras: tuple[ExtraKey, ...] = (),
         **rest: object,
     ) -> Future[Any]:
         """Take a store."""
         del instance_id, rest
         name, ids = session.request_id, _ids(blocks)
-        return self._ask(Asked("store", name, _plain(tokens), start, end, 0, ids))
+        return self._ask(
+            Asked("store", name, _plain(tokens), start, end, 0, ids, extras)
+        )
 
     def submit_retrieve(
         self,
@@ -89,12 +97,15 @@ class PlayedClient:
         tokens: Sequence[int],
         *,
         skip_first_n_tokens: int = 0,
+        extras: tuple[ExtraKey, ...] = (),
         **rest: object,
     ) -> Future[Any]:
         """Take a retrieve."""
         del instance_id, rest
         name, skip, ids = session.request_id, skip_first_n_tokens, _ids(blocks)
-        return self._ask(Asked("retrieve", name, _plain(tokens), start, end, skip, ids))
+        return self._ask(
+            Asked("retrieve", name, _plain(tokens), start, end, skip, ids, extras)
+        )
 
     def submit_free_lookup_locks(
         self, session: SessionKey, start: int, end: int

@@ -211,27 +211,6 @@ def test_a_failed_load_is_reported_with_its_blocks(
     assert engine.match(repeat) == 0
 
 
-def test_a_synchronous_load_leaves_a_token_to_compute(
-    start: Start, request_of: RequestOf
-) -> None:
-    """It has ended when `load` returns, and its blocks were held."""
-    first, second = start().connect(), start(load="sync").connect()
-    request = request_of(2 * CHUNK)
-    blocks, targets = BLOCKS[: 2 * PER_CHUNK], OTHERS[: 2 * PER_CHUNK]
-    first.fill(blocks, seed=4)
-    first.compute(request, blocks)
-    matched = second.match(request)
-    assert matched == 2 * CHUNK - 1
-    second.scheduler.allocated(request.request_id, (targets,), matched)
-    assert sorted(second.pool.held) == targets
-    second.step()
-    assert (second.read(targets) == first.read(blocks)).all()
-    collected = second.collect()
-    assert not collected.loaded  # Only asynchronous loads end a request's wait.
-    assert not collected.failed
-    assert not second.pool.held
-
-
 def test_a_preempted_request_is_looked_up_again(
     start: Start, request_of: RequestOf
 ) -> None:
@@ -285,6 +264,23 @@ def test_blocks_that_a_window_left_behind_are_not_stored(
     assert unpack_blocks(store.blocks[1]).tolist() == gone + OTHERS[PER_CHUNK:]
 
 
+def test_blocks_before_a_chunked_window_are_not_stored(
+    start: Start, request_of: RequestOf
+) -> None:
+    """With attention in chunks all before the last one's begin is gone."""
+    engine = start(windows=(None, CHUNK)).connect()
+    half = engine.scheduler
+    half._groups = (half._groups[0], replace(half._groups[1], is_chunked=True))
+    request = request_of(3 * CHUNK)
+    half.matched(request, 3 * CHUNK)
+    last = 3 * CHUNK - 1
+    plan = engine.step(Scheduled(request.request_id, last, 1, (BLOCKS, OTHERS), True))
+    (store,) = plan.stores
+    gone = [NULL_BLOCK] * (2 * PER_CHUNK)
+    assert unpack_blocks(store.blocks[1]).tolist() == gone + OTHERS[2 * PER_CHUNK :]
+    engine.settle()
+
+
 def test_a_window_is_loaded_without_what_lies_before_it(
     start: Start, request_of: RequestOf
 ) -> None:
@@ -316,3 +312,36 @@ def test_extras_keep_requests_apart(start: Start, request_of: RequestOf) -> None
     late = Request("late", request.tokens, (ExtraKey(CHUNK, b"salt"),))
     assert [engine.match(one) for one in (other, plain, late)] == [0, 0, 0]
     assert engine.match(again(request)) == 2 * CHUNK
+
+
+def test_after_a_reset_nothing_older_is_found(
+    start: Start, request_of: RequestOf, client: KVClient
+) -> None:
+    """Not what anybody stored before; what is stored after it is this engine's own."""
+    engine, other = start().connect(), start().connect()
+    request, blocks = request_of(2 * CHUNK), BLOCKS[: 2 * PER_CHUNK]
+    engine.compute(request, blocks)
+    engine.scheduler.reset()
+    repeat = again(request)
+    engine.compute(repeat, blocks)
+    assert engine.match(again(request, "third")) == 2 * CHUNK
+    other.fill(OTHERS, seed=1)
+    assert other.match(again(request, "theirs")) == 2 * CHUNK
+    engine.scheduler.reset()
+    assert engine.match(again(request, "fourth")) == 0
+
+
+def test_a_request_of_before_a_reset_is_stored_no_more(
+    start: Start, request_of: RequestOf, client: KVClient
+) -> None:
+    """Its first tokens were computed by other weights; its session ends."""
+    before, engine = held(client), start().connect()
+    request, blocks = request_of(2 * CHUNK), BLOCKS[: 2 * PER_CHUNK]
+    assert engine.match(request) == 0
+    engine.scheduler.allocated(request.request_id, (blocks,), 0)
+    engine.step(Scheduled(request.request_id, 0, CHUNK, (blocks,), True))
+    engine.scheduler.reset()
+    plan = engine.step(Scheduled(request.request_id, CHUNK, CHUNK, None, False))
+    assert not plan.stores
+    engine.settle()
+    wait_until(lambda: held(client) == before)

@@ -16,15 +16,12 @@ import numpy as np
 import pytest
 
 from kvcore import shm
-from kvcore.config import ServerConfig
-from kvcore.errors import HandleError, LayoutError, SetupError
-from kvcore.keys import ExtraKey
+from kvcore.errors import HandleError, LayoutError
 from kvcore.layout import KVLayout
 from kvcore.protocol import CudaIpc, PosixShm
 from kvcore.shm import SHM_DIR, Segment, remove_dead
-from kvcore.vllm import config, groups
+from kvcore.vllm import groups
 from kvcore.vllm import memory as memory_module
-from kvcore.vllm.identity import extra_keys, model_identity
 from kvcore.vllm.memory import SEGMENT_PREFIX, Memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,13 +187,6 @@ def test_what_cannot_be_described_is_refused(storage: Storage, memory: Memory) -
             replicate_mla=False,  # type: ignore[dict-item]
         )
 
-    class MambaSpec:
-        block_size = 32
-
-    mamba = SimpleNamespace(layer_names=["layer"], kv_cache_spec=MambaSpec())
-    with pytest.raises(LayoutError, match="MambaSpec"):
-        groups.engine_groups(SimpleNamespace(kv_cache_groups=[mamba]))
-
 
 def test_shared_memory_has_a_name_of_its_owners(
     storage: Storage, memory: Memory
@@ -289,79 +279,3 @@ def test_a_gpus_memory_is_named_by_cuda_ipc(
     monkeypatch.setitem(sys.modules, "kvcore.vllm.events", events)
     assert memory.share(tensor) is handle
     assert memory.mark() == b"event"
-
-
-class HfConfig:
-    """A model's configuration."""
-
-    def __init__(self, **values: object) -> None:
-        self.values = values
-        self._commit_hash = "abc"
-
-    def to_dict(self) -> dict[str, object]:
-        """Return its values."""
-        return self.values
-
-
-def engine_config(name: str = "org/model", **changes: Any) -> Any:
-    """Make what vLLM calls its configuration."""
-    values: dict[str, Any] = {"dtype": "float32", "tp": 1, "hf": HfConfig(layers=4)}
-    values.update(changes)
-    return SimpleNamespace(
-        model_config=SimpleNamespace(
-            model=name, hf_config=values["hf"], dtype=values["dtype"],
-            quantization=None, revision=None, seed=0,
-        ),
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=values["tp"], pipeline_parallel_size=1
-        ),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
-        load_config=SimpleNamespace(load_format="auto"),
-        speculative_config=None,
-    )  # fmt: skip
-
-
-def test_identity_tells_apart_what_differs(tmp_path: Path) -> None:
-    """Revision, dtype, configuration, ranks, platform, and a folder's weights."""
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(100_000))
-    local = engine_config(str(tmp_path))
-    names = [
-        model_identity(engine_config(), "cpu"),
-        model_identity(engine_config(), "gpu"),
-        model_identity(engine_config(dtype="bfloat16"), "cpu"),
-        model_identity(engine_config(tp=2), "cpu"),
-        model_identity(engine_config(hf=HfConfig(layers=5)), "cpu"),
-        model_identity(local, "cpu"),
-    ]
-    assert names[0].startswith("org/model@abc#")
-    assert model_identity(local, "cpu") == names[-1]
-    weights.write_bytes(b"1" * 100_000)
-    names.append(model_identity(local, "cpu"))
-    assert len(set(names)) == len(names)
-
-
-def test_extras_name_salt_adapter_and_images() -> None:
-    """Each from the token on that it shapes."""
-    image = SimpleNamespace(
-        identifier="hash", mm_position=SimpleNamespace(offset=70, length=9)
-    )
-    request = SimpleNamespace(
-        cache_salt="salt",
-        lora_request=SimpleNamespace(lora_name="a", lora_path="/p"),
-        mm_features=[image],
-    )
-    assert extra_keys(request) == (
-        ExtraKey(0, b'["salt", "salt"]'),
-        ExtraKey(0, b'["lora", "a", "/p"]'),
-        ExtraKey(70, b'["mm", "hash", 9]'),
-    )
-
-
-def test_settings_of_the_connector() -> None:
-    """Defaults meet the server's; an unknown key and a wrong value are named."""
-    assert config.read({}).address == ServerConfig().address
-    with pytest.raises(SetupError, match="adress"):
-        config.read({"adress": "x"})
-    with pytest.raises(SetupError, match="lookup_timeout_s"):
-        config.read({"lookup_timeout_s": 0})

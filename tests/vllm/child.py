@@ -143,6 +143,6 @@ class Child:
             sum(m.value for m in self.llm.get_metrics() if m.name == f"vllm:{counter}")
         )
 
-    def reset(self) -> bool:
-        """Forget the engine's own prefix cache."""
-        return bool(self.llm.reset_prefix_cache())
+    def reset(self, connector: bool = False) -> bool:
+        """Forget the engine's own prefix cache, and maybe the connector's."""
+        return bool(self.llm.reset_prefix_cache(reset_connector=connector))

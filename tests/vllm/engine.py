@@ -17,7 +17,6 @@ ANSWER_S = 180
 CONNECTOR = {
     "kv_connector": "KVCtlConnector",
     "kv_connector_module_path": "kvcore.vllm.connector",
-    "kv_role": "kv_both",
 }
 
 PATIENCE = {"lookup_timeout_s": 30, "store_timeout_s": 30, "load_timeout_s": 30}
@@ -66,6 +65,7 @@ class Engine:
         connector: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         wait: bool = True,
+        role: str = "kv_both",
         **options: Any,
     ) -> None:
         options = {
@@ -82,6 +82,7 @@ class Engine:
             extra = {"address": address, **PATIENCE, **(connector or {})}
             options["kv_transfer_config"] = {
                 **CONNECTOR,
+                "kv_role": role,
                 "kv_connector_extra_config": extra,
             }
         self.log = log

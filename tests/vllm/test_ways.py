@@ -1,4 +1,4 @@
-"""Other ways to run: ranks, types, synchronous loads, two engines, tiers."""
+"""Other ways to run: ranks, types, drafts, two engines, tiers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ MAX_TOKENS = 8
 TWO_RANKS = {"tensor_parallel_size": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "ranks": TWO_RANKS,
-    "sync": {"connector": {"load": "sync"}},
+    "drafts": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+        }
+    },
     "bfloat16": {"dtype": "bfloat16", "enable_prefix_caching": False},
     "worker": {"connector": {"driver": "worker"}, "enable_prefix_caching": False},
 }
@@ -42,11 +48,36 @@ def test_a_second_engine_answers_the_same(way: str, serve: Serve, start: Start) 
     for cached in ([0, 0, 0], [192, 640, 192]):
         engine = start(address=server.address, **options)
         answers = ask_in_turn(engine, prompts, MAX_TOKENS)
-        if way == "sync" and cached[0]:
-            cached[-1] -= 1  # The engine computes at least one token.
         assert answers == {"tokens": expected, "cached": cached}
         assert_nothing_held(server)
         engine.close()
+
+
+def test_changed_weights_find_nothing_older(serve: Serve, start: Start) -> None:
+    """After a reset with `reset_connector` the engine finds what it stored since."""
+    engine = start(address=serve().address)
+    prompt = make_prompt(2 * CHUNK + 5)
+
+    def ask() -> int:
+        assert engine.ask("reset")
+        found: int = ask_in_turn(engine, [prompt], 1)["cached"][0]
+        return found
+
+    assert [ask(), ask()] == [0, 2 * CHUNK]
+    assert engine.ask("reset", connector=True)
+    assert [ask(), ask()] == [0, 2 * CHUNK]
+    engine.close()
+
+
+def test_an_engine_that_cannot_share_says_why(serve: Serve, start: Start) -> None:
+    """It serves without the cache."""
+    engine = start(address=serve().address, role="kv_producer", wait=False)
+    prompt = make_prompt(2 * CHUNK + 5)
+    for _ in range(2):
+        assert engine.ask("reset")
+        assert ask_in_turn(engine, [prompt], 1)["cached"] == [0]
+    assert "no KV cache: kv_role kv_producer" in engine.words
+    engine.close()
 
 
 def test_adapters_keep_requests_apart(
