@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,13 +77,19 @@ def _run(options: ServerConfig) -> None:
     from kvcore.server.app import run
 
     held = f"L1 {console.size(options.l1.size)}, chunks of {options.chunk_size} tokens"
+    ready = None if options.ready_file is None else Path(options.ready_file)
 
     def on_ready(bound: str) -> None:
-        if options.ready_file is not None:
-            _write_ready_file(Path(options.ready_file), bound)
+        if ready is not None:
+            _write_ready_file(ready, bound)
         console.line(f"kvctl: ready at {bound} ({held})")
 
-    run(options, on_ready)
+    # One that was killed left its file, and took long to be ready as this one will.
+    _remove(ready)
+    try:
+        run(options, on_ready)
+    finally:
+        _remove(ready)
 
 
 def _write_ready_file(path: Path, bound: str) -> None:
@@ -93,6 +100,12 @@ def _write_ready_file(path: Path, bound: str) -> None:
         part.replace(path)
     except OSError as error:
         raise SetupError(f"ready_file = {path}: {error.strerror}") from None
+
+
+def _remove(path: Path | None) -> None:
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _with_port(options: ServerConfig, port: int) -> ServerConfig:

@@ -74,13 +74,28 @@ def test_a_signal_right_after_a_request_is_not_lost(serve: Serve, attempt: int) 
 
 
 def test_the_ready_file_holds_the_bound_address(serve: Serve, tmp_path: Path) -> None:
-    """It is there, whole, before the ready line."""
+    """It is there, whole, before the ready line, and no longer than the server."""
     path = tmp_path / "address"
     server = serve("--port", "0", "--ready-file", str(path))
     address = address_of(server)
     assert path.read_text() == f"{address}\n"
     with KVClient(address) as client:
         assert client.chunk_size == 256
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(STOP_S) == 0
+    assert not path.exists()
+
+
+def test_a_ready_file_of_a_killed_server_goes_at_the_next_start(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Nobody takes it for that of a server that is not ready yet, or cannot start."""
+    path = tmp_path / "address"
+    path.write_text("tcp://127.0.0.1:1\n")
+    server = serve("--address", "tcp://192.0.2.1:1", "--ready-file", str(path))
+    server.communicate(timeout=STOP_S)
+    assert server.returncode == 2
+    assert not path.exists()
 
 
 def test_a_second_server_at_an_address_is_refused(serve: Serve) -> None:
