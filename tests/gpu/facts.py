@@ -69,11 +69,12 @@ def facts() -> dict[str, Any]:
 
 
 def said(*command: str) -> list[str]:
-    """Return what a command prints, or why it does not."""
+    """Return what a command prints, complaints included, or why it does not run."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=20, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         return [str(error)]
     return done.stdout.splitlines()

@@ -79,7 +79,9 @@ def steps(
 
     tests = (
         *("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
-        *("-p", "pytest_timeout", "--timeout", "30", "--durations", "10", "tests/gpu"),
+        *("-p", "pytest_timeout", "--timeout", "60", "--durations", "10"),
+        # Scenarios are played below, and not small.
+        *("--ignore", "tests/gpu/test_scenarios.py", "tests/gpu"),
     )
     yield Step("facts", 60, ("-m", "tests.gpu.facts"), is_needed=True)
     yield Step("tests", 120, tests)
