@@ -126,6 +126,9 @@ def run(step: Step, log: Path, stacks: Path, limit_s: float) -> Ended:
         except subprocess.TimeoutExpired:
             ended.hung = True
             stop(process)
+        except BaseException:  # Ctrl-C or SIGTERM, which do not reach it by themselves.
+            stop(process)
+            raise
         ended.exit_code = process.wait()
         ended.seconds = round(monotonic() - begun, 1)
         said.seek(0)
@@ -250,6 +253,7 @@ def tell(*lines: str) -> None:
 def main(given: argparse.Namespace) -> int:
     """Run everything; 1 when a step failed or hung, whatever the targets."""
     folder: Path = given.folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in [folder / "log.txt", *folder.glob("h100_*.json")]:
         earlier.unlink(missing_ok=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gpu.steps import Step, play
+from tests.gpu.steps import ROOT, Step, play
 from tests.gpu.targets import targets_of
+from tests.system.server import wait_until
 
 SITE = Path(__file__).parent / "site"
 HANGS = """\
@@ -20,6 +24,16 @@ def stands_here():
 if "child" in sys.argv:
     stands_here()
 subprocess.run([sys.executable, __file__, "child"], start_new_session=True)
+"""
+
+
+RUNNER = """\
+import sys
+from argparse import Namespace
+from pathlib import Path
+from tests.gpu import steps
+steps.steps = lambda *_: [steps.Step("hangs", 50, (sys.argv[2],))]
+steps.main(Namespace(folder=Path(sys.argv[1]), trace=None, set=[]))
 """
 
 
@@ -33,6 +47,19 @@ def site(monkeypatch: pytest.MonkeyPatch) -> None:
 def known(folder: Path) -> Any:
     """Read what was saved."""
     return json.loads((folder / "gpu.json").read_text())
+
+
+def left(script: Path) -> list[str]:
+    """List the processes that run a script."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if words[1:2] == [str(script).encode()]:
+            found.append(path.parent.name)
+    return found
 
 
 def test_a_step_that_fails_hides_no_other(tmp_path: Path) -> None:
@@ -58,11 +85,7 @@ def test_a_hung_step_leaves_the_stacks_of_all_its_processes(tmp_path: Path) -> N
     assert log.count("-- where process") == 2
     assert log.count("in stands_here") == 1
     assert "hangs.py child" in log
-    for stat in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            assert str(script).encode() not in stat.read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+    assert not left(script)
 
 
 def test_what_needs_a_card_is_not_tried_without_one(tmp_path: Path) -> None:
@@ -127,3 +150,15 @@ def test_targets_are_of_the_worst() -> None:
     assert {one.is_met for one in made if one.by == "worker"} == {None}
     assert [one.is_met for one in made if one.by == "both"] == [True]
     assert all(str(one) for one in made)
+
+
+def test_who_is_interrupted_ends_its_step_first(tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM reach no step by themselves; none is left behind."""
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    runner = (sys.executable, "-c", RUNNER, str(tmp_path), str(script))
+    process = subprocess.Popen(runner, cwd=ROOT)
+    wait_until(lambda: len(left(script)) == 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1
+    assert not left(script)
