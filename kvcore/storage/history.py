@@ -159,9 +159,7 @@ class History:
         )
 
     def _explain(self, miss: Miss) -> Iterator[Finding]:
-        if miss.tiers == "failed":
-            yield Finding("tier_failed", _TIERS["failed"])
-        elif miss.tiers:
+        if miss.tiers:
             yield Finding(f"tier_{miss.tiers}", _TIERS[miss.tiers])
         if miss.have:
             yield from _compare(miss)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from msgspec.structs import asdict
+
 from kvcore.config import PrefetchConfig, WriteBackConfig
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.status import PrefetchStatus, TierStatus
+from kvcore.status import PrefetchStatus, TierStatus, WriteBackStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.jobs import PrefetchJob
@@ -126,27 +128,8 @@ class Manager:
         """
         for tier in self._tiers:
             tier.probe()
-        return tuple(
-            TierStatus(
-                name=health.name,
-                url=health.url,
-                up=health.up,
-                since=health.since,
-                last_error=health.last_error,
-                used_bytes=health.used_bytes,
-                max_bytes=health.max_bytes,
-                counters={
-                    name: getattr(health.counters, name)
-                    for name in health.counters.__struct_fields__
-                },
-                write_back=queue,
-            )
-            for health, queue in zip(
-                (tier.health() for tier in self._tiers),
-                self.write_back.status(),
-                strict=True,
-            )
-        )
+        queues = self.write_back.status()
+        return tuple(map(_describe, self._tiers, queues))
 
     def prefetches(self, limit: int) -> tuple[PrefetchStatus, ...]:
         """Describe the `limit` oldest prefetch jobs."""
@@ -168,3 +151,9 @@ class Manager:
             stack.callback(self._coordinator.close)
             for tier in self._tiers:
                 stack.callback(tier.close)
+
+
+def _describe(tier: Tier, queue: WriteBackStatus) -> TierStatus:
+    health = tier.health()
+    fields = asdict(health) | {"counters": asdict(health.counters)}
+    return TierStatus(**fields, write_back=queue)

@@ -13,6 +13,8 @@ from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Deadline, Usage
 from kvcore.storage.tiers.contract import (
     HEADER_BYTES,
+    MISSING,
+    REJECTED,
     Blob,
     Loaded,
     LoadOutcome,
@@ -23,6 +25,7 @@ from kvcore.storage.tiers.contract import (
     num_bytes_of,
     pack_header,
     read_header,
+    record_bytes,
 )
 from kvcore.storage.tiers.pooled import PooledTier
 
@@ -56,11 +59,11 @@ class FakeBackend:
             self._enter(deadline)
             record = self.records.get(slot.key)
             if record is None:
-                yield Loaded(LoadOutcome.MISSING)
+                yield MISSING
                 continue
             checksum = read_header(record, slot)
-            if len(record) != HEADER_BYTES + num_bytes_of(slot.buffers) or not checksum:
-                yield Loaded(LoadOutcome.REJECTED)
+            if len(record) != record_bytes(slot.buffers) or not checksum:
+                yield REJECTED
                 continue
             payload = memoryview(record)[HEADER_BYTES:]
             for buffer in slot.buffers:

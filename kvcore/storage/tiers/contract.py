@@ -99,6 +99,11 @@ class Loaded(msgspec.Struct, frozen=True):
     checksum: Checksum = Checksum(b"")
 
 
+MISSING = Loaded(LoadOutcome.MISSING)
+FAILED = Loaded(LoadOutcome.FAILED)
+REJECTED = Loaded(LoadOutcome.REJECTED)
+
+
 class Stored(Enum):
     """What became of one blob."""
 
@@ -209,6 +214,11 @@ HEADER_BYTES = _HEADER.size
 def num_bytes_of(buffers: Sequence[memoryview]) -> int:
     """Return how many bytes the buffers have together."""
     return sum(buffer.nbytes for buffer in buffers)
+
+
+def record_bytes(buffers: Sequence[memoryview]) -> int:
+    """Return how many bytes the record of such a part has, header and payload."""
+    return HEADER_BYTES + num_bytes_of(buffers)
 
 
 def pack_header(blob: Blob) -> bytes:

@@ -23,6 +23,8 @@ from kvcore.errors import BadRequest, DeadlineExceeded, Unavailable
 from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Deadline, Usage
 from kvcore.storage.tiers.contract import (
+    MISSING,
+    REJECTED,
     Blob,
     Loaded,
     LoadOutcome,
@@ -138,9 +140,9 @@ class FileBackend:
             if not isinstance(error, FileNotFoundError):
                 self._pass_over(name, error)
             self._index.remove(name)
-            return Loaded(LoadOutcome.MISSING)
+            return MISSING
         if checksum is None:
-            return Loaded(LoadOutcome.REJECTED)
+            return REJECTED
         self._index.touch(name)
         return Loaded(LoadOutcome.DONE, checksum)
 

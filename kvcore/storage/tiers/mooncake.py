@@ -17,16 +17,18 @@ from kvcore.parts import Buffers
 from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Deadline, Usage
 from kvcore.storage.tiers.contract import (
-    HEADER_BYTES,
+    FAILED,
+    MISSING,
+    REJECTED,
     Blob,
     Loaded,
     LoadOutcome,
     PartKey,
     Slot,
     Stored,
-    num_bytes_of,
     pack_header,
     read_header,
+    record_bytes,
 )
 from kvcore.storage.tiers.mooncake_client import (
     MAX_PARTS,
@@ -179,19 +181,19 @@ class _Call:
             move.end()
 
     def _loaded(self, name: str, slot: Slot, code: int, header: bytes) -> Loaded:
-        size = HEADER_BYTES + num_bytes_of(slot.buffers)
+        size = record_bytes(slot.buffers)
         if code == size:
             checksum = read_header(header, slot)
             if checksum is not None:
                 return Loaded(LoadOutcome.DONE, checksum)
-            return Loaded(LoadOutcome.REJECTED)
+            return REJECTED
         if code == Code.NOT_FOUND:
-            return Loaded(LoadOutcome.MISSING)
+            return MISSING
         # An owner that died fails so too, and so does a value of another size.
         there = self.ask(Request("size", (name,)))[0]
         if there >= 0 and there != size:
-            return Loaded(LoadOutcome.REJECTED)
-        return Loaded(LoadOutcome.FAILED)
+            return REJECTED
+        return FAILED
 
 
 def _stored(code: int) -> Stored:

@@ -18,15 +18,17 @@ from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Deadline, Usage
 from kvcore.storage.tiers.contract import (
     HEADER_BYTES,
+    MISSING,
+    REJECTED,
     Blob,
     Loaded,
     LoadOutcome,
     PartKey,
     Slot,
     Stored,
-    num_bytes_of,
     pack_header,
     read_header,
+    record_bytes,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
-_REJECTED = Loaded(LoadOutcome.REJECTED)
 _PROBE = "probe"
 """An object that need not be there."""
 _NO_ROOM = ("507", "insufficient storage", "quotaexceeded", "storagefull")
@@ -80,7 +81,7 @@ class ObjectsBackend:
         """Get, then copy."""
         for slot in slots:
             value = self._run(self._get(slot), deadline)
-            yield Loaded(LoadOutcome.MISSING) if value is None else _fill(slot, value)
+            yield MISSING if value is None else _fill(slot, value)
 
     def store(self, blobs: Sequence[Blob], deadline: Deadline) -> Iterator[Stored]:
         """Put what is not there, out of a copy: it may outlive the deadline."""
@@ -119,7 +120,7 @@ class ObjectsBackend:
     async def _get(self, slot: Slot) -> memoryview | None:
         try:
             result = await self._api.get_async(self._store, str(slot.key))
-            if result.meta["size"] != _size_of(slot):
+            if result.meta["size"] != record_bytes(slot.buffers):
                 return memoryview(b"")  # Somebody's terabyte is not for our memory.
             return memoryview(await result.buffer_async())
         except FileNotFoundError:
@@ -157,20 +158,16 @@ class ObjectsBackend:
 
 
 def _fill(slot: Slot, value: memoryview) -> Loaded:
-    if value.nbytes != _size_of(slot):
-        return _REJECTED
+    if value.nbytes != record_bytes(slot.buffers):
+        return REJECTED
     checksum = read_header(value, slot)
     if checksum is None:
-        return _REJECTED
+        return REJECTED
     start = HEADER_BYTES
     for buffer in slot.buffers:
         buffer[:] = value[start : start + buffer.nbytes]
         start += buffer.nbytes
     return Loaded(LoadOutcome.DONE, checksum)
-
-
-def _size_of(slot: Slot) -> int:
-    return HEADER_BYTES + num_bytes_of(slot.buffers)
 
 
 def _brief(error: Exception) -> str:

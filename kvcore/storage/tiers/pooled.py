@@ -22,6 +22,7 @@ from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Backend, Deadline, Usage
 from kvcore.storage.tiers.breaker import Breaker, Clock
 from kvcore.storage.tiers.contract import (
+    FAILED,
     Blob,
     Loaded,
     LoadOutcome,
@@ -35,7 +36,6 @@ from kvcore.storage.tiers.contract import (
 
 log = logging.getLogger(__name__)
 
-_FAILED = Loaded(LoadOutcome.FAILED)
 
 ItemT = TypeVar("ItemT")
 OutcomeT = TypeVar("OutcomeT")
@@ -89,7 +89,7 @@ class PooledTier:
     def load(self, slots: Sequence[Slot]) -> Future[list[Loaded]]:
         """See `Tier.load`."""
         share = self._share(len(slots))
-        return self._spread(self._loads, slots, share, self._load, _FAILED)
+        return self._spread(self._loads, slots, share, self._load, FAILED)
 
     def store(self, blobs: Sequence[Blob]) -> Future[list[Stored]]:
         """See `Tier.store`."""
@@ -272,7 +272,7 @@ class PooledTier:
                 setattr(self._counters, name, getattr(self._counters, name) + number)
 
     def _count_failed(self, failed: object, number: int) -> None:
-        if failed is _FAILED:
+        if failed is FAILED:
             self._count(load_failed=number)
         elif failed is Stored.FAILED:
             self._count(store_failed=number)

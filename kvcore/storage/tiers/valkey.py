@@ -13,15 +13,17 @@ from kvcore.shm import Bytes
 from kvcore.storage.tiers.backend import Deadline, Usage
 from kvcore.storage.tiers.contract import (
     HEADER_BYTES,
+    MISSING,
+    REJECTED,
     Blob,
     Loaded,
     LoadOutcome,
     PartKey,
     Slot,
     Stored,
-    num_bytes_of,
     pack_header,
     read_header,
+    record_bytes,
 )
 from kvcore.storage.tiers.resp import (
     BulkReply,
@@ -36,7 +38,6 @@ log = logging.getLogger(__name__)
 _TAKES_NOTHING = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")
 """Refusals to write of a server that answers all else: full, a replica, one that cannot
 save or has lost its replicas, a user who may only read."""
-_REJECTED = Loaded(LoadOutcome.REJECTED)
 
 
 class ValkeyBackend:
@@ -151,20 +152,20 @@ class ValkeyBackend:
 def _receive(connection: RespConnection, slot: Slot, deadline: Deadline) -> Loaded:
     reply = connection.receive(deadline)
     if reply is None:
-        return Loaded(LoadOutcome.MISSING)
+        return MISSING
     if isinstance(reply, ErrorReply) and reply.text.startswith("WRONGTYPE"):
-        return _REJECTED
+        return REJECTED
     if not isinstance(reply, BulkReply):
         raise _refused(reply)
-    if reply.num_bytes != HEADER_BYTES + num_bytes_of(slot.buffers):
+    if reply.num_bytes != record_bytes(slot.buffers):
         connection.skip(reply.num_bytes, deadline)
         connection.end_value(deadline)
-        return _REJECTED
+        return REJECTED
     header = memoryview(bytearray(HEADER_BYTES))
     connection.take_into([header, *slot.buffers], deadline)
     connection.end_value(deadline)
     checksum = read_header(header, slot)
-    return Loaded(LoadOutcome.DONE, checksum) if checksum else _REJECTED
+    return Loaded(LoadOutcome.DONE, checksum) if checksum else REJECTED
 
 
 def _number(reply: Reply) -> int:
