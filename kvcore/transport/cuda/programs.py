@@ -17,6 +17,16 @@ import triton
 import triton.language as tl
 
 
+def _move_name(made):
+    """Name it as profilers show it, and the stub of a driver knows it."""
+    return "kvcore_gather" if made.constants["gather"] else "kvcore_scatter"
+
+
+def _turn_name(made):
+    order = "pairs" if made.constants["interleaved"] else "halves"
+    return f"kvcore_turn_{order}_{made.constants['dtype']}"
+
+
 def _upload(
     destination,
     source,
@@ -179,16 +189,6 @@ def _turn(
         tl.store(real + apart, turned_b.to(tl.float32).to(element), mask=keep)
 
 
-def _move_name(made):
-    return "kvcore_gather" if made.constants["gather"] else "kvcore_scatter"
-
-
-def _turn_name(made):
-    order = "pairs" if made.constants["interleaved"] else "halves"
-    return f"kvcore_turn_{order}_{made.constants['dtype']}"
-
-
-# Names as profilers show them, and as the stub of a driver knows what to run.
 upload = triton.jit(_upload, repr=lambda _: "kvcore_upload")
 move = triton.jit(_move, repr=_move_name)
 turn = triton.jit(_turn, repr=_turn_name)
