@@ -269,8 +269,11 @@ class ServerConfig(Options, frozen=True):
     write_back: WriteBackConfig = WriteBackConfig()
     metrics_port: Annotated[
         int | None,
-        Meta(description="serve Prometheus metrics on 127.0.0.1 at this port"),
+        Meta(description="serve Prometheus metrics at this port"),
     ] = None
+    metrics_host: Annotated[
+        str, Meta(description="where: 0.0.0.0 for a scraper that is elsewhere")
+    ] = "127.0.0.1"
     record: Annotated[
         str | None,
         Meta(description="write every lookup here, hashes only, to be replayed"),

@@ -110,9 +110,8 @@ class Server:
                 stack.callback(self.blend.close)
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
-                stack.enter_context(
-                    exposed(config.metrics_port, self.counters, self.l1_status)
-                )
+                where = config.metrics_host, config.metrics_port
+                stack.enter_context(exposed(*where, self.counters, self.l1_status))
             self._stack = stack.pop_all()
 
     def run(self) -> None:

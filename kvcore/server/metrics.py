@@ -12,17 +12,18 @@ from kvcore.status import L1Status
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-HOST = "127.0.0.1"
-
 
 @contextmanager
 def exposed(
-    port: int, counters: Callable[[], dict[str, int]], l1: Callable[[], L1Status]
+    host: str,
+    port: int,
+    counters: Callable[[], dict[str, int]],
+    l1: Callable[[], L1Status],
 ) -> Iterator[None]:
-    """Serve http://127.0.0.1:`port`/metrics meanwhile, on a thread of its own.
+    """Serve http://`host`:`port`/metrics meanwhile, on a thread of its own.
 
     Raises:
-        SetupError: the port is taken.
+        SetupError: the port is taken, or the host is not this one.
     """
     # 77 ms to import, and only who asks for metrics pays them.
     from prometheus_client import CollectorRegistry, start_http_server
@@ -42,10 +43,10 @@ def exposed(
     registry = CollectorRegistry()
     registry.register(Collector())
     try:
-        server, thread = start_http_server(port, addr=HOST, registry=registry)
+        server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise SetupError(
-            f"metrics_port {port}: cannot serve metrics there: {error.strerror}"
+            f"cannot serve metrics at {host}:{port}: {error.strerror}"
         ) from None
     try:
         yield

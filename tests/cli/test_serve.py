@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -96,6 +98,28 @@ def test_a_ready_file_of_a_killed_server_goes_at_the_next_start(
     server.communicate(timeout=STOP_S)
     assert server.returncode == 2
     assert not path.exists()
+
+
+def test_metrics_are_served_where_they_are_asked_for(serve: Serve) -> None:
+    """On 127.0.0.1 unless told otherwise; a host that is not ours is one line."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    places: tuple[tuple[tuple[str, ...], str], ...] = (
+        ((), "127.0.0.1"),
+        (("--set", "metrics_host=127.0.0.2"), "127.0.0.2"),
+    )
+    for flags, host in places:
+        server = serve("--port", "0", "--metrics-port", str(port), *flags)
+        address_of(server)
+        with urlopen(f"http://{host}:{port}/metrics", timeout=STOP_S) as reply:
+            assert b"kvcore_l1_total_bytes 4.194304e+06" in reply.read()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(STOP_S) == 0
+    elsewhere = "metrics_host=192.0.2.1"
+    server = serve("--port", "0", "--metrics-port", str(port), "--set", elsewhere)
+    _, err = server.communicate(timeout=STOP_S)
+    assert server.returncode == 2
+    assert err.startswith(f"kvctl: cannot serve metrics at 192.0.2.1:{port}: ")
 
 
 def test_a_second_server_at_an_address_is_refused(serve: Serve) -> None:
