@@ -35,6 +35,7 @@ TELL_S = 2.0
 END_S = 20.0
 """For them to end once interrupted, with what they have so far."""
 NUM_LINES_SHOWN = 20
+HEAD = "\n== "
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def run(step: Step, log: Path, stacks: Path, limit_s: float) -> Ended:
     ended = Ended(step.name)
     begun = monotonic()
     with tempfile.TemporaryFile("w+") as said, log.open("a") as errors:
-        errors.write(f"\n== {step.name}: {' '.join(step.arguments)}\n")
+        errors.write(f"{HEAD}{step.name}: {' '.join(step.arguments)}\n")
         errors.flush()
         process = subprocess.Popen(
             (sys.executable, *step.arguments),
@@ -219,7 +220,8 @@ def play(todo: Iterable[Step], folder: Path, budget_s: float) -> list[Ended]:
             save(folder, done)
             tell(str(ended))
             if ended.hung or ended.exit_code:
-                lines = log.read_text(errors="replace").splitlines()
+                said = log.read_text(errors="replace").rpartition(HEAD)[2]
+                lines = said.splitlines()
                 tell(*(f"    {line}" for line in lines[-NUM_LINES_SHOWN:]))
                 if step.is_needed:
                     break
