@@ -214,6 +214,8 @@ class CopiesDone(msgspec.Struct, frozen=True, tag=True):
     bytes_wrong: int = 0
     products_per_s: tuple[float, float] | None = None
     """Matrix products, alone and beside the calls."""
+    ways: dict[str, int] = {}
+    """Calls that the rank copied itself on a GPU, by way and direction."""
 
 
 class Storm(msgspec.Struct, frozen=True, tag=True):

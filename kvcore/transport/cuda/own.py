@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvcore.layout import KVLayout
 from kvcore.shm import Bytes
+from kvcore.status import DeviceStatus
 from kvcore.transport.cuda.device import Device
 from kvcore.transport.cuda.ipc import DeviceCaches, quietly
 from kvcore.transport.cuda.pinned import Pinned
@@ -55,6 +56,10 @@ class OwnDevice:
                 made.append(self._caches.cache(layout, addresses))
                 stack.callback(quietly, made[-1].close)
             return OwnCuda(tuple(made), stack.pop_all().close)
+
+    def status(self) -> DeviceStatus:
+        """Describe the device and its caches. Any thread."""
+        return self._caches.status()
 
     def _pin(self, arena: Bytes) -> None:
         with self._lock:

@@ -60,6 +60,9 @@ class Cache(Protocol):
     ) -> Opened:
         """Reach the memory for such a client."""
 
+    def ways(self) -> dict[str, int]:
+        """Count what this process has copied on a GPU, by way and direction."""
+
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""
 

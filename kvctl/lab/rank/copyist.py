@@ -8,6 +8,7 @@ The driver adds what the server's process had to compute for them.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -48,12 +49,18 @@ def play_copies(
         soloist = Soloist(
             seat, copies.chunks, task.seed, scattered=scattered, both=True
         )
+        before: Counter[str] = Counter()
+
+        def begin_all() -> None:
+            begin()
+            before.update(seat.cache.ways())
+
         if not copies.busy:
-            return _done(seat, soloist.play(copies.rounds, begin))
+            return _done(seat, soloist.play(copies.rounds, begin_all), before)
         with _products(plan.scenario.device) as products:
             quiet = products.rate()
-            done = soloist.play(copies.rounds, begin)
-            return _done(seat, done, (quiet, products.rate_in(soloist.spans)))
+            done = soloist.play(copies.rounds, begin_all)
+            return _done(seat, done, before, (quiet, products.rate_in(soloist.spans)))
 
 
 def _products(device: str) -> Products:
@@ -65,10 +72,18 @@ def _products(device: str) -> Products:
 
 
 def _done(
-    seat: Seat, done: AloneDone, products: tuple[float, float] | None = None
+    seat: Seat,
+    done: AloneDone,
+    before: Counter[str],
+    products: tuple[float, float] | None = None,
 ) -> CopiesDone:
     return CopiesDone(
-        done.num_bytes, seat.chunk_bytes, done.samples, done.bytes_wrong, products
+        done.num_bytes,
+        seat.chunk_bytes,
+        done.samples,
+        done.bytes_wrong,
+        products,
+        dict(Counter(seat.cache.ways()) - before),
     )
 
 
@@ -142,7 +157,7 @@ def make_row(
         both=times["plain_both"].p50_s / times["both"].p50_s,
         spread=max(calls) / min(calls) - 1,
         server_s_per_chunk=server_s / num_chunks if server_s is not None else None,
-        ways=dict(ways),
+        ways=dict(sum((Counter(one.ways) for one in done), Counter(ways))),
         product_slowdown=(
             1 - sum(beside for _, beside in rates) / sum(alone for alone, _ in rates)
             if rates

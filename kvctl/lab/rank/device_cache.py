@@ -46,6 +46,7 @@ class DeviceCache:
         self.handles: tuple[MemoryHandle, ...] = tuple(
             export(part.data_ptr(), part.nbytes, self._gpu) for part in self.memory
         )
+        self._own: OwnDevice | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
         self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -65,7 +66,12 @@ class DeviceCache:
         Only here the device is measured and staging taken: a server that copies does
         both in its own process.
         """
-        return own_device(self.device.index).open(layouts, memory, arena)
+        self._own = own_device(self.device.index)
+        return self._own.open(layouts, memory, arena)
+
+    def ways(self) -> dict[str, int]:
+        """Count what this process has copied; a server that copies does so itself."""
+        return self._own.status().copies if self._own else {}
 
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""

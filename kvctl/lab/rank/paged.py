@@ -51,6 +51,10 @@ class PagedCache:
         """Reach the memory for a client that copies itself."""
         return OwnHost(layouts, memory, arena)
 
+    def ways(self) -> dict[str, int]:
+        """Count nothing: this is host memory."""
+        return {}
+
     def num_blocks(self, group: int) -> int:
         """Blocks of a group."""
         return len(self.views[group])

@@ -119,7 +119,7 @@ class CopyRow(msgspec.Struct, frozen=True):
     ] = None
     ways: Annotated[
         dict[str, int],
-        Meta(description="calls that the server copied on GPUs, by way and direction"),
+        Meta(description="calls that were copied on GPUs, by way and direction"),
     ] = {}
     product_slowdown: Annotated[
         float | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 import pytest
+from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvcore.options import ByteSize
@@ -65,8 +66,13 @@ def test_a_row_tells_shares_spread_and_slowdown() -> None:
     """Medians of all workers, the slowest against the fastest, the server's time."""
     setting = Setting(4 * KIB, "scattered", 2)
     both = [done(1.0, (100, 90)), done(2.0, (100, 80))]
-    row = make_row(setting, both, server_s=12.0, ways={"staged_to_host": 7})
-    assert row.ways == {"staged_to_host": 7}
+    ways = {"staged_to_host": 7}
+    row = make_row(setting, both, server_s=12.0, ways=ways)
+    assert row.ways == ways
+    both = [replace(one, ways=ways) for one in both]
+    assert make_row(setting, both, server_s=None, ways={}).ways == {
+        "staged_to_host": 14
+    }
     assert row.retrieve_gb_per_s == pytest.approx(1, rel=0.01)
     assert row.retrieve == pytest.approx(0.5, rel=0.01)
     assert row.both == pytest.approx(0.75, rel=0.01)
