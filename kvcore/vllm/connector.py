@@ -22,7 +22,7 @@ from kvcore.keys import ExtraKey
 from kvcore.protocol import RegisterKVCache
 from kvcore.vllm.config import read
 from kvcore.vllm.groups import EngineGroup, check_engine, describe, engine_groups
-from kvcore.vllm.identity import extra_keys, model_identity
+from kvcore.vllm.identity import extra_keys, is_cacheable, model_identity
 from kvcore.vllm.link import Link
 from kvcore.vllm.memory import Memory, OwnMemory
 from kvcore.vllm.plan import OpId, Plan
@@ -262,7 +262,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Say how many tokens can be loaded; None while the lookup is under way."""
-        if self._scheduler is None or not _is_cacheable(request):
+        if self._scheduler is None or not is_cacheable(request):
             return 0, False
         matched = self._scheduler.matched(_Request(request), num_computed_tokens)
         return matched, bool(matched)
@@ -312,18 +312,6 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def has_pending_push_work(self) -> bool:
         """Keep vLLM stepping until every copy has been acknowledged."""
         return self._scheduler is not None and self._scheduler.num_ops > 0
-
-
-def _is_cacheable(request: Any) -> bool:
-    """Say whether tokens and extras tell what a request's KV is, for its whole life.
-
-    Those of a streaming session change: its last answer is taken back, images come.
-    """
-    return (
-        request.prompt_embeds is None
-        and not request.skip_reading_prefix_cache
-        and not getattr(request, "resumable", False)
-    )
 
 
 def _scheduled(output: Any) -> list[Scheduled]:

@@ -85,6 +85,18 @@ def _weights(place: Path) -> str:
     return state.hexdigest()
 
 
+def is_cacheable(request: Any) -> bool:
+    """Say whether tokens and extras tell what a request's KV is, for its whole life.
+
+    Those of a streaming session change: its last answer is taken back, images come.
+    """
+    return (
+        request.prompt_embeds is None
+        and not request.skip_reading_prefix_cache
+        and not getattr(request, "resumable", False)
+    )
+
+
 def extra_keys(request: Any) -> tuple[ExtraKey, ...]:
     """Return what else shapes a request's KV: cache salt, LoRA adapter, images."""
     return tuple(_extra_keys(request))

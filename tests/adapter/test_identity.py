@@ -12,7 +12,7 @@ from kvcore.config import ServerConfig
 from kvcore.errors import LayoutError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.vllm import config, groups
-from kvcore.vllm.identity import extra_keys, model_identity
+from kvcore.vllm.identity import extra_keys, is_cacheable, model_identity
 
 
 class HfConfig:
@@ -94,6 +94,17 @@ def test_extras_name_salt_adapter_and_images() -> None:
         ExtraKey(0, b'["lora", "a", "/p", ""]'),
         ExtraKey(70, b'["mm", "hash", 9]'),
     )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"prompt_embeds": []}, {"skip_reading_prefix_cache": True}, {"resumable": True}],
+)
+def test_what_no_tokens_tell_is_left_alone(values: dict[str, Any]) -> None:
+    """Embeddings, requests that read no cache, sessions whose tokens change."""
+    plain = {"prompt_embeds": None, "skip_reading_prefix_cache": False}
+    assert is_cacheable(SimpleNamespace(**plain))
+    assert not is_cacheable(SimpleNamespace(**{**plain, **values}))
 
 
 def test_an_adapter_is_told_by_its_weights(tmp_path: Path) -> None:

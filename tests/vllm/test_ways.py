@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
             "prompt_lookup_max": 3,
         }
     },
+    "fp8": {"kv_cache_dtype": "fp8"},
     "bfloat16": {"dtype": "bfloat16", "enable_prefix_caching": False},
     "worker": {"connector": {"driver": "worker"}, "enable_prefix_caching": False},
 }
