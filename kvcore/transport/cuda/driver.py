@@ -180,7 +180,17 @@ class CudaDevice:
         self._pins.remove(address)
 
     def export(self, address: int) -> Exported:
-        """Name an allocation for other processes; see `Device`."""
+        """Name an allocation for other processes; see `Device`.
+
+        Called in an engine's own thread, whose current GPU stays as it was.
+        """
+        before = check(cu.cuCtxGetCurrent(), "the current context")
+        try:
+            return self._export(address)
+        finally:
+            check(cu.cuCtxSetCurrent(before), "back to the current context")
+
+    def _export(self, address: int) -> Exported:
         self.enter()
         kind = cu.CUpointer_attribute
         status, memory = cu.cuPointerGetAttribute(

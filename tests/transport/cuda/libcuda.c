@@ -202,6 +202,12 @@ static CUresult stub_cuCtxSetCurrent(CUcontext context) {
     return CUDA_SUCCESS;
 }
 
+DECLARE(cuCtxGetCurrent);
+static CUresult stub_cuCtxGetCurrent(CUcontext *context) {
+    *context = current;
+    return CUDA_SUCCESS;
+}
+
 DECLARE(cuCtxGetStreamPriorityRange);
 static CUresult stub_cuCtxGetStreamPriorityRange(int *least, int *greatest) {
     READY;
@@ -586,7 +592,8 @@ static const struct {
 } functions[] = {
     GIVE(cuInit), GIVE(cuDriverGetVersion), GIVE(cuDeviceGetCount), GIVE(cuDeviceGet),
     GIVE(cuDeviceGetUuid), GIVE(cuDeviceGetName), GIVE(cuDeviceGetAttribute),
-    GIVE(cuThreadExchangeStreamCaptureMode), GIVE(cuDevicePrimaryCtxRetain), GIVE(cuCtxSetCurrent),
+    GIVE(cuThreadExchangeStreamCaptureMode), GIVE(cuDevicePrimaryCtxRetain),
+    GIVE(cuCtxSetCurrent), GIVE(cuCtxGetCurrent),
     GIVE(cuCtxGetStreamPriorityRange), GIVE(cuStreamCreateWithPriority),
     GIVE(cuStreamDestroy), GIVE(cuEventCreate), GIVE(cuEventDestroy),
     GIVE(cuEventRecord), GIVE(cuEventQuery), GIVE(cuEventSynchronize),

@@ -153,6 +153,24 @@ def test_memory_without_handles_is_refused_with_its_cure(
     device.free(address)
 
 
+def test_an_export_leaves_the_threads_gpu_as_it_was(stub: ctypes.CDLL) -> None:
+    """An engine's next tensors lie where it wanted them, also after a refusal."""
+    from kvcore.transport.cuda.binding import check, cu
+
+    first, second = open_devices()
+    address = first.allocate(4096)
+    for current in (second, None):
+        check(cu.cuCtxSetCurrent(0), "none")
+        if current is not None:
+            current.enter()
+        before = int(check(cu.cuCtxGetCurrent(), "before"))
+        first.export(address)
+        with pytest.raises(HandleError):
+            first.export(1)
+        assert int(check(cu.cuCtxGetCurrent(), "after")) == before
+    first.free(address)
+
+
 def test_memory_of_another_gpu_is_not_exported(stub: ctypes.CDLL) -> None:
     """A worker that names the wrong device is told so."""
     first, second = open_devices()
