@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcore.blend import engine as blend_engine
 from kvcore.blend import lookups as blend_lookups
-from kvcore.blend import matchers
 from kvcore.blend.engine import BlendEngine
 from kvcore.blend.matchers import DocumentSpace
 from kvcore.config import (
@@ -33,130 +31,37 @@ from kvcore.config import (
 from kvcore.engine import lookups
 from kvcore.engine.engine import Caller, Engine, Running
 from kvcore.engine.instance import Instance
-from kvcore.errors import ChunksMissing, KVError
-from kvcore.keys import ChunkHash, ExtraKey, HashChain, chain_seed, pack_tokens
+from kvcore.errors import ChunksMissing, DeadlineExceeded, KVError
+from kvcore.keys import ChunkHash, HashChain, chain_seed
 from kvcore.options import ByteSize
-from kvcore.protocol import CBRegisterKVCache, PosixShm
-from kvcore.shm import Segment
+from kvcore.protocol import CBRegisterKVCache, CBRetrievePreComputed, PosixShm
+from kvcore.shm import SHM_DIR, Segment
+from kvcore.storage.account import Account
 from kvcore.storage.arena import Arena
-from kvcore.storage.coordinator import Call, Coordinator, Timer
+from kvcore.storage.chunk import Chunk
+from kvcore.storage.recovery import recover
+from tests.blend.played import Lane, Stepped, small_steps
+from tests.blend.world import (
+    END,
+    FAR_NS,
+    MODEL,
+    PART_BYTES,
+    ROPE,
+    SHAPE,
+    SIZE,
+    START,
+    Asked,
+    Buffer,
+    Text,
+    extras_of,
+    kv,
+    packed,
+    turned,
+)
 from tests.storage.played import PlayedTier
 
-SIZE = 4
-"""Tokens a chunk."""
-SLOTS = 64
-SHAPE = (2, 2, SLOTS, 4)
-PART_BYTES = 64
-"""One page."""
-MODEL = "m"
-START, END = 8, 9
-"""Marks around a paragraph."""
-
-Buffer = npt.NDArray[np.uint8]
 COORDINATOR = "kvcore.storage.manager.Coordinator"
 _numbers = count()
-
-
-def kv(key: ChunkHash, rank: int) -> Buffer:
-    """The KV of a chunk on a rank, `[2, 2, SIZE, 4]`: of this chunk and no other."""
-    data = blake2b(key + bytes([rank]), digest_size=PART_BYTES).digest()
-    return np.frombuffer(data, np.uint8).reshape(2, 2, SIZE, 4)
-
-
-@dataclass
-class Lane:
-    """Copies of one direction, each made when the test says so."""
-
-    queue: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = field(
-        default_factory=list
-    )
-
-    def submit(self, call: Callable[..., Any], *args: Any, **named: Any) -> Future[Any]:
-        """Queue a copy."""
-        future: Future[Any] = Future()
-        args = (*args, named)
-        self.queue.append((future, call, args))
-        return future
-
-    def shutdown(self, **_: bool) -> None:
-        """Drop what is queued; nothing runs meanwhile."""
-        for future, _, _ in self.queue:
-            future.cancel()
-            future.set_running_or_notify_cancel()
-        self.queue.clear()
-
-
-class Stepped(Coordinator):
-    """Runs what was posted when told; no call of it may fail."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.errors: list[Exception] = []
-        clock = self.clock
-        self.ahead = 0.0
-        self.clock = lambda: clock() + self.ahead
-
-    def start(self) -> None:
-        """Begin no thread."""
-
-    def post(self, call: Call) -> None:
-        """Have a call run at the next `run_due`."""
-        super().post(lambda: self._try(call))
-
-    def at(self, when: float, call: Call) -> Timer:
-        """Have a call run at the first `run_due` after a time."""
-        return super().at(when, lambda: self._try(call))
-
-    def _try(self, call: Call) -> None:
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001 - told when the test looks
-            self.errors.append(error)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A chunk of a document, or of a prompt in the normal space, from its start on."""
-
-    is_document: bool
-    salt: str
-    tokens: tuple[int, ...]
-
-
-def extras_of(salt: str, image: int | None = None) -> tuple[ExtraKey, ...]:
-    """Material of a whole prompt, and of an image in it."""
-    extras = [ExtraKey(0, b'["salt", "%s"]' % salt.encode())] if salt else []
-    return (*extras, *([ExtraKey(image, b"image")] if image is not None else []))
-
-
-def packed(tokens: Sequence[int]) -> memoryview:
-    """Tokens as the wire has them."""
-    return memoryview(pack_tokens(np.array(tokens, np.uint32)))
-
-
-@dataclass(eq=False)
-class Asked:
-    """A request under way."""
-
-    kind: str
-    client: str
-    steps: Generator[None, None, Any] | None
-    tokens: tuple[int, ...] = ()
-    """Of the prompt, as far as it is searched."""
-    salt: str = ""
-    session: Any = None
-    instance: Instance | None = None
-    request: Any = None
-    running: Running | None = None
-    copied: Sequence[ChunkHash] = ()
-    """What its copy reads or writes."""
-    lease: Any = None
-    """Under which it reads."""
-    reply: Any = None
-    error: KVError | None = None
-    is_over: bool = False
-    is_void: bool = False
-    """Its session ended or looked up anew, or its client is gone."""
 
 
 class House:
@@ -173,61 +78,118 @@ class House:
         max_jobs: int = 100,
         max_tier_chunks: int = 1000,
         collide: bool = False,
+        keep: str = "",
+        quotas: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        config = ServerConfig(
+        self._stack = ExitStack()
+        self.keep = keep
+        """What outlives a server: "", its "index", or "l1" too."""
+        folder = self._stack.enter_context(TemporaryDirectory()) if keep else ""
+        self.config = ServerConfig(
             chunk_size=SIZE,
             blend=BlendConfig(
                 matcher="separated" if matcher == "separated" else "anywhere",
                 start=() if matcher == "anywhere" else ((START,),),
                 end=() if matcher == "anywhere" else ((END,),),
                 max_tier_chunks=max_tier_chunks,
+                keep=f"{folder}/documents" if keep == "index" else None,
             ),
-            l1=L1Config(size=ByteSize(num_pages << 12), page=ByteSize(1 << 12)),
+            l1=L1Config(
+                size=ByteSize(num_pages << 12),
+                page=ByteSize(1 << 12),
+                quotas={name: ByteSize(size) for name, size in quotas.items()},
+                keep=f"{folder}/journal" if keep == "l1" else None,
+            ),
             wire=WireConfig(slice_chunks=1),
             sessions=SessionConfig(lease_s=60, idle_s=600),
             prefetch=PrefetchConfig(deadline_s=600, max_jobs=max_jobs),
             write_back=WriteBackConfig(policy=policy, watermark=0.5),
+            tiers=("file:///played",) * min(num_tiers, 1),
         )
         self.now = 0.0
         self.world_size = world_size
         self.texts: dict[ChunkHash, Text] = {}
         """What any stored chunk is of."""
+        self.restored: set[ChunkHash] = set()
+        """In L1 since before the server: on nobody's account but the model's."""
         self.asked: list[Asked] = []
         self.look_at: Callable[[Asked], None] = lambda _: None
         """Told after every step of a request."""
         self.buffers: dict[int, Segment] = {}
         self.tiers = [PlayedTier(f"t{i}") for i in range(num_tiers)]
-        self.coordinator = Stepped("test")
-        self.arena = Arena(num_pages * PART_BYTES, PART_BYTES)
-        self._small = small_steps()
-        with ExitStack() as stack:
-            patch = stack.enter_context
-            patch(mock.patch(COORDINATOR, return_value=self.coordinator))
-            if collide:  # A window's hash is the sum of its tokens.
-                patch(mock.patch("secrets.randbits", return_value=1))
-            self.engine = Engine(config, self.arena, lambda: self.now, self.tiers)
-            self.blend = BlendEngine(config, self.engine)
-        self.l1 = self.engine.l1
+        self._name = f"kvtest-{os.getpid()}-blend-{next(_numbers)}"
+        self._num_pages = num_pages
+        patch = self._stack.enter_context
+        patch(small_steps())
+        for module in (lookups, blend_lookups):
+            patch(mock.patch.object(module, "monotonic_ns", self.now_ns))
+        if collide:  # A window's hash is the sum of its tokens.
+            patch(mock.patch("secrets.randbits", return_value=1))
+        self._start()
         for rank in range(world_size):
-            name = f"kvtest-{os.getpid()}-blend-{next(_numbers)}"
+            name = f"{self._name}-{rank}"
             self.buffers[rank] = Segment.create(name, int(np.prod(SHAPE)), touch=False)
             self.register(rank)
 
-    def close(self) -> None:
-        """Let go of everything."""
-        self._small.close()
+    def _start(self) -> None:
+        """Start a server, on what an earlier one left."""
+        keep = self.config.l1.keep
+        kept = keep is not None
+        size = self._num_pages * PART_BYTES
+        self.arena = Arena(size, PART_BYTES, f"{self._name}-arena", kept=kept)
+        recovered = recover(Path(keep), self.arena) if keep is not None else None
+        self.coordinator = Stepped("test", lambda: self.now_ns() / 1e9)
+        with mock.patch(COORDINATOR, return_value=self.coordinator):
+            self.engine = Engine(
+                self.config, self.arena, lambda: self.now, self.tiers, recovered
+            )
+        self.engine.copier._clock_ns = self.now_ns
+        self.blend = BlendEngine(self.config, self.engine)
+        self.arena.keep()
+        self.l1 = self.engine.l1
+        self.restored = {*self.l1.hashes()}
+
+    def _stop(self) -> None:
+        """Have a server end, whatever is under way."""
         self.engine.close()
         self.blend.close()
         self.arena.close()
+        # What it began to ask as it ended is of its memory, not of its successor's.
+        for tier in self.tiers:
+            tier.close()
+
+    def restart(self) -> None:
+        """End the server and start the next; nobody gets an answer, tiers stay."""
+        for asked in self.asked:
+            if asked.steps is not None:
+                asked.steps.close()
+        self.asked.clear()
+        if self.keep == "l1":
+            # Views of it that are still about would hold it, as a living server does.
+            fcntl.flock(self.arena._segment._lock, fcntl.LOCK_UN)
+        self._stop()
+        self._start()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._stop()
+        if self.keep == "l1":
+            (SHM_DIR / self.arena.name).unlink()
+        self._stack.close()
         for segment in self.buffers.values():
             segment.unlink()
             segment.close()
 
+    def now_ns(self) -> int:
+        """Return the played clock's time as deadlines have it."""
+        return FAR_NS + int(self.now * 1e9)
+
     # -- registration -----------------------------------------------------------------
 
-    def caller(self, client: str) -> Caller:
+    def caller(self, client: str, deadline: float = 0.0) -> Caller:
         """A client: "s", the scheduler, or "w0" and "w1"."""
-        return Caller(client, os.getpid())
+        deadline_ns = FAR_NS + int(deadline * 1e9) if deadline else 0
+        return Caller(client, os.getpid(), deadline_ns)
 
     def register(self, rank: int) -> Instance:
         """Register a rank's buffer, in place of what is there."""
@@ -239,8 +201,9 @@ class House:
             self.world_size,
             rank,
             PosixShm(segment.name, 0, segment.num_bytes),
-            SHAPE,
-            "uint8",
+            (*SHAPE[:3], ROPE.head_dim),
+            "float16",
+            ROPE,
         )
         self.blend.cb_register_kv_cache(request, self.caller(f"w{rank}"))
         self.await_closed()
@@ -268,7 +231,7 @@ class House:
 
     def ask(self, handler: Callable[..., Any], asked: Asked) -> Asked:
         """Begin a request, of which nothing is done yet."""
-        caller = self.caller(asked.client)
+        caller = self.caller(asked.client, asked.deadline)
 
         def steps() -> Generator[None, None, Any]:
             return (yield from handler(asked.request, caller))
@@ -364,25 +327,41 @@ class House:
         future, call, (*args, named) = lane.queue.pop(0)
         if not future.set_running_or_notify_cancel():
             return
+        [asked] = [a for a in self.asked if a.running and a.running.future is future]
         buffer = self.buffer(instance.rank)
         hashes, [rows] = args[1:3]
         before = np.full(SHAPE, next(_numbers) % 251, np.uint8)
         buffer[:] = before
         written = before.copy()
-        for key, row in zip(hashes, rows, strict=True):
+        for number, (key, row) in enumerate(zip(hashes, rows, strict=True)):
             written[:, :, row] = kv(key, instance.rank)
+            if asked.kind == "retrieve" and asked.request.turn_keys:
+                distance = self.distance(asked.request, number, key, int(row[0]))
+                written[0][:, row] = turned(written[0][:, row], distance)
         is_store = call.__name__ == "store"
         if is_store:
             before = written
             buffer[:] = written
-        missing = not is_store and not self.are_there(hashes, instance)
+        late = 0 < asked.deadline < self.now
+        missing = not late and not is_store and not self.are_there(hashes, instance)
         try:
             future.set_result(call(*args, **named))
         except KVError as error:
             future.set_exception(error)
         failed = future.exception()
+        assert isinstance(failed, DeadlineExceeded) == late
         assert isinstance(failed, ChunksMissing) == missing
         assert np.array_equal(buffer, before if is_store or failed else written)
+
+    def distance(
+        self, request: CBRetrievePreComputed, number: int, key: ChunkHash, slot: int
+    ) -> int:
+        """How far a chunk's keys turn: from its document, or as its caller says."""
+        if request.matches:
+            old_start = request.matches[number].old_start
+        else:
+            old_start = len(self.texts[key].tokens) - SIZE
+        return slot - request.offset - old_start
 
     def are_there(self, hashes: Sequence[ChunkHash], instance: Instance) -> bool:
         """Say whether L1 has a rank's part of every chunk."""
@@ -425,27 +404,34 @@ class House:
         """L1 is consistent, and each byte in it is of its chunk and rank."""
         self.l1.check()
         assert self.coordinator.errors == []
+        used = dict.fromkeys(self.config.l1.quotas, 0)
         for key, chunk in zip(
             hashes := self.l1.hashes(), self.l1.peek(hashes), strict=True
         ):
             assert chunk is not None
+            self.charge(key, chunk, used)
             for number, part in chunk.parts.items():
                 if chunk.ready >> number & 1:
                     [extent] = part.extents
                     data = self.arena.array[extent.offset :][: extent.length]
                     assert part.name is not None
                     assert data.tobytes() == kv(key, part.name.rank).tobytes()
+        told = {each.space: each.used_bytes for each in self.l1.quotas()}
+        assert told == used
 
+    def charge(self, key: ChunkHash, chunk: Chunk, used: dict[str, int]) -> None:
+        """Add a chunk to what its space uses; a document's is its salt's."""
+        accounts = {id(a): n for n, a in self.accounts().items()}
+        name = accounts.get(id(chunk.account))
+        if name is not None:
+            used[name] += sum(part.num_bytes for part in chunk.parts.values())
+        text = self.texts[key]
+        if text.is_document and key not in self.restored:
+            salted, of_model = f"salt:{text.salt}", f"model:{MODEL}"
+            own = [each for each in (salted, of_model) if each in used]
+            assert name == (own[0] if own else None)
 
-def small_steps() -> ExitStack:
-    """Have the engine yield where only longer prompts would make it."""
-    stack = ExitStack()
-    for place, name, number in (
-        (matchers, "MATCH_STEP", 2),
-        (blend_engine, "MATCH_STEP", 2),
-        (matchers, "SLICE_WINDOWS", 8),
-        (blend_lookups, "ACQUIRE_CHUNKS", 3),
-        (lookups, "ACQUIRE_CHUNKS", 2),
-    ):
-        stack.enter_context(mock.patch.object(place, name, number))
-    return stack
+    def accounts(self) -> dict[str, Account]:
+        """The spaces that have a quota."""
+        order = self.l1._table.quotas
+        return order._accounts if order is not None else {}

@@ -28,6 +28,7 @@ from kvcore.config import WRITE_POLICIES
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
+    DeadlineExceeded,
     KVError,
     TokensNeeded,
     UnknownInstance,
@@ -48,14 +49,15 @@ from kvcore.protocol import (
     Lookup,
     Retrieve,
 )
-from tests.blend.house import (
+from tests.blend.house import House
+from tests.blend.world import (
     END,
     MODEL,
+    PART_BYTES,
     SIZE,
     SLOTS,
     START,
     Asked,
-    House,
     extras_of,
     packed,
 )
@@ -74,13 +76,28 @@ salts = st.sampled_from([""] * 5 + ["tenant"])
 KEYS = [SessionKey("e", name) for name in "12"]
 sessions = st.sampled_from(KEYS)
 at_once = st.booleans()
+deadlines = st.sampled_from([0.0] * 4 + [1.0, 40.0])
+"""Seconds from now; 0 is none."""
 rarely = st.sampled_from([False, False, False, True])
 offsets = st.sampled_from([0, 0, 1, 20, SLOTS - 16])
 Tokens = tuple[int, ...]
 
 LEASE_S = 60
+QUOTAS = [
+    {"salt:tenant": PART_BYTES},
+    {"salt:tenant": 3 * PART_BYTES, f"model:{MODEL}": 4 * PART_BYTES},
+]
 RANKS = {1: [(0,)], 2: [(0, 1), (0, 1), (1, 0), (1,)]}
-UPSETS = {"unregister", "register", "lose", "clear", "wait", "hurry", "spoil"}
+UPSETS = {
+    "unregister",
+    "register",
+    "lose",
+    "clear",
+    "wait",
+    "hurry",
+    "spoil",
+    "restart",
+}
 HANDLERS = {
     "store": "cb_store_pre_computed",
     "final": "cb_store_final",
@@ -126,10 +143,15 @@ class BlendMachine(RuleBasedStateMachine):
         max_jobs=st.sampled_from([1, 100, 100]),
         max_tier_chunks=st.sampled_from([2, 1000]),
         collide=st.booleans(),
+        keep=st.sampled_from(["", "", "index", "l1"]),
+        quotas=st.sampled_from([{}, {}, *QUOTAS]),
         first=st.lists(documents, min_size=1, max_size=3),
     )
     def build(self, first: list[Tokens], **options: Any) -> None:
         """A small L1, tiers or none, a rolling hash that may be bad, documents."""
+        has_index = self.matcher != "separated" and options["num_tiers"]
+        if options["keep"] == "index" and not has_index:
+            options["keep"] = ""
         self.house = House(self.matcher, **options)
         self.house.look_at = self.look_at
         for tokens in first:
@@ -144,6 +166,7 @@ class BlendMachine(RuleBasedStateMachine):
         offset=offsets,
         image=st.sampled_from([None] * 5 + [5]),
         now=at_once,
+        wait_s=deadlines,
     )
     def store(
         self,
@@ -153,14 +176,15 @@ class BlendMachine(RuleBasedStateMachine):
         offset: int,
         image: int | None,
         now: bool,
+        wait_s: float,
     ) -> None:
         """All ranks store a document, or one alone does."""
         ranks = data.draw(st.sampled_from(RANKS[self.house.world_size]))
-        self.put(tokens, salt, offset, image, ranks, now=now)
+        self.put(tokens, salt, offset, image, ranks, now=now, wait_s=wait_s)
 
-    @rule(data=st.data(), key=sessions, salt=salts, now=at_once)
+    @rule(data=st.data(), key=sessions, salt=salts, now=at_once, wait_s=deadlines)
     def store_final(
-        self, data: st.DataObject, key: SessionKey, salt: str, now: bool
+        self, data: st.DataObject, key: SessionKey, salt: str, now: bool, wait_s: float
     ) -> None:
         """A computed prompt becomes a prefix."""
         tokens = self.prompt(data)
@@ -173,11 +197,11 @@ class BlendMachine(RuleBasedStateMachine):
             request = CBStoreFinal(
                 key, f"i{rank}", 1, start, end, packed(tokens), 0, extras_of(salt)
             )
-            self.ask("final", request, now, rank=rank, session=key)
+            self.ask("final", request, now, wait_s=wait_s, rank=rank, session=key)
 
-    @rule(data=st.data(), key=sessions, salt=salts, now=at_once)
+    @rule(data=st.data(), key=sessions, salt=salts, now=at_once, wait_s=deadlines)
     def look_up(
-        self, data: st.DataObject, key: SessionKey, salt: str, now: bool
+        self, data: st.DataObject, key: SessionKey, salt: str, now: bool, wait_s: float
     ) -> None:
         """A scheduler looks for documents."""
         tokens = self.prompt(data)
@@ -191,7 +215,9 @@ class BlendMachine(RuleBasedStateMachine):
         )
         read = tokens if image is None else tokens[:image]
         expected = self.search(read, salt) if now and self.is_searched() else None
-        asked = self.ask("lookup", request, now, tokens=read, salt=salt, session=key)
+        asked = self.ask(
+            "lookup", request, now, wait_s=wait_s, tokens=read, salt=salt, session=key
+        )
         for earlier in self.house.asked if asked.error is None else ():
             alike = earlier.kind == "lookup" and earlier.session == key
             earlier.is_void |= alike and earlier is not asked
@@ -199,9 +225,11 @@ class BlendMachine(RuleBasedStateMachine):
             assert [match.start for match in asked.reply.matches] == expected
 
     @precondition(lambda self: self.prefixes)
-    @rule(data=st.data(), key=sessions, wait=st.booleans(), now=at_once)
+    @rule(
+        data=st.data(), key=sessions, wait=st.booleans(), now=at_once, wait_s=deadlines
+    )
     def look_up_prefix(
-        self, data: st.DataObject, key: SessionKey, wait: bool, now: bool
+        self, data: st.DataObject, key: SessionKey, wait: bool, now: bool, wait_s: float
     ) -> None:
         """A scheduler looks for a prefix."""
         tokens, salt = self.prefix(data)
@@ -216,12 +244,27 @@ class BlendMachine(RuleBasedStateMachine):
             extras,
             wait,
         )
-        self.ask("prefix", request, now, tokens=tokens, salt=salt, session=key)
+        self.ask(
+            "prefix", request, now, wait_s=wait_s, tokens=tokens, salt=salt, session=key
+        )
 
     @precondition(lambda self: self.known)
-    @rule(data=st.data(), offset=offsets, now=at_once, again=st.booleans())
+    @rule(
+        data=st.data(),
+        offset=offsets,
+        now=at_once,
+        wait_s=deadlines,
+        again=st.booleans(),
+        turn_keys=st.booleans(),
+    )
     def retrieve(
-        self, data: st.DataObject, offset: int, now: bool, again: bool
+        self,
+        data: st.DataObject,
+        offset: int,
+        now: bool,
+        wait_s: float,
+        again: bool,
+        turn_keys: bool,
     ) -> None:
         """A worker reads what its session was told, in ranges or chunk by chunk."""
         key = data.draw(st.sampled_from(sorted(self.known, key=str)))
@@ -246,15 +289,36 @@ class BlendMachine(RuleBasedStateMachine):
             matches,
             tokens=packed(tokens if again else ()),
             extras=extras_of(salt),
+            turn_keys=turn_keys,
         )
         self.ask(
-            "retrieve", request, now, rank=rank, tokens=tokens, salt=salt, session=key
+            "retrieve",
+            request,
+            now,
+            wait_s=wait_s,
+            rank=rank,
+            tokens=tokens,
+            salt=salt,
+            session=key,
         )
 
     @precondition(lambda self: self.house.texts)
-    @rule(data=st.data(), key=sessions, offset=offsets, now=at_once)
+    @rule(
+        data=st.data(),
+        key=sessions,
+        offset=offsets,
+        turn_keys=st.booleans(),
+        now=at_once,
+        wait_s=deadlines,
+    )
     def retrieve_any(
-        self, data: st.DataObject, key: SessionKey, offset: int, now: bool
+        self,
+        data: st.DataObject,
+        key: SessionKey,
+        offset: int,
+        now: bool,
+        turn_keys: bool,
+        wait_s: float,
     ) -> None:
         """A worker names chunks that it was never told, there or not."""
         known = sorted(self.house.texts)
@@ -266,12 +330,16 @@ class BlendMachine(RuleBasedStateMachine):
             CBMatch(0, start, key) for start, key in zip(starts, hashes, strict=True)
         )
         rank = data.draw(st.integers(0, self.house.world_size - 1))
-        request = CBRetrievePreComputed(key, f"i{rank}", offset, (), matches)
-        self.ask("retrieve", request, now, rank=rank, session=key)
+        request = CBRetrievePreComputed(
+            key, f"i{rank}", offset, (), matches, turn_keys=turn_keys
+        )
+        self.ask("retrieve", request, now, wait_s=wait_s, rank=rank, session=key)
 
     @precondition(lambda self: self.prefixes)
-    @rule(data=st.data(), key=sessions, now=at_once)
-    def retrieve_prefix(self, data: st.DataObject, key: SessionKey, now: bool) -> None:
+    @rule(data=st.data(), key=sessions, now=at_once, wait_s=deadlines)
+    def retrieve_prefix(
+        self, data: st.DataObject, key: SessionKey, now: bool, wait_s: float
+    ) -> None:
         """A worker reads a prefix into the same buffer."""
         tokens, salt = self.prefix(data)
         rank = data.draw(st.integers(0, self.house.world_size - 1))
@@ -288,7 +356,7 @@ class BlendMachine(RuleBasedStateMachine):
             0,
             extras_of(salt),
         )
-        self.ask("retrieve_prefix", request, now, rank=rank, session=key)
+        self.ask("retrieve_prefix", request, now, wait_s=wait_s, rank=rank, session=key)
 
     # -- what else happens ------------------------------------------------------------
 
@@ -357,6 +425,15 @@ class BlendMachine(RuleBasedStateMachine):
             if client == f"w{rank}" and not data.draw(rarely):
                 house.register(rank)
 
+    def restart(self, data: st.DataObject) -> None:
+        """The server ends and another starts; ranks come again, mostly."""
+        self.house.restart()
+        self.leases.clear()
+        self.known.clear()
+        for rank in range(self.house.world_size):
+            if not data.draw(rarely):
+                self.house.register(rank)
+
     def clear(self, _: st.DataObject) -> None:
         """Somebody clears."""
         for _ in self.house.engine.clear(Clear(), self.house.caller("s")):
@@ -364,7 +441,7 @@ class BlendMachine(RuleBasedStateMachine):
 
     def wait(self, data: st.DataObject) -> None:
         """Leases expire, then sessions."""
-        self.house.now += data.draw(st.sampled_from([30, 61, 601]))
+        self.house.now += data.draw(st.sampled_from([2, 30, 61, 601]))
         self.house.engine.expire()
         now = self.house.now
         for key in [k for k, each in self.leases.items() if each.deadline <= now]:
@@ -442,6 +519,7 @@ class BlendMachine(RuleBasedStateMachine):
         ranks: tuple[int, ...],
         *,
         now: bool,
+        wait_s: float = 0.0,
     ) -> None:
         """Have ranks store a document."""
         self.documents.append(tokens)
@@ -450,14 +528,25 @@ class BlendMachine(RuleBasedStateMachine):
             request = CBStorePreComputed(
                 f"i{rank}", offset, packed(tokens), extras_of(salt, image)
             )
-            self.ask("store", request, now, rank=rank, tokens=tokens, salt=salt)
+            self.ask(
+                "store",
+                request,
+                now,
+                wait_s=wait_s,
+                rank=rank,
+                tokens=tokens,
+                salt=salt,
+            )
 
-    def ask(self, kind: str, request: Any, now: bool, **named: Any) -> Asked:
+    def ask(
+        self, kind: str, request: Any, now: bool, wait_s: float, **named: Any
+    ) -> Asked:
         """Begin a request; take its first step, or all of them."""
         house = self.house
         rank = named.pop("rank", None)
         asked = Asked(kind, "s" if rank is None else f"w{rank}", None, **named)
         asked.request = request
+        asked.deadline = house.now + wait_s if wait_s else 0.0
         asked.instance = None if rank is None else house.instance(rank)
         handler = HANDLERS[kind]
         owner = house.blend if hasattr(house.blend, handler) else house.engine
@@ -498,6 +587,8 @@ class BlendMachine(RuleBasedStateMachine):
         if isinstance(error, UnknownInstance):
             instance = asked.instance
             return instance is None or not house.engine.registry.has(instance)
+        if isinstance(error, DeadlineExceeded):
+            return 0 < asked.deadline < house.now
         if isinstance(error, ChunksMissing):  # `House.copy` knows which.
             return asked.kind in ("retrieve", "retrieve_prefix")
         if isinstance(error, TokensNeeded):
