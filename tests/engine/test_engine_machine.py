@@ -665,6 +665,21 @@ class EngineMachine(RuleBasedStateMachine):
             named["extras"] = extras_of(prompt)
         return named
 
+    def begin(
+        self, kind: str, worker: Worker, key: SessionKey, prompt: int, num_tokens: int,
+        pick: int, deadline: float,
+    ) -> Asked | None:  # fmt: skip
+        """Make a copy's request with blocks of its own; none where there is no room."""
+        asked = Asked(kind, worker.client, key, prompt, worker=worker)
+        asked.blocks = self.take_blocks(worker, num_tokens, pick)
+        if not asked.blocks:
+            return None
+        if not self.has_room(worker):
+            self.give_back(asked)
+            return None
+        asked.deadline = self.now + deadline if deadline else 0.0
+        return asked
+
     def take_blocks(
         self, worker: Worker, num_tokens: int, pick: int
     ) -> list[list[int]]:
@@ -784,14 +799,9 @@ class EngineMachine(RuleBasedStateMachine):
         start *= CHUNK
         key = SessionKey(engine.name, request)
         kind = "reserve" if worker.is_private else "store"
-        asked = Asked(kind, worker.client, key, prompt, worker=worker)
-        asked.blocks = self.take_blocks(worker, end - start, pick)
-        if not asked.blocks:
+        asked = self.begin(kind, worker, key, prompt, end - start, pick, deadline)
+        if asked is None:
             return
-        if not self.has_room(worker):
-            self.give_back(asked)
-            return
-        asked.deadline = self.now + deadline if deadline else 0.0
         asked.start = asked.first = start
         asked.end = end
         named = self.tokens(asked, sent, end)
@@ -892,14 +902,9 @@ class EngineMachine(RuleBasedStateMachine):
         end = min(start + length, MAX_CHUNKS) * CHUNK
         start *= CHUNK
         kind = "hold" if worker.is_private else "retrieve"
-        asked = Asked(kind, worker.client, key, prompt, worker=worker)
-        asked.blocks = self.take_blocks(worker, end - start, pick)
-        if not asked.blocks:
+        asked = self.begin(kind, worker, key, prompt, end - start, pick, deadline)
+        if asked is None:
             return
-        if not self.has_room(worker):
-            self.give_back(asked)
-            return
-        asked.deadline = self.now + deadline if deadline else 0.0
         asked.start, asked.end = start, end - less
         asked.first = min(start + skip, asked.end)
         if engine.shapes[0].is_opaque:
