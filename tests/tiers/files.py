@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from parts import PAGE, blob_of, key_of, view
 
 from kvcore.shm import Segment
 from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
+from kvcore.storage.tiers.direct import PAGE as DISK_PAGE
 from kvcore.storage.tiers.direct import file_bytes
 
 RECORD = file_bytes(PAGE)
@@ -36,3 +38,33 @@ def load(tier: Tier, arena: Segment, number: int) -> LoadOutcome:
 def files_in(folder: Path) -> int:
     """Bytes of all parts on the disk."""
     return sum(path.stat().st_size for path in folder.glob("??/*"))
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, max(0, path.stat().st_size - 1))
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _double(path: Path) -> None:
+    path.write_bytes(path.read_bytes() * 2)
+
+
+def _flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    if place < len(data):
+        data[place] ^= 4
+    path.write_bytes(data)
+
+
+SPOILERS = {
+    "cut": _cut,
+    "empty": _empty,
+    "double": _double,
+    "header": lambda path: _flip(path, 3),
+    "payload": lambda path: _flip(path, DISK_PAGE),
+    "put": _empty,
+}
+"""What somebody else did to a file."""

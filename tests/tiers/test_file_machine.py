@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from files import SPOILERS
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -92,6 +93,8 @@ class FileMachine(RuleBasedStateMachine):
         self.disk: dict[int, Kept] = {}
         self.known: dict[int, int] = {}
         """With the sizes that count against the bound."""
+        self.blocked: set[int] = set()
+        """In whose folder's place stands a file."""
         self.now = 0.0
         self.stamp = 0
         self.full_until = 0.0
@@ -181,6 +184,9 @@ class FileMachine(RuleBasedStateMachine):
             elif size > self.max_bytes:
                 assert stored is Stored.FULL
                 self.full_until = self.now + RETRY_S
+            elif number in self.blocked:
+                assert stored is Stored.FAILED
+                self.evict(self.max_bytes - size)
             else:
                 assert stored is Stored.DONE
                 self.evict(self.max_bytes - size)
@@ -265,6 +271,21 @@ class FileMachine(RuleBasedStateMachine):
         self.path(number).unlink()
         del self.disk[number]
 
+    @precondition(lambda self: not self.scan_on)
+    @rule(number=numbers)
+    def block(self, number: int) -> None:
+        """A file stands where a part's folder should be; what was there is gone."""
+        shutil.rmtree(self.path(number).parent, ignore_errors=True)
+        self.path(number).parent.write_bytes(b"mine")
+        self.blocked.add(number)
+        self.disk.pop(number, None)
+
+    @precondition(lambda self: self.blocked)
+    @rule()
+    def unblock(self) -> None:
+        """It has gone."""
+        self.path(self.blocked.pop()).parent.unlink()
+
     @rule()
     def wait(self) -> None:
         """A full tier is tried again."""
@@ -281,6 +302,8 @@ class FileMachine(RuleBasedStateMachine):
             self.spoil(number, data.draw(st.sampled_from(sorted(SPOILERS))))
         for foreign in data.draw(st.lists(st.sampled_from(FOREIGN), max_size=2)):
             place = self.folder / "tier" / foreign
+            if place.parent.is_file():
+                continue
             place.parent.mkdir(parents=True, exist_ok=True)
             if foreign in LINKS:
                 place.unlink(missing_ok=True)
@@ -292,6 +315,8 @@ class FileMachine(RuleBasedStateMachine):
     def spoil(self, number: int, how: str) -> None:
         """Change a file, or put one there."""
         path, kept = self.path(number), self.disk.get(number)
+        if number in self.blocked:
+            return
         if how == "put":
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"x" * file_bytes(SIZES[number]))
@@ -345,33 +370,6 @@ class FileMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-def _cut(path: Path) -> None:
-    os.truncate(path, max(0, path.stat().st_size - 1))
-
-
-def _empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def _double(path: Path) -> None:
-    path.write_bytes(path.read_bytes() * 2)
-
-
-def _flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    if place < len(data):
-        data[place] ^= 4
-    path.write_bytes(data)
-
-
-SPOILERS = {
-    "cut": _cut,
-    "empty": _empty,
-    "double": _double,
-    "header": lambda path: _flip(path, 3),
-    "payload": lambda path: _flip(path, PAGE),
-    "put": _empty,
-}
 _name = str(key_of(0))
 LINKS = [f"ff/{'ff' * 32}{_name[64:]}"]
 FOREIGN = [
