@@ -83,7 +83,7 @@ def free_port() -> int:
     while True:
         with socket.create_server(("127.0.0.1", 0)) as one:
             port: int = one.getsockname()[1]
-        if port < 50_000:
+        if port < 50_000 and not listens(port + 10_000):
             return port
 
 
