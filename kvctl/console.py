@@ -22,6 +22,8 @@ PLAIN_WIDTH = 160
 """Columns of a table that goes to a file or a pipe."""
 PLAIN_INTERVAL_S = 2.0
 """Between two progress lines where nothing can be redrawn."""
+FRAME_WIDTH = 3
+"""Columns of a terminal between two of a table."""
 NAME_WIDTH = 30
 """A first column of names up to this long stays whole; all else folds to fit."""
 
@@ -47,21 +49,27 @@ def error(text: str) -> None:
 def show(*parts: Table | str) -> None:
     """Print tables and lines, one under another."""
     console = _console()
+    plain = not console.is_terminal
     for part in parts:
-        console.print(_drawn(part), highlight=False, soft_wrap=True)
+        console.print(_drawn(part, console.width), highlight=False, soft_wrap=plain)
 
 
 @contextmanager
 def live(*parts: Table | str) -> Iterator[Callable[..., None]]:
     """Give a function that replaces what is shown; elsewhere it prints once more."""
+    from rich.console import Group
     from rich.live import Live
 
     console = _console()
     if not console.is_terminal:
         yield show
         return
-    with Live(_stacked(parts), console=console, auto_refresh=False) as display:
-        yield lambda *new: display.update(_stacked(new), refresh=True)
+
+    def drawn(parts: Sequence[Table | str]) -> RenderableType:
+        return Group(*(_drawn(part, console.width) for part in parts))
+
+    with Live(drawn(parts), console=console, auto_refresh=False) as display:
+        yield lambda *new: display.update(drawn(new), refresh=True)
 
 
 @dataclass(slots=True)
@@ -157,14 +165,17 @@ def _console(*, stderr: bool = False) -> Console:
     return console
 
 
-def _drawn(part: Table | str) -> RenderableType:
+def _drawn(part: Table | str, width: int) -> RenderableType:
     from rich import box
     from rich.table import Table as Drawn
     from rich.text import Text
 
     if isinstance(part, str):
         return Text(part)
-
+    words = _longest_words(part)
+    if sum(words) + FRAME_WIDTH * len(words) > width:
+        part = _as_records(part)
+        words = _longest_words(part)
     table = Drawn(
         title=part.title or None,
         title_justify="left",
@@ -178,13 +189,27 @@ def _drawn(part: Table | str) -> RenderableType:
             justify="right" if name.startswith(">") else "left",
             overflow="fold",
             no_wrap=place == 0 and longest <= NAME_WIDTH,
+            min_width=min(words[place], width // 2),
         )
     for row in part.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
 
 
-def _stacked(parts: Sequence[Table | str]) -> RenderableType:
-    from rich.console import Group
+def _longest_words(table: Table) -> list[int]:
+    """Return how narrow each column can be with no word of it broken."""
+    columns = zip(table.columns, *table.rows, strict=True)
+    return [
+        max((len(word) for cell in column for word in cell.split()), default=0)
+        for column in columns
+    ]
 
-    return Group(*(_drawn(part) for part in parts))
+
+def _as_records(table: Table) -> Table:
+    """Turn rows that are too wide into a line a cell, with a gap after each row."""
+    names = [name.removeprefix(">") for name in table.columns]
+    rows: list[tuple[str, str]] = []
+    for row in table.rows:
+        rows += [("", "")] if rows else []
+        rows += [(name, cell) for name, cell in zip(names, row, strict=True) if cell]
+    return Table(table.title, ("", ""), tuple(rows))

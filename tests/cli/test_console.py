@@ -1,0 +1,45 @@
+"""Tables as they fit what they are shown on."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvctl import console
+
+WIDE = console.Table(
+    "registrations",
+    ("instance", "model", ">rank"),
+    (("1.aa-0/0", "llama/1@1.aa", "0 of 1"), ("1.aa-0/1", "llama/1@1.aa", "")),
+)
+
+
+def shown(capsys: pytest.CaptureFixture[str], width: int) -> list[str]:
+    """The table's lines where so many columns are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "PLAIN_WIDTH", width)
+        console.show(WIDE)
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_table_with_room_for_its_words_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line a row."""
+    lines = shown(capsys, 60)
+    assert "1.aa-0/0   llama/1@1.aa   0 of 1" in lines
+
+
+def test_rows_that_are_too_wide_are_a_line_a_cell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No word is broken, and what is empty is left out."""
+    lines = shown(capsys, 32)
+    assert lines[:2] == ["registrations", ""]
+    assert [line.split() for line in lines[2:-1]] == [
+        ["instance", "1.aa-0/0"],
+        ["model", "llama/1@1.aa"],
+        ["rank", "0", "of", "1"],
+        [],
+        ["instance", "1.aa-0/1"],
+        ["model", "llama/1@1.aa"],
+    ]
