@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -18,6 +19,8 @@ from kvctl import console
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
+EXIT_NO_ROOM = 1
+"""Nothing was wrong but with where the output goes."""
 
 COMMANDS: dict[str, Callable[[typer.Typer], Any]] = {
     "serve": get_command,
@@ -96,6 +99,11 @@ def _run() -> int:
     except KVError as failed:
         console.error(f"kvctl: {failed.message}")
         return EXIT_WRONG_USE
+    except OSError as failed:
+        if failed.errno != errno.ENOSPC:
+            raise
+        console.error(f"kvctl: {failed.strerror}")
+        return EXIT_NO_ROOM
     if code == EXIT_INTERRUPTED:
         console.error("kvctl: interrupted")
     return code if isinstance(code, int) else 0

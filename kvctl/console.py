@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,9 @@ def line(text: str = "") -> None:
 
 
 def error(text: str) -> None:
-    """Print one line to stderr."""
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    """Print one line to stderr, where anybody hears it."""
+    with suppress(OSError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
 
 
 def show(*parts: Table | str) -> None:
@@ -135,6 +136,11 @@ def spark(values: Sequence[float], width: int = 60) -> str:
     top = max(values, default=0.0) or 1.0
     steps = len(SPARKS) - 1
     return "".join(SPARKS[round(max(0.0, value) / top * steps)] for value in values)
+
+
+def many(number: int, noun: str) -> str:
+    """Write a number of things: `1 rank`, `2,000 ranks`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def size(num_bytes: float) -> str:

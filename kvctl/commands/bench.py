@@ -91,6 +91,8 @@ def run(
     rules = gate.Gate(fail_on)
     settings = list(overrides or ())
     if served.is_served(scenario):
+        if server or versus or versus_set or versus_system or system != OURS:
+            raise SetupError(f"{scenario}: real engines are played alone, on our own")
         _serve(scenario, settings, trace, seed, out)
         return
     ours = Played(
@@ -148,7 +150,9 @@ def compare(
     new: Annotated[Path, typer.Argument(help="likewise")],
     fail_on: FailOn = gate.DEFAULT,
     anyway: Anyway = False,
-    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print Markdown")
+    ] = False,
 ) -> None:
     """Judge results: counts exactly, timings by the spread of their repetitions.
 
@@ -202,7 +206,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="HTML file to write")
     ] = None,
-    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print Markdown")
+    ] = False,
 ) -> None:
     """Write one page that works offline, or Markdown; else show tables."""
     from kvctl.lab.page import reports

@@ -40,7 +40,9 @@ ServerOption = Annotated[str, typer.Option("--server", help="the server's addres
 @app.command()
 def server(
     address: ServerOption = DEFAULTS.address,
-    watch: Annotated[bool, typer.Option(help="show again every second")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="show again every second")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
 ) -> None:
     """Show a server's registrations, memory, sessions, leases and counters."""
@@ -93,11 +95,17 @@ def layout(
     block_size: Annotated[
         int | None, typer.Option(min=1, help="tokens a block, with --preset")
     ] = None,
-    world_size: Annotated[int, typer.Option(min=1, help="ranks, with --preset")] = 1,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks, with --preset (default 1)")
+    ] = None,
 ) -> None:
     """Show a cache's axes, its chunk's parts and bytes, and the runs of a copy."""
     if (preset is None) == (address is None):
         raise SetupError("inspect layout: give either --preset or --server")
+    if preset is not None and instance is not None:
+        raise SetupError(f"--instance {instance}: one of a --server's")
+    if address is not None and (block_size is not None or world_size is not None):
+        raise SetupError("--block-size, --world-size: the server knows them")
     if address is not None:
         status = _status(address)
         one = _instance(status, instance)
@@ -109,7 +117,7 @@ def layout(
             chunk_size=chunk_size or status.chunk_size,
         )
     else:
-        page = _preset_page(str(preset), block_size, world_size, chunk_size)
+        page = _preset_page(str(preset), block_size, world_size or 1, chunk_size)
     console.show(*page.parts())
 
 

@@ -99,6 +99,7 @@ def _write_ready_file(path: Path, bound: str) -> None:
         part.write_text(f"{bound}\n")
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise SetupError(f"ready_file = {path}: {error.strerror}") from None
 
 

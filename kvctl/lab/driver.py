@@ -12,6 +12,7 @@ from types import FrameType
 
 from msgspec.structs import replace
 
+from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.shm import remove_dead
@@ -29,6 +30,9 @@ from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.systems.services import RunningService, fill
 from kvctl.lab.turns import can_take_turns
 from kvctl.lab.workload.workload import Survey, survey
+
+ANSWER_S = 5.0
+"""For a server that runs already to answer the first time."""
 
 
 class Watcher:
@@ -94,6 +98,9 @@ def run(
         raise SetupError("--server: only a server that the run started can be struck")
     if scenario.hosts > 1 and (address or not spec.is_ours):
         raise SetupError(f"hosts = {scenario.hosts}: only of servers that a run starts")
+    if address and spec.is_ours:
+        with KVClient(address, label="bench driver", timeout_s=ANSWER_S) as client:
+            client.ping()
     remove_dead(SEGMENT_PREFIX)
     interrupts = Interrupts()
     with interrupts.caught(), ExitStack() as stack:

@@ -113,7 +113,8 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if many % few:
             raise SetupError(
                 f"{self.model} has {self.num_kv_heads} KV heads: {world_size} ranks "
-                "cannot share them evenly"
+                "cannot share them evenly",
+                key="ranks",
             )
         return max(1, self.num_kv_heads // world_size)
 
@@ -239,4 +240,6 @@ def preset(name: str) -> Geometry:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise SetupError(f"no model preset {name!r}{hint} (known: {', '.join(PRESETS)})")
+    raise SetupError(
+        f"no model preset {name!r}{hint} (known: {', '.join(PRESETS)})", key="preset"
+    )

@@ -92,6 +92,7 @@ class Plan:
         return commit[:12] if known else f"{self.base} ({commit[:12]})"
 
     def _duel(self, told: Callable[[float, str], None]) -> Duel:
+        scenario = read_scenario(self.scenario)
         installs = Installs(self.root, self.root / "build" / "regress")
         told(0.0, f"installing {self.base}")
         base = installs.commit(self.base)
@@ -99,7 +100,6 @@ class Plan:
         new = installs.working_tree()
         # Elsewhere, since a Python started here would take what lies here.
         elsewhere = installs.folder
-        scenario = read_scenario(self.scenario)
         in_turns = (
             can_take_turns(scenario)
             and fit_at_once(scenario, scenario)

@@ -15,7 +15,7 @@ from kvcore.status import (
     TicketStatus,
     TierStatus,
 )
-from kvctl.console import Table, bar, size
+from kvctl.console import Table, bar, many, size
 from kvctl.views import devices
 
 
@@ -44,9 +44,10 @@ def parts(status: StatusReply) -> list[Table | str]:
 def _headline(status: StatusReply) -> str:
     return (
         f"kvctl {status.version} at {status.address}, pid {status.pid}, "
-        f"up {_duration(status.uptime_s)}: {status.num_clients} clients, "
-        f"{len(status.instances)} instances, {status.num_sessions} sessions, "
-        f"{status.num_leases} leases, chunks of {status.chunk_size} tokens"
+        f"up {_duration(status.uptime_s)}: {many(status.num_clients, 'client')}, "
+        f"{many(len(status.instances), 'instance')}, "
+        f"{many(status.num_sessions, 'session')}, "
+        f"{many(status.num_leases, 'lease')}, chunks of {status.chunk_size} tokens"
     )
 
 
@@ -54,8 +55,8 @@ def _memory(l1: L1Status) -> list[str]:
     share = l1.used_bytes / l1.total_bytes if l1.total_bytes else 0.0
     return [
         f"L1 {bar(share)} of {size(l1.total_bytes)} in pages of {size(l1.page_bytes)}",
-        f"   {l1.num_chunks} chunks in {l1.num_parts} parts, {l1.num_leased} leased; "
-        f"{l1.num_reserved} parts being written",
+        f"   {many(l1.num_chunks, 'chunk')} in {many(l1.num_parts, 'part')}, "
+        f"{l1.num_leased} leased; {many(l1.num_reserved, 'part')} being written",
     ]
 
 

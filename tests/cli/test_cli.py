@@ -129,3 +129,17 @@ def test_an_error_in_a_file_is_placed(tmp_path: Path) -> None:
     done = kvctl("serve", "--config", str(path))
     assert done.returncode == 2
     assert f"{path}:2: unknown key l1.siez; did you mean l1.size?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("inspect", "config"), ("inspect", "--help")]
+)
+def test_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:
+    """What cannot be printed is no defect of ours."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvctl", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "kvctl: No space left on device\n"

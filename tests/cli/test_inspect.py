@@ -185,3 +185,11 @@ def test_an_error_stays_on_one_line(capsys) -> None:
     """Whatever a message holds, a caller can read it line by line."""
     console.error("first\n  second")
     assert capsys.readouterr().err == "first second\n"
+
+
+def test_options_of_the_other_kind_of_layout_are_refused() -> None:
+    """A preset has no instance, and a server knows its sizes."""
+    with pytest.raises(SetupError, match="--instance x"):
+        inspect.layout(preset="tiny-llama", address=None, instance="x")
+    with pytest.raises(SetupError, match="the server knows them"):
+        inspect.layout(preset=None, address="tcp://127.0.0.1:1", world_size=2)

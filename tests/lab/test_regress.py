@@ -97,8 +97,8 @@ def test_the_committed_baseline_is_of_the_scenario_in_force() -> None:
 
 
 def test_an_unknown_commit_is_wrong_use(tmp_path: Path) -> None:
-    """Git's own words, before anything is installed."""
-    with pytest.raises(SetupError, match="rev-parse"):
+    """Told before anything is installed."""
+    with pytest.raises(SetupError, match="no-such-commit: no such commit"):
         Installs(ROOT, tmp_path).resolve("no-such-commit")
 
 

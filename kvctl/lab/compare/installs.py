@@ -50,8 +50,11 @@ class Installs:
     def resolve(self, name: str) -> str:
         """Return a commit's full name."""
         commit = f"{name}^{{commit}}"
-        said = _output("git", "-C", str(self.root), "rev-parse", "--verify", commit)
-        return said.decode().strip()
+        asked = ("git", "-C", str(self.root), "rev-parse", "--verify", "--quiet")
+        try:
+            return _output(*asked, commit).decode().strip()
+        except SetupError:
+            raise SetupError(f"{name}: no such commit in {self.root}") from None
 
 
 def knows_turns(python: Path, folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvctl.console import Table, duration
+from kvctl.console import Table, duration, many
 from kvctl.lab.compare.comparison import Comparison, CountVerdict
 from kvctl.lab.compare.verdict import bounds, change, of_comparison, spans, words
 
@@ -36,8 +36,8 @@ def _timings(comparison: Comparison) -> Table:
         )
         for name, timing in comparison.timings.items()
     )
-    how = "pairs" if comparison.in_pairs else "runs a side"
-    title = f"timings, p50, {comparison.base.num_runs} {how}"
+    runs = many(comparison.base.num_runs, "pair" if comparison.in_pairs else "run")
+    title = f"timings, p50, {runs}{'' if comparison.in_pairs else ' a side'}"
     sides = (f">{comparison.base.label}", f">{comparison.new.label}")
     return Table(title, ("", *sides, ">change", ">interval", ""), rows)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from kvctl.console import Table
+from kvctl.console import Table, many
 from kvctl.lab.compare import verdict
 from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import plots, sections
@@ -106,12 +106,11 @@ def _problems(sides: Sequence[Side]) -> str:
 
 
 def _comparison(comparison: Comparison) -> str:
-    several = "s" if comparison.base.num_runs > 1 else ""
-    how = f"pair{several}" if comparison.in_pairs else f"run{several} a side"
+    runs = many(comparison.base.num_runs, "pair" if comparison.in_pairs else "run")
     note = (
-        f"{comparison.base.num_runs} {how}. One metric an operation is judged; the "
-        "intervals hold for all operations together (ranks, Holm, 5 %), and less than "
-        "5 % either way is called the same."
+        f"{runs}{'' if comparison.in_pairs else ' a side'}. One metric an operation "
+        "is judged; the intervals hold for all operations together (ranks, Holm, 5 %), "
+        "and less than 5 % either way is called the same."
     )
     title = f"{comparison.new.label} against {comparison.base.label}"
     notes = "".join(f'<p class="note">Note: {escape(n)}.</p>' for n in comparison.notes)

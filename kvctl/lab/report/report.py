@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 
 from kvcore.options import ByteSize
-from kvctl.console import Table, duration, size, spark
+from kvctl.console import Table, duration, many, size, spark
 from kvctl.lab.compare.verdict import of_result
 from kvctl.lab.measure import Latency
 from kvctl.lab.report import load_tables
@@ -50,8 +50,9 @@ def _headline(result: Result) -> str:
     model = scenario.model.geometry()
     ended = ", interrupted" if result.interrupted else ""
     return (
-        f"{result.name}: {model.model}, {scenario.engines} engines x {scenario.ranks} "
-        f"ranks, {result.elapsed_s:.1f} s, {rates.requests_per_s:,.1f} requests/s, "
+        f"{result.name}: {model.model}, {many(scenario.engines, 'engine')} x "
+        f"{many(scenario.ranks, 'rank')}, {result.elapsed_s:.1f} s, "
+        f"{rates.requests_per_s:,.1f} requests/s, "
         f"{rates.tokens_per_s:,.0f} tokens/s{ended}"
     )
 

