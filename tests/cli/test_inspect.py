@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from kvcore.errors import ERRORS
+from kvcore.errors import ERRORS, SetupError
 from kvcore.protocol import BootToken, StatusReply
 from kvcore.status import (
     DeviceStatus,
@@ -115,7 +115,7 @@ def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
     console.show(*status.parts(STATUS))
     shown = capsys.readouterr().out
     for word in (
-        "1 sessions", "25.0% of 1.0 GiB", "worker-0", "1 of 2", "4 layers of tokens",
+        "1 session,", "25.0% of 1.0 GiB", "worker-0", "1 of 2", "4 layers of tokens",
         "copied by workers (1 of 3)", "request-8", "reserved", "5.0 MiB", "90.2 s",
         "leases (1 of 2)", "request-9", "1.5 s", "58.5 s", "0 1", "1,234,567",
     ):  # fmt: skip
