@@ -31,8 +31,8 @@ HASH_ALGORITHM = "sha256/chain-1"
 class SessionKey(msgspec.Struct, frozen=True, array_like=True):
     """One request of one engine. Never part of a chunk's identity."""
 
-    engine_id: str
-    request_id: str
+    engine_id: Annotated[str, msgspec.Meta(max_length=1024)]
+    request_id: Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 class SaltedKey(SessionKey, frozen=True, array_like=True):

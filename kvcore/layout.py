@@ -50,7 +50,7 @@ class CacheGroup(msgspec.Struct, frozen=True):
     """
 
     axes: Annotated[str, Meta(min_length=1, max_length=16)]
-    dtype: str
+    dtype: Annotated[str, Meta(max_length=16)]
     block_size: Annotated[int, Meta(ge=1, description="tokens a block")]
     tensors: Annotated[tuple[TensorView, ...], Meta(min_length=1)]
     kind: Annotated[

@@ -486,7 +486,7 @@ class CBRegisterKVCache(Request[RegisterReply], frozen=True):
         tuple[int, ...],
         Meta(description="[K, L, T, D]: T tokens, D elements of all heads of a token"),
     ]
-    dtype: str
+    dtype: Annotated[str, Meta(max_length=16)]
     rope: Annotated[
         Rope | None, Meta(description="how keys turn, for retrieves that turn them")
     ] = None

@@ -130,6 +130,23 @@ UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 """What decoding raises for foreign bytes; ValueError where text is not UTF-8."""
 
 
+MAX_SAID = 400
+
+
+def _said(error: Exception) -> str:
+    """Put what a decoder says on a short line: it may quote foreign text as it is.
+
+    Where it stands is said at the end, so the middle goes.
+    """
+    text = str(error)
+    if not text.isprintable():
+        text = ascii(text)[1:-1]
+    if len(text) <= MAX_SAID:
+        return text
+    half = MAX_SAID // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
 def encode_request(
     request: Request[Any], request_id: int, boot: BootToken, deadline_ns: int
 ) -> bytes:
@@ -150,7 +167,9 @@ def decode_envelope(frame: bytes | memoryview) -> RequestEnvelope:
     try:
         return _request_envelopes.decode(frame)
     except UNREADABLE as error:
-        raise BadRequest(f"not a request: {error}", id=_salvage_id(frame)) from None
+        raise BadRequest(
+            f"not a request: {_said(error)}", id=_salvage_id(frame)
+        ) from None
 
 
 def _salvage_id(frame: bytes | memoryview) -> int:
@@ -179,7 +198,7 @@ def decode_request(envelope: RequestEnvelope) -> tuple[RequestType, Request[Any]
     try:
         return kind, kind.decoder.decode(envelope.body)
     except UNREADABLE as error:
-        raise BadRequest(f"{kind.name}: {error}") from None
+        raise BadRequest(f"{kind.name}: {_said(error)}") from None
 
 
 def encode_reply(request_id: int, reply: Any) -> bytes:
@@ -198,7 +217,7 @@ def decode_reply(frame: bytes | memoryview) -> ReplyEnvelope:
     try:
         return _reply_envelopes.decode(frame)
     except UNREADABLE as error:
-        raise BadRequest(f"not a reply: {error}") from None
+        raise BadRequest(f"not a reply: {_said(error)}") from None
 
 
 def decode_error(body: msgspec.Raw) -> ErrorBody:

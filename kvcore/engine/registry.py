@@ -16,6 +16,9 @@ from kvcore.keys import chain_seed
 from kvcore.layout import PartLayout
 from kvcore.storage.needs import Needs
 
+MAX_NAMED = 8
+"""Missing ranks that an error names."""
+
 GONE_MEANWHILE = "unregistered before the copy's turn came"
 
 
@@ -49,7 +52,10 @@ class Registry:
             raise UnknownModel(
                 f"nobody registered model {model!r} with world size {world_size}"
             )
-        missing = ", ".join(map(str, space.missing_ranks()))
+        ranks = [str(rank) for rank in space.missing_ranks()]
+        missing = ", ".join(ranks[:MAX_NAMED])
+        if len(ranks) > MAX_NAMED:
+            missing += f" and {len(ranks) - MAX_NAMED} more"
         raise UnknownModel(
             f"model {model!r} with world size {world_size}: no instance of rank "
             f"{missing} is registered"

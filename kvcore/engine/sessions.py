@@ -67,7 +67,7 @@ class SessionTable:
             self._sessions[key] = session
         elif session.space is not space:
             raise BadRequest(
-                f"session {key.engine_id}/{key.request_id} is about model "
+                f"session {f'{key.engine_id}/{key.request_id}'!r} is about model "
                 f"{session.space.model!r} with world size {session.space.world_size}, "
                 f"not {space.model!r} with {space.world_size}"
             )
