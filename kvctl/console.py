@@ -203,12 +203,13 @@ def _drawn(part: Table | str, width: int) -> RenderableType:
 
 
 def _longest_words(table: Table) -> list[int]:
-    """Return how narrow each column can be with no word of it broken."""
+    """Return how narrow each column can be with no word broken but such as paths."""
     columns = zip(table.columns, *table.rows, strict=True)
-    return [
+    longest = (
         max((len(word) for cell in column for word in cell.split()), default=0)
         for column in columns
-    ]
+    )
+    return [min(length, NAME_WIDTH) for length in longest]
 
 
 def _as_records(table: Table) -> Table:

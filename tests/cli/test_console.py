@@ -43,3 +43,15 @@ def test_rows_that_are_too_wide_are_a_line_a_cell(
         ["instance", "1.aa-0/1"],
         ["model", "llama/1@1.aa"],
     ]
+
+
+def test_a_long_path_is_folded_and_its_row_stays_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No room that is to be had is enough for it; the other cells keep their line."""
+    row = ("gone", "down", f"unix:///{'a-folder/' * 12}socket: no such file")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "PLAIN_WIDTH", 80)
+        console.show(console.Table("tiers", ("tier", "state", "last error"), (row,)))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["gone", "down"] for line in lines)
