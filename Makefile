@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: $(VENV)/.light
 	$(BIN)/kvctl bench run scenarios/quickstart.toml
 
-# The gate of every change: style, types, tests. Under three minutes, no torch. Three
+# The gate of every change: style, types, tests. Some three minutes, no torch. Three
 # processes for two cores, since the system tests wait more than they work.
 test: $(VENV)/.test
 	$(BIN)/ruff check .
