@@ -48,7 +48,7 @@ demo-vllm: $(VLLM_VENV)/.ready
 # The connector in real engines: three kinds of model, kills, ranks, noise. Two at a
 # time, of some 1.5 GB each.
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -m vllm --numprocesses 2 --dist worksteal
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_engine -m vllm --numprocesses 2 --dist worksteal
 
 # Everything that needs a card, on this host and without a network, in 8 minutes.
 # make gpu TRACE=mooncake_conversation.jsonl.zst

@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Meta
 
 from kvcore.config import MAX_HEARTBEAT_S, MIN_HEARTBEAT_S
+from kvcore.extents import PartLocation
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.layout import CacheGroup
-from kvcore.parts import Place
 from kvcore.rope import Rope
 from kvcore.status import (
     DeviceStatus,
@@ -394,7 +394,7 @@ class ReserveReply(msgspec.Struct, frozen=True):
     ]
     arena: Annotated[str, Meta(description="name of the memory that they lie in")]
     parts: Annotated[
-        tuple[tuple[Place, ...], ...],
+        tuple[tuple[PartLocation, ...], ...],
         Meta(description="one list a cache group: index among the chunks, extents"),
     ]
     num_present: int
@@ -439,7 +439,7 @@ class HoldReply(msgspec.Struct, frozen=True):
     ]
     arena: Annotated[str, Meta(description="name of the memory that they lie in")]
     parts: Annotated[
-        tuple[tuple[Place, ...], ...],
+        tuple[tuple[PartLocation, ...], ...],
         Meta(description="likewise; with checksums where they are to be verified"),
     ]
 
@@ -581,7 +581,7 @@ class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
     offset: Annotated[Count, Meta(description="slot of the prompt's first token")]
     ranges: tuple[CBRange, ...] = ()
     matches: tuple[CBMatch, ...] = ()
-    turn_keys: Annotated[
+    rotate_keys: Annotated[
         bool, Meta(description="turn K from old positions to those in the prompt")
     ] = False
     tokens: Annotated[

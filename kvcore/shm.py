@@ -381,7 +381,7 @@ def _touch(mapping: mmap.mmap, fd: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Room:
+class _FreeSpace:
     place: str
     num_bytes: int
     advice: str
@@ -396,9 +396,9 @@ def _require_room(name: str, num_bytes: int, touch: bool) -> None:
             )
 
 
-def _rooms(touch: bool) -> Iterator[_Room]:
+def _rooms(touch: bool) -> Iterator[_FreeSpace]:
     shm = os.statvfs(SHM_DIR)
-    yield _Room(
+    yield _FreeSpace(
         "/dev/shm",
         shm.f_bavail * shm.f_frsize,
         "enlarge /dev/shm (a container: --shm-size or --ipc=host)",
@@ -408,8 +408,8 @@ def _rooms(touch: bool) -> Iterator[_Room]:
     for line in _MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-            yield _Room("the machine's free memory", free, "free some memory")
+            yield _FreeSpace("the machine's free memory", free, "free some memory")
     if _CGROUP_LIMIT.exists():
         limit = _CGROUP_LIMIT.read_text().strip()
         if limit.isdigit():
-            yield _Room("the container", int(limit), "raise its memory limit")
+            yield _FreeSpace("the container", int(limit), "raise its memory limit")

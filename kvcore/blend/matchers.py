@@ -15,10 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
-from kvcore.blend.entry import Entry
-from kvcore.blend.index import DocumentIndex
+from kvcore.blend.document_chunk import DocumentChunk
+from kvcore.blend.document_index import DocumentIndex
 from kvcore.blend.paragraphs import Markers, cut
-from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash, Tokens
+from kvcore.blend.rolling_hash import SLICE_WINDOWS, RollingHash, Tokens
 from kvcore.keys import (
     ChunkHash,
     ExtraKey,
@@ -68,7 +68,7 @@ class DocumentSpace:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Consecutive chunks of one document, from `start` of a prompt on."""
 
     old_start: int
@@ -79,8 +79,8 @@ class Run:
     """With what the run before it ends: they are one, had or missed apart."""
 
 
-Runs = Generator[None, None, list[Run]]
-Learnt = Generator[None, None, list[Entry]]
+Runs = Generator[None, None, list[TokenRun]]
+Learnt = Generator[None, None, list[DocumentChunk]]
 
 
 class Matcher(Protocol):
@@ -97,7 +97,7 @@ class Matcher(Protocol):
         """Return the runs in a prompt, of chunks that may be there."""
 
 
-class Separated:
+class SeparatorMatcher:
     """Each paragraph is a document from its start on, as far as that is stored."""
 
     def __init__(self, markers: Markers, chunk_size: int, slice_chunks: int) -> None:
@@ -121,7 +121,7 @@ class Separated:
         return (yield from self.find_between([], tokens, space))
 
     def find_between(
-        self, runs: list[Run], tokens: Tokens, space: DocumentSpace
+        self, runs: list[TokenRun], tokens: Tokens, space: DocumentSpace
     ) -> Runs:
         """Return the paragraphs that begin outside these runs, as far as the next."""
         size = self._chunk_size
@@ -137,7 +137,7 @@ class Separated:
             packed = tokens[start:end].data.cast("B")
             yield from chain.extend(packed, self._slice_chunks)
             if chain.hashes:
-                found.append(Run(0, start, chain.hashes))
+                found.append(TokenRun(0, start, chain.hashes))
             num_hashed += len(chain.hashes)
             if num_hashed >= self._slice_chunks:
                 num_hashed = 0
@@ -145,7 +145,7 @@ class Separated:
         return found
 
 
-class Anywhere:
+class RollingHashMatcher:
     """Finds chunks at any offset: from left to right, the longest run at each place.
 
     What a tier is believed to have counts for the length of a run.
@@ -160,7 +160,7 @@ class Anywhere:
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
     ) -> Learnt:
         """Return an entry for each whole chunk."""
-        entries: list[Entry] = []
+        entries: list[DocumentChunk] = []
         size, packed = self._chunk_size, tokens.data
         for first in range(0, len(hashes), MATCH_STEP):
             if first:
@@ -171,7 +171,7 @@ class Anywhere:
             keys = (self._rolling.chunks(whole) + space.salt).tolist()
             for key, chunk_hash in zip(keys, step, strict=True):
                 digest = space.digest(packed[start : start + size])
-                entries.append(Entry(chunk_hash, key, digest, start))
+                entries.append(DocumentChunk(chunk_hash, key, digest, start))
                 start += size
         return entries
 
@@ -182,7 +182,7 @@ class Anywhere:
 
         What is not in L1 may be in a tier.
         """
-        runs: list[Run] = []
+        runs: list[TokenRun] = []
         free = num_hashed = 0
         size, packed = self._chunk_size, tokens.data
         for first in range(0, len(tokens) - size + 1, SLICE_WINDOWS):
@@ -210,7 +210,7 @@ class Anywhere:
                     if reach > len(best):
                         best, old_start = hashes[:reach], entry.start
                 if best:
-                    runs += self._cut(Run(old_start, start, best), count_ready)
+                    runs += self._cut(TokenRun(old_start, start, best), count_ready)
                     free = start + len(best) * size
         return runs
 
@@ -224,12 +224,12 @@ class Anywhere:
             reach += count_ready(hashes[reach:])
         return reach
 
-    def _cut(self, run: Run, count_ready: CountReady) -> list[Run]:
+    def _cut(self, run: TokenRun, count_ready: CountReady) -> list[TokenRun]:
         """Cut a run into what L1 has and what it has not, in turn."""
         hashes = run.hashes
         if not self._index.num_in_tier:
             return [run]
-        pieces: list[Run] = []
+        pieces: list[TokenRun] = []
         first = 0
         while first < len(hashes):
             end = first + count_ready(hashes[first:])
@@ -239,7 +239,9 @@ class Anywhere:
                 end = next(ready, len(hashes))
             at = first * self._chunk_size
             pieces.append(
-                Run(run.old_start + at, run.start + at, hashes[first:end], first > 0)
+                TokenRun(
+                    run.old_start + at, run.start + at, hashes[first:end], first > 0
+                )
             )
             first = end
         return pieces
@@ -261,20 +263,22 @@ class Anywhere:
         return first + MATCH_STEP * size == end
 
 
-class AnywhereOrSeparated:
+class CombinedMatcher:
     """Chunks anywhere, and between them paragraphs that only a tier may know.
 
     So it finds what another host has stored, from its document's start on.
     """
 
-    def __init__(self, anywhere: Anywhere, separated: Separated) -> None:
+    def __init__(
+        self, anywhere: RollingHashMatcher, separated: SeparatorMatcher
+    ) -> None:
         self._anywhere = anywhere
         self._separated = separated
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
     ) -> Learnt:
-        """See `Anywhere`."""
+        """See `RollingHashMatcher`."""
         return self._anywhere.learn(tokens, hashes, space)
 
     def find(

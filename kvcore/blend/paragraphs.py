@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcore.blend.rolling import Tokens
+from kvcore.blend.rolling_hash import Tokens
 from kvcore.config import BlendConfig
 from kvcore.errors import SetupError
 

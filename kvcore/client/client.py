@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from kvcore.client.connection import Connection
-from kvcore.client.pending import Retry
-from kvcore.client.runs import Registration
+from kvcore.client.pending_requests import Retry
+from kvcore.client.reconnect import Registration
 from kvcore.errors import KVError, TokensNeeded, Unavailable
 from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens, view_tokens
 from kvcore.protocol import (

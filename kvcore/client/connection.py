@@ -5,9 +5,9 @@ own answer and hands it back: no other thread takes part, which is worth 50 us a
 (docs/performance.md). While futures are outstanding the connection's own thread holds
 it; a call that finds it taken queues its frame and wakes the holder.
 
-A server that was replaced refuses what was meant for its predecessor. `Runs` then says
-hello and registers again what was registered, and the refused requests are sent once
-more; callers see nothing of it but the time it took.
+A server that was replaced refuses what was meant for its predecessor.
+`ReconnectPolicy` then repeats the handshake and the registrations, and the refused
+requests are sent once more; callers see nothing of it but the time it took.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ from typing import Any, TypeVar
 
 import zmq
 
-from kvcore.client.pending import NEVER_NS, Late, Pending, Posted, Retry
-from kvcore.client.runs import Registration, Runs, Told
+from kvcore.client.pending_requests import (
+    NEVER_NS,
+    Late,
+    PendingRequest,
+    PendingTable,
+    Retry,
+)
+from kvcore.client.reconnect import ReconnectPolicy, Registration, Told
 from kvcore.errors import (
     BadRequest,
     Closed,
@@ -76,15 +82,17 @@ class Connection:
         # Held to submit and to begin to close, so that nothing is submitted later.
         self._gate = threading.Lock()
         self._ids = count(1)
-        self._outbox: deque[Pending] = deque()
-        self._posted = Posted()
+        self._outbox: deque[PendingRequest] = deque()
+        self._posted = PendingTable()
         self._closed = False
         # The thread of the call that holds `_io`, 0 when it is the connection's own.
         self._caller = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
-        self.runs = Runs(address, label, self._post, self._posted, self._epoll)
+        self.runs = ReconnectPolicy(
+            address, label, self._post, self._posted, self._epoll
+        )
         self._sources: list[tuple[Any, int]] = [
             (self._socket, zmq.POLLIN),
             (self._epoll.fileno(), zmq.POLLIN),
@@ -175,7 +183,7 @@ class Connection:
         """Whether this thread serves the socket: it must not wait for an answer."""
         return threading.get_ident() in (self._caller, self._thread.ident)
 
-    def _queue(self, pending: Pending) -> Future[Any]:
+    def _queue(self, pending: PendingRequest) -> Future[Any]:
         with self._gate:
             self._check_open()
             future = pending.promise()
@@ -183,7 +191,7 @@ class Connection:
             os.eventfd_write(self._wake, 1)
         return future
 
-    def _ask(self, pending: Pending) -> Any:
+    def _ask(self, pending: PendingRequest) -> Any:
         if not self._io.acquire(blocking=False):
             return self._queue(pending).result()
         try:
@@ -192,7 +200,9 @@ class Connection:
             self._io.release()
         return pending.result()
 
-    def _carry(self, pendings: Sequence[Pending], done: Callable[[], bool]) -> None:
+    def _carry(
+        self, pendings: Sequence[PendingRequest], done: Callable[[], bool]
+    ) -> None:
         """Send requests and serve the socket until `done`; for who holds `_io`."""
         self._check_open()
         self._caller = threading.get_ident()
@@ -253,7 +263,7 @@ class Connection:
             while queue:
                 queue.popleft().fail(_closed())
         if is_known:
-            self._post(Pending(Goodbye(), 0))
+            self._post(PendingRequest(Goodbye(), 0))
         self._socket.close()
         self._context.term()
         self.runs.close()
@@ -286,14 +296,14 @@ class Connection:
             else:
                 self.runs.gone(fd)
 
-    def _transmit(self, pending: Pending) -> None:
+    def _transmit(self, pending: PendingRequest) -> None:
         """Send to the run that is there, or have it wait for one."""
         if self.runs.boot == NO_BOOT:
             self.runs.wait(pending)
         else:
             self._post(pending)
 
-    def _post(self, pending: Pending) -> None:
+    def _post(self, pending: PendingRequest) -> None:
         """Send now, met or not; what cannot be sent has failed."""
         pending.id = next(self._ids)
         pending.boot = self.runs.boot
@@ -304,7 +314,7 @@ class Connection:
             self._posted.by_id.pop(pending.id, None)
             pending.fail(error)
 
-    def _send(self, pending: Pending) -> None:
+    def _send(self, pending: PendingRequest) -> None:
         frame = encode_request(
             pending.request, pending.id, pending.boot, pending.deadline_ns
         )
@@ -356,7 +366,7 @@ class Connection:
         except UNREADABLE as error:
             pending.fail(BadRequest(f"reply: {error}"))
 
-    def _take_error(self, pending: Pending, error: KVError) -> None:
+    def _take_error(self, pending: PendingRequest, error: KVError) -> None:
         if isinstance(error, StaleBoot):
             self.runs.refused(pending.boot)
         again = None if pending.is_done else self._again(pending, error)
@@ -366,7 +376,7 @@ class Connection:
             pending.request = again
             self._transmit(pending)
 
-    def _again(self, pending: Pending, error: KVError) -> Request[Any] | None:
+    def _again(self, pending: PendingRequest, error: KVError) -> Request[Any] | None:
         """Return what to send once more, if anything."""
         if pending.num_sends >= MAX_SENDS:
             return None
@@ -380,8 +390,8 @@ def _make(
     timeout_s: float,
     retry: Retry | None = None,
     late: Late | None = None,
-) -> Pending:
-    return Pending(request, monotonic_ns() + int(timeout_s * 1e9), retry, late)
+) -> PendingRequest:
+    return PendingRequest(request, monotonic_ns() + int(timeout_s * 1e9), retry, late)
 
 
 def _closed() -> Closed:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(slots=True)
-class Counters:
+class EngineCounters:
     """Written by the loop thread only, read by anyone; each only grows."""
 
     lookups: int = 0

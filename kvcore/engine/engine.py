@@ -1,6 +1,6 @@
 """The requests that move and find KV. The loop thread calls it; copies run on lanes.
 
-A handler returns its reply, or `Running` work whose reply comes later, or is a
+A handler returns its reply, or `DeferredReply` work whose reply comes later, or is a
 generator that yields wherever others may be served and returns either.
 """
 
@@ -12,14 +12,17 @@ from time import monotonic
 from typing import TypeVar
 
 from kvcore.config import ServerConfig
-from kvcore.engine.copies import Copier, Stored
-from kvcore.engine.counters import Counters
+from kvcore.copy.host_transport import TransportTable
+from kvcore.engine.counters import EngineCounters
 from kvcore.engine.instance import Instance, derive_layouts, is_private
+from kvcore.engine.leases import LeaseNumber, LeaseTable
 from kvcore.engine.lookups import Lookups
-from kvcore.engine.planner import Plan, Planner
+from kvcore.engine.miss_history import HASH_DIGITS, MIN_KEY_DIGITS, MissHistory
 from kvcore.engine.registry import GONE_MEANWHILE, Registry
-from kvcore.engine.running import Caller, Running
+from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
+from kvcore.engine.transfer_plan import TransferPlan, TransferPlanner
+from kvcore.engine.transfers import StoreCounts, Transfers
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
@@ -50,17 +53,14 @@ from kvcore.protocol import (
 )
 from kvcore.status import InstanceStatus
 from kvcore.storage.arena import Arena
-from kvcore.storage.history import HASH_DIGITS, MIN_KEY_DIGITS, History
 from kvcore.storage.l1 import L1, Chunk
-from kvcore.storage.leases import LeaseNumber, LeaseTable
-from kvcore.storage.manager import Manager
-from kvcore.storage.needs import Needs
 from kvcore.storage.quotas import make_order
-from kvcore.storage.recovery import Recovered
-from kvcore.storage.tiers.contract import Tier
-from kvcore.transport.attach import Transports
+from kvcore.storage.recovery import RecoveredArena
+from kvcore.storage.required_parts import RequiredParts
+from kvcore.tiers.tier import Tier
+from kvcore.tiers.tier_manager import TierManager
 
-__all__ = ["Caller", "Engine", "Running"]
+__all__ = ["Engine"]
 
 T = TypeVar("T")
 
@@ -77,8 +77,8 @@ class Engine:
         arena: Arena,
         clock: Callable[[], float] = monotonic,
         tiers: Sequence[Tier] = (),
-        recovered: Recovered | None = None,
-        transports: Transports | None = None,
+        recovered: RecoveredArena | None = None,
+        transports: TransportTable | None = None,
     ) -> None:
         self.chunk_size = config.chunk_size
         self.arena = arena
@@ -87,18 +87,18 @@ class Engine:
         policy = make_order(config.l1.eviction, config.l1.quotas, self._salt)
         self.l1 = L1(arena, policy, journal, watermark=config.l1.watermark)
         self.manager = (
-            Manager(self.l1, arena, tiers, config.prefetch, config.write_back)
+            TierManager(self.l1, arena, tiers, config.prefetch, config.write_back)
             if tiers
             else None
         )
-        self.counters = Counters()
+        self.counters = EngineCounters()
         self.registry = Registry(config.chunk_size)
         if recovered is not None:
             self.l1.restore(recovered.parts)
             for part in recovered.parts:
                 space = self.registry.space(part.name.model, part.name.world_size)
                 space.restore(part.name, part.part)
-        self.history = History(clock)
+        self.history = MissHistory(clock)
         self.l1.watch(self.history.note_gone)
         self.leases = LeaseTable(
             self.l1, config.sessions.lease_s, clock, self.history.note_expired
@@ -115,7 +115,7 @@ class Engine:
             self._session_ended,
             clock,
         )
-        self.planner = Planner(self.registry, self.sessions, config.chunk_size)
+        self.planner = TransferPlanner(self.registry, self.sessions, config.chunk_size)
         self.lookups = Lookups(
             self.l1,
             self.leases,
@@ -130,7 +130,7 @@ class Engine:
         self.on_client_gone: list[Callable[[Hashable], None]] = [
             self.lookups.cancel_client
         ]
-        self.copier = Copier(
+        self.copier = Transfers(
             self.l1,
             arena,
             config.chunk_size,
@@ -140,13 +140,13 @@ class Engine:
         )
         # Closing an instance waits for its running copies, which nobody else should.
         self._closer = ThreadPoolExecutor(1, "closer")
-        self._transports = transports or Transports()
+        self._transports = transports or TransportTable()
 
     # -- registration -------------------------------------------------------------
 
     def register_kv_cache(
-        self, request: RegisterKVCache, caller: Caller
-    ) -> Running | RegisterReply:
+        self, request: RegisterKVCache, caller: RequestContext
+    ) -> DeferredReply | RegisterReply:
         """Attach a worker's memory and enter it, in place of its earlier self.
 
         It is entered at once: requests that were sent right behind find it.
@@ -174,9 +174,9 @@ class Engine:
             arena = self._arena_handle() if instance.is_private else None
             return RegisterReply(names, instance.chunk_bytes, arena)
 
-        return finish() if memory.done() else Running(memory, finish)
+        return finish() if memory.done() else DeferredReply(memory, finish)
 
-    def _check_trusted(self, instance_id: str, caller: Caller) -> None:
+    def _check_trusted(self, instance_id: str, caller: RequestContext) -> None:
         """Let nobody write to the arena whose end might be missed, or come too late."""
         if not caller.is_watched:
             raise BadRequest(
@@ -194,11 +194,11 @@ class Engine:
         return ArenaHandle(memory, self.copier.checksums)
 
     def unregister_kv_cache(
-        self, request: UnregisterKVCache, caller: Caller
-    ) -> Running:
+        self, request: UnregisterKVCache, caller: RequestContext
+    ) -> DeferredReply:
         """Forget an instance; the reply comes when its memory is unmapped."""
         instance = self.registry.get(caller.client, request.instance_id)
-        return Running(self._remove(instance), Done)
+        return DeferredReply(self._remove(instance), Done)
 
     def _remove(self, instance: Instance) -> Future[None]:
         self.registry.remove(instance)
@@ -222,8 +222,8 @@ class Engine:
     # -- copies -------------------------------------------------------------------
 
     def store(
-        self, request: Store, caller: Caller
-    ) -> Generator[None, None, Running | StoreReply]:
+        self, request: Store, caller: RequestContext
+    ) -> Generator[None, None, DeferredReply | StoreReply]:
         """Take the whole chunks of a range from an instance's blocks."""
         instance = self.copied_here(request.instance_id, caller)
         plan = yield from self.planner.store(request, instance)
@@ -244,14 +244,14 @@ class Engine:
             self.sessions.leave(plan.session)
             return self.count_store(self.result(future))
 
-        return Running(future, finish)
+        return DeferredReply(future, finish)
 
-    def count_store(self, stored: Stored) -> StoreReply:
+    def count_store(self, stored: StoreCounts) -> StoreReply:
         """Count a store of a prompt's chunks, and put it as a reply."""
         self.counters.stores += 1
         return self.count_stored(stored)
 
-    def count_stored(self, stored: Stored) -> StoreReply:
+    def count_stored(self, stored: StoreCounts) -> StoreReply:
         """Count what became of a store, and put it as a reply."""
         self.counters.parts_stored += stored.num_stored
         self.counters.parts_present += stored.num_present
@@ -260,8 +260,8 @@ class Engine:
         return StoreReply(stored.num_stored, stored.num_present, stored.num_dropped)
 
     def retrieve(
-        self, request: Retrieve, caller: Caller
-    ) -> Generator[None, None, Running | RetrieveReply]:
+        self, request: Retrieve, caller: RequestContext
+    ) -> Generator[None, None, DeferredReply | RetrieveReply]:
         """Write a range's chunks into an instance's blocks, all or none."""
         instance = self.copied_here(request.instance_id, caller)
         plan = yield from self.planner.retrieve(request, instance)
@@ -283,15 +283,15 @@ class Engine:
             self.sessions.leave(plan.session)
             return self.count_read(plan, lease, self.result(future))
 
-        return Running(future, finish)
+        return DeferredReply(future, finish)
 
-    def lease_of(self, plan: Plan) -> LeaseNumber | None:
+    def lease_of(self, plan: TransferPlan) -> LeaseNumber | None:
         """Return the lease that a planned read is under, if there is one."""
         session = plan.session
         return None if session.ended else self.leases.number(session.key)
 
     def count_read(
-        self, plan: Plan, lease: LeaseNumber | None, num_bytes: int
+        self, plan: TransferPlan, lease: LeaseNumber | None, num_bytes: int
     ) -> RetrieveReply:
         """Count what was retrieved, take its reader off its lease, and reply.
 
@@ -309,7 +309,7 @@ class Engine:
         num_tokens = tokens.end - tokens.first_token
         return RetrieveReply(num_tokens, plan.instance.memory.result().event)
 
-    def copied_here(self, instance_id: str, caller: Caller) -> Instance:
+    def copied_here(self, instance_id: str, caller: RequestContext) -> Instance:
         """Return an instance of the caller's that is not private."""
         instance = self.registry.get(caller.client, instance_id)
         if instance.is_private:
@@ -335,8 +335,8 @@ class Engine:
     # -- lookups and sessions -----------------------------------------------------
 
     def lookup(
-        self, request: Lookup, caller: Caller
-    ) -> Generator[None, None, LookupReply | Running]:
+        self, request: Lookup, caller: RequestContext
+    ) -> Generator[None, None, LookupReply | DeferredReply]:
         """Count and lease the leading chunks that are there for all ranks."""
         space, needs = self.registry.lookup(request.model, request.world_size)
         num_chunks = request.end // self.chunk_size
@@ -359,7 +359,7 @@ class Engine:
             self.sessions.leave(session)
 
     def acquire(
-        self, hashes: list[ChunkHash], needs: Needs
+        self, hashes: list[ChunkHash], needs: RequiredParts
     ) -> Generator[None, None, list[Chunk]]:
         """Hold the leading chunks that make a hit, in steps."""
         chunks = yield from self.lookups.acquire(hashes, needs)
@@ -367,13 +367,15 @@ class Engine:
         self.l1.release(chunks[hit:])
         return chunks[:hit]
 
-    def free_lookup_locks(self, request: FreeLookupLocks, caller: Caller) -> Done:
+    def free_lookup_locks(
+        self, request: FreeLookupLocks, caller: RequestContext
+    ) -> Done:
         """End a session's lease on a range, for all readers."""
         first = request.start // self.chunk_size
         self.leases.free(request.session, first, -(-request.end // self.chunk_size))
         return Done()
 
-    def end_session(self, request: EndSession, caller: Caller) -> Done:
+    def end_session(self, request: EndSession, caller: RequestContext) -> Done:
         """End leases at once, the session when its running work has ended."""
         for end in self.on_session_end:
             end(request.session)
@@ -397,7 +399,9 @@ class Engine:
         # Once a request, tail to head: its leaves are the first to be evicted.
         self.l1.touch(session.chain.hashes)
 
-    def clear(self, request: Clear, caller: Caller) -> Generator[None, None, Cleared]:
+    def clear(
+        self, request: Clear, caller: RequestContext
+    ) -> Generator[None, None, Cleared]:
         """Drop every chunk that nobody reads or writes."""
         hashes = self.l1.hashes()
         num_dropped = 0
@@ -406,7 +410,7 @@ class Engine:
             yield
         return Cleared(num_dropped, len(hashes) - num_dropped)
 
-    def why(self, request: Why, caller: Caller) -> WhyReply:
+    def why(self, request: Why, caller: RequestContext) -> WhyReply:
         """Tell what is known about a missed lookup or a chunk."""
         about = request.about
         findings = [*self.history.why_request(about)]

@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvcore.engine.space import Space
+from kvcore.copy.paged_cache import PagedCache
+from kvcore.copy.transport import AttachedMemory
+from kvcore.engine.keyspace import Keyspace
 from kvcore.errors import BadRequest, KVError, LayoutError
 from kvcore.layout import KVLayout
 from kvcore.protocol import Private, RegisterKVCache
 from kvcore.storage.l1 import PartId, PartName
-from kvcore.transport.contract import Attached
-from kvcore.transport.paged import PagedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Instance:
         client: Hashable,
         pid: int,
         request: RegisterKVCache,
-        space: Space,
+        space: Keyspace,
         layouts: Sequence[KVLayout],
-        memory: Future[Attached],
+        memory: Future[AttachedMemory],
     ) -> None:
         self.client = client
         self.pid = pid
@@ -99,7 +99,7 @@ class Instance:
             self.memory.result().close()
 
 
-def _abandon(memory: Future[Attached]) -> None:
+def _abandon(memory: Future[AttachedMemory]) -> None:
     if memory.exception() is None:
         memory.result().abandon()
 

@@ -12,17 +12,17 @@ from time import monotonic_ns
 
 from msgspec.structs import replace
 
-from kvcore.engine.counters import Counters
-from kvcore.engine.running import Caller, Running
+from kvcore.engine.counters import EngineCounters
+from kvcore.engine.leases import LeaseTable
+from kvcore.engine.miss_history import MissHistory
+from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import LookupReply
-from kvcore.storage.history import History
-from kvcore.storage.jobs import JobState, PrefetchJob
 from kvcore.storage.l1 import L1, Chunk
-from kvcore.storage.leases import LeaseTable
-from kvcore.storage.manager import Manager
-from kvcore.storage.needs import Needs, count_hits, num_covered
+from kvcore.storage.required_parts import RequiredParts, count_hits, num_window_chunks
+from kvcore.tiers.prefetch_jobs import JobState, PrefetchJob
+from kvcore.tiers.tier_manager import TierManager
 
 ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""
@@ -31,7 +31,7 @@ ANSWER_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
-class _Task:
+class _PrefetchWait:
     """A session's prefetch, and whether somebody still wants it."""
 
     job: PrefetchJob
@@ -47,10 +47,10 @@ class Lookups:
         l1: L1,
         leases: LeaseTable,
         sessions: SessionTable,
-        counters: Counters,
+        counters: EngineCounters,
         chunk_size: int,
-        manager: Manager | None,
-        history: History,
+        manager: TierManager | None,
+        history: MissHistory,
         deadline_s: float,
     ) -> None:
         self._l1 = l1
@@ -61,17 +61,17 @@ class Lookups:
         self._manager = manager
         self._history = history
         self._deadline_s = deadline_s
-        self._tasks: dict[SessionKey, _Task] = {}
+        self._tasks: dict[SessionKey, _PrefetchWait] = {}
 
     def find(
         self,
         session: Session,
-        needs: Needs,
+        needs: RequiredParts,
         hashes: Sequence[ChunkHash],
-        caller: Caller,
+        caller: RequestContext,
         *,
         wait: bool,
-    ) -> Generator[None, None, LookupReply | Running]:
+    ) -> Generator[None, None, LookupReply | DeferredReply]:
         """Answer a lookup of chunks `hashes`, in steps; the session is kept by us.
 
         One that is overtaken by the session's next lookup finds nothing.
@@ -93,7 +93,8 @@ class Lookups:
         if self._manager is None or hit == len(hashes) or session.ended:
             return self._answer(session, needs, hashes, chunks, caller, "")
         first = hit - max(
-            (num_covered(w.window, self._chunk_size) for w in needs.windows), default=0
+            (num_window_chunks(w.window, self._chunk_size) for w in needs.windows),
+            default=0,
         )
         job = self._manager.submit_prefetch_task(
             hashes[max(first, 0) :],
@@ -103,7 +104,7 @@ class Lookups:
             owner=session.key,
             wait=wait,
         )
-        task = self._tasks[session.key] = _Task(job, caller.client)
+        task = self._tasks[session.key] = _PrefetchWait(job, caller.client)
         if not wait:
             return self._answer(session, needs, hashes, chunks, caller, "")
 
@@ -116,10 +117,10 @@ class Lookups:
             loaded = max(0, reply.num_chunks - hit)
             return replace(reply, num_from_tiers=loaded)
 
-        return Running(job.future, finish)
+        return DeferredReply(job.future, finish)
 
     def acquire(
-        self, hashes: Sequence[ChunkHash], needs: Needs
+        self, hashes: Sequence[ChunkHash], needs: RequiredParts
     ) -> Generator[None, None, list[Chunk]]:
         """Hold and return the leading chunks with all full-attention parts, in steps.
 
@@ -140,14 +141,14 @@ class Lookups:
             raise
         return chunks
 
-    def count(self, chunks: Sequence[Chunk], needs: Needs) -> int:
+    def count(self, chunks: Sequence[Chunk], needs: RequiredParts) -> int:
         """Return how many of the leading chunks are a hit, windows minded."""
         if not needs.windows:
             return len(chunks)
         masks = [chunk.ready for chunk in chunks]
         return count_hits(masks, needs, self._chunk_size)
 
-    def deadline(self, caller: Caller) -> float:
+    def deadline(self, caller: RequestContext) -> float:
         """Return when to answer at the latest: ours, or just before the caller's."""
         now = monotonic_ns()
         due = now + int(self._deadline_s * 1e9)
@@ -157,11 +158,11 @@ class Lookups:
 
     def _complete(
         self,
-        task: _Task,
+        task: _PrefetchWait,
         hashes: Sequence[ChunkHash],
         chunks: list[Chunk],
-        needs: Needs,
-        caller: Caller,
+        needs: RequiredParts,
+        caller: RequestContext,
     ) -> None:
         """Hold what has come, too, and end the job's holds.
 
@@ -179,10 +180,10 @@ class Lookups:
     def _answer(
         self,
         session: Session,
-        needs: Needs,
+        needs: RequiredParts,
         hashes: Sequence[ChunkHash],
         chunks: list[Chunk],
-        caller: Caller,
+        caller: RequestContext,
         tiers: str,
     ) -> LookupReply:
         """Lease what makes a hit of the held chunks; remember why the rest does not.

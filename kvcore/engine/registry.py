@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from kvcore.engine.instance import Instance
-from kvcore.engine.space import Space
+from kvcore.engine.keyspace import Keyspace
 from kvcore.errors import (
     InstanceExists,
     LayoutConflict,
@@ -14,7 +14,7 @@ from kvcore.errors import (
 )
 from kvcore.keys import chain_seed
 from kvcore.layout import PartLayout
-from kvcore.storage.needs import Needs
+from kvcore.storage.required_parts import RequiredParts
 
 MAX_NAMED = 8
 """Missing ranks that an error names."""
@@ -28,18 +28,18 @@ class Registry:
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
         self.instances: dict[str, Instance] = {}
-        self._spaces: dict[tuple[str, int], Space] = {}
+        self._spaces: dict[tuple[str, int], Keyspace] = {}
 
-    def space(self, model: str, world_size: int) -> Space:
+    def space(self, model: str, world_size: int) -> Keyspace:
         """Return the space of a model, made when first named by an instance."""
         key = (model, world_size)
         space = self._spaces.get(key)
         if space is None:
             seed = chain_seed("prefix", model, world_size, self.chunk_size)
-            space = self._spaces[key] = Space(model, world_size, seed)
+            space = self._spaces[key] = Keyspace(model, world_size, seed)
         return space
 
-    def lookup(self, model: str, world_size: int) -> tuple[Space, Needs]:
+    def lookup(self, model: str, world_size: int) -> tuple[Keyspace, RequiredParts]:
         """Return a space that every rank has registered, and what to look for.
 
         Raises:
@@ -65,7 +65,7 @@ class Registry:
         self,
         client: Hashable,
         instance_id: str,
-        space: Space,
+        space: Keyspace,
         rank: int,
         layouts: tuple[PartLayout, ...],
     ) -> None:
@@ -122,7 +122,7 @@ class Registry:
 
 
 def _agree(
-    space: Space,
+    space: Keyspace,
     rank: int,
     layouts: tuple[PartLayout, ...],
     other: int,

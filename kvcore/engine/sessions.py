@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from time import monotonic
 
-from kvcore.engine.space import Space
+from kvcore.engine.keyspace import Keyspace
 from kvcore.errors import BadRequest, TokensNeeded
 from kvcore.keys import ExtraKey, HashChain, SessionKey
 
@@ -19,7 +19,7 @@ class Session:
     """What the server knows of one request. Loop thread only."""
 
     key: SessionKey
-    space: Space
+    space: Keyspace
     chain: HashChain
     last_used: float
     num_running: int = 0
@@ -52,7 +52,7 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def open(self, key: SessionKey, space: Space) -> Session:
+    def open(self, key: SessionKey, space: Keyspace) -> Session:
         """Return a session, made when it is not known.
 
         Raises:

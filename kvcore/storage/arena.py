@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NewType
 
 from kvcore.errors import Internal, SetupError
-from kvcore.parts import Allocation, Extent
+from kvcore.extents import Allocation, Extent
 from kvcore.shm import SEGMENT_PREFIX, Bytes, Segment
 
 PageRun = NewType("PageRun", tuple[int, int])

@@ -11,11 +11,11 @@ from typing import NewType
 import msgspec
 
 from kvcore.errors import Internal
+from kvcore.extents import NO_CHECKSUM, Allocation, Checksum, Extent
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
-from kvcore.parts import NO_CHECKSUM, Allocation, Checksum, Extent
-from kvcore.storage.account import Account
-from kvcore.storage.tiers.contract import PartKey
+from kvcore.storage.quota_account import QuotaAccount
+from kvcore.tiers.tier import PartKey
 
 PartId = NewType("PartId", int)
 """Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
@@ -74,7 +74,7 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     """Mask of parts that some tier has."""
     dropped: bool = False
     """Out of the index; its memory is freed with the last hold."""
-    account: Account | None = None
+    account: QuotaAccount | None = None
     """Of the space whose quota it counts for."""
 
 

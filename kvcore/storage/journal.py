@@ -20,8 +20,8 @@ import msgspec
 import xxhash
 
 from kvcore.errors import SetupError
+from kvcore.extents import Allocation, Checksum
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.parts import Allocation, Checksum
 from kvcore.storage.chunk import Chunk, DropReason, PartId, PartName
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ SPARE_RECORDS = 16_384
 """More than twice the live parts and these: the journal is written anew."""
 
 
-class Opened(msgspec.Struct, frozen=True, array_like=True, tag="o"):
+class JournalOpened(msgspec.Struct, frozen=True, array_like=True, tag="o"):
     """First record: the arena that it is about."""
 
     version: int
@@ -40,7 +40,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="o"):
     page_bytes: int
 
 
-class Committed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
+class PartCommitted(msgspec.Struct, frozen=True, array_like=True, tag="c"):
     """A part that became readable."""
 
     chunk: ChunkHash
@@ -51,14 +51,14 @@ class Committed(msgspec.Struct, frozen=True, array_like=True, tag="c"):
     checksum: Checksum
 
 
-class Freed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+class PartFreed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
     """A chunk that left, with all its parts."""
 
     chunk: ChunkHash
     num_parts: int
 
 
-Record = Opened | Committed | Freed
+Record = JournalOpened | PartCommitted | PartFreed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
@@ -70,7 +70,7 @@ class Journal:
     It is written beside an earlier run's until `begin`.
     """
 
-    def __init__(self, path: Path, opened: Opened) -> None:
+    def __init__(self, path: Path, opened: JournalOpened) -> None:
         self.path = path
         self._opened = opened
         self._noted: deque[Record] = deque()
@@ -92,7 +92,7 @@ class Journal:
         place = chunk.parts[part]
         if place.name is not None and place.checksum:
             self._noted.append(
-                Committed(
+                PartCommitted(
                     chunk.hash,
                     part,
                     place.name,
@@ -107,7 +107,7 @@ class Journal:
     ) -> None:
         """Note a chunk that left L1."""
         del reason, owner
-        self._noted.append(Freed(chunk.hash, chunk.ready.bit_count()))
+        self._noted.append(PartFreed(chunk.hash, chunk.ready.bit_count()))
 
     def write(self) -> bool:
         """Append what was noted, in its order; True when it is time to compact."""
@@ -129,9 +129,9 @@ class Journal:
 
     def _count(self, record: Record) -> None:
         self._num_records += 1
-        if isinstance(record, Committed):
+        if isinstance(record, PartCommitted):
             self._num_live += 1
-        elif isinstance(record, Freed):
+        elif isinstance(record, PartFreed):
             self._num_live -= record.num_parts
 
     def _append(self, data: bytes) -> None:
@@ -212,7 +212,7 @@ class Journal:
             os.close(self._file)
 
 
-def read(path: Path, opened: Opened) -> Iterator[Committed | Freed]:
+def read(path: Path, opened: JournalOpened) -> Iterator[PartCommitted | PartFreed]:
     """Yield a journal's records up to the first that is torn.
 
     Nothing when there is no journal, or it is another arena's.
@@ -230,7 +230,7 @@ def read(path: Path, opened: Opened) -> Iterator[Committed | Freed]:
     if next(records, None) != opened:
         return
     for record in records:
-        if not isinstance(record, Opened):
+        if not isinstance(record, JournalOpened):
             yield record
 
 

@@ -25,9 +25,9 @@ from kvcore.storage.chunk import (
     Reservation,
     Reserved,
 )
+from kvcore.storage.chunk_table import ChunkTable
 from kvcore.storage.eviction import EvictionPolicy
-from kvcore.storage.journal import Committed, Journal
-from kvcore.storage.table import ChunkTable
+from kvcore.storage.journal import Journal, PartCommitted
 
 __all__ = [
     "L1",
@@ -155,7 +155,7 @@ class L1:
             for reservation in reversed(reservations):
                 self._table.abort(reservation)
 
-    def restore(self, found: Sequence[Committed]) -> None:
+    def restore(self, found: Sequence[PartCommitted]) -> None:
         """Enter parts whose bytes lie in the arena from an earlier run.
 
         For an empty L1 with a journal, which begins with this. They were checked, do

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.status import QuotaStatus
-from kvcore.storage.account import Account
 from kvcore.storage.chunk import Chunk
 from kvcore.storage.eviction import EvictionPolicy, make_policy
+from kvcore.storage.quota_account import QuotaAccount
 
 
 def make_order(
@@ -42,12 +42,14 @@ class Quotas:
         salt_of: Callable[[SessionKey], str | None],
     ) -> None:
         self._order = make()
-        self._accounts = {name: Account(size, make()) for name, size in limits.items()}
+        self._accounts = {
+            name: QuotaAccount(size, make()) for name, size in limits.items()
+        }
         self._salt_of = salt_of
         self.index: Mapping[ChunkHash, Chunk] = {}
         """Every chunk that the policy is told of; set by who owns the chunks."""
 
-    def account(self, model: str, owner: SessionKey | None) -> Account | None:
+    def account(self, model: str, owner: SessionKey | None) -> QuotaAccount | None:
         """Find whose account a session's chunks are on; none without a quota."""
         salt = self._salt_of(owner) if owner is not None else None
         salted = self._accounts.get(f"salt:{salt}") if salt is not None else None
@@ -93,7 +95,7 @@ class Quotas:
         return self._order.evict(forgotten)
 
     def evict_from(
-        self, account: Account, evictable: Callable[[ChunkHash], bool]
+        self, account: QuotaAccount, evictable: Callable[[ChunkHash], bool]
     ) -> ChunkHash | None:
         """Evict a chunk of one account, as `evict` does."""
 
@@ -116,7 +118,7 @@ class Quotas:
         if account is not None:
             yield account.order
 
-    def _over(self) -> list[Account]:
+    def _over(self) -> list[QuotaAccount]:
         over = [account for account in self._accounts.values() if account.is_over()]
         over.sort(key=lambda account: account.max_bytes - account.used_bytes)
         return over

@@ -9,11 +9,18 @@ from hashlib import sha256
 from pathlib import Path
 
 from kvcore.config import L1Config
+from kvcore.extents import Allocation, buffers_of, checksum_of
 from kvcore.keys import ChunkHash
-from kvcore.parts import Allocation, buffers_of, checksum_of
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId
-from kvcore.storage.journal import VERSION, Committed, Freed, Journal, Opened, read
+from kvcore.storage.journal import (
+    VERSION,
+    Journal,
+    JournalOpened,
+    PartCommitted,
+    PartFreed,
+    read,
+)
 
 KEPT_PREFIX = "kvkept-"
 """Of arenas that outlive their server; no other server removes them."""
@@ -21,11 +28,11 @@ CHECK_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
+class RecoveredArena:
     """A journal begun anew, and the parts to enter into L1, oldest first."""
 
     journal: Journal
-    parts: list[Committed]
+    parts: list[PartCommitted]
     num_lost: int
     """Parts that were committed and whose bytes are not right any more."""
 
@@ -47,32 +54,34 @@ def arena_name(path: Path) -> str:
     return KEPT_PREFIX + sha256(str(path.absolute()).encode()).hexdigest()[:16]
 
 
-def recover(path: Path, arena: Arena) -> Recovered:
+def recover(path: Path, arena: Arena) -> RecoveredArena:
     """Read the journal at `path`, check every part's bytes, and begin it anew.
 
     Raises:
         SetupError: the journal cannot be written.
     """
-    opened = Opened(VERSION, arena.total_bytes, arena.page_bytes)
+    opened = JournalOpened(VERSION, arena.total_bytes, arena.page_bytes)
     claimed = list(replay(read(path, opened), arena)) if arena.was_found else []
     memory = arena.array.data
     with ThreadPoolExecutor(CHECK_THREADS, "check") as pool:
         right = pool.map(lambda part: _is_right(part, memory), claimed)
         parts = [part for part, good in zip(claimed, right, strict=True) if good]
-    return Recovered(Journal(path, opened), parts, len(claimed) - len(parts))
+    return RecoveredArena(Journal(path, opened), parts, len(claimed) - len(parts))
 
 
-def replay(records: Iterable[Committed | Freed], arena: Arena) -> Iterable[Committed]:
+def replay(
+    records: Iterable[PartCommitted | PartFreed], arena: Arena
+) -> Iterable[PartCommitted]:
     """Return the parts that should be there, oldest first; no two share a page.
 
     Where two claim a page, the earlier one's end was not written down any more.
     """
-    live: dict[tuple[ChunkHash, PartId], Committed] = {}
+    live: dict[tuple[ChunkHash, PartId], PartCommitted] = {}
     by_chunk: dict[ChunkHash, set[PartId]] = {}
-    owners: dict[int, Committed] = {}
+    owners: dict[int, PartCommitted] = {}
     """Of each page, the last who claimed it; what is live no more may be among them."""
     for record in records:
-        if isinstance(record, Freed):
+        if isinstance(record, PartFreed):
             for part in by_chunk.pop(record.chunk, ()):
                 live.pop((record.chunk, part), None)
             continue
@@ -96,7 +105,7 @@ def _pages(extents: Allocation, arena: Arena) -> Iterable[int]:
         yield from range(first, first + arena.num_pages_for(extent.length))
 
 
-def _fits(part: Committed, arena: Arena) -> bool:
+def _fits(part: PartCommitted, arena: Arena) -> bool:
     """Say whether a record's extents can be the arena's."""
     return sum(e.length for e in part.extents) == part.num_bytes and all(
         e.offset >= 0
@@ -107,5 +116,5 @@ def _fits(part: Committed, arena: Arena) -> bool:
     )
 
 
-def _is_right(part: Committed, memory: memoryview) -> bool:
+def _is_right(part: PartCommitted, memory: memoryview) -> bool:
     return checksum_of(buffers_of(memory, part.extents)) == part.checksum

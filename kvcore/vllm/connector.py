@@ -20,15 +20,20 @@ from vllm.platforms import current_platform
 from kvcore.errors import KVError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.protocol import RegisterKVCache
-from kvcore.vllm.config import read
-from kvcore.vllm.groups import EngineGroup, check_engine, describe, engine_groups
-from kvcore.vllm.identity import extra_keys, is_cacheable, model_identity
-from kvcore.vllm.link import Link
-from kvcore.vllm.memory import Memory, OwnMemory
-from kvcore.vllm.plan import OpId, Plan
-from kvcore.vllm.scheduler import SchedulerHalf
-from kvcore.vllm.tracked import GroupShape, Scheduled
-from kvcore.vllm.worker import Collected, Registration, WorkerHalf
+from kvcore.vllm.connector_config import read
+from kvcore.vllm.connector_scheduler import ConnectorScheduler
+from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
+from kvcore.vllm.kv_cache_groups import (
+    EngineGroup,
+    check_engine,
+    describe,
+    engine_groups,
+)
+from kvcore.vllm.model_identity import extra_keys, is_cacheable, model_identity
+from kvcore.vllm.request_state import GroupShape, Scheduled
+from kvcore.vllm.server_link import ServerLink
+from kvcore.vllm.shared_cache import PrivateCacheMemory, SharedCacheMemory
+from kvcore.vllm.step_metadata import OpId, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ CAN_FAIL_REQUESTS = hasattr(base, "KVConnectorTransferResults")
 class StepMetadata(base.KVConnectorMetadata):  # type: ignore[misc]
     """Carries a step's plan from the scheduler to the workers."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
 
 
@@ -58,7 +63,7 @@ class StepReport(base.KVConnectorWorkerMetadata):  # type: ignore[misc]
         return StepReport(acks, self.failed | other.failed)
 
 
-class _Request:
+class _ConnectorRequest:
     """vLLM's request as the scheduler half sees it."""
 
     def __init__(self, request: Any) -> None:
@@ -71,7 +76,7 @@ class _Request:
         return extra_keys(self._request)
 
 
-class _Pool:
+class _BlockPool:
     """vLLM's block pool as the scheduler half sees it."""
 
     def __init__(self, pool: Any) -> None:
@@ -99,10 +104,12 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         self._world_size = (
             parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         )
-        self._scheduler: SchedulerHalf | None = None
-        self._worker: WorkerHalf | None = None
+        self._scheduler: ConnectorScheduler | None = None
+        self._worker: ConnectorWorker | None = None
         is_own = self._config.driver == "worker"
-        self._memory: Memory | OwnMemory = OwnMemory() if is_own else Memory()
+        self._memory: SharedCacheMemory | PrivateCacheMemory = (
+            PrivateCacheMemory() if is_own else SharedCacheMemory()
+        )
         self._collected = Collected()
         # A missing chunk is computed, whatever the default says about failures.
         transfer.kv_load_failure_policy = "recompute"
@@ -120,12 +127,12 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._scheduler = self._scheduler_half()
         else:
             rank = parallel.rank % self._world_size
-            self._worker = WorkerHalf(self._config, self._engine_id, rank)
+            self._worker = ConnectorWorker(self._config, self._engine_id, rank)
             self._rank = rank
 
-    def _scheduler_half(self) -> SchedulerHalf:
-        return SchedulerHalf(
-            Link(
+    def _scheduler_half(self) -> ConnectorScheduler:
+        return ConnectorScheduler(
+            ServerLink(
                 self._config.address,
                 f"{self._engine_id[:40]} scheduler",
                 self._config.retry_s,
@@ -247,16 +254,16 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._collected = self._worker.collect()
 
     @property
-    def _plan(self) -> Plan:
+    def _plan(self) -> StepPlan:
         metadata = self._connector_metadata
-        return metadata.plan if isinstance(metadata, StepMetadata) else Plan()
+        return metadata.plan if isinstance(metadata, StepMetadata) else StepPlan()
 
     # -- the scheduler's --------------------------------------------------------------
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Take the pool whose blocks are held while they are copied."""
         if self._scheduler is not None:
-            self._scheduler.pool = _Pool(gpu_block_pool)
+            self._scheduler.pool = _BlockPool(gpu_block_pool)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -264,7 +271,9 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         """Say how many tokens can be loaded; None while the lookup is under way."""
         if self._scheduler is None or not is_cacheable(request):
             return 0, False
-        matched = self._scheduler.matched(_Request(request), num_computed_tokens)
+        matched = self._scheduler.matched(
+            _ConnectorRequest(request), num_computed_tokens
+        )
         return matched, bool(matched)
 
     def update_state_after_alloc(
@@ -279,7 +288,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """Plan the step."""
         if self._scheduler is None:
-            return StepMetadata(Plan())
+            return StepMetadata(StepPlan())
         return StepMetadata(self._scheduler.step(_scheduled(scheduler_output)))
 
     def update_connector_output(self, connector_output: Any) -> None:

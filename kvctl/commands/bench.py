@@ -13,12 +13,12 @@ import typer
 
 from kvcore.errors import SetupError
 from kvctl import console
-from kvctl.lab.compare import gate
-from kvctl.lab.systems.contract import OURS, SystemSpec
+from kvctl.lab.compare import fail_rules as gate
+from kvctl.lab.systems.system_interface import OURS, SystemSpec
 
 if TYPE_CHECKING:
     from kvctl.lab.compare.comparison import Comparison
-    from kvctl.lab.compare.contest import Pair
+    from kvctl.lab.compare.paired_runs import Pair
     from kvctl.lab.scenario import Scenario
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -84,25 +84,25 @@ def run(
     the other side of a comparison is a regression. Ctrl-C ends the load and
     keeps what was measured so far.
     """
-    from kvctl.lab.vllm import served
+    from kvctl.lab.vllm import vllm_scenario as served
 
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
-    rules = gate.Gate(fail_on)
+    rules = gate.FailRules(fail_on)
     settings = list(overrides or ())
     if served.is_served(scenario):
         if server or versus or versus_set or versus_system or system != OURS:
             raise SetupError(f"{scenario}: real engines are played alone, on our own")
         _serve(scenario, settings, trace, seed, out)
         return
-    ours = Played(
+    ours = FinishedRun(
         scenario, settings, trace, seed, server, SystemSpec(system, system_python)
     )
     if versus is None and versus_system is None and not versus_set:
         if not _play(ours, out, repeat, turns):
             raise typer.Exit(EXIT_PROBLEM)
         return
-    theirs = Played(
+    theirs = FinishedRun(
         versus or scenario,
         settings,
         trace,
@@ -133,7 +133,7 @@ def simulate(
     """
     import msgspec
 
-    from kvctl.lab.workload import simulate as lab
+    from kvctl.lab.workload import cache_simulation as lab
 
     policies = (policy or ",".join(lab.POLICIES)).split(",")
     requests = lab.load(trace)
@@ -161,7 +161,7 @@ def compare(
     from kvctl.lab.compare.comparison import compare as judged
     from kvctl.lab.compare.comparison import gather
 
-    rules = gate.Gate(fail_on)
+    rules = gate.FailRules(fail_on)
     labels = (base.stem, new.stem)
     found = judged(gather(base), gather(new), labels, anyway=anyway)
     _judge(found, rules, None, markdown=markdown)
@@ -182,10 +182,10 @@ def regress(
     Timings are held against the commit, counts also against
     results/baselines. Exit code 1 for a regression.
     """
-    from kvctl.lab.regress import Plan, markdown
+    from kvctl.lab.regression import Plan, markdown
 
     folder = out / time.strftime("%Y%m%dT%H%M%S")
-    plan = Plan(Path.cwd(), base, scenario, repeat, folder, gate.Gate(fail_on))
+    plan = Plan(Path.cwd(), base, scenario, repeat, folder, gate.FailRules(fail_on))
     with console.progress("regress") as progress:
         found = plan.run(progress.update)
     console.line(markdown(found))
@@ -211,7 +211,7 @@ def report(
     ] = False,
 ) -> None:
     """Write one page that works offline, or Markdown; else show tables."""
-    from kvctl.lab.page import reports
+    from kvctl.lab.page import report_files as reports
 
     read = reports.collect(results)
     if out is not None:
@@ -231,8 +231,8 @@ def traces(
     folder: Annotated[Path, typer.Option(help="to fetch into")] = Path("traces"),
 ) -> None:
     """List public traces, or fetch those named and check them."""
-    from kvctl.lab.traces import catalogue
-    from kvctl.views import trace as trace_view
+    from kvctl.lab.traces import trace_catalogue as catalogue
+    from kvctl.views import trace_tables as trace_view
 
     if not names:
         console.show(*trace_view.catalogue(catalogue.CATALOGUE))
@@ -247,7 +247,7 @@ def traces(
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class FinishedRun:
     """What one side plays."""
 
     scenario: Path
@@ -293,7 +293,7 @@ def _serve(
 ) -> None:
     """Send a workload to real engines and show what they answered."""
     from kvctl.lab.results.result import check_folder
-    from kvctl.lab.vllm import served
+    from kvctl.lab.vllm import vllm_scenario as served
 
     name, read = scenario.stem, served.read(scenario, settings, trace)
     check_folder(out)
@@ -306,11 +306,11 @@ def _serve(
         raise typer.Exit(EXIT_PROBLEM)
 
 
-def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
+def _play(one: FinishedRun, out: Path, repeat: int, turns: str | None) -> bool:
     """Play and show; say whether nothing was wrong."""
-    from kvctl.lab import driver
-    from kvctl.lab.progress import Shown
-    from kvctl.lab.report import report
+    from kvctl.lab import runner as driver
+    from kvctl.lab.progress import ConsoleProgress
+    from kvctl.lab.report import result_tables as report
     from kvctl.lab.results.result import check_folder
 
     name, scenario = one.scenario.stem, one.read()
@@ -323,7 +323,7 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
                 scenario,
                 one.seed,
                 one.server,
-                Shown(progress),
+                ConsoleProgress(progress),
                 turns,
                 one.system,
             )
@@ -336,27 +336,29 @@ def _play(one: Played, out: Path, repeat: int, turns: str | None) -> bool:
     return fine
 
 
-def _contest(ours: Played, theirs: Played, repeat: int, folder: Path) -> Comparison:
-    from kvctl.lab.compare.contest import Command, Contest, Duel
+def _contest(
+    ours: FinishedRun, theirs: FinishedRun, repeat: int, folder: Path
+) -> Comparison:
+    from kvctl.lab.compare.paired_runs import Command, InterleavedRuns, PairedRuns
+    from kvctl.lab.interleaving import can_take_turns, fit_at_once
     from kvctl.lab.results.result import check_folder
-    from kvctl.lab.turns import can_take_turns, fit_at_once
 
     sides = ours.read(), theirs.read()
     in_turns = all(map(can_take_turns, sides)) and fit_at_once(*sides)
     check_folder(folder)
     base, new = (Command(sys.executable, side.arguments()) for side in (ours, theirs))
-    duel = Duel(base, new, in_turns)
+    duel = InterleavedRuns(base, new, in_turns)
     with console.progress("comparing") as progress:
 
         def play(number: int) -> Pair:
             progress.update(number / repeat, f"pair {number + 1} of {repeat}")
             return duel(number)
 
-        contest = Contest(_labels(ours, theirs), folder, play)
+        contest = PairedRuns(_labels(ours, theirs), folder, play)
         return contest.run(repeat)
 
 
-def _labels(ours: Played, theirs: Played) -> tuple[str, str]:
+def _labels(ours: FinishedRun, theirs: FinishedRun) -> tuple[str, str]:
     """Name the sides by what sets them apart."""
     if ours.system.name != theirs.system.name:
         return ours.system.name, theirs.system.name
@@ -366,10 +368,14 @@ def _labels(ours: Played, theirs: Played) -> tuple[str, str]:
 
 
 def _judge(
-    found: Comparison, rules: gate.Gate, folder: Path | None, *, markdown: bool = False
+    found: Comparison,
+    rules: gate.FailRules,
+    folder: Path | None,
+    *,
+    markdown: bool = False,
 ) -> None:
     """Show a comparison and where it is saved; exit 1 where it breaks a rule."""
-    from kvctl.lab.compare import tables as shown
+    from kvctl.lab.compare import comparison_tables as shown
 
     if folder is not None:
         found.save(folder)

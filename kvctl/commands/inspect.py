@@ -17,10 +17,10 @@ from kvcore.options import describe
 from kvcore.protocol import StatusReply, Why
 from kvcore.status import InstanceStatus
 from kvctl import console
-from kvctl.lab import geometry
-from kvctl.views import protocol as protocol_view
-from kvctl.views import status as status_view
-from kvctl.views.layout import LayoutPage
+from kvctl.lab import model_geometry as geometry
+from kvctl.views import protocol_tables as protocol_view
+from kvctl.views import status_tables as status_view
+from kvctl.views.layout_tables import LayoutPage
 
 app = typer.Typer(
     add_completion=False,
@@ -144,7 +144,7 @@ def result(
     ] = False,
 ) -> None:
     """Show a saved result again."""
-    from kvctl.lab.report import report
+    from kvctl.lab.report import result_tables as report
     from kvctl.lab.results.result import read, schema
 
     if as_schema == (file is not None):
@@ -165,10 +165,11 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
 ) -> None:
     """Show a trace's requests, span, lengths, reuse and ideal hit rate."""
-    from kvctl.lab.traces import ragpulse, reader
-    from kvctl.lab.traces.profile import profile, profile_contents
-    from kvctl.lab.workload.demand import Trace
-    from kvctl.views import trace as trace_view
+    from kvctl.lab.traces import ragpulse_trace as ragpulse
+    from kvctl.lab.traces import trace_reader as reader
+    from kvctl.lab.traces.trace_profile import profile, profile_contents
+    from kvctl.lab.workload.workload_config import Trace
+    from kvctl.views import trace_tables as trace_view
 
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
     try:
@@ -205,8 +206,8 @@ def scenario(
 ) -> None:
     """Check a scenario and explain it: what it asks, of whom, how much that is."""
     from kvctl.lab.scenario import read
-    from kvctl.lab.vllm import served
-    from kvctl.views import scenario as scenario_view
+    from kvctl.lab.vllm import vllm_scenario as served
+    from kvctl.views import scenario_tables as scenario_view
 
     if schema:
         encoded = msgspec.json.encode(scenario_view.schema())

@@ -74,7 +74,7 @@ def serve(
 
 
 def _run(options: ServerConfig) -> None:
-    from kvcore.server.app import run
+    from kvcore.server.application import run
 
     held = f"L1 {console.size(options.l1.size)}, chunks of {options.chunk_size} tokens"
     ready = None if options.ready_file is None else Path(options.ready_file)

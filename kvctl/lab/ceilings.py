@@ -17,7 +17,7 @@ import zmq
 
 from kvcore.errors import Unavailable
 from kvcore.shm import Segment
-from kvctl.lab.measure import time_calls
+from kvctl.lab.latency_samples import time_calls
 
 MIN_BYTES, MAX_BYTES = 1 << 16, 64 << 20
 COPY_ROUNDS = 15

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from kvctl.console import Progress
-from kvctl.lab.driver import Watcher
-from kvctl.lab.messages import Tally
-from kvctl.lab.workload.workload import Survey
+from kvctl.lab.process_messages import Tally
+from kvctl.lab.runner import RunWatcher
+from kvctl.lab.workload.access_generators import Survey
 
 
-class Shown(Watcher):
+class ConsoleProgress(RunWatcher):
     """Shows requests done, hit rate and errors."""
 
     def __init__(self, progress: Progress) -> None:

@@ -12,9 +12,19 @@ from msgspec.structs import replace
 
 from kvcore.config import ServerConfig
 from kvcore.options import Options, load, require
-from kvctl.lab.geometry import Geometry, preset
-from kvctl.lab.workload.copies import Copies
-from kvctl.lab.workload.demand import (
+from kvctl.lab.model_geometry import Geometry, preset
+from kvctl.lab.workload.copy_settings import Copies
+from kvctl.lab.workload.load_config import (
+    Bursts,
+    ClosedLoop,
+    Constant,
+    Load,
+    Poisson,
+    Seconds,
+    Sweep,
+    TraceTimes,
+)
+from kvctl.lab.workload.workload_config import (
     Agents,
     Chat,
     Giant,
@@ -27,16 +37,6 @@ from kvctl.lab.workload.demand import (
     Trace,
     Uniform,
     Workload,
-)
-from kvctl.lab.workload.load import (
-    Bursts,
-    ClosedLoop,
-    Constant,
-    Load,
-    Poisson,
-    Seconds,
-    Sweep,
-    TraceTimes,
 )
 
 __all__ = [
@@ -69,7 +69,7 @@ __all__ = [
 
 
 class ModelConfig(Options, frozen=True):
-    """A preset of `kvctl.lab.geometry`, and what differs from it."""
+    """A preset of `kvctl.lab.model_geometry`, and what differs from it."""
 
     preset: str
     num_layers: Positive | None = None

@@ -21,11 +21,11 @@ import numpy as np
 from wire import served
 
 from kvcore.client import KVClient
-from kvcore.client.copying import CopyingClient
 from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import PosixShm, RegisterKVCache
 from kvcore.shm import Segment
+from kvcore.worker.copying_client import CopyingClient
 
 NUM_LAYERS = 8
 BLOCK_SIZE = 16

@@ -19,12 +19,12 @@ from collections.abc import Callable, Generator
 import numpy as np
 from wire import served
 
-from kvcore.blend.entry import Entry
-from kvcore.blend.index import DocumentIndex
-from kvcore.blend.matchers import Anywhere, DocumentSpace
-from kvcore.blend.rolling import RollingHash
+from kvcore.blend.blend_client import BlendClient
+from kvcore.blend.document_chunk import DocumentChunk
+from kvcore.blend.document_index import DocumentIndex
+from kvcore.blend.matchers import DocumentSpace, RollingHashMatcher
+from kvcore.blend.rolling_hash import RollingHash
 from kvcore.client import KVClient
-from kvcore.client.blend import BlendClient
 from kvcore.keys import HashChain, SessionKey
 from kvcore.layout import DTYPE_BYTES
 from kvcore.protocol import CBRegisterKVCache, EndSession, PosixShm
@@ -161,9 +161,9 @@ def retrieves(client: KVClient, dtype: str) -> None:
     num_bytes = len(found.matches) * memory.size // 256
     source = Segment.create(f"kvbench-{os.getpid()}-source", num_bytes, touch=True)
 
-    def retrieve(*, turn_keys: bool) -> Callable[[], object]:
+    def retrieve(*, rotate_keys: bool) -> Callable[[], object]:
         return lambda: blend.retrieve_pre_computed(
-            key, name, 0, matches=found.matches, turn_keys=turn_keys
+            key, name, 0, matches=found.matches, rotate_keys=rotate_keys
         )
 
     def once(call: Callable[[], object]) -> Callable[[], float]:
@@ -172,11 +172,11 @@ def retrieves(client: KVClient, dtype: str) -> None:
     took = interleaved(
         {
             "plain copy": once(lambda: np.copyto(memory[:num_bytes], source.array)),
-            "retrieve": once(retrieve(turn_keys=False)),
+            "retrieve": once(retrieve(rotate_keys=False)),
         },
         30,
     )
-    took |= interleaved({"retrieve, keys turned": once(retrieve(turn_keys=True))}, 9)
+    took |= interleaved({"retrieve, keys turned": once(retrieve(rotate_keys=True))}, 9)
     size = f"{num_bytes >> 20} MiB of {dtype}"
     print(f"{len(found.ranges)} scattered ranges, {size}, call to reply")
     base = next(iter(took.values()))
@@ -189,7 +189,7 @@ def retrieves(client: KVClient, dtype: str) -> None:
     buffer.close()
 
 
-def end_of(steps: Generator[None, None, list[Entry]]) -> list[Entry]:
+def end_of(steps: Generator[None, None, list[DocumentChunk]]) -> list[DocumentChunk]:
     """Run steps to their end."""
     while True:
         try:
@@ -205,7 +205,7 @@ def index_memory() -> None:
         space = DocumentSpace("m", 1, CHUNK)
         rng = np.random.default_rng(2)
         index = DocumentIndex(num_chunks)
-        matcher = Anywhere(index, RollingHash(CHUNK))
+        matcher = RollingHashMatcher(index, RollingHash(CHUNK))
         gc.collect()
         tracemalloc.start()
         for _ in range(num_chunks // PER_DOCUMENT):

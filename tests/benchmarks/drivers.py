@@ -18,8 +18,8 @@ from bandwidth import BLOCK_SIZE, CACHE, NUM_LAYERS, Bench
 from wire import served
 
 from kvcore.client import KVClient
-from kvcore.client.copying import CopyingClient
 from kvcore.shm import Bytes, Segment
+from kvcore.worker.copying_client import CopyingClient
 
 PIECE = 32 << 10
 BLOCK_BYTES = 2 * NUM_LAYERS * PIECE

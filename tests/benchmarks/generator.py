@@ -17,12 +17,12 @@ import msgspec
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.protocol import LookupReply
-from kvctl.lab.engine.journal import unpack
-from kvctl.lab.engine.scheduler import Engine
-from kvctl.lab.messages import EnginePlan, Play, Played, Tally, send
+from kvctl.lab.engine.request_log import unpack
+from kvctl.lab.engine.simulated_scheduler import SimulatedScheduler
+from kvctl.lab.process_messages import EnginePlan, RequestDone, RunRequest, Tally, send
 from kvctl.lab.results.load_report import LoadReport, report_load
 from kvctl.lab.scenario import ModelConfig, Scenario, SharedPrefix
-from kvctl.lab.workload.load import ClosedLoop, Constant, Load
+from kvctl.lab.workload.load_config import ClosedLoop, Constant, Load
 
 RATES = (1000, 2000, 3000, 4000)
 SECONDS = 3
@@ -46,11 +46,11 @@ class Instant(KVClient):
 
 def obey(rank: Connection) -> None:
     """Be a rank that has done at once what it is told."""
-    decoder = msgspec.msgpack.Decoder(Play)
+    decoder = msgspec.msgpack.Decoder(RunRequest)
     try:
         while True:
             decoder.decode(rank.recv_bytes())
-            send(rank, Played(Tally(), {}))
+            send(rank, RequestDone(Tally(), {}))
     except EOFError:
         rank.close()
 
@@ -65,7 +65,7 @@ def play(load: Load, num_requests: int) -> tuple[float, LoadReport | None]:
     ours, theirs = Pipe()
     rank = threading.Thread(target=obey, args=(theirs,))
     rank.start()
-    engine = Engine(EnginePlan("", 0, "e", "m", 0, scenario), Instant())
+    engine = SimulatedScheduler(EnginePlan("", 0, "e", "m", 0, scenario), Instant())
     engine.pacer.start(time.monotonic())
     begun = time.perf_counter()
     engine.run_slot([ours])

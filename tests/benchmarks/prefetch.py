@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from kvcore.config import PrefetchConfig, WriteBackConfig
+from kvcore.extents import buffers_of, checksum_of
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
-from kvcore.parts import buffers_of, checksum_of
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
 from kvcore.storage.eviction import make_policy
 from kvcore.storage.l1 import L1
-from kvcore.storage.manager import Manager, open_tiers
-from kvcore.storage.needs import Needs, PartNeed
-from kvcore.storage.tiers.direct import PAGE, file_bytes
+from kvcore.storage.required_parts import RequiredPart, RequiredParts
+from kvcore.tiers.direct_io import PAGE, file_bytes
+from kvcore.tiers.tier_manager import TierManager, open_tiers
 
 CHUNK_BYTES = 1 << 20
 NUM_CHUNKS = 128
@@ -38,7 +38,7 @@ THREADS = 4
 """Of the file tier's loads, and of the plain reads."""
 ROUNDS = 7
 NAME = PartName("bench", 1, 0, 0, Fingerprint("0" * 16))
-NEEDS = Needs(1, (), (PartNeed(PartId(0), NAME, CHUNK_BYTES, None),))
+NEEDS = RequiredParts(1, (), (RequiredPart(PartId(0), NAME, CHUNK_BYTES, None),))
 HASHES = [ChunkHash(i.to_bytes(32, "little")) for i in range(NUM_CHUNKS)]
 
 
@@ -55,12 +55,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def filled(folder: Path) -> Iterator[tuple[Arena, L1, Manager]]:
+def filled(folder: Path) -> Iterator[tuple[Arena, L1, TierManager]]:
     """A manager whose file tier has all chunks."""
     arena = Arena(2 * NUM_CHUNKS * CHUNK_BYTES, 64 << 10)
     l1 = L1(arena, make_policy("lru"))
     tiers = open_tiers([f"file://{folder}/tier?threads={THREADS}&timeout=60"])
-    manager = Manager(l1, arena, tiers, PrefetchConfig(), WriteBackConfig())
+    manager = TierManager(l1, arena, tiers, PrefetchConfig(), WriteBackConfig())
     arena.array[:] = np.random.default_rng(0).integers(0, 256, arena.total_bytes, "u1")
     got = l1.reserve(HASHES, PartId(0), CHUNK_BYTES, name=NAME)
     for each in got.reservations:
@@ -77,7 +77,7 @@ def filled(folder: Path) -> Iterator[tuple[Arena, L1, Manager]]:
         arena.close()
 
 
-def prefetch_s(l1: L1, manager: Manager) -> float:
+def prefetch_s(l1: L1, manager: TierManager) -> float:
     """Seconds from the task to all chunks in L1."""
     wait_for(lambda: l1.stats().num_held == 0)
     l1.drop(HASHES)

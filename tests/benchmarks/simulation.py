@@ -14,7 +14,12 @@ from statistics import median
 from time import process_time
 
 from kvcore.storage.eviction import POLICIES, make_policy
-from kvctl.lab.workload.simulate import Requests, SimulatedL1, capacity_blocks, load
+from kvctl.lab.workload.cache_simulation import (
+    NumberedRequests,
+    SimulatedL1,
+    capacity_blocks,
+    load,
+)
 
 ROUNDS = 5
 
@@ -34,7 +39,7 @@ def main() -> None:
             print(f"  {policy:10} {middle:8,.0f} [{low:,.0f}..{high:,.0f}]")
 
 
-def timed(requests: Requests, policy: str) -> float:
+def timed(requests: NumberedRequests, policy: str) -> float:
     """Return the seconds of CPU that the policy takes: the machine may be shared."""
     listed = [ids.tolist() for ids in requests.blocks]
     cache = SimulatedL1(

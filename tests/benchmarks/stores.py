@@ -18,11 +18,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kvcore.extents import checksum_of
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
-from kvcore.parts import checksum_of
-from kvcore.storage.tiers.contract import Blob, LoadOutcome, PartKey, Slot, Tier
-from kvcore.storage.tiers.url import open_tier
+from kvcore.tiers.tier import LoadItem, LoadOutcome, PartKey, StoreItem, Tier
+from kvcore.tiers.tier_url import open_tier
 
 ROUNDS = 15
 THREADS = 4
@@ -46,14 +46,14 @@ def fill(tier: Tier, source: memoryview, count: int) -> None:
     """Store `count` parts of the same bytes."""
     checksum = checksum_of([source])
     for number in range(count):
-        done = tier.store([Blob(key_of(number), checksum, (source,))]).result()
+        done = tier.store([StoreItem(key_of(number), checksum, (source,))]).result()
         if done[0].value not in ("done", "present"):
             raise SystemExit(f"cannot store: {done} {tier.health().last_error}")
 
 
 def load_s(tier: Tier, targets: list[memoryview]) -> float:
     """Seconds to load all parts in one call."""
-    slots = [Slot(key_of(n), (target,)) for n, target in enumerate(targets)]
+    slots = [LoadItem(key_of(n), (target,)) for n, target in enumerate(targets)]
     start = time.perf_counter()
     loaded = tier.load(slots).result()
     took = time.perf_counter() - start

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcore.copy.host_cache import HostCache
+from kvcore.copy.paged_cache import ChunkSpan
+from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
-from kvcore.parts import Extent
 from kvcore.shm import Segment
-from kvcore.transport.host import HostCache
-from kvcore.transport.paged import Span
 
 TOTAL = 64 << 20
 BLOCK, CHUNK, LAYERS = 16, 256, 32
@@ -100,7 +100,7 @@ def test_copy(benchmark: Any, way: str, order: str, piece: int, shape: str) -> N
     count = TOTAL // size
     ids = block_ids(order, count * CHUNK // BLOCK, layout.num_blocks)
     spans = [
-        Span((Extent(i * size, size),), blocks, 0, CHUNK)
+        ChunkSpan((Extent(i * size, size),), blocks, 0, CHUNK)
         for i, blocks in enumerate(ids.reshape(count, -1))
     ]
     cache = HostCache(layout, [mapped(2 * TOTAL)])
@@ -118,7 +118,7 @@ def test_split_parts(benchmark: Any, way: str) -> None:
     rows = pages.reshape(TOTAL // size, -1).tolist()
     ids = block_ids("scattered", len(rows) * CHUNK // BLOCK, layout.num_blocks)
     spans = [
-        Span(tuple(Extent(offset, page) for offset in row), blocks, 0, CHUNK)
+        ChunkSpan(tuple(Extent(offset, page) for offset in row), blocks, 0, CHUNK)
         for row, blocks in zip(rows, ids.reshape(len(rows), -1), strict=True)
     ]
     cache = HostCache(layout, [mapped(2 * TOTAL)])
@@ -134,7 +134,7 @@ def test_small_request(benchmark: Any, way: str) -> None:
     part = layout.part.num_bytes
     ids = block_ids("scattered", 8 * CHUNK // BLOCK, layout.num_blocks)
     spans = [
-        Span((Extent(i * 65536, part),), blocks, 0, CHUNK)
+        ChunkSpan((Extent(i * 65536, part),), blocks, 0, CHUNK)
         for i, blocks in enumerate(ids.reshape(8, -1))
     ]
     cache = HostCache(layout, [mapped(1 << 20)])

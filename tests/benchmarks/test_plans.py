@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcore.copy.paged_cache import ChunkSpan, checked_blocks
+from kvcore.cuda.copy_methods import choose_method
+from kvcore.cuda.copy_plan import CopyPlan, PartRows
+from kvcore.cuda.copy_streams import loads
+from kvcore.cuda.staging import StagingSizes
+from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
-from kvcore.parts import Extent
-from kvcore.transport.cuda.lanes import loads
-from kvcore.transport.cuda.pieces import Plan, Rows
-from kvcore.transport.cuda.staging import Sizes
-from kvcore.transport.cuda.ways import choose
-from kvcore.transport.paged import Span, checked_blocks
-from tests.transport.cuda.rig import published
+from tests.cuda.cuda_fixture import published
 
 BLOCKS = 4096
 
@@ -37,12 +37,12 @@ def layout_of() -> KVLayout:
     return KVLayout.derive(group, [64 * int(np.prod(shape))], 256)
 
 
-def spans_of(layout: KVLayout, count: int, extents: int) -> list[Span]:
+def spans_of(layout: KVLayout, count: int, extents: int) -> list[ChunkSpan]:
     """Return scattered chunks, each part in so many pieces of the arena."""
     size = layout.part.num_bytes // extents
     ids = np.random.default_rng(1).permutation(BLOCKS).astype(np.int32)
     return [
-        Span(
+        ChunkSpan(
             tuple(Extent((2 * (n * extents + e)) * size, size) for e in range(extents)),
             ids[16 * n : 16 * n + 16],
             0,
@@ -59,15 +59,15 @@ def test_plan(benchmark: Any, way: str, count: int, extents: int) -> None:
     """Check, choose, and list what is to be copied."""
     layout = layout_of()
     planes = layout.plane_offsets + (1 << 44)
-    rows, rates = Rows.of(layout, planes), published().to_host
+    rows, rates = PartRows.of(layout, planes), published().to_host
     spans = spans_of(layout, count, extents)
 
     def plan() -> None:
         blocks = checked_blocks(layout, spans, nulls=False)
-        made = Plan.of(layout, rows, planes, spans, blocks, 1 << 40)
-        choose(rates, made.num_bytes, made.num_pieces, row_bytes=32768, word=16)
+        made = CopyPlan.of(layout, rows, planes, spans, blocks, 1 << 40)
+        choose_method(rates, made.num_bytes, made.num_pieces, row_bytes=32768, word=16)
         if way == "staged":
-            loads(made, Sizes().slot_bytes)
+            loads(made, StagingSizes().slot_bytes)
         else:
             _ = made.pieces
 

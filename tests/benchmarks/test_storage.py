@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from kvcore.engine.leases import LeaseTable
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.storage.arena import Arena, PageAllocator
 from kvcore.storage.eviction import LRU
 from kvcore.storage.l1 import L1, PartId
-from kvcore.storage.leases import LeaseTable
 
 PAGE = 64
 PROMPT = 512

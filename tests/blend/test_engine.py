@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvcore.blend.lookups import documents_of
+from kvcore.blend.document_lookups import documents_of
 from kvcore.keys import SessionKey
 from kvcore.protocol import (
     CBLookupPreComputed,
@@ -18,7 +18,7 @@ from kvcore.protocol import (
     EndSession,
     StoreReply,
 )
-from tests.blend.house import MODEL, Asked, House, packed
+from tests.blend.blend_fixture import MODEL, Asked, BlendFixture, packed
 
 KEY = SessionKey("e", "1")
 ONE = (1, 1, 1, 1, 2, 2, 2, 2)
@@ -26,12 +26,12 @@ TWO = (3, 3, 3, 3)
 
 
 @pytest.fixture
-def build() -> Iterator[Callable[..., House]]:
+def build() -> Iterator[Callable[..., BlendFixture]]:
     """Make houses in which both documents are stored."""
-    houses: list[House] = []
+    houses: list[BlendFixture] = []
 
-    def one(**options: Any) -> House:
-        house = House("anywhere", **{"num_pages": 40, **options})
+    def one(**options: Any) -> BlendFixture:
+        house = BlendFixture("anywhere", **{"num_pages": 40, **options})
         houses.append(house)
         put(house, ONE)
         put(house, TWO)
@@ -42,7 +42,7 @@ def build() -> Iterator[Callable[..., House]]:
         house.close()
 
 
-def ask(house: House, request: Any, client: str = "s") -> Asked:
+def ask(house: BlendFixture, request: Any, client: str = "s") -> Asked:
     """Begin a request."""
     blend = house.blend
     handlers: dict[type, Any] = {
@@ -58,18 +58,18 @@ def ask(house: House, request: Any, client: str = "s") -> Asked:
     return asked
 
 
-def put(house: House, tokens: tuple[int, ...]) -> None:
+def put(house: BlendFixture, tokens: tuple[int, ...]) -> None:
     """Store a document."""
     request = CBStorePreComputed("i0", 0, packed(tokens))
     house.drive(ask(house, request, "w0"))
 
 
-def look_up(house: House, tokens: tuple[int, ...]) -> Asked:
+def look_up(house: BlendFixture, tokens: tuple[int, ...]) -> Asked:
     """Begin a lookup of documents, and leave it in its midst."""
     return ask(house, CBLookupPreComputed(KEY, MODEL, 1, packed(tokens)))
 
 
-def found(house: House, tokens: tuple[int, ...]) -> CBLookupReply:
+def found(house: BlendFixture, tokens: tuple[int, ...]) -> CBLookupReply:
     """Look documents up."""
     asked = look_up(house, tokens)
     house.drive(asked)
@@ -77,19 +77,21 @@ def found(house: House, tokens: tuple[int, ...]) -> CBLookupReply:
     return reply
 
 
-def leased(house: House) -> int:
+def leased(house: BlendFixture) -> int:
     """Count the chunks of documents that the session holds."""
     lease = house.engine.leases._leases.get(documents_of(KEY))
     return sum(run.end - run.start for run in lease.runs) if lease else 0
 
 
-def save(house: House) -> None:
+def save(house: BlendFixture) -> None:
     """Have tiers write all, and L1 forget it."""
     house.answer_tiers()
     house.l1.drop(house.l1.hashes())
 
 
-def test_a_final_store_of_nothing_stores_nothing(build: Callable[..., House]) -> None:
+def test_a_final_store_of_nothing_stores_nothing(
+    build: Callable[..., BlendFixture],
+) -> None:
     """An empty range is answered as by a normal store."""
     house = build()
     asked = ask(house, CBStoreFinal(KEY, "i0", 0, 0, 0, packed(ONE)), "w0")
@@ -98,7 +100,7 @@ def test_a_final_store_of_nothing_stores_nothing(build: Callable[..., House]) ->
 
 
 def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
-    build: Callable[..., House],
+    build: Callable[..., BlendFixture],
 ) -> None:
     """The same chunk or another: its reader has yet to come."""
     house = build()
@@ -114,7 +116,7 @@ def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
 
 
 def test_a_chunk_that_was_not_told_is_under_no_lease(
-    build: Callable[..., House],
+    build: Callable[..., BlendFixture],
 ) -> None:
     """A worker names it for a place where another was found."""
     house = build()
@@ -125,7 +127,7 @@ def test_a_chunk_that_was_not_told_is_under_no_lease(
 
 
 def test_an_ended_sessions_lookup_leaves_its_successor_alone(
-    build: Callable[..., House],
+    build: Callable[..., BlendFixture],
 ) -> None:
     """A request id that is used again has a lease of its own."""
     house = build()
@@ -138,7 +140,7 @@ def test_an_ended_sessions_lookup_leaves_its_successor_alone(
 
 
 def test_of_two_lookups_of_a_session_the_later_counts(
-    build: Callable[..., House],
+    build: Callable[..., BlendFixture],
 ) -> None:
     """However their steps fall, also while tiers load."""
     house = build(num_tiers=1)
@@ -151,7 +153,7 @@ def test_of_two_lookups_of_a_session_the_later_counts(
 
 
 def test_a_dead_client_gets_no_lease_for_any_of_its_lookups(
-    build: Callable[..., House],
+    build: Callable[..., BlendFixture],
 ) -> None:
     """Two of a session were under way."""
     house = build(num_tiers=1)
@@ -167,7 +169,7 @@ def test_a_dead_client_gets_no_lease_for_any_of_its_lookups(
 
 
 def test_what_l1_has_is_known_however_much_tiers_have(
-    build: Callable[..., House],
+    build: Callable[..., BlendFixture],
 ) -> None:
     """The bound on chunks in tiers is for those beyond L1."""
     house = build(num_tiers=1, max_tier_chunks=2)

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcore.blend.buffer import slots_of
-from kvcore.blend.lookups import DocumentsOf, Found, documents_of
+from kvcore.blend.blend_buffer import slots_of
+from kvcore.blend.document_lookups import FoundDocuments, SessionDocuments, documents_of
 from kvcore.config import WRITE_POLICIES
 from kvcore.errors import (
     BadRequest,
@@ -49,8 +49,8 @@ from kvcore.protocol import (
     Lookup,
     Retrieve,
 )
-from tests.blend.house import House
-from tests.blend.world import (
+from tests.blend.blend_fixture import BlendFixture
+from tests.blend.blend_model import (
     END,
     MODEL,
     PART_BYTES,
@@ -112,7 +112,7 @@ HANDLERS = {
 class Lease:
     """Who still has to read what of a session's documents."""
 
-    found: Found
+    found: FoundDocuments
     client: str
     deadline: float
     waiting: dict[int, set[int]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class BlendMachine(RuleBasedStateMachine):
         self.documents: list[Tokens] = []
         self.prefixes: list[tuple[Tokens, str]] = []
         self.leases: dict[SessionKey, Lease] = {}
-        self.known: dict[SessionKey, Found] = {}
+        self.known: dict[SessionKey, FoundDocuments] = {}
         self.prompts: dict[SessionKey, tuple[Tokens, str]] = {}
         """What each of them was found in."""
 
@@ -152,7 +152,7 @@ class BlendMachine(RuleBasedStateMachine):
         has_index = self.matcher != "separated" and options["num_tiers"]
         if options["keep"] == "index" and not has_index:
             options["keep"] = ""
-        self.house = House(self.matcher, **options)
+        self.house = BlendFixture(self.matcher, **options)
         self.house.look_at = self.look_at
         for tokens in first:
             self.put(tokens, "", 0, None, RANKS[self.house.world_size][0], now=True)
@@ -255,7 +255,7 @@ class BlendMachine(RuleBasedStateMachine):
         now=at_once,
         wait_s=deadlines,
         again=st.booleans(),
-        turn_keys=st.booleans(),
+        rotate_keys=st.booleans(),
     )
     def retrieve(
         self,
@@ -264,7 +264,7 @@ class BlendMachine(RuleBasedStateMachine):
         now: bool,
         wait_s: float,
         again: bool,
-        turn_keys: bool,
+        rotate_keys: bool,
     ) -> None:
         """A worker reads what its session was told, in ranges or chunk by chunk."""
         key = data.draw(st.sampled_from(sorted(self.known, key=str)))
@@ -289,7 +289,7 @@ class BlendMachine(RuleBasedStateMachine):
             matches,
             tokens=packed(tokens if again else ()),
             extras=extras_of(salt),
-            turn_keys=turn_keys,
+            rotate_keys=rotate_keys,
         )
         self.ask(
             "retrieve",
@@ -307,7 +307,7 @@ class BlendMachine(RuleBasedStateMachine):
         data=st.data(),
         key=sessions,
         offset=offsets,
-        turn_keys=st.booleans(),
+        rotate_keys=st.booleans(),
         now=at_once,
         wait_s=deadlines,
     )
@@ -317,7 +317,7 @@ class BlendMachine(RuleBasedStateMachine):
         key: SessionKey,
         offset: int,
         now: bool,
-        turn_keys: bool,
+        rotate_keys: bool,
         wait_s: float,
     ) -> None:
         """A worker names chunks that it was never told, there or not."""
@@ -331,7 +331,7 @@ class BlendMachine(RuleBasedStateMachine):
         )
         rank = data.draw(st.integers(0, self.house.world_size - 1))
         request = CBRetrievePreComputed(
-            key, f"i{rank}", offset, (), matches, turn_keys=turn_keys
+            key, f"i{rank}", offset, (), matches, rotate_keys=rotate_keys
         )
         self.ask("retrieve", request, now, wait_s=wait_s, rank=rank, session=key)
 
@@ -589,7 +589,7 @@ class BlendMachine(RuleBasedStateMachine):
             return instance is None or not house.engine.registry.has(instance)
         if isinstance(error, DeadlineExceeded):
             return 0 < asked.deadline < house.now
-        if isinstance(error, ChunksMissing):  # `House.copy` knows which.
+        if isinstance(error, ChunksMissing):  # `BlendFixture.copy` knows which.
             return asked.kind in ("retrieve", "retrieve_prefix")
         if isinstance(error, TokensNeeded):
             known = self.known.get(asked.session)
@@ -607,7 +607,7 @@ class BlendMachine(RuleBasedStateMachine):
         twice = any(b - a < SIZE for a, b in pairwise(starts))
         return twice or request.offset + max(starts) + SIZE > SLOTS
 
-    def note(self, asked: Asked, found: Found) -> None:
+    def note(self, asked: Asked, found: FoundDocuments) -> None:
         """Note what a session knows and holds from here on."""
         key = asked.session
         self.known[key] = found
@@ -620,7 +620,7 @@ class BlendMachine(RuleBasedStateMachine):
             deadline = self.house.now + LEASE_S
             self.leases[key] = Lease(found, asked.client, deadline, waiting)
 
-    def check_told(self, asked: Asked, told: Found | CBLookupReply) -> None:
+    def check_told(self, asked: Asked, told: FoundDocuments | CBLookupReply) -> None:
         """Every match is true, and ranges are of one document each, apart."""
         ranges = {each.start: each.end for each in told.ranges}
         assert sum(b - a for a, b in ranges.items()) == SIZE * len(told.matches)
@@ -709,7 +709,7 @@ class BlendMachine(RuleBasedStateMachine):
                 assert chunk is not None
                 assert chunk.holds
                 assert chunk.ready & needs == needs
-        owners = {owner for owner in table if isinstance(owner, DocumentsOf)}
+        owners = {owner for owner in table if isinstance(owner, SessionDocuments)}
         assert owners == {documents_of(key) for key in self.leases}
 
     @invariant()

@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcore.blend.entry import Entry
-from kvcore.blend.index import DocumentIndex
-from kvcore.blend.kept import KeptEntries
+from kvcore.blend.document_chunk import DocumentChunk
+from kvcore.blend.document_index import DocumentIndex
+from kvcore.blend.document_journal import DocumentJournal
 from kvcore.keys import ChunkHash
 
 names = st.integers(0, 30)
@@ -40,7 +40,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         """Make an index from what is kept."""
-        self.kept = KeptEntries(self.path, 4)
+        self.kept = DocumentJournal(self.path, 4)
         self.index = DocumentIndex(64, MAX_IN_TIER, self.kept)
         for entry in self.kept.read():
             self.index.add(entry)
@@ -49,7 +49,7 @@ class IndexMachine(RuleBasedStateMachine):
     def add(self, number: int, key: int, twin: bool) -> None:
         """Enter a chunk."""
         digest = (b"same" if twin else b"%d" % number).ljust(32)
-        self.index.add(Entry(name(number), key, digest, number))
+        self.index.add(DocumentChunk(name(number), key, digest, number))
         self.known.setdefault(name(number), (key, digest))
 
     @rule(number=names, in_tier=st.booleans())
@@ -124,7 +124,7 @@ def test_an_empty_index_again_has_no_candidates() -> None:
     index = DocumentIndex(1000)
     keys = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
     for number, key in enumerate(keys.tolist()):
-        index.add(Entry(name(number), key, b"", 0))
+        index.add(DocumentChunk(name(number), key, b"", 0))
     assert index.candidates(keys).size == 1000
     for number in range(1000):
         index.leave(name(number), in_tier=False)
@@ -139,6 +139,6 @@ def test_few_foreign_windows_pass_the_filter() -> None:
     for number, key in enumerate(
         rng.integers(0, 2**64, 4096, dtype=np.uint64).tolist()
     ):
-        index.add(Entry(name(number), key, b"", 0))
+        index.add(DocumentChunk(name(number), key, b"", 0))
     foreign = rng.integers(0, 2**64, 100_000, dtype=np.uint64)
     assert index.candidates(foreign).size < 2000

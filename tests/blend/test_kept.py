@@ -8,29 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from kvcore.blend.entry import Entry
-from kvcore.blend.kept import SLOT_BYTES, KeptEntries
+from kvcore.blend.document_chunk import DocumentChunk
+from kvcore.blend.document_journal import SLOT_BYTES, DocumentJournal
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 
 CHUNK = 16
 
 
-def entry(number: int) -> Entry:
+def entry(number: int) -> DocumentChunk:
     """Make an entry."""
-    return Entry(
+    return DocumentChunk(
         ChunkHash(bytes([number] * 32)), number << 50, bytes([number + 1] * 32), number
     )
 
 
-def read(kept: KeptEntries) -> set[tuple[ChunkHash, int, bytes, int]]:
+def read(kept: DocumentJournal) -> set[tuple[ChunkHash, int, bytes, int]]:
     """Everything that is kept."""
     return {(e.hash, e.key, e.digest, e.start) for e in kept.read()}
 
 
-def filled(path: Path, count: int) -> list[Entry]:
+def filled(path: Path, count: int) -> list[DocumentChunk]:
     """Keep some entries in a file."""
-    kept = KeptEntries(path, CHUNK)
+    kept = DocumentJournal(path, CHUNK)
     entries = [entry(number) for number in range(count)]
     for one in entries:
         kept.write(one)
@@ -38,7 +38,7 @@ def filled(path: Path, count: int) -> list[Entry]:
     return entries
 
 
-def as_set(entries: list[Entry]) -> set[tuple[ChunkHash, int, bytes, int]]:
+def as_set(entries: list[DocumentChunk]) -> set[tuple[ChunkHash, int, bytes, int]]:
     """What `read` gives."""
     return {(e.hash, e.key, e.digest, e.start) for e in entries}
 
@@ -47,11 +47,11 @@ def test_entries_and_base_are_read_again(tmp_path: Path) -> None:
     """Both are as they were, for a server with chunks of the same size."""
     path = tmp_path / "kept"
     entries = filled(path, 3)
-    first = KeptEntries(path, CHUNK)
+    first = DocumentJournal(path, CHUNK)
     assert read(first) == as_set(entries)
     base = first.base
     first.close()
-    again = KeptEntries(path, CHUNK)
+    again = DocumentJournal(path, CHUNK)
     assert again.base == base
     again.close()
     assert path.stat().st_mode & 0o777 == 0o600
@@ -61,10 +61,10 @@ def test_another_chunk_size_begins_anew(tmp_path: Path) -> None:
     """Entries of other chunks are of no use, nor is their base."""
     path = tmp_path / "kept"
     filled(path, 3)
-    before = KeptEntries(path, CHUNK)
+    before = DocumentJournal(path, CHUNK)
     base = before.base
     before.close()
-    other = KeptEntries(path, 2 * CHUNK)
+    other = DocumentJournal(path, 2 * CHUNK)
     assert read(other) == set()
     assert other.base != base
     other.close()
@@ -78,7 +78,7 @@ def test_a_damaged_record_is_left_out(tmp_path: Path, damaged: int) -> None:
     data = bytearray(path.read_bytes())
     data[damaged * SLOT_BYTES + 9] ^= 4
     path.write_bytes(data)
-    kept = KeptEntries(path, CHUNK)
+    kept = DocumentJournal(path, CHUNK)
     left = [e for n, e in enumerate(entries, 1) if damaged not in (0, n)]
     assert read(kept) == as_set(left)
     kept.close()
@@ -89,7 +89,7 @@ def test_a_file_cut_short_keeps_whole_records(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     entries = filled(path, 3)
     os.truncate(path, 4 * SLOT_BYTES - 1)
-    kept = KeptEntries(path, CHUNK)
+    kept = DocumentJournal(path, CHUNK)
     assert read(kept) == as_set(entries[:2])
     kept.close()
 
@@ -99,14 +99,14 @@ def test_slots_are_used_again(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     entries = filled(path, 4)
     size = path.stat().st_size
-    kept = KeptEntries(path, CHUNK)
+    kept = DocumentJournal(path, CHUNK)
     found = list(kept.read())
     for one in found[:3]:
         kept.blank(one)
     for number in range(10, 12):
         kept.write(entry(number))
     kept.close()
-    again = KeptEntries(path, CHUNK)
+    again = DocumentJournal(path, CHUNK)
     assert read(again) == as_set([entries[3], entry(10), entry(11)])
     again.write(entry(12))
     assert path.stat().st_size == size
@@ -116,17 +116,17 @@ def test_slots_are_used_again(tmp_path: Path) -> None:
 def test_a_file_has_one_server(tmp_path: Path) -> None:
     """The second is refused by name until the first has gone."""
     path = tmp_path / "kept"
-    first = KeptEntries(path, CHUNK)
+    first = DocumentJournal(path, CHUNK)
     with pytest.raises(SetupError, match=r"blend.keep = .*kept: another server"):
-        KeptEntries(path, CHUNK)
+        DocumentJournal(path, CHUNK)
     first.close()
-    KeptEntries(path, CHUNK).close()
+    DocumentJournal(path, CHUNK).close()
 
 
 def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
     """The option and the reason are named."""
     with pytest.raises(SetupError, match=r"blend.keep = .*: No such file"):
-        KeptEntries(tmp_path / "missing" / "kept", CHUNK)
+        DocumentJournal(tmp_path / "missing" / "kept", CHUNK)
 
 
 def test_a_full_disk_ends_the_keeping_only(
@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_keeping_only(
     """It is told once; entries go on without it, and what was kept is there later."""
     path = tmp_path / "kept"
     entries = filled(path, 2)
-    kept = KeptEntries(path, CHUNK)
+    kept = DocumentJournal(path, CHUNK)
     assert len(read(kept)) == 2
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
@@ -146,6 +146,6 @@ def test_a_full_disk_ends_the_keeping_only(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     kept.close()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    again = KeptEntries(path, CHUNK)
+    again = DocumentJournal(path, CHUNK)
     assert read(again) == as_set(entries)
     again.close()

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.blend import matchers
-from kvcore.blend.index import DocumentIndex
+from kvcore.blend.document_index import DocumentIndex
 from kvcore.blend.matchers import (
-    Anywhere,
-    AnywhereOrSeparated,
+    CombinedMatcher,
     DocumentSpace,
     Matcher,
-    Run,
-    Separated,
+    RollingHashMatcher,
+    SeparatorMatcher,
+    TokenRun,
 )
 from kvcore.blend.paragraphs import Markers, cut
-from kvcore.blend.rolling import SLICE_WINDOWS, RollingHash
+from kvcore.blend.rolling_hash import SLICE_WINDOWS, RollingHash
 from kvcore.keys import ChunkHash, ExtraKey, HashChain
 
 SIZE = 4
@@ -63,7 +63,7 @@ class Library:
             self.index.add(entry)
         return hashes
 
-    def find(self, tokens: list[int], space: DocumentSpace = SPACE) -> list[Run]:
+    def find(self, tokens: list[int], space: DocumentSpace = SPACE) -> list[TokenRun]:
         """Match a prompt."""
         prompt = np.array(tokens, np.uint32)
         return end_of(self.matcher.find(prompt, space, len))
@@ -72,7 +72,7 @@ class Library:
 def anywhere(base: int | None = None) -> Library:
     """Make an empty library; a base of 1 makes a window's hash its sum of tokens."""
     index = DocumentIndex(1024, 1024)
-    return Library(Anywhere(index, RollingHash(SIZE, base)), index)
+    return Library(RollingHashMatcher(index, RollingHash(SIZE, base)), index)
 
 
 def brute_runs(
@@ -101,7 +101,7 @@ def brute_runs(
 
 
 def check_hashes(
-    runs: list[Run], prompt: list[int], documents: list[list[int]]
+    runs: list[TokenRun], prompt: list[int], documents: list[list[int]]
 ) -> None:
     """Each named chunk is one of a document, with the tokens of its place."""
     chunks = {
@@ -162,7 +162,7 @@ def test_separated_finds_each_paragraph_from_its_start(
     """A paragraph's chunks are chained as if it were a document."""
     _, prompt = case
     markers = Markers(start=((0,),))
-    matcher = Separated(markers, SIZE, 2)
+    matcher = SeparatorMatcher(markers, SIZE, 2)
     tokens = np.array(prompt, np.uint32)
     runs = end_of(matcher.find(tokens, SPACE, lambda _: 0))
     paragraphs = [prompt[p.start : p.end] for p in cut(tokens, markers)]
@@ -188,8 +188,8 @@ def test_paragraphs_are_found_between_what_is_found_anywhere(
         library.store(document)
         plain.store(document)
     markers = Markers(tuple(start), tuple(end))
-    separated = Separated(markers, SIZE, 1)
-    library.matcher = AnywhereOrSeparated(library.matcher, separated)
+    separated = SeparatorMatcher(markers, SIZE, 1)
+    library.matcher = CombinedMatcher(library.matcher, separated)
     runs, told = library.find(prompt), plain.find(prompt)
     assert [run for run in runs if run in told] == told
     taken = {
@@ -202,7 +202,7 @@ def test_paragraphs_are_found_between_what_is_found_anywhere(
         free = next((at for at in range(each.start, each.end) if at in taken), each.end)
         hashes = hashes_of(prompt[each.start : free])
         if hashes:
-            expected.append(Run(0, each.start, hashes))
+            expected.append(TokenRun(0, each.start, hashes))
     assert [run for run in runs if run not in told] == expected
     assert [run.start for run in runs] == sorted({run.start for run in runs})
 
@@ -334,7 +334,7 @@ def many(num_chunks: int) -> None:
     size = 16
     space, index = DocumentSpace("m", 1, size), DocumentIndex(num_chunks)
     rng = np.random.default_rng(5)
-    matcher = Anywhere(index, RollingHash(size))
+    matcher = RollingHashMatcher(index, RollingHash(size))
     per_document = 1000
     for _ in range(num_chunks // per_document):
         tokens = rng.integers(0, 1000, per_document * size, dtype=np.uint32)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.blend.rolling import RollingHash
+from kvcore.blend.rolling_hash import RollingHash
 
 WORD = 1 << 64
 

@@ -21,10 +21,12 @@ from kvcore.status import (
 from kvcore.wire import REQUESTS
 from kvctl import console
 from kvctl.commands import inspect
-from kvctl.lab.geometry import PRESETS
-from kvctl.views import devices, protocol, status
-from kvctl.views.layout import LayoutPage, Pieces
-from tests.transport.cuda.rig import published
+from kvctl.lab.model_geometry import PRESETS
+from kvctl.views import device_tables as devices
+from kvctl.views import protocol_tables as protocol
+from kvctl.views import status_tables as status
+from kvctl.views.layout_tables import LayoutPage, Pieces
+from tests.cuda.cuda_fixture import published
 
 ROOT = Path(__file__).resolve().parents[2]
 

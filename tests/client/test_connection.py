@@ -45,7 +45,7 @@ from kvcore.wire import decode_envelope, decode_request, encode_error, encode_re
 KEY = SessionKey("e", "r")
 
 
-class Played:
+class ScriptedServer:
     """A server that runs on a thread and answers as it is told.
 
     `answers` maps a request's class to what is answered: a reply, an error, bytes as
@@ -149,27 +149,27 @@ class Played:
 
 
 @pytest.fixture
-def played(tmp_path: Path) -> Iterator[Played]:
+def scripted_server(tmp_path: Path) -> Iterator[ScriptedServer]:
     """A played server."""
-    server = Played(f"ipc://{tmp_path}/played")
+    server = ScriptedServer(f"ipc://{tmp_path}/played")
     yield server
     server.close()
 
 
 @pytest.fixture
-def unwatched(tmp_path: Path) -> Iterator[Played]:
+def unwatched(tmp_path: Path) -> Iterator[ScriptedServer]:
     """A played server of another pid namespace."""
-    server = Played(f"ipc://{tmp_path}/unwatched", watched=False)
+    server = ScriptedServer(f"ipc://{tmp_path}/unwatched", watched=False)
     yield server
     server.close()
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[[Played], KVClient]]:
+def connect() -> Iterator[Callable[[ScriptedServer], KVClient]]:
     """Connect to a played server."""
     clients: list[KVClient] = []
 
-    def start(server: Played) -> KVClient:
+    def start(server: ScriptedServer) -> KVClient:
         clients.append(KVClient(server.address, timeout_s=20))
         return clients[-1]
 
@@ -179,94 +179,101 @@ def connect() -> Iterator[Callable[[Played], KVClient]]:
 
 
 def test_another_run_is_met_in_order(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """Refused as stale: hello, the registrations, and then the request once more."""
-    client = connect(played)
+    client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
-    played.seen.clear()
-    played.boot = BootToken(2)
+    scripted_server.seen.clear()
+    scripted_server.boot = BootToken(2)
     client.end_session(KEY)
-    assert played.names() == ["EndSession", "Hello", "RegisterKVCache", "EndSession"]
+    assert scripted_server.names() == [
+        "EndSession",
+        "Hello",
+        "RegisterKVCache",
+        "EndSession",
+    ]
     assert client.server.boot == 2
 
 
 def test_what_was_unregistered_is_not_registered_again(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """Only what should be there is restored."""
-    client = connect(played)
+    client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
     client._connection.runs.forget("i")
-    played.seen.clear()
-    played.boot = BootToken(2)
+    scripted_server.seen.clear()
+    scripted_server.boot = BootToken(2)
     client.end_session(KEY)
-    assert played.names() == ["EndSession", "Hello", "EndSession"]
+    assert scripted_server.names() == ["EndSession", "Hello", "EndSession"]
 
 
 def test_a_server_that_is_never_content_is_given_up(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """A request is sent a few times, not for ever."""
-    client = connect(played)
-    played.answers[EndSession] = StaleBoot("never")
+    client = connect(scripted_server)
+    scripted_server.answers[EndSession] = StaleBoot("never")
     with pytest.raises(StaleBoot, match="never"):
         client.end_session(KEY)
-    assert played.names().count("EndSession") == 4
+    assert scripted_server.names().count("EndSession") == 4
 
 
-def test_a_hello_that_is_refused_is_told(played: Played) -> None:
+def test_a_hello_that_is_refused_is_told(scripted_server: ScriptedServer) -> None:
     """Where versions differ there is no client."""
-    played.answers[Hello] = BadRequest("speak otherwise")
+    scripted_server.answers[Hello] = BadRequest("speak otherwise")
     with pytest.raises(BadRequest, match="speak otherwise"):
-        KVClient(played.address, timeout_s=20)
+        KVClient(scripted_server.address, timeout_s=20)
 
 
 @pytest.mark.parametrize("frame", [b"", b"junk", encode_reply(10**6, Done())])
 def test_a_frame_that_answers_nothing_is_dropped(
-    played: Played, connect: Callable[[Played], KVClient], frame: bytes
+    scripted_server: ScriptedServer,
+    connect: Callable[[ScriptedServer], KVClient],
+    frame: bytes,
 ) -> None:
     """The request that it might have answered ends at its deadline."""
-    client = connect(played)
-    played.answers[EndSession] = frame
+    client = connect(scripted_server)
+    scripted_server.answers[EndSession] = frame
     with pytest.raises(DeadlineExceeded):
         client.call(EndSession(KEY), 0.05)
     client.ping()
 
 
 def test_a_reply_of_the_wrong_shape_fails_its_request(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """It is not passed on as if it were right."""
-    client = connect(played)
-    played.answers[Ping] = Done()
+    client = connect(scripted_server)
+    scripted_server.answers[Ping] = Done()
     with pytest.raises(BadRequest, match="reply"):
         client.ping()
 
 
 def test_closing_ends_what_is_unanswered(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """With `Closed`, and with a goodbye to the server; nothing can be asked then."""
-    client = connect(played)
-    played.answers[EndSession] = None
+    client = connect(scripted_server)
+    scripted_server.answers[EndSession] = None
     future = client.submit_end_session(KEY)
-    played.wait_for(EndSession)
+    scripted_server.wait_for(EndSession)
     client.close()
     client.close()
     with pytest.raises(Closed):
         future.result(20)
-    played.wait_for(Goodbye)
+    scripted_server.wait_for(Goodbye)
     with pytest.raises(Closed):
         client.ping()
 
 
 def test_closing_ends_a_call_of_another_thread(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """Who closes does not wait for what may never be answered."""
-    client = connect(played)
-    played.answers[EndSession] = None
+    client = connect(scripted_server)
+    scripted_server.answers[EndSession] = None
     ends: list[BaseException] = []
 
     def ask() -> None:
@@ -277,16 +284,18 @@ def test_closing_ends_a_call_of_another_thread(
 
     thread = threading.Thread(target=ask)
     thread.start()
-    played.wait_for(EndSession)
+    scripted_server.wait_for(EndSession)
     client.close()
     thread.join(20)
     assert [type(end) for end in ends] == [Closed]
 
 
-def test_closing_amid_calls_leaves_nobody_waiting(played: Played) -> None:
+def test_closing_amid_calls_leaves_nobody_waiting(
+    scripted_server: ScriptedServer,
+) -> None:
     """However the two meet, both end."""
     for _ in range(50):
-        client = KVClient(played.address, timeout_s=20)
+        client = KVClient(scripted_server.address, timeout_s=20)
 
         def ask(client: KVClient = client) -> None:
             with suppress(Closed):
@@ -302,7 +311,7 @@ def test_closing_amid_calls_leaves_nobody_waiting(played: Played) -> None:
 
 
 def test_life_is_shown_while_waiting(
-    unwatched: Played, connect: Callable[[Played], KVClient]
+    unwatched: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """To a server that cannot watch the process: idle, or with a request under way."""
     client = connect(unwatched)
@@ -315,7 +324,7 @@ def test_life_is_shown_while_waiting(
 
 
 def test_a_new_run_ends_what_an_unwatched_one_was_asked(
-    unwatched: Played, connect: Callable[[Played], KVClient]
+    unwatched: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """Its address is another's now, so it writes no more: even a retrieve ends."""
     client = connect(unwatched)
@@ -327,10 +336,10 @@ def test_a_new_run_ends_what_an_unwatched_one_was_asked(
 
 
 def test_any_thread_may_ask(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """Calls from many threads all get their own answers."""
-    client = connect(played)
+    client = connect(scripted_server)
     failures: list[BaseException] = []
 
     def ask() -> None:
@@ -351,33 +360,33 @@ def test_any_thread_may_ask(
 
 
 def test_what_a_refused_hello_ended_is_never_sent(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """A request that has failed does not come back with the next good hello."""
-    client = connect(played)
-    played.boot = BootToken(2)
-    played.answers[Hello] = BadRequest("another version")
+    client = connect(scripted_server)
+    scripted_server.boot = BootToken(2)
+    scripted_server.answers[Hello] = BadRequest("another version")
     with pytest.raises(BadRequest, match="another version"):
         client.submit(EndSession(KEY)).result(20)
-    del played.answers[Hello]
+    del scripted_server.answers[Hello]
     client.submit(Ping()).result(20)
     client.submit(Ping()).result(20)
     # Once to the earlier run, which refused it; not again.
-    assert played.names().count("EndSession") == 1
+    assert scripted_server.names().count("EndSession") == 1
 
 
 def test_a_callback_may_close(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """On the connection's own thread; what else is unanswered ends."""
-    client = connect(played)
-    played.answers[EndSession] = None
-    played.answers[Ping] = None
+    client = connect(scripted_server)
+    scripted_server.answers[EndSession] = None
+    scripted_server.answers[Ping] = None
     ended = client.submit_end_session(KEY)
     left = client.submit(Ping())
-    played.wait_for(Ping, 2)
+    scripted_server.wait_for(Ping, 2)
     ended.add_done_callback(lambda _: client.close())
-    played.answer(EndSession, Done())
+    scripted_server.answer(EndSession, Done())
     assert ended.result(20) == Done()
     with pytest.raises(Closed):
         left.result(20)
@@ -387,12 +396,12 @@ def test_a_callback_may_close(
 
 
 def test_a_callback_may_close_in_another_threads_call(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """The call that served it ends too."""
-    client = connect(played)
-    played.answers[EndSession] = None
-    played.answers[Ping] = None
+    client = connect(scripted_server)
+    scripted_server.answers[EndSession] = None
+    scripted_server.answers[Ping] = None
     ends: list[BaseException] = []
 
     def ask() -> None:
@@ -403,11 +412,11 @@ def test_a_callback_may_close_in_another_threads_call(
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    played.wait_for(EndSession)
+    scripted_server.wait_for(EndSession)
     future = client.submit(Ping())
     future.add_done_callback(lambda _: client.close())
-    played.wait_for(Ping, 2)
-    played.answer(Ping, Pong(0))
+    scripted_server.wait_for(Ping, 2)
+    scripted_server.answer(Ping, Pong(0))
     future.result(20)
     thread.join(20)
     assert not thread.is_alive()
@@ -418,13 +427,15 @@ def test_a_callback_may_close_in_another_threads_call(
 
 @pytest.mark.parametrize("name", ["message", "self", "code"])
 def test_an_error_may_have_details_of_any_name(
-    played: Played, connect: Callable[[Played], KVClient], name: str
+    scripted_server: ScriptedServer,
+    connect: Callable[[ScriptedServer], KVClient],
+    name: str,
 ) -> None:
     """The request that it answers fails with it; the connection goes on."""
-    client = connect(played)
+    client = connect(scripted_server)
     error = BadRequest("so it is")
     error.details = {name: 1}
-    played.answers[EndSession] = error
+    scripted_server.answers[EndSession] = error
     with pytest.raises(BadRequest, match="so it is") as raised:
         client.submit_end_session(KEY).result(20)
     assert raised.value.details == {name: 1}
@@ -432,43 +443,43 @@ def test_an_error_may_have_details_of_any_name(
 
 
 def test_a_server_of_an_impossible_process_is_not_watched(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """It is met all the same."""
-    played.pid = 1 << 40
-    client = connect(played)
+    scripted_server.pid = 1 << 40
+    client = connect(scripted_server)
     client.ping()
     assert client.server.pid == 1 << 40
 
 
 def test_a_run_that_was_never_registered_with_is_no_reason_to_register_twice(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """What was on its way to one run is not sent to the next one besides."""
-    client = connect(played)
+    client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
-    played.boots[RegisterKVCache] = BootToken(3)
-    played.seen.clear()
-    played.boot = BootToken(2)
+    scripted_server.boots[RegisterKVCache] = BootToken(3)
+    scripted_server.seen.clear()
+    scripted_server.boot = BootToken(2)
     client.end_session(KEY)
     assert client.server.boot == 3
-    assert played.names() == [
+    assert scripted_server.names() == [
         *("EndSession", "Hello", "RegisterKVCache", "EndSession"),
         *("Hello", "RegisterKVCache", "EndSession"),
     ]
 
 
 def test_a_run_that_outlives_its_address_is_watched(
-    played: Played, connect: Callable[[Played], KVClient]
+    scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
     """It may write what it was asked to until its process ends; then that ends."""
     with Popen(["sleep", "1000"]) as process:
-        played.pid = process.pid
-        client = connect(played)
+        scripted_server.pid = process.pid
+        client = connect(scripted_server)
         future = client.submit_retrieve(KEY, "i", 0, 64, [[0]])
-        played.wait_for(Retrieve)
-        played.pid = os.getpid()
-        played.boot = BootToken(2)
+        scripted_server.wait_for(Retrieve)
+        scripted_server.pid = os.getpid()
+        scripted_server.boot = BootToken(2)
         client.ping()
         assert client.server.boot == 2
         assert not future.done()
@@ -479,14 +490,14 @@ def test_a_run_that_outlives_its_address_is_watched(
 
 
 def test_deadlines_pass_while_nonsense_keeps_coming(
-    played: Played,
-    connect: Callable[[Played], KVClient],
+    scripted_server: ScriptedServer,
+    connect: Callable[[ScriptedServer], KVClient],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However fast it comes: there is always another frame."""
-    client = connect(played)
+    client = connect(scripted_server)
     nonsense = encode_reply(10**6, Done())
-    played.answers[EndSession] = nonsense
+    scripted_server.answers[EndSession] = nonsense
     with monkeypatch.context() as patched:
         patched.setattr(client._connection._socket, "recv", lambda _: nonsense)
         future = client.submit(EndSession(KEY), 0.05)

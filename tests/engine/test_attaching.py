@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from kvcore.config import ServerConfig
-from kvcore.engine.engine import Caller, Engine, Running
+from kvcore.copy.host_transport import TransportTable
+from kvcore.cuda.device import OpenedAllocation
+from kvcore.cuda.ipc import CudaTransport, export
+from kvcore.engine.engine import Engine
+from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.errors import DeadlineExceeded, HandleError, UnknownInstance
 from kvcore.keys import SessionKey, pack_tokens
 from kvcore.layout import CacheGroup, TensorView
@@ -28,11 +32,8 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.storage.arena import Arena
-from kvcore.transport.attach import Transports
-from kvcore.transport.cuda.device import Opened
-from kvcore.transport.cuda.ipc import CudaTransport, export
-from tests.transport.cuda.fake import FakeDevice, World, array_at
-from tests.transport.cuda.host_caches import HostCaches
+from tests.cuda.fake_device_caches import HostCaches
+from tests.cuda.fake_gpu import FakeDevice, FakeTimeline, array_at
 
 CHUNK = 16
 CACHE_BYTES = 512
@@ -53,7 +54,7 @@ class Bench:
 
     def register(
         self, instance_id: str, client: bytes = b"me", **changes: Any
-    ) -> Running | RegisterReply:
+    ) -> DeferredReply | RegisterReply:
         """Register a cache of the worker's."""
         address = self.worker.allocate(CACHE_BYTES)
         handle = export(address, CACHE_BYTES, self.worker)
@@ -62,18 +63,18 @@ class Bench:
             RegisterKVCache(
                 instance_id, "e", "m", 1, 0, (CudaIpc(**facts | changes),), (GROUP,)
             ),
-            Caller(client, os.getpid()),
+            RequestContext(client, os.getpid()),
         )
 
     def store(
         self, instance_id: str, deadline_ns: int = 0, event: bytes = b""
-    ) -> Running:
+    ) -> DeferredReply:
         """Store two chunks."""
         request = Store(
             KEY, instance_id, 0, 2 * CHUNK, BLOCKS, tokens=TOKENS, event=event
         )
         return settled(
-            self.engine.store(request, Caller(b"me", os.getpid(), deadline_ns))
+            self.engine.store(request, RequestContext(b"me", os.getpid(), deadline_ns))
         )
 
     def never(self) -> bytes:
@@ -87,18 +88,20 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     """An engine and a GPU; at its end nothing is open."""
-    world, gate = World(), Event()
+    world, gate = FakeTimeline(), Event()
     gate.set()
     worker, server = FakeDevice(world), FakeDevice(world)
     opening = server.open
 
-    def open_behind_the_gate(handle: bytes) -> Opened:
+    def open_behind_the_gate(handle: bytes) -> OpenedAllocation:
         gate.wait(20)
         return opening(handle)
 
     server.open = open_behind_the_gate  # type: ignore[method-assign]
     arena = Arena(1 << 16, 4096, f"kvtest-{os.getpid()}-attaching")
-    transports = Transports({CudaIpc: CudaTransport([server], arena.array, HostCaches)})
+    transports = TransportTable(
+        {CudaIpc: CudaTransport([server], arena.array, HostCaches)}
+    )
     engine = Engine(ServerConfig(chunk_size=CHUNK), arena, transports=transports)
     yield Bench(engine, worker, server, gate)
     gate.set()
@@ -109,7 +112,7 @@ def bench() -> Iterator[Bench]:
     arena.close()
 
 
-def settled(steps: Iterator[None]) -> Running:
+def settled(steps: Iterator[None]) -> DeferredReply:
     """Run a request until it runs elsewhere."""
     running = None
     try:
@@ -117,13 +120,13 @@ def settled(steps: Iterator[None]) -> Running:
             next(steps)
     except StopIteration as stop:
         running = stop.value
-    assert isinstance(running, Running)
+    assert isinstance(running, DeferredReply)
     return running
 
 
 def finish(running: Any) -> Any:
     """Wait for what runs elsewhere, if it does, and answer as the loop would."""
-    if not isinstance(running, Running):
+    if not isinstance(running, DeferredReply):
         return running
     assert wait([running.future], 20).done
     return running.finish()
@@ -150,7 +153,9 @@ def test_a_cache_comes_back_as_it_was(bench: Bench) -> None:
     finish(bench.store("i"))
     cache[:] = 0
     retrieve = Retrieve(KEY, "i", 0, 2 * CHUNK, BLOCKS, tokens=TOKENS)
-    reply = finish(settled(bench.engine.retrieve(retrieve, Caller(b"me", os.getpid()))))
+    reply = finish(
+        settled(bench.engine.retrieve(retrieve, RequestContext(b"me", os.getpid())))
+    )
     assert isinstance(reply, RetrieveReply)
     assert len(reply.event) == 64
     blocks = cache.reshape(4, 128)
@@ -191,7 +196,7 @@ def test_a_client_may_die_while_its_event_is_waited_for(bench: Bench) -> None:
     with pytest.raises(UnknownInstance, match="gone"):
         finish(stored)
     running = bench.engine.unregister_kv_cache(
-        UnregisterKVCache("other"), Caller(b"you", os.getpid())
+        UnregisterKVCache("other"), RequestContext(b"you", os.getpid())
     )
     finish(running)
     assert bench.server.opened == {}
@@ -219,5 +224,5 @@ def test_a_store_reads_what_was_written_before_its_event(bench: Bench) -> None:
     bench.worker.free_host(source)
     array_at(address, CACHE_BYTES)[:] = 0
     retrieve = Retrieve(KEY, "i", 0, 2 * CHUNK, BLOCKS, tokens=TOKENS)
-    finish(settled(bench.engine.retrieve(retrieve, Caller(b"me", os.getpid()))))
+    finish(settled(bench.engine.retrieve(retrieve, RequestContext(b"me", os.getpid()))))
     assert (array_at(address, CACHE_BYTES).reshape(4, 128)[[0, 2]] == 7).all()

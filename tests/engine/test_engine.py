@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from kvcore.config import ServerConfig, WireConfig
-from kvcore.engine.engine import Caller, Engine, Running
+from kvcore.copy.host_cache import HostCache
+from kvcore.engine.engine import Engine
+from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.errors import BadRequest, UnknownInstance
+from kvcore.extents import Checksum
 from kvcore.keys import SessionKey, pack_tokens
 from kvcore.layout import CacheGroup, TensorView
-from kvcore.parts import Checksum
 from kvcore.protocol import (
     EndSession,
     Lookup,
@@ -27,11 +29,10 @@ from kvcore.protocol import (
 )
 from kvcore.shm import Segment
 from kvcore.storage.arena import Arena
-from kvcore.transport.host import HostCache
 
 CHUNK = 16
 KEY = SessionKey("e", "r")
-ME = Caller(b"me", os.getpid())
+ME = RequestContext(b"me", os.getpid())
 GROUP = CacheGroup("NSD", "uint8", 16, (TensorView(0, 0, (4, 16, 8), (128, 8, 1)),))
 TOKENS = memoryview(pack_tokens(range(4 * CHUNK)))
 BLOCKS = (memoryview(pack_tokens(range(4))),)
@@ -146,7 +147,7 @@ def settle(steps: Iterator[None]) -> object:
             next(steps)
     except StopIteration as stop:
         running = stop.value
-    if not isinstance(running, Running):
+    if not isinstance(running, DeferredReply):
         return running
     wait([running.future], 20)
     return running.finish()

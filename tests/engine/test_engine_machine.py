@@ -33,13 +33,14 @@ from kvcore.config import (
     SessionConfig,
     WireConfig,
 )
+from kvcore.copy.block_arrays import TokenRange
+from kvcore.copy.host_transport import TransportTable
 from kvcore.engine import engine as engine_module
-from kvcore.engine import lookups, worker_copies
-from kvcore.engine.copies import Read
+from kvcore.engine import lookups
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
-from kvcore.engine.running import Running
-from kvcore.engine.worker_copies import WorkerCopies
+from kvcore.engine.request_context import DeferredReply
+from kvcore.engine.transfers import HeldChunks
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
@@ -53,12 +54,12 @@ from kvcore.errors import (
     UnknownModel,
     UnknownTicket,
 )
+from kvcore.extents import PartLocation, buffers_of, checksum_of
 from kvcore.keys import (
     ChunkHash,
     SessionKey,
 )
 from kvcore.options import ByteSize
-from kvcore.parts import Place, buffers_of, checksum_of
 from kvcore.protocol import (
     NULL_BLOCK,
     Abort,
@@ -79,23 +80,15 @@ from kvcore.protocol import (
     Store,
     UnregisterKVCache,
 )
-from kvcore.storage import coordinator
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import Chunk, DropReason
-from kvcore.storage.coordinator import Coordinator
 from kvcore.storage.l1 import Reservation
-from kvcore.storage.manager import Manager
-from kvcore.transport.attach import Transports
-from kvcore.transport.plan import Range
-from tests.engine.played import (
-    Answers,
-    PlayedLane,
-    PlayedLoop,
-    PlayedMover,
-    PlayedTransport,
-    current,
-)
-from tests.engine.world import (
+from kvcore.tiers import timer_thread as coordinator
+from kvcore.tiers.tier_manager import TierManager
+from kvcore.tiers.timer_thread import TimerThread
+from kvcore.worker import ticket_requests as worker_copies
+from kvcore.worker.ticket_requests import TicketRequests
+from tests.engine.engine_model import (
     CHUNK,
     ENGINES,
     FAR_NS,
@@ -106,9 +99,9 @@ from tests.engine.world import (
     NUM_BLOCKS,
     PAGE,
     PROMPTS,
-    Asked,
     Deployment,
     Lease,
+    ModelRequest,
     PartOf,
     Ticket,
     Worker,
@@ -117,7 +110,15 @@ from tests.engine.world import (
     hashes_of,
     tokens_of,
 )
-from tests.storage.played import PlayedTier
+from tests.engine.manual_threads import (
+    Answers,
+    ManualCopier,
+    ManualLane,
+    ManualLoop,
+    ManualTransport,
+    current,
+)
+from tests.tiers.manual_tier import ManualTier
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -128,7 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.now = 1000.0
         self.workers: dict[str, Worker] = {}
         self.all_workers: list[Worker] = []
-        self.flying: dict[int, Asked] = {}
+        self.flying: dict[int, ModelRequest] = {}
         self.tickets: dict[int, Ticket] = {}
         self.ended_tickets: list[int] = []
         self.leases: dict[SessionKey, Lease] = {}
@@ -165,9 +166,9 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         """Start a server, and some engines."""
         self.engines = engines
-        self.tiers = [PlayedTier(f"t{number}") for number in range(num_tiers)]
-        self.coordinator = Coordinator("played", lambda: self.now_ns() / 1e9)
-        make_manager = partial(Manager, coordinator=self.coordinator)
+        self.tiers = [ManualTier(f"t{number}") for number in range(num_tiers)]
+        self.coordinator = TimerThread("played", lambda: self.now_ns() / 1e9)
+        make_manager = partial(TierManager, coordinator=self.coordinator)
         self.patches = [
             mock.patch.object(worker_copies, "LOOP_CHUNKS", 1),
             mock.patch.object(engine_module, "Manager", make_manager),
@@ -186,21 +187,21 @@ class EngineMachine(RuleBasedStateMachine):
             ),
         )
         self.arena = Arena(num_pages * PAGE, PAGE)
-        self.transport = PlayedTransport()
+        self.transport = ManualTransport()
         self.engine = Engine(
             config,
             self.arena,
             clock=lambda: self.now,
             tiers=self.tiers,
-            transports=Transports({PosixShm: self.transport}),
+            transports=TransportTable({PosixShm: self.transport}),
         )
-        self.closer = PlayedLane()
+        self.closer = ManualLane()
         self.engine._closer.shutdown()
         self.engine._closer = self.closer  # type: ignore[assignment]
-        self.copies = WorkerCopies(self.engine, MAX_TICKETS)
+        self.copies = TicketRequests(self.engine, MAX_TICKETS)
         self.watch_copies()
         answers = Answers(self.on_running, self.on_answer)
-        self.loop = PlayedLoop(self.engine, self.copies, answers, lambda: self.now)
+        self.loop = ManualLoop(self.engine, self.copies, answers, lambda: self.now)
         self.error: type[KVError] | None = None
         for engine in engines:
             self.loop.greet(engine.scheduler)
@@ -212,7 +213,9 @@ class EngineMachine(RuleBasedStateMachine):
         """Have the model told of what is committed, held, let go and gone."""
         copier, l1 = self.engine.copier, self.engine.l1
         copier._clock_ns = self.now_ns
-        copier._mover = PlayedMover(self.arena.array, CHUNK, checksums=copier.checksums)
+        copier._mover = ManualCopier(
+            self.arena.array, CHUNK, checksums=copier.checksums
+        )
         commit, hold, release = l1.commit, copier.hold, copier.release
 
         def commit_watched(
@@ -230,7 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.check_alive(strand.future)
             return num
 
-        def hold_watched(*args: Any) -> Read:
+        def hold_watched(*args: Any) -> HeldChunks:
             expected = self.expect_hold(*args)
             try:
                 read = hold(*args)
@@ -241,7 +244,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.reads[id(read)] = expected
             return read
 
-        def release_watched(read: Read) -> None:
+        def release_watched(read: HeldChunks) -> None:
             del self.reads[id(read)]
             release(read)
 
@@ -258,7 +261,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.wrong.append("a dead worker's store was committed")
 
     def expect_hold(
-        self, instance: Instance, hashes: Any, blocks: Any, tokens: Range, _: int
+        self, instance: Instance, hashes: Any, blocks: Any, tokens: TokenRange, _: int
     ) -> list[tuple[ChunkHash, int]] | None:
         """Say which chunks are held, none if one lacks a part that is read."""
         held = []
@@ -309,7 +312,7 @@ class EngineMachine(RuleBasedStateMachine):
             if find(key) is not lease.session:
                 del self.leases[key]
 
-    def on_running(self, number: int, running: Running) -> None:
+    def on_running(self, number: int, running: DeferredReply) -> None:
         """Note that a request's work goes on elsewhere."""
         asked = self.flying[number]
         asked.running = running
@@ -320,7 +323,7 @@ class EngineMachine(RuleBasedStateMachine):
         if asked.kind == "lookup":
             self.replace_lookups(asked)
 
-    def replace_lookups(self, by: Asked) -> None:
+    def replace_lookups(self, by: ModelRequest) -> None:
         """Of a session's lookups only the last one may wait for a tier."""
         for asked in self.flying.values():
             waits = asked.kind == "lookup" and asked.running is not None
@@ -337,14 +340,14 @@ class EngineMachine(RuleBasedStateMachine):
         ):
             self.give_back(asked)
 
-    def give_back(self, asked: Asked) -> None:
+    def give_back(self, asked: ModelRequest) -> None:
         """A worker may use its blocks for something else."""
         assert asked.worker is not None
         for free, blocks in zip(asked.worker.free, asked.blocks, strict=True):
             free += [block for block in blocks if block != NULL_BLOCK]
         asked.blocks = []
 
-    def check_error(self, asked: Asked, outcome: object) -> bool:
+    def check_error(self, asked: ModelRequest, outcome: object) -> bool:
         """Say whether it failed; it must be for a reason."""
         if asked.error is not None:
             assert isinstance(outcome, asked.error), outcome
@@ -394,7 +397,7 @@ class EngineMachine(RuleBasedStateMachine):
             name, engine.name, engine.model, engine.world_size, rank,
             tuple(handles), groups,
         )  # fmt: skip
-        asked = Asked("registration", thief or worker.client, worker=worker)
+        asked = ModelRequest("registration", thief or worker.client, worker=worker)
         earlier = self.workers.get(name)
         if thief and earlier is not None and earlier.client != thief:
             asked.error = InstanceExists
@@ -410,7 +413,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.transport.is_slow = False
         if asked.error is None:
             instance = self.engine.registry.instances[name]
-            worker.lanes = (PlayedLane(), PlayedLane())
+            worker.lanes = (ManualLane(), ManualLane())
             instance.store_lane, instance.retrieve_lane = worker.lanes  # type: ignore[assignment]
             space = (engine.model, engine.world_size)
             for part, group in zip(worker.parts(), instance.groups, strict=True):
@@ -448,7 +451,7 @@ class EngineMachine(RuleBasedStateMachine):
         del self.workers[worker.id]
         worker.is_gone = True
 
-    def answered_registration(self, asked: Asked, outcome: object) -> None:
+    def answered_registration(self, asked: ModelRequest, outcome: object) -> None:
         """A cache that could not be attached is not registered."""
         worker = asked.worker
         assert worker is not None
@@ -459,7 +462,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.check_error(asked, outcome)
         asked.worker = None
 
-    def answered_done(self, asked: Asked, outcome: object) -> None:
+    def answered_done(self, asked: ModelRequest, outcome: object) -> None:
         """Something that cannot fail, or must."""
         self.check_error(asked, outcome)
 
@@ -476,7 +479,7 @@ class EngineMachine(RuleBasedStateMachine):
             return []
         return [*by_rank.values()]
 
-    def count_hits(self, asked: Asked) -> int:
+    def count_hits(self, asked: ModelRequest) -> int:
         """Count how many leading chunks of a lookup are a hit."""
         engine = asked.engine
         assert engine is not None
@@ -506,7 +509,7 @@ class EngineMachine(RuleBasedStateMachine):
                 best = n
         return best
 
-    def answered_lookup(self, asked: Asked, outcome: Any) -> None:
+    def answered_lookup(self, asked: ModelRequest, outcome: Any) -> None:
         """It counts what is there, and that is leased."""
         if self.check_error(asked, outcome):
             return
@@ -540,7 +543,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     # -- stores and retrieves ---------------------------------------------------------
 
-    def answered_store(self, asked: Asked, outcome: Any) -> None:
+    def answered_store(self, asked: ModelRequest, outcome: Any) -> None:
         """What it counts is what was committed."""
         assert asked.worker is not None
         future = asked.running.future if asked.running else None
@@ -553,7 +556,7 @@ class EngineMachine(RuleBasedStateMachine):
         counts = (outcome.num_stored, outcome.num_present, outcome.num_dropped)
         assert sum(counts) == num_parts
 
-    def answered_retrieve(self, asked: Asked, outcome: Any) -> None:
+    def answered_retrieve(self, asked: ModelRequest, outcome: Any) -> None:
         """All of it is there, or none."""
         if isinstance(outcome, ChunksMissing) and asked.error is None:
             return
@@ -575,7 +578,7 @@ class EngineMachine(RuleBasedStateMachine):
                     slot = at % worker.block_size
                     shadow[:, block, slot] = right[:, token % CHUNK]
 
-    def note_read(self, asked: Asked) -> None:
+    def note_read(self, asked: ModelRequest) -> None:
         """A rank has read; its lease is the one that it was found under."""
         assert asked.key is not None
         assert asked.worker is not None
@@ -586,7 +589,7 @@ class EngineMachine(RuleBasedStateMachine):
         if asked.first < asked.end and not lease.take(first, end, {asked.worker.rank}):
             del self.leases[asked.key]
 
-    def answered_reserve(self, asked: Asked, outcome: Any) -> None:
+    def answered_reserve(self, asked: ModelRequest, outcome: Any) -> None:
         """Room is handed out, and is the worker's alone."""
         if self.check_error(asked, outcome):
             return
@@ -595,14 +598,14 @@ class EngineMachine(RuleBasedStateMachine):
         assert num_reserved + outcome.num_present + outcome.num_dropped == num_parts
         self.hand_out(asked, outcome, is_written=True)
 
-    def answered_hold(self, asked: Asked, outcome: Any) -> None:
+    def answered_hold(self, asked: ModelRequest, outcome: Any) -> None:
         """Parts are lent, all that are wanted."""
         if isinstance(outcome, ChunksMissing) and asked.error is None:
             return
         if not self.check_error(asked, outcome):
             self.hand_out(asked, outcome, is_written=False)
 
-    def hand_out(self, asked: Asked, reply: Any, *, is_written: bool) -> None:
+    def hand_out(self, asked: ModelRequest, reply: Any, *, is_written: bool) -> None:
         """Note a ticket."""
         if reply.ticket is None:
             self.give_back(asked)
@@ -615,7 +618,7 @@ class EngineMachine(RuleBasedStateMachine):
                 for buffer in buffers_of(self.arena.array.data, place.extents):
                     buffer[:] = b"?" * len(buffer)
 
-    def places_of(self, ticket: Ticket) -> Iterator[tuple[bytes, Place]]:
+    def places_of(self, ticket: Ticket) -> Iterator[tuple[bytes, PartLocation]]:
         """Yield a ticket's places, with the right bytes of each."""
         asked = ticket.asked
         worker = asked.worker
@@ -628,7 +631,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     # -- asking -----------------------------------------------------------------------
 
-    def ask(self, asked: Asked, request: Any) -> None:
+    def ask(self, asked: ModelRequest, request: Any) -> None:
         """Send a request."""
         number = self.loop.next_id()
         self.flying[number] = asked
@@ -649,7 +652,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.unsettled.add(key)
         return self.bound[key]
 
-    def tokens(self, asked: Asked, sent: str, num_tokens: int) -> dict[str, Any]:
+    def tokens(self, asked: ModelRequest, sent: str, num_tokens: int) -> dict[str, Any]:
         """Return a request's session, and what it says of its tokens."""
         assert asked.key is not None
         prompt = asked.prompt = self.bind(asked.key, asked.prompt)
@@ -668,9 +671,9 @@ class EngineMachine(RuleBasedStateMachine):
     def begin(
         self, kind: str, worker: Worker, key: SessionKey, prompt: int, num_tokens: int,
         pick: int, deadline: float,
-    ) -> Asked | None:  # fmt: skip
+    ) -> ModelRequest | None:  # fmt: skip
         """Make a copy's request with blocks of its own; none where there is no room."""
-        asked = Asked(kind, worker.client, key, prompt, worker=worker)
+        asked = ModelRequest(kind, worker.client, key, prompt, worker=worker)
         asked.blocks = self.take_blocks(worker, num_tokens, pick)
         if not asked.blocks:
             return None
@@ -708,7 +711,7 @@ class EngineMachine(RuleBasedStateMachine):
             moved = True
         return self.loop.look_around() or moved
 
-    def busy_lanes(self) -> list[PlayedLane]:
+    def busy_lanes(self) -> list[ManualLane]:
         """Return what runs beside the loop."""
         lanes = [lane for worker in self.all_workers for lane in worker.lanes]
         return [lane for lane in [*lanes, self.closer] if lane.is_busy]
@@ -757,7 +760,7 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:  # fmt: skip
         """A scheduler looks up."""
         engine = self.engine_at(at)
-        asked = Asked(
+        asked = ModelRequest(
             "lookup", engine.scheduler, SessionKey(engine.name, request), prompt
         )
         asked.engine, asked.num_chunks = engine, length
@@ -835,7 +838,7 @@ class EngineMachine(RuleBasedStateMachine):
         asked += [a for a in self.flying.values() if a.kind in ("reserve", "hold")]
         return sum(one.client == client for one in asked)
 
-    def pass_window(self, asked: Asked, nulls: int) -> None:
+    def pass_window(self, asked: ModelRequest, nulls: int) -> None:
         """Where a window has passed, there are no blocks."""
         worker = asked.worker
         assert worker is not None
@@ -845,7 +848,7 @@ class EngineMachine(RuleBasedStateMachine):
                 worker.free[group] += passed
                 asked.blocks[group][:nulls] = [NULL_BLOCK] * len(passed)
 
-    def compute(self, asked: Asked) -> None:
+    def compute(self, asked: ModelRequest) -> None:
         """Have the right bytes in a worker's blocks."""
         worker = asked.worker
         assert worker is not None
@@ -939,7 +942,7 @@ class EngineMachine(RuleBasedStateMachine):
         worker = self.worker_at(at, rank, 0)
         if worker is None or not self.has_room(worker):
             return
-        asked = Asked("done", worker.client, SessionKey("wrong", "r"), prompt)
+        asked = ModelRequest("done", worker.client, SessionKey("wrong", "r"), prompt)
         named: dict[str, Any] = {
             "session": asked.key,
             "instance_id": worker.id,
@@ -977,7 +980,7 @@ class EngineMachine(RuleBasedStateMachine):
             if asked.key == key:
                 asked.is_ended = True
                 asked.lease = None
-        self.ask(Asked("done", engine.scheduler), EndSession(key))
+        self.ask(ModelRequest("done", engine.scheduler), EndSession(key))
         self.leases.pop(key, None)
         self.bound.pop(key, None)
         self.unsettled.discard(key)
@@ -995,7 +998,9 @@ class EngineMachine(RuleBasedStateMachine):
         engine = self.engine_at(at)
         key = SessionKey(engine.name, request)
         end = start + length
-        self.ask(Asked("done", engine.scheduler), FreeLookupLocks(key, start, end))
+        self.ask(
+            ModelRequest("done", engine.scheduler), FreeLookupLocks(key, start, end)
+        )
         lease = self.leases.get(key)
         first, last = start // CHUNK, -(-end // CHUNK)
         if lease and first < last and not lease.take(first, last, {0, 1}):
@@ -1005,7 +1010,7 @@ class EngineMachine(RuleBasedStateMachine):
     def clear(self, really: bool) -> None:
         """Somebody drops what nobody reads or writes."""
         if really:
-            self.ask(Asked("done", self.engines[0].scheduler), Clear())
+            self.ask(ModelRequest("done", self.engines[0].scheduler), Clear())
 
     # -- rules: who comes and goes ----------------------------------------------------
 
@@ -1040,7 +1045,7 @@ class EngineMachine(RuleBasedStateMachine):
         worker = self.worker_at(at, rank, pick)
         if worker is not None and pick >= 0:
             self.forget(worker)
-            asked = Asked("done", worker.client)
+            asked = ModelRequest("done", worker.client)
             self.ask(asked, UnregisterKVCache(worker.id))
 
     @precondition(lambda self: self.transport.pending)
@@ -1121,7 +1126,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.end_hold(number, ticket, how)
         elif how != "well":
             self.drop_ticket(number)
-            self.ask(Asked("done", client), Abort(number))
+            self.ask(ModelRequest("done", client), Abort(number))
         else:
             checksums = b""
             for right, place in self.places_of(ticket):
@@ -1134,12 +1139,12 @@ class EngineMachine(RuleBasedStateMachine):
                 checksums += checksum_of(buffers)
             if not self.engine.copier.checksums:
                 checksums = b""
-            asked = Asked("commit", client, worker=ticket.asked.worker)
+            asked = ModelRequest("commit", client, worker=ticket.asked.worker)
             asked.deadline = ticket.asked.deadline
             self.drop_ticket(number)
             self.ask(asked, Commit(number, memoryview(checksums)))
 
-    def answered_commit(self, asked: Asked, outcome: Any) -> None:
+    def answered_commit(self, asked: ModelRequest, outcome: Any) -> None:
         """It is kept unless it is late or its cache has gone."""
         worker, late = asked.worker, 0 < asked.deadline < self.now
         assert worker is not None
@@ -1152,7 +1157,7 @@ class EngineMachine(RuleBasedStateMachine):
         for right, place in self.places_of(ticket):
             buffers = buffers_of(self.arena.array.data, place.extents)
             assert b"".join(buffers) == right
-        asked = Asked("done", ticket.asked.client)
+        asked = ModelRequest("done", ticket.asked.client)
         release = Release(number, 1)
         if how == "wrong" and any(map(len, ticket.places)):
             release = Release(
@@ -1171,7 +1176,7 @@ class EngineMachine(RuleBasedStateMachine):
         """What has ended stays so."""
         number = self.ended_tickets[pick % len(self.ended_tickets)]
         kinds = (Abort, Commit, Release)
-        asked = Asked("done", self.engine_at(at).scheduler, error=UnknownTicket)
+        asked = ModelRequest("done", self.engine_at(at).scheduler, error=UnknownTicket)
         self.ask(asked, kinds[pick % 3](number))
 
     # -- rules: tiers -----------------------------------------------------------------

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvcore.engine.keyspace import Keyspace
 from kvcore.engine.sessions import Session, SessionTable
-from kvcore.engine.space import Space
 from kvcore.errors import BadRequest, TokensNeeded
 from kvcore.keys import ExtraKey, HashChain, SessionKey, chain_seed, pack_tokens
 
 CHUNK = 4
-SPACE = Space("m", 1, chain_seed("prefix", "m", 1, CHUNK))
+SPACE = Keyspace("m", 1, chain_seed("prefix", "m", 1, CHUNK))
 TOKENS = list(range(10 * CHUNK))
 
 
@@ -179,7 +179,7 @@ def test_the_end_waits_for_running_work(house: House) -> None:
             BadRequest,
         ),
         (
-            lambda house, s: house.table.open(s.key, Space("o", 1, SPACE.seed)),
+            lambda house, s: house.table.open(s.key, Keyspace("o", 1, SPACE.seed)),
             BadRequest,
         ),
     ],

@@ -24,14 +24,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvcore.copy.paged_cache import ChunkSpan
+from kvcore.cuda.copy_methods import CopyMethod
+from kvcore.cuda.cuda_cache import CudaCache
+from kvcore.cuda.ipc import open_caches
+from kvcore.cuda.kernel_launch import PROGRAMS
+from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
-from kvcore.parts import Extent
-from kvcore.transport.cuda.cache import CudaCache
-from kvcore.transport.cuda.ipc import open_caches
-from kvcore.transport.cuda.kernels import PROGRAMS
-from kvcore.transport.cuda.ways import Way
-from kvcore.transport.paged import Span
-from tests.transport.cuda.rig import favouring
+from tests.cuda.cuda_fixture import favouring
 
 PART = 32 << 20
 NUM_CHUNKS = 8
@@ -56,7 +56,7 @@ def layout_of(piece: int) -> KVLayout:
     return KVLayout.derive(group, [planes * num_blocks * piece], 16 * BLOCKS)
 
 
-def spans_of(layout: KVLayout, first_part: int, *, scattered: bool) -> list[Span]:
+def spans_of(layout: KVLayout, first_part: int, *, scattered: bool) -> list[ChunkSpan]:
     """Return chunks in blocks of their own, their parts one after the other."""
     size = layout.part.num_bytes
     ids = np.arange(NUM_CHUNKS * BLOCKS, dtype=np.int32)
@@ -64,7 +64,9 @@ def spans_of(layout: KVLayout, first_part: int, *, scattered: bool) -> list[Span
         ids = np.random.default_rng(1).permutation(2 * ids.size)[: ids.size]
     rows = ids.astype(np.int32).reshape(NUM_CHUNKS, BLOCKS)
     return [
-        Span((Extent((first_part + n) * size, size),), row, 0, layout.part.chunk_size)
+        ChunkSpan(
+            (Extent((first_part + n) * size, size),), row, 0, layout.part.chunk_size
+        )
         for n, row in enumerate(rows)
     ]
 
@@ -98,13 +100,15 @@ class Bench:
         self._events[number].wait()
 
     @property
-    def ways(self) -> tuple[Way, ...]:
+    def ways(self) -> tuple[CopyMethod, ...]:
         """Every way that this device has; none is staged without kernels."""
         has_kernels = self.caches.rates.to_host.kernels
-        return tuple(way for way in Way if has_kernels or way is not Way.STAGED)
+        return tuple(
+            way for way in CopyMethod if has_kernels or way is not CopyMethod.STAGED
+        )
 
     @contextmanager
-    def cache(self, layout: KVLayout, way: Way | None) -> Iterator[CudaCache]:
+    def cache(self, layout: KVLayout, way: CopyMethod | None) -> Iterator[CudaCache]:
         """Make a cache whose copies take one way, or the one that was measured best."""
         caches = self.caches
         measured = caches.rates
@@ -156,7 +160,7 @@ def cpu_us_per_chunk(work: Callable[[], None]) -> float:
     return round((thread_time() - begun) * 1e6 / (REPEATS * TOTAL / PART), 1)
 
 
-def copies(bench: Bench, piece: int, way: Way | None, *, scattered: bool) -> Any:
+def copies(bench: Bench, piece: int, way: CopyMethod | None, *, scattered: bool) -> Any:
     """Measure one size of pieces: each direction alone, then both at once."""
     layout = layout_of(piece)
     stored = spans_of(layout, 0, scattered=scattered)
@@ -220,7 +224,7 @@ def matrix_products(work: Callable[[], None] | None) -> float:
     return count / taken
 
 
-def slowdown(bench: Bench, way: Way) -> Any:
+def slowdown(bench: Bench, way: CopyMethod) -> Any:
     """Measure what copies both ways cost a matrix product of the same process."""
     layout = layout_of(16384)
     stored = spans_of(layout, 0, scattered=True)
@@ -248,7 +252,7 @@ def run() -> Iterator[Any]:
     """Measure everything on the first GPU, the most telling first."""
     with ExitStack() as stack:
         # Here: this file is read where the bindings are not installed, too.
-        from kvcore.transport.cuda.driver import open_devices
+        from kvcore.cuda.driver import open_devices
 
         bench = Bench(open_devices()[0], stack)
         yield {
@@ -258,13 +262,13 @@ def run() -> Iterator[Any]:
         }
         for way in (None, *bench.ways):
             for piece in PIECES:
-                if way is Way.SINGLE and piece < 65536:
+                if way is CopyMethod.SINGLE and piece < 65536:
                     continue
                 for scattered in (True, False):
                     yield copies(bench, piece, way, scattered=scattered)
         try:
             for way in bench.ways:
-                if way is not Way.SINGLE:
+                if way is not CopyMethod.SINGLE:
                     yield slowdown(bench, way)
         except ImportError as error:
             yield {"matrix_product": f"not measured: {error}"}

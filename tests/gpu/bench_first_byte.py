@@ -17,9 +17,9 @@ from time import perf_counter
 import numpy as np
 
 from kvcore.keys import SessionKey
-from tests.gpu.told import GpuTold
-from tests.system.server import CHUNK, Server
-from tests.system.worker import BLOCK, Group
+from tests.gpu.gpu_worker import GpuWorkerCommands
+from tests.system.server_fixture import CHUNK, Server
+from tests.system.worker_process import BLOCK, Group
 
 NUM_CHUNKS = 256
 ROUNDS = 50
@@ -31,7 +31,7 @@ L1 = ("--l1-size", "320MiB")
 
 def run(address: str) -> dict[str, float]:
     """Store the chunks, then look up and retrieve."""
-    told = GpuTold(address, "first-byte")
+    told = GpuWorkerCommands(address, "first-byte")
     try:
         num_blocks = NUM_CHUNKS * CHUNK // BLOCK
         tokens = np.random.default_rng(0).integers(1 << 31, size=NUM_CHUNKS * CHUNK)
@@ -54,7 +54,7 @@ def run(address: str) -> dict[str, float]:
 
 
 def _round(
-    told: GpuTold, number: int, tokens: np.ndarray, blocks: np.ndarray
+    told: GpuWorkerCommands, number: int, tokens: np.ndarray, blocks: np.ndarray
 ) -> tuple[float, float]:
     session = SessionKey("engine", f"round {number}")
     begun = perf_counter()

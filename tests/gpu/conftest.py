@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kvcore.errors import SetupError
-from tests.gpu.told import GpuTold
+from tests.gpu.gpu_worker import GpuWorkerCommands
 from tests.system.conftest import client, model, prompt, serve, session
-from tests.system.server import Server
-from tests.system.worker import Told, Worker
+from tests.system.server_fixture import Server
+from tests.system.worker_process import Worker, WorkerCommands
 
 __all__ = ["client", "model", "prompt", "serve", "session"]
 
@@ -24,7 +24,7 @@ Hire = Callable[[], Worker]
 def devices() -> tuple[Any, ...]:
     """Every GPU there is."""
     try:
-        from kvcore.transport.cuda.driver import open_devices
+        from kvcore.cuda.driver import open_devices
 
         return open_devices()
     except SetupError as error:
@@ -53,13 +53,13 @@ def server(serve: Callable[..., Server], devices: tuple[Any, ...]) -> Iterator[S
 
 
 @pytest.fixture(scope="module")
-def told() -> type[Told]:
+def told() -> type[WorkerCommands]:
     """What the module's workers can be told to do."""
-    return GpuTold
+    return GpuWorkerCommands
 
 
 @pytest.fixture(scope="module")
-def hire(server: Server, told: type[Told]) -> Iterator[Hire]:
+def hire(server: Server, told: type[WorkerCommands]) -> Iterator[Hire]:
     """Start a worker of the module's server, on the first GPU."""
     with ExitStack() as stack:
 

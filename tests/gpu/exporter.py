@@ -12,8 +12,8 @@ import sys
 
 import numpy as np
 
-from kvcore.transport.cuda.driver import open_devices
-from kvcore.transport.cuda.ipc import export
+from kvcore.cuda.driver import open_devices
+from kvcore.cuda.ipc import export
 
 
 def main(number: int, num_bytes: int) -> None:

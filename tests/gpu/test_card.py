@@ -8,10 +8,10 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.gpu.conftest import Hire
-from tests.gpu.torch_told import LAYERS, TorchTold
+from tests.gpu.torch_gpu_worker import LAYERS, TorchWorkerCommands
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK
-from tests.system.worker import Told, Worker
+from tests.system.server_fixture import CHUNK
+from tests.system.worker_process import Worker, WorkerCommands
 
 pytestmark = pytest.mark.gpu
 
@@ -21,9 +21,9 @@ GROWTH_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="module")
-def told() -> type[Told]:
+def told() -> type[WorkerCommands]:
     """Workers with torch."""
-    return TorchTold
+    return TorchWorkerCommands
 
 
 def test_a_tensor_comes_to_another_process(

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation
+from kvcore.copy.host_cache import HostCache
+from kvcore.copy.paged_cache import ChunkSpan
+from kvcore.cuda.copy_methods import CopyMethod
+from kvcore.cuda.cuda_cache import CudaCache, CudaCaches
+from kvcore.cuda.kernel_launch import TritonKernels
+from kvcore.cuda.staging import StagingSizes
+from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
-from kvcore.parts import Extent
 from kvcore.rope import Rope
 from kvcore.status import DeviceRates
-from kvcore.transport.cuda.cache import CudaCache, CudaCaches
-from kvcore.transport.cuda.kernels import TritonKernels
-from kvcore.transport.cuda.staging import Sizes
-from kvcore.transport.cuda.ways import Way
-from kvcore.transport.host import HostCache
-from kvcore.transport.paged import Span
-from kvcore.transport.rotation import RAW_DTYPES, Turn
-from tests.gpu import bench_copies
-from tests.transport.cuda.layouts import (
+from tests.blend.test_key_rotation import ROPES
+from tests.cuda.cuda_fixture import favouring
+from tests.cuda.layout_cases import (
     DTYPES,
     LAYOUTS,
     arena_of,
@@ -35,12 +36,11 @@ from tests.transport.cuda.layouts import (
     scattered,
     with_nulls,
 )
-from tests.transport.cuda.rig import favouring
-from tests.transport.test_rotation import ROPES
+from tests.gpu import bench_copies
 
 pytestmark = pytest.mark.gpu
 ROOM = 1 << 20
-SMALL = Sizes(slot_bytes=4096, table_bytes=4096, max_buffers=2)
+SMALL = StagingSizes(slot_bytes=4096, table_bytes=4096, max_buffers=2)
 
 
 @lru_cache
@@ -52,7 +52,9 @@ def kernels_of(device: Any) -> TritonKernels:
 class Bench:
     """A device's caches, and page-locked memory for an arena and for a look."""
 
-    def __init__(self, device: Any, way: Way, sizes: Sizes, room: int = ROOM) -> None:
+    def __init__(
+        self, device: Any, way: CopyMethod, sizes: StagingSizes, room: int = ROOM
+    ) -> None:
         self.device = device
         self.caches = CudaCaches(
             device, kernels_of(device), rates=favouring(way), sizes=sizes
@@ -101,14 +103,14 @@ class Bench:
 
 
 @pytest.fixture
-def bench(device: Any, way: Way) -> Iterator[Bench]:
+def bench(device: Any, way: CopyMethod) -> Iterator[Bench]:
     """Make a bench whose copies all go one way."""
     bench = Bench(device, way, SMALL)
     yield bench
     bench.close()
 
 
-@pytest.mark.parametrize("way", Way)
+@pytest.mark.parametrize("way", CopyMethod)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
@@ -128,7 +130,7 @@ def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
     assert all(map(np.array_equal, bench.bytes(0, sizes), expected))
 
 
-@pytest.mark.parametrize("way", Way)
+@pytest.mark.parametrize("way", CopyMethod)
 def test_four_lanes_at_once(bench: Bench) -> None:
     """Two stores and two retrieves share streams and two buffers, and no bytes."""
     works = [job("block first", "bfloat16", seed=n) for n in range(4)]
@@ -164,12 +166,12 @@ def large(num_blocks: int) -> KVLayout:
     return KVLayout.derive(group, [32 * size], 256)
 
 
-@pytest.mark.parametrize("way", Way)
-def test_large_chunks_by_buffers_of_full_size(device: Any, way: Way) -> None:
+@pytest.mark.parametrize("way", CopyMethod)
+def test_large_chunks_by_buffers_of_full_size(device: Any, way: CopyMethod) -> None:
     """Two chunks of 32 MiB there and back: into other blocks, all bytes the same."""
     layout = large(96)
     part = layout.part.num_bytes
-    bench = Bench(device, way, Sizes(), room=4 * part)
+    bench = Bench(device, way, StagingSizes(), room=4 * part)
     try:
         noise = np.random.default_rng(5)
         handle = noise.integers(0, 256, 3 * part * 2, dtype=np.uint8)
@@ -182,8 +184,8 @@ def test_large_chunks_by_buffers_of_full_size(device: Any, way: Way) -> None:
         cache = bench.caches.cache(layout, addresses)
         bench.placed.append((cache, addresses))
         extents = [(Extent(n * part, part),) for n in (1, 0)]
-        spans = [Span(e, ids[n], 0, 256) for n, e in enumerate(extents)]
-        back = [Span(e, ids[2 + n], 0, 256) for n, e in enumerate(extents)]
+        spans = [ChunkSpan(e, ids[n], 0, 256) for n, e in enumerate(extents)]
+        back = [ChunkSpan(e, ids[2 + n], 0, 256) for n, e in enumerate(extents)]
         cache.gather(spans, bench.arena)
         expected = np.empty(2 * part, np.uint8)
         HostCache(layout, [handle]).gather(spans, expected)
@@ -203,13 +205,13 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: Any) -> Non
     monkeypatch.setattr(bench_copies, "REPEATS", 1)
     with ExitStack() as stack:
         bench = bench_copies.Bench(device, stack)
-        measured = bench_copies.copies(bench, 4096, Way.BATCHED, scattered=True)
+        measured = bench_copies.copies(bench, 4096, CopyMethod.BATCHED, scattered=True)
     assert measured["ways"] == ["batched_to_device", "batched_to_host"]
     for what in ("store", "retrieve", "both"):
         assert measured[what]["share"] > 0
 
 
-@pytest.mark.parametrize("way", [Way.STAGED])
+@pytest.mark.parametrize("way", [CopyMethod.STAGED])
 @pytest.mark.parametrize("dtype", RAW_DTYPES)
 @pytest.mark.parametrize("name", ROPES)
 def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
@@ -218,9 +220,13 @@ def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
     move = job("blend buffer", dtype, seed=1, width=2 * rope.head_dim)
     handles = numbers(move)
     cache = bench.place(move.case.layout, handles)
-    turns = [Turn(1, 9, 3), Turn(9, 11, 0), Turn(11, 20, -700)]
-    cache.turn_keys(rope, turns)
-    HostCache(move.case.layout, handles).turn_keys(rope, turns)
+    turns = [
+        BlockRotation(1, 9, 3),
+        BlockRotation(9, 11, 0),
+        BlockRotation(11, 20, -700),
+    ]
+    cache.rotate_keys(rope, turns)
+    HostCache(move.case.layout, handles).rotate_keys(rope, turns)
     for got, expected in zip(
         bench.bytes(0, move.case.handle_bytes), handles, strict=True
     ):

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcore.cuda.ipc import Allocations, export, export_tensor
+from kvcore.cuda.pinned_memory import PinnedMemory
 from kvcore.errors import DeviceFailed, HandleError
 from kvcore.protocol import CudaIpc
-from kvcore.transport.cuda.ipc import Allocations, export, export_tensor
-from kvcore.transport.cuda.pinned import Pinned
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
@@ -160,7 +160,7 @@ def test_copies_cross_from_one_pinned_piece_to_the_next(
     mapping = mmap.mmap(-1, MIB)
     memory = np.frombuffer(mapping, np.uint8)
     memory[:] = noise(3, MIB)
-    pinned = Pinned(device, memory, MIB // 4)
+    pinned = PinnedMemory(device, memory, MIB // 4)
     start = memory.ctypes.data
     address = device.allocate(MIB)
     bench.stream.copy(address, start, MIB)

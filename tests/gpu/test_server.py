@@ -12,10 +12,10 @@ from kvcore.client import KVClient
 from kvcore.errors import DeadlineExceeded, HandleError
 from kvcore.keys import SessionKey
 from tests.gpu.conftest import Hire
-from tests.gpu.told import GpuTold
+from tests.gpu.gpu_worker import GpuWorkerCommands
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import LARGE, MLA, PAGES, PLAIN, POISON, Group, Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import LARGE, MLA, PAGES, PLAIN, POISON, Group, Worker
 
 pytestmark = pytest.mark.gpu
 
@@ -221,7 +221,7 @@ def test_the_server_may_number_gpus_otherwise(
     monkeypatch.setenv("STUB_REVERSED", "1")
     server = serve("--device", "cuda")
     monkeypatch.delenv("STUB_REVERSED")
-    worker = Worker(server.address, GpuTold)
+    worker = Worker(server.address, GpuWorkerCommands)
     try:
         worker.answer()
         worker.ask("register", "a", model)
@@ -267,7 +267,7 @@ def test_a_killed_server_is_met_again(
 ) -> None:
     """The next run opens the same handles, and copies as the first did."""
     server = serve("--device", "cuda")
-    worker = Worker(server.address, GpuTold)
+    worker = Worker(server.address, GpuWorkerCommands)
     key, tokens = SessionKey("engine", "again"), prompt(CHUNK)
     try:
         worker.answer()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.steps import ROOT, Step, play
+from tests.gpu.run_steps import ROOT, Step, play
 from tests.gpu.targets import targets_of
-from tests.system.server import wait_until
+from tests.system.server_fixture import wait_until
 
 SITE = Path(__file__).parent / "site"
 HANGS = """\
@@ -31,7 +31,7 @@ RUNNER = """\
 import sys
 from argparse import Namespace
 from pathlib import Path
-from tests.gpu import steps
+from tests.gpu import run_steps as steps
 steps.steps = lambda *_: [steps.Step("hangs", 50, (sys.argv[2],))]
 steps.main(Namespace(folder=Path(sys.argv[1]), trace=None, set=[]))
 """

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvcore.protocol import CudaIpc
-from kvcore.vllm.memory import Memory
+from kvcore.vllm.shared_cache import SharedCacheMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.card]
 
@@ -23,7 +23,7 @@ def torch() -> Any:
 
 def test_a_tensor_is_named_whole_and_events_are_used_in_turn(torch: Any) -> None:
     """A view's handle is its storage's; each mark is an event that can be opened."""
-    memory = Memory()
+    memory = SharedCacheMemory()
     assert memory.mark() == b""
     cache = torch.zeros((8, 4096), dtype=torch.uint8, device="cuda")
     handle = memory.share(cache[2:])

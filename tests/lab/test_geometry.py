@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvcore.layout import KVLayout
-from kvctl.lab.geometry import CACHE_SHAPES, PRESETS, Geometry, preset
+from kvctl.lab.model_geometry import CACHE_SHAPES, PRESETS, Geometry, preset
 
 CHUNK = 256
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvctl.lab.histogram import Histogram, decode
-from kvctl.lab.measure import Recorder, Samples, summarise
+from kvctl.lab.latency_samples import LatencyRecorder, LatencySamples, summarise
 
 DIGITS = 1e-3
 seconds = st.lists(st.floats(1e-9, 3600), min_size=1, max_size=50)
@@ -42,9 +42,9 @@ def test_one_sample_is_every_percentile() -> None:
 
 def test_samples_of_processes_merge() -> None:
     """Merged samples summarise as if one process had measured them all."""
-    ours = Samples.pack({"lookup": array("d", [1.0, 2.0]), "store": array("d")})
-    theirs = Samples.pack({"lookup": array("d", [3.0])})
-    merged = Samples.merge([ours, theirs]).summary()
+    ours = LatencySamples.pack({"lookup": array("d", [1.0, 2.0]), "store": array("d")})
+    theirs = LatencySamples.pack({"lookup": array("d", [3.0])})
+    merged = LatencySamples.merge([ours, theirs]).summary()
     assert list(merged) == ["lookup"]
     assert (merged["lookup"].count, merged["lookup"].max_s) == (3, 3.0)
 
@@ -76,7 +76,7 @@ def test_a_histogram_reads_back_as_it_was_written(durations: list[float]) -> Non
 def test_a_window_holds_what_came_since_the_last_one() -> None:
     """Durations and counts go to the window under way, with its end on the clock."""
     now = 0.0
-    recorder = Recorder(clock=lambda: now)
+    recorder = LatencyRecorder(clock=lambda: now)
     recorder.add({"lookup": 0.1})
     now = 1.0
     recorder.roll({"requests": 1})

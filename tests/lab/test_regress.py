@@ -11,22 +11,24 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare import junit
+from kvctl.lab.compare import junit_xml as junit
+from kvctl.lab.compare.commit_installs import CommitInstalls
 from kvctl.lab.compare.comparison import compare
-from kvctl.lab.compare.contest import Command, Duel
-from kvctl.lab.compare.gate import DEFAULT, Gate
-from kvctl.lab.compare.installs import Installs
-from kvctl.lab.measure import summarise
-from kvctl.lab.regress import Regression, against_baseline, markdown
+from kvctl.lab.compare.fail_rules import DEFAULT, FailRules
+from kvctl.lab.compare.paired_runs import Command, InterleavedRuns
+from kvctl.lab.latency_samples import summarise
+from kvctl.lab.regression import Regression, against_baseline, markdown
 from kvctl.lab.results.result import Result, read
-from kvctl.lab.results.summary import summarise as result_of
-from kvctl.lab.run.evidence import Evidence
+from kvctl.lab.results.result_builder import summarise as result_of
+from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 from kvctl.lab.scenario import read as read_scenario
 
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "results" / "baselines" / "regress.json"
-PLAIN = result_of(Evidence("planted", Scenario(ModelConfig("tiny-llama"), Chat()), 0))
+PLAIN = result_of(
+    RawMeasurements("planted", Scenario(ModelConfig("tiny-llama"), Chat()), 0)
+)
 
 
 def runs(seconds: float, **counts: int) -> list[Result]:
@@ -66,7 +68,9 @@ def test_a_baseline_of_something_else_is_no_baseline(tmp_path: Path) -> None:
 def test_what_fails_is_in_the_summary_and_in_junit() -> None:
     """A slower operation and an unlike count: both named in both."""
     found = compare(runs(1.0), runs(1.2), ("main", "tree"))
-    regression = Regression(found, Gate(DEFAULT).broken(found), ["tokens_hit: 7, 5"])
+    regression = Regression(
+        found, FailRules(DEFAULT).broken(found), ["tokens_hit: 7, 5"]
+    )
     assert regression.failed
     text = markdown(regression)
     assert "tree is slower in lookup" in text
@@ -80,7 +84,7 @@ def test_what_fails_is_in_the_summary_and_in_junit() -> None:
 def test_cannot_tell_is_skipped_and_passes() -> None:
     """Two runs decide nothing: no failure anywhere."""
     found = compare(runs(1.0)[:2], runs(2.0)[:2], ("main", "tree"))
-    regression = Regression(found, Gate(DEFAULT).broken(found), [])
+    regression = Regression(found, FailRules(DEFAULT).broken(found), [])
     assert not regression.failed
     assert "All counts are the baseline's." in markdown(regression)
     suite = fromstring(junit.render(found, []))
@@ -99,7 +103,7 @@ def test_the_committed_baseline_is_of_the_scenario_in_force() -> None:
 def test_an_unknown_commit_is_wrong_use(tmp_path: Path) -> None:
     """Told before anything is installed."""
     with pytest.raises(SetupError, match="no-such-commit: no such commit"):
-        Installs(ROOT, tmp_path).resolve("no-such-commit")
+        CommitInstalls(ROOT, tmp_path).resolve("no-such-commit")
 
 
 def test_two_sides_take_turns_for_real(tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_two_sides_take_turns_for_real(tmp_path: Path) -> None:
     scenario = tmp_path / "turns.toml"
     scenario.write_text(text)
     side = Command(sys.executable, [str(scenario)])
-    pair = Duel(side, side, in_turns=True)(0)
+    pair = InterleavedRuns(side, side, in_turns=True)(0)
     assert pair.base.counts == pair.new.counts
     assert pair.base.counts.requests == 12
     assert pair.base.problems == pair.new.problems == ()

@@ -12,8 +12,8 @@ import pytest
 from kvcore.errors import SetupError
 from kvctl.console import Table
 from kvctl.lab.scenario import Scenario, read
-from kvctl.lab.vllm import served
-from kvctl.views import scenario as scenario_view
+from kvctl.lab.vllm import vllm_scenario as served
+from kvctl.views import scenario_tables as scenario_view
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvctl.lab.results.result import read
-from kvctl.lab.systems.services import VALKEY, program
+from kvctl.lab.systems.service_processes import VALKEY, program
 from tests.lab.test_scenarios import FILES, load
 
 TRACES = os.environ.get("KVCTL_TRACES")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvctl.lab.schemas import publish
+from kvctl.lab.json_schemas import publish
 
 
 def test_docstrings_lose_their_indentation() -> None:

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from kvcore.config import L1Config
 from kvcore.errors import SetupError
 from kvcore.options import ByteSize
+from kvctl.lab.interleaving import Interleaving, fit_at_once
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
-from kvctl.lab.turns import Turns, fit_at_once
 
 JOIN_S = 20
 
@@ -27,7 +27,7 @@ def play(place: str, number: int, played: Callable[[], None]) -> list[int]:
     def ended() -> None:
         ends.append(count)
 
-    turns = Turns(place, 2, ended)
+    turns = Interleaving(place, 2, ended)
     for _ in range(number):
         turns.take()
         played()
@@ -55,7 +55,7 @@ def test_a_side_that_dies_leaves_the_other_playing(tmp_path: Path) -> None:
     met = threading.Event()
 
     def die() -> None:
-        Turns(f"second:{path}", 2, lambda: None).close()
+        Interleaving(f"second:{path}", 2, lambda: None).close()
         met.set()
 
     with ThreadPoolExecutor(1) as pool:
@@ -69,7 +69,7 @@ def test_a_side_that_dies_leaves_the_other_playing(tmp_path: Path) -> None:
 def test_a_wrong_place_is_wrong_use(place: str) -> None:
     """The error says how it is written."""
     with pytest.raises(SetupError, match="first:PATH or second:PATH"):
-        Turns(place, 1, lambda: None)
+        Interleaving(place, 1, lambda: None)
 
 
 def test_sides_without_memory_for_both_do_not_meet() -> None:

@@ -11,8 +11,8 @@ import pytest
 from kvcore.errors import Overloaded
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import PROTOCOL_VERSION, Hello
-from kvcore.server import clients
-from kvcore.server.clients import MISSED_HEARTBEATS, ClientTable
+from kvcore.server import client_table as clients
+from kvcore.server.client_table import MISSED_HEARTBEATS, ClientTable
 
 HEARTBEAT_S = 5.0
 

@@ -50,7 +50,7 @@ from kvcore.protocol import (
     Store,
     Why,
 )
-from kvcore.server.app import Server
+from kvcore.server.application import Application
 from kvcore.shm import Segment
 from kvcore.wire import (
     REQUESTS,
@@ -61,7 +61,7 @@ from kvcore.wire import (
     encode_request,
     wire_name,
 )
-from tests.server.test_loop import PlayedSocket
+from tests.server.test_loop import ScriptedSocket
 
 CHUNK = 64
 GROUP = CacheGroup("NSD", "uint8", 16, (TensorView(0, 0, (8, 16, 8), (128, 8, 1)),))
@@ -125,9 +125,9 @@ class Whole:
             l1=L1Config(size=ByteSize(1 << 20), page=ByteSize(4096)),
             wire=WireConfig(max_message=ByteSize(8 << 20)),
         )
-        self.server = Server(config)
+        self.server = Application(config)
         self.loop = self.server.loop
-        self.socket = PlayedSocket()
+        self.socket = ScriptedSocket()
         self.loop._socket = self.socket  # type: ignore[assignment]
         self.loop._handlers = self.server._handlers()
         self.loop._on_gone = self.server._client_gone

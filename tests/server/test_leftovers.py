@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from kvcore.server import leftovers
-from kvcore.server.leftovers import Leftovers
+from kvcore.server import orphaned_segments as leftovers
+from kvcore.server.orphaned_segments import OrphanRemover
 
 
 def test_many_deaths_are_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """A death is searched after by what has not begun; by another, if that has."""
     queue: list[Callable[[], None]] = []
-    found = Leftovers(queue.append)
+    found = OrphanRemover(queue.append)
     searches: list[int] = []
 
     def search(prefix: str) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import zmq
 
 from kvcore.protocol import BootToken
-from kvcore.server.clients import ClientTable
-from kvcore.server.loop import MAX_SKIPPED, Loop
+from kvcore.server.client_table import ClientTable
+from kvcore.server.event_loop import MAX_SKIPPED, EventLoop
 from kvcore.wire import decode_reply
 
 
@@ -22,7 +22,7 @@ class Frame:
     more: bool
 
 
-class PlayedSocket:
+class ScriptedSocket:
     """A ROUTER that has received messages and takes answers."""
 
     def __init__(self) -> None:
@@ -48,9 +48,9 @@ class PlayedSocket:
 
 def test_a_message_of_many_frames_is_dropped_in_turns() -> None:
     """It is answered once; others are served between its pieces, and then after it."""
-    socket = PlayedSocket()
+    socket = ScriptedSocket()
     table = ClientTable(1, list[int]().append, list[int]().remove)
-    loop = Loop(socket, BootToken(1), table, 8)  # type: ignore[arg-type]
+    loop = EventLoop(socket, BootToken(1), table, 8)  # type: ignore[arg-type]
     socket.add(b"liar", *[b"x"] * (3 * MAX_SKIPPED))
     socket.add(b"next", b"junk")
     turns = 0

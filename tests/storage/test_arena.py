@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcore.errors import Closed, SetupError
-from kvcore.parts import Extent
+from kvcore.extents import Extent
 from kvcore.shm import SHM_DIR
 from kvcore.storage.arena import Arena, PageAllocator, PageRun
 

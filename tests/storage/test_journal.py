@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import Internal, SetupError
+from kvcore.extents import Checksum, Extent, buffers_of, checksum_of
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
-from kvcore.parts import Checksum, Extent, buffers_of, checksum_of
 from kvcore.storage import journal as journals
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
-from kvcore.storage.journal import Committed, Freed, Opened, read
+from kvcore.storage.journal import JournalOpened, PartCommitted, PartFreed, read
 from kvcore.storage.l1 import L1, Reservation
 from kvcore.storage.policies.lru import LRU
 from kvcore.storage.recovery import recover, replay
@@ -137,12 +137,12 @@ def test_every_torn_tail_leaves_what_came_before(path: Path) -> None:
     """Cut at any byte: whole records count, the torn one does not."""
     with kept(path) as arena:
         store(start(path, arena), arena, 1, 2, 3)
-        opened = Opened(journals.VERSION, arena.total_bytes, PAGE)
+        opened = JournalOpened(journals.VERSION, arena.total_bytes, PAGE)
     whole = path.read_bytes()
     seen = set()
     for end in range(len(whole) + 1):
         path.write_bytes(whole[:end])
-        numbers = [r.chunk for r in read(path, opened) if isinstance(r, Committed)]
+        numbers = [r.chunk for r in read(path, opened) if isinstance(r, PartCommitted)]
         assert numbers == [key(3), key(2), key(1)][: len(numbers)]
         seen.add(len(numbers))
     assert seen == {0, 1, 2, 3}
@@ -154,14 +154,20 @@ def test_a_later_owner_of_a_page_is_believed(path: Path) -> None:
     """An eviction that was not written down any more costs the evicted one only."""
     with kept(path) as arena:
 
-        def part(number: int, *pages: int) -> Committed:
+        def part(number: int, *pages: int) -> PartCommitted:
             extents = tuple(Extent(page * PAGE, PAGE) for page in pages)
             size = len(pages) * PAGE
-            return Committed(
+            return PartCommitted(
                 key(number), PARTS[0], NAMES[0], extents, size, Checksum(b"")
             )
 
-        records = [part(1, 0, 1), part(2, 2), part(3, 1), Freed(key(2), 1), part(4, 5)]
+        records = [
+            part(1, 0, 1),
+            part(2, 2),
+            part(3, 1),
+            PartFreed(key(2), 1),
+            part(4, 5),
+        ]
         assert [p.chunk for p in replay(records, arena)] == [key(3), key(4)]
         assert list(replay([part(1, 7, 8)], arena)) == []
 
@@ -170,13 +176,13 @@ def test_a_chunk_that_came_back_has_all_its_parts(path: Path) -> None:
     """What it had before it left is forgotten, wherever its new parts lie."""
     with kept(path) as arena:
 
-        def part(number: PartId, page: int) -> Committed:
+        def part(number: PartId, page: int) -> PartCommitted:
             extents = (Extent(page * PAGE, PAGE),)
             name = NAMES[number]
-            return Committed(key(1), number, name, extents, PAGE, Checksum(b""))
+            return PartCommitted(key(1), number, name, extents, PAGE, Checksum(b""))
 
         first, other = PARTS
-        records = [part(first, 0), part(other, 1), Freed(key(1), 2)]
+        records = [part(first, 0), part(other, 1), PartFreed(key(1), 2)]
         back = [part(first, 1), part(other, 0)]
         assert list(replay([*records, *back], arena)) == back
 

@@ -21,8 +21,8 @@ from kvcore.keys import ChunkHash, SessionKey
 from kvcore.shm import SHM_DIR
 from kvcore.storage import journal
 from kvcore.storage.recovery import arena_name
-from tests.storage.test_manager import House, chain
-from tests.storage.test_manager_machine import PROMPTS, ManagerMachine
+from tests.tiers.test_tier_manager import TierFixture, chain
+from tests.tiers.test_tier_manager_machine import PROMPTS, ManagerMachine
 
 SPARE_RECORDS = 12
 """So that the journal is written anew now and then."""
@@ -47,7 +47,7 @@ class KeptMachine(ManagerMachine):
 
     def open(self, now: float) -> None:
         """The next server begins, over the same tiers."""
-        self.house = House(
+        self.house = TierFixture(
             num_pages=22,
             num_tiers=2,
             policy=self.policy,

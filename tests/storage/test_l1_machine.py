@@ -22,14 +22,14 @@ from hypothesis.stateful import (
     rule,
 )
 
+from kvcore.engine.leases import EndReason, LeaseTable
+from kvcore.extents import Allocation
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
-from kvcore.parts import Allocation
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartName
 from kvcore.storage.eviction import POLICIES
 from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
-from kvcore.storage.leases import EndReason, LeaseTable
 from kvcore.storage.quotas import Quotas, make_order
 
 PAGE = 64

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.client.blend import BlendClient
+from kvcore.blend.blend_client import BlendClient
 from kvcore.layout import DTYPE_BYTES
 from kvcore.protocol import CBRegisterKVCache, PosixShm
 from kvcore.rope import Rope
 from kvcore.shm import Segment
-from tests.system.worker import POISON, Told
+from tests.system.worker_process import POISON, WorkerCommands
 
 SHAPE = (2, 2, 1024, 32)
 """Of a buffer of uint8, whose chunks are like those of `worker.PLAIN`."""
@@ -22,7 +22,7 @@ SHAPE = (2, 2, 1024, 32)
 _numbers = itertools.count()
 
 
-class BlendTold(Told):
+class BlendWorkerCommands(WorkerCommands):
     """Does what it is told with buffers `[K, L, T, D]`, by instance."""
 
     def __init__(self, address: str, name: str, driver: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-from tests.system.server import Server
-from tests.system.worker import Worker
+from tests.system.server_fixture import Server
+from tests.system.worker_process import Worker
 
 Prompt = Callable[[int], list[int]]
 _numbers = itertools.count()

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kvcore.blend.blend_client import BlendClient
 from kvcore.client import KVClient
-from kvcore.client.blend import BlendClient
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
@@ -37,10 +37,10 @@ from kvcore.protocol import (
     Private,
 )
 from kvcore.rope import Rope
-from tests.system.blend_worker import SHAPE, BlendTold
+from tests.system.blend_worker import SHAPE, BlendWorkerCommands
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import BLOCK, PAGES, PLAIN, POISON, Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import BLOCK, PAGES, PLAIN, POISON, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOTS = SHAPE[2]
@@ -64,7 +64,7 @@ def blend(client: KVClient) -> BlendClient:
 @pytest.fixture(scope="module")
 def workers(server: Server) -> Iterator[list[Worker]]:
     """Two workers with buffers."""
-    both = [Worker(server.address, BlendTold) for _ in range(2)]
+    both = [Worker(server.address, BlendWorkerCommands) for _ in range(2)]
     for worker in both:
         worker.answer()
     yield both
@@ -659,7 +659,7 @@ def test_one_missing_chunk_fails_the_whole_retrieve(
             {"matches": [CBMatch(0, 0, bytes(32))], "ranges": [CBRange(0, CHUNK)]},
             "ranges or matches, not both",
         ),
-        ({"matches": [CBMatch(0, 0, bytes(32))], "turn_keys": True}, "without rope"),
+        ({"matches": [CBMatch(0, 0, bytes(32))], "rotate_keys": True}, "without rope"),
     ],
 )
 def test_a_retrieve_that_cannot_be_is_refused(
@@ -743,7 +743,7 @@ def test_a_killed_worker_leaves_nothing(
     prompt: Prompt,
 ) -> None:
     """Its buffer goes and its reads are waited for no more; documents stay."""
-    third = Worker(server.address, BlendTold)
+    third = Worker(server.address, BlendWorkerCommands)
     third.answer()
     third.ask("register_buffer", "killed", model)
     tokens = prompt(CHUNK)
@@ -778,7 +778,7 @@ def test_keys_turn_when_asked_to(
     worker.ask("blend", "store_pre_computed", "a", 0, tokens)
     text = [*prompt(21), *tokens]
     found = blend.lookup_pre_computed(session, model, 1, text)
-    for turn_keys in (False, True):
+    for rotate_keys in (False, True):
         worker.ask("poison_all", "a")
         worker.ask(
             "blend",
@@ -787,9 +787,9 @@ def test_keys_turn_when_asked_to(
             "a",
             30,
             ranges=found.ranges,
-            turn_keys=turn_keys,
+            rotate_keys=rotate_keys,
         )
-        expected = turned(values, rope, 21) if turn_keys else values
+        expected = turned(values, rope, 21) if rotate_keys else values
         actual = worker.ask("read_slots", "a", 51, 51 + 2 * CHUNK)
         assert np.allclose(actual[0], expected[0], rtol=0, atol=1e-6)
         assert np.array_equal(actual[1], values[1])
@@ -882,7 +882,7 @@ def test_paragraphs_are_looked_up_each_on_its_own(
     separated: Server, prompt: Prompt
 ) -> None:
     """Many paragraphs: the stored ones, as far as they are stored, in order."""
-    worker = Worker(separated.address, BlendTold)
+    worker = Worker(separated.address, BlendWorkerCommands)
     worker.answer()
     worker.ask("register_buffer", "a", "m")
     documents = [prompt(size) for size in (2 * CHUNK, CHUNK + 9, CHUNK - 1, 3 * CHUNK)]

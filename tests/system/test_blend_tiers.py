@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvcore.blend.blend_client import BlendClient
 from kvcore.client import KVClient
-from kvcore.client.blend import BlendClient
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.protocol import CBLookupReply
 from kvcore.shm import SHM_DIR
 from kvcore.storage.recovery import arena_name
-from tests.system.blend_worker import BlendTold
+from tests.system.blend_worker import BlendWorkerCommands
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_blend import Values, fresh, put, where
 from tests.system.test_failing_tiers import Hanging
 from tests.system.test_tiers import connected, counter, is_idle, written
-from tests.system.worker import Worker
-from tests.tiers.engines import ValkeyEngine
+from tests.system.worker_process import Worker
+from tests.tiers.store_servers import ValkeyEngine
 
 SMALL_CHUNKS = 8
 SMALL = ("--l1-size", "64KiB")
@@ -77,7 +77,7 @@ class House:
 @contextmanager
 def housed(server: Server) -> Iterator[House]:
     """Make a house of a running server; nothing may be held at its end."""
-    worker = Worker(server.address, BlendTold)
+    worker = Worker(server.address, BlendWorkerCommands)
     try:
         worker.answer()
         worker.ask("register_buffer", "a", MODEL)
@@ -189,7 +189,7 @@ def test_both_ranks_parts_come_from_the_tier(
     """Each rank reads its own; a chunk of which one part is lost is not matched."""
     model = "of-two"
     server = serve(*BLEND, *SMALL, *tier_of(folder))
-    workers = [Worker(server.address, BlendTold) for _ in range(2)]
+    workers = [Worker(server.address, BlendWorkerCommands) for _ in range(2)]
     tokens = prompt(2 * CHUNK)
     with connected(server) as client:
         blend = BlendClient(client)

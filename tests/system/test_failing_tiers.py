@@ -15,9 +15,9 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_tiers import blocks_of, connected, counter, staff, written
-from tests.system.worker import PLAIN, Worker
+from tests.system.worker_process import PLAIN, Worker
 
 DEADLINE_S = 0.5
 

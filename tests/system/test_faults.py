@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvctl.lab import driver
+from kvctl.lab import runner as driver
 from kvctl.lab.scenario import read
 
 SCENARIO = """\

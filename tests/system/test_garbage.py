@@ -39,7 +39,7 @@ from kvcore.wire import (
     decode_reply,
     encode_request,
 )
-from tests.system.server import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, wait_until
 
 MAX_MESSAGE = 64 << 10
 MAX_REQUESTS = 16

@@ -12,11 +12,11 @@ from kvcore.client import KVClient
 from kvcore.keys import ExtraKey, SessionKey
 from tests.cli.test_cli import kvctl
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_failing_tiers import Hanging
 from tests.system.test_ranks import HYBRID
 from tests.system.test_tiers import SMALL, blocks_of, connected, staff
-from tests.system.worker import PLAIN, Worker
+from tests.system.worker_process import PLAIN, Worker
 
 Serve = Callable[..., Server]
 Hire = Callable[[str], Worker]

@@ -21,8 +21,8 @@ from kvcore.protocol import RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.recovery import arena_name
 from tests.cli.test_cli import kvctl
-from tests.system.server import CHUNK, Server
-from tests.system.worker import BLOCK, PLAIN, Cache
+from tests.system.server_fixture import CHUNK, Server
+from tests.system.worker_process import BLOCK, PLAIN, Cache
 
 PER_CHUNK = CHUNK // BLOCK
 MODEL = "kept"

@@ -9,8 +9,8 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import Worker
 
 driver = both_drivers
 

@@ -9,8 +9,8 @@ from kvcore.client import KVClient
 from kvcore.errors import BadRequest, ChunksMissing, LayoutConflict, UnknownModel
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server import CHUNK
-from tests.system.worker import (
+from tests.system.server_fixture import CHUNK
+from tests.system.worker_process import (
     BLOCK,
     MLA,
     PAGES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kvctl.lab import driver
+from kvctl.lab import runner as driver
 from kvctl.lab.scenario import Scenario, read
 
 SCENARIO = """\

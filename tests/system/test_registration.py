@@ -21,8 +21,8 @@ from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import PosixShm, RegisterKVCache
 from kvcore.shm import Segment
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import BLOCK, Group, Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import BLOCK, Group, Worker
 
 driver = both_drivers
 

@@ -12,8 +12,8 @@ from kvcore.errors import KVError, Unavailable, UnknownModel
 from kvcore.keys import SessionKey
 from kvcore.protocol import EndSession, Ping
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import Worker
 
 driver = both_drivers
 

@@ -18,8 +18,8 @@ from kvcore.client import KVClient
 from kvcore.errors import KVError, Unavailable, UnknownInstance
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import LARGE, Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import LARGE, Worker
 
 STOPS = [signal.SIGINT, signal.SIGTERM]
 

@@ -11,8 +11,8 @@ from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.protocol import Lookup
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server import CHUNK
-from tests.system.worker import Worker
+from tests.system.server_fixture import CHUNK
+from tests.system.worker_process import Worker
 
 driver = both_drivers
 

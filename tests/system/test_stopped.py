@@ -14,8 +14,8 @@ from kvcore.client import KVClient
 from kvcore.errors import DeadlineExceeded
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import LARGE, Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import LARGE, Worker
 
 driver = both_drivers
 

@@ -35,8 +35,8 @@ from kvcore.protocol import (
 from kvcore.shm import SHM_DIR
 from kvcore.storage.recovery import arena_name
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
-from tests.system.worker import LARGE, PLAIN, POISON, Cache, Worker
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.worker_process import LARGE, PLAIN, POISON, Cache, Worker
 
 NUM_CHUNKS = 4
 SIZE = NUM_CHUNKS * CHUNK

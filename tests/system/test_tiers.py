@@ -12,9 +12,9 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_ranks import HYBRID
-from tests.system.worker import BLOCK, PLAIN, Group, Worker
+from tests.system.worker_process import BLOCK, PLAIN, Group, Worker
 
 PER_CHUNK = CHUNK // BLOCK
 SMALL = ("--l1-size", "64KiB")

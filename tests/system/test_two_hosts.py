@@ -24,10 +24,10 @@ from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from tests.system.conftest import Prompt
-from tests.system.server import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_tiers import blocks_of, connected, counter, staff, written
-from tests.system.worker import PLAIN, Worker
-from tests.tiers.engines import ProcessEngine, free_port
+from tests.system.worker_process import PLAIN, Worker
+from tests.tiers.store_servers import ProcessEngine, free_port
 
 pytestmark = pytest.mark.tiers
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from engines import (  # the folder's own modules, found by the line above
+from kvcore.shm import Segment
+from kvcore.tiers.tier import Tier
+from kvcore.tiers.tier_url import open_tier
+from tests.tiers.fake_store import FakeEngine
+from tests.tiers.file_tier_parts import RECORD
+from tests.tiers.store_servers import (
     Engine,
     FileEngine,
     MooncakeEngine,
@@ -22,12 +24,6 @@ from engines import (  # the folder's own modules, found by the line above
     TlsEngine,
     ValkeyEngine,
 )
-from fakes import FakeEngine
-from files import RECORD
-
-from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import Tier
-from kvcore.storage.tiers.url import open_tier
 
 ARENA_BYTES = 64 << 20
 

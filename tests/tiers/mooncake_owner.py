@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from engines import Damage, damaged
 from mooncake.store import MooncakeDistributedStore
+from store_servers import Damage, damaged
 
 
 def main() -> None:

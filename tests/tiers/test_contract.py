@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from engines import Damage, Engine, wait_until
-from parts import PAGE, blob_of, key_of, load_checked, outcome, view
 
+from kvcore.extents import checksum_of
 from kvcore.layout import Fingerprint
-from kvcore.parts import checksum_of
 from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import Loaded, LoadOutcome, Slot, Stored, Tier
+from kvcore.tiers.tier import LoadItem, LoadOutcome, LoadResult, StoreResult, Tier
+from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, outcome, view
+from tests.tiers.store_servers import Damage, Engine, wait_until
 
 ROOMY = 32 << 20
 """Where in the arena the tests load to; they store from its start."""
@@ -32,7 +32,7 @@ def test_parts_of_any_size_come_back(
     offsets = [index * (6 << 20) for index in range(len(sizes))]
     blob = blob_of(1, *(view(arena, o, s) for o, s in zip(offsets, sizes, strict=True)))
     into = [view(arena, ROOMY + o, s) for o, s in zip(offsets, sizes, strict=True)]
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     assert load_checked(tier, blob, *into)
 
 
@@ -40,25 +40,25 @@ def test_memory_outside_the_arena_serves_too(tier: Tier, arena: Segment) -> None
     """Unaligned private memory is stored and filled as well."""
     source, target = bytearray(b"k" * 100_001), bytearray(100_001)
     blob = blob_of(1, memoryview(source)[1:], view(arena, 3, 500))
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     assert load_checked(tier, blob, memoryview(target)[1:], view(arena, ROOMY + 7, 500))
 
 
 def test_many_parts_in_one_call(tier: Tier, arena: Segment) -> None:
     """Outcomes stand in the order that was asked for, missing ones among them."""
     blobs = [blob_of(n, view(arena, n * PAGE, PAGE - n)) for n in range(40)]
-    assert tier.store(blobs).result() == [Stored.DONE] * 40
+    assert tier.store(blobs).result() == [StoreResult.DONE] * 40
     found = tier.contains([key_of(n) for n in range(60)]).result()
     assert found == [n < 40 for n in range(60)]
     slots = [
-        Slot(key_of(n), (view(arena, ROOMY + n * PAGE, PAGE - n % 40),))
+        LoadItem(key_of(n), (view(arena, ROOMY + n * PAGE, PAGE - n % 40),))
         for n in reversed(range(50))
     ]
     loaded = tier.load(slots).result()
     expected = [
-        Loaded(LoadOutcome.DONE, blobs[n].checksum)
+        LoadResult(LoadOutcome.DONE, blobs[n].checksum)
         if n < 40
-        else Loaded(LoadOutcome.MISSING)
+        else LoadResult(LoadOutcome.MISSING)
         for n in reversed(range(50))
     ]
     assert loaded == expected
@@ -84,8 +84,8 @@ def test_what_is_present_stays(tier: Tier, arena: Segment) -> None:
         blob_of(1, view(arena, PAGE, PAGE)),
     )
     new = blob_of(2, view(arena, PAGE, PAGE))
-    assert tier.store([first]).result() == [Stored.DONE]
-    assert tier.store([second, new]).result() == [Stored.PRESENT, Stored.DONE]
+    assert tier.store([first]).result() == [StoreResult.DONE]
+    assert tier.store([second, new]).result() == [StoreResult.PRESENT, StoreResult.DONE]
     assert load_checked(tier, first, view(arena, ROOMY, PAGE))
 
 
@@ -96,7 +96,7 @@ def test_deleted_parts_are_gone(tier: Tier, arena: Segment) -> None:
     tier.delete([key_of(1), key_of(9)]).result()
     assert tier.contains([key_of(1), key_of(2)]).result() == [False, True]
     assert outcome(tier, key_of(1), view(arena, ROOMY, PAGE)) is LoadOutcome.MISSING
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
 
 
 def test_another_layout_is_another_part(tier: Tier, arena: Segment) -> None:
@@ -116,7 +116,7 @@ def test_another_length_is_rejected(tier: Tier, arena: Segment, size: int) -> No
     assert outcome(tier, key_of(1), view(arena, ROOMY, size)) is LoadOutcome.REJECTED
     assert tier.health().counters.rejected == 1
     assert tier.contains([key_of(1)]).result() == [False]
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
 
 
 @pytest.mark.parametrize("damage", [Damage.HALF, Damage.FOREIGN])
@@ -127,12 +127,14 @@ def test_what_is_no_record_is_rejected(
     blobs = [blob_of(n, view(arena, n * PAGE, PAGE)) for n in range(3)]
     tier.store(blobs).result()
     engine.damage(key_of(1), damage)
-    slots = [Slot(key_of(n), (view(arena, ROOMY + n * PAGE, PAGE),)) for n in range(3)]
+    slots = [
+        LoadItem(key_of(n), (view(arena, ROOMY + n * PAGE, PAGE),)) for n in range(3)
+    ]
     done, rejected = LoadOutcome.DONE, LoadOutcome.REJECTED
     loaded = tier.load(slots).result()
     assert [one.outcome for one in loaded] == [done, rejected, done]
     assert tier.contains([key_of(1)]).result() == [False]
-    assert tier.store([blobs[1]]).result() == [Stored.DONE]
+    assert tier.store([blobs[1]]).result() == [StoreResult.DONE]
     assert load_checked(tier, blobs[1], view(arena, ROOMY, PAGE))
 
 
@@ -144,11 +146,11 @@ def test_wrong_bytes_do_not_match_their_checksum(
     tier.store([blob]).result()
     engine.damage(key_of(1), Damage.BYTES)
     into = view(arena, ROOMY, PAGE)
-    (loaded,) = tier.load([Slot(key_of(1), (into,))]).result()
+    (loaded,) = tier.load([LoadItem(key_of(1), (into,))]).result()
     assert loaded.outcome is LoadOutcome.DONE
     assert loaded.checksum == blob.checksum != checksum_of([into])
     tier.delete([key_of(1)]).result()
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     assert load_checked(tier, blob, into)
 
 
@@ -158,14 +160,14 @@ def test_down_at_start_then_up(
     """A tier opens on a store that is not there, and serves once it is."""
     tier = opened()
     blob = blob_of(1, view(arena, 0, PAGE))
-    assert tier.store([blob]).result(END_S) == [Stored.FAILED]
+    assert tier.store([blob]).result(END_S) == [StoreResult.FAILED]
     health = tier.health()
     assert (health.up, health.counters.failures) == (False, 1)
     assert health.last_error
     assert tier.contains([blob.key]).result(END_S) == [False]
     assert outcome(tier, blob.key, view(arena, ROOMY, PAGE)) is LoadOutcome.FAILED
     engine.start()
-    wait_until(lambda: tier.store([blob]).result() == [Stored.DONE], "up again")
+    wait_until(lambda: tier.store([blob]).result() == [StoreResult.DONE], "up again")
     assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
     assert tier.health().up
 
@@ -195,8 +197,10 @@ def test_dies_under_load_and_comes_back(
     """Calls under way end as outcomes; what was there is a miss; then it serves."""
     size = 1 << 20
     blobs = [blob_of(n, view(arena, n * size, size)) for n in range(16)]
-    assert set(tier.store(blobs).result()) == {Stored.DONE}
-    slots = [Slot(key_of(n), (view(arena, ROOMY + n * size, size),)) for n in range(16)]
+    assert set(tier.store(blobs).result()) == {StoreResult.DONE}
+    slots = [
+        LoadItem(key_of(n), (view(arena, ROOMY + n * size, size),)) for n in range(16)
+    ]
     seen: list[LoadOutcome] = []
     loading, failed = threading.Event(), threading.Event()
 
@@ -219,7 +223,7 @@ def test_dies_under_load_and_comes_back(
     assert tier.health().counters.failures
     engine.start()
     blob = blob_of(99, view(arena, 0, size))
-    wait_until(lambda: tier.store([blob]).result() == [Stored.DONE], "up again")
+    wait_until(lambda: tier.store([blob]).result() == [StoreResult.DONE], "up again")
     assert load_checked(tier, blob, view(arena, ROOMY, size))
 
 
@@ -230,11 +234,12 @@ def test_a_store_that_hangs_fails_in_time(
     """Every future ends though the store does not, and no buffer changes later."""
     size = 1 << 20
     blobs = [blob_of(n, view(arena, n * size, size)) for n in range(8)]
-    assert set(tier.store(blobs).result()) == {Stored.DONE}
+    assert set(tier.store(blobs).result()) == {StoreResult.DONE}
     engine.pause()
     target = view(arena, ROOMY, 8 * size)
     slots = [
-        Slot(b.key, (target[n * size : (n + 1) * size],)) for n, b in enumerate(blobs)
+        LoadItem(b.key, (target[n * size : (n + 1) * size],))
+        for n, b in enumerate(blobs)
     ]
     found = tier.contains([b.key for b in blobs])
     loads = tier.load(slots)
@@ -245,7 +250,7 @@ def test_a_store_that_hangs_fails_in_time(
     target[:] = bytes(target.nbytes)
     assert outcomes == {LoadOutcome.FAILED}
     assert found.result(END_S) == [False] * 8
-    assert store.result(END_S) == [Stored.FAILED]
+    assert store.result(END_S) == [StoreResult.FAILED]
     assert delete.result(END_S) is None
     assert not tier.health().up
     engine.resume()
@@ -254,7 +259,7 @@ def test_a_store_that_hangs_fails_in_time(
     assert load_checked(tier, new, view(arena, ROOMY, size))
 
 
-_THERE = (Stored.DONE, Stored.PRESENT)
+_THERE = (StoreResult.DONE, StoreResult.PRESENT)
 
 
 @pytest.mark.not_with("s3")  # SeaweedFS fills the disk; the fake says what S3 would.
@@ -268,31 +273,33 @@ def test_a_full_store_says_so_and_still_serves(
         blob_of(n, view(arena, 0, size)) for n in range(engine.capacity // size + 4)
     ]
     outcomes = [tier.store([blob]).result()[0] for blob in blobs]
-    assert set(outcomes) <= {Stored.DONE, Stored.FULL}
-    assert outcomes[0] is Stored.DONE
+    assert set(outcomes) <= {StoreResult.DONE, StoreResult.FULL}
+    assert outcomes[0] is StoreResult.DONE
     health = tier.health()
     assert health.up
     assert health.counters.full + health.counters.evicted > 0
-    done = [b for b, o in zip(blobs, outcomes, strict=True) if o is Stored.DONE]
+    done = [b for b, o in zip(blobs, outcomes, strict=True) if o is StoreResult.DONE]
     found = tier.contains([blob.key for blob in done]).result()
     kept = [blob for blob, there in zip(done, found, strict=True) if there]
     assert kept
     assert load_checked(tier, kept[-1], view(arena, ROOMY, size))
     tier.delete([blob.key for blob in done]).result()
-    wait_until(lambda: tier.store([blobs[-1]]).result() == [Stored.DONE], "room again")
+    wait_until(
+        lambda: tier.store([blobs[-1]]).result() == [StoreResult.DONE], "room again"
+    )
 
 
 def test_closed_tiers_answer_as_if_down(tier: Tier, arena: Segment) -> None:
     """After close nothing is there, nothing raises, and closing again does nothing."""
     blob = blob_of(1, view(arena, 0, PAGE))
     tier.store([blob]).result()
-    under_way = tier.load([Slot(blob.key, (view(arena, ROOMY, PAGE),))])
+    under_way = tier.load([LoadItem(blob.key, (view(arena, ROOMY, PAGE),))])
     tier.close()
     tier.close()
     assert under_way.done()
     assert tier.contains([blob.key]).result() == [False]
     assert outcome(tier, blob.key, view(arena, ROOMY, PAGE)) is LoadOutcome.FAILED
-    assert tier.store([blob]).result() == [Stored.FAILED]
+    assert tier.store([blob]).result() == [StoreResult.FAILED]
     assert tier.delete([blob.key]).result() is None
     assert not tier.health().up
 

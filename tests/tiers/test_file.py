@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import wait_until
-from files import RECORD, ROOMY, files_in, load, store, there
-from parts import PAGE, blob_of, key_of, load_checked, view
 
 from kvcore.shm import SHM_DIR, Segment
-from kvcore.storage.tiers import direct, file
-from kvcore.storage.tiers.contract import LoadOutcome, Stored, Tier
-from kvcore.storage.tiers.direct import Mode, probe
-from kvcore.storage.tiers.index import FileIndex
+from kvcore.tiers import direct_io as direct
+from kvcore.tiers import file_backend as file
+from kvcore.tiers.direct_io import Mode, probe
+from kvcore.tiers.file_index import FileIndex
+from kvcore.tiers.tier import LoadOutcome, StoreResult, Tier
+from tests.tiers.file_tier_parts import RECORD, ROOMY, files_in, load, store, there
+from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, view
+from tests.tiers.store_servers import wait_until
 
 
 def test_the_least_recently_used_parts_make_room(
@@ -26,7 +27,7 @@ def test_the_least_recently_used_parts_make_room(
     tier = open_at(3)
     store(tier, arena, 1, 2, 3)
     assert load(tier, arena, 1) is LoadOutcome.DONE
-    assert store(tier, arena, 4) == [Stored.DONE]
+    assert store(tier, arena, 4) == [StoreResult.DONE]
     assert there(tier, 1, 2, 3, 4) == [True, False, True, True]
     assert files_in(folder) == 3 * RECORD
     assert tier.health().counters.evicted == 1
@@ -38,7 +39,9 @@ def test_a_part_larger_than_the_bound_evicts_nothing(
     """It is FULL, and what was there stays."""
     tier = open_at(2)
     store(tier, arena, 1, 2)
-    assert tier.store([blob_of(9, view(arena, 0, 3 * PAGE))]).result() == [Stored.FULL]
+    assert tier.store([blob_of(9, view(arena, 0, 3 * PAGE))]).result() == [
+        StoreResult.FULL
+    ]
     assert there(tier, 1, 2) == [True, True]
 
 
@@ -54,7 +57,7 @@ def test_a_restart_finds_what_was_stored(
     second = open_at(3)
     assert there(second, 1, 2, 3, 4) == [True, True, True, False]
     assert load_checked(second, blob, view(arena, ROOMY, PAGE))
-    assert store(second, arena, 3, 4) == [Stored.PRESENT, Stored.DONE]
+    assert store(second, arena, 3, 4) == [StoreResult.PRESENT, StoreResult.DONE]
     assert there(second, 1, 3, 4) == [False, True, True]
 
 
@@ -91,7 +94,7 @@ def test_loads_do_not_wait_for_the_index(
     stored = second.store([blob_of(2, view(arena, 0, PAGE))])
     assert not stored.done()
     go_on.set()
-    assert stored.result() == [Stored.DONE]
+    assert stored.result() == [StoreResult.DONE]
 
 
 def test_foreign_files_are_left_alone_and_leftovers_removed(
@@ -115,10 +118,10 @@ def test_a_directory_serves_one_server(
     """A second tier on it is down and says why, until the first has closed."""
     first, second = open_at(2), open_at(2)
     store(first, arena, 1)
-    assert store(second, arena, 2) == [Stored.FAILED]
+    assert store(second, arena, 2) == [StoreResult.FAILED]
     assert "another server" in second.health().last_error
     first.close()
-    wait_until(lambda: store(second, arena, 2) == [Stored.DONE], "the lock")
+    wait_until(lambda: store(second, arena, 2) == [StoreResult.DONE], "the lock")
     assert there(second, 1) == [True]
 
 
@@ -132,7 +135,7 @@ def test_without_direct_io_it_works_as_well(
         assert probe(place) in Mode  # Newer kernels let tmpfs have it.
         tier = open_at(9, place)
         blob = blob_of(1, view(arena, 0, PAGE))
-        assert tier.store([blob]).result() == [Stored.DONE]
+        assert tier.store([blob]).result() == [StoreResult.DONE]
         assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
     finally:
         tier.close()
@@ -150,7 +153,7 @@ def test_large_parts_move_in_several_calls(
     tier = open_at(99)
     pieces = [view(arena, n * PAGE, 8192 + 4096 * (n % 2)) for n in range(7)]
     blob = blob_of(1, *pieces, view(arena, 8 * PAGE, 5001))
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     assert load_checked(tier, blob, view(arena, ROOMY, sum(map(len, blob.buffers))))
 
 
@@ -183,7 +186,7 @@ def test_a_restart_knows_its_parts_whatever_lies_beside(
     else:
         place.write_bytes(b"mine")
     second = open_at(3)
-    assert store(second, arena, 4) == [Stored.DONE]
+    assert store(second, arena, 4) == [StoreResult.DONE]
     assert sum(there(second, 1, 2, 3)) == 2
     assert there(second, 4, 9) == [True, False]
     assert second.health().counters.evicted == 1

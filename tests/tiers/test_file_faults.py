@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engines import wait_until
-from files import RECORD, ROOMY, files_in, load, store, there
-from parts import PAGE, blob_of, key_of, view
 
 from kvcore.shm import Segment
-from kvcore.storage.tiers import file
-from kvcore.storage.tiers.contract import LoadOutcome, Slot, Stored, Tier
-from kvcore.storage.tiers.url import open_tier
+from kvcore.tiers import file_backend as file
+from kvcore.tiers.tier import LoadItem, LoadOutcome, StoreResult, Tier
+from kvcore.tiers.tier_url import open_tier
+from tests.tiers.file_tier_parts import RECORD, ROOMY, files_in, load, store, there
+from tests.tiers.part_factory import PAGE, blob_of, key_of, view
+from tests.tiers.store_servers import wait_until
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -36,7 +36,7 @@ def test_a_full_disk_is_full_and_gives_back(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "pwritev", full)
-    assert store(tier, arena, 3) == [Stored.FULL]
+    assert store(tier, arena, 3) == [StoreResult.FULL]
     assert list((folder / "incoming").iterdir()) == []
     assert there(tier, 1, 2, 3) == [False, True, False]
     assert tier.health().up
@@ -111,20 +111,20 @@ def test_what_stands_in_a_parts_place_costs_that_part_alone(
     tier = open_at(9)
     there(tier, 1)
     if when == "known":
-        assert tier.store([blob]).result() == [Stored.DONE]
+        assert tier.store([blob]).result() == [StoreResult.DONE]
         part.unlink()
         part.parent.rmdir()
     if when != "before":
         put(part)
     for _ in range(2):
-        slot = Slot(blob.key, (view(arena, ROOMY, PAGE),))
+        slot = LoadItem(blob.key, (view(arena, ROOMY, PAGE),))
         [loaded] = tier.load([slot]).result()
         assert loaded.outcome in (LoadOutcome.MISSING, LoadOutcome.REJECTED)
         go_on.set()
-        assert tier.store([blob]).result() == [Stored.FAILED]
+        assert tier.store([blob]).result() == [StoreResult.FAILED]
         tier.delete([blob.key]).result()
         assert there(tier, ODD) == [False]
-    assert store(tier, arena, 1) == [Stored.DONE]
+    assert store(tier, arena, 1) == [StoreResult.DONE]
     assert load(tier, arena, 1) is LoadOutcome.DONE
     health = tier.health()
     assert (health.up, health.counters.failures) == (True, 0)
@@ -140,8 +140,8 @@ def test_a_folder_that_goes_is_a_tier_that_comes_back(
     store(tier, arena, 1, 2)
     shutil.rmtree(folder)
     assert load(tier, arena, 1) is LoadOutcome.MISSING
-    assert store(tier, arena, 3) == [Stored.FAILED]
-    wait_until(lambda: store(tier, arena, 3) == [Stored.DONE], "the folder")
+    assert store(tier, arena, 3) == [StoreResult.FAILED]
+    wait_until(lambda: store(tier, arena, 3) == [StoreResult.DONE], "the folder")
     assert there(tier, 1, 2, 3) == [False, False, True]
     assert files_in(folder) == RECORD
 
@@ -162,7 +162,7 @@ def test_another_folder_in_its_place_is_noticed(
 
     wait_until(has_failed, "the probe")
     assert "another directory" in tier.health().last_error
-    wait_until(lambda: store(tier, arena, 2) == [Stored.DONE], "the folder")
+    wait_until(lambda: store(tier, arena, 2) == [StoreResult.DONE], "the folder")
     assert there(tier, 1, 2) == [False, True]
 
 
@@ -182,9 +182,9 @@ def test_a_disk_that_takes_no_files_is_down_and_says_why(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", refuse)
-        assert store(tier, arena, 2) == [Stored.FAILED]
+        assert store(tier, arena, 2) == [StoreResult.FAILED]
         assert os.strerror(number) in tier.health().last_error
-    wait_until(lambda: store(tier, arena, 2) == [Stored.DONE], "back-off")
+    wait_until(lambda: store(tier, arena, 2) == [StoreResult.DONE], "back-off")
     assert there(tier, 1, 2) == [True, True]
 
 
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_listed_hides_no_other(
 
     monkeypatch.setattr(file.os, "scandir", refuse)
     second = open_at(9)
-    assert store(second, arena, 3) == [Stored.DONE]
+    assert store(second, arena, 3) == [StoreResult.DONE]
     assert there(second, 1, 2, 3, ODD) == [True, True, True, False]
 
 
@@ -238,7 +238,7 @@ def test_a_folder_that_takes_long_to_read_delays_nobody(
             assert load(tier, arena, 1) is LoadOutcome.FAILED
 
         def is_told() -> bool:
-            slot = Slot(key_of(1), (view(arena, ROOMY, PAGE),))
+            slot = LoadItem(key_of(1), (view(arena, ROOMY, PAGE),))
             assert tier.load([slot]).result(10)[0].outcome is LoadOutcome.FAILED
             return "still being read" in tier.health().last_error
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from files import SPOILERS
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,15 +26,16 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from parts import LAYOUT
 
+from kvcore.extents import checksum_of
 from kvcore.keys import ChunkHash
-from kvcore.parts import checksum_of
-from kvcore.storage.tiers import file
-from kvcore.storage.tiers.contract import Blob, LoadOutcome, PartKey, Slot, Stored
-from kvcore.storage.tiers.direct import PAGE, file_bytes
-from kvcore.storage.tiers.file import FileBackend
-from kvcore.storage.tiers.pooled import PooledTier
+from kvcore.tiers import file_backend as file
+from kvcore.tiers.direct_io import PAGE, file_bytes
+from kvcore.tiers.file_backend import FileBackend
+from kvcore.tiers.thread_pool_tier import ThreadPoolTier
+from kvcore.tiers.tier import LoadItem, LoadOutcome, PartKey, StoreItem, StoreResult
+from tests.tiers.file_tier_parts import SPOILERS
+from tests.tiers.part_factory import LAYOUT
 
 SIZES = [1, PAGE, PAGE + 1, 3 * PAGE, 2 * PAGE - 1, PAGE, 2 * PAGE, 7]
 """Bytes of each part; a key has one size for ever."""
@@ -68,10 +68,10 @@ def buffers_at(first: int, size: int) -> tuple[memoryview, ...]:
     return (view[first : first + size],)
 
 
-def blob_of(number: int) -> Blob:
+def blob_of(number: int) -> StoreItem:
     """A part with its checksum."""
     buffers = buffers_at(number * ROOM, SIZES[number])
-    return Blob(key_of(number), checksum_of(buffers), buffers)
+    return StoreItem(key_of(number), checksum_of(buffers), buffers)
 
 
 @dataclass
@@ -110,7 +110,7 @@ class FileMachine(RuleBasedStateMachine):
         """Open the folder; `held`, the reading of it does not end for now."""
         self.max_bytes = pages * PAGE
         self.backend = FileBackend(self.folder / "tier", self.max_bytes)
-        self.tier = PooledTier(
+        self.tier = ThreadPoolTier(
             "t",
             "file:",
             self.backend,
@@ -178,17 +178,17 @@ class FileMachine(RuleBasedStateMachine):
         for number, stored in zip(some, outcomes, strict=True):
             size = file_bytes(SIZES[number])
             if is_full:
-                assert stored is Stored.FULL
+                assert stored is StoreResult.FULL
             elif number in self.known:
-                assert stored is Stored.PRESENT
+                assert stored is StoreResult.PRESENT
             elif size > self.max_bytes:
-                assert stored is Stored.FULL
+                assert stored is StoreResult.FULL
                 self.full_until = self.now + RETRY_S
             elif number in self.blocked:
-                assert stored is Stored.FAILED
+                assert stored is StoreResult.FAILED
                 self.evict(self.max_bytes - size)
             else:
-                assert stored is Stored.DONE
+                assert stored is StoreResult.DONE
                 self.evict(self.max_bytes - size)
                 self.known[number] = size
                 self.disk[number] = Kept(size, 0)
@@ -200,7 +200,7 @@ class FileMachine(RuleBasedStateMachine):
     def load(self, number: int) -> None:
         """It brings the right bytes with their checksum, or says what is wrong."""
         room = buffers_at(len(SIZES) * ROOM, SIZES[number])
-        loaded = self.tier.load([Slot(key_of(number), room)]).result()[0]
+        loaded = self.tier.load([LoadItem(key_of(number), room)]).result()[0]
         kept = self.disk.get(number)
         assert loaded.outcome is (kept.outcome if kept else LoadOutcome.MISSING)
         if loaded.outcome is LoadOutcome.DONE:
@@ -235,7 +235,7 @@ class FileMachine(RuleBasedStateMachine):
             return
         with self.failing("pwritev", errno.ENOSPC):
             stored = self.tier.store([blob_of(number)]).result()
-        assert stored == [Stored.FULL]
+        assert stored == [StoreResult.FULL]
         self.full_until = self.now + RETRY_S
         if size <= self.max_bytes:
             self.evict(self.max_bytes - size)
@@ -251,7 +251,7 @@ class FileMachine(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(whole))
         room = buffers_at(len(SIZES) * ROOM, SIZES[number])
         with self.failing("preadv", errno.EIO):
-            loaded = self.tier.load([Slot(key_of(number), room)]).result()[0]
+            loaded = self.tier.load([LoadItem(key_of(number), room)]).result()[0]
         assert loaded.outcome is LoadOutcome.FAILED
         assert not self.tier.health().up
         assert self.tier.contains([key_of(number)]).result() == [False]

@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from engines import S3Engine
-from parts import PAGE, blob_of, outcome, view
 
 from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import LoadOutcome, Stored
-from kvcore.storage.tiers.url import open_tier
+from kvcore.tiers.tier import LoadOutcome, StoreResult
+from kvcore.tiers.tier_url import open_tier
+from tests.tiers.part_factory import PAGE, blob_of, outcome, view
+from tests.tiers.store_servers import S3Engine
 
 pytestmark = pytest.mark.tiers
 
@@ -113,7 +113,7 @@ def test_a_full_store_is_full_and_stays_up(
     """FULL is no failure: the tier is asked what it has as before."""
     tier = open_tier(full_store(status, text))
     blob = blob_of(1, view(arena, 0, PAGE))
-    assert tier.store([blob]).result() == [Stored.FULL]
+    assert tier.store([blob]).result() == [StoreResult.FULL]
     assert tier.contains([blob.key]).result() == [False]
     health = tier.health()
     assert (health.up, health.counters.full, health.counters.failures) == (True, 1, 0)
@@ -142,7 +142,7 @@ def test_wrong_credentials_are_a_tier_that_is_down(
     try:
         tier = open_tier(engine.url.replace("=secret&", "=wrong-one&"))
         blob = blob_of(1, view(arena, 0, PAGE))
-        assert tier.store([blob]).result() == [Stored.FAILED]
+        assert tier.store([blob]).result() == [StoreResult.FAILED]
         health = tier.health()
         assert not health.up
         assert "403" in health.last_error

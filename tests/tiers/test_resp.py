@@ -8,24 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from parts import key_of
 
 from kvcore.errors import DeadlineExceeded, Unavailable
-from kvcore.storage.tiers.backend import Deadline
-from kvcore.storage.tiers.resp import (
+from kvcore.tiers.backend import Deadline
+from kvcore.tiers.resp import (
     BulkReply,
     ErrorReply,
     RespConnection,
-    Target,
+    ServerAddress,
 )
-from kvcore.storage.tiers.url import open_tier
+from kvcore.tiers.tier_url import open_tier
+from tests.tiers.part_factory import key_of
 
 
 @pytest.fixture
-def scripted(tmp_path: Path) -> Callable[[bytes], Target]:
+def scripted(tmp_path: Path) -> Callable[[bytes], ServerAddress]:
     """Makes a server that answers the first bytes it gets with a script, and ends."""
 
-    def make(answer: bytes) -> Target:
+    def make(answer: bytes) -> ServerAddress:
         path = tmp_path / "socket"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
@@ -39,12 +39,12 @@ def scripted(tmp_path: Path) -> Callable[[bytes], Target]:
                 connection.sendall(answer)
 
         threading.Thread(target=serve, daemon=True).start()
-        return Target(path=path)
+        return ServerAddress(path=path)
 
     return make
 
 
-def test_replies_of_each_kind(scripted: Callable[[bytes], Target]) -> None:
+def test_replies_of_each_kind(scripted: Callable[[bytes], ServerAddress]) -> None:
     """Numbers, texts, errors, nothing and values are told apart, split anywhere."""
     target = scripted(b"+OK\r\n:-7\r\n-ERR no\r\n$-1\r\n$5\r\nhello\r\n:1\r\n")
     deadline = Deadline.after(10)
@@ -72,7 +72,7 @@ def test_replies_of_each_kind(scripted: Callable[[bytes], Target]) -> None:
     ],
 )
 def test_other_protocols_are_refused(
-    scripted: Callable[[bytes], Target], answer: bytes
+    scripted: Callable[[bytes], ServerAddress], answer: bytes
 ) -> None:
     """Whatever is not RESP makes the server unavailable."""
     deadline = Deadline.after(10)
@@ -83,7 +83,7 @@ def test_other_protocols_are_refused(
 
 
 def test_a_value_that_ends_early_is_an_error(
-    scripted: Callable[[bytes], Target],
+    scripted: Callable[[bytes], ServerAddress],
 ) -> None:
     """A connection that closes inside a value does not look like a value."""
     deadline = Deadline.after(10)
@@ -96,11 +96,11 @@ def test_a_value_that_ends_early_is_an_error(
 
 
 def test_a_refused_password_is_unavailable(
-    scripted: Callable[[bytes], Target],
+    scripted: Callable[[bytes], ServerAddress],
 ) -> None:
     """The server's reason is told."""
     target = scripted(b"-WRONGPASS no such user\r\n")
-    target = Target(path=target.path, password="wrong")
+    target = ServerAddress(path=target.path, password="wrong")
     with pytest.raises(Unavailable, match="WRONGPASS"):
         RespConnection(target, Deadline.after(10))
 
@@ -111,7 +111,7 @@ def test_no_answer_ends_at_the_deadline(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
         connection = RespConnection(
-            Target(path=tmp_path / "socket"), Deadline.after(10)
+            ServerAddress(path=tmp_path / "socket"), Deadline.after(10)
         )
         with pytest.raises(DeadlineExceeded):
             connection.ask(Deadline.after(0.05), ["PING"])
@@ -121,7 +121,7 @@ def test_no_answer_ends_at_the_deadline(tmp_path: Path) -> None:
 def test_a_host_that_has_no_name_is_unavailable() -> None:
     """What cannot be looked up is a server that cannot be reached."""
     with pytest.raises(Unavailable, match="cannot be reached"):
-        RespConnection(Target(host="a..b"), Deadline.after(10))
+        RespConnection(ServerAddress(host="a..b"), Deadline.after(10))
 
 
 def test_128_keys_are_one_round_trip(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from kvcore.errors import BadRequest, SetupError
-from kvcore.storage.tiers.contract import PartKey
-from kvcore.storage.tiers.url import open_tier
+from kvcore.tiers.tier import PartKey
+from kvcore.tiers.tier_url import open_tier
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from engines import wait_until
-from parts import PAGE, blob_of, key_of, load_checked, outcome, view
 
 from kvcore.shm import Segment
-from kvcore.storage.tiers.contract import Blob, LoadOutcome, Stored, Tier, pack_header
-from kvcore.storage.tiers.url import open_tier
+from kvcore.tiers.tier import LoadOutcome, StoreItem, StoreResult, Tier, pack_header
+from kvcore.tiers.tier_url import open_tier
+from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, outcome, view
+from tests.tiers.store_servers import wait_until
 
 ROOMY = 32 << 20
 
@@ -91,7 +91,7 @@ def tier(store: Played, tmp_path: Path) -> Iterator[Tier]:
 
 
 @pytest.fixture
-def blob(arena: Segment) -> Blob:
+def blob(arena: Segment) -> StoreItem:
     """A part."""
     return blob_of(1, view(arena, 0, PAGE))
 
@@ -110,12 +110,12 @@ def test_a_server_that_takes_no_writes_is_read(
     store: Played,
     tier: Tier,
     arena: Segment,
-    blob: Blob,
+    blob: StoreItem,
     refusal: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Stores are FULL for a while, which the log says once; what is there is served."""
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     store.answers["SET"] = f"-{refusal}\r\n".encode()
     new = blob_of(2, view(arena, PAGE, PAGE))
     for number in (1, 2):
@@ -125,11 +125,13 @@ def test_a_server_that_takes_no_writes_is_read(
     assert (health.up, health.counters.failures) == (True, 0)
     assert caplog.text.count(refusal) == 1
     store.answers.clear()
-    wait_until(lambda: tier.store([new]).result() == [Stored.DONE], "leave to write")
+    wait_until(
+        lambda: tier.store([new]).result() == [StoreResult.DONE], "leave to write"
+    )
 
 
-def _refused(tier: Tier, blob: Blob, store: Played, times: int) -> bool:
-    assert tier.store([blob]).result() == [Stored.FULL]
+def _refused(tier: Tier, blob: StoreItem, store: Played, times: int) -> bool:
+    assert tier.store([blob]).result() == [StoreResult.FULL]
     return store.asked.count("SET") == 1 + times
 
 
@@ -145,10 +147,10 @@ def _refused(tier: Tier, blob: Blob, store: Played, times: int) -> bool:
 )
 @pytest.mark.parametrize("name", ["EXISTS", "GET", "SET"])
 def test_a_server_that_refuses_is_down_and_says_why(
-    store: Played, tier: Tier, arena: Segment, blob: Blob, name: str, refusal: str
+    store: Played, tier: Tier, arena: Segment, blob: StoreItem, name: str, refusal: str
 ) -> None:
     """Whatever it was asked, it is a miss, and the connection is as good as before."""
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     store.answers[name] = f"-{refusal}\r\n".encode()
     if name == "EXISTS":
         assert tier.contains([blob.key]).result() == [False]
@@ -157,7 +159,7 @@ def test_a_server_that_refuses_is_down_and_says_why(
         assert outcome(tier, blob.key, room) is LoadOutcome.FAILED
     else:
         new = blob_of(2, view(arena, PAGE, PAGE))
-        assert tier.store([new]).result() == [Stored.FAILED]
+        assert tier.store([new]).result() == [StoreResult.FAILED]
     assert not tier.health().up
     assert refusal in tier.health().last_error
     store.answers.clear()
@@ -167,11 +169,11 @@ def test_a_server_that_refuses_is_down_and_says_why(
 
 @pytest.mark.parametrize("wrong", ["short", "long", "empty", "other", "zeros"])
 def test_a_wrong_value_is_removed_and_its_neighbours_come(
-    store: Played, tier: Tier, arena: Segment, blob: Blob, wrong: str
+    store: Played, tier: Tier, arena: Segment, blob: StoreItem, wrong: str
 ) -> None:
     """Of whatever length; the connection still knows where the next value begins."""
     others = [blob_of(n, view(arena, n * PAGE, PAGE)) for n in (0, 2, 3)]
-    assert tier.store([*others, blob]).result() == [Stored.DONE] * 4
+    assert tier.store([*others, blob]).result() == [StoreResult.DONE] * 4
     name = str(blob.key).encode()
     right = store.values[name]
     store.values[name] = {
@@ -194,10 +196,10 @@ def test_a_wrong_value_is_removed_and_its_neighbours_come(
 
 @pytest.mark.parametrize("answer", [b":1\r\n", b"+OK\r\n", b"?\r\n", b"$x\r\n"])
 def test_an_answer_of_another_kind_is_a_failure(
-    store: Played, tier: Tier, arena: Segment, blob: Blob, answer: bytes
+    store: Played, tier: Tier, arena: Segment, blob: StoreItem, answer: bytes
 ) -> None:
     """A number for a value, say: no outcome is made up, and it is tried anew."""
-    assert tier.store([blob]).result() == [Stored.DONE]
+    assert tier.store([blob]).result() == [StoreResult.DONE]
     store.answers["GET"] = answer
     room = view(arena, ROOMY, PAGE)
     assert outcome(tier, blob.key, room) is LoadOutcome.FAILED

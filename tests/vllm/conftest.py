@@ -1,96 +1,52 @@
-"""Real engines against real servers; everything here needs a vLLM installation."""
+"""The adapter against real servers, without vLLM."""
 
 from __future__ import annotations
 
-import random
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 
-from kvcore.vllm import tiny
-from tests.system.server import Server
-from tests.vllm.engine import Engine, in_nursery
+from tests.system.conftest import client, model, serve, server
+from tests.system.server_fixture import Server
+from tests.vllm.fake_engine import FakeEngine, Request
 
-HERE = Path(__file__).resolve().parent
+__all__ = ["client", "model", "serve", "server"]
 
-BLOCK_SIZES = {"llama": 32, "mla": 16, "hybrid": 32}
-SERVER = ("--l1-size", "256MiB")
-
-Start = Callable[..., Engine]
-Serve = Callable[..., Server]
+Start = Callable[..., FakeEngine]
+_numbers = itertools.count()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies here, and give engines the time they take on a busy machine."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker("vllm")
-            item.add_marker(pytest.mark.timeout(600))
+@pytest.fixture(params=["server", "worker"])
+def driver(request: pytest.FixtureRequest) -> str:
+    """Who copies, each in turn."""
+    return str(request.param)
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Write a tiny model, once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def make(kind: str) -> Path:
-        path = folder / kind
-        if not path.exists():
-            in_nursery(tiny.write, kind, path)
-        return path
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Start a server with these options."""
+@pytest.fixture
+def start(server: Server, model: str, driver: str) -> Iterator[Start]:
+    """Start an engine at the module's server, or at `address`."""
     with ExitStack() as stack:
 
-        def start(*options: str, **rest: str) -> Server:
-            folder = tmp_path_factory.mktemp("server")
-            server = Server(folder, *SERVER, *options, **rest)
-            stack.callback(server.close)
-            return server
-
-        yield start
-
-
-@pytest.fixture(scope="module")
-def start(
-    model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Start]:
-    """Start an engine with a tiny model; `address` gives it the connector."""
-    with ExitStack() as stack:
-
-        def make(kind: str = "llama", **options: Any) -> Engine:
-            log = tmp_path_factory.mktemp("engine") / "log"
-            options.setdefault("block_size", BLOCK_SIZES[kind])
-            engine = Engine(model(kind), log, **options)
+        def make(address: str = server.address, **options: object) -> FakeEngine:
+            options.setdefault("model", model)
+            options.setdefault("driver", driver)
+            engine = FakeEngine(address, **options)  # type: ignore[arg-type]
             stack.callback(engine.close)
             return engine
 
         yield make
 
 
-def make_prompt(num_tokens: int, seed: int = 0, shared: int = 0) -> list[int]:
-    """Make a prompt; the first `shared` tokens are those of every seed."""
-    common, own = random.Random("shared"), random.Random(seed)
-    return [
-        (common if number < shared else own).randrange(4, 512)
-        for number in range(num_tokens)
-    ]
+@pytest.fixture
+def request_of() -> Callable[[int], Request]:
+    """Make a request with a prompt of so many tokens, unlike any other."""
 
+    def make(num_tokens: int) -> Request:
+        number = next(_numbers)
+        tokens = np.random.default_rng(number).integers(0, 1 << 31, num_tokens)
+        return Request(f"request-{number}", tokens.tolist())
 
-def ask_in_turn(engine: Engine, prompts: list[list[int]], max_tokens: int = 16) -> Any:
-    """Complete prompts one by one: a batch's make-up changes the last digits."""
-    answers = [engine.generate([prompt], max_tokens) for prompt in prompts]
-    engine.ask("settle")
-    return {
-        "tokens": [answer["tokens"][0] for answer in answers],
-        "cached": [answer["cached"][0] for answer in answers],
-    }
+    return make

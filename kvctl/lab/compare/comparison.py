@@ -17,8 +17,8 @@ import numpy as np
 
 from kvcore.errors import SetupError
 from kvcore.options import encode_hook
-from kvctl.lab.compare.judge import Contrast, Effect, judge, paired, unpaired
-from kvctl.lab.measure import Latency
+from kvctl.lab.compare.significance import Contrast, Effect, judge, paired, unpaired
+from kvctl.lab.latency_samples import Latency
 from kvctl.lab.results.result import Result, System, read
 
 COMPARISON = "comparison.json"
@@ -71,7 +71,7 @@ class Timing(msgspec.Struct, frozen=True):
     effect: Effect
 
 
-class Side(msgspec.Struct, frozen=True):
+class ComparisonSide(msgspec.Struct, frozen=True):
     """Where one side's figures came from."""
 
     label: str
@@ -84,8 +84,8 @@ class Comparison(msgspec.Struct, frozen=True):
     """All that is said of two sides."""
 
     version: int
-    base: Side
-    new: Side
+    base: ComparisonSide
+    new: ComparisonSide
     in_pairs: bool
     settings: dict[str, tuple[str, str]]
     """Where the two scenarios differ."""
@@ -158,9 +158,11 @@ def compare(
     )
 
 
-def _side(label: str, results: Sequence[Result]) -> Side:
+def _side(label: str, results: Sequence[Result]) -> ComparisonSide:
     first = results[0]
-    return Side(label, first.system, first.environment.git_commit, len(results))
+    return ComparisonSide(
+        label, first.system, first.environment.git_commit, len(results)
+    )
 
 
 def _figures(

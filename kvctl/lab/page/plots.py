@@ -8,10 +8,10 @@ from html import escape
 
 from kvctl.console import duration
 from kvctl.lab.page import svg
-from kvctl.lab.page.side import Side, operations
+from kvctl.lab.page.run_group import RunGroup, operations
 from kvctl.lab.page.svg import Axis, Line, Tick
 from kvctl.lab.report.load_tables import fault_name
-from kvctl.lab.results.series import Point, Series
+from kvctl.lab.results.time_series import Series, SeriesPoint
 
 SHARES = (
     0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97,
@@ -30,7 +30,7 @@ def figure(title: str, unit: str, drawn: str) -> str:
 # -- distributions ----------------------------------------------------------------
 
 
-def distributions(sides: Sequence[Side]) -> Iterator[str]:
+def distributions(sides: Sequence[RunGroup]) -> Iterator[str]:
     """Draw how long the calls of each operation take, share by share.
 
     The horizontal axis gives each further nine of the calls as much room.
@@ -45,7 +45,7 @@ def distributions(sides: Sequence[Side]) -> Iterator[str]:
         yield figure(name, "", svg.lines(f"latency of {name}", lines, _nines(lines), y))
 
 
-def _distribution(side: Side, name: str) -> Line:
+def _distribution(side: RunGroup, name: str) -> Line:
     histogram = side.histograms.get(name)
     if histogram is None or not histogram.values:
         return Line(side.label, (), side.place)
@@ -71,7 +71,7 @@ def _nines(lines: Sequence[Line]) -> Axis:
 # -- over time --------------------------------------------------------------------
 
 
-def over_time(sides: Sequence[Side]) -> Iterator[str]:
+def over_time(sides: Sequence[RunGroup]) -> Iterator[str]:
     """Draw throughput, hit rate, latency and bytes moved, each side's typical run."""
     courses = [
         (side, series)
@@ -89,7 +89,7 @@ def over_time(sides: Sequence[Side]) -> Iterator[str]:
     def plot(
         title: str,
         unit: str,
-        value: Callable[[Side, Series, Point], float | None],
+        value: Callable[[RunGroup, Series, SeriesPoint], float | None],
         write: Callable[[float], str],
         *,
         top: float | None = None,
@@ -145,24 +145,24 @@ def _short(value: float) -> str:
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _requests_per_s(side: Side, series: Series, point: Point) -> float:
+def _requests_per_s(side: RunGroup, series: Series, point: SeriesPoint) -> float:
     del side
     return point.counts.get("requests", 0) / series.width_s
 
 
-def _hit_rate(side: Side, series: Series, point: Point) -> float | None:
+def _hit_rate(side: RunGroup, series: Series, point: SeriesPoint) -> float | None:
     del side, series
     tokens = point.counts.get("tokens", 0)
     return point.counts.get("tokens_hit", 0) / tokens if tokens else None
 
 
-def _tiers_rate(side: Side, series: Series, point: Point) -> float | None:
+def _tiers_rate(side: RunGroup, series: Series, point: SeriesPoint) -> float | None:
     del side, series
     tokens = point.counts.get("tokens", 0)
     return point.counts.get("tokens_from_tiers", 0) / tokens if tokens else None
 
 
-def _faults(side: Side) -> Iterator[svg.Band]:
+def _faults(side: RunGroup) -> Iterator[svg.Band]:
     """Shade the time from each fault until it was over."""
     load = side.typical.load
     for one in load.faults if load else ():
@@ -174,7 +174,7 @@ def _faults(side: Side) -> Iterator[svg.Band]:
 # -- sweeps -----------------------------------------------------------------------
 
 
-def sweep(side: Side) -> str:
+def sweep(side: RunGroup) -> str:
     """Draw how long requests take, by the rate at which they are due."""
     load = side.typical.load
     taken = {step.rate: step.request for step in load.steps} if load else {}
@@ -201,8 +201,8 @@ def _at_rate(rate: float, name: str, seconds: float) -> svg.Point:
     return svg.Point(rate, seconds, says)
 
 
-def _median(name: str) -> Callable[[Side, Series, Point], float | None]:
-    def value(side: Side, series: Series, point: Point) -> float | None:
+def _median(name: str) -> Callable[[RunGroup, Series, SeriesPoint], float | None]:
+    def value(side: RunGroup, series: Series, point: SeriesPoint) -> float | None:
         del side, series
         moment = point.operations.get(name)
         return moment.p50_s if moment else None
@@ -210,8 +210,8 @@ def _median(name: str) -> Callable[[Side, Series, Point], float | None]:
     return value
 
 
-def _tail(name: str) -> Callable[[Side, Series, Point], float | None]:
-    def value(side: Side, series: Series, point: Point) -> float | None:
+def _tail(name: str) -> Callable[[RunGroup, Series, SeriesPoint], float | None]:
+    def value(side: RunGroup, series: Series, point: SeriesPoint) -> float | None:
         del side, series
         moment = point.operations.get(name)
         return moment.p99_s if moment else None
@@ -219,8 +219,8 @@ def _tail(name: str) -> Callable[[Side, Series, Point], float | None]:
     return value
 
 
-def _moved(name: str) -> Callable[[Side, Series, Point], float]:
-    def value(side: Side, series: Series, point: Point) -> float:
+def _moved(name: str) -> Callable[[RunGroup, Series, SeriesPoint], float]:
+    def value(side: RunGroup, series: Series, point: SeriesPoint) -> float:
         del side
         return point.counts.get(name, 0) / series.width_s / 1e9
 

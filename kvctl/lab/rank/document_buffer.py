@@ -12,23 +12,23 @@ from typing import TypeVar
 
 import numpy as np
 
+from kvcore.blend.blend_client import BlendClient
 from kvcore.client import KVClient
-from kvcore.client.blend import BlendClient
 from kvcore.errors import KVError, Unavailable
 from kvcore.layout import DTYPE_BYTES, token_buffer
 from kvcore.protocol import CBRegisterKVCache, StoreReply
-from kvctl.lab.geometry import RankCache
-from kvctl.lab.messages import EnginePlan, PlayDocuments, Played, Tally
-from kvctl.lab.rank.cache import Indices
-from kvctl.lab.rank.paged import PagedCache
-from kvctl.lab.rank.pattern import HostPattern, chunk_seeds
+from kvctl.lab.model_geometry import RankCache
+from kvctl.lab.process_messages import EnginePlan, RequestDone, RunDocuments, Tally
+from kvctl.lab.rank.byte_patterns import HostPattern, chunk_seeds
+from kvctl.lab.rank.host_paged_cache import PagedCache
+from kvctl.lab.rank.rank_cache import Indices
 
 R = TypeVar("R")
 
 
 @dataclass(slots=True)
-class _Turn:
-    task: PlayDocuments
+class _BufferStep:
+    task: RunDocuments
     offset: int
     tally: Tally = field(default_factory=Tally)
     durations: dict[str, float] = field(default_factory=dict)
@@ -71,9 +71,9 @@ class DocumentBuffer:
             )
         ).chunk_bytes
 
-    def play(self, task: PlayDocuments) -> Played:
+    def play(self, task: RunDocuments) -> RequestDone:
         """Retrieve what was found and check it, then store documents and prompt."""
-        turn = _Turn(task, task.slot * self.slot_tokens)
+        turn = _BufferStep(task, task.slot * self.slot_tokens)
         try:
             if task.matches:
                 self._retrieve(turn)
@@ -81,10 +81,12 @@ class DocumentBuffer:
             if task.hashes:
                 self._store_final(turn)
         except Unavailable as error:
-            return Played(turn.tally, turn.durations, (), unavailable=error.message)
-        return Played(turn.tally, turn.durations, tuple(turn.errors))
+            return RequestDone(
+                turn.tally, turn.durations, (), unavailable=error.message
+            )
+        return RequestDone(turn.tally, turn.durations, tuple(turn.errors))
 
-    def _retrieve(self, turn: _Turn) -> None:
+    def _retrieve(self, turn: _BufferStep) -> None:
         task, tally = turn.task, turn.tally
         starts = [turn.offset + match.start for match in task.matches]
         blocks = np.concatenate([self._blocks(start, 1) for start in starts])
@@ -103,7 +105,7 @@ class DocumentBuffer:
         tally.retrieve_bytes = len(task.matches) * self.chunk_bytes
         tally.bytes_wrong = self.pattern.count_wrong_bytes(seeds, blocks)
 
-    def _store_documents(self, turn: _Turn) -> None:
+    def _store_documents(self, turn: _BufferStep) -> None:
         tokens = np.frombuffer(turn.task.tokens, np.uint32)
         for document in turn.task.documents:
             seeds = chunk_seeds(document.hashes)
@@ -117,7 +119,7 @@ class DocumentBuffer:
             )
             self._count(turn, self._timed(turn, "document_store", call))
 
-    def _store_final(self, turn: _Turn) -> None:
+    def _store_final(self, turn: _BufferStep) -> None:
         """Write the prompt as the model would, and store it."""
         seeds = chunk_seeds(turn.task.hashes)
         self.pattern.write(seeds, self._blocks(turn.offset, len(seeds)))
@@ -135,7 +137,7 @@ class DocumentBuffer:
         """Name the slots of chunks, each a block."""
         return np.arange(start, start + num_chunks * self.chunk_size, dtype=np.int32)
 
-    def _timed(self, turn: _Turn, name: str, call: Callable[[], R]) -> R | None:
+    def _timed(self, turn: _BufferStep, name: str, call: Callable[[], R]) -> R | None:
         """Time a call, the slowest of its name; what the server refuses is told."""
         begun = perf_counter()
         try:
@@ -149,7 +151,7 @@ class DocumentBuffer:
         turn.durations[name] = max(taken_s, turn.durations.get(name, 0.0))
         return reply
 
-    def _count(self, turn: _Turn, reply: StoreReply | None) -> None:
+    def _count(self, turn: _BufferStep, reply: StoreReply | None) -> None:
         if reply is not None:
             turn.tally.parts_stored += reply.num_stored
             turn.tally.parts_present += reply.num_present

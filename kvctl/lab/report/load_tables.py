@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvctl.console import Table, duration
-from kvctl.lab.measure import Latency
-from kvctl.lab.results.load_report import Goodput, LoadReport, Step, TenantReport
-from kvctl.lab.run.faults import FaultReport
+from kvctl.lab.latency_samples import Latency
+from kvctl.lab.results.load_report import Goodput, LoadReport, SweepStep, TenantReport
+from kvctl.lab.run.fault_plan import FaultReport
 from kvctl.lab.scenario import Fault
 
 NOTHING = "-"
@@ -74,7 +74,7 @@ def _duration(seconds: float | None) -> str:
     return NOTHING if seconds is None else duration(seconds)
 
 
-def _steps(steps: tuple[Step, ...]) -> Table:
+def _steps(steps: tuple[SweepStep, ...]) -> Table:
     rows = tuple(
         (
             f"{step.rate:,.1f}",

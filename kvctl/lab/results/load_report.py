@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from kvctl.lab.engine.journal import Outcome, Records
-from kvctl.lab.engine.sweep import GRACE
-from kvctl.lab.measure import Latency, summarise
-from kvctl.lab.run.faults import FaultReport, Struck, describe
+from kvctl.lab.engine.request_log import Outcome, Records
+from kvctl.lab.engine.saturation import GRACE
+from kvctl.lab.latency_samples import Latency, summarise
+from kvctl.lab.run.fault_plan import FaultOutcome, FaultReport, describe
 from kvctl.lab.scenario import Limits, Scenario
-from kvctl.lab.workload.load import ClosedLoop, Sweep
+from kvctl.lab.workload.load_config import ClosedLoop, Sweep
 
 NOTABLE_LAG_S = 0.001
 NOTABLE_LAG_SHARE = 0.1
@@ -41,7 +41,7 @@ class SessionHits(msgspec.Struct, frozen=True):
     later_requests: Annotated[float, Meta(description="of all after a session's first")]
 
 
-class Step(msgspec.Struct, frozen=True):
+class SweepStep(msgspec.Struct, frozen=True):
     """One step of a sweep."""
 
     rate: Annotated[float, Meta(description="requests due a second")]
@@ -87,7 +87,7 @@ class LoadReport(msgspec.Struct, frozen=True):
     ttft: Annotated[Latency | None, Meta(description="with an engine's time model")]
     goodput: Goodput | None
     sessions: SessionHits | None
-    steps: tuple[Step, ...] = ()
+    steps: tuple[SweepStep, ...] = ()
     saturated_at: Annotated[
         float | None, Meta(description="rate of the last step that was kept up with")
     ] = None
@@ -103,7 +103,7 @@ def report_load(
     scenario: Scenario,
     records: Records,
     begun_s: float,
-    struck: Sequence[Struck] = (),
+    struck: Sequence[FaultOutcome] = (),
 ) -> LoadReport | None:
     """Read a journal; None when no request of the measurement is in it."""
     measured = records[records["warm_up"] == 0]
@@ -202,7 +202,9 @@ def _hit_rate(records: Records) -> float:
     return int(records["tokens_hit"].sum()) / tokens if tokens else 0.0
 
 
-def _steps(scenario: Scenario, records: Records, begun_s: float) -> tuple[Step, ...]:
+def _steps(
+    scenario: Scenario, records: Records, begun_s: float
+) -> tuple[SweepStep, ...]:
     load = scenario.load
     if not isinstance(load, Sweep):
         return ()
@@ -216,7 +218,7 @@ def _steps(scenario: Scenario, records: Records, begun_s: float) -> tuple[Step, 
         in_time = done["ended_s"] <= end_s + load.step_s * GRACE
         share = int(np.count_nonzero(in_time)) / ours.size
         steps.append(
-            Step(
+            SweepStep(
                 rate=load.rate * load.factor**number,
                 requests=ours.size,
                 done_in_time=share,
@@ -228,7 +230,7 @@ def _steps(scenario: Scenario, records: Records, begun_s: float) -> tuple[Step, 
     return tuple(steps)
 
 
-def _saturated_at(steps: Sequence[Step]) -> float | None:
+def _saturated_at(steps: Sequence[SweepStep]) -> float | None:
     """Return the last rate before the first step that was not kept up with."""
     kept: float | None = None
     for step in steps:

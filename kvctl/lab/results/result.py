@@ -13,15 +13,15 @@ from kvcore.errors import SetupError
 from kvcore.options import decode_hook, encode_hook
 from kvcore.status import DeviceStatus
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.measure import Latency
-from kvctl.lab.rank.alone import Alone
-from kvctl.lab.results.hosts import HostReport
+from kvctl.lab.json_schemas import publish
+from kvctl.lab.latency_samples import Latency
+from kvctl.lab.rank.isolated_calls import IsolatedTimings
 from kvctl.lab.results.load_report import LoadReport
-from kvctl.lab.results.series import Series
+from kvctl.lab.results.simulated_hosts import HostReport
+from kvctl.lab.results.time_series import Series
 from kvctl.lab.run.environment import Environment
 from kvctl.lab.scenario import Scenario
-from kvctl.lab.schemas import publish
-from kvctl.lab.workload.copies import CopyRow
+from kvctl.lab.workload.copy_settings import CopyRow
 
 RESULT_VERSION = 1
 
@@ -161,7 +161,7 @@ class Result(msgspec.Struct, frozen=True):
         tuple[str, ...], Meta(description="why the exit code is 1; none: it is 0")
     ]
     alone: Annotated[
-        Alone | None, Meta(description="calls with the machine to themselves")
+        IsolatedTimings | None, Meta(description="calls with the machine to themselves")
     ] = None
     copies: Annotated[
         tuple[CopyRow, ...], Meta(description="of every setting in scenario.copies")

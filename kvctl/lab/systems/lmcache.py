@@ -31,8 +31,13 @@ from kvcore.protocol import (
     RetrieveReply,
     StoreReply,
 )
-from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
-from kvctl.lab.systems.foreign_server import free_port
+from kvctl.lab.systems.external_server import free_port
+from kvctl.lab.systems.system_interface import (
+    ExternalClient,
+    StartedSystem,
+    SystemSpec,
+    shared,
+)
 
 PEER = Path(__file__).with_name("lmcache_peer.py")
 AXES = "KNSHD"
@@ -43,7 +48,7 @@ START_S = 60.0
 """For a Python with torch in it to start, beside others that do."""
 
 
-def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
+def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
     """Say how its server is started: memory touched before, engines copy themselves."""
     del folder
     port, program = free_port(), Path(_python(spec)).with_name("lmcache")
@@ -59,7 +64,7 @@ def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
         "--host", "127.0.0.1", "--port", str(port), "--http-port", str(free_port()),
     )  # fmt: skip
     address = f"tcp://127.0.0.1:{port}"
-    return Started(command, address, QUIET, is_ready=address)
+    return StartedSystem(command, address, QUIET, is_ready=address)
 
 
 def _python(spec: SystemSpec) -> str:
@@ -72,13 +77,13 @@ def _python(spec: SystemSpec) -> str:
 
 def connect(
     spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
-) -> Foreign:
+) -> ExternalClient:
     """Start a peer process and let it connect."""
     del config
     return LMCacheClient(_python(spec), address, timeout_s)
 
 
-class LMCacheClient(Foreign):
+class LMCacheClient(ExternalClient):
     """A scheduler's or a rank's client; any thread may use it."""
 
     def __init__(self, python: str, address: str, timeout_s: float) -> None:

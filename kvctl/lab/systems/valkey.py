@@ -27,15 +27,20 @@ from kvcore.protocol import (
     StoreReply,
 )
 from kvcore.shm import Segment
-from kvctl.lab.rank.cache import Indices, Words
-from kvctl.lab.rank.paged import logical_view
-from kvctl.lab.systems.contract import Foreign, Started, SystemSpec, shared
-from kvctl.lab.systems.services import VALKEY, program
+from kvctl.lab.rank.host_paged_cache import logical_view
+from kvctl.lab.rank.rank_cache import Indices, Words
+from kvctl.lab.systems.service_processes import VALKEY, program
+from kvctl.lab.systems.system_interface import (
+    ExternalClient,
+    StartedSystem,
+    SystemSpec,
+    shared,
+)
 
 HASH_SLICE = 1 << 20
 
 
-def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
+def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
     """Say how a server that keeps nothing on disk is started."""
     address = f"{folder}/socket"
     command = (
@@ -43,7 +48,7 @@ def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> Started:
         "--appendonly", "no", "--maxmemory", str(int(config.l1.size)),
         "--maxmemory-policy", "allkeys-lru", "--dir", str(folder),
     )  # fmt: skip
-    return Started(command, f"unix://{address}", is_ready=f"unix://{address}")
+    return StartedSystem(command, f"unix://{address}", is_ready=f"unix://{address}")
 
 
 def _server(spec: SystemSpec) -> str:
@@ -63,13 +68,13 @@ def _server(spec: SystemSpec) -> str:
 
 def connect(
     spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
-) -> Foreign:
+) -> ExternalClient:
     """Connect; a connection a thread."""
     del spec
     return ValkeyClient(address, config.chunk_size, timeout_s)
 
 
-class ValkeyClient(Foreign):
+class ValkeyClient(ExternalClient):
     """A scheduler's or a rank's client."""
 
     knows_sessions = False
@@ -80,7 +85,7 @@ class ValkeyClient(Foreign):
         self._timeout_s = timeout_s
         self._threads = threading.local()
         self._wires: list[_Wire] = []
-        self._cache: _RankCache | None = None
+        self._cache: _ValkeyRankCache | None = None
 
     @property
     def _wire(self) -> _Wire:
@@ -92,7 +97,7 @@ class ValkeyClient(Foreign):
 
     def register_kv_cache(self, request: RegisterKVCache) -> RegisterReply:
         """Map the rank's own memory."""
-        self._cache = _RankCache(request, self.chunk_size)
+        self._cache = _ValkeyRankCache(request, self.chunk_size)
         return RegisterReply((), self._cache.chunk_bytes)
 
     def lookup(
@@ -142,7 +147,7 @@ class ValkeyClient(Foreign):
         cache.scatter(into, np.asarray(blocks[0], np.int32))
         return RetrieveReply(end - start)
 
-    def _registered(self) -> _RankCache:
+    def _registered(self) -> _ValkeyRankCache:
         if self._cache is None:
             raise SetupError("no cache was registered")
         return self._cache
@@ -178,7 +183,7 @@ def _key(chunk: bytes, rank: int) -> bytes:
     return chunk + rank.to_bytes(2, "little")
 
 
-class _RankCache:
+class _ValkeyRankCache:
     """One rank's cache, mapped by its name."""
 
     def __init__(self, request: RegisterKVCache, chunk_size: int) -> None:

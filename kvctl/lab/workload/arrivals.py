@@ -10,7 +10,8 @@ from typing import assert_never
 import numpy as np
 
 from kvcore.errors import SetupError
-from kvctl.lab.workload.load import (
+from kvctl.lab.workload.access_generators import Access
+from kvctl.lab.workload.load_config import (
     Bursts,
     ClosedLoop,
     Constant,
@@ -20,7 +21,6 @@ from kvctl.lab.workload.load import (
     Sweep,
     TraceTimes,
 )
-from kvctl.lab.workload.workload import Access
 
 ARRIVALS = 101
 """Stream of random numbers, apart from those of the workloads."""
@@ -90,14 +90,14 @@ def _segments(load: OpenLoop) -> Iterator[Segment]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Moment:
+class _ArrivalTime:
     at_s: float
     step: int
 
 
 def _moments(
     segments: Iterator[Segment], rng: np.random.Generator | None
-) -> Iterator[_Moment]:
+) -> Iterator[_ArrivalTime]:
     """Walk a rate that changes in steps, by unit distances of its integral.
 
     Distances are 1 without random numbers, else exponential: a Poisson process whose
@@ -110,7 +110,7 @@ def _moments(
         room = segment.rate * segment.seconds
         while wanted - passed < room:
             at_s = begin + (wanted - passed) / segment.rate
-            yield _Moment(at_s, segment.step)
+            yield _ArrivalTime(at_s, segment.step)
             wanted += _distance(rng)
         passed += room
         begin += segment.seconds

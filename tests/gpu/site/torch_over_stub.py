@@ -26,7 +26,7 @@ MAKERS = ("empty", "full", "ones", "rand", "randn", "zeros")
 @cache
 def devices() -> Any:
     """Return ours."""
-    from kvcore.transport.cuda.driver import open_devices
+    from kvcore.cuda.driver import open_devices
 
     return open_devices()
 

@@ -11,17 +11,17 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvctl.lab.compare.comparison import CountVerdict, compare, gather
-from kvctl.lab.compare.contest import Contest, Pair
-from kvctl.lab.compare.gate import DEFAULT, Gate
-from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.measure import summarise
+from kvctl.lab.compare.fail_rules import DEFAULT, FailRules
+from kvctl.lab.compare.paired_runs import Pair, PairedRuns
+from kvctl.lab.compare.significance import Verdict
+from kvctl.lab.latency_samples import summarise
 from kvctl.lab.results.result import Result
-from kvctl.lab.results.summary import summarise as result_of
-from kvctl.lab.run.evidence import Evidence
+from kvctl.lab.results.result_builder import summarise as result_of
+from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
-PLAIN = result_of(Evidence("planted", SCENARIO, 0))
+PLAIN = result_of(RawMeasurements("planted", SCENARIO, 0))
 
 
 def run(lookup_s: float, store_s: float = 1.0, **counts: int) -> Result:
@@ -49,20 +49,20 @@ def test_a_slower_side_is_worse_and_fails_the_gate() -> None:
     assert effect.ratio == pytest.approx(1.1, rel=0.02)
     assert found.timings["store"].effect.verdict is Verdict.SAME
     assert {one.verdict for one in found.counts.values()} == {CountVerdict.SAME}
-    (line,) = Gate(DEFAULT).broken(found)
+    (line,) = FailRules(DEFAULT).broken(found)
     assert line.startswith("lookup takes 1.10")
-    assert Gate("lookup>5%").broken(found)
-    assert not Gate("lookup>20%,store>1%").broken(found)
+    assert FailRules("lookup>5%").broken(found)
+    assert not FailRules("lookup>20%,store>1%").broken(found)
 
 
 def test_a_faster_side_is_better_and_passes() -> None:
     """Better is no regression, and neither is 'cannot tell'."""
     found = compare(runs(1.1), runs(1.0))
     assert found.timings["lookup"].effect.verdict is Verdict.BETTER
-    assert not Gate(DEFAULT).broken(found)
+    assert not FailRules(DEFAULT).broken(found)
     few = compare(runs(1.0, 2), runs(2.0, 2))
     assert few.timings["lookup"].effect.verdict is Verdict.CANNOT_TELL
-    assert not Gate(DEFAULT).broken(few)
+    assert not FailRules(DEFAULT).broken(few)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_counts_are_compared_exactly(
     found = compare(ours, theirs)
     assert found.counts[name].verdict is verdict
     failing = verdict in (CountVerdict.WORSE, CountVerdict.DIFFERS)
-    assert bool(Gate("counts").broken(found)) is failing
+    assert bool(FailRules("counts").broken(found)) is failing
 
 
 def test_other_settings_may_store_other_amounts() -> None:
@@ -97,7 +97,7 @@ def test_other_settings_may_store_other_amounts() -> None:
     new = [replace(run(1.0, stored_bytes=2, chunks_hit=2), scenario=larger)] * 2
     found = compare(base, new)
     assert found.settings == {"cache_blocks": ("1024", "2048")}
-    assert Gate("counts").broken(found) == ["chunks_hit went from 3 to 2"]
+    assert FailRules("counts").broken(found) == ["chunks_hit went from 3 to 2"]
 
 
 def test_other_work_has_other_counts() -> None:
@@ -121,13 +121,13 @@ def test_unlike_machines_are_refused_unless_told() -> None:
 def test_a_wrong_rule_says_what_rules_are(rule: str) -> None:
     """Wrong use, before anything is played."""
     with pytest.raises(SetupError, match="what is a regression"):
-        Gate(rule)
+        FailRules(rule)
 
 
 def test_a_rule_for_an_unknown_operation_names_the_known() -> None:
     """Only the comparison knows which there are."""
     with pytest.raises(SetupError, match="operations are lookup, store"):
-        Gate("lokup>5%").broken(compare(runs(1.0), runs(1.0)))
+        FailRules("lokup>5%").broken(compare(runs(1.0), runs(1.0)))
 
 
 def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
     def play(number: int) -> Pair:
         return Pair(run(drift[number]), run(drift[number] * 1.1))
 
-    found = Contest(("a", "b"), tmp_path, play).run(24)
+    found = PairedRuns(("a", "b"), tmp_path, play).run(24)
     assert found.in_pairs
     assert "to take turns" in found.notes[0]
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
@@ -157,7 +157,7 @@ def test_turns_are_compared_one_by_one(tmp_path: Path) -> None:
         base = replace(run(2.0), turns={"lookup": turns})
         return Pair(base, replace(run(1.0), turns={"lookup": slower}))
 
-    found = Contest(("a", "b"), tmp_path, play).run(12)
+    found = PairedRuns(("a", "b"), tmp_path, play).run(12)
     assert found.timings["lookup"].effect.ratio == pytest.approx(1.1)
     assert not any("to take turns" in note for note in found.notes)
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
@@ -167,10 +167,12 @@ def test_an_interrupted_contest_judges_what_it_has(tmp_path: Path) -> None:
     """The pair under way is left out; with no pair at all there is nothing to judge."""
     cut = Pair(run(1.0), replace(run(1.0), interrupted=True))
     whole = Pair(run(1.0), run(1.0))
-    found = Contest(("a", "b"), tmp_path, lambda number: (whole, cut)[number]).run(10)
+    found = PairedRuns(("a", "b"), tmp_path, lambda number: (whole, cut)[number]).run(
+        10
+    )
     assert (found.base.num_runs, found.new.num_runs) == (1, 1)
     with pytest.raises(SetupError, match="interrupted before"):
-        Contest(("a", "b"), tmp_path, lambda _: cut).run(10)
+        PairedRuns(("a", "b"), tmp_path, lambda _: cut).run(10)
 
 
 def test_a_pair_interrupted_before_its_load_loses_no_other(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_pair_interrupted_before_its_load_loses_no_other(tmp_path: Path) -> No
             raise KeyboardInterrupt
         return Pair(run(1.0), run(1.0))
 
-    assert Contest(("a", "b"), tmp_path, play).run(10).base.num_runs == 1
+    assert PairedRuns(("a", "b"), tmp_path, play).run(10).base.num_runs == 1
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:

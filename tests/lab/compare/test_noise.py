@@ -16,11 +16,11 @@ import pytest
 from msgspec.structs import replace
 
 from kvctl.lab.compare.comparison import Comparison, compare
-from kvctl.lab.compare.judge import Verdict
-from kvctl.lab.measure import summarise
+from kvctl.lab.compare.significance import Verdict
+from kvctl.lab.latency_samples import summarise
 from kvctl.lab.results.result import Repetition, Result
-from kvctl.lab.results.summary import summarise as result_of
-from kvctl.lab.run.evidence import Evidence
+from kvctl.lab.results.result_builder import summarise as result_of
+from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 RECORDED = Path(__file__).with_name("noise.json")
@@ -31,7 +31,7 @@ SLOWER = 1.1
 
 ONCE = summarise(np.array([1.0]))
 PLAIN = replace(
-    result_of(Evidence("noise", Scenario(ModelConfig("tiny-llama"), Chat()), 0)),
+    result_of(RawMeasurements("noise", Scenario(ModelConfig("tiny-llama"), Chat()), 0)),
     operations=dict.fromkeys(GAPS, ONCE),
     turns=dict.fromkeys(GAPS, (1.0,)),
 )

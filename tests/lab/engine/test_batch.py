@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvctl.lab.engine.batch import Batch, Event, Happened, Sequence
-from kvctl.lab.engine.stepper import Stepper
+from kvctl.lab.engine.batch_clock import BatchClock
+from kvctl.lab.engine.continuous_batch import (
+    BatchEvents,
+    ContinuousBatch,
+    Event,
+    Sequence,
+)
 from kvctl.lab.scenario import EngineModel
-from tests.lab.clock import FakeClock
+from tests.lab.fake_clock import FakeClock
 
 MODEL = EngineModel(
     prefill_tokens_per_s=1000,
@@ -18,7 +23,7 @@ MODEL = EngineModel(
 )
 
 
-def run(batch: Batch) -> list[Happened]:
+def run(batch: ContinuousBatch) -> list[BatchEvents]:
     """Let all steps pass."""
     happened = batch.advance(0.0)
     while (next_s := batch.next_s) is not None:
@@ -26,14 +31,14 @@ def run(batch: Batch) -> list[Happened]:
     return happened
 
 
-def at(happened: list[Happened], sequence: Sequence, event: Event) -> float:
+def at(happened: list[BatchEvents], sequence: Sequence, event: Event) -> float:
     """When something happened."""
     return next(h.at_s for h in happened if (h.sequence, h.event) == (sequence, event))
 
 
 def test_a_prompt_is_computed_in_chunks_of_the_budget() -> None:
     """250 tokens take steps of 100, 100 and 50, each with its fixed time."""
-    batch, one = Batch(MODEL, 1000, 16), Sequence(250, 0, 3)
+    batch, one = ContinuousBatch(MODEL, 1000, 16), Sequence(250, 0, 3)
     batch.add(one)
     happened = run(batch)
     first = 3 * 0.01 + 0.25
@@ -43,14 +48,14 @@ def test_a_prompt_is_computed_in_chunks_of_the_budget() -> None:
 
 def test_what_was_loaded_is_not_computed() -> None:
     """Only the remaining prefill costs time."""
-    batch, one = Batch(MODEL, 1000, 16), Sequence(250, 200, 1)
+    batch, one = ContinuousBatch(MODEL, 1000, 16), Sequence(250, 200, 1)
     batch.add(one)
     assert at(run(batch), one, Event.FIRST_TOKEN) == pytest.approx(0.01 + 0.05)
 
 
 def test_the_batch_is_limited() -> None:
     """The third request begins when one of the two is finished."""
-    batch = Batch(MODEL, 1000, 16)
+    batch = ContinuousBatch(MODEL, 1000, 16)
     sequences = [Sequence(10, 0, 2) for _ in range(3)]
     for one in sequences:
         batch.add(one)
@@ -61,7 +66,7 @@ def test_the_batch_is_limited() -> None:
 
 def test_the_youngest_gives_its_blocks_up() -> None:
     """Where answers outgrow the blocks, it is preempted and the older one goes on."""
-    batch = Batch(MODEL, 4, 16)
+    batch = ContinuousBatch(MODEL, 4, 16)
     old, young = Sequence(32, 0, 20), Sequence(32, 0, 20)
     batch.add(old)
     batch.add(young)
@@ -73,7 +78,7 @@ def test_the_youngest_gives_its_blocks_up() -> None:
 
 def test_an_aborted_request_leaves_no_trace() -> None:
     """It is removed from the queue, the batch and the step under way."""
-    batch, one = Batch(MODEL, 1000, 16), Sequence(50, 0, 5)
+    batch, one = ContinuousBatch(MODEL, 1000, 16), Sequence(50, 0, 5)
     batch.add(one)
     batch.advance(0.0)
     batch.remove(one)
@@ -83,7 +88,7 @@ def test_an_aborted_request_leaves_no_trace() -> None:
 
 def test_steps_that_nobody_watched_have_passed() -> None:
     """A late look finds the events at their own times."""
-    batch, one = Batch(MODEL, 1000, 16), Sequence(50, 0, 3)
+    batch, one = ContinuousBatch(MODEL, 1000, 16), Sequence(50, 0, 3)
     batch.add(one)
     batch.advance(0.0)
     happened = batch.advance(100.0)
@@ -93,7 +98,7 @@ def test_steps_that_nobody_watched_have_passed() -> None:
 def test_the_stepper_waits_as_long_as_the_model_says() -> None:
     """First token and end come at the model's times."""
     clock = FakeClock()
-    stepper = Stepper(Batch(MODEL, 1000, 16), clock)
+    stepper = BatchClock(ContinuousBatch(MODEL, 1000, 16), clock)
     progress = stepper.submit(Sequence(50, 0, 3))
     stepper.await_first_token(progress)
     assert clock.time == progress.first_token_s == pytest.approx(0.06)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.engine.blocks import BlockPool
+from kvctl.lab.engine.block_pool import BlockPool
 
 
 def test_blocks_are_handed_out_once() -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from kvctl.lab.engine.pacer import Pacer, Taken
-from kvctl.lab.engine.scheduler import share
-from kvctl.lab.messages import EnginePlan
+from kvctl.lab.engine.request_pacer import PacedRequest, RequestPacer
+from kvctl.lab.engine.simulated_scheduler import share
+from kvctl.lab.process_messages import EnginePlan
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
+from kvctl.lab.workload.access_generators import Access
 from kvctl.lab.workload.arrivals import Due
-from kvctl.lab.workload.workload import Access
-from tests.lab.clock import FakeClock
+from tests.lab.fake_clock import FakeClock
 
 
 def due(number: int, at_s: float | None, session: str | None = None) -> Due:
@@ -24,7 +24,7 @@ def due(number: int, at_s: float | None, session: str | None = None) -> Due:
     return Due(access, number, at_s)
 
 
-def names(pacer: Pacer) -> Iterator[str]:
+def names(pacer: RequestPacer) -> Iterator[str]:
     """Take everything, one after another."""
     while (taken := pacer.take()) is not None:
         yield taken.access.request_id
@@ -33,7 +33,7 @@ def names(pacer: Pacer) -> Iterator[str]:
 
 def test_requests_begin_when_they_are_due() -> None:
     """A free slot waits for each one's time, and nothing lags."""
-    pacer = Pacer(iter([due(0, 0.5), due(1, 2.0)]), clock=FakeClock())
+    pacer = RequestPacer(iter([due(0, 0.5), due(1, 2.0)]), clock=FakeClock())
     first, second = pacer.take(), pacer.take()
     assert first
     assert second
@@ -45,7 +45,7 @@ def test_requests_begin_when_they_are_due() -> None:
 def test_a_busy_slot_is_not_the_generators_lag() -> None:
     """What waits for a slot is late by the system: it counts from its due time."""
     clock = FakeClock()
-    pacer = Pacer(iter([due(0, 0.0), due(1, 1.0)]), clock=clock)
+    pacer = RequestPacer(iter([due(0, 0.0), due(1, 1.0)]), clock=clock)
     pacer.take()
     clock.time = 5.0
     taken = pacer.take()
@@ -61,7 +61,7 @@ def test_waking_late_is_the_generators_lag() -> None:
             super().wait(changed, timeout_s)
             self.time += 0.25
 
-    taken = Pacer(iter([due(0, 1.0)]), clock=Late()).take()
+    taken = RequestPacer(iter([due(0, 1.0)]), clock=Late()).take()
     assert taken
     assert taken.lag_s == pytest.approx(0.25)
 
@@ -70,7 +70,7 @@ def test_an_open_loop_goes_on_beside_a_busy_session() -> None:
     """A next turn waits for its answer and is due then; others begin meanwhile."""
     clock = FakeClock()
     source = [due(0, 0.0, "a"), due(1, 1.0, "a"), due(2, 2.0, "b")]
-    pacer = Pacer(iter(source), clock=clock)
+    pacer = RequestPacer(iter(source), clock=clock)
     first, second = pacer.take(), pacer.take()
     assert first
     assert second
@@ -85,9 +85,9 @@ def test_an_open_loop_goes_on_beside_a_busy_session() -> None:
 def test_a_closed_loop_keeps_the_workloads_order() -> None:
     """All wait behind a busy session; nothing overtakes."""
     source = [due(0, None, "a"), due(1, None, "a"), due(2, None, "b")]
-    pacer = Pacer(iter(source))
+    pacer = RequestPacer(iter(source))
     first = pacer.take()
-    taken: list[Taken | None] = []
+    taken: list[PacedRequest | None] = []
     waiter = threading.Thread(target=lambda: taken.append(pacer.take()))
     waiter.start()
     assert first
@@ -99,9 +99,9 @@ def test_a_closed_loop_keeps_the_workloads_order() -> None:
 
 def test_a_stop_wakes_who_waits() -> None:
     """After a stop nobody gets anything, not even who waited for a session."""
-    pacer = Pacer(iter([due(0, None, "a"), due(1, None, "a")]))
+    pacer = RequestPacer(iter([due(0, None, "a"), due(1, None, "a")]))
     pacer.take()
-    taken: list[Taken | None] = []
+    taken: list[PacedRequest | None] = []
     waiter = threading.Thread(target=lambda: taken.append(pacer.take()))
     waiter.start()
     pacer.stop()
@@ -114,7 +114,7 @@ def test_a_stop_wakes_who_waits() -> None:
 def test_the_warm_up_is_told_apart(settings: dict[str, float]) -> None:
     """By number of requests, or by time."""
     source = iter([due(number, float(number)) for number in range(4)])
-    pacer = Pacer(source, clock=FakeClock(), **settings)  # type: ignore[arg-type]
+    pacer = RequestPacer(source, clock=FakeClock(), **settings)  # type: ignore[arg-type]
     taken = [pacer.take() for _ in range(4)]
     assert [one.warm_up for one in taken if one] == [True, True, False, False]
 
@@ -123,7 +123,11 @@ def test_engines_share_a_workload_without_overlap() -> None:
     """Two engines take every access once, sessions whole."""
     scenario = Scenario(ModelConfig("tiny-llama"), Chat(num_sessions=3), engines=2)
     shares = [
-        list(names(Pacer(share(EnginePlan("", place, "e", "m", 0, scenario, place)))))
+        list(
+            names(
+                RequestPacer(share(EnginePlan("", place, "e", "m", 0, scenario, place)))
+            )
+        )
         for place in (0, 1)
     ]
     ours, theirs = ({name.partition(".")[0] for name in one} for one in shares)

@@ -16,9 +16,9 @@ from kvcore.client import KVClient
 from kvcore.errors import Internal, KVError
 from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import LookupReply
-from kvctl.lab.engine.journal import unpack
-from kvctl.lab.engine.scheduler import Engine
-from kvctl.lab.messages import EnginePlan, Play, Played, Tally, send
+from kvctl.lab.engine.request_log import unpack
+from kvctl.lab.engine.simulated_scheduler import SimulatedScheduler
+from kvctl.lab.process_messages import EnginePlan, RequestDone, RunRequest, Tally, send
 from kvctl.lab.results.load_report import LoadReport, report_load
 from kvctl.lab.scenario import (
     Chat,
@@ -29,8 +29,8 @@ from kvctl.lab.scenario import (
     SharedPrefix,
     Tenant,
 )
-from kvctl.lab.workload.load import ClosedLoop, Constant, Poisson
-from tests.lab.clock import FakeClock
+from kvctl.lab.workload.load_config import ClosedLoop, Constant, Poisson
+from tests.lab.fake_clock import FakeClock
 
 CHUNK = 32
 LOOKUP_S = 0.01
@@ -84,12 +84,12 @@ def rank() -> Iterator[Connection]:
     ours, theirs = Pipe()
 
     def obey() -> None:
-        decoder = msgspec.msgpack.Decoder(Play)
+        decoder = msgspec.msgpack.Decoder(RunRequest)
         try:
             while True:
                 task = decoder.decode(theirs.recv_bytes())
                 took = {"retrieve": RETRIEVE_S} if task.retrieve else {"store": 0.01}
-                send(theirs, Played(Tally(), took))
+                send(theirs, RequestDone(Tally(), took))
         except EOFError:
             theirs.close()
 
@@ -103,7 +103,7 @@ def rank() -> Iterator[Connection]:
 def play(scenario: Scenario, server: FakeServer, rank: Connection) -> LoadReport:
     """Play a scenario with one slot; read its journal."""
     plan = EnginePlan("", 0, "e", "m", 0, scenario)
-    engine = Engine(plan, server, server.clock)
+    engine = SimulatedScheduler(plan, server, server.clock)
     engine.run_slot([rank])
     assert engine.failure is None
     report = report_load(scenario, unpack([engine.score.journal.packed()]), 0.0)
@@ -127,7 +127,7 @@ def test_percentiles_are_those_of_the_planted_latencies(rank: Connection) -> Non
     order = np.random.default_rng(0).permutation(100)
     server.latencies = [(number + 1) / 1000 for number in order.tolist()]
     server.hit_tokens, server.num_from_tiers = 64, 1
-    engine = Engine(
+    engine = SimulatedScheduler(
         EnginePlan("", 0, "e", "m", 0, scenario(100, 1)), server, server.clock
     )
     engine.run_slot([rank])
@@ -142,7 +142,9 @@ def test_only_who_is_due_at_a_time_can_be_late(rank: Connection) -> None:
     """Beside a closed loop, the lag and the rate are those of the open tenant."""
     server = FakeServer(FakeClock())
     closed = replace(scenario(10, 10), load=ClosedLoop())
-    engine = Engine(EnginePlan("", 0, "e", "m", 0, closed), server, server.clock)
+    engine = SimulatedScheduler(
+        EnginePlan("", 0, "e", "m", 0, closed), server, server.clock
+    )
     engine.run_slot([rank])
     ours = unpack([engine.score.journal.packed()])
     alone = report_load(closed, ours, 0.0)
@@ -225,7 +227,7 @@ def test_every_request_given_up_ends_its_session(rank: Connection) -> None:
 def test_a_crash_in_a_slot_fails_the_run(rank: Connection) -> None:
     """A defect is never taken for a workload that ended early."""
     server = FakeServer(FakeClock())
-    engine = Engine(EnginePlan("", 0, "e", "m", 0, scenario(3, 10)), server)
+    engine = SimulatedScheduler(EnginePlan("", 0, "e", "m", 0, scenario(3, 10)), server)
     server.clock = None  # type: ignore[assignment]
     with pytest.raises(AttributeError):
         engine.run_slot([rank])

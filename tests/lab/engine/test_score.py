@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kvctl.lab.engine.score import Score
-from kvctl.lab.messages import Tally
+from kvctl.lab.engine.engine_statistics import EngineStatistics
+from kvctl.lab.process_messages import Tally
 
 
 def test_the_score_adds_up() -> None:
     """Counts add, errors count one each, a chunk asked for twice is one."""
-    score = Score()
+    score = EngineStatistics()
     score.add(Tally(requests=1, chunks=2), {"lookup": 0.5}, [b"a" * 8, b"b" * 8])
     score.add(Tally(requests=1, chunks=1), {"lookup": 0.25}, [b"a" * 8], ["lost"])
     report = score.report()
@@ -23,7 +23,7 @@ def test_the_score_adds_up() -> None:
 
 def test_a_warm_up_counts_nothing_but_trouble() -> None:
     """Wrong bytes and errors count, requests and durations do not."""
-    score = Score()
+    score = EngineStatistics()
     warm = Tally(requests=1, tokens=9, bytes_wrong=3)
     score.add(warm, {"lookup": 0.5}, [b"a" * 8], ["lost"], warm_up=True)
     report = score.report()
@@ -37,7 +37,7 @@ def test_a_warm_up_counts_nothing_but_trouble() -> None:
 @pytest.mark.parametrize("count", [9, 15])
 def test_only_the_first_errors_are_told(count: int) -> None:
     """All are counted, ten are told."""
-    score = Score()
+    score = EngineStatistics()
     for number in range(count):
         score.add(Tally(), {}, errors=[str(number)])
     assert score.tally().errors == count

@@ -11,18 +11,18 @@ from msgspec.structs import replace
 
 from kvctl.console import duration
 from kvctl.lab.compare.comparison import compare
-from kvctl.lab.measure import Latency, summarise
+from kvctl.lab.latency_samples import Latency, summarise
 from kvctl.lab.page import svg
-from kvctl.lab.page.page import render
-from kvctl.lab.page.side import Side
-from kvctl.lab.results.load_report import LoadReport, Step
+from kvctl.lab.page.html_page import render
+from kvctl.lab.page.run_group import RunGroup
+from kvctl.lab.results.load_report import LoadReport, SweepStep
 from kvctl.lab.results.result import Result, TierHits
-from kvctl.lab.results.series import Moment, Point, Series
-from kvctl.lab.results.summary import summarise as result_of
-from kvctl.lab.run.evidence import Evidence
-from kvctl.lab.run.faults import FaultReport
+from kvctl.lab.results.result_builder import summarise as result_of
+from kvctl.lab.results.time_series import FaultMoment, Series, SeriesPoint
+from kvctl.lab.run.fault_plan import FaultReport
+from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.scenario import Chat, Fault, ModelConfig, Scenario
-from kvctl.lab.workload.copies import CopyRow, Setting
+from kvctl.lab.workload.copy_settings import CopyRow, Setting
 from tests.lab.results.test_limits import ALONE
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat(), question="<b>Is it & fast?</b>")
@@ -44,9 +44,9 @@ COPIES = tuple(
 )  # fmt: skip
 
 
-def step(rate: float, request: Latency) -> Step:
+def step(rate: float, request: Latency) -> SweepStep:
     """One of a sweep."""
-    return Step(rate, 9, 1.0, request, None, kept_up=True)
+    return SweepStep(rate, 9, 1.0, request, None, kept_up=True)
 
 
 def planted(factor: float) -> Result:
@@ -54,14 +54,14 @@ def planted(factor: float) -> Result:
     rng = np.random.default_rng(0)
     calls = rng.lognormal(-7, 0.5, 2000) * factor
     points = tuple(
-        Point(
+        SeriesPoint(
             end_s=0.5 * place,
             counts={"requests": 10, "tokens": 100, "tokens_hit": 5 * place},
-            operations={"request": Moment(10, 0.01, 0.02)},
+            operations={"request": FaultMoment(10, 0.01, 0.02)},
         )
         for place in range(1, 9)
     )
-    plain = result_of(Evidence("planted", SCENARIO, 0, elapsed_s=4.0))
+    plain = result_of(RawMeasurements("planted", SCENARIO, 0, elapsed_s=4.0))
     request = summarise(calls * 10)
     return replace(
         plain,
@@ -87,7 +87,7 @@ def page(*factors: float) -> str:
         [storing(factor * (1 + 0.001 * place)) for place in range(10)]
         for factor in factors
     ]
-    sides = [Side.of(f"side {n}", n, results) for n, results in enumerate(runs)]
+    sides = [RunGroup.of(f"side {n}", n, results) for n, results in enumerate(runs)]
     return render(sides, [compare(runs[0], other) for other in runs[1:]])
 
 
@@ -151,7 +151,7 @@ def test_faults_tiers_sweeps_and_limits_are_drawn() -> None:
 def test_copies_are_listed_and_answer_the_question() -> None:
     """A row each; the shares that were reached, and what a model beside them lost."""
     copied = replace(planted(1), copies=COPIES)
-    text = render([Side.of("side", 0, [copied])], [])
+    text = render([RunGroup.of("side", 0, [copied])], [])
     for shown in (
         "<h2>Copies</h2>", "calls of 32MiB", "8 (50%)", "9 (95%)", ">6%<",
         "Every byte was right: stores reached 50% to 70% of a plain copy, retrieves "
@@ -164,7 +164,7 @@ def test_copies_are_listed_and_answer_the_question() -> None:
 def test_problems_are_told_above_all() -> None:
     """A run that failed says so in its sentence."""
     failed = replace(planted(1.0), problems=("3 bytes were wrong",))
-    text = render([Side.of("a", 0, [failed])], [])
+    text = render([RunGroup.of("a", 0, [failed])], [])
     assert "planted failed: 3 bytes were wrong." in text
 
 

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvctl.console import spark
-from kvctl.lab.compare.contest import Contest, Pair
+from kvctl.lab.compare.paired_runs import Pair, PairedRuns
 from kvctl.lab.results.result import Result
 from tests.cli.test_cli import kvctl
 from tests.lab.page.test_page import planted
@@ -70,7 +70,7 @@ def test_a_report_of_a_contest_has_both_sides(tmp_path: Path) -> None:
     def play(number: int) -> Pair:
         return Pair(planted(1.0 + 0.001 * number), planted(1.3))
 
-    contest = Contest(("left", "right"), tmp_path / "contest", play)
+    contest = PairedRuns(("left", "right"), tmp_path / "contest", play)
     contest.run(10).save(tmp_path / "contest")
     page = tmp_path / "report.html"
     done = kvctl(

@@ -9,9 +9,9 @@ pytestmark = pytest.mark.torch
 
 def test_products_are_counted_in_the_spans_alone() -> None:
     """Each once, by when it ended."""
-    from kvctl.lab.rank.busy import Products
+    from kvctl.lab.rank.gpu_load import MatrixProducts
 
-    with Products("cpu") as products:
+    with MatrixProducts("cpu") as products:
         while len(products._ended) < 100:
             products.rate(0.001)
     first, last = products._ended[0], products._ended[-1]

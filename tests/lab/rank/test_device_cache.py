@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from kvctl.lab.geometry import CACHE_SHAPES, PRESETS, Geometry
-from kvctl.lab.rank.cache import Grid, handle_starts
-from kvctl.lab.rank.paged import logical_view
-from kvctl.lab.rank.pattern import HostPattern, chunk_seeds
+from kvctl.lab.model_geometry import CACHE_SHAPES, PRESETS, Geometry
+from kvctl.lab.rank.byte_patterns import HostPattern, chunk_seeds
+from kvctl.lab.rank.host_paged_cache import logical_view
+from kvctl.lab.rank.rank_cache import BlockGrid, handle_starts
 
 if TYPE_CHECKING:
-    from kvctl.lab.rank.device_cache import DevicePattern
+    from kvctl.lab.rank.gpu_cache import DevicePattern
 
 pytestmark = pytest.mark.torch
 
@@ -28,14 +28,14 @@ def pair(geometry: Geometry, rank: int | None) -> tuple[HostPattern, DevicePatte
     """Make patterns of both kinds over memories of their own."""
     import torch
 
-    from kvctl.lab.rank.device_cache import DevicePattern, device_view
+    from kvctl.lab.rank.gpu_cache import DevicePattern, device_view
 
     cache = geometry.groups(16, 0, 1)
     starts = handle_starts(cache)
     memory = np.zeros(sum(cache.handle_bytes), np.uint8)
     tensor = torch.zeros(memory.size, dtype=torch.uint8)
     group = cache.groups[0]
-    view = device_view(tensor, Grid.of(group, starts))
+    view = device_view(tensor, BlockGrid.of(group, starts))
     return (
         HostPattern(logical_view(memory, group, starts), 0, rank, CHUNK_BLOCKS),
         DevicePattern(view, 0, rank, CHUNK_BLOCKS),

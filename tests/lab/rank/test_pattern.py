@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from kvctl.lab.geometry import CACHE_SHAPES, PRESETS
-from kvctl.lab.rank.paged import PagedCache, logical_view
-from kvctl.lab.rank.pattern import HostPattern, chunk_seeds, mix
+from kvctl.lab.model_geometry import CACHE_SHAPES, PRESETS
+from kvctl.lab.rank.byte_patterns import HostPattern, chunk_seeds, mix
+from kvctl.lab.rank.host_paged_cache import PagedCache, logical_view
 
 CHUNK_BLOCKS = 4
 SEEDS = chunk_seeds(b"".join(sha256(bytes([i])).digest() for i in range(3)))

@@ -16,12 +16,12 @@ import pytest
 from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterReply, RetrieveReply, StoreReply
-from kvctl.lab.engine import scheduler
-from kvctl.lab.geometry import RankCache
-from kvctl.lab.messages import EnginePlan, Play
-from kvctl.lab.rank import worker
-from kvctl.lab.rank.caches import make_cache
-from kvctl.lab.rank.worker import COPY_EVERY, Rank
+from kvctl.lab.engine import simulated_scheduler as scheduler
+from kvctl.lab.model_geometry import RankCache
+from kvctl.lab.process_messages import EnginePlan, RunRequest
+from kvctl.lab.rank import simulated_rank as worker
+from kvctl.lab.rank.cache_factory import make_cache
+from kvctl.lab.rank.simulated_rank import COPY_EVERY, SimulatedRank
 from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 CHUNK = 256
@@ -36,7 +36,7 @@ class FakeClient:
     server = None
 
     def __init__(self) -> None:
-        self.rank: Rank | None = None
+        self.rank: SimulatedRank | None = None
         self.kept: list[np.ndarray[Any, Any]] = []
         self.fails: KVError | None = None
         self.meddle: Callable[[], None] = lambda: None
@@ -78,18 +78,18 @@ class FakeClient:
         return RetrieveReply(end - start)
 
 
-def make(preset: str) -> tuple[Rank, FakeClient]:
+def make(preset: str) -> tuple[SimulatedRank, FakeClient]:
     """A rank on a fake server."""
     scenario = Scenario(ModelConfig(preset), Chat(), cache_blocks=96)
     plan = EnginePlan("", 0, f"test-{os.getpid()}", "m", 0, scenario)
     client = FakeClient()
-    rank = Rank(plan, 0, client)  # type: ignore[arg-type]
+    rank = SimulatedRank(plan, 0, client)  # type: ignore[arg-type]
     client.rank = rank
     return rank, client
 
 
 @pytest.fixture
-def played() -> Iterator[tuple[Rank, FakeClient]]:
+def played() -> Iterator[tuple[SimulatedRank, FakeClient]]:
     """A rank of a small Llama that has stored three chunks."""
     rank, client = make("tiny-llama")
     stored = rank.play(task(0, 3))
@@ -99,15 +99,19 @@ def played() -> Iterator[tuple[Rank, FakeClient]]:
     rank.close()
 
 
-def task(hit: int, end: int, first_block: int = 0, groups: int = 1) -> Play:
+def task(hit: int, end: int, first_block: int = 0, groups: int = 1) -> RunRequest:
     """A request of so many chunks, `hit` of them found."""
     ids = np.arange(first_block, first_block + end * CHUNK_BLOCKS, dtype=np.int32)
     hashes = HASHES[: end * 32]
     session = SessionKey("e", "r")
-    return Play(session, hit * CHUNK, end * CHUNK, hashes, (ids.tobytes(),) * groups)
+    return RunRequest(
+        session, hit * CHUNK, end * CHUNK, hashes, (ids.tobytes(),) * groups
+    )
 
 
-def test_right_bytes_are_counted_as_right(played: tuple[Rank, FakeClient]) -> None:
+def test_right_bytes_are_counted_as_right(
+    played: tuple[SimulatedRank, FakeClient],
+) -> None:
     """Retrieved into other blocks, every byte checks."""
     rank, _ = played
     found = rank.play(task(3, 3, first_block=48))
@@ -117,7 +121,7 @@ def test_right_bytes_are_counted_as_right(played: tuple[Rank, FakeClient]) -> No
 
 
 def test_requests_of_less_than_a_chunk_move_nothing(
-    played: tuple[Rank, FakeClient],
+    played: tuple[SimulatedRank, FakeClient],
 ) -> None:
     """Nothing is copied beside them either, however many there are."""
     rank, _ = played
@@ -126,7 +130,7 @@ def test_requests_of_less_than_a_chunk_move_nothing(
         assert (found.errors, found.tally.copy_bytes) == ((), 0)
 
 
-def test_one_wrong_byte_is_counted(played: tuple[Rank, FakeClient]) -> None:
+def test_one_wrong_byte_is_counted(played: tuple[SimulatedRank, FakeClient]) -> None:
     """A byte that changed on its way shows."""
     rank, client = played
     view = rank.cache.views[0]
@@ -139,7 +143,7 @@ def test_one_wrong_byte_is_counted(played: tuple[Rank, FakeClient]) -> None:
 
 
 def test_a_retrieve_that_writes_nothing_is_all_wrong(
-    played: tuple[Rank, FakeClient],
+    played: tuple[SimulatedRank, FakeClient],
 ) -> None:
     """Even into blocks that held the right bytes before: they were poisoned."""
     rank, client = played
@@ -150,7 +154,7 @@ def test_a_retrieve_that_writes_nothing_is_all_wrong(
 
 
 def test_a_failed_retrieve_is_an_error_and_all_is_stored(
-    played: tuple[Rank, FakeClient],
+    played: tuple[SimulatedRank, FakeClient],
 ) -> None:
     """An engine computes what it could not load, and so does this one."""
     rank, client = played
@@ -165,7 +169,7 @@ def test_a_failed_retrieve_is_an_error_and_all_is_stored(
 
 
 def test_a_server_that_is_gone_ends_the_turn(
-    played: tuple[Rank, FakeClient],
+    played: tuple[SimulatedRank, FakeClient],
 ) -> None:
     """Nothing more is asked of it; the scheduler is told."""
     rank, client = played
@@ -218,6 +222,6 @@ def test_whoever_fails_after_the_driver_has_gone_ends_in_silence(
 def test_a_cache_on_a_gpu_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without it is told so in one line, as any wrong scenario is."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "kvctl.lab.rank.device_cache", raising=False)
+    monkeypatch.delitem(sys.modules, "kvctl.lab.rank.gpu_cache", raising=False)
     with pytest.raises(SetupError, match=r"cuda.*torch.*docs/gpu\.md"):
         make_cache("cuda", "unused", RankCache((), ()), 0)

@@ -8,11 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.driver import run
-from kvctl.lab.measure import Samples
-from kvctl.lab.messages import EngineReport, Tally
-from kvctl.lab.results import hosts
-from kvctl.lab.results.hosts import report_hosts
+from kvctl.lab.latency_samples import LatencySamples
+from kvctl.lab.process_messages import EngineReport, Tally
+from kvctl.lab.results import simulated_hosts as hosts
+from kvctl.lab.results.simulated_hosts import report_hosts
+from kvctl.lab.runner import run
 from kvctl.lab.scenario import Scenario, read
 
 SCENARIO = """\
@@ -46,7 +46,9 @@ def scenario(folder: Path, *settings: str) -> Scenario:
 def report(host: int, hit: int, heads: list[int]) -> EngineReport:
     """Of an engine that asked for ten chunks."""
     packed = b"".join(head.to_bytes(8, "big") for head in heads)
-    return EngineReport(Tally(chunks=10, chunks_hit=hit), Samples(), packed, host=host)
+    return EngineReport(
+        Tally(chunks=10, chunks_hit=hit), LatencySamples(), packed, host=host
+    )
 
 
 def test_hits_beyond_an_endless_cache_of_its_own_are_others() -> None:

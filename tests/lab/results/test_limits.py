@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from kvctl.lab.rank.alone import Alone
-from kvctl.lab.results.limits import reached
+from kvctl.lab.rank.isolated_calls import IsolatedTimings
+from kvctl.lab.results.ceiling_shares import reached
 from kvctl.lab.results.result import Result
-from kvctl.lab.results.summary import summarise
+from kvctl.lab.results.result_builder import summarise
 from tests.lab.results.test_summary import engine, evidence
 
-ALONE = Alone(
+ALONE = IsolatedTimings(
     copy_bytes=10**6,
     plain_copy_gb_per_s=10.0,
     store_gb_per_s=2.0,

@@ -12,13 +12,13 @@ from msgspec.structs import replace
 from kvcore.errors import SetupError
 from kvctl.console import Table
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.measure import Samples
-from kvctl.lab.messages import EngineReport, Tally
-from kvctl.lab.report import report
+from kvctl.lab.latency_samples import LatencySamples
+from kvctl.lab.process_messages import EngineReport, Tally
+from kvctl.lab.report import result_tables as report
 from kvctl.lab.results.result import Result, read
-from kvctl.lab.results.series import Point, Series
-from kvctl.lab.results.summary import summarise
-from kvctl.lab.run.evidence import Evidence, TierBytes
+from kvctl.lab.results.result_builder import summarise
+from kvctl.lab.results.time_series import Series, SeriesPoint
+from kvctl.lab.run.raw_measurements import RawMeasurements, TierBytes
 from kvctl.lab.scenario import Chat, Limits, ModelConfig, Scenario
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
@@ -37,14 +37,14 @@ def engine(*heads: bytes, **counts: int) -> EngineReport:
         copy_s=0.1,
         **counts,
     )
-    samples = Samples.pack({"lookup": array("d", [0.0004, 0.0005])})
+    samples = LatencySamples.pack({"lookup": array("d", [0.0004, 0.0005])})
     return EngineReport(tally, samples, b"".join(head.ljust(8) for head in heads))
 
 
-def evidence(*reports: EngineReport, limits: Limits | None = None) -> Evidence:
+def evidence(*reports: EngineReport, limits: Limits | None = None) -> RawMeasurements:
     """A run of these engines."""
     scenario = replace(SCENARIO, limits=limits or Limits())
-    return Evidence(
+    return RawMeasurements(
         "planted", scenario, 0, elapsed_s=2.0, reports=list(reports), ceilings=CEILINGS
     )
 
@@ -78,7 +78,9 @@ def test_hits_are_split_between_memory_and_tiers() -> None:
 def test_a_long_run_shows_its_beginning_beside_its_end() -> None:
     """Twenty points: the first two are told beside the last two; memory likewise."""
     points = tuple(
-        Point(0.5 * (at + 1), {"requests": at, "tokens": 10, "tokens_hit": at // 2}, {})
+        SeriesPoint(
+            0.5 * (at + 1), {"requests": at, "tokens": 10, "tokens_hit": at // 2}, {}
+        )
         for at in range(20)
     )
     found = evidence(engine(b"a"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from kvcore.shm import SHM_DIR
-from kvctl.lab.rank.worker import SEGMENT_PREFIX
+from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result, read
-from tests.system.server import wait_until
+from tests.system.server_fixture import wait_until
 
 SCENARIO = """\
 engines = 2

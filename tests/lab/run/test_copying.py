@@ -12,11 +12,11 @@ import pytest
 
 from kvcore.shm import SEGMENT_PREFIX as SERVERS_PREFIX
 from kvcore.shm import SHM_DIR
-from kvctl.lab import driver
-from kvctl.lab.rank.alone import WARM_UP_ROUNDS, Seat, Soloist
-from kvctl.lab.rank.copyist import cpu_s
-from kvctl.lab.rank.worker import SEGMENT_PREFIX
-from kvctl.lab.report import report
+from kvctl.lab import runner as driver
+from kvctl.lab.rank.copy_benchmark import cpu_s
+from kvctl.lab.rank.isolated_calls import WARM_UP_ROUNDS, CallerIdentity, IsolatedCaller
+from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
+from kvctl.lab.report import result_tables as report
 from kvctl.lab.results.result import Result
 from kvctl.lab.scenario import read
 from tests.lab.rank.test_worker import FakeClient, make
@@ -40,7 +40,7 @@ rounds = 2
 """
 
 
-class WhenCopying(driver.Watcher):
+class WhenCopying(driver.RunWatcher):
     """Sends a signal, to us or to the server, when copies begin."""
 
     def __init__(self, to: str) -> None:
@@ -63,7 +63,7 @@ class WhenCopying(driver.Watcher):
 
 
 def play(
-    tmp_path: Path, *settings: str, watcher: driver.Watcher | None = None
+    tmp_path: Path, *settings: str, watcher: driver.RunWatcher | None = None
 ) -> Result:
     """Two sizes of pieces in two orders, and the larger one by two workers."""
     path = tmp_path / "copies.toml"
@@ -133,13 +133,13 @@ def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
     client = Wrong()
     client.rank = rank
     ours = rank.seat()
-    seat = Seat(
+    seat = CallerIdentity(
         client,  # type: ignore[arg-type]
         ours.cache, ours.patterns, ours.model, ours.world_size, ours.engine_id,
         ours.instance_id, ours.chunk_bytes, ours.block_size,
     )  # fmt: skip
     try:
-        soloist = Soloist(seat, 2, 0, scattered=scattered, both=True)
+        soloist = IsolatedCaller(seat, 2, 0, scattered=scattered, both=True)
         assert not np.intersect1d(soloist.blocks[0], soloist.others[0]).size
         begun: list[int] = []
         done = soloist.play(1, lambda: begun.append(len(soloist.spans)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvctl.lab.engine.journal import RECORD, Outcome, Records
-from kvctl.lab.run.faults import FaultPlan, Notice, Struck, describe
+from kvctl.lab.engine.request_log import RECORD, Outcome, Records
+from kvctl.lab.run.fault_plan import FaultNotice, FaultOutcome, FaultPlan, describe
 from kvctl.lab.scenario import Fault
-from tests.lab.clock import FakeClock
+from tests.lab.fake_clock import FakeClock
 
 
 class Victim:
@@ -17,10 +17,10 @@ class Victim:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def kill(self) -> Notice | None:
+    def kill(self) -> FaultNotice | None:
         """Die; somebody notices a tenth of a second later."""
         self.told.append("kill")
-        return Notice(noticed_s=2.1)
+        return FaultNotice(noticed_s=2.1)
 
     def end(self) -> None:
         """End."""
@@ -83,7 +83,7 @@ def test_a_journal_tells_what_a_fault_did() -> None:
         (11.1, 11.4, done, 0),
         (12.0, 12.1, done, 0),
     )
-    report = describe(Struck(Fault(at_s=10), 10.0, back_s=11.0), 0.0, records)
+    report = describe(FaultOutcome(Fault(at_s=10), 10.0, back_s=11.0), 0.0, records)
     assert report.back_s == pytest.approx(1.0)
     assert report.noticed_s == pytest.approx(0.3)
     assert report.recovered_s == pytest.approx(1.4)
@@ -95,13 +95,16 @@ def test_a_tier_is_back_when_the_server_asks_it_again() -> None:
     """Requests go on without it: they say nothing of when it is there again."""
     records = journal((1.0, 1.1, Outcome.DONE, 0), (10.5, 10.6, Outcome.DONE, 0))
     fault = Fault(at_s=10, target="service", service="store")
-    notice = Notice(noticed_s=10.2, recovered_s=12.5)
-    report = describe(Struck(fault, 10.0, 11.0, notice), 0.0, records)
+    notice = FaultNotice(noticed_s=10.2, recovered_s=12.5)
+    report = describe(FaultOutcome(fault, 10.0, 11.0, notice), 0.0, records)
     assert report.noticed_s == pytest.approx(0.2)
     assert report.recovered_s == pytest.approx(2.5)
     assert report.requests_failed == 0
-    notice = Notice(noticed_s=10.2)
-    assert describe(Struck(fault, 10.0, 11.0, notice), 0.0, records).recovered_s is None
+    notice = FaultNotice(noticed_s=10.2)
+    assert (
+        describe(FaultOutcome(fault, 10.0, 11.0, notice), 0.0, records).recovered_s
+        is None
+    )
 
 
 def test_a_workers_fault_is_told_of_its_engine() -> None:
@@ -109,6 +112,6 @@ def test_a_workers_fault_is_told_of_its_engine() -> None:
     failed = Outcome.FAILED
     records = journal((9.9, 10.1, failed, 0), (9.9, 10.2, failed, 1))
     fault = Fault(at_s=10, target="worker", engine=1)
-    report = describe(Struck(fault, 10.0), 0.0, records)
+    report = describe(FaultOutcome(fault, 10.0), 0.0, records)
     assert report.requests_failed == 1
     assert report.recovered_s is None

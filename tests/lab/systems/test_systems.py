@@ -16,10 +16,12 @@ from kvcore.config import ServerConfig
 from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
-from kvctl.lab import geometry
-from kvctl.lab.rank.paged import PagedCache
-from kvctl.lab.systems import choose, lmcache, services, valkey
-from kvctl.lab.systems.contract import SystemSpec, taken_s
+from kvctl.lab import model_geometry as geometry
+from kvctl.lab.rank.host_paged_cache import PagedCache
+from kvctl.lab.systems import lmcache, valkey
+from kvctl.lab.systems import service_processes as services
+from kvctl.lab.systems import system_registry as choose
+from kvctl.lab.systems.system_interface import SystemSpec, taken_s
 
 SESSION = SessionKey("engine", "request")
 CHUNK = 32

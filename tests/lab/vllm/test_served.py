@@ -10,7 +10,7 @@ import pytest
 
 from kvcore.errors import SetupError, Unavailable
 from kvctl.lab.run.environment import detect
-from kvctl.lab.vllm import served
+from kvctl.lab.vllm import vllm_scenario as served
 from kvctl.lab.vllm.vllm_server import VLLMServer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,14 +131,14 @@ def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
 def test_other_answers_are_a_problem(tmp_path: Path) -> None:
     """And a second engine that finds nothing; a result is shown and saved."""
 
-    def run(name: str, same: int, hits: int) -> served.Run:
+    def run(name: str, same: int, hits: int) -> served.VLLMRun:
         first = {"p50": 1.0, "p90": 2.0, "mean": 1.5}
-        return served.Run(name, first, 1.0, 100, 0, hits, hits, same)
+        return served.VLLMRun(name, first, 1.0, 100, 0, hits, hits, same)
 
-    def result(second: served.Run) -> served.ServedResult:
+    def result(second: served.VLLMRun) -> served.VLLMResult:
         runs = (run(served.PLAIN, 4, 0), run(served.FIRST, 4, 0), second)
         scenario = served.read(SCENARIO)
-        return served.ServedResult(1, "vllm", scenario, 0, "now", detect(), runs)
+        return served.VLLMResult(1, "vllm", scenario, 0, "now", detect(), runs)
 
     assert result(run(served.SECOND, 4, 50)).problems == ()
     wrong = result(run(served.SECOND, 3, 0))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kvcore.errors import SetupError
+from kvctl.lab.workload.access_generators import Access
 from kvctl.lab.workload.arrivals import Due, schedule
-from kvctl.lab.workload.load import (
+from kvctl.lab.workload.load_config import (
     Bursts,
     ClosedLoop,
     Constant,
@@ -18,7 +19,6 @@ from kvctl.lab.workload.load import (
     Sweep,
     TraceTimes,
 )
-from kvctl.lab.workload.workload import Access
 
 
 def access(number: int, arrival_s: float | None = None) -> Access:

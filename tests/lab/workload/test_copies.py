@@ -9,10 +9,10 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvcore.options import ByteSize
-from kvctl.lab.measure import Samples
-from kvctl.lab.messages import CopiesDone
-from kvctl.lab.rank.copyist import make_row
-from kvctl.lab.workload.copies import Copies, Setting
+from kvctl.lab.latency_samples import LatencySamples
+from kvctl.lab.process_messages import MeasuredCopies
+from kvctl.lab.rank.copy_benchmark import make_row
+from kvctl.lab.workload.copy_settings import Copies, Setting
 
 KIB = 1 << 10
 
@@ -52,14 +52,16 @@ def test_what_cannot_be_copied_is_refused(given: dict[str, object], key: str) ->
         Copies(**given)  # type: ignore[arg-type]
 
 
-def done(store_s: float, products: tuple[float, float] | None = None) -> CopiesDone:
+def done(store_s: float, products: tuple[float, float] | None = None) -> MeasuredCopies:
     """A worker whose calls took so long, and plain copies half of it."""
     seconds = {
         "store": store_s, "plain_store": store_s / 2,
         "retrieve": 1.0, "plain_retrieve": 0.5, "both": 2.0, "plain_both": 1.5,
     }  # fmt: skip
-    samples = Samples.pack({name: array("d", [s] * 4) for name, s in seconds.items()})
-    return CopiesDone(10**9, 10**8, samples, 0, products)
+    samples = LatencySamples.pack(
+        {name: array("d", [s] * 4) for name, s in seconds.items()}
+    )
+    return MeasuredCopies(10**9, 10**8, samples, 0, products)
 
 
 def test_a_row_tells_shares_spread_and_slowdown() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.traces.profile import profile_contents
-from kvctl.lab.traces.ragpulse import TABLES, read
-from kvctl.lab.workload.demand import Documents
-from kvctl.lab.workload.documents import count_contents, requests
+from kvctl.lab.traces.ragpulse_trace import TABLES, read
+from kvctl.lab.traces.trace_profile import profile_contents
+from kvctl.lab.workload.document_requests import count_contents, requests
+from kvctl.lab.workload.workload_config import Documents
 
 PASSAGE = '{"passage_id": 0, "token_length": 7}\n'
 LENGTHS = {

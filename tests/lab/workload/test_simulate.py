@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 from kvcore.storage.eviction import POLICIES, make_policy
-from kvctl.lab.workload.optimum import Ids, optimum
-from kvctl.lab.workload.simulate import (
-    Requests,
-    Row,
+from kvctl.lab.workload.belady import Ids, optimum
+from kvctl.lab.workload.cache_simulation import (
+    NumberedRequests,
     SimulatedL1,
+    SimulationRow,
     capacity_blocks,
     load,
     simulate,
@@ -141,9 +141,9 @@ def test_tokens_are_what_the_length_leaves_the_last_block(path: Path) -> None:
     assert requests.num_unique == 4 + 4
     ideal, best, lru = simulate(requests, ["lru"], ["100%"])
     counts = (2 + 3, 16 + 20, 13, 80)
-    assert ideal == Row(str(path), "ideal", 8, *counts)
-    assert best == Row(str(path), "optimum", 8, *counts)
-    assert lru == Row(str(path), "lru", 8, *counts)
+    assert ideal == SimulationRow(str(path), "ideal", 8, *counts)
+    assert best == SimulationRow(str(path), "optimum", 8, *counts)
+    assert lru == SimulationRow(str(path), "lru", 8, *counts)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_bad_capacity_is_refused(text: str) -> None:
 
 def test_an_empty_trace_has_rows_without_hits() -> None:
     """Nothing asked, nothing found, no division by it."""
-    empty = Requests("none", [], [], [], 0)
+    empty = NumberedRequests("none", [], [], [], 0)
     rows = list(simulate(empty, ["lru"], ["10%"]))
     assert [row.block_accesses for row in rows] == [0, 0, 0]
     assert len(table(empty, rows).rows) == 3
@@ -174,7 +174,7 @@ def test_the_command_prints_rows(path: Path) -> None:
     """`--json` gives the rows, without it a table; wrong use exits with 2."""
     command = ("bench", "simulate", str(path), "--policy", "lru,s3fifo")
     done = kvctl(*command, "--capacity", "3,50%", "--json")
-    rows = msgspec.json.decode(done.stdout, type=list[Row])
+    rows = msgspec.json.decode(done.stdout, type=list[SimulationRow])
     shown = [(row.policy, row.capacity_blocks) for row in rows]
     sizes = [(name, n) for n in (3, 4) for name in ("optimum", "lru", "s3fifo")]
     assert shown == [("ideal", 8), *sizes]

@@ -19,7 +19,7 @@ from kvctl.lab.scenario import (
     Uniform,
     Workload,
 )
-from kvctl.lab.workload.workload import accesses, survey
+from kvctl.lab.workload.access_generators import accesses, survey
 
 PREFIX = SharedPrefix(num_requests=20, num_prefixes=2, prefix_tokens=64)
 CHAT = Chat(num_sessions=3, turns=2, system_tokens=8, user_tokens=16, answer_tokens=32)

@@ -1,0 +1,89 @@
+"""The one place where KV's bytes move, between paged caches and the arena.
+
+The server's lanes call it, and workers that copy themselves. Whoever calls has
+reserved or held the parts, and settles that afterwards, whatever happens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvcore.blend.key_rotation import BlockRotation
+from kvcore.copy.block_arrays import BlockArray, TokenRange, spans_in, whole_spans
+from kvcore.copy.paged_cache import PagedCache
+from kvcore.extents import Checksum, PartLocation, buffers_of, checksum_of
+from kvcore.rope import Rope
+from kvcore.shm import Bytes
+
+PartLocations = Sequence[Sequence[PartLocation]]
+"""Parts to copy, one list a cache group."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotation:
+    """How keys turn once they are copied."""
+
+    rope: Rope
+    turns: Sequence[BlockRotation]
+
+
+class ChunkCopier:
+    """Copies into and out of one arena. Any thread, one call a cache and direction."""
+
+    def __init__(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> None:
+        self._arena = arena
+        self._chunk_size = chunk_size
+        self._checksums = checksums
+
+    def gather(
+        self,
+        caches: Sequence[PagedCache],
+        blocks: Sequence[BlockArray],
+        places: PartLocations,
+    ) -> list[Checksum]:
+        """Fill whole parts from blocks; return their checksums, group after group.
+
+        None at all where no checksums are wanted.
+        """
+        checksums: list[Checksum] = []
+        for cache, rows, parts in zip(caches, blocks, places, strict=True):
+            spans = whole_spans(rows, parts, self._chunk_size)
+            checksums += cache.gather(spans, self._arena, checksums=self._checksums)
+        return checksums
+
+    def find_wrong(self, places: PartLocations) -> list[int]:
+        """Return the indexes of chunks whose bytes are not those of their checksum.
+
+        Parts without a checksum pass.
+        """
+        return sorted(
+            {
+                place.index
+                for parts in places
+                for place in parts
+                if place.checksum and self._checksum(place) != place.checksum
+            }
+        )
+
+    def _checksum(self, place: PartLocation) -> Checksum:
+        return checksum_of(buffers_of(self._arena.data, place.extents))
+
+    def scatter(
+        self,
+        caches: Sequence[PagedCache],
+        blocks: Sequence[BlockArray],
+        places: PartLocations,
+        tokens: TokenRange,
+        turning: KeyRotation | None = None,
+    ) -> int:
+        """Write a range to blocks, turn the keys if asked to; return the bytes."""
+        num_bytes = 0
+        for cache, rows, parts in zip(caches, blocks, places, strict=True):
+            spans = spans_in(rows, parts, tokens)
+            cache.scatter(spans, self._arena)
+            if turning is not None:
+                cache.rotate_keys(turning.rope, turning.turns)
+            num_tokens = sum(span.end_token - span.first_token for span in spans)
+            num_bytes += num_tokens * cache.layout.part.num_bytes // self._chunk_size
+        return num_bytes

@@ -1,0 +1,400 @@
+"""Copies between a cache in this host's memory and the arena.
+
+Two ways, both a few large numpy calls that release the GIL:
+
+- by rows: one `take` (or indexed assignment) over the cache seen as rows of a block's
+  bytes, for all planes of a part at once;
+- by runs: one strided copy for each run of consecutive blocks and each group of
+  evenly spaced planes. It can move anything, cut blocks too, and is better where all
+  of a chunk's blocks follow each other in memory.
+
+One thread does not fill the memory: a large call is shared among a crew, a part each.
+Checksums are made as a part fills, while the CPU's caches have its bytes.
+
+tests/benchmarks/test_copies.py measures the share of a plain copy that they reach.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.blend.key_rotation import BlockRotation, rotate_keys
+from kvcore.copy.copy_threads import CALLING_THREAD, CopyThreads
+from kvcore.copy.paged_cache import (
+    BlockIds,
+    ChunkSpan,
+    block_units,
+    breaks,
+    checked_blocks,
+    coalesce,
+)
+from kvcore.extents import NO_CHECKSUM, Checksum, Extent, checksum_of
+from kvcore.layout import KVLayout
+from kvcore.protocol import NULL_BLOCK
+from kvcore.rope import Rope
+from kvcore.shm import Bytes
+
+CHECKSUM_STEP = 2 << 20
+"""Bytes added up at a time: still in the caches, and few enough calls for the GIL."""
+_SHARED_RUN = 1 << 20
+"""Parts of this size on that are one run each, as a blend buffer's, are shared: a view
+is copied without the GIL, whatever the direction."""
+_NUM_FREE_ROWS = 500
+_MIN_ROW = 4096
+"""Bytes; with fewer in a row, what holds the GIL is soon done."""
+
+Rows = npt.NDArray[np.void]
+Index = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class _Direction:
+    """One direction. Both functions take the cache's side first."""
+
+    view: Callable[[Bytes, Bytes], None]
+    rows: Callable[[Rows, Index, Rows], None]
+    shared_bytes: int
+    """Parts of this size on are copied without the GIL for most of the time, so that
+    several threads gain by it; with smaller ones they stand in each other's way."""
+
+
+def _take_rows(cache: Rows, index: Index, part: Rows) -> None:
+    # "clip" is the only mode that writes to `out` without a buffer between.
+    np.take(cache, index, out=part, mode="clip")
+
+
+def _put_rows(cache: Rows, index: Index, part: Rows) -> None:
+    # numpy keeps the GIL while it assigns fewer rows than this.
+    split = 1 << max(0, (-(-_NUM_FREE_ROWS // len(index)) - 1).bit_length())
+    size = cache.itemsize // split
+    if split == 1 or size < _MIN_ROW or cache.itemsize % split:
+        cache[index] = part
+        return
+    fine = index[:, np.newaxis] * split + np.arange(split)
+    cache.view(f"V{size}")[fine.ravel()] = part.view(f"V{size}")
+
+
+_GATHER = _Direction(lambda cache, part: np.copyto(part, cache), _take_rows, 1 << 20)
+_SCATTER = _Direction(np.copyto, _put_rows, _NUM_FREE_ROWS * _MIN_ROW)
+
+
+# How a span is copied. Plain numbers: numpy compares with an enum's member in 2 us.
+_ROWS = 0
+_RUNS = 1
+_ONE_RUN = 2
+"""All of its blocks follow each other: nothing has to be looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    """Evenly spaced planes of one handle: `[planes, blocks, units, unit bytes]`."""
+
+    first: int
+    view: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _RowPlanes:
+    """Planes that share one row grid: `base[p, 0] + block * step` is a block's row."""
+
+    first: int
+    rows: Rows
+    base: Index
+    step: int
+
+    def index(self, blocks: BlockIds) -> Index:
+        """Return the rows of whole parts, `[spans, planes x blocks]`."""
+        rows = blocks[:, np.newaxis].astype(np.intp) * self.step + self.base
+        return rows.reshape(len(blocks), self.base.size * blocks.shape[1])
+
+
+class HostCache:
+    """A `PagedCache` in memory that this process has mapped.
+
+    `handles` are flat arrays, writable, and stay mapped as long as this object is
+    used. Every view into them is checked against their sizes here, once. A large copy
+    is spread over `num_threads`, the calling one among them.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        handles: Sequence[Bytes],
+        num_threads: int = 2,
+    ) -> None:
+        self.layout = layout
+        self._crew = CopyThreads(num_threads)
+        part = layout.part
+        block_bytes = block_units(layout) * part.unit_bytes
+        self._strides = (part.plane_bytes, block_bytes, part.unit_bytes, 1)
+        self._planes = _even_planes(layout, handles)
+        self._row_planes = _row_planes(layout, handles)
+
+    def close(self) -> None:
+        """End the threads that help; see `PagedCache`."""
+        self._crew.close()
+
+    def gather(
+        self, spans: Sequence[ChunkSpan], arena: Bytes, *, checksums: bool = False
+    ) -> list[Checksum]:
+        """Copy blocks into parts; see `PagedCache`."""
+        blocks = checked_blocks(self.layout, spans, nulls=False)
+        return self._copy(spans, blocks, arena, _GATHER, checksums=checksums)
+
+    def scatter(self, spans: Sequence[ChunkSpan], arena: Bytes) -> None:
+        """Copy parts into blocks; see `PagedCache`."""
+        blocks = checked_blocks(self.layout, spans, nulls=True)
+        self._copy(spans, blocks, arena, _SCATTER)
+
+    def rotate_keys(self, rope: Rope, turns: Sequence[BlockRotation]) -> None:
+        """Turn keys in place; see `PagedCache`. K's planes come first."""
+        part = self.layout.part
+        for planes in self._planes:
+            keys = planes.view[: max(part.num_layers - planes.first, 0)]
+            if len(keys):
+                rotate_keys(keys, part.dtype, rope, turns)
+
+    def _copy(
+        self,
+        spans: Sequence[ChunkSpan],
+        blocks: BlockIds,
+        arena: Bytes,
+        copy: _Direction,
+        *,
+        checksums: bool = False,
+    ) -> list[Checksum]:
+        ways = self._ways(spans, blocks)
+        way_of = ways.tolist()
+        rows = self._rows(blocks, ways == _ROWS)
+        step = CHECKSUM_STEP if checksums else sys.maxsize
+        made = [NO_CHECKSUM] * len(spans) if checksums else []
+
+        def move(number: int) -> None:
+            span = spans[number]
+            part = _PartWriter(arena, span.extents, copy, self._strides)
+            if way_of[number] == _ROWS:
+                ends = self._copy_rows(rows[number], part, step)
+            elif way_of[number] == _ONE_RUN:
+                ends = self._copy_one_run(span, part, step)
+            else:
+                ends = self._copy_runs(span, part)
+            if checksums:
+                made[number] = checksum_of(part.filled(ends))
+            else:
+                deque(ends, maxlen=0)
+
+        in_runs = (ways == _ONE_RUN).all()
+        shared_bytes = _SHARED_RUN if in_runs else copy.shared_bytes
+        is_shared = self.layout.part.num_bytes >= shared_bytes
+        (self._crew if is_shared else CALLING_THREAD).each(move, range(len(spans)))
+        return made
+
+    def _ways(
+        self, spans: Sequence[ChunkSpan], blocks: BlockIds
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Choose a way for each span; whole parts without a null block go fast."""
+        chunk_size = self.layout.part.chunk_size
+        whole = np.array(
+            [s.first_token == 0 and s.end_token == chunk_size for s in spans], np.bool_
+        )
+        whole &= blocks.min(axis=1) != NULL_BLOCK
+        scattered = breaks(blocks).any(axis=1)
+        ways = np.where(whole & ~scattered, _ONE_RUN, _RUNS).astype(np.uint8)
+        if self._row_planes:
+            apart = self._row_planes[0].step != 1
+            ways[whole & (scattered | apart)] = _ROWS
+        return ways
+
+    def _rows(
+        self, blocks: BlockIds, by_rows: npt.NDArray[np.bool_]
+    ) -> list[tuple[Index, ...]]:
+        """Return each span's rows, one array for each of `_row_planes`, if any."""
+        indexes = (planes.index(blocks[by_rows]) for planes in self._row_planes)
+        found = zip(*indexes, strict=True)
+        return [next(found) if by else () for by in by_rows.tolist()]
+
+    def _copy_rows(
+        self, indexes: Sequence[Index], part: _PartWriter, step_bytes: int
+    ) -> Iterator[int]:
+        """Copy a whole part; yield, a step at a time, how much of it is there."""
+        for planes, index in zip(self._row_planes, indexes, strict=True):
+            size = planes.rows.itemsize
+            offset = planes.first * self._strides[0]
+            step = max(1, step_bytes // size)
+            for first in range(0, len(index), step):
+                part.copy_rows(planes.rows, index[first : first + step], offset)
+                offset += len(index[first : first + step]) * size
+                yield offset
+
+    def _copy_one_run(
+        self, span: ChunkSpan, part: _PartWriter, step_bytes: int
+    ) -> Iterator[int]:
+        """Copy a whole part of consecutive blocks; yield as `_copy_rows` does."""
+        plane_bytes = self._strides[0]
+        step = max(1, step_bytes // plane_bytes)
+        blocks = slice(int(span.blocks[0]), int(span.blocks[-1]) + 1)
+        for planes in self._planes:
+            for first in range(0, len(planes.view), step):
+                view = planes.view[first : first + step, blocks]
+                offset = (planes.first + first) * plane_bytes
+                part.copy(view, offset)
+                yield offset + len(view) * plane_bytes
+
+    def _copy_runs(self, span: ChunkSpan, part: _PartWriter) -> Iterator[int]:
+        """Copy whatever a span names; yield once, at the end."""
+        plane_bytes, block_bytes, unit_bytes, _ = self._strides
+        for run in coalesce(self.layout, span):
+            inside = run.index * block_bytes + run.first * unit_bytes
+            blocks = slice(run.block, run.block + run.num_blocks)
+            for planes in self._planes:
+                view = planes.view[:, blocks, run.first : run.end]
+                part.copy(view, planes.first * plane_bytes + inside)
+        yield self.layout.part.num_bytes
+
+
+class _PartWriter:
+    """One part's bytes, wherever its extents lie, and the direction of the copy.
+
+    `strides` are a part's own: from plane to plane, block, unit, byte.
+    """
+
+    __slots__ = ("_arena", "_copy", "_extents", "_starts", "_strides")
+
+    def __init__(
+        self,
+        arena: Bytes,
+        extents: tuple[Extent, ...],
+        copy: _Direction,
+        strides: tuple[int, ...],
+    ) -> None:
+        self._arena = arena
+        self._extents = extents
+        self._starts = [0, *accumulate(e.length for e in extents[:-1])]
+        self._copy = copy
+        self._strides = strides
+
+    def filled(self, ends: Iterable[int]) -> Iterator[memoryview]:
+        """Yield the part's bytes in order, as far as the latest of `ends`."""
+        start = 0
+        for end in ends:
+            while start < end:
+                place = self._from(start)
+                length = min(place.length, end - start)
+                yield self._arena.data[place.offset : place.offset + length]
+                start += length
+
+    def copy(self, cache: Bytes, offset: int) -> None:
+        """Copy a view, whose axes are the last ones of `[planes, ..., bytes]`.
+
+        What crosses from one extent to the next is taken apart, axis by axis.
+        """
+        strides = self._strides[-cache.ndim :]
+        if len(self._extents) == 1:
+            self._place(cache, self._extents[0].offset + offset, strides)
+            return
+        inner = 1 + sum(
+            (size - 1) * stride
+            for size, stride in zip(cache.shape[1:], strides[1:], strict=True)
+        )
+        while len(cache):
+            place = self._from(offset)
+            fit = min(len(cache), (place.length - inner) // strides[0] + 1)
+            if fit > 0:
+                self._place(cache[:fit], place.offset, strides)
+            else:
+                fit = 1
+                self.copy(cache[0], offset)
+            cache = cache[fit:]
+            offset += fit * strides[0]
+
+    def _place(self, cache: Bytes, offset: int, strides: tuple[int, ...]) -> None:
+        there: Bytes = np.ndarray(cache.shape, np.uint8, self._arena, offset, strides)
+        self._copy.view(cache, there)
+
+    def copy_rows(self, cache: Rows, index: Index, offset: int) -> None:
+        """Copy the indexed rows, which follow each other in the part."""
+        size = cache.itemsize
+        if len(self._extents) == 1:
+            self._place_rows(cache, index, self._extents[0].offset + offset)
+            return
+        while len(index):
+            place = self._from(offset)
+            fit = min(len(index), place.length // size)
+            if fit:
+                self._place_rows(cache, index[:fit], place.offset)
+            else:
+                fit = 1
+                row = int(index[0])
+                self.copy(cache[row : row + 1].view(np.uint8), offset)
+            index = index[fit:]
+            offset += fit * size
+
+    def _place_rows(self, cache: Rows, index: Index, offset: int) -> None:
+        there = self._arena[offset : offset + len(index) * cache.itemsize]
+        self._copy.rows(cache, index, there.view(cache.dtype))
+
+    def _from(self, offset: int) -> Extent:
+        """Return the rest of the extent that holds the part's byte `offset`."""
+        number = bisect_right(self._starts, offset) - 1
+        extent = self._extents[number]
+        inside = offset - self._starts[number]
+        return Extent(extent.offset + inside, extent.length - inside)
+
+
+def _even_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_Planes, ...]:
+    """Split the planes where the handle or the distance to the next changes."""
+    names, offsets = layout.plane_handles, layout.plane_offsets.tolist()
+    inner = (layout.block_stride, layout.slot_stride, 1)
+    shape = (layout.num_blocks, block_units(layout), layout.part.unit_bytes)
+    groups = []
+    first = 0
+    while first < len(offsets):
+        end = first + 1
+        step = offsets[end] - offsets[first] if end < len(offsets) else 0
+        while (
+            end < len(offsets)
+            and names[end] == names[first]
+            and offsets[end] - offsets[end - 1] == step
+        ):
+            end += 1
+        view: Bytes = np.ndarray(
+            (end - first, *shape),
+            np.uint8,
+            handles[names[first]],
+            offsets[first],
+            (step, *inner),
+        )
+        groups.append(_Planes(first, view))
+        first = end
+    return tuple(groups)
+
+
+def _row_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_RowPlanes, ...]:
+    """Group neighbouring planes by handle and row grid; () when blocks are no rows."""
+    units = block_units(layout)
+    unit_bytes = layout.part.unit_bytes
+    size = units * unit_bytes
+    if layout.block_stride % size or (units > 1 and layout.slot_stride != unit_bytes):
+        return ()
+    grids = list(
+        zip(layout.plane_handles, (layout.plane_offsets % size).tolist(), strict=True)
+    )
+    changes = [p for p in range(1, len(grids)) if grids[p] != grids[p - 1]]
+    groups = []
+    for first, end in pairwise([0, *changes, len(grids)]):
+        name, start = grids[first]
+        num_rows = (handles[name].size - start) // size
+        rows = handles[name][start : start + num_rows * size].view(f"V{size}")
+        base = (layout.plane_offsets[first:end] // size).astype(np.intp)
+        step = layout.block_stride // size
+        groups.append(_RowPlanes(first, rows, base[:, np.newaxis], step))
+    return tuple(groups)

@@ -1,0 +1,181 @@
+"""How fast a device copies, measured once before its first copy.
+
+Some tens of milliseconds of copies, and up to 2 s for the kernels' first compilation,
+which Triton keeps on disk. Processes of one installation take turns: workers that start
+together would find a link of which each has a part, and each compile the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from statistics import median
+from time import monotonic, perf_counter, sleep
+from typing import IO
+
+import numpy as np
+
+from kvcore.cuda.copy_plan import I64, PartRows
+from kvcore.cuda.device import Device
+from kvcore.cuda.kernel_launch import Kernels, NoKernels, RowCopy
+from kvcore.cuda.staging import StagingBuffer, StagingPool
+from kvcore.status import CopyRates, DeviceRates, PieceRate
+
+BATCHED_BYTES = (4096, 16384, 65536, 262144, 1 << 20)
+ROW_BYTES = (1024, 4096, 32768)
+MAX_PIECES = 1024
+"""Of a batch that is timed."""
+SMALL_BYTES = 4096
+NUM_CALLS = 64
+REPEATS = 3
+TURN_S, TURN_PAUSE_S = 10.0, 0.01
+
+
+def measure(device: Device, kernels: Kernels, staging: StagingPool) -> DeviceRates:
+    """Time copies of both directions on memory of our own, and every way."""
+    begun = perf_counter()
+    slot_bytes = staging.sizes.slot_bytes
+    with _turn(), staging.buffer() as buffer, _host(device, slot_bytes) as host:
+        bench = _Bench(device, kernels, buffer, host)
+        with closing(bench):
+            to_host, to_device = bench.rates(to_host=True), bench.rates(to_host=False)
+    return DeviceRates(to_host, to_device, measured_s=perf_counter() - begun)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until no other process measures, but not for one that hangs."""
+    give_up = monotonic() + TURN_S
+    with open(__file__, "rb") as ours:
+        while not _locked(ours) and monotonic() < give_up:
+            sleep(TURN_PAUSE_S)
+        yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Say whether a file is ours alone; true where files have no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def _host(device: Device, num_bytes: int) -> Iterator[int]:
+    address = device.allocate_host(num_bytes)
+    try:
+        yield address
+    finally:
+        device.free_host(address)
+
+
+class _Bench:
+    """One slot plays the cache, the other one staging."""
+
+    def __init__(
+        self, device: Device, kernels: Kernels, buffer: StagingBuffer, host: int
+    ) -> None:
+        self._kernels = kernels
+        self._buffer = buffer
+        self._cache, self._staging = buffer.slots
+        self._host = host
+        self._slot_bytes = buffer.sizes.slot_bytes
+        self._stream = device.stream()
+        self._event = device.event()
+        self._noise = np.random.default_rng(0)
+
+    def close(self) -> None:
+        """Let go of stream and event."""
+        self._stream.close()
+        self._event.close()
+
+    def rates(self, *, to_host: bool) -> CopyRates:
+        """Measure one direction; no kernels' figures where there are none."""
+        has_kernels = not isinstance(self._kernels, NoKernels)
+        sides = (self._host, self._cache) if to_host else (self._cache, self._host)
+        start_s = self._timed(lambda: self._stream.copy(*sides, SMALL_BYTES))
+        link_s = self._timed(lambda: self._stream.copy(*sides, self._slot_bytes))
+        calls_s = self._timed(lambda: self._call(*sides))
+        return CopyRates(
+            link_bytes_s=self._slot_bytes / link_s,
+            start_s=start_s,
+            call_s=calls_s / NUM_CALLS,
+            staged_start_s=self._staged_start_s(*sides, to_host=to_host)
+            if has_kernels
+            else 0.0,
+            batched=tuple(
+                self._batched(size, *sides)
+                for size in BATCHED_BYTES
+                if size <= self._slot_bytes
+            ),
+            kernels=tuple(
+                self._kernel(size, start_s, gather=to_host)
+                for size in ROW_BYTES
+                if has_kernels and size <= self._slot_bytes
+            ),
+        )
+
+    def _timed(self, enqueue: Callable[[], None]) -> float:
+        """Return the median time until a stream's work is seen done, once warm."""
+        taken = []
+        for _ in range(REPEATS + 1):
+            begun = perf_counter()
+            enqueue()
+            self._stream.record(self._event)
+            self._event.wait()
+            taken.append(perf_counter() - begun)
+        return median(taken[1:])
+
+    def _call(self, destination: int, source: int) -> None:
+        for _ in range(NUM_CALLS):
+            self._stream.copy(destination, source, SMALL_BYTES)
+
+    def _batched(self, size: int, destination: int, source: int) -> PieceRate:
+        count = min(self._slot_bytes // size, MAX_PIECES)
+        at = np.arange(count, dtype=np.int64) * size
+        scattered: I64 = self._noise.permutation(at)
+        sizes = np.full(count, size, np.int64)
+        taken = self._timed(
+            lambda: self._stream.copy_many(at + destination, scattered + source, sizes)
+        )
+        return PieceRate(size, count * size / taken)
+
+    def _kernel(self, size: int, start_s: float, *, gather: bool) -> PieceRate:
+        """Time a kernel alone, without what any work takes to start and be seen."""
+        count = min(self._slot_bytes // size, self._buffer.sizes.table_bytes // 8)
+        move = self._move(size, count)
+        run = self._kernels.gather if gather else self._kernels.scatter
+        taken = self._timed(lambda: run(self._stream, move))
+        return PieceRate(size, count * size / max(taken - start_s, taken / 10))
+
+    def _staged_start_s(self, destination: int, source: int, *, to_host: bool) -> float:
+        """Time a table, a kernel and a copy, all small, one after the other."""
+        move = self._move(SMALL_BYTES, 1)
+        table = self._buffer.write((np.zeros(SMALL_BYTES, np.uint8),))
+        run = self._kernels.gather if to_host else self._kernels.scatter
+
+        def staged() -> None:
+            self._kernels.upload(self._stream, table)
+            run(self._stream, move)
+            self._stream.copy(destination, source, SMALL_BYTES)
+
+        return self._timed(staged)
+
+    def _move(self, size: int, count: int) -> RowCopy:
+        """Return a kernel's work on `count` scattered rows, its table uploaded."""
+        planes = np.array([self._cache], np.int64)
+        ranges = np.array([[0, count * size]], np.int64)
+        blocks = self._noise.permutation(count).astype(np.int32)
+        table = self._buffer.write((planes, ranges, blocks))
+        self._kernels.upload(self._stream, table)
+        self._stream.record(self._event)
+        self._event.wait()
+        rows = PartRows(1, count * size, count, 1, size, size, 0, 16)
+        at_planes, at_ranges, at_blocks = table.places
+        return RowCopy(
+            rows, at_planes, at_ranges, at_blocks, self._staging, 0, count * size
+        )

@@ -1,0 +1,260 @@
+"""Where the bytes of a copy lie, as arrays: planned in a few numpy calls.
+
+The parts of a call's spans, one after the other, make one line of bytes, and `x` is a
+place on it: part s, plane p, byte b lies at `(s * num_planes + p) * plane_bytes + b`.
+Staging holds a stretch of that line as it is; the arena holds it in extents; a cache
+holds it in rows, each of them some bytes of a plane that lie together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from kvcore.copy.paged_cache import BlockIds, ChunkSpan, block_units
+from kvcore.layout import KVLayout
+from kvcore.protocol import NULL_BLOCK
+
+I64 = np.ndarray[Any, np.dtype[np.int64]]
+
+WORDS = (16, 4, 1)
+"""Bytes that a kernel moves at once, the widest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartRows:
+    """One cache's rows: `block_rows` in a block's plane, `row_bytes` each.
+
+    Row r of a block begins `r * row_stride` bytes after it, and block b `b *
+    block_stride` after its plane. `word` divides every address, stride and range.
+    """
+
+    num_planes: int
+    plane_bytes: int
+    num_blocks: int
+    block_rows: int
+    row_bytes: int
+    block_stride: int
+    row_stride: int
+    word: int
+
+    @classmethod
+    def of(cls, layout: KVLayout, planes: I64) -> Self:
+        """Take the rows from a layout; `planes` are addresses, `[planes]`."""
+        part = layout.part
+        units, size = block_units(layout), part.unit_bytes
+        is_row = units == 1 or layout.slot_stride == size
+        row_stride = 0 if is_row else layout.slot_stride
+        common = gcd(size, layout.block_stride, row_stride, *planes.tolist())
+        return cls(
+            num_planes=part.num_planes,
+            plane_bytes=part.plane_bytes,
+            num_blocks=part.chunk_size // layout.block_size,
+            block_rows=1 if is_row else units,
+            row_bytes=units * size if is_row else size,
+            block_stride=layout.block_stride,
+            row_stride=row_stride,
+            word=next(word for word in WORDS if common % word == 0),
+        )
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of a whole part."""
+        return self.num_planes * self.plane_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRanges:
+    """Stretches of the line, in order and apart, each whole somewhere.
+
+    `starts` and `ends` are places on the line, `at` is where each begins: all
+    `[stretches]`.
+    """
+
+    starts: I64
+    ends: I64
+    at: I64
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def sizes(self) -> I64:
+        """Bytes of each."""
+        return self.ends - self.starts
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return int(self.sizes.sum())
+
+    def joined(self) -> ByteRanges:
+        """Return them with those that go on both on the line and there made one."""
+        if len(self) < 2:
+            return self
+        on = self.starts[1:] == self.ends[:-1]
+        on &= self.at[1:] - self.at[:-1] == self.starts[1:] - self.starts[:-1]
+        if not on.any():
+            return self
+        first = np.flatnonzero(np.concatenate(([True], ~on)))
+        last = np.append(first[1:], len(self)) - 1
+        return ByteRanges(self.starts[first], self.ends[last], self.at[first])
+
+    def cut(self, begin: int, end: int) -> ByteRanges:
+        """Return what lies in [begin, end)."""
+        chosen = slice(
+            int(np.searchsorted(self.ends, begin, "right")),
+            int(np.searchsorted(self.starts, end, "left")),
+        )
+        starts: I64 = np.maximum(self.starts[chosen], begin)
+        at = self.at[chosen] + (starts - self.starts[chosen])
+        return ByteRanges(starts, np.minimum(self.ends[chosen], end), at)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPieces:
+    """Copies between two sides, `[pieces]` each."""
+
+    here: I64
+    there: I64
+    sizes: I64
+
+
+def both(a: ByteRanges, b: ByteRanges) -> CopyPieces:
+    """Return the pieces that lie on both, as the first has them and the second."""
+    first = np.searchsorted(b.ends, a.starts, "right")
+    count = np.searchsorted(b.starts, a.ends, "left") - first
+    in_a = np.repeat(np.arange(len(a)), count)
+    before = np.cumsum(count) - count
+    in_b = np.arange(len(in_a)) + (first - before)[in_a]
+    starts = np.maximum(a.starts[in_a], b.starts[in_b])
+    ends = np.minimum(a.ends[in_a], b.ends[in_b])
+    return CopyPieces(
+        a.at[in_a] + (starts - a.starts[in_a]),
+        b.at[in_b] + (starts - b.starts[in_b]),
+        ends - starts,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CopyPlan:
+    """One gather or scatter: `blocks` `[spans, blocks a chunk]`, checked.
+
+    `ranges` `[spans, 2]` are first and end byte in every plane of a span's part.
+    """
+
+    rows: PartRows
+    planes: I64
+    blocks: BlockIds
+    ranges: I64
+    spans: Sequence[ChunkSpan]
+    arena: int
+    """Address of the arena."""
+
+    RANGE_BYTES: ClassVar[int] = 16
+    BLOCK_BYTES: ClassVar[int] = 4
+
+    @classmethod
+    def of(
+        cls,
+        layout: KVLayout,
+        rows: PartRows,
+        planes: I64,
+        spans: Sequence[ChunkSpan],
+        blocks: BlockIds,
+        arena: int,
+    ) -> Self:
+        """Plan spans whose `blocks` are what `checked_blocks` returned of them."""
+        tokens = np.array([(s.first_token, s.end_token) for s in spans], np.int64)
+        ranges = tokens // layout.part.unit_tokens * layout.part.unit_bytes
+        return cls(rows, planes, blocks, ranges.reshape(-1, 2), spans, arena)
+
+    def split(self, max_spans: int) -> Iterator[CopyPlan]:
+        """Yield plans of at most so many spans each."""
+        for first in range(0, len(self.spans), max_spans):
+            some = slice(first, first + max_spans)
+            yield replace(
+                self,
+                blocks=self.blocks[some],
+                ranges=self.ranges[some],
+                spans=self.spans[some],
+            )
+
+    @property
+    def line_bytes(self) -> int:
+        """Length of the line: all parts whole."""
+        return len(self.spans) * self.rows.part_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to move, null blocks left out."""
+        return self._runs.num_bytes * self.rows.num_planes
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces that the cache's side falls into, neighbours merged."""
+        return len(self._runs) * self.rows.num_planes
+
+    @cached_property
+    def extents(self) -> ByteRanges:
+        """Where what is to be moved lies in the arena."""
+        whole = self._whole_extents
+        size, plane_bytes = self.rows.part_bytes, self.rows.plane_bytes
+        if (self.ranges == (0, plane_bytes)).all():
+            return whole
+        x = np.arange(len(self.spans))[:, np.newaxis] * size
+        x = x + np.arange(self.rows.num_planes) * plane_bytes
+        starts = (x + self.ranges[:, :1]).ravel()
+        ends = (x + self.ranges[:, 1:]).ravel()
+        some = starts < ends
+        meant = ByteRanges(starts[some], ends[some], starts[some])
+        pieces = both(meant, whole)
+        return ByteRanges(
+            pieces.here, pieces.here + pieces.sizes, pieces.there
+        ).joined()
+
+    @property
+    def pieces(self) -> CopyPieces:
+        """Copies that need no staging: `here` in the cache, `there` in the arena."""
+        rows, runs = self.rows, self._runs
+        part, starts = np.divmod(runs.starts, rows.plane_bytes + 1)
+        plane = np.arange(rows.num_planes)[:, np.newaxis]
+        x = (part * rows.num_planes + plane) * rows.plane_bytes + starts
+        at = self.planes[:, np.newaxis] + runs.at
+        order = np.argsort(x, axis=None, kind="stable")
+        ends, at = (x + runs.sizes).ravel()[order], at.ravel()[order]
+        cached = ByteRanges(x.ravel()[order], ends, at).joined()
+        return both(cached, self._whole_extents)
+
+    @cached_property
+    def _whole_extents(self) -> ByteRanges:
+        pairs = [(e.offset, e.length) for s in self.spans for e in s.extents]
+        extents = np.array(pairs, np.int64).reshape(-1, 2)
+        extents = extents[extents[:, 1] > 0]
+        ends = np.cumsum(extents[:, 1])
+        at = extents[:, 0] + self.arena
+        return ByteRanges(ends - extents[:, 1], ends, at).joined()
+
+    @cached_property
+    def _runs(self) -> ByteRanges:
+        """Return what lies together in one plane, `at` counting from its address.
+
+        The line is one of the parts' first planes alone, with a byte between a part
+        and the next, so that no run goes on from one to the other.
+        """
+        rows = self.rows
+        row = np.arange(rows.num_blocks * rows.block_rows)
+        block = np.repeat(self.blocks, rows.block_rows, axis=1).astype(np.int64)
+        begins = row * rows.row_bytes
+        starts = np.maximum(self.ranges[:, :1], begins)
+        ends = np.minimum(self.ranges[:, 1:], begins + rows.row_bytes)
+        at = block * rows.block_stride + row % rows.block_rows * rows.row_stride
+        at += starts - begins
+        live = (block != NULL_BLOCK) & (starts < ends)
+        x = np.arange(len(block))[:, np.newaxis] * (rows.plane_bytes + 1)
+        return ByteRanges((x + starts)[live], (x + ends)[live], at[live]).joined()

@@ -1,0 +1,181 @@
+"""What the copies ask of a GPU: contracts, with a driver or a test's fake behind them.
+
+Addresses are integers in one address space: device memory, page-locked host memory
+and what other processes exported are told apart by the driver alone. Nothing here
+imports CUDA; `driver.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64
+from dataclasses import dataclass
+from typing import Any, NewType, Protocol
+
+import numpy as np
+
+Addresses = np.ndarray[Any, np.dtype[np.int64]]
+
+Integer = type[c_int32] | type[c_int64]
+"""How wide a kernel's argument is."""
+
+HANDLE_BYTES = 64
+"""Of an IPC handle to memory or to an event (CU_IPC_HANDLE_SIZE)."""
+
+Function = NewType("Function", int)
+"""A kernel that was loaded, the driver's CUfunction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is run: `programs` blocks of `warps` x 32 threads."""
+
+    programs: int
+    warps: int
+    shared_bytes: int
+    arguments: Sequence[int]
+    types: Sequence[Integer]
+
+
+class Event(Protocol):
+    """A point in the work of a stream. One that was never recorded counts as reached.
+
+    Any thread may use it. Every method may raise `DeviceFailed`.
+    """
+
+    def is_done(self) -> bool:
+        """Say whether all work before its last record has ended."""
+
+    def wait(self) -> None:
+        """Block until `is_done`, without holding the interpreter.
+
+        Never for another process's event: one that died may never reach it.
+        """
+
+    def handle(self) -> bytes:
+        """Name it for another process; only an event made with `shared=True`."""
+
+    def close(self) -> None:
+        """Let go of it. Work that waits for it is not disturbed."""
+
+
+class Stream(Protocol):
+    """Work that runs in order, beside that of other streams.
+
+    Every method returns before the work has run, and may raise `DeviceFailed` for this
+    work or any before it. Memory MUST stay allocated, pinned and open until it has.
+    """
+
+    @property
+    def handle(self) -> int:
+        """The driver's CUstream, for launches by others."""
+
+    def record(self, event: Event) -> None:
+        """Put an event behind all work so far."""
+
+    def wait_for(self, event: Event) -> None:
+        """Hold all later work until what the event recorded last has ended."""
+
+    def copy(self, destination: int, source: int, num_bytes: int) -> None:
+        """Copy between any two places; host memory MUST be pinned."""
+
+    def copy_many(
+        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+    ) -> None:
+        """Copy many pieces, in no order among them: `[pieces]` each, contiguous."""
+
+    def launch(self, function: Function, launch: Launch) -> None:
+        """Run a kernel."""
+
+    def close(self) -> None:
+        """Let go of it, once its work has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedAllocation:
+    """One of our allocations for another process, and where in it an address lies."""
+
+    handle: bytes
+    offset: int
+    allocation_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedAllocation:
+    """Another process's allocation, mapped here."""
+
+    address: int
+    num_bytes: int
+
+
+class Device(Protocol):
+    """One GPU as this process sees it. Any thread may use it.
+
+    Every method may raise `DeviceFailed`.
+    """
+
+    @property
+    def uuid(self) -> str:
+        """Its name in every process: `GPU-` and 32 hexadecimal digits in groups."""
+
+    @property
+    def name(self) -> str:
+        """What the maker calls it."""
+
+    @property
+    def ordinal(self) -> int:
+        """Its number in this process alone."""
+
+    @property
+    def compute_capability(self) -> int:
+        """What its kernels are compiled for: 90 for Hopper."""
+
+    def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
+        """Load a kernel for as long as the process lives."""
+
+    def stream(self, *, urgent: bool = False) -> Stream:
+        """Make a stream that waits for no other.
+
+        Kernels of an urgent one get in beside those of others that fill the GPU.
+        """
+
+    def event(self, *, shared: bool = False) -> Event:
+        """Make an event; a shared one has a handle."""
+
+    def open_event(self, handle: bytes) -> Event:
+        """Open another process's event; raises `HandleError` for none."""
+
+    def allocate(self, num_bytes: int) -> int:
+        """Take memory of the device; raises `DeviceFailed` when there is none."""
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` gave."""
+
+    def allocate_host(self, num_bytes: int) -> int:
+        """Take page-locked host memory."""
+
+    def free_host(self, address: int) -> None:
+        """Give back what `allocate_host` gave."""
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Page-lock host memory, for all devices of this process."""
+
+    def unpin(self, address: int) -> None:
+        """Undo the `pin` of that address, before the memory is unmapped."""
+
+    def export(self, address: int) -> ExportedAllocation:
+        """Name the allocation around an address of this device for other processes.
+
+        Raises:
+            HandleError: it is of a kind that has no name, saying which and the cure.
+        """
+
+    def open(self, handle: bytes) -> OpenedAllocation:
+        """Map another process's allocation.
+
+        Raises:
+            HandleError: nobody has exported it, or its process is gone.
+        """
+
+    def close_handle(self, address: int) -> None:
+        """Unmap what `open` mapped."""

@@ -1,0 +1,296 @@
+"""A worker's GPU memory in the server: exported there, opened here, by CUDA IPC.
+
+Handles are the driver's 64 bytes for one allocation; a tensor lies somewhere in it. An
+allocation is opened once, whatever number of instances lie in it, and closed with the
+last. Devices are known by UUID: their numbers differ between processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, partial
+from threading import Event as Flag
+from threading import Lock
+from typing import Any, Protocol
+
+from kvcore.copy.paged_cache import PagedCache
+from kvcore.copy.transport import AttachedMemory
+from kvcore.cuda.device import Device, Event
+from kvcore.cuda.pinned_memory import PinnedMemory
+from kvcore.errors import BadRequest, DeviceFailed, HandleError, UnknownInstance
+from kvcore.layout import KVLayout
+from kvcore.protocol import CudaIpc
+from kvcore.shm import Bytes
+from kvcore.status import DeviceStatus
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 20e-6
+LONGEST_PAUSE_S = 500e-6
+"""Between two looks at a worker's event: they double from the first to the longest."""
+MAX_EVENTS = 256
+"""Of one instance: a worker uses its events again."""
+
+
+# -- the worker's side ---------------------------------------------------------------
+
+
+def export(address: int, num_bytes: int, device: Device) -> CudaIpc:
+    """Name device memory of this process for the server.
+
+    The memory stays as it is until the server has forgotten the instance.
+
+    Raises:
+        HandleError: it is no memory of this device, reaches past its allocation, or is
+            of a kind that CUDA IPC cannot share, named with its cure.
+    """
+    exported = device.export(address)
+    if exported.offset + num_bytes > exported.allocation_bytes:
+        raise HandleError(
+            f"{num_bytes:,} bytes from byte {exported.offset:,} on: the allocation "
+            f"has {exported.allocation_bytes:,}"
+        )
+    return CudaIpc(device.uuid, exported.handle, exported.offset, num_bytes)
+
+
+def export_tensor(tensor: Any) -> CudaIpc:
+    """Name the whole storage of a `torch.Tensor` on a GPU; see `export`.
+
+    Views' offsets count from the storage's first byte.
+    """
+    storage = tensor.untyped_storage()
+    device = _own_devices()[tensor.device.index or 0]
+    return export(storage.data_ptr(), storage.nbytes(), device)
+
+
+@cache
+def _own_devices() -> Sequence[Device]:
+    from kvcore.cuda.driver import open_devices
+
+    return open_devices()
+
+
+# -- the server's side ---------------------------------------------------------------
+
+
+class DeviceCaches(Protocol):
+    """What the caches of one device share: staging, kernels, how to copy what."""
+
+    def cache(self, layout: KVLayout, addresses: Sequence[int]) -> PagedCache:
+        """Make a cache; `addresses` are those of its handles' first bytes."""
+
+    def status(self) -> DeviceStatus:
+        """Describe the device and its caches. Any thread."""
+
+    def close(self) -> None:
+        """Let go of it, once all caches are closed."""
+
+
+def open_caches(device: Device) -> DeviceCaches:
+    """Make what the caches of a device share.
+
+    Where kernels cannot be had, its copies go without, and the log says so.
+    """
+    from kvcore.cuda.cuda_cache import CudaCaches
+    from kvcore.cuda.kernel_launch import NoKernels, TritonKernels
+
+    kernels = TritonKernels(device)
+    try:
+        kernels.check()
+    except DeviceFailed as error:
+        reason = f"{device.name} runs no kernels of ours: {error.message}"
+        log.warning("%s; small pieces are copied slowly", reason)
+        return CudaCaches(device, NoKernels(reason))
+    return CudaCaches(device, kernels)
+
+
+class CudaTransport:
+    """Caches in the memory of this process's GPUs, with the arena page-locked.
+
+    Attaching runs on a thread of its own: the first use of a GPU takes a third of a
+    second, and opening a handle may wait for its work.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        arena: Bytes,
+        caches: Callable[[Device], DeviceCaches] = open_caches,
+    ) -> None:
+        """Page-lock the arena; raises `DeviceFailed`."""
+        self._devices = {device.uuid: device for device in devices}
+        self._open_caches = caches
+        self._caches: dict[str, DeviceCaches] = {}
+        self._allocations = Allocations()
+        self._pinned = PinnedMemory(devices[0], arena)
+        self._attacher = ThreadPoolExecutor(1, "attacher")
+
+    def attach(
+        self, handles: Sequence[CudaIpc], layouts: Sequence[KVLayout]
+    ) -> Future[AttachedMemory]:
+        """Open an instance's allocations; see `Transport`."""
+        uuids = {handle.device for handle in handles}
+        if len(uuids) > 1:
+            raise HandleError(f"handles: of {len(uuids)} GPUs; a worker has one")
+        device = self._devices.get(uuids.pop())
+        if device is None:
+            raise HandleError(
+                f"GPU {handles[0].device} is none of the server's: it sees "
+                f"{', '.join(self._devices)} (CUDA_VISIBLE_DEVICES)"
+            )
+        return self._attacher.submit(self._attach, device, handles, layouts)
+
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        """Describe the GPUs that caches lie in, or have."""
+        return tuple(caches.status() for caches in [*self._caches.values()])
+
+    def close(self) -> None:
+        """Unlock the arena and let go of the GPUs."""
+        self._attacher.shutdown(wait=True)
+        for caches in self._caches.values():
+            quietly(caches.close)
+        quietly(self._pinned.close)
+
+    def _attach(
+        self, device: Device, handles: Sequence[CudaIpc], layouts: Sequence[KVLayout]
+    ) -> AttachedMemory:
+        caches = self._caches.get(device.uuid)
+        if caches is None:
+            caches = self._caches[device.uuid] = self._open_caches(device)
+        with ExitStack() as stack:
+            opened = [self._open(stack, device, handle) for handle in handles]
+            made = []
+            for layout in layouts:
+                made.append(caches.cache(layout, opened))
+                stack.callback(quietly, made[-1].close)
+            return CudaMemory(device, tuple(made), stack)
+
+    def _open(self, stack: ExitStack, device: Device, handle: CudaIpc) -> int:
+        """Return where a handle's first byte is; `stack` will close it."""
+        allocation = self._allocations.open(device, handle.handle)
+        stack.callback(self._allocations.close, allocation)
+        if handle.offset + handle.length > allocation.num_bytes:
+            raise HandleError(
+                f"the allocation has {allocation.num_bytes:,} bytes; the handle claims "
+                f"{handle.length:,} from byte {handle.offset:,} on",
+                size=allocation.num_bytes,
+                claimed=handle.offset + handle.length,
+            )
+        return allocation.address + handle.offset
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """Another process's allocation, mapped here for all who lie in it."""
+
+    device: Device
+    handle: bytes
+    address: int
+    num_bytes: int
+    num_users: int = 1
+
+
+class Allocations:
+    """What is open, each once. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._open: dict[tuple[str, bytes], Allocation] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, device: Device, handle: bytes) -> Allocation:
+        """Open an allocation, or count one more who uses it; raises `HandleError`."""
+        with self._lock:
+            known = self._open.get((device.uuid, handle))
+            if known is not None:
+                known.num_users += 1
+                return known
+            opened = device.open(handle)
+            made = Allocation(device, handle, opened.address, opened.num_bytes)
+            self._open[device.uuid, handle] = made
+            return made
+
+    def close(self, allocation: Allocation) -> None:
+        """Close it if nobody else uses it."""
+        with self._lock:
+            allocation.num_users -= 1
+            if allocation.num_users:
+                return
+            del self._open[allocation.device.uuid, allocation.handle]
+            quietly(partial(allocation.device.close_handle, allocation.address))
+
+
+class CudaMemory:
+    """An instance's memory on one GPU; see `AttachedMemory`."""
+
+    def __init__(
+        self, device: Device, caches: tuple[PagedCache, ...], stack: ExitStack
+    ) -> None:
+        """Take over what `stack` holds, if nothing fails."""
+        self.caches = caches
+        self._device = device
+        self._is_abandoned = Flag()
+        self._lock = Lock()
+        self._events: dict[bytes, Event] = {}
+        self._stream = device.stream()
+        stack.callback(quietly, self._stream.close)
+        self._recorded = device.event(shared=True)
+        stack.callback(quietly, self._recorded.close)
+        self.event = self._recorded.handle()
+        self._stack = stack.pop_all()
+
+    def wait(self, event: bytes, check: Callable[[], None]) -> None:
+        """Look at the worker's event until it is done.
+
+        From here, and not on a stream: the event of a process that died may never be
+        reached, and a stream that waits for it could not be given up.
+        """
+        if not event:
+            return
+        known = self._event(event)
+        pause = FIRST_PAUSE_S
+        while not known.is_done():
+            check()
+            if self._is_abandoned.wait(pause):
+                raise UnknownInstance("its worker is gone; what it waited for is void")
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def record(self) -> None:
+        """Record our event; the copies so far have ended."""
+        self._stream.record(self._recorded)
+
+    def abandon(self) -> None:
+        """Wake who waits for the worker, to give up."""
+        self._is_abandoned.set()
+
+    def close(self) -> None:
+        """Close caches, events and handles; a broken GPU changes nothing of that."""
+        self.caches = ()
+        self._stack.close()
+
+    def _event(self, handle: bytes) -> Event:
+        with self._lock:
+            known = self._events.get(handle)
+            if known is None:
+                if len(self._events) >= MAX_EVENTS:
+                    raise BadRequest(
+                        f"event: more than {MAX_EVENTS} events of one instance; use "
+                        "one again when its request was answered"
+                    )
+                known = self._events[handle] = self._device.open_event(handle)
+                self._stack.callback(quietly, known.close)
+            return known
+
+
+def quietly(close: Callable[[], None]) -> None:
+    """Close something, and go on when the device fails, as it then has before."""
+    try:
+        close()
+    except DeviceFailed as error:
+        log.warning("closing: %s", error.message)

@@ -1,0 +1,142 @@
+"""Device memory that copies pass through: lent by the buffer, never more than a limit.
+
+A buffer is two slots, one of which the kernels fill or empty while the copy engine
+works on the other, and a table of what the kernels need to know, with page-locked host
+memory to write it in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Condition
+from typing import Any
+
+import numpy as np
+
+from kvcore.cuda.device import Device
+from kvcore.errors import DeviceFailed
+from kvcore.shm import Bytes
+
+NUM_SLOTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StagingSizes:
+    """How large the buffers of a device are, and how many; at most 256 MiB in all."""
+
+    slot_bytes: int = (16 << 20) - (256 << 10)
+    table_bytes: int = 512 << 10
+    max_buffers: int = 8
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Device memory of a buffer."""
+        return NUM_SLOTS * self.slot_bytes + self.table_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagingBuffer:
+    """`slots` and `table` are addresses on the device, `host_table` is the host's."""
+
+    slots: tuple[int, ...]
+    table: int
+    host_table: int
+    sizes: StagingSizes
+
+    def write(self, arrays: Sequence[np.ndarray[Any, Any]]) -> FilledBuffer:
+        """Write arrays where they can be uploaded from; `table_bytes` must do."""
+        memory: Bytes = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * self.sizes.table_bytes).from_address(self.host_table)
+        )
+        places = []
+        end = 0
+        for array in arrays:
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            memory[end : end + raw.size] = raw
+            places.append(self.table + end)
+            end = rounded(end + raw.size)
+        return FilledBuffer(self.table, self.host_table, end, tuple(places))
+
+
+@dataclass(frozen=True, slots=True)
+class FilledBuffer:
+    """A table on the host, and where it and each of its arrays go on the device."""
+
+    on_device: int
+    on_host: int
+    num_bytes: int
+    places: tuple[int, ...]
+
+
+def rounded(num_bytes: int) -> int:
+    """Round up to where a table's next array may begin."""
+    return -(-num_bytes // 16) * 16
+
+
+class StagingPool:
+    """The buffers of one device. Any thread may borrow one; who finds none waits."""
+
+    def __init__(self, device: Device, sizes: StagingSizes) -> None:
+        self.sizes = sizes
+        self._device = device
+        self._made: list[StagingBuffer] = []
+        self._free: list[StagingBuffer] = []
+        self._is_full = False
+        self._changed = Condition()
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that is taken so far."""
+        return len(self._made) * self.sizes.buffer_bytes
+
+    @contextmanager
+    def buffer(self) -> Iterator[StagingBuffer]:
+        """Lend a buffer; its work MUST have ended when it comes back.
+
+        Raises:
+            DeviceFailed: the device has no memory for a single one.
+        """
+        with self._changed:
+            while not self._free and not self._grow():
+                self._changed.wait()
+            lent = self._free.pop()
+        try:
+            yield lent
+        finally:
+            with self._changed:
+                self._free.append(lent)
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Give all memory back. Nothing is lent any more."""
+        for buffer in self._made:
+            self._device.free(buffer.table)
+            self._device.free_host(buffer.host_table)
+        self._made.clear()
+        self._free.clear()
+
+    def _grow(self) -> bool:
+        """Make one more, if there may be and the device has room for it."""
+        if self._is_full or len(self._made) == self.sizes.max_buffers:
+            return False
+        try:
+            table = self._device.allocate(self.sizes.buffer_bytes)
+        except DeviceFailed:
+            if not self._made:
+                raise
+            self._is_full = True
+            return False
+        try:
+            host_table = self._device.allocate_host(self.sizes.table_bytes)
+        except BaseException:
+            self._device.free(table)
+            raise
+        first = table + self.sizes.table_bytes
+        slots = range(first, table + self.sizes.buffer_bytes, self.sizes.slot_bytes)
+        made = StagingBuffer(tuple(slots), table, host_table, self.sizes)
+        self._made.append(made)
+        self._free.append(made)
+        return True

@@ -1,0 +1,251 @@
+"""Who may read which chunks until when: the leases that lookups grant.
+
+A lease belongs to a session and holds the leading chunks of its prompt, with the
+ranks that still have to read each. It ends exactly once; `LeaseTable.num_granted` is
+always the sum of `num_ended` and the live ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice, pairwise
+from typing import NewType
+
+from kvcore.keys import SessionKey
+from kvcore.status import LeaseStatus
+from kvcore.storage.l1 import L1, Chunk
+
+LeaseNumber = NewType("LeaseNumber", int)
+"""Tells a session's lease from its later ones."""
+
+_ALL_RANKS = -1
+"""The mask with every bit set."""
+
+
+class EndReason(Enum):
+    """What ended a lease."""
+
+    READ = "read"
+    """Every rank has read every chunk."""
+    RELEASED = "released"
+    SESSION_END = "session_end"
+    EXPIRED = "expired"
+    REPLACED = "replaced"
+    """By a later lookup of the session."""
+    CLIENT_GONE = "client_gone"
+    """The client that looked up, or the last worker still to read."""
+
+
+@dataclass(slots=True, frozen=True)
+class _LeasedRange:
+    """Chunks [start, end) of a lease that wait for the same ranks."""
+
+    start: int
+    end: int
+    waiting: int
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    """Runs are in order, apart, and wait for someone; what is outside is released."""
+
+    number: LeaseNumber
+    owner: SessionKey
+    model: str
+    client: Hashable
+    chunks: Sequence[Chunk | None]
+    runs: list[_LeasedRange]
+    granted_at: float
+    deadline: float
+
+
+class LeaseTable:
+    """All live leases, one a session at most. For one thread: the socket loop's.
+
+    Chunks are held through L1, whose eviction passes over them. A lease's readers
+    are kept as runs of chunks, so a read of a whole lease costs no loop of its own.
+    """
+
+    def __init__(
+        self,
+        l1: L1,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        on_expired: Callable[[SessionKey, int, float], None] | None = None,
+    ) -> None:
+        self._l1 = l1
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._on_expired = on_expired
+        """Told the owner, the chunks still leased, and the lease's age."""
+        # In the order of granting, which is that of deadlines. A plain dict would
+        # walk over its deleted entries to find the first.
+        self._leases: OrderedDict[SessionKey, _Lease] = OrderedDict()
+        self._by_client: dict[Hashable, dict[SessionKey, None]] = {}
+        self.num_granted = 0
+        self.num_ended = dict.fromkeys(EndReason, 0)
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(
+        self,
+        owner: SessionKey,
+        model: str,
+        chunks: Sequence[Chunk | None],
+        readers: int,
+        client: Hashable,
+    ) -> None:
+        """Lease acquired chunks, the first ones of the prompt, to a mask of ranks.
+
+        Takes over the caller's hold on them. The session's earlier lease ends after
+        that, so what both cover is never free in between. With nothing to read or
+        nobody to read it, there is no lease and the hold ends here.
+        """
+        earlier = self._leases.get(owner)
+        if earlier is not None:
+            self._end(earlier, EndReason.REPLACED)
+        if not chunks or not readers:
+            self._l1.release(chunks)
+            return
+        now = self._clock()
+        runs = [_LeasedRange(0, len(chunks), readers)]
+        self.num_granted += 1
+        number = LeaseNumber(self.num_granted)
+        self._leases[owner] = _Lease(
+            number, owner, model, client, chunks, runs, now, now + self._ttl_s
+        )
+        self._by_client.setdefault(client, {})[owner] = None
+
+    def number(self, owner: SessionKey) -> LeaseNumber | None:
+        """Return which lease a session has, if it has one."""
+        lease = self._leases.get(owner)
+        return lease.number if lease is not None else None
+
+    def read(self, owner: SessionKey, start: int, end: int, rank: int) -> None:
+        """Note that a rank has read, or will not read, the chunks [start, end)."""
+        self._take(owner, start, end, 1 << rank, EndReason.READ)
+
+    def free(self, owner: SessionKey, start: int, end: int) -> None:
+        """End the lease on the chunks [start, end), for all readers."""
+        self._take(owner, start, end, _ALL_RANKS, EndReason.RELEASED)
+
+    def end(self, owner: SessionKey) -> None:
+        """End the session's lease, if there is one."""
+        lease = self._leases.get(owner)
+        if lease is not None:
+            self._end(lease, EndReason.SESSION_END)
+
+    def end_client(self, client: Hashable) -> None:
+        """End every lease that was granted through a client that is gone."""
+        for owner in list(self._by_client.get(client, ())):
+            self._end(self._leases[owner], EndReason.CLIENT_GONE)
+
+    def drop_reader(self, engine_id: str, rank: int) -> None:
+        """Wait no more for a worker that is gone. Walks over all leases."""
+        owners = [owner for owner in self._leases if owner.engine_id == engine_id]
+        for owner in owners:
+            end = len(self._leases[owner].chunks)
+            self._take(owner, 0, end, 1 << rank, EndReason.CLIENT_GONE)
+
+    def expire(self) -> int:
+        """End the leases past their deadline; return how many."""
+        now = self._clock()
+        num_expired = 0
+        while self._leases:
+            lease = self._leases[next(iter(self._leases))]
+            if lease.deadline > now:
+                break
+            if self._on_expired is not None:
+                num_chunks = sum(run.end - run.start for run in lease.runs)
+                self._on_expired(lease.owner, num_chunks, now - lease.granted_at)
+            self._end(lease, EndReason.EXPIRED)
+            num_expired += 1
+        return num_expired
+
+    def next_deadline(self) -> float | None:
+        """Return when `expire` has something to do, on the table's clock."""
+        for lease in self._leases.values():
+            return lease.deadline
+        return None
+
+    def status(self, limit: int) -> list[LeaseStatus]:
+        """Describe the `limit` oldest leases."""
+        now = self._clock()
+        limit = min(limit, len(self._leases))
+        return [_describe(lease, now) for lease in islice(self._leases.values(), limit)]
+
+    def _take(
+        self, owner: SessionKey, start: int, end: int, ranks: int, reason: EndReason
+    ) -> None:
+        """Take a mask of ranks off the chunks [start, end)."""
+        lease = self._leases.get(owner)
+        if lease is None or start >= end:
+            return
+        kept: list[_LeasedRange] = []
+        done: list[_LeasedRange] = []
+        for run in lease.runs:
+            for piece in _split(run, start, end):
+                inside = start <= piece.start and piece.end <= end
+                waiting = piece.waiting & ~ranks if inside else piece.waiting
+                if waiting:
+                    _append(kept, _LeasedRange(piece.start, piece.end, waiting))
+                else:
+                    done.append(piece)
+        lease.runs = kept
+        self._release(lease, done)
+        if not kept:
+            self._forget(lease, reason)
+
+    def _end(self, lease: _Lease, reason: EndReason) -> None:
+        self._release(lease, lease.runs)
+        self._forget(lease, reason)
+
+    def _release(self, lease: _Lease, runs: list[_LeasedRange]) -> None:
+        # Last run first: L1 touches what nobody holds any more, and leaves go first.
+        for run in reversed(runs):
+            self._l1.release(lease.chunks[run.start : run.end])
+
+    def _forget(self, lease: _Lease, reason: EndReason) -> None:
+        del self._leases[lease.owner]
+        owners = self._by_client[lease.client]
+        del owners[lease.owner]
+        if not owners:
+            del self._by_client[lease.client]
+        self.num_ended[reason] += 1
+
+
+def _split(run: _LeasedRange, start: int, end: int) -> list[_LeasedRange]:
+    """Cut a run at `start` and `end`."""
+    cuts = [cut for cut in (start, end) if run.start < cut < run.end]
+    edges = [run.start, *cuts, run.end]
+    return [_LeasedRange(a, b, run.waiting) for a, b in pairwise(edges)]
+
+
+def _append(runs: list[_LeasedRange], run: _LeasedRange) -> None:
+    """Append a run, in one with the last where both wait for the same."""
+    last = runs[-1] if runs else None
+    if last and last.end == run.start and last.waiting == run.waiting:
+        runs[-1] = _LeasedRange(last.start, run.end, run.waiting)
+    else:
+        runs.append(run)
+
+
+def _describe(lease: _Lease, now: float) -> LeaseStatus:
+    waiting = 0
+    for run in lease.runs:
+        waiting |= run.waiting
+    ranks = range(waiting.bit_length())
+    return LeaseStatus(
+        engine_id=lease.owner.engine_id,
+        request_id=lease.owner.request_id,
+        model=lease.model,
+        num_chunks=sum(run.end - run.start for run in lease.runs),
+        waiting_readers=tuple(rank for rank in ranks if waiting >> rank & 1),
+        age_s=now - lease.granted_at,
+        expires_in_s=lease.deadline - now,
+    )

@@ -1,0 +1,59 @@
+"""A part's bytes: where they lie in the arena, and what they add up to.
+
+What both sides of a copy must agree on, whoever makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NewType
+
+import msgspec
+import xxhash
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Adjacent bytes of the arena."""
+
+    offset: int
+    length: int
+
+
+Allocation = tuple[Extent, ...]
+"""A part's bytes in order. Extents begin on pages; lengths sum to the part's size."""
+
+Buffers = tuple[memoryview, ...]
+"""A part's bytes in order; contiguous, of single bytes."""
+
+Checksum = NewType("Checksum", bytes)
+"""16 bytes: xxh3-128."""
+
+CHECKSUM_BYTES = 16
+NO_CHECKSUM = Checksum(b"")
+"""Of a part whose checksum nobody asked for."""
+
+
+def buffers_of(memory: memoryview, extents: Allocation) -> Buffers:
+    """Return a part's bytes in the arena, in order, without copying."""
+    return tuple(
+        memory[extent.offset : extent.offset + extent.length] for extent in extents
+    )
+
+
+def checksum_of(buffers: Iterable[memoryview]) -> Checksum:
+    """Return xxh3-128 over the buffers in order; some 35 GB/s, without the GIL."""
+    state = xxhash.xxh3_128()
+    for buffer in buffers:
+        state.update(buffer)
+    return Checksum(state.digest())
+
+
+class PartLocation(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One part to copy: of which of the chunks asked for, and where it lies.
+
+    With a checksum, it is that of the bytes that should be there.
+    """
+
+    index: int
+    extents: Allocation
+    checksum: Checksum = NO_CHECKSUM

@@ -1,0 +1,335 @@
+"""A whole server: it is put together here, runs, and is taken apart again."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from socket import socketpair
+from time import monotonic, monotonic_ns
+from typing import Any
+
+from kvcore import __version__
+from kvcore.blend.blend_disabled import BlendDisabled
+from kvcore.blend.blend_engine import BlendEngine
+from kvcore.config import ServerConfig
+from kvcore.copy.host_transport import open_transports
+from kvcore.engine.engine import Engine
+from kvcore.engine.request_context import RequestContext
+from kvcore.errors import BadRequest
+from kvcore.keys import HASH_ALGORITHM
+from kvcore.process import pid_namespace, start_time
+from kvcore.protocol import (
+    PROTOCOL_VERSION,
+    BootToken,
+    ChunkSize,
+    Done,
+    GetChunkSize,
+    Goodbye,
+    Hello,
+    HelloReply,
+    Ping,
+    Pong,
+    Status,
+    StatusReply,
+)
+from kvcore.server.client_table import Client, ClientTable
+from kvcore.server.event_loop import EventLoop, Handler
+from kvcore.server.listener import bind
+from kvcore.server.metrics import exposed
+from kvcore.server.orphaned_segments import OrphanRemover, remove_orphans
+from kvcore.server.recorder import Recorder
+from kvcore.status import L1Status
+from kvcore.storage.recovery import open_arena, recover
+from kvcore.tiers.tier_manager import open_tiers
+from kvcore.wire import REQUESTS
+from kvcore.worker.ticket_requests import TicketRequests
+
+log = logging.getLogger(__name__)
+
+SWITCH_S = 0.0005
+"""Longest that one thread runs Python while another waits to."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Application:
+    """One run of the server. `run` serves in the calling thread until `stop`."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.boot = BootToken(secrets.randbits(63) | 1)
+        self._started = monotonic()
+        with ExitStack() as stack:
+            bound = stack.enter_context(bind(config.address, config.wire))
+            self.address = bound.address
+            arena = self.arena = open_arena(config.l1)
+            stack.callback(arena.close)
+            self.transports = open_transports(
+                config.device, arena.array, config.copy_threads
+            )
+            stack.callback(self.transports.close)
+            recovered = None
+            if config.l1.keep is not None:
+                recovered = recover(Path(config.l1.keep), arena)
+                stack.callback(recovered.journal.close)
+            tiers = open_tiers(config.tiers)
+            self.engine = Engine(
+                config,
+                arena,
+                tiers=tiers,
+                recovered=recovered,
+                transports=self.transports,
+            )
+            self._leftovers = OrphanRemover(self.engine.do_behind)
+            self.copies = TicketRequests(
+                self.engine, config.wire.max_requests_per_client
+            )
+            if config.record is not None:
+                recording = Recorder(Path(config.record), config.chunk_size)
+                stack.callback(recording.close)
+                self.engine.on_lookup.append(recording.add)
+            self.clients = ClientTable(
+                config.wire.heartbeat_s, self._watch, self._unwatch
+            )
+            self.loop = EventLoop(
+                bound.socket,
+                self.boot,
+                self.clients,
+                config.wire.max_requests_per_client,
+            )
+            stack.callback(self.loop.close)
+            # Before the loop: copies that end wake it.
+            stack.callback(self.engine.close)
+            blend = config.engine == "blend"
+            self.blend = BlendEngine(config, self.engine) if blend else None
+            if self.blend is not None:
+                stack.callback(self.blend.close)
+            stack.callback(self.clients.close)
+            if config.metrics_port is not None:
+                where = config.metrics_host, config.metrics_port
+                stack.enter_context(exposed(*where, self.counters, self.l1_status))
+            self._stack = stack.pop_all()
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then release everything."""
+        try:
+            config = self.config
+            self.arena.keep()
+            soonest = min(config.sessions.lease_s, config.wire.heartbeat_s)
+            self.loop.serve(self._handlers(), self._client_gone, self._upkeep, soonest)
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Make `run` return. Any thread, and signal handlers."""
+        self.loop.stop()
+
+    def close(self) -> None:
+        """Release memory, threads and socket; for a server that never ran."""
+        self._stack.close()
+
+    def _watch(self, fd: int) -> None:
+        self.loop.watch(fd)
+
+    def _unwatch(self, fd: int) -> None:
+        self.loop.unwatch(fd)
+
+    # -- requests -----------------------------------------------------------------
+
+    def _handlers(self) -> dict[str, Handler]:
+        """Find each declared request's handler: here, or the engine's of that name."""
+        return {name: self._handler(name.lower()) for name in REQUESTS}
+
+    def _handler(self, name: str) -> Handler:
+        own: Handler | None = getattr(self, f"_{name}", None)
+        if own is not None:
+            return own
+        serve = getattr(self._part(name), name)
+
+        def handler(request: Any, client: Client, deadline_ns: int) -> Any:
+            caller = RequestContext(
+                client.identity, client.pid, deadline_ns, client.pidfd is not None
+            )
+            return serve(request, caller)
+
+        return handler
+
+    def _part(self, name: str) -> Engine | TicketRequests | BlendEngine | BlendDisabled:
+        if name.startswith("cb_"):
+            return self.blend or BlendDisabled()
+        return self.copies if hasattr(self.copies, name) else self.engine
+
+    def _hello(self, request: Hello, client: Client, deadline_ns: int) -> HelloReply:
+        if request.protocol_version != PROTOCOL_VERSION:
+            self._forget(client)
+            raise BadRequest(
+                f"the client speaks protocol version {request.protocol_version}, "
+                f"the server {PROTOCOL_VERSION}"
+            )
+        return HelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            boot=self.boot,
+            chunk_size=self.config.chunk_size,
+            hash_algorithm=HASH_ALGORITHM,
+            pid=os.getpid(),
+            pid_start=start_time(os.getpid()) or 0,
+            pid_namespace=pid_namespace(),
+            watched=client.pidfd is not None,
+            heartbeat_s=self.config.wire.heartbeat_s,
+            max_message_bytes=int(self.config.wire.max_message),
+        )
+
+    def _goodbye(self, request: Goodbye, client: Client, deadline_ns: int) -> Done:
+        self._forget(client)
+        return Done()
+
+    def _forget(self, client: Client) -> None:
+        self.loop.drop(client)
+        self.engine.client_gone(client.identity)
+
+    def _ping(self, request: Ping, client: Client, deadline_ns: int) -> Pong:
+        return Pong(monotonic_ns())
+
+    def _get_chunk_size(
+        self, request: GetChunkSize, client: Client, deadline_ns: int
+    ) -> ChunkSize:
+        return ChunkSize(self.config.chunk_size)
+
+    def _status(self, request: Status, client: Client, deadline_ns: int) -> StatusReply:
+        manager = self.engine.manager
+        return StatusReply(
+            version=__version__,
+            address=self.address,
+            pid=os.getpid(),
+            boot=self.boot,
+            chunk_size=self.config.chunk_size,
+            uptime_s=monotonic() - self._started,
+            num_clients=len(self.clients),
+            num_sessions=len(self.engine.sessions),
+            l1=self.l1_status(),
+            instances=self.engine.instances(),
+            leases=tuple(self.engine.leases.status(request.max_leases)),
+            num_leases=len(self.engine.leases),
+            tickets=self.copies.tickets.status(request.max_leases),
+            num_tickets=len(self.copies.tickets),
+            prefetches=manager.prefetches(request.max_leases) if manager else (),
+            num_prefetches=manager.prefetcher.num_jobs if manager else 0,
+            tiers=manager.status() if manager else (),
+            devices=self.transports.devices(),
+            quotas=self.engine.l1.quotas(),
+            counters=self.counters(),
+        )
+
+    def l1_status(self) -> L1Status:
+        """Return the use of the arena."""
+        stats = self.engine.l1.stats()
+        return L1Status(
+            total_bytes=stats.total_bytes,
+            used_bytes=stats.used_bytes,
+            page_bytes=stats.page_bytes,
+            num_chunks=stats.num_chunks,
+            num_parts=stats.num_parts,
+            num_leased=stats.num_held,
+            num_reserved=stats.num_reserved,
+        )
+
+    def counters(self) -> dict[str, int]:
+        """Return everything counted since the start, by name."""
+        stats = self.engine.l1.stats()
+        return {
+            "requests": self.loop.num_requests,
+            "errors": self.loop.num_errors,
+            "replies_lost": self.loop.num_replies_lost,
+            **self.engine.counters.as_dict(),
+            **(self.blend.counts() if self.blend else {}),
+            **(self.engine.manager.counters() if self.engine.manager else {}),
+            "chunks_evicted": stats.num_evicted,
+            "chunks_corrupt": stats.num_corrupt,
+            "leases_granted": self.engine.leases.num_granted,
+            **{
+                f"leases_{reason.value}": count
+                for reason, count in self.engine.leases.num_ended.items()
+            },
+        }
+
+    # -- upkeep -------------------------------------------------------------------
+
+    def _client_gone(self, client: Client) -> None:
+        log.info("client %s (%s) is gone", client.pid, client.label)
+        self.engine.client_gone(client.identity)
+        # What a killed worker shared has its name until somebody takes it away. Not
+        # here: the last of a segment's memory is freed with it, at 0.12 s a GiB.
+        self._leftovers.remove_soon()
+
+    def _upkeep(self) -> float | None:
+        self.loop.expire_silent()
+        deadlines = (self.engine.expire(), self.clients.next_deadline())
+        return min((d for d in deadlines if d is not None), default=None)
+
+
+def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM. `on_ready` gets the bound address.
+
+    Raises:
+        SetupError: the address is taken, or there is not enough memory.
+    """
+    remove_orphans()
+    server = Application(config)
+    with _stopped_by_signals(server):
+        _tame_gc()
+        # A lane that makes a plan holds the interpreter; a ping should not wait 5 ms.
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            on_ready(server.address)
+        except BaseException:
+            server.close()
+            raise
+        server.run()
+
+
+@contextmanager
+def _stopped_by_signals(server: Application) -> Iterator[None]:
+    """Stop the server on the first SIGINT or SIGTERM; later ones change nothing.
+
+    Python runs a handler between two of its own instructions, so a signal that comes
+    just before the poll would be seen only after it: the wake-up descriptor, which is
+    written at once, ends the poll.
+    """
+
+    def stop(*_: object) -> None:
+        # Not SIG_IGN: Python complains of a signal that came just before that.
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        server.stop()
+
+    watched, written = socketpair()
+    with watched, written:
+        written.setblocking(False)
+        server.loop.watch(watched.fileno())
+        signal.set_wakeup_fd(written.fileno())
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            # Python's own end sets handlers back, and then one more signal would kill.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _tame_gc() -> None:
+    """Keep the collector from walking every chunk ever held.
+
+    A full collection visits each of a million chunks, for a second, and finds
+    nothing: what the server keeps has no cycles. Young generations stay on.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 1_000_000)

@@ -1,0 +1,353 @@
+"""The socket loop: one thread that receives, serves short requests, and answers.
+
+Nothing in it blocks. Handlers that hash or look up much are generators and run one
+slice at a time between receives; copies run elsewhere and come back as finished
+futures through an eventfd. It sleeps in one poll over the socket, that eventfd and
+the pidfds of the clients, until the next of them or the next deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from math import inf
+from time import monotonic, monotonic_ns
+from typing import Any
+
+import msgspec
+import zmq
+
+from kvcore.engine.request_context import DeferredReply
+from kvcore.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Internal,
+    KVError,
+    Overloaded,
+    StaleBoot,
+)
+from kvcore.protocol import BootToken, Goodbye, Hello, Request
+from kvcore.server.client_table import Client, ClientTable
+from kvcore.wire import (
+    RequestEnvelope,
+    RequestType,
+    decode_envelope,
+    decode_request,
+    encode_error,
+    encode_reply,
+)
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Any, Client, int], Any]
+"""Takes a request, its client and its deadline; returns a reply, a
+`DeferredReply`, or a generator that yields between slices and returns either."""
+
+
+MAX_SKIPPED = 256
+"""Frames dropped before others are served, in 0.1 ms."""
+
+
+@dataclass(slots=True)
+class RequestTask:
+    """A request being served, and where its reply goes."""
+
+    client: Client
+    request_id: int
+    name: str
+    steps: Generator[None, None, Any] | None = None
+    running: DeferredReply | None = None
+
+
+class EventLoop:
+    """Serves the requests that `handlers` name, for clients that said hello."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        boot: BootToken,
+        clients: ClientTable,
+        max_requests_per_client: int,
+    ) -> None:
+        self._socket = socket
+        self._boot = boot
+        self._clients = clients
+        self._max_requests = max_requests_per_client
+        self._handlers: dict[str, Handler] = {}
+        self._on_gone: Callable[[Client], None]
+        self._sliced: deque[RequestTask] = deque()
+        self._finished: deque[RequestTask] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        # The rest of a message that was refused is still to be read.
+        self._is_skipping = False
+        self._stopping = False
+        self.num_requests = 0
+        self.num_errors = 0
+        self.num_replies_lost = 0
+
+    def serve(
+        self,
+        handlers: dict[str, Handler],
+        on_gone: Callable[[Client], None],
+        upkeep: Callable[[], float | None],
+        upkeep_s: float,
+    ) -> None:
+        """Run until `stop`.
+
+        `upkeep` ends what is past its time and says when to look again, None when
+        there is nothing to wait for; nothing that begins is due within `upkeep_s`.
+        """
+        self._handlers = handlers
+        self._on_gone = on_gone
+        sources: list[tuple[Any, int]] = [
+            (self._socket, zmq.POLLIN),
+            (self._epoll.fileno(), zmq.POLLIN),
+        ]
+        look_again = inf
+        while not self._stopping:
+            if monotonic() >= look_again:
+                due = upkeep()
+                look_again = inf if due is None else due
+            for source, _ in zmq.zmq_poll(sources, self._timeout_ms(look_again)):
+                if source is self._socket:
+                    self._receive()
+                else:
+                    self._look_around()
+                # What begins now cannot be due before this, but before all else.
+                look_again = min(look_again, monotonic() + upkeep_s)
+            self._step()
+
+    def stop(self) -> None:
+        """Make `serve` return soon. Any thread, and signal handlers."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    def watch(self, fd: int) -> None:
+        """Have a pidfd wake the loop."""
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching a pidfd."""
+        self._epoll.unregister(fd)
+
+    def close(self) -> None:
+        """Release what the loop itself made; not the socket."""
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _timeout_ms(self, deadline: float) -> int:
+        if self._sliced:
+            return 0
+        if deadline == inf:
+            return -1
+        return max(0, int((deadline - monotonic()) * 1e3) + 1)
+
+    # -- receiving ----------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Take in one message.
+
+        Whether there is another, the next poll says more cheaply than a refusal.
+        """
+        if self._is_skipping:
+            self._skip()
+            return
+        try:
+            identity = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+        self._is_skipping = frame.more
+        self.num_requests += 1
+        self._serve_message(identity, frame)
+
+    def _skip(self) -> None:
+        """Drop frames that no request has, a few in a turn.
+
+        Only one frame's size is bounded, and not their number.
+        """
+        for _ in range(MAX_SKIPPED):
+            if not self._socket.recv(zmq.NOBLOCK, copy=False).more:
+                self._is_skipping = False
+                return
+
+    def _serve_message(self, identity: bytes, frame: zmq.Frame) -> None:
+        request_id = 0
+        try:
+            if frame.more:
+                raise BadRequest("a request is one frame, and this has more")
+            envelope = decode_envelope(frame.buffer)
+            request_id = envelope.id
+            kind, request = decode_request(envelope)
+            client = self._admit(identity, envelope, request)
+        except KVError as error:
+            if not request_id:
+                request_id = int(error.details.get("id", 0))
+            self._send_error(identity, request_id, error)
+            return
+        self._start(client, envelope, kind, request)
+
+    def _admit(
+        self, identity: bytes, envelope: RequestEnvelope, request: Request[Any]
+    ) -> Client:
+        """Return whose request this is; a hello makes a client."""
+        client = self._clients.get(identity)
+        if isinstance(request, Hello):
+            if client is not None and client.pid == request.pid:
+                return client
+            if client is not None:
+                self._gone(client)
+            return self._clients.add(identity, request)
+        # Who leaves may have said hello and not waited for the boot token.
+        is_of_this_run = envelope.boot == self._boot or isinstance(request, Goodbye)
+        if client is None or not is_of_this_run:
+            raise StaleBoot("not a client of this run of the server: say hello first")
+        self._clients.seen(client)
+        if client.num_running >= self._max_requests and not request.ends_work:
+            raise Overloaded(
+                f"{client.num_running} requests of this client are unanswered"
+            )
+        return client
+
+    def _start(
+        self,
+        client: Client,
+        envelope: RequestEnvelope,
+        kind: RequestType,
+        request: Request[Any],
+    ) -> None:
+        task = RequestTask(client, envelope.id, kind.name)
+        client.num_running += 1
+        deadline = envelope.deadline_ns
+        try:
+            if kind.request.is_void_late and 0 < deadline < monotonic_ns():
+                raise DeadlineExceeded("the deadline had passed on arrival")
+            result = self._handlers[kind.name](request, client, deadline)
+        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            self._fail(task, error)
+            return
+        if isinstance(result, Generator):
+            task.steps = result
+            self._advance(task)
+        else:
+            self._settle(task, result)
+
+    # -- serving ------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Run one slice of one request, so that a receive comes between any two."""
+        if self._sliced:
+            self._advance(self._sliced.popleft())
+
+    def _advance(self, task: RequestTask) -> None:
+        if task.steps is None:
+            return
+        try:
+            next(task.steps)
+        except StopIteration as stop:
+            task.steps = None
+            self._settle(task, stop.value)
+        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            task.steps = None
+            self._fail(task, error)
+        else:
+            self._sliced.append(task)
+
+    def _settle(
+        self, task: RequestTask, result: msgspec.Struct | DeferredReply
+    ) -> None:
+        if not isinstance(result, DeferredReply):
+            self._reply(task, result)
+            return
+        task.running = result
+
+        def done(_: Future[Any]) -> None:
+            self._finished.append(task)
+            os.eventfd_write(self._wake, 1)
+
+        result.future.add_done_callback(done)
+
+    def _look_around(self) -> None:
+        """Take in finished work and dead clients."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                client = self._clients.by_pidfd(fd)
+                if client is not None:
+                    self._gone(client)
+        self.finish()
+
+    def finish(self) -> None:
+        """Answer the requests whose work on other threads has ended."""
+        while self._finished:
+            task = self._finished.popleft()
+            if task.running is None:
+                continue
+            try:
+                reply = task.running.finish()
+            except Exception as error:  # noqa: BLE001 - answered, whatever it is
+                self._fail(task, error)
+            else:
+                self._reply(task, reply)
+
+    def drop(self, client: Client) -> None:
+        """Forget a client: its slices end here, its running work is not answered."""
+        for task in [task for task in self._sliced if task.client is client]:
+            self._sliced.remove(task)
+            if task.steps is not None:
+                task.steps.close()
+        self._clients.remove(client)
+
+    def _gone(self, client: Client) -> None:
+        self.drop(client)
+        self._on_gone(client)
+
+    def expire_silent(self) -> None:
+        """Give up on unwatched clients that no longer send heartbeats."""
+        for client in self._clients.silent():
+            log.info("client %s (%s) fell silent", client.pid, client.label)
+            self._gone(client)
+
+    # -- answering ----------------------------------------------------------------
+
+    def _reply(self, task: RequestTask, reply: msgspec.Struct) -> None:
+        try:
+            frame = encode_reply(task.request_id, reply)
+        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            self._fail(task, error)
+            return
+        task.client.num_running -= 1
+        self._send(task.client.identity, frame)
+
+    def _fail(self, task: RequestTask, error: Exception) -> None:
+        task.client.num_running -= 1
+        if not isinstance(error, KVError):
+            log.error("%s failed", task.name, exc_info=error)
+            error = Internal(f"{task.name}: {type(error).__name__}: {error}")
+        self._send_error(task.client.identity, task.request_id, error)
+
+    def _send_error(self, identity: bytes, request_id: int, error: KVError) -> None:
+        self.num_errors += 1
+        self._send(identity, encode_error(request_id, error))
+
+    def _send(self, identity: bytes, frame: bytes) -> None:
+        """Send without waiting; a client that does not read loses it.
+
+        One that has left waits for nothing: it is not counted.
+        """
+        try:
+            self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            if self._clients.get(identity) is not None:
+                self.num_replies_lost += 1

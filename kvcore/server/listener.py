@@ -1,0 +1,76 @@
+"""The server's ROUTER socket: bound once, or a clear word why not."""
+
+from __future__ import annotations
+
+import socket as sockets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from kvcore.config import WireConfig
+from kvcore.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A bound socket and the address that clients connect to."""
+
+    socket: zmq.Socket[bytes]
+    address: str
+
+
+@contextmanager
+def bind(address: str, wire: WireConfig) -> Iterator[Listener]:
+    """Bind a ROUTER and close it, with its context, at the end.
+
+    Raises:
+        SetupError: another server has that address, or it cannot be bound.
+    """
+    if address.startswith("ipc://"):
+        _refuse_served(address)
+    context = zmq.Context(io_threads=1)
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    # A client that reconnects keeps its identity and takes its place again.
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    socket.setsockopt(zmq.MAXMSGSIZE, wire.max_message)
+    socket.setsockopt(zmq.SNDHWM, 2 * wire.max_requests_per_client)
+    socket.setsockopt(zmq.RCVHWM, 2 * wire.max_requests_per_client)
+    try:
+        bound = _bind(socket, address)
+        try:
+            yield Listener(socket, bound)
+        finally:
+            _remove_file(bound)
+    finally:
+        socket.close()
+        context.term()
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> str:
+    head, colon, port = address.rpartition(":")
+    try:
+        socket.bind(f"{head}:*" if colon and port == "0" else address)
+    except zmq.ZMQError as error:
+        raise SetupError(f"cannot serve at {address}: {error.strerror}") from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def _remove_file(address: str) -> None:
+    """ZeroMQ leaves the file of a Unix socket behind; it goes while it is ours."""
+    if address.startswith("ipc://"):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def _refuse_served(address: str) -> None:
+    """ZeroMQ takes over the file of a Unix socket even while a server serves it."""
+    path = Path(address.removeprefix("ipc://"))
+    if not path.exists():
+        return
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise SetupError(f"cannot serve at {address}: Address already in use")

@@ -1,0 +1,93 @@
+"""Writes down what a server is asked, as a trace that can be replayed.
+
+Mooncake's format, one lookup a line: `timestamp` (ms since the first), `input_length`,
+`output_length` (not known here, 0), `hash_ids`, `block_size`, `session_id`; ours beside
+it are `model` and `world_size`. An id is the first 64 bits of a chunk's chained hash,
+so two lines share exactly the ids of the chunks that their prompts shared. Tokens are
+not written, and cannot be had from the hashes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+
+import msgspec
+
+from kvcore.errors import SetupError
+from kvcore.keys import ChunkHash
+from kvcore.protocol import Lookup
+
+log = logging.getLogger(__name__)
+
+ID_BYTES = 8
+
+
+class RecordedRequest(msgspec.Struct, frozen=True):
+    """One line."""
+
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: list[int]
+    block_size: int
+    session_id: str
+    model: str
+    world_size: int
+
+
+class Recorder:
+    """A file that grows by a line a lookup. The loop thread's alone.
+
+    A line is written at once: what the server was asked before it was killed is there.
+
+    Raises:
+        SetupError: the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, chunk_size: int, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._path = path
+        self._chunk_size = chunk_size
+        self._clock = clock
+        self._begun: float | None = None
+        self._encoder = msgspec.json.Encoder()
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise SetupError(f"record = {path}: {error.strerror}") from None
+
+    def add(self, request: Lookup, hashes: Sequence[ChunkHash]) -> None:
+        """Write a lookup; a disk that is full ends the recording, not the server."""
+        if self._file.closed or not request.end:
+            return
+        line = self._encoder.encode(self._recorded(request, hashes)) + b"\n"
+        try:
+            self._file.write(line)
+        except OSError as error:
+            log.error("recording to %s ended: %s", self._path, error.strerror)
+            self._file.close()
+
+    def _recorded(
+        self, request: Lookup, hashes: Sequence[ChunkHash]
+    ) -> RecordedRequest:
+        now = self._clock()
+        self._begun = now if self._begun is None else self._begun
+        session = request.session
+        return RecordedRequest(
+            timestamp=round((now - self._begun) * 1000, 3),
+            input_length=request.end,
+            output_length=0,
+            hash_ids=[int.from_bytes(one[:ID_BYTES], "little") for one in hashes],
+            block_size=self._chunk_size,
+            session_id=f"{session.engine_id}/{session.request_id}",
+            model=request.model,
+            world_size=request.world_size,
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

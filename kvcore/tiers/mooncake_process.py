@@ -1,0 +1,175 @@
+"""The process that holds a Mooncake Store client, and what is said to it.
+
+A process of its own, because a call of that client can be neither bounded (30 s
+without a master) nor called off: at a deadline the process is killed, and with it
+whatever still wrote into L1. It maps the arena and registers it once, so that bytes go
+between the network and L1's pages.
+
+Run as `python -m kvcore.tiers.mooncake_process`, descriptors of its channels as
+arguments and a `Setup` in its environment; it ends with whoever holds their other ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+from kvcore.errors import KVError
+from kvcore.shm import Segment
+
+SETUP = "KVCORE_MOONCAKE"
+"""Environment variable with the `Setup`, as JSON."""
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Arguments of the client, and the segments that are mapped throughout."""
+
+    master: str
+    local: str
+    metadata: str
+    protocol: str
+    device: str
+    segment_bytes: int
+    """Memory that this process adds to the store."""
+    mapped: tuple[SegmentName, ...] = ()
+
+
+class SegmentName(msgspec.Struct, frozen=True):
+    """Shared memory to map from its start."""
+
+    name: str
+    num_bytes: int
+
+
+class BufferSlice(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Bytes of a segment: its index in `Setup.mapped`, or the next for `extra`."""
+
+    segment: int
+    offset: int
+    length: int
+
+
+class MooncakeRequest(msgspec.Struct, frozen=True):
+    """One call of the client about some keys; the reply is a number for each."""
+
+    call: str
+    keys: tuple[str, ...]
+    pieces: tuple[tuple[BufferSlice, ...], ...] = ()
+    extra: SegmentName | None = None
+    """Mapped for this call alone."""
+
+
+class Code(IntEnum):
+    """Replies of the client that matter here; from its `types.h`."""
+
+    NO_ROOM = -200
+    BUFFER_TOO_SMALL = -600
+    NOT_FOUND = -704
+    TRANSFER_FAILED = -800
+    RPC_FAILED = -900
+    RPC_TIMEOUT = -901
+    NOT_STARTED = -10_000
+    """Ours: the client could not be set up."""
+
+
+class _MappedSegments:
+    """A mapped and registered segment."""
+
+    def __init__(self, client: Any, name: SegmentName) -> None:
+        self._client = client
+        self._segment = Segment.attach(name.name, offset=0, length=name.num_bytes)
+        self.address: int = self._segment.array.__array_interface__["data"][0]
+        client.register_buffer(self.address, name.num_bytes)
+
+    def close(self) -> None:
+        """Unregister and unmap."""
+        self._client.unregister_buffer(self.address)
+        self._segment.close()
+
+
+class _Service:
+    """The client, used by one thread a channel."""
+
+    def __init__(self, setup: Setup) -> None:
+        from mooncake.store import MooncakeDistributedStore
+
+        self._client = MooncakeDistributedStore()
+        self.started = not self._client.setup(
+            setup.local,
+            setup.metadata,
+            setup.segment_bytes,
+            16 << 20,  # Memory of its own for calls that we do not make.
+            setup.protocol,
+            setup.device,
+            setup.master,
+        )
+        names = setup.mapped if self.started else ()
+        self._mapped = [_MappedSegments(self._client, name) for name in names]
+        self._calls: dict[str, Callable[[MooncakeRequest], list[int]]] = {
+            "exists": lambda request: self._client.batch_is_exist(request.keys),
+            "size": lambda request: [self._client.get_size(k) for k in request.keys],
+            "remove": lambda request: self._client.batch_remove(request.keys, True),
+            "get": self._move(self._client.batch_get_into_multi_buffers),
+            "put": self._move(self._client.batch_put_from_multi_buffers),
+        }
+
+    def answer(self, request: MooncakeRequest) -> list[int]:
+        """Do one request; as many numbers as it has keys."""
+        if not self.started:
+            return [Code.NOT_STARTED] * len(request.keys)
+        return list(self._calls[request.call](request))
+
+    def _move(
+        self, call: Callable[..., list[int]]
+    ) -> Callable[[MooncakeRequest], list[int]]:
+        def move(request: MooncakeRequest) -> list[int]:
+            extra = (
+                [_MappedSegments(self._client, request.extra)] if request.extra else []
+            )
+            bases = [memory.address for memory in (*self._mapped, *extra)]
+            try:
+                return call(
+                    list(request.keys),
+                    [
+                        [bases[p.segment] + p.offset for p in ps]
+                        for ps in request.pieces
+                    ],
+                    [[p.length for p in ps] for ps in request.pieces],
+                )
+            finally:
+                for memory in extra:
+                    memory.close()
+
+        return move
+
+
+def _serve(channel: Connection, service: _Service) -> None:
+    decoder = msgspec.msgpack.Decoder(MooncakeRequest)
+    try:
+        while True:
+            request = decoder.decode(channel.recv_bytes())
+            channel.send_bytes(msgspec.msgpack.encode(service.answer(request)))
+    except (EOFError, OSError, KVError):
+        pass
+    finally:
+        os._exit(0)  # The client's own threads may hang: no orderly end is to be had.
+
+
+def main() -> None:
+    """Serve the channels until one of them closes."""
+    service = _Service(msgspec.json.decode(os.environ[SETUP], type=Setup))
+    channels = [Connection(int(fd)) for fd in sys.argv[1:]]
+    threads = [threading.Thread(target=_serve, args=(c, service)) for c in channels]
+    for thread in threads:
+        thread.start()
+
+
+if __name__ == "__main__":
+    main()

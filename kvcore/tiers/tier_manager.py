@@ -1,0 +1,159 @@
+"""What moves between L1 and the tiers: put together, asked, and taken apart here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from msgspec.structs import asdict
+
+from kvcore.config import PrefetchConfig, WriteBackConfig
+from kvcore.errors import SetupError
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.status import PrefetchStatus, TierStatus, WriteBackStatus
+from kvcore.storage.arena import Arena
+from kvcore.storage.l1 import L1, Chunk
+from kvcore.storage.required_parts import RequiredParts
+from kvcore.tiers.prefetch import Prefetcher
+from kvcore.tiers.prefetch_jobs import PrefetchJob
+from kvcore.tiers.tier import Tier
+from kvcore.tiers.tier_url import open_tier
+from kvcore.tiers.timer_thread import TimerThread
+from kvcore.tiers.write_back import WriteBack, WritePolicy
+
+
+def open_tiers(urls: Sequence[str]) -> list[Tier]:
+    """Open a server's tiers, in order; all or none.
+
+    Raises:
+        SetupError: one cannot be opened, or two have one name.
+    """
+    tiers: list[Tier] = []
+    with ExitStack() as stack:
+        for url in urls:
+            tier = open_tier(url)
+            stack.callback(tier.close)
+            if any(other.name == tier.name for other in tiers):
+                raise SetupError(f"two tiers are called {tier.name}: give one ?name=")
+            tiers.append(tier)
+        stack.pop_all()
+    return tiers
+
+
+PROBE_S = 1.0
+"""How often tiers that are not up are probed, though nobody asks them anything."""
+
+
+class TierManager:
+    """Tiers beneath one L1, and the thread that moves chunks between them.
+
+    It owns the tiers. Without any, a server has no manager at all.
+    """
+
+    def __init__(
+        self,
+        l1: L1,
+        arena: Arena,
+        tiers: Sequence[Tier],
+        prefetch: PrefetchConfig,
+        write_back: WriteBackConfig,
+        coordinator: TimerThread | None = None,
+    ) -> None:
+        self._tiers = tiers
+        self._max_bytes = arena.total_bytes
+        for tier in tiers:
+            tier.attach(arena.name, arena.array)
+        self._coordinator = coordinator or TimerThread("manager")
+        self.write_back = WriteBack(
+            l1,
+            arena.array,
+            tiers,
+            self._coordinator,
+            policy=WritePolicy(write_back.policy),
+            max_bytes=int(write_back.max_bytes),
+            watermark=write_back.watermark,
+        )
+        self.prefetcher = Prefetcher(
+            l1,
+            arena.array,
+            tiers,
+            self.write_back,
+            self._coordinator,
+            max_jobs=prefetch.max_jobs,
+            max_bytes=int(prefetch.max_bytes),
+        )
+        self._coordinator.post(self._probe)
+        if coordinator is None:
+            self._coordinator.start()
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What deadlines are measured on."""
+        return self._coordinator.clock
+
+    def submit_prefetch_task(
+        self,
+        keys: Sequence[ChunkHash],
+        layout: RequiredParts,
+        *,
+        chunk_size: int,
+        deadline: float,
+        owner: SessionKey,
+        wait: bool,
+    ) -> PrefetchJob:
+        """Begin to load the leading chunks of `keys` that L1 lacks.
+
+        `layout` names every part of them. Whoever waits for the job's future must
+        `settle` the job after it; without `wait` it ends on its own.
+        """
+        most = self._max_bytes // max(layout.chunk_bytes, 1) + 1
+        job = PrefetchJob(owner, keys[:most], layout, chunk_size, deadline, wait)
+        self.prefetcher.submit(job)
+        return job
+
+    def stored(self, chunks: Sequence[Chunk]) -> None:
+        """Note that parts of these chunks were committed."""
+        self.write_back.stored(chunks)
+
+    def _probe(self) -> None:
+        for tier in self._tiers:
+            if not tier.health().up:
+                tier.probe()
+        self._coordinator.at(self.clock() + PROBE_S, self._probe)
+
+    def status(self) -> tuple[TierStatus, ...]:
+        """Describe the tiers and what waits for them, as far as is known.
+
+        They are asked behind the answer: the next one knows more.
+        """
+        for tier in self._tiers:
+            tier.probe()
+        queues = self.write_back.status()
+        return tuple(map(_describe, self._tiers, queues))
+
+    def prefetches(self, limit: int) -> tuple[PrefetchStatus, ...]:
+        """Describe the `limit` oldest prefetch jobs."""
+        return tuple(self.prefetcher.status(limit))
+
+    def counters(self) -> dict[str, int]:
+        """Return everything counted, by name."""
+        return {
+            **self.prefetcher.counters.as_dict(),
+            **self.write_back.counters.as_dict(),
+        }
+
+    def close(self) -> None:
+        """End every job, the tiers, and the thread; after the last copy."""
+        self._coordinator.post(self.prefetcher.close)
+        self._coordinator.post(self.write_back.close)
+        with ExitStack() as stack:
+            # What the tiers have in hand comes back to the coordinator.
+            stack.callback(self._coordinator.close)
+            for tier in self._tiers:
+                stack.callback(tier.close)
+
+
+def _describe(tier: Tier, queue: WriteBackStatus) -> TierStatus:
+    health = tier.health()
+    fields = asdict(health) | {"counters": asdict(health.counters)}
+    return TierStatus(**fields, write_back=queue)

@@ -1,0 +1,286 @@
+"""Write-back: from L1 to the tiers, behind everybody's back.
+
+Each tier has a queue of its own, bounded in bytes. What finds it full is skipped and
+counted: a tier that lags slows nobody. Chunks are held only while a tier reads them.
+Everything here runs on the coordinator's thread, but for `stored`, `used` and `status`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from functools import partial
+
+from kvcore.extents import buffers_of
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.shm import Bytes
+from kvcore.status import WriteBackStatus
+from kvcore.storage.l1 import L1, Chunk, DropReason, Part, PartId
+from kvcore.tiers.tier import StoreItem, StoreResult, Tier
+from kvcore.tiers.timer_thread import TimerThread
+
+BATCH_BYTES = 16 << 20
+"""Given to a tier in one go."""
+MAX_BATCHES = 2
+"""With a tier at once: it has the next one when it ends one."""
+COMING_CHUNKS = 512
+"""Next victims that are looked at after a store."""
+
+
+class WritePolicy(Enum):
+    """When a chunk is written to the tiers."""
+
+    WRITE_THROUGH = "write_through"
+    ON_SECOND_USE = "on_second_use"
+    """Once a lookup has found it."""
+    ON_EVICTION = "on_eviction"
+    """Shortly before it would be evicted."""
+
+
+@dataclass(slots=True)
+class WriteBackCounters:
+    """Parts, but for bytes. Each only grows."""
+
+    parts_written: int = 0
+    bytes_written: int = 0
+    writes_skipped: int = 0
+    """The queue of the tier was full."""
+    writes_failed: int = 0
+    writes_without_room: int = 0
+    """The tier was full."""
+    writes_too_late: int = 0
+    """Gone from L1 before their turn came."""
+    promotions: int = 0
+    """Offered to a faster tier than the one they were found in."""
+    chunks_evicted_unsaved: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return all of them by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _QueuedPart:
+    """One part of a chunk that a tier should have."""
+
+    chunk: ChunkHash
+    part: PartId
+    num_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class _WriteQueue:
+    """What waits for one tier, and how much of it the tier has in hand."""
+
+    tier: Tier
+    items: deque[_QueuedPart] = field(default_factory=deque)
+    known: set[tuple[ChunkHash, PartId]] = field(default_factory=set)
+    """Waiting or in hand."""
+    num_bytes: int = 0
+    """Of the known ones."""
+    num_batches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _WriteBatch:
+    """What a tier has in hand, with the holds on it."""
+
+    items: list[_QueuedPart]
+    chunks: list[Chunk]
+    blobs: list[StoreItem]
+
+
+class WriteBack:
+    """One queue a tier, and the policy of what goes there when."""
+
+    def __init__(
+        self,
+        l1: L1,
+        arena: Bytes,
+        tiers: Sequence[Tier],
+        coordinator: TimerThread,
+        *,
+        policy: WritePolicy,
+        max_bytes: int,
+        watermark: float,
+    ) -> None:
+        self.counters = WriteBackCounters()
+        self._l1 = l1
+        self._memory = arena.data
+        self._queues = [_WriteQueue(tier) for tier in tiers]
+        self._coordinator = coordinator
+        self._policy = policy
+        self._max_bytes = max_bytes
+        self._watermark = watermark
+        self._looking = False
+        l1.watch(self._gone)
+
+    # -- any thread -------------------------------------------------------------------
+
+    def stored(self, chunks: Sequence[Chunk]) -> None:
+        """Note that parts of these chunks were committed."""
+        if self._policy is WritePolicy.WRITE_THROUGH:
+            self._coordinator.post(partial(self._offer, chunks))
+        elif self._policy is WritePolicy.ON_EVICTION and not self._looking:
+            self._looking = True
+            self._coordinator.post(self._look_ahead)
+
+    def used(self, chunks: Sequence[Chunk]) -> None:
+        """Note that a lookup found these chunks."""
+        if self._policy is WritePolicy.ON_SECOND_USE:
+            unsaved = [chunk for chunk in chunks if chunk.ready & ~chunk.saved]
+            if unsaved:
+                self._coordinator.post(partial(self._offer, unsaved))
+
+    def status(self) -> list[WriteBackStatus]:
+        """Describe each tier's queue."""
+        return [
+            WriteBackStatus(
+                tier=queue.tier.name,
+                num_parts=len(queue.known),
+                num_bytes=queue.num_bytes,
+                num_writing=len(queue.known) - len(queue.items),
+            )
+            for queue in self._queues
+        ]
+
+    # -- the coordinator's ------------------------------------------------------------
+
+    def promote(self, chunk: Chunk, parts: int, tier: int) -> None:
+        """Offer parts that were found in one tier to the faster ones."""
+        for queue in self._queues[:tier]:
+            self.counters.promotions += self._put(queue, chunk, parts)
+            self._pump(queue)
+
+    def _offer(self, chunks: Iterable[Chunk]) -> None:
+        for queue in self._queues:
+            for chunk in chunks:
+                self._put(queue, chunk, chunk.ready & ~chunk.saved)
+            self._pump(queue)
+
+    def _look_ahead(self) -> None:
+        """Write what will be evicted next, as much as lies above the watermark."""
+        self._looking = False
+        stats = self._l1.stats()
+        above = int((1 - self._watermark) * stats.total_bytes)
+        if stats.used_bytes < stats.total_bytes - above:
+            return
+        coming = []
+        for chunk in self._l1.coming(COMING_CHUNKS):
+            above -= sum(part.num_bytes for part in [*chunk.parts.values()])
+            if above < 0:
+                break
+            coming.append(chunk)
+        self._offer(coming)
+
+    def _put(self, queue: _WriteQueue, chunk: Chunk, parts: int) -> int:
+        """Queue the parts of a mask; return how many."""
+        num_put = 0
+        for part, place in [*chunk.parts.items()]:
+            known = (chunk.hash, part) in queue.known or place.name is None
+            if known or not parts >> part & 1 or not place.checksum:
+                continue
+            if queue.num_bytes + place.num_bytes > self._max_bytes:
+                self.counters.writes_skipped += 1
+                continue
+            queue.items.append(_QueuedPart(chunk.hash, part, place.num_bytes))
+            queue.known.add((chunk.hash, part))
+            queue.num_bytes += place.num_bytes
+            num_put += 1
+        return num_put
+
+    def _pump(self, queue: _WriteQueue) -> None:
+        while queue.items and queue.num_batches < MAX_BATCHES:
+            self._start_batch(queue)
+
+    def _start_batch(self, queue: _WriteQueue) -> None:
+        batch = self._hold(queue, _take(queue.items))
+        if not batch.items:
+            return
+        queue.num_batches += 1
+        future = queue.tier.store(batch.blobs)
+
+        def stored(future: Future[list[StoreResult]]) -> None:
+            outcomes = [] if future.exception() else future.result()
+            self._coordinator.post(partial(self._stored, queue, batch, outcomes))
+
+        future.add_done_callback(stored)
+
+    def _hold(self, queue: _WriteQueue, items: Sequence[_QueuedPart]) -> _WriteBatch:
+        """Hold what is still there, and forget the rest."""
+        chunks = self._l1.hold([item.chunk for item in items])
+        batch = _WriteBatch([], [], [])
+        for item, chunk in zip(items, chunks, strict=True):
+            place = _readable(chunk, item.part)
+            if chunk is None or place is None or place.name is None:
+                self.counters.writes_too_late += 1
+                self._l1.release([chunk])
+                _forget(queue, item)
+                continue
+            batch.items.append(item)
+            batch.chunks.append(chunk)
+            buffers = buffers_of(self._memory, place.extents)
+            batch.blobs.append(
+                StoreItem(place.name.key(item.chunk), place.checksum, buffers)
+            )
+        return batch
+
+    def _stored(
+        self, queue: _WriteQueue, batch: _WriteBatch, outcomes: Sequence[StoreResult]
+    ) -> None:
+        queue.num_batches -= 1
+        missing = len(batch.items) - len(outcomes)
+        padded = [*outcomes, *[StoreResult.FAILED] * missing]
+        for item, chunk, stored in zip(batch.items, batch.chunks, padded, strict=True):
+            self._count(item, stored)
+            if stored in (StoreResult.DONE, StoreResult.PRESENT):
+                self._l1.mark_saved(chunk, 1 << item.part)
+            _forget(queue, item)
+        self._l1.release(batch.chunks)
+        self._pump(queue)
+
+    def _count(self, item: _QueuedPart, stored: StoreResult) -> None:
+        counters = self.counters
+        if stored is StoreResult.DONE:
+            counters.parts_written += 1
+            counters.bytes_written += item.num_bytes
+        elif stored is StoreResult.FULL:
+            counters.writes_without_room += 1
+        elif stored is StoreResult.FAILED:
+            counters.writes_failed += 1
+
+    def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
+        del owner
+        if reason is DropReason.EVICTED and chunk.ready & ~chunk.saved:
+            self.counters.chunks_evicted_unsaved += 1
+
+    def close(self) -> None:
+        """Begin no more; what the tiers have in hand ends with them."""
+        for queue in self._queues:
+            for item in queue.items:
+                _forget(queue, item)
+            queue.items.clear()
+
+
+def _take(items: deque[_QueuedPart]) -> list[_QueuedPart]:
+    """Take a batch from the front, at least one."""
+    taken = [items.popleft()]
+    room = BATCH_BYTES - taken[0].num_bytes
+    while items and items[0].num_bytes <= room:
+        taken.append(items.popleft())
+        room -= taken[-1].num_bytes
+    return taken
+
+
+def _forget(queue: _WriteQueue, item: _QueuedPart) -> None:
+    queue.known.discard((item.chunk, item.part))
+    queue.num_bytes -= item.num_bytes
+
+
+def _readable(chunk: Chunk | None, part: PartId) -> Part | None:
+    if chunk is None or not chunk.ready >> part & 1:
+        return None
+    return chunk.parts[part]

@@ -1,0 +1,194 @@
+"""A client of a server that may be absent, slow, stopped or replaced.
+
+A server is well until a request shows otherwise, and then again from the moment it
+answers a ping. While it is not, nobody asks it anything: an engine then works as if
+it had no cache. One thread makes the client and tries a server that is not well;
+nobody else ever waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Event, Lock, Thread
+from typing import Any
+
+from kvcore.client import KVClient
+from kvcore.errors import (
+    DeadlineExceeded,
+    KVError,
+    RequestError,
+    RequestMismatch,
+    StaleBoot,
+    Unavailable,
+    UnknownInstance,
+    UnknownRequest,
+)
+from kvcore.protocol import Ping
+
+log = logging.getLogger(__name__)
+
+PROBE_S = 2.0
+"""A server that takes longer to answer a ping is not well."""
+REGISTER_S = 30.0
+MAX_PAUSE_S = 30.0
+
+ILLS = (
+    DeadlineExceeded, RequestMismatch, StaleBoot, Unavailable, UnknownInstance,
+    UnknownRequest,
+)  # fmt: skip
+"""Errors after which the server is not asked again until it has been tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEndpoint:
+    """A server that is well, and how many tokens its chunks have."""
+
+    client: KVClient
+    chunk_size: int
+
+
+class ServerLink:
+    """The client of one half of one engine. Any thread may use it.
+
+    `on_well` is called on the link's own thread each time the server is found well,
+    and may wait for it; what it raises counts as not well.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        label: str,
+        retry_s: float = 1.0,
+        on_well: Callable[[KVClient], object] | None = None,
+        make_client: type[KVClient] = KVClient,
+    ) -> None:
+        self._address = address
+        self._label = label
+        self._retry_s = retry_s
+        self._on_well = on_well
+        self._make_client = make_client
+        self._lock = Lock()
+        self._client: KVClient | None = None
+        self._ill = Event()
+        self._ill.set()
+        self._closed = Event()
+        self._warned = False
+        self._num_late = 0
+        self._told: set[str] = set()
+        self._thread = Thread(target=self._watch, name=f"link-{label}", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<Link {self._address} {'not well' if self._ill.is_set() else 'well'}>"
+
+    @property
+    def server(self) -> ServerEndpoint | None:
+        """The server, while it is well."""
+        client = self._client
+        if client is None or self._ill.is_set():
+            return None
+        try:
+            return ServerEndpoint(client, client.chunk_size)
+        except Unavailable as error:
+            self.failed(error)
+            return None
+
+    @property
+    def last_client(self) -> KVClient | None:
+        """The client, well or not, for requests that clean up."""
+        return self._client
+
+    def worked(self) -> None:
+        """Say that a request was answered in time."""
+        self._num_late = 0
+
+    def failed(self, error: BaseException) -> None:
+        """Judge a request's error: the server's health, or only that request's."""
+        if self._closed.is_set():
+            return
+        if not isinstance(error, ILLS):
+            self._tell(error)
+            return
+        with self._lock:
+            self._num_late += isinstance(error, DeadlineExceeded)
+            self._ill.set()
+        self._warn(error)
+
+    def close(self) -> None:
+        """Say goodbye to the server; never waits long for one that is not well."""
+        self._closed.set()
+        self._ill.set()
+        self._thread.join(PROBE_S + 1)
+        if self._client is not None and not self._thread.is_alive():
+            self._client.close()
+
+    # -- the link's thread ------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while True:
+            self._ill.wait()
+            if self._closed.wait(self._pause_s()):
+                return
+            while (error := self._try()) is not None:
+                if self._closed.wait(self._retry_pause_s(error)):
+                    return
+
+    def _pause_s(self) -> float:
+        """Leave a slow server alone, the longer the oftener it was late in a row."""
+        if not self._num_late:
+            return 0.0
+        return float(min(self._retry_s * 2**self._num_late, MAX_PAUSE_S))
+
+    def _retry_pause_s(self, error: KVError) -> float:
+        """Ask seldom what was refused: only a change on the other side helps."""
+        if isinstance(error, RequestError):
+            return max(self._retry_s, MAX_PAUSE_S / 3)
+        return self._retry_s
+
+    def _try(self) -> KVError | None:
+        """Take up with the server; return what is wrong."""
+        try:
+            client = self._client
+            if client is None:
+                client = self._make_client(
+                    self._address, label=self._label, timeout_s=PROBE_S
+                )
+                client.timeout_s = REGISTER_S
+                self._client = client
+            else:
+                client.call(Ping(), PROBE_S)
+            if self._on_well is not None:
+                self._on_well(client)
+        except KVError as error:
+            self._warn(error)
+            return error
+        self._ill.clear()
+        if self._warned:
+            log.warning("the cache server at %s is back", self._address)
+            self._warned = False
+        return None
+
+    def _warn(self, error: BaseException) -> None:
+        """Warn once until the server is well again."""
+        if not self._warned and not self._closed.is_set():
+            self._warned = True
+            log.warning(
+                "no KV cache for now: %s; %s is tried again from time to time",
+                error,
+                self._address,
+            )
+
+    def _tell(self, error: BaseException) -> None:
+        """Tell of each kind of error once; it is the request's, not the server's."""
+        code = getattr(error, "code", type(error).__name__)
+        if code not in self._told:
+            self._told.add(code)
+            log.warning("a request to the cache server failed: %s", error)
+
+
+def ignore(future: Future[Any]) -> None:
+    """Take note of a reply that nobody waits for."""
+    future.exception()

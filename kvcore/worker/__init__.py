@@ -1,0 +1,1 @@
+"""Workers that copy their own caches: client, mapped arena, server-side tickets."""

@@ -1,0 +1,213 @@
+"""A cache that this process copies itself, between its own memory and the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from threading import Condition, Lock
+from typing import Any, TypeVar
+
+from kvcore.copy.block_arrays import TokenRange, read_blocks
+from kvcore.copy.chunk_copier import ChunkCopier, PartLocations
+from kvcore.errors import KVError, Unavailable, UnknownInstance
+from kvcore.extents import Checksum
+from kvcore.layout import CacheGroup, KVLayout
+from kvcore.protocol import Retrieve, Store
+from kvcore.shm import Bytes, Segment
+from kvcore.worker.worker_memory import OpenWorkerMemory, WorkerMemory
+
+R = TypeVar("R")
+
+Memory = Sequence[Any]
+"""What a registration's handles stand for, in their order; flat bytes on a host."""
+
+
+class MappedArena:
+    """A cache beside the arena of one run of the server, until its last copy."""
+
+    def __init__(
+        self,
+        opened: WorkerMemory,
+        layouts: Sequence[KVLayout],
+        arena: Bytes,
+        chunk_size: int,
+        *,
+        checksums: bool,
+    ) -> None:
+        self._opened = opened
+        self._layouts = layouts
+        self._chunk_size = chunk_size
+        self._mover = ChunkCopier(arena, chunk_size, checksums=checksums)
+        self._copies = RunningCopies(
+            "the server went before its copy began", Unavailable
+        )
+
+    def copy(self) -> AbstractContextManager[None]:
+        """Keep it open for one copy; `Unavailable` when it is closed."""
+        return self._copies.one()
+
+    def gather(self, request: Store, places: PartLocations) -> list[Checksum]:
+        """Fill the parts that were reserved for a store."""
+        tokens = TokenRange.to_store(request.start, request.end, self._chunk_size)
+        blocks = read_blocks(self._layouts, request.blocks, tokens)
+        return self._mover.gather(self._opened.caches, blocks, places)
+
+    def find_wrong(self, places: PartLocations) -> list[int]:
+        """Return which chunks are not as they were stored, where that is asked."""
+        return self._mover.find_wrong(places)
+
+    def scatter(self, request: Retrieve, places: PartLocations) -> int:
+        """Write the parts that are held for a retrieve; return the bytes."""
+        skip = request.skip_first_n_tokens
+        tokens = TokenRange.to_retrieve(
+            request.start, request.end, skip, self._chunk_size
+        )
+        blocks = read_blocks(self._layouts, request.blocks, tokens)
+        return self._mover.scatter(self._opened.caches, blocks, places, tokens)
+
+    def close(self) -> None:
+        """Wait for copies under way, and let go."""
+        self._copies.close()
+        self._opened.close()
+
+
+class CopyQueue:
+    """A thread for what was submitted, and one copy at a time whoever makes it."""
+
+    def __init__(self, name: str) -> None:
+        self._lane = ThreadPoolExecutor(1, name)
+        self._turn = Lock()
+        self._is_closed = False
+
+    def submit(self, copy: Callable[[], R]) -> Future[R]:
+        """Have a copy made on the thread, which takes its turn."""
+        try:
+            return self._lane.submit(copy)
+        except RuntimeError:  # Shut down: whoever found it here lost a race.
+            raise UnknownInstance("unregistered before it was submitted") from None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for one's turn; `UnknownInstance` when the cache has gone meanwhile."""
+        with self._turn:
+            if self._is_closed:
+                raise UnknownInstance("unregistered before the copy's turn came")
+            yield
+
+    def close(self) -> None:
+        """Wait for who has the turn; nobody has another."""
+        self._is_closed = True
+        with self._turn:
+            self._lane.shutdown(wait=False)
+
+
+class RunningCopies:
+    """Copies that go on just now; once closed, `error` says `why` there is no other."""
+
+    def __init__(self, why: str, error: type[KVError]) -> None:
+        self._why = why
+        self._error = error
+        self._changed = Condition()
+        self._count = 0
+        self._is_closed = False
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Be one of them."""
+        with self._changed:
+            if self._is_closed:
+                raise self._error(self._why)
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody begin, and wait for those who have."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._count)
+
+
+class MappedCache:
+    """Memory of this process that was registered as private.
+
+    It meets one run of the server after the other, on a thread of its own: to
+    page-lock an arena, and to wait for the last copy before another, takes its time.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        groups: Sequence[CacheGroup],
+        memory: Memory,
+        open_own: OpenWorkerMemory,
+    ) -> None:
+        self._groups = groups
+        self._memory = memory
+        self._open = open_own
+        self._arena = ""
+        self._mapped: Future[MappedArena] | None = None
+        self._mapper = ThreadPoolExecutor(1, f"map-{instance_id[:40]}")
+        self.stores = CopyQueue(f"store-{instance_id[:40]}")
+        self.retrieves = CopyQueue(f"retrieve-{instance_id[:40]}")
+
+    def map(self, arena: Segment, chunk_size: int, *, checksums: bool) -> None:
+        """Meet a run of the server, whose chunks may be of another size.
+
+        Raises:
+            UnknownInstance: it was closed meanwhile.
+        """
+        try:
+            self.unmap()
+            mapped = self._mapper.submit(
+                self._make, arena.array, chunk_size, checksums=checksums
+            )
+        except RuntimeError:  # Shut down.
+            raise UnknownInstance("unregistered before a server was met") from None
+        self._arena, self._mapped = arena.name, mapped
+
+    def _make(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> MappedArena:
+        sizes = [part.nbytes for part in self._memory]
+        layouts = [KVLayout.derive(group, sizes, chunk_size) for group in self._groups]
+        opened = self._open(layouts, self._memory, arena)
+        return MappedArena(opened, layouts, arena, chunk_size, checksums=checksums)
+
+    def unmap(self) -> None:
+        """Let go of the arena, behind the copies under way. Never blocks."""
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            self._mapper.submit(_close, mapped)
+
+    def mapped(self, arena: str) -> MappedArena:
+        """Return the arena that places were handed out of.
+
+        Raises:
+            Unavailable: that run of the server is gone.
+        """
+        mapped = self._mapped
+        if mapped is None or self._arena != arena:
+            raise Unavailable("the server went before its copy began")
+        return mapped.result()
+
+    def wait(self) -> None:
+        """Wait for what `map` began, and raise what came of it."""
+        mapped = self._mapped
+        if mapped is not None:
+            mapped.result()
+
+    def close(self) -> None:
+        """Wait for copies under way; no other begins."""
+        self.stores.close()
+        self.retrieves.close()
+        self.unmap()
+        self._mapper.shutdown(wait=True)
+
+
+def _close(mapped: Future[MappedArena]) -> None:
+    if mapped.exception() is None:
+        mapped.result().close()

@@ -1,0 +1,168 @@
+"""The working tree against a commit: timings against it, counts against a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcore.errors import SetupError
+from kvctl.lab.compare import comparison_tables as tables
+from kvctl.lab.compare import junit_xml as junit
+from kvctl.lab.compare.commit_installs import CommitInstalls, knows_turns
+from kvctl.lab.compare.comparison import (
+    Comparison,
+    CountVerdict,
+    count,
+    differences,
+    gather,
+)
+from kvctl.lab.compare.fail_rules import FailRules, span
+from kvctl.lab.compare.paired_runs import (
+    NEW,
+    Command,
+    InterleavedRuns,
+    Pair,
+    PairedRuns,
+)
+from kvctl.lab.interleaving import can_take_turns, fit_at_once
+from kvctl.lab.page import report_files as reports
+from kvctl.lab.results.result import Result, make_folder, read
+from kvctl.lab.scenario import read as read_scenario
+
+BASELINES = Path("results/baselines")
+FAILING = (CountVerdict.WORSE, CountVerdict.DIFFERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """What was found, and what of it fails."""
+
+    comparison: Comparison
+    of_base: Sequence[str]
+    """Rules that the comparison with the base breaks."""
+    of_baseline: Sequence[str]
+    """Counts that are not those of the committed baseline."""
+
+    @property
+    def failed(self) -> bool:
+        """It must not land."""
+        return bool(self.of_base or self.of_baseline)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared, and where everything goes."""
+
+    root: Path
+    base: str
+    scenario: Path
+    num_pairs: int
+    folder: Path
+    gate: FailRules
+
+    def run(self, told: Callable[[float, str], None]) -> Regression:
+        """Install both, play them in turn, judge, and write what people read.
+
+        `summary.md`, `junit.xml`, `report.html` and `comparison.json` in the folder,
+        and the runs beside them.
+
+        Raises:
+            SetupError: there is no such commit, or a run could not begin.
+        """
+        duel = self._duel(told)
+
+        def play(number: int) -> Pair:
+            told(number / self.num_pairs, f"pair {number + 1} of {self.num_pairs}")
+            return duel(number)
+
+        make_folder(self.folder)
+        contest = PairedRuns((self._base_label(), "working tree"), self.folder, play)
+        found = contest.run(self.num_pairs)
+        found.save(self.folder)
+        runs = [one for one in gather(self.folder / NEW) if _is_of(one, contest.name)]
+        regression = Regression(
+            found, self.gate.broken(found), against_baseline(self.baseline, runs)
+        )
+        self._write(regression)
+        return regression
+
+    @property
+    def baseline(self) -> Path:
+        """The reviewed result whose counts must repeat."""
+        return self.root / BASELINES / f"{self.scenario.stem}.json"
+
+    def _base_label(self) -> str:
+        """Name the commit as it was given, and by what it is."""
+        commit = CommitInstalls(self.root, self.root).resolve(self.base)
+        known = commit.startswith(self.base)
+        return commit[:12] if known else f"{self.base} ({commit[:12]})"
+
+    def _duel(self, told: Callable[[float, str], None]) -> InterleavedRuns:
+        scenario = read_scenario(self.scenario)
+        installs = CommitInstalls(self.root, self.root / "build" / "regress")
+        told(0.0, f"installing {self.base}")
+        base = installs.commit(self.base)
+        told(0.0, "installing the working tree")
+        new = installs.working_tree()
+        # Elsewhere, since a Python started here would take what lies here.
+        elsewhere = installs.folder
+        in_turns = (
+            can_take_turns(scenario)
+            and fit_at_once(scenario, scenario)
+            and all(knows_turns(python, elsewhere) for python in (base, new))
+        )
+        arguments = [str(self.scenario.resolve())]
+        return InterleavedRuns(
+            Command(str(base), arguments, elsewhere),
+            Command(str(new), arguments, elsewhere),
+            in_turns,
+        )
+
+    def _write(self, regression: Regression) -> None:
+        reports.write(reports.collect([self.folder]), self.folder / "report.html")
+        texts = {
+            "summary.md": markdown(regression),
+            "junit.xml": junit.render(regression.comparison, regression.of_baseline),
+        }
+        for name, text in texts.items():
+            try:
+                (self.folder / name).write_text(text)
+            except OSError as error:
+                raise SetupError(f"{self.folder / name}: {error.strerror}") from None
+
+
+def _is_of(result: Result, comparison: str) -> bool:
+    return result.repetition is not None and result.repetition.comparison == comparison
+
+
+def against_baseline(path: Path, runs: Sequence[Result]) -> list[str]:
+    """Say which counts are not those of the baseline; none: it repeats.
+
+    The machine does not matter: what is counted repeats anywhere.
+    """
+    if not path.exists():
+        return [f"{path} is missing: `make baseline` writes it"]
+    baseline = read(path)
+    unlike = differences(baseline, runs[0])
+    if unlike:
+        keys = ", ".join(unlike)
+        return [f"the baseline was made with another {keys}: `make baseline` renews it"]
+    return [
+        f"{name}: {span(*one.base)} in the baseline, {span(*one.new)} now"
+        for name, one in count([baseline], runs).items()
+        if one.verdict in FAILING
+    ]
+
+
+def markdown(regression: Regression) -> str:
+    """Write a summary for a pull request."""
+    lines = [tables.markdown(regression.comparison), ""]
+    if regression.of_base:
+        lines += ["### Regressions", *(f"- {one}" for one in regression.of_base), ""]
+    if regression.of_baseline:
+        lines.append("### Counts that are not the baseline's")
+        lines += [f"- {one}" for one in regression.of_baseline]
+    else:
+        lines.append("All counts are the baseline's.")
+    return "\n".join(lines).strip() + "\n"

@@ -1,0 +1,86 @@
+"""Finds out what a trace file is, and reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import zstandard
+
+from kvcore.errors import SetupError
+from kvctl.lab.traces import bailian_trace as bailian
+from kvctl.lab.traces import length_csv as lengths
+from kvctl.lab.traces import mooncake_trace as mooncake
+from kvctl.lab.traces import weka_trace as weka
+from kvctl.lab.traces.trace_lines import raw_lines
+from kvctl.lab.traces.trace_row import TraceRow
+from kvctl.lab.workload.workload_config import Trace
+
+HEAD_BYTES = 4096
+SIGNS = {
+    "bailian": rb'"parent_chat_id"',
+    "ragpulse": rb'"passages_ids"|"sys_prompt"',
+    "weka": rb'"requests"\s*:|"hash_id_scope"',
+    "mooncake": rb'"hash_ids"',
+    "azure": rb"ContextTokens",
+    "burstgpt": rb"Request tokens",
+}
+"""What a file's first bytes hold, most telling first."""
+
+
+def detect(path: Path) -> str:
+    """Name a trace's format by what it begins with.
+
+    Raises:
+        SetupError: it cannot be read, or is none of them.
+    """
+    if path.is_dir():
+        return "ragpulse" if list(path.glob("0_trace.jsonl*")) else "weka"
+    head = _head(path)
+    if not head:
+        raise SetupError(f"{path}: empty")
+    for name, sign in SIGNS.items():
+        if re.search(sign, head):
+            return name
+    raise SetupError(f"{path}: no known trace format; known are {', '.join(SIGNS)}")
+
+
+def _head(path: Path) -> bytes:
+    head = b""
+    try:
+        for line in raw_lines(path):
+            head += line
+            if len(head) >= HEAD_BYTES:
+                break
+        return head
+    except (OSError, EOFError, zstandard.ZstdError) as error:
+        raise SetupError(
+            f"{path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+
+
+def read(trace: Trace) -> Iterator[TraceRow]:
+    """Stream the rows of a trace of any format.
+
+    Raises:
+        SetupError: with file, line and reason.
+    """
+    path = Path(trace.trace or "")
+    name = detect(path) if trace.format == "auto" else trace.format
+    match name:
+        case "mooncake":
+            return mooncake.read(path, trace.block_size or mooncake.BLOCK_SIZE)
+        case "bailian":
+            return bailian.read(path, trace.block_size or bailian.BLOCK_SIZE)
+        case "weka":
+            return weka.read(path)
+        case "azure" | "burstgpt":
+            columns = lengths.AZURE if name == "azure" else lengths.BURSTGPT
+            size = trace.block_size or lengths.BLOCK_SIZE
+            return lengths.read(path, columns, trace.reuse, size)
+        case _:
+            raise SetupError(
+                f"{path}: {name} is not replayed as prefixes, but by a workload "
+                "of kind documents (scenarios/rag_blend.toml)"
+            )

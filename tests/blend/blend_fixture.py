@@ -1,0 +1,438 @@
+"""A blend engine in one process, whose every step a test takes when it wants to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from types import MappingProxyType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from kvcore.blend import document_lookups as blend_lookups
+from kvcore.blend.blend_engine import BlendEngine
+from kvcore.blend.matchers import DocumentSpace
+from kvcore.config import (
+    BlendConfig,
+    L1Config,
+    PrefetchConfig,
+    ServerConfig,
+    SessionConfig,
+    WireConfig,
+    WriteBackConfig,
+)
+from kvcore.engine import lookups
+from kvcore.engine.engine import Engine
+from kvcore.engine.instance import Instance
+from kvcore.engine.request_context import DeferredReply, RequestContext
+from kvcore.errors import ChunksMissing, DeadlineExceeded, KVError
+from kvcore.keys import ChunkHash, HashChain, chain_seed
+from kvcore.options import ByteSize
+from kvcore.protocol import CBRegisterKVCache, CBRetrievePreComputed, PosixShm
+from kvcore.shm import SHM_DIR, Segment
+from kvcore.storage.arena import Arena
+from kvcore.storage.chunk import Chunk
+from kvcore.storage.quota_account import QuotaAccount
+from kvcore.storage.recovery import recover
+from tests.blend.blend_model import (
+    END,
+    FAR_NS,
+    MODEL,
+    PART_BYTES,
+    ROPE,
+    SHAPE,
+    SIZE,
+    START,
+    Asked,
+    Buffer,
+    Text,
+    extras_of,
+    kv,
+    packed,
+    turned,
+)
+from tests.blend.manual_threads import ManualLane, SteppedClock, small_steps
+from tests.tiers.manual_tier import ManualTier
+
+COORDINATOR = "kvcore.tiers.tier_manager.Coordinator"
+_numbers = count()
+
+
+class BlendFixture:
+    """An engine, its blend engine, and a buffer for each rank."""
+
+    def __init__(
+        self,
+        matcher: str,
+        *,
+        num_pages: int,
+        num_tiers: int = 0,
+        world_size: int = 1,
+        policy: str = "write_through",
+        max_jobs: int = 100,
+        max_tier_chunks: int = 1000,
+        collide: bool = False,
+        keep: str = "",
+        quotas: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self._stack = ExitStack()
+        self.keep = keep
+        """What outlives a server: "", its "index", or "l1" too."""
+        folder = self._stack.enter_context(TemporaryDirectory()) if keep else ""
+        self.config = ServerConfig(
+            chunk_size=SIZE,
+            blend=BlendConfig(
+                matcher="separated" if matcher == "separated" else "anywhere",
+                start=() if matcher == "anywhere" else ((START,),),
+                end=() if matcher == "anywhere" else ((END,),),
+                max_tier_chunks=max_tier_chunks,
+                keep=f"{folder}/documents" if keep == "index" else None,
+            ),
+            l1=L1Config(
+                size=ByteSize(num_pages << 12),
+                page=ByteSize(1 << 12),
+                quotas={name: ByteSize(size) for name, size in quotas.items()},
+                keep=f"{folder}/journal" if keep == "l1" else None,
+            ),
+            wire=WireConfig(slice_chunks=1),
+            sessions=SessionConfig(lease_s=60, idle_s=600),
+            prefetch=PrefetchConfig(deadline_s=600, max_jobs=max_jobs),
+            write_back=WriteBackConfig(policy=policy, watermark=0.5),
+            tiers=("file:///played",) * min(num_tiers, 1),
+        )
+        self.now = 0.0
+        self.world_size = world_size
+        self.texts: dict[ChunkHash, Text] = {}
+        """What any stored chunk is of."""
+        self.restored: set[ChunkHash] = set()
+        """In L1 since before the server: on nobody's account but the model's."""
+        self.asked: list[Asked] = []
+        self.look_at: Callable[[Asked], None] = lambda _: None
+        """Told after every step of a request."""
+        self.buffers: dict[int, Segment] = {}
+        self.tiers = [ManualTier(f"t{i}") for i in range(num_tiers)]
+        self._name = f"kvtest-{os.getpid()}-blend-{next(_numbers)}"
+        self._num_pages = num_pages
+        patch = self._stack.enter_context
+        patch(small_steps())
+        for module in (lookups, blend_lookups):
+            patch(mock.patch.object(module, "monotonic_ns", self.now_ns))
+        if collide:  # A window's hash is the sum of its tokens.
+            patch(mock.patch("secrets.randbits", return_value=1))
+        self._start()
+        for rank in range(world_size):
+            name = f"{self._name}-{rank}"
+            self.buffers[rank] = Segment.create(name, int(np.prod(SHAPE)), touch=False)
+            self.register(rank)
+
+    def _start(self) -> None:
+        """Start a server, on what an earlier one left."""
+        keep = self.config.l1.keep
+        kept = keep is not None
+        size = self._num_pages * PART_BYTES
+        self.arena = Arena(size, PART_BYTES, f"{self._name}-arena", kept=kept)
+        recovered = recover(Path(keep), self.arena) if keep is not None else None
+        self.coordinator = SteppedClock("test", lambda: self.now_ns() / 1e9)
+        with mock.patch(COORDINATOR, return_value=self.coordinator):
+            self.engine = Engine(
+                self.config, self.arena, lambda: self.now, self.tiers, recovered
+            )
+        self.engine.copier._clock_ns = self.now_ns
+        self.blend = BlendEngine(self.config, self.engine)
+        self.arena.keep()
+        self.l1 = self.engine.l1
+        self.restored = {*self.l1.hashes()}
+
+    def _stop(self) -> None:
+        """Have a server end, whatever is under way."""
+        self.engine.close()
+        self.blend.close()
+        self.arena.close()
+        # What it began to ask as it ended is of its memory, not of its successor's.
+        for tier in self.tiers:
+            tier.close()
+
+    def restart(self) -> None:
+        """End the server and start the next; nobody gets an answer, tiers stay."""
+        for asked in self.asked:
+            if asked.steps is not None:
+                asked.steps.close()
+        self.asked.clear()
+        if self.keep == "l1":
+            # Views of it that are still about would hold it, as a living server does.
+            fcntl.flock(self.arena._segment._lock, fcntl.LOCK_UN)
+        self._stop()
+        self._start()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._stop()
+        if self.keep == "l1":
+            (SHM_DIR / self.arena.name).unlink()
+        self._stack.close()
+        for segment in self.buffers.values():
+            segment.unlink()
+            segment.close()
+
+    def now_ns(self) -> int:
+        """Return the played clock's time as deadlines have it."""
+        return FAR_NS + int(self.now * 1e9)
+
+    # -- registration -----------------------------------------------------------------
+
+    def caller(self, client: str, deadline: float = 0.0) -> RequestContext:
+        """A client: "s", the scheduler, or "w0" and "w1"."""
+        deadline_ns = FAR_NS + int(deadline * 1e9) if deadline else 0
+        return RequestContext(client, os.getpid(), deadline_ns)
+
+    def register(self, rank: int) -> Instance:
+        """Register a rank's buffer, in place of what is there."""
+        segment = self.buffers[rank]
+        request = CBRegisterKVCache(
+            f"i{rank}",
+            "e",
+            MODEL,
+            self.world_size,
+            rank,
+            PosixShm(segment.name, 0, segment.num_bytes),
+            (*SHAPE[:3], ROPE.head_dim),
+            "float16",
+            ROPE,
+        )
+        self.blend.cb_register_kv_cache(request, self.caller(f"w{rank}"))
+        self.await_closed()
+        instance = self.engine.registry.get(f"w{rank}", f"i{rank}")
+        instance.store_lane = ManualLane()  # type: ignore[assignment]
+        instance.retrieve_lane = ManualLane()  # type: ignore[assignment]
+        return instance
+
+    def instance(self, rank: int) -> Instance | None:
+        """A rank's instance, if it is registered."""
+        return self.engine.registry.instances.get(f"i{rank}")
+
+    def buffer(self, rank: int) -> Buffer:
+        """A rank's buffer."""
+        array: Buffer = self.buffers[rank].array.reshape(SHAPE)
+        return array
+
+    def await_closed(self) -> None:
+        """Wait until the buffers that went are unmapped and their copies dropped."""
+        closed = Event()
+        self.engine.do_behind(closed.set)
+        assert closed.wait(20)
+
+    # -- requests ---------------------------------------------------------------------
+
+    def ask(self, handler: Callable[..., Any], asked: Asked) -> Asked:
+        """Begin a request, of which nothing is done yet."""
+        caller = self.caller(asked.client, asked.deadline)
+
+        def steps() -> Generator[None, None, Any]:
+            return (yield from handler(asked.request, caller))
+
+        asked.steps = steps()
+        self.asked.append(asked)
+        return asked
+
+    def space(self, salt: str) -> DocumentSpace:
+        """The documents of a salt."""
+        return DocumentSpace(MODEL, self.world_size, SIZE, extras_of(salt))
+
+    def hashes(
+        self, tokens: Sequence[int], salt: str, *, is_document: bool
+    ) -> list[ChunkHash]:
+        """Hash the whole chunks of a document, or of a prompt in the normal space."""
+        if is_document:
+            chain = HashChain(self.space(salt).seed, SIZE)
+        else:
+            seed = chain_seed("prefix", MODEL, self.world_size, SIZE)
+            chain = HashChain(seed, SIZE, extras_of(salt))
+        for _ in chain.extend(packed(tokens), 1 << 20):
+            pass
+        return chain.hashes
+
+    def learn(self, tokens: Sequence[int], salt: str, *, is_document: bool) -> None:
+        """Note what chunks that may be stored will be of."""
+        hashes = self.hashes(tokens, salt, is_document=is_document)
+        for number, key in enumerate(hashes, 1):
+            text = Text(is_document, salt, tuple(tokens[: number * SIZE]))
+            assert self.texts.setdefault(key, text) == text
+
+    def advance(self, asked: Asked) -> None:
+        """Take one step of a request: a slice, its copy, a tier's answer, its end."""
+        try:
+            self._advance(asked)
+        except KVError as error:
+            asked.error = error
+            self._end(asked, None)
+        self.look_at(asked)
+
+    def _advance(self, asked: Asked) -> None:
+        if asked.steps is None:
+            assert asked.running is not None
+            if asked.running.future.done():
+                self._end(asked, asked.running.finish())
+            else:
+                self._further(asked)
+            return
+        try:
+            next(asked.steps)
+        except StopIteration as stop:
+            asked.steps = None
+            if not isinstance(stop.value, DeferredReply):
+                self._end(asked, stop.value)
+                return
+            asked.running = stop.value
+            for _, lane in self._lanes(asked):
+                asked.copied = lane.queue[-1][2][1]
+
+    def _end(self, asked: Asked, reply: Any) -> None:
+        asked.reply = reply
+        asked.is_over = True
+        self.asked.remove(asked)
+
+    def _further(self, asked: Asked) -> None:
+        """Bring on what a request waits for."""
+        lanes = self._lanes(asked)
+        if lanes:
+            self.copy(*lanes[0])
+            return
+        self.coordinator.run_due()
+        if asked.running and asked.running.future.done():
+            return
+        pending = [tier for tier in self.tiers if tier.pending]
+        assert pending, "nothing is under way that could end this"
+        pending[0].answer(0)
+        self.coordinator.run_due()
+
+    def _lanes(self, asked: Asked) -> list[tuple[Instance, ManualLane]]:
+        lanes: list[tuple[Instance, Any]] = []
+        if asked.instance is not None and asked.running is not None:
+            both = (asked.instance.store_lane, asked.instance.retrieve_lane)
+            lanes = [
+                (asked.instance, lane)
+                for lane in both
+                if any(asked.running.future is each[0] for each in lane.queue)  # type: ignore[attr-defined]
+            ]
+        return lanes
+
+    def copy(self, instance: Instance, lane: ManualLane) -> None:
+        """Make the first copy of a lane, and look at every byte of the buffer."""
+        future, call, (*args, named) = lane.queue.pop(0)
+        if not future.set_running_or_notify_cancel():
+            return
+        [asked] = [a for a in self.asked if a.running and a.running.future is future]
+        buffer = self.buffer(instance.rank)
+        hashes, [rows] = args[1:3]
+        before = np.full(SHAPE, next(_numbers) % 251, np.uint8)
+        buffer[:] = before
+        written = before.copy()
+        for number, (key, row) in enumerate(zip(hashes, rows, strict=True)):
+            written[:, :, row] = kv(key, instance.rank)
+            if asked.kind == "retrieve" and asked.request.rotate_keys:
+                distance = self.distance(asked.request, number, key, int(row[0]))
+                written[0][:, row] = turned(written[0][:, row], distance)
+        is_store = call.__name__ == "store"
+        if is_store:
+            before = written
+            buffer[:] = written
+        late = 0 < asked.deadline < self.now
+        missing = not late and not is_store and not self.are_there(hashes, instance)
+        try:
+            future.set_result(call(*args, **named))
+        except KVError as error:
+            future.set_exception(error)
+        failed = future.exception()
+        assert isinstance(failed, DeadlineExceeded) == late
+        assert isinstance(failed, ChunksMissing) == missing
+        assert np.array_equal(buffer, before if is_store or failed else written)
+
+    def distance(
+        self, request: CBRetrievePreComputed, number: int, key: ChunkHash, slot: int
+    ) -> int:
+        """How far a chunk's keys turn: from its document, or as its caller says."""
+        if request.matches:
+            old_start = request.matches[number].old_start
+        else:
+            old_start = len(self.texts[key].tokens) - SIZE
+        return slot - request.offset - old_start
+
+    def are_there(self, hashes: Sequence[ChunkHash], instance: Instance) -> bool:
+        """Say whether L1 has a rank's part of every chunk."""
+        bit = 1 << instance.groups[0].part
+        return all(chunk and chunk.ready & bit for chunk in self.l1.peek(hashes))
+
+    def drive(self, asked: Asked) -> None:
+        """Take a request to its end; others go on when it may wait for them."""
+        for number in count(1):
+            if asked.is_over:
+                return
+            self.advance(asked)
+            if number % 40 == 0:
+                for other in [each for each in self.asked if each is not asked]:
+                    self.advance(other)
+
+    def finish_all(self) -> None:
+        """Have everything that is under way end."""
+        while self.asked:
+            self.drive(self.asked[0])
+        self.answer_tiers()
+
+    def answer_tiers(self) -> None:
+        """Have tiers answer all that they are asked."""
+        self.coordinator.run_due()
+        while any(tier.pending for tier in self.tiers):
+            for tier in self.tiers:
+                tier.answer_all()
+            self.coordinator.run_due()
+
+    def needs(self) -> int:
+        """The mask of all ranks' parts; 0 while not all are registered."""
+        if any(self.instance(rank) is None for rank in range(self.world_size)):
+            return 0
+        return self.engine.registry.lookup(MODEL, self.world_size)[1].full
+
+    # -- what always holds ------------------------------------------------------------
+
+    def check(self) -> None:
+        """L1 is consistent, and each byte in it is of its chunk and rank."""
+        self.l1.check()
+        assert self.coordinator.errors == []
+        used = dict.fromkeys(self.config.l1.quotas, 0)
+        for key, chunk in zip(
+            hashes := self.l1.hashes(), self.l1.peek(hashes), strict=True
+        ):
+            assert chunk is not None
+            self.charge(key, chunk, used)
+            for number, part in chunk.parts.items():
+                if chunk.ready >> number & 1:
+                    [extent] = part.extents
+                    data = self.arena.array[extent.offset :][: extent.length]
+                    assert part.name is not None
+                    assert data.tobytes() == kv(key, part.name.rank).tobytes()
+        told = {each.space: each.used_bytes for each in self.l1.quotas()}
+        assert told == used
+
+    def charge(self, key: ChunkHash, chunk: Chunk, used: dict[str, int]) -> None:
+        """Add a chunk to what its space uses; a document's is its salt's."""
+        accounts = {id(a): n for n, a in self.accounts().items()}
+        name = accounts.get(id(chunk.account))
+        if name is not None:
+            used[name] += sum(part.num_bytes for part in chunk.parts.values())
+        text = self.texts[key]
+        if text.is_document and key not in self.restored:
+            salted, of_model = f"salt:{text.salt}", f"model:{MODEL}"
+            own = [each for each in (salted, of_model) if each in used]
+            assert name == (own[0] if own else None)
+
+    def accounts(self) -> dict[str, QuotaAccount]:
+        """The spaces that have a quota."""
+        order = self.l1._table.quotas
+        return order._accounts if order is not None else {}

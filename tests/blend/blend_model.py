@@ -1,0 +1,96 @@
+"""What the machine of documents is about: chunks, their right bytes, requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.engine.instance import Instance
+from kvcore.engine.request_context import DeferredReply
+from kvcore.errors import KVError
+from kvcore.keys import ChunkHash, ExtraKey, pack_tokens
+from kvcore.rope import Rope
+
+SIZE = 4
+"""Tokens a chunk."""
+SLOTS = 64
+SHAPE = (2, 2, SLOTS, 4)
+"""Of the bytes of a buffer: a token's are two numbers of float16, which are a pair."""
+ROPE = Rope(theta=1e4, head_dim=2, rotary_dim=2)
+PART_BYTES = 64
+"""One page."""
+MODEL = "m"
+START, END = 8, 9
+"""Marks around a paragraph."""
+
+Buffer = npt.NDArray[np.uint8]
+FAR_NS = 10**18
+"""The played clock is ahead of the real one: no deadline on it passes by itself."""
+
+
+def kv(key: ChunkHash, rank: int) -> Buffer:
+    """The KV of a chunk on a rank, `[2, 2, SIZE, 4]`: of this chunk and no other."""
+    data = blake2b(key + bytes([rank]), digest_size=PART_BYTES).digest()
+    # Numbers all: none is infinite, none becomes so by a turn.
+    return np.frombuffer(data, np.uint8).reshape(2, 2, SIZE, 4) & 0x3F
+
+
+def turned(keys: Buffer, distance: int) -> Buffer:
+    """Turn keys, `[2, SIZE, 4]`, by so many positions; the pair's frequency is 1."""
+    pairs = keys.view(np.float16).astype(np.float64)
+    a, b = pairs[..., 0], pairs[..., 1]
+    cos, sin = math.cos(distance), math.sin(distance)
+    numbers = np.stack((a * cos - b * sin, a * sin + b * cos), axis=-1)
+    return numbers.astype(np.float16).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A chunk of a document, or of a prompt in the normal space, from its start on."""
+
+    is_document: bool
+    salt: str
+    tokens: tuple[int, ...]
+
+
+def extras_of(salt: str, image: int | None = None) -> tuple[ExtraKey, ...]:
+    """Material of a whole prompt, and of an image in it."""
+    extras = [ExtraKey(0, b'["salt", "%s"]' % salt.encode())] if salt else []
+    return (*extras, *([ExtraKey(image, b"image")] if image is not None else []))
+
+
+def packed(tokens: Sequence[int]) -> memoryview:
+    """Tokens as the wire has them."""
+    return memoryview(pack_tokens(np.array(tokens, np.uint32)))
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request under way."""
+
+    kind: str
+    client: str
+    steps: Generator[None, None, Any] | None
+    tokens: tuple[int, ...] = ()
+    """Of the prompt, as far as it is searched."""
+    salt: str = ""
+    session: Any = None
+    instance: Instance | None = None
+    request: Any = None
+    deadline: float = 0.0
+    running: DeferredReply | None = None
+    copied: Sequence[ChunkHash] = ()
+    """What its copy reads or writes."""
+    lease: Any = None
+    """Under which it reads."""
+    reply: Any = None
+    error: KVError | None = None
+    is_over: bool = False
+    is_void: bool = False
+    """Its session ended or looked up anew, or its client is gone."""

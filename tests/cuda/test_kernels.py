@@ -1,0 +1,295 @@
+"""The Triton programs: interpreted against plain copies, and compiled for Hopper."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from ctypes import sizeof
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pytest
+
+from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation
+from kvcore.copy.host_cache import HostCache
+from kvcore.cuda.copy_plan import WORDS, PartRows
+from kvcore.cuda.kernel_launch import (
+    TILES,
+    Arguments,
+    CompiledKernel,
+    RotateLaunch,
+    RowCopy,
+    compiled,
+    move_arguments,
+    turn_arguments,
+    types_of,
+    upload_arguments,
+)
+from kvcore.cuda.staging import FilledBuffer, StagingSizes
+from kvcore.errors import DeviceFailed
+from kvcore.rope import Rope
+from tests.blend.test_key_rotation import ROPES
+from tests.cuda import numpy_kernels as plain
+from tests.cuda.cuda_fixture import CudaFixture, cuda_fixture
+from tests.cuda.interpreted_kernels import InterpretedKernels, run
+from tests.cuda.layout_cases import (
+    DTYPES,
+    LAYOUTS,
+    arena_of,
+    gathered,
+    job,
+    numbers,
+    places_apart,
+    scattered,
+    with_nulls,
+)
+
+pytest.importorskip("triton", reason="needs triton: make test-torch")
+pytestmark = pytest.mark.torch
+HOPPER = 90
+EIFMT_SVAL, EIATTR_KPARAM_INFO = 4, 0x17
+SIZES = StagingSizes(slot_bytes=1 << 15, table_bytes=4096, max_buffers=1)
+
+
+def interpreted(seed: int) -> CudaFixture:
+    """Make a fake device that runs the real programs."""
+    return cuda_fixture(seed, sizes=SIZES, kernels=InterpretedKernels())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_and_dtype_byte_for_byte(name: str, dtype: str) -> None:
+    """What the programs pack and unpack is what plain indexing names, no byte more."""
+    move = job(name, dtype, seed=len(name))
+    one = interpreted(seed=1)
+    placed = one.cache(move.case.layout, move.handles())
+    with one.pinned(move.arena()) as arena:
+        placed.cache.gather(move.spans, arena)
+        assert np.array_equal(arena, gathered(move))
+    assert all(map(np.array_equal, placed.bytes(), move.handles()))
+    move = with_nulls(move)
+    with one.pinned(arena_of(move)) as arena:
+        placed.cache.scatter(move.spans, arena)
+        expected = scattered(move, arena_of(move))
+    assert all(map(np.array_equal, placed.bytes(), expected))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Memory for one launch: two parts, a null block, and ranges that cut rows."""
+
+    rows: PartRows
+    cache: np.ndarray
+    staging: np.ndarray
+    tables: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, row_words: int, word: int) -> Work:
+        """Make rows of so many words, 2 in each of a part's 5 blocks."""
+        size = row_words * word
+        rows = PartRows(2, 10 * size, 5, 2, size, 3 * size, size + word, word)
+        noise = np.random.default_rng(row_words)
+        stride = 11 * rows.block_stride
+        planes = np.array([0, stride + word], np.int64)
+        ranges = np.array([[0, 10 * size], [word, 9 * size]], np.int64)
+        blocks = noise.permutation(10).astype(np.int32)
+        blocks[3] = -1
+        cache = aligned(noise.integers(0, 256, 2 * stride, dtype=np.uint8))
+        planes += cache.ctypes.data
+        staging = aligned(noise.integers(0, 256, 2 * rows.part_bytes, dtype=np.uint8))
+        return cls(rows, cache, staging, (planes, ranges, blocks))
+
+    def move(self, begin: int, end: int) -> RowCopy:
+        """Return the move of a stretch of the line."""
+        planes, ranges, blocks = (table.ctypes.data for table in self.tables)
+        at = self.staging.ctypes.data
+        return RowCopy(self.rows, planes, ranges, blocks, at, begin, end)
+
+    def after(self, run: Callable[[], None]) -> np.ndarray:
+        """Return all memory after a run, and put it back."""
+        before = self.cache.copy(), self.staging.copy()
+        run()
+        memory = np.concatenate((self.cache, self.staging))
+        self.cache[:], self.staging[:] = before
+        return memory
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """Copy bytes to an address that is a multiple of 16."""
+    room = np.empty(array.size + 15, np.uint8)
+    first = -room.ctypes.data % 16
+    room[first : first + array.size] = array
+    return room[first : first + array.size]
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("row_words", [1, 5, 16, 63, 257, 1024])
+def test_every_tile_moves_its_rows_and_nothing_else(
+    row_words: int, word: int, gather: bool
+) -> None:
+    """Tiles of every size, by several programs, from and to the middle of planes."""
+    work = Work.of(row_words, word)
+    size, part = work.rows.row_bytes, work.rows.part_bytes
+    plainly = plain.gather if gather else plain.scatter
+    for begin, end in [(0, 2 * part), (size - word, part + 3 * size + word)]:
+        move = work.move(begin, end)
+        arguments = move_arguments(move, gather=gather)
+        expected = work.after(partial(plainly, move))
+        got = work.after(partial(run, arguments, pieces=8, programs=3))
+        assert np.array_equal(got, expected)
+
+
+def test_tables_are_uploaded_whole() -> None:
+    """Every byte of a table arrives, by several programs, and none behind it."""
+    table = aligned(np.random.default_rng(0).integers(0, 256, 4800, dtype=np.uint8))
+    there = aligned(np.zeros(4816, np.uint8))
+    written = FilledBuffer(there.ctypes.data, table.ctypes.data, 4800, ())
+    run(upload_arguments(written), words=64, programs=3)
+    assert np.array_equal(there[:4800], table)
+    assert not there[4800:].any()
+
+
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("layout", ["K and V inside a token", "blend buffer", "latent"])
+def test_keys_turn_as_they_do_in_host_memory(
+    layout: str, name: str, dtype: str
+) -> None:
+    """The same numbers, but for the last place of those that are rounded twice.
+
+    Triton's interpreter cuts off what is beyond a bfloat16; a device rounds to nearest,
+    see below.
+    """
+    rope = ROPES[name]
+    move = job(layout, dtype, seed=1, width=rope.head_dim)
+    handles, turns = (
+        numbers(move),
+        [BlockRotation(1, 3, 700), BlockRotation(4, 5, 0), BlockRotation(5, 6, -3)],
+    )
+    one = interpreted(seed=1)
+    placed = one.cache(move.case.layout, handles)
+    placed.cache.rotate_keys(rope, turns)
+    HostCache(move.case.layout, handles).rotate_keys(rope, turns)
+    for got, expected in zip(placed.bytes(), handles, strict=True):
+        apart = places_apart(got, expected, dtype)
+        assert apart.max() <= (dtype != "float32")
+        assert dtype == "bfloat16" or (apart != 0).mean() < 0.01
+
+
+# -- compiled for Hopper, which needs no card -----------------------------------------
+
+
+def name_of(arguments: Arguments) -> str:
+    """Name a launch by its constants."""
+    return "-".join(f"{k}={v}" for k, v in arguments.constants.items())
+
+
+def every_move() -> Iterator[Arguments]:
+    """List a launch of each shape that the launcher can ask for."""
+    for tile, word, gather in product(TILES, WORDS, (True, False)):
+        rows = PartRows(2, 10 * tile * word, 10, 1, tile * word, tile * word, 0, word)
+        yield move_arguments(RowCopy(rows, 0, 0, 0, 0, 0, 0), gather=gather)
+
+
+def every_turn() -> Iterator[Arguments]:
+    """List a launch of each kind of turn, by usual numbers of pairs."""
+    for dtype, interleaved, dims in product(RAW_DTYPES, (True, False), (64, 96, 128)):
+        rope = Rope(1e4, head_dim=128, rotary_dim=dims, interleaved=interleaved)
+        yield turn_arguments(RotateLaunch(rope, dtype, 0, 0, 1, 0, 1, 1, 256, 256, 1))
+
+
+def test_the_launcher_asks_for_no_other_shapes() -> None:
+    """Any row makes one of the moves that are compiled below."""
+    known = {tuple(one.constants.values()) for one in every_move()}
+    for row_words, word in product(range(1, 5000, 7), WORDS):
+        rows = PartRows(2, row_words * word, 1, 1, row_words * word, 1, 0, word)
+        one = move_arguments(RowCopy(rows, 0, 0, 0, 0, 0, 0), gather=True)
+        assert tuple(one.constants.values()) in known
+
+
+@pytest.mark.parametrize("arguments", [*every_move()], ids=name_of)
+def test_moves_compile_for_hopper(arguments: Arguments) -> None:
+    """Every word of 16 bytes is one load and one store; nothing spills to scratch."""
+    made = compiled(arguments, HOPPER)
+    word, loads = arguments.constants["word"], arguments.constants["loads"]
+    kind = {16: r"v2\.b64", 4: "b32", 1: "b8"}[int(word)]
+    assert len(re.findall(rf"st\.global\.{kind}", made.ptx)) == loads
+    assert len(re.findall(rf"ld\.global\.{kind}", made.ptx)) >= loads
+    check_launch(arguments, made)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*every_turn(), upload_arguments(FilledBuffer(0, 0, 8, ()))],
+    ids=name_of,
+)
+def test_the_others_compile_for_hopper(arguments: Arguments) -> None:
+    """Keys are turned in double precision and rounded to nearest."""
+    made = compiled(arguments, HOPPER)
+    check_launch(arguments, made)
+    if arguments.program == "turn":
+        assert "cvt.rn.f32.f64" in made.ptx
+        kind = {"float16": "cvt.rn.f16.f32", "bfloat16": "cvt.rn.bf16.f32"}
+        assert kind.get(str(arguments.constants["dtype"]), "") in made.ptx
+
+
+def check_launch(arguments: Arguments, made: CompiledKernel) -> None:
+    """A launch packs what the program takes, as PTX and cubin both have it."""
+    types = types_of(arguments, made)
+    assert parameters_of(made) == [*map(sizeof, types)]
+    assert len(types) == len(arguments.longs) + len(arguments.ints) + 2
+    assert made.shared_bytes <= 48 << 10
+
+
+def parameters_of(made: CompiledKernel) -> list[int]:
+    """Return the parameters' bytes as the driver reads them, from a cubin's notes."""
+    cubin = made.cubin
+    assert cubin.startswith(b"\x7fELF")
+    notes = sections_of(cubin)[f".nv.info.{made.name}"]
+    found, at = {}, 0
+    while at < len(notes):
+        form, kind, size = struct.unpack_from("<BBH", notes, at)
+        at += 4
+        if form != EIFMT_SVAL:
+            continue
+        if kind == EIATTR_KPARAM_INFO:
+            number, offset, packed = struct.unpack_from("<4xHHI", notes, at)
+            found[number] = offset, packed >> 18
+        at += size
+    ordered = [found[number] for number in sorted(found)]
+    # Each lies behind the one before it, at a multiple of its size.
+    end = 0
+    for offset, size in ordered:
+        assert offset == -(-end // size) * size
+        end = offset + size
+    return [size for _, size in ordered]
+
+
+def sections_of(elf: bytes) -> dict[str, bytes]:
+    """Return the sections of a 64-bit ELF file by name."""
+    (start,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 58)
+    heads = [struct.unpack_from("<I20xQQ", elf, start + n * size) for n in range(count)]
+    names = elf[heads[names_at][1] :]
+    return {
+        names[name : names.index(0, name)].decode(): elf[offset : offset + length]
+        for name, offset, length in heads
+    }
+
+
+def test_other_parameters_than_ours_are_refused() -> None:
+    """A Triton that packs differently has no kernels, and harms nothing."""
+    arguments = upload_arguments(FilledBuffer(0, 0, 8, ()))
+    made = compiled(arguments, HOPPER)
+    narrow = replace(made, ptx=made.ptx.replace(".param .u64", ".param .u32", 1))
+    for other in (
+        narrow,
+        replace(made, scratch_bytes=16),
+        replace(made, ptx=".entry {"),
+    ):
+        with pytest.raises(DeviceFailed, match="takes parameters of"):
+            types_of(arguments, other)

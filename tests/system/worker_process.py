@@ -1,0 +1,311 @@
+"""A worker process for tests: a cache in shared memory, a client, and a pipe.
+
+It does what it is told: a method of its own, or one of its client's, by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.client import KVClient
+from kvcore.copy.host_cache import HostCache
+from kvcore.copy.paged_cache import ChunkSpan
+from kvcore.errors import Unavailable
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.protocol import Ping, PosixShm, RegisterKVCache
+from kvcore.shm import SHM_DIR, Segment
+from kvcore.worker.copying_client import CopyingClient
+
+BLOCK = 16
+"""Tokens a block of every cache here."""
+
+POISON = 0xA5
+ANSWER_S = 50
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cache group of uint8; `shape` has 0 where the number of blocks goes."""
+
+    axes: str = "LKNSD"
+    shape: tuple[int, ...] = (2, 2, 0, BLOCK, 32)
+    kind: str = "tokens"
+    window: int | None = None
+    replicated: bool = False
+
+
+PLAIN = (Group(),)
+LARGE = (Group(shape=(2, 2, 0, BLOCK, 1 << 15)),)
+"""2 MiB a block: copies that last."""
+MLA = (Group("LNSD", (2, 0, BLOCK, 32), replicated=True),)
+PAGES = (Group("LNP", (2, 0, 1024), kind="pages"),)
+
+
+class Cache:
+    """Groups one after the other in one segment, or in memory of the process's own."""
+
+    def __init__(
+        self, name: str | None, groups: tuple[Group, ...], num_blocks: int
+    ) -> None:
+        self.views: list[npt.NDArray[np.uint8]] = []
+        described = []
+        shapes = [tuple(size or num_blocks for size in g.shape) for g in groups]
+        num_bytes = sum(map(math.prod, shapes))
+        self.handles: tuple[PosixShm, ...] = ()
+        self.segment: Segment | None = None
+        if name is None:
+            self.memory = np.ones(num_bytes, np.uint8)
+        else:
+            self.segment = Segment.create(name, num_bytes, touch=True)
+            self.memory = self.segment.array
+            self.handles = (PosixShm(name, 0, num_bytes),)
+        offset = 0
+        for group, shape in zip(groups, shapes, strict=True):
+            end = offset + math.prod(shape)
+            view = self.memory[offset:end].reshape(shape)
+            tensor = TensorView(0, offset, shape, view.strides)
+            described.append(
+                CacheGroup(
+                    axes=group.axes,
+                    dtype="uint8",
+                    block_size=BLOCK,
+                    tensors=(tensor,),
+                    kind=group.kind,  # type: ignore[arg-type]
+                    window=group.window,
+                    replicated=group.replicated,
+                )
+            )
+            self.views.append(np.moveaxis(view, group.axes.index("N"), 0))
+            offset = end
+        self.groups = tuple(described)
+
+    def close(self) -> None:
+        """Remove the segment."""
+        self.views.clear()
+        del self.memory
+        if self.segment is not None:
+            self.segment.unlink()
+            self.segment.close()
+
+
+class WorkerCommands:
+    """What a worker process can be told to do."""
+
+    def __init__(self, address: str, name: str, driver: str = "server") -> None:
+        kind = CopyingClient if driver == "worker" else KVClient
+        self.client = kind(address, label=name, timeout_s=20)
+        self.name = name
+        self.caches: dict[str, Cache] = {}
+        self.futures: dict[str, Future[Any]] = {}
+        self.half_way = threading.Event()
+        self.whole = threading.Event()
+
+    def register(
+        self,
+        instance_id: str,
+        model: str,
+        groups: tuple[Group, ...] = PLAIN,
+        *,
+        num_blocks: int = 64,
+        rank: int = 0,
+        world_size: int = 1,
+        engine_id: str = "engine",
+    ) -> Any:
+        """Allocate a cache and register it, in place of the instance's earlier one."""
+        is_own = isinstance(self.client, CopyingClient)
+        name = None if is_own else f"{self.name}-{next(_numbers)}"
+        cache = Cache(name, groups, num_blocks)
+        request = RegisterKVCache(
+            instance_id,
+            engine_id,
+            model,
+            world_size,
+            rank,
+            cache.handles,
+            cache.groups,
+        )
+        try:
+            if isinstance(self.client, CopyingClient):
+                reply = self.client.register_kv_cache(request, (cache.memory,))
+            else:
+                reply = self.client.register_kv_cache(request)
+        except BaseException:
+            cache.close()
+            raise
+        earlier = self.caches.get(instance_id)
+        if earlier is not None:
+            earlier.close()
+        self.caches[instance_id] = cache
+        return reply
+
+    def fill(self, instance_id: str, blocks: list[int], seed: int = 0) -> None:
+        """Write random bytes into blocks, of every group."""
+        rng = np.random.default_rng((seed, os.getpid()))
+        for view in self.caches[instance_id].views:
+            view[blocks] = rng.integers(0, 256, view[blocks].shape, np.uint8)
+
+    def poison(self, instance_id: str, blocks: list[int]) -> None:
+        """Write what no store wrote."""
+        for view in self.caches[instance_id].views:
+            for block in blocks:  # In place: these caches may be large.
+                view[block] = POISON
+
+    def read(
+        self, instance_id: str, blocks: list[int], group: int = 0
+    ) -> npt.NDArray[np.uint8]:
+        """Return blocks, `[blocks, other axes in their order]`."""
+        return self.caches[instance_id].views[group][blocks].copy()
+
+    def digest(self, instance_id: str, blocks: list[int]) -> int:
+        """Return a hash of the blocks, for large ones."""
+        return hash(self.read(instance_id, blocks).tobytes())
+
+    def copy(self, instance_id: str, source: list[int], target: list[int]) -> None:
+        """Copy blocks into others."""
+        for view in self.caches[instance_id].views:
+            view[target] = view[source]
+
+    def differs(self, instance_id: str, block: int) -> bool:
+        """Say whether a poisoned block has been written to."""
+        return any((v[block] != POISON).any() for v in self.caches[instance_id].views)
+
+    def hold_still(self, step: str) -> None:
+        """Have the next copy stand still half-way, until `go_on`."""
+        moved = getattr(HostCache, step)
+
+        def half(
+            cache: HostCache, spans: Sequence[ChunkSpan], *rest: Any, **options: Any
+        ) -> Any:
+            setattr(HostCache, step, moved)
+            moved(cache, spans[: len(spans) // 2], *rest, **options)
+            self.half_way.set()
+            self.whole.wait(ANSWER_S)
+            return moved(cache, spans, *rest, **options)
+
+        setattr(HostCache, step, half)
+
+    def stands_still(self) -> bool:
+        """Say whether a copy has come half-way."""
+        return self.half_way.is_set()
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self.whole.set()
+
+    def due(self, timeout_s: float) -> None:
+        """Ask for the server's clock, with a deadline."""
+        self.client.call(Ping(), timeout_s)
+
+    def state(self) -> str:
+        """Return the connection's own report."""
+        return repr(self.client._connection)
+
+    def is_unavailable(self) -> bool:
+        """Say whether the client knows that its server is gone."""
+        try:
+            return not self.client.server
+        except Unavailable:
+            return True
+
+    def begin(self, key: str, method: str, *args: Any, **options: Any) -> None:
+        """Submit a request and keep its future."""
+        self.futures[key] = getattr(self.client, method)(*args, **options)
+
+    def is_done(self, key: str) -> bool:
+        """Say whether a kept future is done."""
+        return self.futures[key].done()
+
+    def result(self, key: str) -> Any:
+        """Wait for a kept future."""
+        return self.futures.pop(key).result(ANSWER_S)
+
+    def close(self) -> None:
+        """Say goodbye and remove the caches."""
+        self.client.close()
+        for cache in self.caches.values():
+            cache.close()
+
+
+def _obey(
+    kind: type[WorkerCommands], address: str, name: str, driver: str, pipe: Connection
+) -> None:
+    told = kind(address, name, driver)
+    pipe.send((True, os.getpid()))
+    while True:
+        try:
+            method, args, options = pipe.recv()
+        except EOFError:
+            break
+        own = getattr(told, method, None)
+        try:
+            answer = (own or getattr(told.client, method))(*args, **options)
+            pipe.send((True, answer))
+        except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            pipe.send((False, error))
+    told.close()
+
+
+class Worker:
+    """A worker process as the test sees it."""
+
+    def __init__(
+        self,
+        address: str,
+        told: type[WorkerCommands] = WorkerCommands,
+        driver: str = "server",
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = f"kvtest-{os.getpid()}-{next(_numbers)}"
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_obey, args=(told, address, self.name, driver, theirs)
+        )
+        self.process.start()
+        theirs.close()
+
+    def ask(self, method: str, *args: Any, **options: Any) -> Any:
+        """Have it done; returns what it returned and raises what it raised."""
+        self.tell(method, *args, **options)
+        return self.answer()
+
+    def tell(self, method: str, *args: Any, **options: Any) -> None:
+        """Have it begun; `answer` waits for the end."""
+        self._pipe.send((method, args, options))
+
+    def answer(self) -> Any:
+        """Wait for what was told."""
+        assert self._pipe.poll(ANSWER_S), "the worker does not answer"
+        is_well, answer = self._pipe.recv()
+        if is_well:
+            return answer
+        raise answer
+
+    def kill(self) -> None:
+        """End it without a word, by SIGKILL."""
+        self.process.kill()
+        self.process.join()
+
+    def close(self) -> None:
+        """End it if it lives, and remove what it left."""
+        self._pipe.close()
+        self.process.join(20)
+        with suppress(ValueError):
+            self.process.kill()
+            self.process.join()
+        for path in SHM_DIR.glob(f"{self.name}-*"):
+            path.unlink(missing_ok=True)

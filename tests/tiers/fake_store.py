@@ -1,0 +1,146 @@
+"""A store in this process that does what a test tells it to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kvcore.errors import DeadlineExceeded, Unavailable
+from kvcore.shm import Bytes
+from kvcore.tiers.backend import Deadline, Usage
+from kvcore.tiers.thread_pool_tier import ThreadPoolTier
+from kvcore.tiers.tier import (
+    HEADER_BYTES,
+    MISSING,
+    REJECTED,
+    LoadItem,
+    LoadOutcome,
+    LoadResult,
+    PartKey,
+    StoreItem,
+    StoreResult,
+    Tier,
+    num_bytes_of,
+    pack_header,
+    read_header,
+    record_bytes,
+)
+from tests.tiers.store_servers import Damage, Engine, damaged
+
+
+class FakeBackend:
+    """A dict; `alive` and `going` can be cleared to have it refuse and hang."""
+
+    batch = 2
+    num_evicted = 0
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.records: dict[PartKey, bytes] = {}
+        self.alive = threading.Event()
+        self.going = threading.Event()
+        self.going.set()
+        self.entered = threading.Semaphore(0)
+        """Released with every call."""
+
+    def attach(self, name: str, arena: Bytes) -> None:
+        """Nothing to do."""
+
+    def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
+        """See `Backend.contains`."""
+        self._enter(deadline)
+        return [key in self.records for key in keys]
+
+    def load(
+        self, slots: Sequence[LoadItem], deadline: Deadline
+    ) -> Iterator[LoadResult]:
+        """See `Backend.load`."""
+        for slot in slots:
+            self._enter(deadline)
+            record = self.records.get(slot.key)
+            if record is None:
+                yield MISSING
+                continue
+            checksum = read_header(record, slot)
+            if len(record) != record_bytes(slot.buffers) or not checksum:
+                yield REJECTED
+                continue
+            payload = memoryview(record)[HEADER_BYTES:]
+            for buffer in slot.buffers:
+                buffer[:] = payload[: buffer.nbytes]
+                payload = payload[buffer.nbytes :]
+            yield LoadResult(LoadOutcome.DONE, checksum)
+
+    def store(
+        self, blobs: Sequence[StoreItem], deadline: Deadline
+    ) -> Iterator[StoreResult]:
+        """See `Backend.store`."""
+        for blob in blobs:
+            self._enter(deadline)
+            used = sum(map(len, self.records.values()))
+            if blob.key in self.records:
+                yield StoreResult.PRESENT
+            elif used + num_bytes_of(blob.buffers) > self.max_bytes:
+                yield StoreResult.FULL
+            else:
+                record = b"".join([pack_header(blob), *blob.buffers])
+                self.records[blob.key] = record
+                yield StoreResult.DONE
+
+    def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
+        """See `Backend.delete`."""
+        self._enter(deadline)
+        return sum(self.records.pop(key, None) is not None for key in keys)
+
+    def usage(self, deadline: Deadline) -> Usage:
+        """See `Backend.usage`."""
+        self._enter(deadline)
+        return Usage(sum(map(len, self.records.values())), self.max_bytes)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _enter(self, deadline: Deadline) -> None:
+        self.entered.release()
+        if not self.going.wait(deadline.left()):
+            raise DeadlineExceeded("hangs")
+        if not self.alive.is_set():
+            raise Unavailable("dead")
+
+
+class FakeEngine(Engine):
+    """The fake as an engine of the contract's tests."""
+
+    capacity = 32 << 20
+    url = "fake:"
+
+    def __init__(self, folder: Path) -> None:
+        self.backend = FakeBackend(self.capacity)
+
+    def open(self) -> Tier:
+        """Open a tier on it; no URL names it."""
+        return ThreadPoolTier(
+            "fake", self.url, self.backend, timeout_s=0.5, retry_s=0.02, threads=2
+        )
+
+    def start(self) -> None:
+        """Answer from here on."""
+        self.backend.alive.set()
+
+    def kill(self) -> None:
+        """Refuse from here on, and forget everything."""
+        self.backend.alive.clear()
+        self.backend.records.clear()
+
+    def pause(self) -> None:
+        """Hang from here on."""
+        self.backend.going.clear()
+
+    def resume(self) -> None:
+        """Go on."""
+        self.backend.going.set()
+
+    def damage(self, key: PartKey, damage: Damage) -> None:
+        """Change a record."""
+        self.backend.records[key] = damaged(self.backend.records[key], damage)

@@ -1,0 +1,559 @@
+"""Prefetch and write-back between L1 and played tiers, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from kvcore.config import PrefetchConfig, WriteBackConfig
+from kvcore.extents import buffers_of, checksum_of
+from kvcore.keys import ChunkHash, SessionKey
+from kvcore.layout import Fingerprint
+from kvcore.options import ByteSize
+from kvcore.storage.arena import Arena
+from kvcore.storage.chunk import PartId, PartName
+from kvcore.storage.l1 import L1
+from kvcore.storage.quotas import make_order
+from kvcore.storage.recovery import arena_name, recover
+from kvcore.storage.required_parts import (
+    RequiredPart,
+    RequiredParts,
+    RequiredWindow,
+    count_hits,
+)
+from kvcore.tiers.prefetch_jobs import JobState, PrefetchJob
+from kvcore.tiers.tier import Tier
+from kvcore.tiers.tier_manager import TierManager
+from kvcore.tiers.timer_thread import TimerThread
+from tests.tiers.manual_tier import ManualTier
+
+PAGE = 64
+PART_BYTES = 100
+"""Two pages."""
+CHUNK_SIZE = 4
+
+
+def name(rank: int, group: int = 0) -> PartName:
+    """A part of the model."""
+    return PartName("m", 2, rank, group, Fingerprint("f" * 16))
+
+
+ONE = RequiredParts(1, (), (RequiredPart(PartId(0), name(0), PART_BYTES, None),))
+TWO = RequiredParts(
+    0b11,
+    (),
+    tuple(RequiredPart(PartId(r), name(r), PART_BYTES, None) for r in range(2)),
+)
+WINDOWED = RequiredParts(
+    0b1,
+    (RequiredWindow(0b10, CHUNK_SIZE + 1),),
+    (
+        RequiredPart(PartId(0), name(0), PART_BYTES, None),
+        RequiredPart(PartId(1), name(0, 1), PART_BYTES, CHUNK_SIZE + 1),
+    ),
+)
+"""The window reaches into two chunks."""
+
+
+def chain(number: int, length: int) -> list[ChunkHash]:
+    """Hashes of a prompt's chunks."""
+    return [ChunkHash(bytes([number, i] * 16)) for i in range(length)]
+
+
+def content(key: ChunkHash, part: PartName) -> bytes:
+    """The right bytes of a part."""
+    return bytes([key[0] * 32 + key[1] * 4 + part.rank + 2 * part.group]) * PART_BYTES
+
+
+@dataclass
+class TierFixture:
+    """A manager over a small L1, run by hand."""
+
+    num_pages: int = 16
+    num_tiers: int = 1
+    policy: str = "write_through"
+    max_bytes: int = 1 << 20
+    write_bytes: int = 1 << 20
+    max_jobs: int = 10
+    now: float = 0.0
+    over: Sequence[Tier] = ()
+    """Instead of played tiers of its own."""
+    kept_at: Path | None = None
+    """The journal of an L1 that a later house takes over."""
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    tiers: list[ManualTier] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._open_l1()
+        self.over = self.over or [ManualTier(f"t{i}") for i in range(self.num_tiers)]
+        self.tiers = [tier for tier in self.over if isinstance(tier, ManualTier)]
+        self.coordinator = TimerThread("test", lambda: self.now)
+        self.manager = TierManager(
+            self.l1,
+            self.arena,
+            self.over,
+            PrefetchConfig(max_jobs=self.max_jobs, max_bytes=ByteSize(self.max_bytes)),
+            WriteBackConfig(
+                policy=self.policy,
+                max_bytes=ByteSize(self.write_bytes),
+                watermark=0.5,
+            ),
+            self.coordinator,
+        )
+        self.prefetched = self.manager.prefetcher.counters
+        self.written = self.manager.write_back.counters
+
+    def _open_l1(self) -> None:
+        order = make_order("lru", self.quotas, lambda owner: owner.request_id)
+        num_bytes = self.num_pages * PAGE
+        if self.kept_at is None:
+            self.arena = Arena(num_bytes, PAGE)
+            self.l1 = L1(self.arena, order)
+            return
+        self.arena = Arena(num_bytes, PAGE, arena_name(self.kept_at), kept=True)
+        recovered = recover(self.kept_at, self.arena)
+        self.journal = recovered.journal
+        self.l1 = L1(self.arena, order, self.journal)
+        self.l1.restore(recovered.parts)
+        self.arena.keep()
+
+    @property
+    def tier(self) -> ManualTier:
+        """The first tier."""
+        return self.tiers[0]
+
+    def keep(
+        self, hashes: Sequence[ChunkHash], needs: RequiredParts = ONE, tier: int = 0
+    ) -> None:
+        """Have a tier hold all parts of chunks."""
+        for key in hashes:
+            for need in needs.parts:
+                kept = self.tiers[tier].kept
+                kept[need.name.key(key)] = content(key, need.name)
+
+    def store(
+        self,
+        hashes: Sequence[ChunkHash],
+        needs: RequiredParts = ONE,
+        owner: SessionKey | None = None,
+    ) -> None:
+        """Store as a worker would, all parts."""
+        for need in needs.parts:
+            got = self.l1.reserve(
+                hashes, need.part, PART_BYTES, name=need.name, owner=owner
+            )
+            for reservation in got.reservations:
+                buffers = buffers_of(self.arena.array.data, reservation.extents)
+                rest = content(reservation.chunk.hash, need.name)
+                for buffer in buffers:
+                    buffer[:] = rest[: len(buffer)]
+                    rest = rest[len(buffer) :]
+                reservation.checksum = checksum_of(buffers)
+            self.l1.commit(got.reservations)
+            self.manager.stored([r.chunk for r in got.reservations])
+        self.run()
+
+    def submit(
+        self,
+        hashes: Sequence[ChunkHash],
+        needs: RequiredParts = ONE,
+        *,
+        wait: bool = True,
+    ) -> PrefetchJob:
+        """Begin a job with ten seconds' time."""
+        job = self.manager.submit_prefetch_task(
+            hashes,
+            needs,
+            chunk_size=CHUNK_SIZE,
+            deadline=self.now + 10,
+            owner=SessionKey("e", str(hashes[0][0])),
+            wait=wait,
+        )
+        self.run()
+        return job
+
+    def run(self) -> None:
+        """Have the coordinator do what there is."""
+        self.coordinator.run_due()
+
+    def answer_all(self) -> None:
+        """Have every tier answer until there is nothing more to answer."""
+        while any(tier.pending for tier in self.tiers):
+            for tier in self.tiers:
+                tier.answer_all()
+            self.run()
+
+    def num_present(
+        self, hashes: Sequence[ChunkHash], needs: RequiredParts = ONE
+    ) -> int:
+        """Leading chunks in L1, whose bytes must be right."""
+        chunks = self.l1.present(hashes, needs.full)
+        for chunk in chunks:
+            for part in chunk.parts.values():
+                assert part.name is not None
+                data = b"".join(buffers_of(self.arena.array.data, part.extents))
+                assert data == content(chunk.hash, part.name)
+        return len(chunks)
+
+    def settle(self, job: PrefetchJob) -> None:
+        """Say that the lookup has been answered."""
+        assert job.future.done()
+        self.manager.prefetcher.settle(job)
+        self.run()
+
+    def check_idle(self) -> None:
+        """Nothing is held, reserved, or under way."""
+        self.l1.check()
+        stats = self.l1.stats()
+        assert (stats.num_held, stats.num_reserved) == (0, 0)
+        assert self.manager.prefetcher.num_jobs == 0
+        assert all(s.num_parts == 0 for s in self.manager.write_back.status())
+
+
+@pytest.fixture
+def houses() -> Iterator[list[TierFixture]]:
+    """Houses that are idle at the end and then closed."""
+    made: list[TierFixture] = []
+    yield made
+    for house in made:
+        house.answer_all()
+        house.check_idle()
+        house.manager.close()
+        house.arena.close()
+
+
+@pytest.fixture
+def house(houses: list[TierFixture]) -> TierFixture:
+    """One with a tier and room for eight parts."""
+    houses.append(TierFixture())
+    return houses[0]
+
+
+def test_the_contiguous_prefix_is_loaded_and_held(house: TierFixture) -> None:
+    """One question, one load; until it is settled nothing can evict it."""
+    prompt = chain(1, 4)
+    house.keep(prompt)
+    job = house.submit(prompt)
+    assert [call.kind for call in house.tier.pending] == ["contains"]
+    house.answer_all()
+    assert (house.tier.asked, job.goal, job.state) == (1, 4, JobState.DONE)
+    assert house.num_present(prompt) == 4
+    house.store(chain(2, 8))
+    assert house.num_present(prompt) == 4
+    house.settle(job)
+    assert house.l1.stats().num_held == 0 or house.tier.pending
+
+
+def test_a_gap_loads_nothing_that_cannot_be_used(house: TierFixture) -> None:
+    """Neither what comes after a missing chunk, nor what lacks a rank."""
+    prompt = chain(1, 5)
+    house.keep(prompt[:2], TWO)
+    house.keep(prompt[2:3], ONE)
+    house.keep(prompt[3:], TWO)
+    job = house.submit(prompt, TWO)
+    house.answer_all()
+    assert house.num_present(prompt, TWO) == job.goal == 2
+    assert house.prefetched.parts_prefetched == 4
+    house.settle(job)
+
+
+def test_windows_load_only_what_they_cover(house: TierFixture) -> None:
+    """Of three chunks the window's part of the first one is left where it is."""
+    prompt = chain(1, 3)
+    house.keep(prompt, WINDOWED)
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert [c.ready for c in house.l1.present(prompt, 1)] == [0b01, 0b11, 0b11]
+    house.settle(job)
+
+
+def num_hits(house: TierFixture, prompt: list[ChunkHash]) -> int:
+    """Leading chunks that a lookup would find, windows minded."""
+    masks = [c.ready for c in house.l1.present(prompt, WINDOWED.full)]
+    return count_hits(masks, WINDOWED, CHUNK_SIZE)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_after_a_fault_the_shorter_hit_has_its_window(
+    house: TierFixture, group: int
+) -> None:
+    """A part of the fourth chunk is wrong: three are a hit, with their own window."""
+    prompt = chain(1, 4)
+    house.keep(prompt, WINDOWED)
+    house.tier.wrong.add(name(0, group).key(prompt[3]))
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert job.state is JobState.DONE
+    assert num_hits(house, prompt) == job.goal == 3
+    house.settle(job)
+
+
+def test_without_room_for_all_the_hit_that_fits_has_its_window(
+    house: TierFixture,
+) -> None:
+    """Of nine parts eight fit: six chunks and the window of the last two of them."""
+    prompt = chain(1, 7)
+    house.keep(prompt, WINDOWED)
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert num_hits(house, prompt) == job.goal == 6
+    house.settle(job)
+
+
+def test_faults_of_every_chunk_end_too(house: TierFixture) -> None:
+    """Wherever a load fails next, the job ends, with nothing."""
+    prompt = chain(1, 5)
+    house.keep(prompt, WINDOWED)
+    house.tier.wrong.update(name(0, 1).key(key) for key in prompt)
+    job = house.submit(prompt, WINDOWED)
+    house.answer_all()
+    assert job.state is JobState.DONE
+    assert num_hits(house, prompt) == job.goal == 0
+    house.settle(job)
+
+
+def test_what_l1_has_after_the_gap_is_used_and_held(house: TierFixture) -> None:
+    """A chunk that only lacks its prefix is not loaded again, nor evicted meanwhile."""
+    prompt = chain(1, 3)
+    house.store(prompt)
+    house.answer_all()
+    house.l1.drop(prompt[:2])
+    job = house.submit(prompt)
+    house.answer_all()
+    assert house.prefetched.parts_prefetched == 2
+    assert house.num_present(prompt) == 3
+    house.settle(job)
+
+
+def test_two_lookups_share_one_load(house: TierFixture) -> None:
+    """The second waits for the first one's load, and holds what it brings."""
+    prompt = chain(1, 3)
+    house.keep(prompt)
+    first, second = house.submit(prompt), house.submit(prompt)
+    house.tier.answer(0)
+    house.tier.answer(0)
+    house.run()
+    assert [call.kind for call in house.tier.pending] == ["load"]
+    assert house.prefetched.loads_shared == 3
+    house.answer_all()
+    assert first.future.done()
+    assert second.future.done()
+    house.settle(first)
+    assert all(chunk.holds == 1 for chunk in house.l1.present(prompt, 1))
+    house.settle(second)
+
+
+def test_what_a_worker_stores_meanwhile_is_held(house: TierFixture) -> None:
+    """It was lacking when the job began; eviction leaves it until it is settled."""
+    prompt = chain(1, 4)
+    house.keep(prompt)
+    job = house.submit(prompt)
+    house.store(prompt[:2])
+    house.answer_all()
+    house.store(chain(2, 8))
+    house.answer_all()
+    assert house.num_present(prompt) == job.goal == 4
+    house.settle(job)
+
+
+def test_a_shared_load_that_fails_shortens_both_hits(house: TierFixture) -> None:
+    """Neither says that it has what did not come."""
+    prompt = chain(1, 3)
+    house.keep(prompt)
+    house.tier.wrong.add(name(0).key(prompt[1]))
+    jobs = [house.submit(prompt) for _ in range(2)]
+    house.answer_all()
+    assert house.prefetched.loads_shared == 3
+    for job in jobs:
+        assert (job.state, job.goal) == (JobState.DONE, 1)
+        house.settle(job)
+
+
+def test_wrong_bytes_are_a_miss_and_leave_the_tier(house: TierFixture) -> None:
+    """The chunks before them are served, those after them not."""
+    prompt = chain(1, 4)
+    house.keep(prompt)
+    bad = name(0).key(prompt[2])
+    house.tier.wrong.add(bad)
+    job = house.submit(prompt)
+    house.answer_all()
+    assert house.num_present(prompt) == 2
+    assert house.prefetched.checksum_mismatches == 1
+    assert bad not in house.tier.kept
+    house.settle(job)
+
+
+def test_at_the_deadline_it_answers_and_loads_on(house: TierFixture) -> None:
+    """What comes later is there for the next lookup, held by nobody."""
+    prompt = chain(1, 2)
+    house.keep(prompt)
+    job = house.submit(prompt)
+    house.tier.answer(0)
+    house.run()
+    house.now = 10.1
+    house.run()
+    assert job.future.done()
+    assert house.prefetched.prefetches_late == 1
+    house.settle(job)
+    house.answer_all()
+    assert house.num_present(prompt) == 2
+
+
+def test_a_cancelled_job_begins_no_more(house: TierFixture) -> None:
+    """Its answer is due at once; what is under way ends and stays."""
+    prompt = chain(1, 2)
+    house.keep(prompt)
+    job = house.submit(prompt)
+    house.manager.prefetcher.cancel(job)
+    house.run()
+    assert job.future.done()
+    house.answer_all()
+    assert house.num_present(prompt) == 0
+
+
+def test_a_failing_tier_is_a_miss(house: TierFixture) -> None:
+    """At the question or at the load; the reservation is given back."""
+    prompt = chain(1, 2)
+    house.keep(prompt)
+    for calls in (1, 2):
+        job = house.submit(prompt)
+        for call in range(calls):
+            house.tier.answer(0, well=call < calls - 1)
+            house.run()
+        assert job.future.done()
+        house.settle(job)
+    assert job.tier_failed
+    assert house.l1.stats().used_bytes == 0
+
+
+def test_loads_in_flight_are_bounded(houses: list[TierFixture]) -> None:
+    """The rest waits its turn, and jobs over their number are refused."""
+    house = TierFixture(num_pages=64, max_bytes=3 * PART_BYTES, max_jobs=2)
+    houses.append(house)
+    prompts = [chain(number, 5) for number in range(3)]
+    for prompt in prompts:
+        house.keep(prompt)
+    jobs = [house.submit(prompt) for prompt in prompts]
+    assert jobs[2].state is JobState.REFUSED
+    house.tier.answer(0)
+    house.tier.answer(0)
+    house.run()
+    assert house.l1.stats().num_reserved == 3
+    house.answer_all()
+    assert [house.num_present(prompt) for prompt in prompts] == [5, 5, 0]
+    for job in jobs:
+        house.settle(job)
+
+
+def test_no_more_is_loaded_than_there_is_room_for(house: TierFixture) -> None:
+    """The prefix that fits is served; nothing of it goes for the rest."""
+    prompt = chain(1, 20)
+    house.keep(prompt)
+    job = house.submit(prompt)
+    house.answer_all()
+    assert house.num_present(prompt) == 8
+    house.settle(job)
+
+
+def test_without_waiting_it_ends_on_its_own(house: TierFixture) -> None:
+    """Nobody settles it, and nothing stays held."""
+    prompt = chain(1, 3)
+    house.keep(prompt)
+    job = house.submit(prompt, wait=False)
+    house.answer_all()
+    assert house.num_present(prompt) == 3
+    assert job.held == []
+
+
+def test_the_second_tier_is_asked_for_the_rest_and_promoted(
+    houses: list[TierFixture],
+) -> None:
+    """What only a slower tier had is offered to the faster one."""
+    house = TierFixture(num_tiers=2)
+    houses.append(house)
+    prompt = chain(1, 4)
+    house.keep(prompt[:1])
+    house.keep(prompt[1:3], tier=1)
+    job = house.submit(prompt)
+    house.answer_all()
+    assert house.num_present(prompt) == 3
+    assert set(house.tier.kept) == {name(0).key(key) for key in prompt[:3]}
+    assert house.written.promotions == 2
+    house.settle(job)
+
+
+def test_a_store_is_written_through_to_every_tier(houses: list[TierFixture]) -> None:
+    """All parts, once, held only while a tier reads them."""
+    house = TierFixture(num_tiers=2)
+    houses.append(house)
+    prompt = chain(1, 3)
+    house.store(prompt, TWO)
+    assert house.l1.stats().num_held == 3
+    house.answer_all()
+    for tier in house.tiers:
+        assert set(tier.kept) == {n.name.key(k) for k in prompt for n in TWO.parts}
+    house.store(prompt, TWO)
+    assert not house.tier.pending
+    assert [chunk.saved for chunk in house.l1.present(prompt, 1)] == [0b11] * 3
+
+
+def test_a_lagging_tier_has_new_work_skipped(houses: list[TierFixture]) -> None:
+    """It is counted, and nobody waits for it."""
+    house = TierFixture(num_pages=64, write_bytes=4 * PART_BYTES)
+    houses.append(house)
+    house.store(chain(1, 10))
+    assert house.written.writes_skipped == 6
+    house.answer_all()
+    assert house.written.parts_written == 4
+
+
+def test_on_second_use_waits_for_a_lookup(houses: list[TierFixture]) -> None:
+    """What is used once never reaches the tier."""
+    house = TierFixture(policy="on_second_use")
+    houses.append(house)
+    prompt = chain(1, 2)
+    house.store(prompt)
+    assert not house.tier.pending
+    house.manager.write_back.used(house.l1.present(prompt[:1], 1))
+    house.run()
+    house.answer_all()
+    assert set(house.tier.kept) == {name(0).key(prompt[0])}
+
+
+def test_on_eviction_writes_ahead_of_it(houses: list[TierFixture]) -> None:
+    """Above the watermark the next victims are clean before their turn comes."""
+    house = TierFixture(policy="on_eviction")
+    houses.append(house)
+    house.store(chain(1, 3))
+    assert not house.tier.pending
+    house.store(chain(2, 2))
+    house.answer_all()
+    assert set(house.tier.kept) >= {name(0).key(key) for key in chain(1, 3)[1:]}
+    house.store(chain(3, 6))
+    assert house.written.chunks_evicted_unsaved == 0
+    house.store(chain(4, 8))
+    house.answer_all()
+    assert house.written.chunks_evicted_unsaved > 0
+
+
+def test_a_tier_that_is_not_up_is_probed_from_the_start(
+    houses: list[TierFixture],
+) -> None:
+    """Nobody asks for anything; once it is up, it is probed for whom it concerns."""
+    house = TierFixture()
+    houses.append(house)
+    house.tier.up = False
+    for second in range(3):
+        house.now = second
+        house.run()
+        house.run()
+        assert house.tier.probed == second + 1
+    house.tier.up = True
+    house.now += 10
+    house.run()
+    assert house.tier.probed == 3
+    assert house.manager.status()[0].up
+    assert house.tier.probed == 4

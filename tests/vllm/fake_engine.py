@@ -1,0 +1,195 @@
+"""An engine without a model: both halves of the adapter over a cache of known bytes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcore.keys import ExtraKey
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.protocol import PosixShm, RegisterKVCache
+from kvcore.shm import Segment
+from kvcore.vllm.connector_config import ConnectorConfig
+from kvcore.vllm.connector_scheduler import ConnectorScheduler
+from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
+from kvcore.vllm.request_state import GroupShape, Scheduled
+from kvcore.vllm.server_link import ServerLink
+from kvcore.vllm.step_metadata import StepPlan
+from tests.system.server_fixture import wait_until
+
+BLOCK = 16
+PAGE = 512
+NUM_BLOCKS = 64
+
+PATIENCE = {"lookup_timeout_s": 20, "store_timeout_s": 20}
+"""A busy machine changes no outcome; tests of slow servers set less."""
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Request:
+    """A request as an engine has it."""
+
+    request_id: str
+    tokens: list[int]
+    extras: tuple[ExtraKey, ...] = ()
+
+
+class Pool:
+    """Counts who holds which block."""
+
+    def __init__(self) -> None:
+        self.held: Counter[int] = Counter()
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Count up."""
+        self.held.update(blocks)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Count down."""
+        self.held.subtract(blocks)
+        self.held += Counter()
+
+
+class FakeEngine:
+    """One scheduler half and one worker half; steps are made by hand."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model: str = "model",
+        windows: Sequence[int | None] = (None,),
+        **config: object,
+    ) -> None:
+        number = next(_numbers)
+        name = f"kvadapter-{os.getpid()}-{number}"
+        self.config = ConnectorConfig(
+            address=address,
+            **{**PATIENCE, "retry_s": 0.05, **config},  # type: ignore[arg-type]
+        )
+        self.engine_id = f"engine-{number}"
+        group_bytes = NUM_BLOCKS * PAGE
+        self.segment = Segment.create(name, group_bytes * len(windows), touch=True)
+        self.views = self.segment.array.reshape(len(windows), NUM_BLOCKS, PAGE)
+        groups = tuple(
+            CacheGroup(
+                axes="NP",
+                dtype="uint8",
+                block_size=BLOCK,
+                tensors=(
+                    TensorView(0, i * group_bytes, (NUM_BLOCKS, PAGE), (PAGE, 1)),
+                ),
+                kind="pages",
+                window=window,
+            )
+            for i, window in enumerate(windows)
+        )
+        handle = PosixShm(name, 0, self.segment.num_bytes)
+        request = RegisterKVCache(
+            f"{self.engine_id}:0", self.engine_id, model, 1, 0, (handle,), groups
+        )
+        self.pool = Pool()
+        self.link = ServerLink(address, f"scheduler {number}", self.config.retry_s)
+        self.scheduler = ConnectorScheduler(
+            self.link,
+            self.config,
+            engine_id=self.engine_id,
+            model=model,
+            world_size=1,
+            groups=[GroupShape(BLOCK, window) for window in windows],
+            pool=self.pool,
+        )
+        self.worker = ConnectorWorker(self.config, self.engine_id, 0)
+        is_own = self.config.driver == "worker"
+        memory = (self.segment.array,) if is_own else ()
+        self.worker.register(Registration(request, tuple(range(len(windows))), memory))
+
+    def connect(self) -> FakeEngine:
+        """Wait until both halves know a server that is well."""
+        wait_until(lambda: self.link.server and self.worker.is_well)
+        return self
+
+    def fill(self, blocks: Sequence[int], seed: int) -> None:
+        """Write random bytes into blocks of every group."""
+        rng = np.random.default_rng(seed)
+        self.views[:, blocks] = rng.integers(
+            0, 256, (len(self.views), len(blocks), PAGE), np.uint8
+        )
+
+    def read(self, blocks: Sequence[int], group: int = 0) -> npt.NDArray[np.uint8]:
+        """Return a copy of blocks."""
+        return self.views[group, blocks].copy()
+
+    def match(self, request: Request, num_computed: int = 0) -> int:
+        """Ask until the lookup has been answered."""
+        answers: list[int] = []
+
+        def ask() -> bool:
+            answer = self.scheduler.matched(request, num_computed)
+            if answer is not None:
+                answers.append(answer)
+            return answer is not None
+
+        wait_until(ask)
+        return answers[0]
+
+    def step(self, *scheduled: Scheduled) -> StepPlan:
+        """Plan a step and begin what it says."""
+        plan = self.scheduler.step(scheduled)
+        self.worker.learn(plan)
+        self.worker.load(plan)
+        self.worker.store(plan)
+        self.worker.forget(plan.ended)
+        return plan
+
+    def collect(self) -> Collected:
+        """Collect what ended and report it to the scheduler half."""
+        collected = self.worker.collect()
+        self.scheduler.acknowledged(collected.acks, collected.failed)
+        return collected
+
+    def settle(self) -> Collected:
+        """Collect until nothing is under way; return all of it."""
+        total = Collected()
+
+        def quiet() -> bool:
+            one = self.collect()
+            total.loaded |= one.loaded
+            total.failed |= one.failed
+            total.failed_blocks |= one.failed_blocks
+            return self.worker.num_under_way == 0
+
+        wait_until(quiet)
+        return total
+
+    def compute(self, request: Request, blocks: Sequence[int]) -> None:
+        """Compute a whole prompt in one step, and wait for its store."""
+        matched = self.match(request)
+        assert matched == 0
+        ids = tuple(list(blocks) for _ in self.views)
+        self.scheduler.allocated(request.request_id, ids, 0)
+        self.step(Scheduled(request.request_id, 0, len(request.tokens), ids, True))
+        self.settle()
+
+    def load(self, request: Request, blocks: Sequence[int]) -> Collected:
+        """Load all that is found into blocks, and wait for it."""
+        ids = tuple(list(blocks) for _ in self.views)
+        self.scheduler.allocated(request.request_id, ids, self.match(request))
+        self.step()
+        return self.settle()
+
+    def close(self) -> None:
+        """Say goodbye and remove the cache."""
+        self.scheduler.close()
+        self.worker.close()
+        del self.views
+        self.segment.unlink()
+        self.segment.close()

@@ -1,0 +1,171 @@
+"""What a played engine's blocks hold, and what a played server has of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+from kvcore.errors import ChunksMissing
+from kvcore.keys import ExtraKey
+from kvcore.protocol import RetrieveReply, StoreReply
+from kvcore.vllm.connector_config import ConnectorConfig
+from kvcore.vllm.connector_worker import ConnectorWorker, Registration
+from tests.vllm.scripted_link import LinkCall, ScriptedLink
+
+BLOCK = 2
+
+Tokens = tuple[int, ...]
+Extras = tuple[ExtraKey, ...]
+
+
+class KV(NamedTuple):
+    """What a block's bytes were made of, from the prompt's first token to its last."""
+
+    weights: int
+    extras: Extras
+    tokens: Tokens
+
+    def is_of(self, other: KV) -> bool:
+        """Say whether it holds the other's tokens, computed alike, and maybe more."""
+        end = len(other.tokens)
+        return (
+            self.weights == other.weights
+            and self.tokens[:end] == other.tokens
+            and shaping(self.extras, end) == other.extras
+        )
+
+
+WRONG = KV(-1, (), ())
+
+
+def shaping(extras: Extras, end: int) -> Extras:
+    """Leave out what only shapes later tokens."""
+    return tuple(extra for extra in extras if extra.start < end)
+
+
+def asked_for(extras: Extras) -> Extras:
+    """Leave out what the adapter adds after a reset."""
+    return tuple(one for one in extras if not one.material.startswith(b"reset"))
+
+
+def kv(weights: int, extras: Extras, tokens: Sequence[int], end: int) -> KV:
+    """What the KV of tokens[:end] is made of."""
+    return KV(weights, shaping(asked_for(extras), end), tuple(tokens[:end]))
+
+
+class Blocks:
+    """The engine's blocks, with as many references as there are users."""
+
+    def __init__(self) -> None:
+        self.refs: Counter[int] = Counter()
+        self.held: Counter[int] = Counter()
+
+    def take(self) -> int:
+        """Give a block that nobody has."""
+        block = next(b for b in range(1, 1000) if not self.refs[b])
+        self.refs[block] = 1
+        return block
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Count up: blocks that somebody has."""
+        assert all(self.refs[block] > 0 for block in blocks)
+        self.refs.update(blocks)
+        self.held.update(blocks)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Count down, once each."""
+        self.held.subtract(blocks)
+        assert all(count >= 0 for count in self.held.values())
+        self.refs.subtract(blocks)
+
+
+class Rank:
+    """A worker half, what its blocks hold, and what the server has of this rank."""
+
+    def __init__(
+        self, config: ConnectorConfig, number: int, num_groups: int, chunk_size: int
+    ) -> None:
+        self.link = ScriptedLink(chunk_size)
+        self.worker = ConnectorWorker(config, "engine", number)
+        self.worker._link = cast(Any, self.link)
+        self.worker._registration = Registration(
+            cast(Any, None), tuple(range(num_groups))
+        )
+        self.content: dict[int, KV] = {}
+        self.stored: dict[tuple[Extras, Tokens], int] = {}
+        """By a chunk's key, the weights that its bytes were computed with."""
+
+    def has(self, asked: LinkCall, end: int) -> bool:
+        """Say whether the server has the chunk of a prompt that ends there."""
+        return (shaping(asked.extras, end), asked.tokens[:end]) in self.stored
+
+    def is_right(self, ids: Sequence[int], whole: KV, end: int) -> bool:
+        """Say whether blocks hold tokens[:end]; the last one may hold more."""
+        return all(
+            self.content.get(ids[i], WRONG).is_of(
+                kv(whole.weights, whole.extras, whole.tokens, min(end, (i + 1) * BLOCK))
+            )
+            for i in range(-(-end // BLOCK))
+        )
+
+    def check_store(self, asked: LinkCall) -> int:
+        """What is stored has been computed from its tokens; return with what weights.
+
+        Raises:
+            AssertionError: a block holds anything else.
+        """
+        seen = set()
+        for ids in asked.blocks:
+            assert len(ids) == (asked.end - asked.start) // BLOCK
+            for i, block in enumerate(ids, asked.start // BLOCK):
+                if block >= 0:
+                    held = self.content[block]
+                    end = (i + 1) * BLOCK
+                    assert held == kv(held.weights, asked.extras, asked.tokens, end)
+                    seen.add(held.weights)
+        assert len(seen) == 1
+        return seen.pop()
+
+    def end_store(self, asked: LinkCall, outcome: Any) -> None:
+        """A store's blocks are the same at its end."""
+        weights = self.check_store(asked)
+        if outcome not in ("well", "short"):
+            asked.future.set_exception(outcome("played"))
+            return
+        size = self.link.chunk_size
+        for end in range(asked.start + size, asked.end + 1, size):
+            lo, hi = (end - size - asked.start) // BLOCK, (end - asked.start) // BLOCK
+            if all(block >= 0 for ids in asked.blocks for block in ids[lo:hi]):
+                key = shaping(asked.extras, end), asked.tokens[:end]
+                self.stored.setdefault(key, weights)
+        asked.future.set_result(StoreReply(0, 0, 0))
+
+    def end_retrieve(self, asked: LinkCall, outcome: Any) -> bool:
+        """Write the blocks, or some of them; say whether all went well."""
+        size = self.link.chunk_size
+        ends = range(asked.start + size, asked.end + 1, size)
+        if outcome == "well" and not all(self.has(asked, end) for end in ends):
+            outcome = ChunksMissing
+        for ids in asked.blocks:
+            for i, block in enumerate(ids):
+                if block >= 0 and i * BLOCK >= asked.skip:
+                    self.content[block] = WRONG
+                    if outcome == "well":
+                        self.content[block] = self._loaded(asked, i)
+        num_tokens = asked.end - asked.start - asked.skip
+        if outcome == "well":
+            asked.future.set_result(RetrieveReply(num_tokens))
+        elif outcome == "short":
+            asked.future.set_result(RetrieveReply(num_tokens - 1))
+        else:
+            asked.future.set_exception(outcome("played"))
+        return bool(outcome == "well")
+
+    def _loaded(self, asked: LinkCall, index: int) -> KV:
+        """What the server writes into the block of a load at an index."""
+        size = self.link.chunk_size
+        end = asked.start + (index + 1) * BLOCK
+        chunk_end = -(-end // size) * size
+        key = shaping(asked.extras, chunk_end), asked.tokens[:chunk_end]
+        return kv(self.stored[key], asked.extras, asked.tokens, end)

@@ -1,0 +1,281 @@
+"""Both halves beside a played server, which ends what it likes, and blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, cast
+
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    rule,
+)
+
+from kvcore.errors import ChunksMissing, DeadlineExceeded, Overloaded, Unavailable
+from kvcore.keys import ExtraKey
+from kvcore.protocol import LookupReply
+from kvcore.vllm.connector_config import ConnectorConfig
+from kvcore.vllm.connector_scheduler import ConnectorScheduler
+from kvcore.vllm.request_state import GroupShape
+from kvcore.vllm.step_metadata import LoadOp
+from tests.vllm.fake_engine import Request
+from tests.vllm.fake_ranks import (
+    BLOCK,
+    KV,
+    WRONG,
+    Blocks,
+    Extras,
+    Rank,
+    asked_for,
+    kv,
+    shaping,
+)
+from tests.vllm.scripted_link import LinkCall, ScriptedLink
+
+CHUNKS, WINDOW = (4, 8), 4
+ERRORS = (DeadlineExceeded, Unavailable, Overloaded, ChunksMissing)
+OUTCOMES = st.sampled_from(["well", "well", "well", "short", *ERRORS])
+EXTRAS: tuple[Extras, ...] = (
+    (),
+    (),
+    (),
+    (ExtraKey(0, b"salt"),),
+    (ExtraKey(0, b"lora"),),
+    (ExtraKey(5, b"image"),),
+)
+WINDOWS = st.sampled_from(
+    [
+        (GroupShape(BLOCK),),
+        (GroupShape(BLOCK), GroupShape(BLOCK, WINDOW)),
+        (GroupShape(BLOCK), GroupShape(BLOCK, WINDOW, is_chunked=True)),
+    ]
+)
+
+
+def prompt_of(number: int, length: int) -> tuple[int, ...]:
+    """One of the prompts, or its beginning."""
+    return tuple(100 * number + i for i in range(length))
+
+
+@dataclass(eq=False)
+class Life:
+    """A request as the engine has it."""
+
+    request: Request
+    state: str = "waiting"
+    num_computed: int = 0
+    blocks: list[list[int]] = field(default_factory=list)
+    is_aborted: bool = False
+    has_asked: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name; another may have had it."""
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are known."""
+        return len(self.request.tokens)
+
+
+class ScriptedHalves(RuleBasedStateMachine):
+    """What the server is asked, and its answers: nothing ends but by a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lives: dict[str, Life] = {}
+        self.blocks = Blocks()
+        self.weights = 0
+        self.open: set[str] = set()
+        self.loads: dict[str, LoadOp] = {}
+        self.ends: dict[str, list[bool]] = {}
+        self.reported: Counter[str] = Counter()
+        self.failed_blocks: dict[str, set[int]] = {}
+
+    @initialize(
+        groups=WINDOWS,
+        num_ranks=st.integers(1, 2),
+        num_stored=st.sampled_from([16, 8, 0]),
+        recomputes=st.sampled_from([True, True, False]),
+    )
+    def build(
+        self,
+        groups: tuple[GroupShape, ...],
+        num_ranks: int,
+        num_stored: int,
+        recomputes: bool,
+    ) -> None:
+        """One or two ranks; a failed load is computed, or fails its request."""
+        self.groups, self.recomputes = groups, recomputes
+        config, size = ConnectorConfig(), CHUNKS[0]
+        self.ranks = [Rank(config, i, len(groups), size) for i in range(num_ranks)]
+        self.link = ScriptedLink(size)
+        self.half = ConnectorScheduler(
+            cast(Any, self.link),
+            config,
+            engine_id="engine",
+            model="model",
+            world_size=num_ranks,
+            groups=groups,
+            pool=self.blocks,
+        )
+        self.link.client.note = self.note_scheduler
+        ends = range(size, num_stored + 1, size)
+        for rank in self.ranks:
+            rank.link.client.note = lambda asked, rank=rank: self.note_rank(rank, asked)
+            for extras, prompt, end in product(EXTRAS, range(2), ends):
+                rank.stored[shaping(extras, end), prompt_of(prompt, end)] = 0
+
+    def whole(self, life: Life) -> KV:
+        """What all of a request's KV is to be made of."""
+        tokens = life.request.tokens
+        return kv(self.weights, life.request.extras, tokens, len(tokens))
+
+    # -- the engine's blocks ----------------------------------------------------------
+
+    def free(self, life: Life) -> None:
+        """Take the engine's own references off."""
+        ids = (block for ids in life.blocks for block in ids if block)
+        self.blocks.refs.subtract(ids)
+        life.blocks = []
+
+    def grow(self, life: Life, end: int, first_needed: int = 0) -> list[list[int]]:
+        """Give a request blocks up to a token; return the new ones."""
+        more: list[list[int]] = []
+        life.blocks = life.blocks or [[] for _ in self.groups]
+        busy = {
+            block
+            for rank in self.ranks
+            for asked in rank.link.client.pending
+            for block in asked.real_blocks
+        }
+        for ids, group in zip(life.blocks, self.groups, strict=True):
+            gone = group.num_gone(first_needed)
+            new: list[int] = []
+            while len(ids) + len(new) < -(-end // BLOCK):
+                if len(ids) + len(new) < gone:
+                    new.append(0)
+                    continue
+                block = self.blocks.take()
+                assert block not in busy, "a block was given away that is being copied"
+                for rank in self.ranks:
+                    rank.content[block] = WRONG
+                new.append(block)
+            ids.extend(new)
+            more.append(new)
+        return more
+
+    def move_window(self, life: Life) -> None:
+        """Free what a window has left behind."""
+        for ids, group in zip(life.blocks, self.groups, strict=True):
+            for i in range(min(group.num_gone(life.num_computed), len(ids))):
+                if ids[i]:
+                    self.blocks.refs[ids[i]] -= 1
+                    ids[i] = 0
+
+    # -- what the server is asked -----------------------------------------------------
+
+    def note_scheduler(self, asked: LinkCall) -> None:
+        """A lookup is asked once for one wait, a session ended after its copies."""
+        if asked.kind == "lookup":
+            life = self.lives[asked.name]
+            assert not life.has_asked
+            life.has_asked = True
+            self.open.add(asked.name)
+            return
+        if asked.kind == "end":
+            assert not any(
+                one.name == asked.name
+                for rank in self.ranks
+                for one in rank.link.client.pending
+            )
+            assert asked.name not in self.half._tracked
+            self.open.discard(asked.name)
+        asked.future.set_result(None)
+
+    def note_rank(self, rank: Rank, asked: LinkCall) -> None:
+        """A copy names whole chunks, tokens, and blocks of them or for them."""
+        self.open.add(asked.name)
+        life = self.lives.get(asked.name)
+        if life is not None:
+            whole = tuple(life.request.tokens)
+            assert asked.tokens == whole[: len(asked.tokens)]
+            assert asked_for(asked.extras) == life.request.extras
+        assert len(asked.tokens) >= asked.end
+        assert all(self.blocks.refs[block] > 0 for block in asked.real_blocks)
+        if asked.kind == "store":
+            assert not asked.start % rank.link.chunk_size
+            assert not asked.end % rank.link.chunk_size
+            rank.check_store(asked)
+
+    def end_lookup(self, asked: LinkCall, outcome: Any, hit: int) -> None:
+        """Answer with at most what all ranks have."""
+        if outcome in ERRORS:
+            asked.future.set_exception(outcome("played"))
+            return
+        size, n = self.link.chunk_size, 0
+        while (
+            n < hit
+            and (n + 1) * size <= len(asked.tokens)
+            and all(rank.has(asked, (n + 1) * size) for rank in self.ranks)
+        ):
+            n += 1
+        asked.future.set_result(LookupReply(n, n * size))
+
+    def pending(self) -> list[tuple[Rank | None, LinkCall]]:
+        """Everything that waits for an end."""
+        waiting: list[tuple[Rank | None, LinkCall]] = [
+            (None, asked) for asked in self.link.client.pending
+        ]
+        for rank in self.ranks:
+            waiting += [(rank, asked) for asked in rank.link.client.pending]
+        return waiting
+
+    def end_one(
+        self, rank: Rank | None, asked: LinkCall, outcome: Any, hit: int
+    ) -> None:
+        """End a request of any kind."""
+        if rank is None:
+            self.end_lookup(asked, outcome, hit)
+        elif asked.kind == "store":
+            rank.end_store(asked, outcome)
+        else:
+            is_well = rank.end_retrieve(asked, outcome)
+            self.ends.setdefault(asked.name, []).append(is_well)
+
+    @rule(data=st.data(), outcome=OUTCOMES, hit=st.sampled_from([9, 9, 2, 1, 0]))
+    def answer(self, data: st.DataObject, outcome: Any, hit: int) -> None:
+        """The server ends one, in any order."""
+        waiting = self.pending()
+        if not waiting:
+            return
+        index = data.draw(st.integers(0, len(waiting) - 1))
+        self.end_one(*waiting[index], outcome, hit)
+
+    @rule(outcome=OUTCOMES)
+    def answer_all(self, outcome: Any) -> None:
+        """The server is quick."""
+        for rank, asked in self.pending():
+            self.end_one(rank, asked, outcome, 9)
+
+    @rule(chunk_size=st.sampled_from(CHUNKS), is_empty=st.booleans())
+    def replace_server(self, chunk_size: int, is_empty: bool) -> None:
+        """Another one is at the address, maybe with other chunks, or empty."""
+        for rank, asked in self.pending():
+            self.end_one(rank, asked, Unavailable, 0)
+        for link in (self.link, *(rank.link for rank in self.ranks)):
+            if chunk_size != link.chunk_size or is_empty:
+                for rank in self.ranks:
+                    rank.stored.clear()
+            link.chunk_size, link.is_well = chunk_size, False
+
+    @rule(which=st.integers(0, 2))
+    def recover(self, which: int) -> None:
+        """A link finds the server well, or all do."""
+        links = [self.link, *(rank.link for rank in self.ranks)]
+        for link in links[which : which + 1] or links:
+            link.is_well = True

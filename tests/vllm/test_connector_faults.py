@@ -1,0 +1,235 @@
+"""What the adapter does with a server that is absent, stopped, killed or full."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from kvcore.client import KVClient
+from kvcore.vllm import server_link as link
+from kvcore.vllm.request_state import Scheduled
+from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.vllm.conftest import Start
+from tests.vllm.fake_engine import FakeEngine
+from tests.vllm.tcp_proxy import SlowTcpProxy
+from tests.vllm.test_connector import BLOCKS, OTHERS, PER_CHUNK, RequestOf, again
+
+Serve = Callable[..., Server]
+HASTY = {"lookup_timeout_s": 0.2, "store_timeout_s": 0.2}
+OTHER_VERSION = """
+import kvcore.protocol
+kvcore.protocol.PROTOCOL_VERSION += 1
+from kvctl.cli import main
+main()
+"""
+
+
+def is_shared(engine: FakeEngine, request_of: RequestOf) -> bool:
+    """Say whether a new prompt is stored and then found."""
+    request = request_of(CHUNK)
+    engine.match(request)
+    engine.scheduler.allocated(request.request_id, (BLOCKS[:PER_CHUNK],), 0)
+    engine.step(Scheduled(request.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True))
+    engine.settle()
+    repeat = again(request)
+    found = engine.match(repeat)
+    for one in (request, repeat):
+        engine.scheduler.finished(one.request_id)
+    return found == CHUNK
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    """Return the messages that hold this text."""
+    return [r.getMessage() for r in caplog.records if text in r.getMessage()]
+
+
+def test_without_a_server_everything_is_computed(
+    start: Start, request_of: RequestOf, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits, one warning a half is logged, and a server that comes is used."""
+    server = serve()
+    server.stop()
+    with caplog.at_level(logging.WARNING, "kvcore.vllm"):
+        engine = start(server.address)
+        for _ in range(3):
+            request = request_of(2 * CHUNK)
+            assert engine.scheduler.matched(request, 0) == 0
+            plan = engine.step(
+                Scheduled(request.request_id, 0, 2 * CHUNK, (BLOCKS,), True)
+            )
+            assert not plan.stores
+        wait_until(lambda: len(warnings_of(caplog, "no KV cache for now")) == 2)
+        following = server.again()
+        try:
+            engine.connect()
+            request = request_of(2 * CHUNK)
+            engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
+            assert engine.match(again(request)) == 2 * CHUNK
+        finally:
+            following.close()
+    assert len(warnings_of(caplog, "is back")) == 2
+
+
+def test_a_killed_server_fails_loads_and_is_found_again(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """What it was asked ends as failed; the next one knows the cache by itself."""
+    server = serve()
+    engine = start(server.address).connect()
+    request = request_of(2 * CHUNK)
+    engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
+    repeat = again(request)
+    matched = engine.match(repeat)
+    server.kill()
+    engine.scheduler.allocated(repeat.request_id, (OTHERS[: 2 * PER_CHUNK],), matched)
+    engine.step()
+    assert engine.settle().failed == {repeat.request_id}
+    assert not engine.pool.held
+    following = server.again()
+    try:
+        wait_until(lambda: is_shared(engine, request_of))
+    finally:
+        following.close()
+
+
+def test_a_stopped_server_is_left_alone(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """A lookup ends by its deadline, the next are not sent; it is used when it runs."""
+    server = serve()
+    engine = start(server.address, **HASTY).connect()
+    server.pause()
+    try:
+        assert engine.match(request_of(CHUNK)) == 0
+        # Nothing is sent: the answer is there at once.
+        assert engine.scheduler.matched(request_of(CHUNK), 0) == 0
+    finally:
+        server.resume()
+    wait_until(lambda: is_shared(engine, request_of))
+
+
+def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """A load ends when the server answers; stores give their blocks back in time."""
+    server = serve()
+    engine = start(server.address, **HASTY).connect()
+    request = request_of(2 * CHUNK)
+    blocks = BLOCKS[: 2 * PER_CHUNK]
+    engine.fill(blocks, seed=1)
+    engine.compute(request, blocks)
+    repeat = again(request)
+    matched = engine.match(repeat)
+    server.pause()
+    try:
+        targets = OTHERS[: 2 * PER_CHUNK]
+        engine.scheduler.allocated(repeat.request_id, (targets,), matched)
+        other = request_of(CHUNK)
+        engine.scheduler.matched(other, CHUNK)
+        engine.step(Scheduled(other.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True))
+        assert engine.pool.held
+        wait_until(lambda: not engine.collect().loaded and not engine.pool.held)
+        assert engine.worker.num_under_way == 1
+        engine.scheduler.finished(repeat.request_id)
+        assert engine.scheduler.num_ops == 1
+    finally:
+        server.resume()
+    collected = engine.settle()
+    assert collected.loaded == {repeat.request_id}
+    assert not collected.failed
+    assert (engine.read(targets) == engine.read(blocks)).all()
+
+
+def test_a_slow_server_is_left_alone(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """A late answer is a miss, and changes nothing when it comes after all."""
+    server = serve()
+    with closing(SlowTcpProxy(server.address)) as line:
+        engine = start(line.address, **HASTY).connect()
+        wait_until(lambda: is_shared(engine, request_of))
+        late = [request_of(CHUNK) for _ in range(2)]
+        with line.held():
+            assert engine.match(late[0]) == 0
+            # Nothing is sent: the answer is there at once.
+            assert engine.scheduler.matched(late[1], 0) == 0
+            assert engine.match(late[0]) == 0
+        for request in late:
+            engine.scheduler.finished(request.request_id)
+        wait_until(lambda: is_shared(engine, request_of))
+        with KVClient(server.address, label="test", timeout_s=20) as client:
+            wait_until(lambda: client.status().num_sessions == 0)
+            assert client.status().num_leases == 0
+
+
+def test_a_server_of_another_version_is_warned_of_once(
+    start: Start,
+    request_of: RequestOf,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine goes on without it, and uses the one that takes its place."""
+    monkeypatch.setattr(link, "MAX_PAUSE_S", 0.1)
+    server = serve(program=("-c", OTHER_VERSION))
+    with caplog.at_level(logging.WARNING, "kvcore.vllm"):
+        engine = start(server.address)
+        wait_until(lambda: len(warnings_of(caplog, "no KV cache for now")) == 2)
+        assert engine.scheduler.matched(request_of(CHUNK), 0) == 0
+        assert all("version" in text for text in warnings_of(caplog, "no KV cache"))
+        server.stop()
+        following = Server(server.folder, address=server.address)
+        try:
+            engine.connect()
+            wait_until(lambda: is_shared(engine, request_of))
+        finally:
+            following.close()
+    assert len(warnings_of(caplog, "no KV cache for now")) == 2
+
+
+def test_a_full_server_is_no_trouble(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """What it has no room for is not found; the prefix that it has room for is."""
+    server = serve("--l1-size", "4KiB")
+    engine = start(server.address).connect()
+    request = request_of(3 * CHUNK)
+    engine.compute(request, BLOCKS)
+    with KVClient(server.address, label="test", timeout_s=20) as client:
+        assert client.status().counters["parts_dropped"] == 2
+    assert engine.match(again(request)) == CHUNK
+    assert not engine.pool.held
+
+
+def test_a_server_with_other_chunks_takes_over(
+    start: Start, request_of: RequestOf, serve: Serve
+) -> None:
+    """A request that was under way is stored by the new size."""
+    server = serve()
+    engine = start(server.address).connect()
+    request = request_of(3 * CHUNK)
+    blocks = BLOCKS[:PER_CHUNK]
+    assert engine.match(request) == 0
+    engine.scheduler.allocated(request.request_id, (blocks,), 0)
+    engine.step(Scheduled(request.request_id, 0, CHUNK, (blocks,), True))
+    engine.settle()
+    server.kill()
+    wait_until(lambda: engine.link.server is None)
+    following = Server(
+        server.folder, "--chunk-size", str(2 * CHUNK), address=server.address
+    )
+    try:
+        engine.connect()
+        wait_until(
+            lambda: engine.link.server and engine.link.server.chunk_size == 2 * CHUNK
+        )
+        more = (BLOCKS[PER_CHUNK : 2 * PER_CHUNK],)
+        plan = engine.step(Scheduled(request.request_id, CHUNK, CHUNK, more, False))
+        assert [(s.start, s.end) for s in plan.stores] == [(0, 2 * CHUNK)]
+        engine.settle()
+        assert engine.match(again(request)) == 2 * CHUNK
+    finally:
+        following.close()

@@ -1,0 +1,285 @@
+"""What the adapter reads from an engine's configuration and tensors."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcore import shm
+from kvcore.errors import HandleError, LayoutError
+from kvcore.layout import KVLayout
+from kvcore.protocol import CudaIpc, PosixShm
+from kvcore.shm import SHM_DIR, Segment, remove_dead
+from kvcore.vllm import kv_cache_groups as groups
+from kvcore.vllm import shared_cache as memory_module
+from kvcore.vllm.shared_cache import SEGMENT_PREFIX, SharedCacheMemory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Storage:
+    """A storage that is moved into shared memory as torch does it."""
+
+    size: int
+    made_as: str = ""
+
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.size
+
+    def data_ptr(self) -> int:
+        """Where it lies."""
+        return id(self)
+
+    def is_shared(self) -> bool:
+        """Whether it is in shared memory."""
+        return bool(self.made_as)
+
+    def _share_filename_cpu_(self) -> tuple[bytes, bytes, int]:
+        self.made_as = f"torch_{os.getpid()}_{next(_numbers)}"
+        users = (1).to_bytes(4, sys.byteorder) + bytes(60)
+        (SHM_DIR / self.made_as).write_bytes(users + bytes(self.size))
+        return b"manager", f"/{self.made_as}".encode(), self.size
+
+
+@dataclass
+class Tensor:
+    """A float32 tensor of a storage."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage: Storage
+    offset: int = 0
+    dtype: str = "torch.float32"
+    device: Any = field(default_factory=lambda: SimpleNamespace(type="cpu"))
+
+    def stride(self) -> tuple[int, ...]:
+        """Elements between neighbours."""
+        return self.strides
+
+    def storage_offset(self) -> int:
+        """Elements before the first."""
+        return self.offset
+
+    def element_size(self) -> int:
+        """Bytes of one."""
+        return 4
+
+    def data_ptr(self) -> int:
+        """Where its first element lies."""
+        return self.storage.data_ptr() + self.offset
+
+    def untyped_storage(self) -> Storage:
+        """Return its storage."""
+        return self.storage
+
+
+@pytest.fixture
+def storage() -> Storage:
+    """A storage that nobody has shared yet."""
+    return Storage(1 << 16)
+
+
+@pytest.fixture
+def memory() -> Iterator[SharedCacheMemory]:
+    """What is shared, until the test's end."""
+    memory = SharedCacheMemory()
+    yield memory
+    memory.close()
+
+
+def group(*layers: str, **changes: Any) -> groups.EngineGroup:
+    """Make a group of these layers."""
+    values: dict[str, Any] = {"block_size": 32, "window": None, "is_mla": False}
+    return groups.EngineGroup(layers, **{**values, **changes})
+
+
+def test_views_of_one_storage_share_a_handle(
+    storage: Storage, memory: SharedCacheMemory
+) -> None:
+    """Interleaved layers are one group of pages, in memory that begins after 64 B."""
+    caches = {
+        f"layer{i}": Tensor((8, 2, 32, 4), (512, 128, 4, 1), storage, offset=i * 256)
+        for i in range(2)
+    }
+    described = groups.describe(
+        [group("layer0", "layer1")], caches, 8, share=memory.share, replicate_mla=True
+    )
+    (handle,) = described.handles
+    assert handle == PosixShm(handle.name, 64, 1 << 16)
+    (one,) = described.groups
+    assert (one.axes, one.kind, len(one.tensors)) == ("NPPP", "pages", 2)
+    layout = KVLayout.derive(one, [1 << 16], 64)
+    assert layout.num_blocks == 8
+    assert layout.part.unit_bytes == 2 * 32 * 4 * 4
+    assert layout.plane_offsets.tolist() == [0, 1024]
+
+
+def test_other_shapes_make_groups_of_their_own(
+    storage: Storage, memory: SharedCacheMemory
+) -> None:
+    """They take the blocks of the engine's group that they are in."""
+    caches = {
+        "wide": Tensor((8, 64), (64, 1), storage),
+        "slim": Tensor((8, 32), (32, 1), storage, offset=1024),
+        "shared": Tensor((8, 32), (32, 1), storage, offset=1024),
+        "mla": Tensor((8, 16), (16, 1), storage, offset=2048),
+    }
+    described = groups.describe(
+        [group("wide", "slim", "shared"), group("mla", is_mla=True, window=64)],
+        caches,
+        8,
+        share=memory.share,
+        replicate_mla=True,
+    )
+    assert described.sources == (0, 0, 1)
+    assert [len(g.tensors) for g in described.groups] == [1, 1, 1]
+    assert [g.replicated for g in described.groups] == [False, False, True]
+    assert [g.window for g in described.groups] == [None, None, 64]
+
+
+def test_k_and_v_apart_and_smaller_kernel_blocks(
+    storage: Storage, memory: SharedCacheMemory
+) -> None:
+    """K's half and V's are planes; kernel blocks that follow each other are a page."""
+    halves = Tensor((2, 8, 32), (256, 32, 1), storage)
+    described = groups.describe(
+        [group("layer")], {"layer": halves}, 8, share=memory.share, replicate_mla=False
+    )
+    assert [t.offset for t in described.groups[0].tensors] == [0, 1024]
+    small = Tensor((16, 32), (32, 1), storage)
+    described = groups.describe(
+        [group("layer")], {"layer": small}, 8, share=memory.share, replicate_mla=False
+    )
+    (view,) = described.groups[0].tensors
+    assert (view.shape, view.strides) == ((8, 2, 32), (256, 128, 4))
+
+
+def test_what_cannot_be_described_is_refused(
+    storage: Storage, memory: SharedCacheMemory
+) -> None:
+    """A tensor without blocks, and layers without tokens."""
+    odd = Tensor((7, 32), (32, 1), storage)
+    with pytest.raises(LayoutError, match="8 blocks"):
+        groups.describe(
+            [group("layer")], {"layer": odd}, 8, share=memory.share, replicate_mla=False
+        )
+    with pytest.raises(LayoutError, match="no layers"):
+        groups.describe(
+            [group("layer")], {}, 8, share=memory.share, replicate_mla=False
+        )
+    with pytest.raises(LayoutError, match="list"):
+        groups.describe(
+            [group("layer")],
+            {"layer": []},
+            8,
+            share=memory.share,
+            replicate_mla=False,  # type: ignore[dict-item]
+        )
+
+
+def test_shared_memory_has_a_name_of_its_owners(
+    storage: Storage, memory: SharedCacheMemory
+) -> None:
+    """Torch's name is gone, and torch has a user left: it will remove none of ours."""
+    handle = memory.share(Tensor((8, 32), (32, 1), storage))
+    assert isinstance(handle, PosixShm)
+    assert handle.name.startswith(f"{SEGMENT_PREFIX}{os.getpid()}-")
+    assert not (SHM_DIR / storage.made_as).exists()
+    with Segment.attach(handle.name, offset=0, length=64) as header:
+        assert header.array[:4].view(np.int32).tolist() == [2]
+    assert handle.name not in remove_dead(SEGMENT_PREFIX)
+    memory.close()
+    assert not (SHM_DIR / handle.name).exists()
+
+
+SHARE_AND_WAIT = """
+import sys
+from kvcore.vllm.shared_cache import Memory
+from tests.vllm.test_kv_cache_groups import Storage, Tensor
+memory = Memory()
+print(memory.share(Tensor((8, 32), (32, 1), Storage(1024))).name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_next_engine_removes_what_a_killed_one_shared(
+    storage: Storage, memory: SharedCacheMemory
+) -> None:
+    """What a living one shared stays."""
+    living = memory.share(Tensor((8, 32), (32, 1), storage))
+    with subprocess.Popen(
+        [sys.executable, "-c", SHARE_AND_WAIT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        assert (SHM_DIR / name).exists()
+        process.kill()
+    memory.share(Tensor((8, 32), (32, 1), Storage(1024)))
+    assert not (SHM_DIR / name).exists()
+    assert isinstance(living, PosixShm)
+    assert (SHM_DIR / living.name).exists()
+
+
+def test_servers_know_the_names_of_shared_caches() -> None:
+    """They remove those of the dead."""
+    assert SEGMENT_PREFIX.startswith(shm.SEGMENT_PREFIX)
+
+
+def test_memory_that_cannot_be_shared_is_refused(
+    storage: Storage, memory: SharedCacheMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's, what does not fit, and what is not where it should be."""
+    tensor = Tensor((8, 32), (32, 1), storage)
+    tensor.device = SimpleNamespace(type="tpu")
+    with pytest.raises(HandleError, match="tpu device"):
+        memory.share(tensor)
+    tensor.device = SimpleNamespace(type="cpu")
+    monkeypatch.setattr(memory_module, "MARGIN_BYTES", 1 << 60)
+    with pytest.raises(HandleError, match="does not fit"):
+        memory.share(tensor)
+    monkeypatch.undo()
+
+    def elsewhere() -> tuple[bytes, bytes, int]:
+        return b"", b"/torch_elsewhere", 0
+
+    monkeypatch.setattr(storage, "_share_filename_cpu_", elsewhere)
+    with pytest.raises(HandleError, match="torch_elsewhere"):
+        memory.share(tensor)
+
+
+def test_a_gpus_memory_is_named_by_cuda_ipc(
+    storage: Storage, memory: SharedCacheMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an event behind the engine's work; without CUDA's libraries not at all."""
+    tensor = Tensor((8, 32), (32, 1), storage)
+    tensor.device = SimpleNamespace(type="cuda")
+    handle = CudaIpc("GPU-0", bytes(64), 0, storage.size)
+    monkeypatch.setitem(sys.modules, "kvcore.cuda.ipc", None)
+    with pytest.raises(HandleError, match="cannot be shared"):
+        memory.share(tensor)
+    assert memory.mark() == b""
+    exporter = SimpleNamespace(export_tensor=lambda _: handle)
+    events = SimpleNamespace(Events=lambda: SimpleNamespace(mark=lambda: b"event"))
+    monkeypatch.setitem(sys.modules, "kvcore.cuda.ipc", exporter)
+    monkeypatch.setitem(sys.modules, "kvcore.vllm.cuda_events", events)
+    assert memory.share(tensor) is handle
+    assert memory.mark() == b"event"

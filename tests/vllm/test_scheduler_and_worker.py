@@ -1,0 +1,102 @@
+"""Both halves with a played server: what no real one does at the right moment."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from kvcore.errors import DeadlineExceeded
+from kvcore.protocol import LookupReply
+from kvcore.vllm.connector_config import ConnectorConfig
+from kvcore.vllm.connector_scheduler import ConnectorScheduler
+from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
+from kvcore.vllm.request_state import GroupShape, Scheduled
+from tests.vllm.fake_engine import Pool, Request
+from tests.vllm.scripted_link import LinkCall, ScriptedLink
+
+BLOCK, CHUNK = 2, 4
+
+
+class Halves:
+    """One scheduler half and one worker half, each with a played link."""
+
+    def __init__(self, **config: Any) -> None:
+        settings = ConnectorConfig(**config)
+        self.link, self.worker_link = ScriptedLink(CHUNK), ScriptedLink(CHUNK)
+        self.scheduler = ConnectorScheduler(
+            cast(Any, self.link),
+            settings,
+            engine_id="engine",
+            model="model",
+            world_size=1,
+            groups=[GroupShape(BLOCK)],
+            pool=Pool(),
+        )
+        self.worker = ConnectorWorker(settings, "engine", 0)
+        self.worker._link = cast(Any, self.worker_link)
+        self.worker._registration = Registration(cast(Any, None), (0,))
+
+    def step(self, *scheduled: Scheduled) -> None:
+        """Plan a step and begin what it says."""
+        plan = self.scheduler.step(scheduled)
+        self.worker.learn(plan)
+        self.worker.load(plan)
+        self.worker.store(plan)
+        self.worker.forget(plan.ended)
+
+    def collect(self) -> Collected:
+        """Collect what ended and report it to the scheduler half."""
+        collected = self.worker.collect()
+        self.scheduler.acknowledged(collected.acks, collected.failed)
+        return collected
+
+    def copies(self, kind: str) -> list[LinkCall]:
+        """Return the worker's copies under way."""
+        return [one for one in self.worker_link.client.pending if one.kind == kind]
+
+
+def test_a_late_answer_is_judged_once() -> None:
+    """An engine that asks on and on makes no server ill that is well again."""
+    halves = Halves()
+    request = Request("a", list(range(2 * CHUNK)))
+    assert halves.scheduler.matched(request, 0) is None
+    (lookup,) = halves.link.client.pending
+    lookup.future.set_exception(DeadlineExceeded("played"))
+    assert halves.scheduler.matched(request, 0) == 0
+    assert not halves.link.is_well
+    halves.link.is_well = True
+    assert halves.scheduler.matched(request, 0) == 0
+    assert halves.link.is_well
+
+
+def test_an_unanswered_lookup_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only an answer grows old."""
+    monkeypatch.setattr("kvcore.vllm.connector_scheduler.LOOKUP_VALID_S", -1.0)
+    halves = Halves()
+    request = Request("a", list(range(CHUNK)))
+    assert halves.scheduler.matched(request, 0) is None
+    assert halves.scheduler.matched(request, 0) is None
+    assert len(halves.link.client.pending) == 1
+
+
+def test_a_name_is_not_used_again_until_it_has_ended() -> None:
+    """Tokens and session of a request are not taken for those of the next."""
+    halves = Halves()
+    first = Request("a", list(range(CHUNK)))
+    assert halves.scheduler.matched(first, 0) is None
+    halves.link.client.pending[0].future.set_result(LookupReply(0, 0))
+    assert halves.scheduler.matched(first, 0) == 0
+    halves.scheduler.allocated("a", ([1, 2],), 0)
+    halves.step(Scheduled("a", 0, CHUNK, ([1, 2],), True))
+    halves.scheduler.finished("a")
+    second = Request("a", list(range(50, 50 + CHUNK)))
+    assert halves.scheduler.matched(second, 0) == 0  # Its store is under way.
+    halves.copies("store")[0].future.set_result(None)
+    halves.collect()
+    assert halves.scheduler.matched(second, 0) == 0  # No worker has forgotten it.
+    assert not [one for one in halves.link.client.pending if one.kind == "lookup"]
+    halves.step()
+    assert halves.scheduler.matched(second, 0) is None

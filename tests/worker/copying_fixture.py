@@ -1,0 +1,302 @@
+"""Clients that copy themselves beside a real engine, in one thread's hands.
+
+A call of a client is a strand: it stops where it waits for an answer, and before and
+after every chunk that it copies. Messages wait until a test has them delivered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from kvcore.client.pending_requests import Late, Retry
+from kvcore.client.reconnect import Registration, Told
+from kvcore.config import ServerConfig
+from kvcore.copy.chunk_copier import ChunkCopier
+from kvcore.engine.engine import Engine
+from kvcore.errors import Closed, DeadlineExceeded, KVError, Unavailable
+from kvcore.extents import Checksum
+from kvcore.protocol import Ping, Pong, RegisterReply, Request
+from kvcore.storage.arena import Arena
+from kvcore.worker.mapped_cache import MappedCache
+from kvcore.worker.ticket_requests import TicketRequests
+from tests.engine.engine_model import CHUNK, FAR_NS, MAX_TICKETS, PAGE
+from tests.engine.manual_threads import Answers, ManualLoop, Strand, current, pause
+
+
+class Killed(BaseException):
+    """What a strand of a process that was killed ends with."""
+
+
+@dataclass(eq=False)
+class Message:
+    """A request on the wire, and what became of it."""
+
+    connection: ManualConnection
+    request: Request[Any]
+    deadline_ns: int
+    late: Late | None = None
+    future: Future[Any] = field(default_factory=Future)
+
+    def end(self, outcome: Any) -> None:
+        """Take in the answer, or what is in place of one."""
+        if self.future.done():
+            if self.late is not None and not isinstance(outcome, BaseException):
+                self.late(outcome)
+        elif isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class ManualConnection:
+    """Has the calls of a `Connection`; its messages go to the house."""
+
+    house: ClassVar[CopyingFixture]
+    is_served_here = False
+
+    def __init__(self, address: str, _label: str) -> None:
+        self.identity = address.encode()
+        self.registered: dict[str, tuple[Registration, Told | None]] = {}
+        self.is_dead = False
+        hello = SimpleNamespace(chunk_size=CHUNK)
+        self.runs = SimpleNamespace(
+            peer=SimpleNamespace(hello=hello),
+            on_leave=[],
+            forget=lambda name: self.registered.pop(name, None),
+        )
+        self.house.connect(self)
+
+    def submit(
+        self,
+        request: Request[Any],
+        timeout_s: float,
+        _retry: Retry | None = None,
+        late: Late | None = None,
+    ) -> Future[Any]:
+        """Put it on the wire."""
+        if self.is_dead:
+            raise Closed("the connection was closed")
+        deadline_ns = self.house.now_ns() + int(timeout_s * 1e9)
+        message = Message(self, request, deadline_ns, late)
+        self.house.wire.append(message)
+        return message.future
+
+    def call(
+        self,
+        request: Request[Any],
+        timeout_s: float,
+        retry: Retry | None = None,
+        late: Late | None = None,
+    ) -> Any:
+        """Wait for the answer; a test's own thread has it at once."""
+        if isinstance(request, Ping):
+            return Pong(0)
+        future = self.submit(request, timeout_s, retry, late)
+        while not future.done():
+            if current() is None:
+                self.house.settle()
+            else:
+                self.house.pause()
+        try:
+            return future.result()
+        except KVError as error:
+            again = retry(error) if retry else None
+            if again is None:
+                raise
+            return self.call(again, timeout_s, None, late)
+
+    def register(
+        self, request: Registration, timeout_s: float, told: Told | None = None
+    ) -> RegisterReply:
+        """Register, and again with every other run."""
+        reply: RegisterReply = self.call(request, timeout_s)
+        self.registered[request.instance_id] = (request, told)
+        if told is not None:
+            told(reply)
+        return reply
+
+    def close(self) -> None:
+        """Say goodbye."""
+        if not self.is_dead:
+            self.is_dead = True
+            self.house.leave(self)
+
+
+class PausedCopier(ChunkCopier):
+    """Stops before and after every chunk."""
+
+    def gather(self, caches: Any, blocks: Any, places: Any) -> list[Checksum]:
+        """See `ChunkCopier`."""
+        house, made = ManualConnection.house, []
+        for place in places[0]:
+            house.pause_in_copy()
+            made += super().gather(caches, blocks, ((place,),))
+        house.pause_in_copy()
+        return made
+
+    def scatter(self, caches: Any, blocks: Any, places: Any, *rest: Any) -> int:
+        """See `ChunkCopier`."""
+        house, num_bytes = ManualConnection.house, 0
+        for place in places[0]:
+            house.pause_in_copy()
+            num_bytes += super().scatter(caches, blocks, ((place,),), *rest)
+        house.pause_in_copy()
+        return num_bytes
+
+
+class CopyingFixture:
+    """One run of a server after the other, its wire, and a clock."""
+
+    def __init__(self, config: ServerConfig, num_pages: int) -> None:
+        self.config = config
+        self.num_pages = num_pages
+        self.now = 1000.0
+        self.wire: deque[Message] = deque()
+        self.flying: dict[int, Message] = {}
+        self.connections: list[ManualConnection] = []
+        self.killed: set[Strand] = set()
+        self.copying: list[Strand] = []
+        """Strands in the middle of a copy."""
+        self.on_answer: list[Callable[[Message], None]] = []
+        ManualConnection.house = self
+        self._begin()
+
+    def now_ns(self) -> int:
+        """Return the time as deadlines have it."""
+        return FAR_NS + int(self.now * 1e9)
+
+    def _begin(self) -> None:
+        self.arena = Arena(self.num_pages * PAGE, PAGE)
+        self.engine = Engine(self.config, self.arena, clock=lambda: self.now)
+        self.engine.copier._clock_ns = self.now_ns
+        self.copies = TicketRequests(self.engine, MAX_TICKETS)
+        answers = Answers(lambda *_: None, self._answered)
+        self.loop = ManualLoop(self.engine, self.copies, answers, lambda: self.now)
+
+    def _end(self) -> None:
+        self.engine.close()
+        self.loop.close()
+        self.arena.close()
+
+    # -- strands ----------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop here; `Killed` if this strand's process has been meanwhile."""
+        pause()
+        strand = current()
+        if strand in self.killed:
+            raise Killed
+
+    def pause_in_copy(self) -> None:
+        """Stop while the copy is under way."""
+        strand = current()
+        assert strand is not None
+        self.copying.append(strand)
+        try:
+            self.pause()
+        finally:
+            self.copying.remove(strand)
+
+    def mapped(self, own: MappedCache, arena: str, wait: Callable[..., Any]) -> Any:
+        """Wait for another arena, which waits for the last copy in the earlier one."""
+        mapped = own._mapped
+        while mapped is not None and not mapped.done() and self.copying:
+            self.pause()
+        return wait(own, arena)
+
+    # -- the wire ---------------------------------------------------------------------
+
+    def connect(self, connection: ManualConnection) -> None:
+        """Take in a client."""
+        self.connections.append(connection)
+        self.loop.greet(connection.identity)
+
+    def leave(self, connection: ManualConnection) -> None:
+        """Undo what a client that is gone leaves; what it was asking is dropped."""
+        self.connections.remove(connection)
+        for message in self.messages_of(connection):
+            self._drop(message)
+        self.loop.kill(connection.identity)
+
+    def messages_of(self, connection: ManualConnection) -> list[Message]:
+        """Return what a client has asked and was not answered."""
+        asked = [*self.wire, *self.flying.values()]
+        return [message for message in asked if message.connection is connection]
+
+    def _drop(self, message: Message) -> None:
+        if message in self.wire:
+            self.wire.remove(message)
+        for number, flying in [*self.flying.items()]:
+            if flying is message:
+                del self.flying[number]
+        message.end(Closed("the connection was closed"))
+
+    def deliver(self, pick: int) -> None:
+        """Have the server receive some client's first message."""
+        clients = [*dict.fromkeys(message.connection for message in self.wire)]
+        sender = clients[pick % len(clients)]
+        self.receive(next(m for m in self.wire if m.connection is sender))
+
+    def receive(self, message: Message) -> None:
+        """Have the server receive a message."""
+        self.wire.remove(message)
+        number = self.loop.next_id()
+        self.flying[number] = message
+        sender = message.connection.identity
+        self.loop.ask(number, sender, message.request, message.deadline_ns)
+
+    def _answered(self, number: int, outcome: Any) -> None:
+        message = self.flying.pop(number, None)
+        if message is not None:
+            for told in self.on_answer:
+                told(message)
+            message.end(outcome)
+
+    def settle(self) -> None:
+        """Have all that is on the wire received and answered."""
+        while self.wire or self.loop.step() or self.loop.look_around():
+            if self.wire:
+                self.deliver(0)
+
+    def expire(self, message: Message) -> None:
+        """Have a client give up on an answer."""
+        message.end(DeadlineExceeded("no answer before the deadline"))
+
+    def restart(self, keeps: Sequence[bool]) -> None:
+        """Another run: what this one had received is lost, the rest sent on, or not."""
+        lost = [*self.flying.values()]
+        for at, message in enumerate([*self.wire]):
+            if not keeps[at % len(keeps)]:
+                self.wire.remove(message)
+                lost.append(message)
+        self.flying.clear()
+        for connection in self.connections:
+            for left in connection.runs.on_leave:
+                left()
+        self._end()
+        for message in lost:
+            message.end(Unavailable("the server is gone"))
+        self._begin()
+        for connection in self.connections:
+            self.loop.greet(connection.identity)
+            for request, told in [*connection.registered.values()]:
+                self._restore(connection, request, told)
+
+    def _restore(
+        self, connection: ManualConnection, request: Registration, told: Told | None
+    ) -> None:
+        message = Message(connection, request, 0)
+        number = self.loop.next_id()
+        self.flying[number] = message
+        self.loop.ask(number, connection.identity, request)
+        if told is not None:
+            told(message.future.result(0))
+
+    def close(self) -> None:
+        """End the last run."""
+        self._end()

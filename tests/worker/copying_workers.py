@@ -1,0 +1,167 @@
+"""Workers that copy themselves, their caches, and what must be in those."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvcore.errors import (
+    BadRequest,
+    ChunksMissing,
+    DeadlineExceeded,
+    KVError,
+    TokensNeeded,
+    Unavailable,
+)
+from kvcore.keys import SessionKey
+from kvcore.protocol import RegisterKVCache
+from kvcore.worker.copying_client import CopyingClient
+from tests.engine.engine_model import (
+    CHUNK,
+    IDENTS,
+    NUM_BLOCKS,
+    SHAPES,
+    PartOf,
+    content,
+    extras_of,
+    hashes_of,
+    tokens_of,
+)
+from tests.engine.manual_threads import Strand
+from tests.worker.copying_fixture import Killed, ManualConnection
+
+MODEL = "pair"
+BLOCK = 2
+A_CHUNK = CHUNK // BLOCK
+POISON = 255
+
+ENDS = (
+    BadRequest,  # Skips more than there is.
+    ChunksMissing,
+    DeadlineExceeded,
+    Killed,
+    TokensNeeded,
+    Unavailable,
+)
+
+
+def right(prompt: int, chunk: int) -> np.ndarray[Any, Any]:
+    """The bytes of a prompt's chunk, `[planes, tokens, bytes]`."""
+    ident = IDENTS[hashes_of(MODEL, 1, prompt)[chunk]]
+    return content(ident, PartOf(0, 0, 0))
+
+
+def key_of(prompt: int) -> SessionKey:
+    """The session that asks for a prompt."""
+    return SessionKey("c", f"r{prompt}")
+
+
+@dataclass(eq=False)
+class Call:
+    """A store or a retrieve, as far as it has come."""
+
+    kind: str
+    prompt: int
+    start: int
+    end: int
+    skip: int
+    timeout_s: float
+    has_null: bool
+    blocks: list[int] = field(default_factory=list)
+    future: Future[Any] = field(default_factory=Future)
+    strand: Strand | None = None
+
+    @property
+    def chunks(self) -> list[tuple[int, list[int]]]:
+        """Each chunk's place in the prompt, and its blocks."""
+        return [
+            (self.start + index, self.blocks[A_CHUNK * index : A_CHUNK * (index + 1)])
+            for index in range(self.end - self.start)
+        ]
+
+
+class Worker:
+    """A process that copies itself, and the calls that it is in, one of a kind."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.client = CopyingClient(name, timeout_s=20)
+        self.connection: ManualConnection = self.client._connection  # type: ignore[assignment]
+        self.calls: dict[str, Call] = {}
+        shape = SHAPES[MODEL][0]
+        dims = (shape.num_planes, NUM_BLOCKS, BLOCK, shape.width)
+        self.memory = np.full(dims, POISON, np.uint8)
+        self.register()
+
+    def register(self) -> None:
+        """Register the cache, or in place of its earlier self."""
+        group = SHAPES[MODEL][0].group(0, BLOCK, 0)
+        request = RegisterKVCache(self.name, "c", MODEL, 1, 0, (), (group,))
+        self.client.register_kv_cache(request, (self.memory.reshape(-1),))
+
+    def begin(self, call: Call) -> bool:
+        """Begin a call if there are blocks for it; say whether there were."""
+        taken = {block for other in self.calls.values() for block in other.blocks}
+        free = [block for block in range(NUM_BLOCKS) if block not in taken]
+        needed = A_CHUNK * (call.end - call.start)
+        if call.kind in self.calls or len(free) < needed:
+            return False
+        call.blocks = free[:needed][::-1]
+        for chunk, rows in call.chunks:
+            self.memory[:, rows] = POISON
+            if call.kind == "store":
+                filled = right(call.prompt, chunk)
+                self.memory[:, rows] = filled.reshape(-1, A_CHUNK, BLOCK, 2)
+        call.strand = Strand(lambda: self._run(call), call.future)
+        self.calls[call.kind] = call
+        self.go_on(call)
+        return True
+
+    def _run(self, call: Call) -> None:
+        tokens = np.frombuffer(tokens_of(call.prompt, 0, call.end * CHUNK), "<u4")
+        is_store = call.kind == "store"
+        rest = {} if is_store else {"skip_first_n_tokens": call.skip}
+        blocks = [*call.blocks[:-1], -1] if is_store and call.has_null else call.blocks
+        try:
+            result = getattr(self.client, call.kind)(
+                key_of(call.prompt),
+                self.name,
+                call.start * CHUNK,
+                call.end * CHUNK,
+                [blocks],
+                tokens,
+                extras=extras_of(call.prompt),
+                timeout_s=call.timeout_s,
+                **rest,
+            )
+        except (KVError, Killed) as error:
+            call.future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 - a defect, told in `check`
+            call.future.set_exception(AssertionError(repr(error)))
+        else:
+            call.future.set_result(result)
+
+    def go_on(self, call: Call) -> None:
+        """Have a call go on to its next stop."""
+        assert call.strand is not None
+        call.strand.resume()
+        if call.strand.is_done:
+            del self.calls[call.kind]
+            self.check(call)
+
+    def check(self, call: Call) -> None:
+        """A retrieve that ended well has written all of it; else nothing, or it."""
+        error = call.future.exception()
+        assert error is None or isinstance(error, ENDS), error
+        if call.kind == "store" or isinstance(error, Killed):
+            return
+        for chunk, rows in call.chunks:
+            found = self.memory[:, rows].reshape(self.memory.shape[0], CHUNK, -1)
+            wanted = right(call.prompt, chunk).copy()
+            skipped = min(max(call.skip - (chunk - call.start) * CHUNK, 0), CHUNK)
+            wanted[:, :skipped] = POISON
+            is_untouched = error is not None and (found == POISON).all()
+            assert is_untouched or (found == wanted).all()

@@ -1,0 +1,268 @@
+"""A client that copies itself, against a played server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, as_completed, wait
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcore.errors import (
+    BadRequest,
+    Closed,
+    DeadlineExceeded,
+    Overloaded,
+    Unavailable,
+    UnknownInstance,
+)
+from kvcore.extents import Extent, PartLocation
+from kvcore.keys import SessionKey
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.protocol import (
+    Abort,
+    ArenaHandle,
+    Commit,
+    Done,
+    Hold,
+    HoldReply,
+    Ping,
+    Pong,
+    PosixShm,
+    Private,
+    RegisterKVCache,
+    RegisterReply,
+    Release,
+    Reserve,
+    ReserveReply,
+    Store,
+    StoreReply,
+    UnregisterKVCache,
+)
+from kvcore.shm import Bytes, Segment
+from kvcore.worker.copying_client import CopyingClient
+from kvcore.worker.mapped_cache import CopyQueue
+from kvcore.worker.worker_memory import HostWorkerMemory, WorkerMemory
+from tests.client.test_connection import ScriptedServer, scripted_server
+
+__all__ = ["scripted_server"]
+
+KEY = SessionKey("e", "r")
+CHUNK = 64
+PART = 2 * 2 * CHUNK * 8
+GROUP = CacheGroup(
+    axes="LKNSD",
+    dtype="uint8",
+    block_size=16,
+    tensors=(TensorView(0, 0, (2, 2, 4, 16, 8), (1024, 512, 128, 8, 1)),),
+)
+PLACES = ((PartLocation(0, (Extent(0, PART),)),),)
+
+
+@pytest.fixture
+def arena() -> Iterator[Segment]:
+    """Memory with room for two parts."""
+    with Segment.create(f"kvtest-{os.getpid()}-arena", 2 * PART, touch=True) as segment:
+        yield segment
+
+
+@pytest.fixture
+def cache() -> Bytes:
+    """A cache of one chunk."""
+    return np.arange(PART, dtype=np.uint8)
+
+
+@pytest.fixture
+def client(
+    scripted_server: ScriptedServer, arena: Segment, cache: Bytes
+) -> Iterator[CopyingClient]:
+    """A client with the instance "i"."""
+    memory = PosixShm(arena.name, 0, arena.num_bytes)
+    scripted_server.answers |= {
+        RegisterKVCache: RegisterReply(("",), PART, ArenaHandle(memory, False)),
+        UnregisterKVCache: Done(),
+        Reserve: ReserveReply(7, arena.name, PLACES, 0, 0),
+        Hold: HoldReply(8, arena.name, PLACES),
+        Commit: StoreReply(1, 0, 0),
+        Abort: Done(),
+    }
+    with CopyingClient(scripted_server.address, timeout_s=20) as client:
+        request = RegisterKVCache("i", "e", "m", 1, 0, (), (GROUP,))
+        client.register_kv_cache(request, (cache,))
+        yield client
+
+
+BLOCKS = ([0, 1, 2, 3],)
+
+
+def test_what_is_registered_is_private(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """The server is told the size of the memory, and nothing of where it is."""
+    [asked] = [one for one in scripted_server.seen if isinstance(one, RegisterKVCache)]
+    assert asked.handles == (Private(PART),)
+
+
+@pytest.mark.parametrize(
+    ("method", "ask", "end"), [("store", Reserve, Abort), ("retrieve", Hold, Release)]
+)
+def test_a_ticket_that_comes_too_late_is_ended(
+    scripted_server: ScriptedServer,
+    client: CopyingClient,
+    arena: Segment,
+    method: str,
+    ask: type[Reserve] | type[Hold],
+    end: type[Abort] | type[Release],
+) -> None:
+    """Its caller has given up; the server must not wait for a copy that never is."""
+    scripted_server.answers[ask] = None
+    with pytest.raises(DeadlineExceeded):
+        getattr(client, method)(KEY, "i", 0, CHUNK, BLOCKS, timeout_s=0.05)
+    before = arena.array.copy()
+    kind = ReserveReply if ask is Reserve else HoldReply
+    rest = (0, 0) if ask is Reserve else ()
+    scripted_server.answer(ask, kind(9, arena.name, PLACES, *rest))
+    scripted_server.wait_for(end)
+    assert [one.ticket for one in scripted_server.seen if isinstance(one, end)] == [9]
+    assert np.array_equal(arena.array, before)
+
+
+def test_a_store_of_another_run_of_the_server_is_not_copied(
+    scripted_server: ScriptedServer, client: CopyingClient, arena: Segment
+) -> None:
+    """Its places are of an arena that is not mapped here: nothing is written."""
+    before = arena.array.copy()
+    scripted_server.answers[Reserve] = ReserveReply(7, "kvcore-another", PLACES, 0, 0)
+    with pytest.raises(Unavailable, match="went before its copy began"):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS)
+    scripted_server.wait_for(Abort)
+    assert np.array_equal(arena.array, before)
+
+
+def test_an_event_is_the_worker_s_own_to_wait_for(client: CopyingClient) -> None:
+    """No other process waits for it, so it is not handed on in silence."""
+    with pytest.raises(BadRequest, match="event"):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS, event=b"e" * 64)
+
+
+def test_an_end_is_said_however_much_waits_to_be_sent(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """The server is told when the queue moves again; other requests are refused."""
+    scripted_server.is_deaf.set()
+    pings = [client.submit(Ping(), 20) for _ in range(5000)]
+    errors = (ping.exception() for ping in as_completed(pings, 20))
+    assert any(isinstance(error, Overloaded) for error in errors)
+    end = client.submit(Abort(7), 20)
+    scripted_server.is_deaf.clear()
+    assert end.result(20) == Done()
+
+
+def test_an_end_is_said_when_nobody_waits_for_anything(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """The queue moves after all deadlines; else the ticket would stay for good."""
+    scripted_server.is_deaf.set()
+    asked = [client.submit(Ping(), 0.2) for _ in range(5000)]
+    asked.append(client.submit(Abort(7), 0.2))
+    wait(asked, 20)
+    assert isinstance(asked[-1].exception(), DeadlineExceeded)
+    scripted_server.is_deaf.clear()
+    scripted_server.wait_for(Abort)
+
+
+def test_a_closed_client_waits_for_its_copy(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """And is closed for the next one."""
+    assert client.submit_store(KEY, "i", 0, CHUNK, BLOCKS).result(20).num_stored == 1
+    client.close()
+    with pytest.raises(Closed):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS)
+
+
+def test_a_callback_may_close_while_a_copy_waits_for_its_answer(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """The answer would be taken in by the very thread that closes."""
+    scripted_server.answers[Reserve] = None
+    scripted_server.answers[Ping] = None
+    store = client.submit_store(KEY, "i", 0, CHUNK, BLOCKS)
+    scripted_server.wait_for(Reserve)
+    ended = client.submit(Ping(), 20)
+    closed = ended_with(ended, client.close)
+    scripted_server.wait_for(Ping, 2)
+    scripted_server.answer(Ping, Pong(0))
+    assert closed.wait(20)
+    with pytest.raises(Closed):
+        store.result(20)
+    client.close()
+    assert not client._own
+
+
+def ended_with(future: Future[Any], call: Callable[[], None]) -> Event:
+    """Have a future's callback call something, and say when that has returned."""
+    returned = Event()
+
+    def called(_: Future[Any]) -> None:
+        call()
+        returned.set()
+
+    future.add_done_callback(called)
+    return returned
+
+
+def test_a_run_that_goes_while_a_cache_is_registered_is_let_go(
+    scripted_server: ScriptedServer, client: CopyingClient, arena: Segment, cache: Bytes
+) -> None:
+    """Its arena is not kept for a cache that the caller has not been given yet."""
+    leave = client._connection.runs._leave
+    opened = Event()
+
+    def slow(*args: Any) -> WorkerMemory:
+        leave()
+        opened.set()
+        return HostWorkerMemory(*args)
+
+    request = RegisterKVCache("j", "e", "m", 1, 0, (), (GROUP,))
+    client.register_kv_cache(request, (cache,), slow)
+    assert opened.is_set()
+    assert client._own["j"]._mapped is None
+    with pytest.raises(Unavailable, match="went before its copy began"):
+        client.store(KEY, "j", 0, CHUNK, BLOCKS)
+
+
+def test_an_unregistered_cache_is_not_copied(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """The client asks the server, which knows no such instance of this one's."""
+    client.unregister_kv_cache("i")
+    scripted_server.answers[Store] = UnknownInstance("no instance")
+    with pytest.raises(UnknownInstance):
+        client.store(KEY, "i", 0, CHUNK, BLOCKS)
+
+
+def test_a_cache_that_cannot_be_opened_is_not_registered(
+    scripted_server: ScriptedServer, client: CopyingClient, cache: Bytes
+) -> None:
+    """Whatever stands in the way, the server is told, and a copy goes to the server."""
+
+    def broken(*_: object) -> WorkerMemory:
+        raise RuntimeError("no such device")
+
+    request = RegisterKVCache("j", "e", "m", 1, 0, (), (GROUP,))
+    with pytest.raises(RuntimeError, match="no such device"):
+        client.register_kv_cache(request, (cache,), broken)
+    assert UnregisterKVCache("j") in scripted_server.seen
+    assert client.submit_store(KEY, "i", 0, CHUNK, BLOCKS).result(20).num_stored == 1
+
+
+def test_a_direction_that_closed_takes_no_more() -> None:
+    """Its caller found the instance just before it was unregistered."""
+    direction = CopyQueue("test")
+    direction.close()
+    with pytest.raises(UnknownInstance, match="before it was submitted"):
+        direction.submit(lambda: None)

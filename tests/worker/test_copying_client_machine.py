@@ -1,0 +1,339 @@
+"""Workers that copy themselves, in any order of events, beside a simple model.
+
+The client is real, and the engine; only the wire is played. Whatever happens, what is
+readable under a key is what was stored for it, a cache is written by its retrieves
+alone, and nothing stays reserved or held when everyone has gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from kvcore.client import client as client_module
+from kvcore.config import L1Config, ServerConfig, SessionConfig, WireConfig
+from kvcore.errors import (
+    UnknownTicket,
+)
+from kvcore.extents import buffers_of
+from kvcore.options import ByteSize
+from kvcore.protocol import (
+    Abort,
+    Clear,
+    Commit,
+    EndSession,
+    Lookup,
+    Release,
+)
+from kvcore.storage.chunk import Chunk
+from kvcore.worker import copying_client as copying
+from kvcore.worker import mapped_cache as own
+from kvcore.worker.mapped_cache import MappedCache
+from tests.engine.engine_model import (
+    CHUNK,
+    IDENTS,
+    LEASE_S,
+    MAX_CHUNKS,
+    PAGE,
+    Ident,
+    PartOf,
+    content,
+    extras_of,
+    tokens_of,
+)
+from tests.worker.copying_fixture import (
+    CopyingFixture,
+    ManualConnection,
+    Message,
+    PausedCopier,
+)
+from tests.worker.copying_workers import MODEL, Call, Worker, key_of
+
+PROMPTS = range(4)
+
+picks = st.integers(0, 1000)
+workers_at = st.integers(0, 1)
+
+
+class CopyingMachine(RuleBasedStateMachine):
+    """Nothing moves but by a rule."""
+
+    @initialize(
+        num_pages=st.integers(2, 10),
+        verify=st.booleans(),
+        quota=st.sampled_from([0, 0, PAGE, 3 * PAGE]),
+    )
+    def build(self, num_pages: int, verify: bool, quota: int) -> None:
+        """Start a server and two workers of one rank."""
+        quotas = {f"model:{MODEL}": ByteSize(quota)} if quota else {}
+        config = ServerConfig(
+            chunk_size=CHUNK,
+            l1=L1Config(verify=verify, quotas=quotas),
+            wire=WireConfig(slice_chunks=1),
+            sessions=SessionConfig(lease_s=LEASE_S, idle_s=30.0, max_sessions=3),
+        )
+        self.house = CopyingFixture(config, num_pages)
+        self.ended: list[tuple[ManualConnection, int]] = []
+        self.house.on_answer.append(self.on_answer)
+        self.spoiled: set[int] = set()
+        self.kept: list[Chunk] = []
+        """Those that were spoiled ever, so that no other has their ids."""
+        house, waits = self.house, MappedCache.mapped
+
+        def mapped(cache: MappedCache, arena: str) -> Any:
+            return house.mapped(cache, arena, waits)
+
+        self.patches = [
+            mock.patch.object(client_module, "Connection", ManualConnection),
+            mock.patch.object(copying, "monotonic_ns", house.now_ns),
+            mock.patch.object(own, "Mover", PausedCopier),
+            mock.patch.object(MappedCache, "mapped", mapped),
+        ]
+        for patch in self.patches:
+            patch.start()
+        self.workers = [Worker(f"w{at}") for at in range(2)]
+
+    def on_answer(self, message: Message) -> None:
+        """Note the tickets that end."""
+        if isinstance(message.request, Commit | Abort | Release):
+            self.ended.append((message.connection, message.request.ticket))
+
+    # -- rules: calls -----------------------------------------------------------------
+
+    @rule(
+        at=workers_at,
+        prompt=st.sampled_from(PROMPTS),
+        start=st.integers(0, MAX_CHUNKS - 1),
+        num_chunks=st.integers(1, MAX_CHUNKS),
+        skip=st.integers(0, CHUNK + 1),
+        kind=st.sampled_from(["store", "retrieve"]),
+        timeout_s=st.sampled_from([20.0, 20.0, 3.0]),
+        has_null=st.booleans(),
+        num_steps=st.integers(0, 6),
+    )
+    def begin(
+        self,
+        at: int,
+        prompt: int,
+        start: int,
+        num_chunks: int,
+        skip: int,
+        kind: str,
+        timeout_s: float,
+        has_null: bool,
+        num_steps: int,
+    ) -> None:
+        """A worker stores or retrieves, and comes as far as it does."""
+        worker = self.workers[at]
+        end = min(start + num_chunks, MAX_CHUNKS)
+        call = Call(kind, prompt, start, end, skip, timeout_s, has_null)
+        if worker.begin(call):
+            self.go_far(worker, call, num_steps)
+
+    def go_far(self, worker: Worker, call: Call, num_steps: int) -> None:
+        """Have a call go on so often, unless it waits for another's copy to end."""
+        for _ in range(num_steps):
+            is_blocked = {*self.house.copying} - {call.strand}
+            if is_blocked or call.future.done():
+                return
+            self.house.settle()
+            worker.go_on(call)
+
+    @precondition(lambda self: self.house.wire)
+    @rule(pick=picks, times=st.integers(1, 3))
+    def deliver(self, pick: int, times: int) -> None:
+        """The server receives."""
+        for _ in range(times):
+            if self.house.wire:
+                self.house.deliver(pick)
+
+    @precondition(lambda self: self.house.flying)
+    @rule(times=st.integers(1, 3))
+    def slice(self, times: int) -> None:
+        """The server goes on with what it has in slices."""
+        for _ in range(times):
+            self.house.loop.step()
+        self.house.loop.look_around()
+
+    @precondition(lambda self: self.busy())
+    @rule(pick=picks, times=st.integers(1, 4))
+    def resume(self, pick: int, times: int) -> None:
+        """A call goes on."""
+        for _ in range(times):
+            busy = self.busy()
+            if busy:
+                worker, call = busy[pick % len(busy)]
+                worker.go_on(call)
+
+    def busy(self) -> list[tuple[Worker, Call]]:
+        """Return the calls that have not ended."""
+        return [(w, call) for w in self.workers for call in w.calls.values()]
+
+    @precondition(lambda self: self.busy())
+    @rule(pick=picks)
+    def finish(self, pick: int) -> None:
+        """A call goes on to its end, and others stay where they are."""
+        worker, call = self.busy()[pick % len(self.busy())]
+        self.go_far(worker, call, 100)
+
+    @precondition(lambda self: self.busy())
+    @rule()
+    def drain(self) -> None:
+        """Everything comes to its end: no ticket is left."""
+        while self.house.wire or self.busy():
+            self.house.settle()
+            for worker, call in self.busy():
+                worker.go_on(call)
+        self.house.settle()
+        assert len(self.house.copies.tickets) == 0
+        assert self.house.engine.l1.stats().num_reserved == 0
+
+    # -- rules: what comes in between -------------------------------------------------
+
+    @precondition(lambda self: self.busy())
+    @rule(pick=picks, what=st.sampled_from(["time", "late", "kill", "restart"]))
+    def strike(self, pick: int, what: str) -> None:
+        """Time goes by, a process ends, or a client gives up on an answer."""
+        waiting = [*self.house.wire, *self.house.flying.values()]
+        if what == "kill":
+            worker, _ = self.busy()[pick % len(self.busy())]
+            self.kill(self.workers.index(worker), pick % 3)
+        elif what == "restart":
+            self.ended.clear()
+            self.house.restart([bool(pick & 1), bool(pick & 2)])
+        elif what == "late" and waiting:
+            self.house.expire(waiting[pick % len(waiting)])
+        else:
+            self.house.now += (1.0, 5.0, 11.0, 31.0)[pick % 4]
+            self.house.engine.expire()
+
+    def kill(self, at: int, num_heard: int) -> None:
+        """A worker is killed wherever it is; some of what it sent still arrives."""
+        worker = self.workers[at]
+        connection = worker.connection
+        connection.is_dead = True
+        for call in [*worker.calls.values()]:
+            assert call.strand is not None
+            self.house.killed.add(call.strand)
+            worker.go_on(call)
+            assert call.kind not in worker.calls
+        for message in self.house.messages_of(connection)[:num_heard]:
+            if message in self.house.wire:
+                self.house.receive(message)
+        self.house.leave(connection)
+        worker.client.close()
+        self.workers[at] = Worker(worker.name)
+
+    @rule(
+        at=workers_at,
+        prompt=st.sampled_from(PROMPTS),
+        what=st.sampled_from(["look up", "look up", "end", "clear"]),
+    )
+    def ask(self, at: int, prompt: int, what: str) -> None:
+        """A scheduler asks; a request may end whatever is copied for it."""
+        key, end = key_of(prompt), MAX_CHUNKS * CHUNK
+        tokens = tokens_of(prompt, 0, end)
+        requests = {
+            "look up": Lookup(key, MODEL, 1, end, tokens, 0, extras_of(prompt)),
+            "end": EndSession(key),
+            "clear": Clear(),
+        }
+        self.workers[at].client.submit(requests[what])
+
+    @precondition(lambda self: self.house.config.l1.verify)
+    @rule(pick=picks)
+    def spoil(self, pick: int) -> None:
+        """A byte of a readable chunk changes; its next reader finds out."""
+        l1 = self.house.engine.l1
+        chunks = [c for c in l1.peek(l1.hashes()) if c is not None and c.ready]
+        if chunks:
+            chunk = chunks[pick % len(chunks)]
+            for part in chunk.parts.values():
+                self.house.arena.array[part.extents[0].offset] ^= 1
+            self.spoiled ^= {id(chunk)}
+            self.kept.append(chunk)
+
+    @precondition(lambda self: self.ended)
+    @rule(pick=picks, kind=st.sampled_from([Commit, Abort, Release]))
+    def end_again(self, pick: int, kind: type[Commit | Abort | Release]) -> None:
+        """What has ended stays so, whoever says it again."""
+        connection, number = self.ended[pick % len(self.ended)]
+        asks = self.workers[pick % 2].client
+        if not connection.is_dead:
+            asks = next(w.client for w in self.workers if w.connection is connection)
+        future = asks.submit(kind(number))
+        self.house.settle()
+        assert isinstance(future.exception(), UnknownTicket)
+
+    @rule(at=workers_at)
+    def register_again(self, at: int) -> None:
+        """A cache that is not being copied is replaced."""
+        worker = self.workers[at]
+        if not worker.calls:
+            worker.register()
+
+    # -- what always holds ------------------------------------------------------------
+
+    @invariant()
+    def what_is_readable_is_right(self) -> None:
+        """Every byte of it."""
+        if not hasattr(self, "workers"):
+            return
+        l1 = self.house.engine.l1
+        l1.check()
+        hashes = [key for key, ident in IDENTS.items() if is_ours(ident)]
+        for key, chunk in zip(hashes, l1.peek(hashes), strict=True):
+            if chunk is None or not chunk.ready or id(chunk) in self.spoiled:
+                continue
+            for part in chunk.parts.values():
+                data = buffers_of(self.house.arena.array.data, part.extents)
+                wanted = content(IDENTS[key], PartOf(0, 0, 0)).tobytes()
+                assert b"".join(data) == wanted
+
+    def teardown(self) -> None:
+        """When everyone has gone, nothing is left."""
+        if not hasattr(self, "workers"):
+            return
+        try:
+            self.drain()
+            for worker in self.workers:
+                worker.client.close()
+            self.check_idle()
+        finally:
+            self.house.close()
+            for patch in self.patches:
+                patch.stop()
+
+    def check_idle(self) -> None:
+        """Nothing is held, reserved or leased; all pages come back."""
+        engine = self.house.engine
+        assert all(s.num_running == 0 for s in engine.sessions._sessions.values())
+        self.house.now += 100
+        engine.expire()
+        stats = engine.l1.stats()
+        assert (stats.num_held, stats.num_reserved) == (0, 0)
+        assert (len(engine.sessions), len(engine.leases)) == (0, 0)
+        engine.l1.drop(engine.l1.hashes())
+        assert self.house.arena.used_bytes == 0
+
+
+def is_ours(ident: Ident) -> bool:
+    """Whether a chunk can be one of this machine's."""
+    return (ident.model, ident.world_size) == (MODEL, 1)
+
+
+TestCopyingMachine = CopyingMachine.TestCase
+TestCopyingMachine.__doc__ = """Whatever happens, right bytes, and nothing left."""
+TestCopyingMachine.settings = settings(
+    max_examples=4 * settings().max_examples, stateful_step_count=50
+)
