@@ -61,7 +61,7 @@ from tests.blend.blend_model import (
 from tests.blend.manual_threads import ManualLane, SteppedClock, small_steps
 from tests.tiers.manual_tier import ManualTier
 
-COORDINATOR = "kvcore.tiers.tier_manager.Coordinator"
+COORDINATOR = "kvcore.tiers.tier_manager.TimerThread"
 _numbers = count()
 
 

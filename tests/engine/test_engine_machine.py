@@ -171,7 +171,7 @@ class EngineMachine(RuleBasedStateMachine):
         make_manager = partial(TierManager, coordinator=self.coordinator)
         self.patches = [
             mock.patch.object(worker_copies, "LOOP_CHUNKS", 1),
-            mock.patch.object(engine_module, "Manager", make_manager),
+            mock.patch.object(engine_module, "TierManager", make_manager),
             mock.patch.object(lookups, "monotonic_ns", self.now_ns),
             mock.patch.object(coordinator.log, "exception", self.wrong.append),
         ]

@@ -110,6 +110,6 @@ def test_the_schema_knows_every_key() -> None:
     assert properties(schema, "Scenario").keys() == set(Scenario.__struct_fields__)
     assert "max_steps" in properties(schema, "Sweep")
     assert "max_prompt_tokens" in properties(schema, "EngineConfig")
-    for kind in ("Scenario", "ServedScenario"):
+    for kind in ("Scenario", "VLLMScenario"):
         server = properties(schema, kind)["server"]["properties"]
         assert "anyOf" in server["l1"]["properties"]["size"]

@@ -209,9 +209,9 @@ def test_shared_memory_has_a_name_of_its_owners(
 
 SHARE_AND_WAIT = """
 import sys
-from kvcore.vllm.shared_cache import Memory
+from kvcore.vllm.shared_cache import SharedCacheMemory
 from tests.vllm.test_kv_cache_groups import Storage, Tensor
-memory = Memory()
+memory = SharedCacheMemory()
 print(memory.share(Tensor((8, 32), (32, 1), Storage(1024))).name, flush=True)
 sys.stdin.read()
 """
@@ -278,7 +278,7 @@ def test_a_gpus_memory_is_named_by_cuda_ipc(
         memory.share(tensor)
     assert memory.mark() == b""
     exporter = SimpleNamespace(export_tensor=lambda _: handle)
-    events = SimpleNamespace(Events=lambda: SimpleNamespace(mark=lambda: b"event"))
+    events = SimpleNamespace(CudaEvents=lambda: SimpleNamespace(mark=lambda: b"event"))
     monkeypatch.setitem(sys.modules, "kvcore.cuda.ipc", exporter)
     monkeypatch.setitem(sys.modules, "kvcore.vllm.cuda_events", events)
     assert memory.share(tensor) is handle

@@ -96,7 +96,7 @@ class CopyingMachine(RuleBasedStateMachine):
         self.patches = [
             mock.patch.object(client_module, "Connection", ManualConnection),
             mock.patch.object(copying, "monotonic_ns", house.now_ns),
-            mock.patch.object(own, "Mover", PausedCopier),
+            mock.patch.object(own, "ChunkCopier", PausedCopier),
             mock.patch.object(MappedCache, "mapped", mapped),
         ]
         for patch in self.patches:
