@@ -3,20 +3,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-tiers test-torch browser regress baseline format bench docs clean \
+.PHONY: demo test test-all test-tiers test-torch browser regress baseline format bench docs clean \
   demo-vllm test-vllm gpu wheels
 
-# Play two engines with two ranks each against a real server.
+# Simulate two engines with two ranks each against a real server.
 demo: $(VENV)/.light
 	$(BIN)/kvctl bench run scenarios/quickstart.toml
 
-# The gate of every change: style, types, tests. Some three minutes, no torch. Three
+# The gate of every change: style, types, tests, without torch or a GPU. Three
 # processes for two cores, since the system tests wait more than they work.
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+
+# The same with the long tests and the full number of random examples.
+test-all: $(VENV)/.test
+	.ci/sizes --check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --hypothesis-profile full --numprocesses 3 --dist worksteal \
+	  -m 'not gpu and not torch and not vllm and not soak and not tiers and not browser'
 
 # The tiers over real stores, each started and killed by its tests: Valkey, Redis, an S3
 # server, Mooncake Store, which two servers on two hosts share as well. And eviction
@@ -30,18 +39,18 @@ test-torch: $(VENV)/.torch
 	.ci/stub $(BIN)/python -m pytest -m 'torch or (gpu and not card)' \
 	  --numprocesses 2 --dist worksteal
 
-# Open the report in a real browser: on a desk, on a phone, in the dark, on paper.
+# Open the report in a real browser: desktop, phone, dark mode, print.
 browser: $(VENV)/.test
 	.ci/chromium
 	$(BIN)/python -m pytest -m browser
 
-# vLLM for CPUs in a venv of its own, 3.4 GB, made once.
+# vLLM for CPUs in a virtual environment of its own, 3.4 GB, made once.
 VLLM_VENV ?= .venv-vllm
 $(VLLM_VENV)/.ready: .ci/vllm pyproject.toml
 	PYTHON=$(PYTHON) .ci/vllm $(VLLM_VENV)
 	@touch $@
 
-# Prompts for a real vLLM: without the server, with it, and once more in a new process.
+# Prompts to a real vLLM: without the server, with it, and again in a new process.
 demo-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m kvctl bench run scenarios/vllm.toml
 
@@ -66,14 +75,14 @@ format: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest tests/benchmarks
 
-# The working tree against a commit, both installed and played in turn:
+# The working tree against a commit, both installed and run in turns:
 # make regress BASE=main. Counts are held against results/baselines as well.
 BASE ?= HEAD
 REPEAT ?= 20
 regress: $(VENV)/.light
 	$(BIN)/kvctl bench regress --base $(BASE) --repeat $(REPEAT)
 
-# New counts on purpose: look at the difference before you commit it.
+# Accept new counts: look at the difference before committing it.
 baseline: $(VENV)/.light
 	rm -rf results/runs/baseline
 	$(BIN)/kvctl bench run scenarios/regress.toml --out results/runs/baseline
