@@ -31,6 +31,7 @@ CORE = (
     ("kvcore.copy",),
     ("kvcore.storage",),
     ("kvcore.engine",),
+    ("kvcore.extensions",),
     ("kvcore.server", "kvcore.client"),
 )
 """Packages of the core, lowest first. A module imports its own floor and lower ones."""
@@ -47,11 +48,7 @@ OPTIONAL = (
 FLOORS = (*CORE, OPTIONAL, ("kvctl",))
 
 PENDING: dict[str, tuple[str, ...]] = {
-    "kvcore.copy": ("kvcore.blend", "kvcore.cuda"),
-    "kvcore.storage": ("kvcore.tiers",),
-    "kvcore.engine": ("kvcore.tiers",),
-    "kvcore.server": ("kvcore.blend", "kvcore.tiers", "kvcore.worker"),
-    "kvcore.client": ("kvcore.blend", "kvcore.worker"),
+    "kvcore.copy": ("kvcore.blend",),
 }
 """Imports of optional parts that remain to be removed from the core."""
 

@@ -7,10 +7,11 @@ here is another way to make the plan of a copy, and a hash space for documents.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -42,6 +43,7 @@ from kvcore.engine.leases import LeaseNumber
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
 from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded, UnknownInstance
+from kvcore.extensions import ServiceHandler
 from kvcore.keys import ChunkHash, ExtraKey, HashChain, SessionKey
 from kvcore.protocol import (
     CBLookupPreComputed,
@@ -53,12 +55,14 @@ from kvcore.protocol import (
     CBStorePreComputed,
     CBUnregisterKVCache,
     RegisterReply,
+    Request,
     RetrieveReply,
     Store,
     StoreReply,
     UnregisterKVCache,
 )
 from kvcore.rope import Rope
+from kvcore.status import TicketStatus
 from kvcore.storage.chunk import DropReason
 from kvcore.storage.l1 import Chunk
 
@@ -83,11 +87,11 @@ class BlendEngine:
         self.engine = engine
         self.chunk_size = config.chunk_size
         self._slice_chunks = config.wire.slice_chunks
-        self.counters = BlendCounters()
+        self._counters = BlendCounters()
         self._kept = kept = open_document_journal(config)
         self.index = DocumentIndex(
             int(config.l1.size) // int(config.l1.page),
-            config.blend.max_tier_chunks if engine.manager else 0,
+            config.blend.max_tier_chunks if engine.tiering.has_tiers else 0,
             kept,
             self._is_in_l1,
         )
@@ -105,21 +109,41 @@ class BlendEngine:
         if config.matcher == "separated":
             return separated
         anywhere = RollingHashMatcher(self.index, rolling)
-        if self.engine.manager is None or not (markers.start or markers.end):
+        if not self.engine.tiering.has_tiers or not (markers.start or markers.end):
             return anywhere
         return CombinedMatcher(anywhere, separated)
 
     def _restore(self, kept: DocumentJournal) -> None:
         """Enter what an earlier run knew; a tier may have all of it."""
-        has_tiers = self.engine.manager is not None
+        has_tiers = self.engine.tiering.has_tiers
         for entry in kept.read():
             self.index.add(entry)
             if has_tiers or self.engine.l1.peek([entry.hash]) == [None]:
                 self.index.leave(entry.hash, in_tier=has_tiers)
 
-    def counts(self) -> dict[str, int]:
-        """Return everything counted, by name."""
-        return {**asdict(self.counters), "document_chunks": len(self.index)}
+    def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
+        """Return the handler of each blend request."""
+        return {
+            CBRegisterKVCache: self.cb_register_kv_cache,
+            CBUnregisterKVCache: self.cb_unregister_kv_cache,
+            CBStorePreComputed: self.cb_store_pre_computed,
+            CBStoreFinal: self.cb_store_final,
+            CBLookupPreComputed: self.cb_lookup_pre_computed,
+            CBRetrievePreComputed: self.cb_retrieve_pre_computed,
+        }
+
+    def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
+        """Return none: blend buffers are copied by the server."""
+        del limit
+        return ()
+
+    def num_tickets(self) -> int:
+        """Return 0."""
+        return 0
+
+    def counters(self) -> dict[str, int]:
+        """Return counters by name; `document_chunks` is what the index holds now."""
+        return {**asdict(self._counters), "document_chunks": len(self.index)}
 
     def close(self) -> None:
         """Leave what is kept to the next server."""
@@ -206,7 +230,7 @@ class BlendEngine:
             raise
 
         def finish() -> StoreReply:
-            self.counters.document_stores += 1
+            self._counters.document_stores += 1
             self._settle(entries)
             return self.engine.count_stored(self.engine.result(future))
 
@@ -264,9 +288,9 @@ class BlendEngine:
 
         def answer(found: FoundDocuments) -> CBLookupReply:
             hit = len(found.matches) * self.chunk_size
-            self.counters.document_lookups += 1
-            self.counters.document_lookup_tokens += len(tokens)
-            self.counters.document_tokens_hit += hit
+            self._counters.document_lookups += 1
+            self._counters.document_lookup_tokens += len(tokens)
+            self._counters.document_tokens_hit += hit
             return CBLookupReply(found.ranges, found.matches, hit)
 
         find = self.lookups.find(session, tokens, documents, caller, answer)
@@ -315,7 +339,7 @@ class BlendEngine:
         instance: Instance,
         lease: LeaseNumber | None,
     ) -> RetrieveReply:
-        self.counters.document_retrieves += 1
+        self._counters.document_retrieves += 1
         self.engine.counters.bytes_retrieved += self.engine.result(future)
         self.lookups.read(request.session, matches, instance.rank, lease)
         num_tokens = len(matches) * self.chunk_size

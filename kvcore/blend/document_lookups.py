@@ -23,11 +23,11 @@ from kvcore.engine.leases import LeaseNumber
 from kvcore.engine.lookups import ACQUIRE_CHUNKS
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
+from kvcore.engine.tiering import PrefetchTask
 from kvcore.keys import ChunkHash, SaltedKey, SessionKey
 from kvcore.protocol import CBMatch, CBRange
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.required_parts import RequiredParts
-from kvcore.tiers.prefetch_jobs import JobState, PrefetchJob
 
 
 class SessionDocuments(SessionKey, frozen=True, array_like=True):
@@ -62,7 +62,7 @@ class _DocumentWait:
     """A session's lookup and its loads, and whether somebody still wants them."""
 
     client: Hashable
-    jobs: list[PrefetchJob] = field(default_factory=list)
+    jobs: list[PrefetchTask] = field(default_factory=list)
     cancelled: bool = False
 
 
@@ -194,17 +194,15 @@ class DocumentLookups:
         caller: RequestContext,
     ) -> None:
         """Begin to load what is missing, of all runs."""
-        manager = self._engine.manager
-        if manager is None:
+        if not self._engine.tiering.has_tiers:
             return
         wait.jobs = [
-            manager.submit_prefetch_task(
+            self._engine.tiering.prefetch(
                 each.run.hashes[len(each.chunks) :],
                 needs,
                 chunk_size=self._engine.chunk_size,
                 deadline=self._engine.lookups.deadline(caller),
                 owner=owner,
-                wait=True,
             )
             for each in held
             if len(each.chunks) < len(each.run.hashes)
@@ -227,14 +225,11 @@ class DocumentLookups:
                 each.chunks += self._engine.l1.acquire_leading(missing, needs.full)
         for job in wait.jobs:
             self._forget_missing(job)
-            if self._engine.manager is not None:
-                self._engine.manager.prefetcher.settle(job)
+            job.settle()
 
-    def _forget_missing(self, job: PrefetchJob) -> None:
-        """Match no more what every tier said that it does not have."""
-        if job.state is not JobState.DONE or job.tier_failed:
-            return
-        for key in job.keys[job.goal : job.goal + 1]:
+    def _forget_missing(self, job: PrefetchTask) -> None:
+        """Forget what every tier said it lacks."""
+        for key in job.missing:
             if self._engine.l1.peek([key]) == [None]:
                 self._index.forget(key)
 
@@ -250,8 +245,7 @@ class DocumentLookups:
             return
         wait.cancelled = True
         for job in wait.jobs:
-            if self._engine.manager is not None:
-                self._engine.manager.prefetcher.cancel(job)
+            job.cancel()
 
     def _cancel_client(self, client: Hashable) -> None:
         waits = self._waits.items()
@@ -284,8 +278,7 @@ class DocumentLookups:
         if self._index.num_in_tier:
             for chunk in chunks:
                 self._index.touch(chunk.hash)
-        if self._engine.manager is not None:
-            self._engine.manager.write_back.used(chunks)
+        self._engine.tiering.used(chunks)
         return found
 
     def _told(self, held: Sequence[_HeldMatches]) -> FoundDocuments:

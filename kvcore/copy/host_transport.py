@@ -7,24 +7,16 @@ copies and the worker's own work.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Literal
 
 from kvcore.copy.host_cache import HostCache
 from kvcore.copy.transport import AttachedMemory, Transport
-from kvcore.errors import DeviceFailed, HandleError, SetupError
+from kvcore.errors import HandleError
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc, MemoryHandle, PosixShm, Private
-from kvcore.shm import Bytes, Segment
+from kvcore.protocol import MemoryHandle, PosixShm, Private
+from kvcore.shm import Segment
 from kvcore.status import DeviceStatus
-
-log = logging.getLogger(__name__)
-
-DeviceChoice = Literal["auto", "cuda", "cpu"]
-_DRIVER = "libcuda.so.1"
 
 
 class TransportTable:
@@ -152,48 +144,3 @@ class PrivateTransport:
 
     def close(self) -> None:
         """Do nothing; see the class."""
-
-
-def open_transports(
-    device: DeviceChoice, arena: Bytes, copy_threads: int = 2
-) -> TransportTable:
-    """Make the transports of a server; with a GPU, the arena is page-locked for it.
-
-    "auto" takes CUDA where there is a driver, and says in the log why not.
-
-    Raises:
-        SetupError: "cuda", and there is none that works; or the arena cannot be
-            page-locked.
-    """
-    if device == "cpu" or (device == "auto" and not _has_driver()):
-        return TransportTable(copy_threads=copy_threads)
-    try:
-        # Here: it takes its time, and most servers have no GPU.
-        from kvcore.cuda.driver import open_devices
-
-        devices = open_devices()
-    except SetupError as error:
-        if device == "cuda":
-            raise SetupError(f"device = cuda: {error.message}") from None
-        log.warning("device = auto: caches in host memory only: %s", error.message)
-        return TransportTable(copy_threads=copy_threads)
-    from kvcore.cuda.ipc import CudaTransport
-
-    try:
-        cuda = CudaTransport(devices, arena)
-    except DeviceFailed as error:
-        raise SetupError(
-            f"device = {device}: {error.message}; make L1 smaller (--l1-size), or "
-            "start with --device cpu for caches in host memory"
-        ) from None
-    log.info("device = %s: %s", device, ", ".join(map(repr, devices)))
-    return TransportTable({CudaIpc: cuda}, copy_threads=copy_threads)
-
-
-def _has_driver() -> bool:
-    """Say whether the driver's library can be loaded, the cheapest of questions."""
-    try:
-        ctypes.CDLL(_DRIVER)
-    except OSError:
-        return False
-    return True

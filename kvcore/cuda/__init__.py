@@ -1,1 +1,23 @@
-"""Caches in a GPU's memory: reached by CUDA IPC, copied by streams of our own."""
+"""Caches in GPU memory: reached by CUDA IPC, copied on streams of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcore.copy.transport import Transport
+    from kvcore.extensions import Extensions
+    from kvcore.protocol import MemoryHandle
+    from kvcore.shm import Bytes
+
+
+def register(extensions: Extensions) -> None:
+    """Offer the transport of CUDA IPC handles."""
+    extensions.transports.append(_open)
+
+
+def _open(device: str, arena: Bytes) -> Mapping[type[MemoryHandle], Transport]:
+    from kvcore.cuda.device_choice import open_cuda_transports
+
+    return open_cuda_transports(device, arena)

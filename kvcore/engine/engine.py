@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvcore.config import ServerConfig
 from kvcore.copy.host_transport import TransportTable
@@ -21,6 +21,7 @@ from kvcore.engine.miss_history import HASH_DIGITS, MIN_KEY_DIGITS, MissHistory
 from kvcore.engine.registry import GONE_MEANWHILE, Registry
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
+from kvcore.engine.tiering import OpenTiering, no_tiering
 from kvcore.engine.transfer_plan import TransferPlan, TransferPlanner
 from kvcore.engine.transfers import StoreCounts, Transfers
 from kvcore.errors import (
@@ -43,6 +44,7 @@ from kvcore.protocol import (
     PosixShm,
     RegisterKVCache,
     RegisterReply,
+    Request,
     Retrieve,
     RetrieveReply,
     Store,
@@ -57,12 +59,13 @@ from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import RecoveredArena
 from kvcore.storage.required_parts import RequiredParts
-from kvcore.tiers.tier import Tier
-from kvcore.tiers.tier_manager import TierManager
 
 __all__ = ["Engine"]
 
 T = TypeVar("T")
+
+Handler = Callable[[Any, RequestContext], Any]
+"""Takes a request and its context; returns as the module says."""
 
 CLEAR_CHUNKS = 32
 """Chunks dropped in one step of a clear, about 80 us."""
@@ -76,7 +79,7 @@ class Engine:
         config: ServerConfig,
         arena: Arena,
         clock: Callable[[], float] = monotonic,
-        tiers: Sequence[Tier] = (),
+        open_tiering: OpenTiering = no_tiering,
         recovered: RecoveredArena | None = None,
         transports: TransportTable | None = None,
     ) -> None:
@@ -86,11 +89,7 @@ class Engine:
         journal = recovered.journal if recovered else None
         policy = make_order(config.l1.eviction, config.l1.quotas, self._salt)
         self.l1 = L1(arena, policy, journal, watermark=config.l1.watermark)
-        self.manager = (
-            TierManager(self.l1, arena, tiers, config.prefetch, config.write_back)
-            if tiers
-            else None
-        )
+        self.tiering = open_tiering(self.l1, arena)
         self.counters = EngineCounters()
         self.registry = Registry(config.chunk_size)
         if recovered is not None:
@@ -122,7 +121,7 @@ class Engine:
             self.sessions,
             self.counters,
             config.chunk_size,
-            self.manager,
+            self.tiering,
             self.history,
             config.prefetch.deadline_s,
         )
@@ -134,13 +133,27 @@ class Engine:
             self.l1,
             arena,
             config.chunk_size,
-            on_stored=self.manager.stored if self.manager else None,
+            on_stored=self.tiering.stored if self.tiering.has_tiers else None,
             checksums=config.l1.verify or recovered is not None,
             verify=config.l1.verify,
         )
         # Closing an instance waits for its running copies, which nobody else should.
         self._closer = ThreadPoolExecutor(1, "closer")
         self._transports = transports or TransportTable()
+
+    def handlers(self) -> dict[type[Request[Any]], Handler]:
+        """Return the handler of each request type that the engine serves."""
+        return {
+            RegisterKVCache: self.register_kv_cache,
+            UnregisterKVCache: self.unregister_kv_cache,
+            Store: self.store,
+            Retrieve: self.retrieve,
+            Lookup: self.lookup,
+            FreeLookupLocks: self.free_lookup_locks,
+            EndSession: self.end_session,
+            Clear: self.clear,
+            Why: self.why,
+        }
 
     # -- registration -------------------------------------------------------------
 
@@ -463,8 +476,7 @@ class Engine:
         for instance in list(self.registry.instances.values()):
             self._remove(instance)
         self._closer.shutdown(wait=True)
-        if self.manager is not None:
-            self.manager.close()
+        self.tiering.close()
         self.l1.close()
 
 

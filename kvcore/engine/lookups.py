@@ -17,12 +17,11 @@ from kvcore.engine.leases import LeaseTable
 from kvcore.engine.miss_history import MissHistory
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
+from kvcore.engine.tiering import PrefetchTask, Tiering
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import LookupReply
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.required_parts import RequiredParts, count_hits, num_window_chunks
-from kvcore.tiers.prefetch_jobs import JobState, PrefetchJob
-from kvcore.tiers.tier_manager import TierManager
 
 ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""
@@ -34,7 +33,7 @@ ANSWER_S = 0.02
 class _PrefetchWait:
     """A session's prefetch, and whether somebody still wants it."""
 
-    job: PrefetchJob
+    job: PrefetchTask
     client: Hashable
     cancelled: bool = False
 
@@ -49,7 +48,7 @@ class Lookups:
         sessions: SessionTable,
         counters: EngineCounters,
         chunk_size: int,
-        manager: TierManager | None,
+        tiering: Tiering,
         history: MissHistory,
         deadline_s: float,
     ) -> None:
@@ -58,7 +57,7 @@ class Lookups:
         self._sessions = sessions
         self._counters = counters
         self._chunk_size = chunk_size
-        self._manager = manager
+        self._tiering = tiering
         self._history = history
         self._deadline_s = deadline_s
         self._tasks: dict[SessionKey, _PrefetchWait] = {}
@@ -90,13 +89,13 @@ class Lookups:
             self._l1.release(chunks)
             return self._reply(session, hashes, 0)
         hit = self.count(chunks, needs)
-        if self._manager is None or hit == len(hashes) or session.ended:
+        if not self._tiering.has_tiers or hit == len(hashes) or session.ended:
             return self._answer(session, needs, hashes, chunks, caller, "")
         first = hit - max(
             (num_window_chunks(w.window, self._chunk_size) for w in needs.windows),
             default=0,
         )
-        job = self._manager.submit_prefetch_task(
+        job = self._tiering.prefetch(
             hashes[max(first, 0) :],
             needs,
             chunk_size=self._chunk_size,
@@ -113,7 +112,7 @@ class Lookups:
             if task.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
                 return self._reply(session, hashes, 0)
-            reply = self._answer(session, needs, hashes, chunks, caller, _outcome(job))
+            reply = self._answer(session, needs, hashes, chunks, caller, job.outcome)
             loaded = max(0, reply.num_chunks - hit)
             return replace(reply, num_from_tiers=loaded)
 
@@ -174,8 +173,7 @@ class Lookups:
         else:
             self._l1.release(chunks)
             chunks.clear()
-        if self._manager is not None:
-            self._manager.prefetcher.settle(task.job)
+        task.job.settle()
 
     def _answer(
         self,
@@ -205,8 +203,7 @@ class Lookups:
             space = session.space
             readers = (1 << space.world_size) - 1
             self._leases.grant(session.key, space.model, chunks, readers, caller.client)
-        if self._manager is not None:
-            self._manager.write_back.used(chunks)
+        self._tiering.used(chunks)
         return self._reply(session, hashes, hit)
 
     def _reply(
@@ -224,21 +221,12 @@ class Lookups:
         For an ended session, and for one that looks up again.
         """
         task = self._tasks.pop(key, None)
-        if task is not None and self._manager is not None:
+        if task is not None:
             task.cancelled = True
-            self._manager.prefetcher.cancel(task.job)
+            task.job.cancel()
 
     def cancel_client(self, client: Hashable) -> None:
         """Load nothing more for a client that is gone."""
         tasks = self._tasks.items()
         for key in [key for key, task in tasks if task.client == client]:
             self.cancel(key)
-
-
-def _outcome(job: PrefetchJob) -> str:
-    """Say why a job that was waited for brought no more."""
-    if job.tier_failed:
-        return "failed"
-    if job.state is JobState.REFUSED:
-        return "refused"
-    return "missing" if job.is_over else "late"

@@ -16,26 +16,30 @@ from time import monotonic, monotonic_ns
 from typing import Any
 
 from kvcore import __version__
-from kvcore.blend.blend_disabled import BlendDisabled
-from kvcore.blend.blend_engine import BlendEngine
 from kvcore.config import ServerConfig
-from kvcore.copy.host_transport import open_transports
+from kvcore.copy.host_transport import TransportTable
+from kvcore.copy.transport import Transport
 from kvcore.engine.engine import Engine
 from kvcore.engine.request_context import RequestContext
-from kvcore.errors import BadRequest
+from kvcore.engine.tiering import OpenTiering, no_tiering
+from kvcore.errors import BadRequest, SetupError
+from kvcore.extensions import Extensions, ServiceHandler, load_extensions
 from kvcore.keys import HASH_ALGORITHM
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
     PROTOCOL_VERSION,
     BootToken,
     ChunkSize,
+    CudaIpc,
     Done,
     GetChunkSize,
     Goodbye,
     Hello,
     HelloReply,
+    MemoryHandle,
     Ping,
     Pong,
+    Request,
     Status,
     StatusReply,
 )
@@ -46,10 +50,9 @@ from kvcore.server.metrics import exposed
 from kvcore.server.orphaned_segments import OrphanRemover, remove_orphans
 from kvcore.server.recorder import Recorder
 from kvcore.status import L1Status
+from kvcore.storage.arena import Arena
 from kvcore.storage.recovery import open_arena, recover
-from kvcore.tiers.tier_manager import open_tiers
-from kvcore.wire import REQUESTS
-from kvcore.worker.ticket_requests import TicketRequests
+from kvcore.wire import wire_name
 
 log = logging.getLogger(__name__)
 
@@ -71,26 +74,22 @@ class Application:
             self.address = bound.address
             arena = self.arena = open_arena(config.l1)
             stack.callback(arena.close)
-            self.transports = open_transports(
-                config.device, arena.array, config.copy_threads
-            )
+            extensions = load_extensions()
+            self.transports = _open_transports(config, extensions, arena)
             stack.callback(self.transports.close)
             recovered = None
             if config.l1.keep is not None:
                 recovered = recover(Path(config.l1.keep), arena)
                 stack.callback(recovered.journal.close)
-            tiers = open_tiers(config.tiers)
+            tiering = _open_tiering(config, extensions)
             self.engine = Engine(
                 config,
                 arena,
-                tiers=tiers,
+                open_tiering=tiering,
                 recovered=recovered,
                 transports=self.transports,
             )
             self._leftovers = OrphanRemover(self.engine.do_behind)
-            self.copies = TicketRequests(
-                self.engine, config.wire.max_requests_per_client
-            )
             if config.record is not None:
                 recording = Recorder(Path(config.record), config.chunk_size)
                 stack.callback(recording.close)
@@ -107,10 +106,11 @@ class Application:
             stack.callback(self.loop.close)
             # Before the loop: copies that end wake it.
             stack.callback(self.engine.close)
-            blend = config.engine == "blend"
-            self.blend = BlendEngine(config, self.engine) if blend else None
-            if self.blend is not None:
-                stack.callback(self.blend.close)
+            self.services = []
+            for open_service in extensions.services:
+                service = open_service(config, self.engine)
+                stack.callback(service.close)
+                self.services.append(service)
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
                 where = config.metrics_host, config.metrics_port
@@ -144,27 +144,19 @@ class Application:
     # -- requests -----------------------------------------------------------------
 
     def _handlers(self) -> dict[str, Handler]:
-        """Find each declared request's handler: here, or the engine's of that name."""
-        return {name: self._handler(name.lower()) for name in REQUESTS}
-
-    def _handler(self, name: str) -> Handler:
-        own: Handler | None = getattr(self, f"_{name}", None)
-        if own is not None:
-            return own
-        serve = getattr(self._part(name), name)
-
-        def handler(request: Any, client: Client, deadline_ns: int) -> Any:
-            caller = RequestContext(
-                client.identity, client.pid, deadline_ns, client.pidfd is not None
-            )
-            return serve(request, caller)
-
-        return handler
-
-    def _part(self, name: str) -> Engine | TicketRequests | BlendEngine | BlendDisabled:
-        if name.startswith("cb_"):
-            return self.blend or BlendDisabled()
-        return self.copies if hasattr(self.copies, name) else self.engine
+        """Return the handler of every request by its wire name."""
+        served: dict[type[Request[Any]], ServiceHandler] = {**self.engine.handlers()}
+        for service in self.services:
+            served.update(service.handlers())
+        handlers: dict[type[Request[Any]], Handler] = {
+            Hello: self._hello,
+            Goodbye: self._goodbye,
+            Ping: self._ping,
+            GetChunkSize: self._get_chunk_size,
+            Status: self._status,
+            **{kind: _with_context(serve) for kind, serve in served.items()},
+        }
+        return {wire_name(kind): handler for kind, handler in handlers.items()}
 
     def _hello(self, request: Hello, client: Client, deadline_ns: int) -> HelloReply:
         if request.protocol_version != PROTOCOL_VERSION:
@@ -203,7 +195,7 @@ class Application:
         return ChunkSize(self.config.chunk_size)
 
     def _status(self, request: Status, client: Client, deadline_ns: int) -> StatusReply:
-        manager = self.engine.manager
+        tiering = self.engine.tiering
         return StatusReply(
             version=__version__,
             address=self.address,
@@ -217,11 +209,15 @@ class Application:
             instances=self.engine.instances(),
             leases=tuple(self.engine.leases.status(request.max_leases)),
             num_leases=len(self.engine.leases),
-            tickets=self.copies.tickets.status(request.max_leases),
-            num_tickets=len(self.copies.tickets),
-            prefetches=manager.prefetches(request.max_leases) if manager else (),
-            num_prefetches=manager.prefetcher.num_jobs if manager else 0,
-            tiers=manager.status() if manager else (),
+            tickets=tuple(
+                ticket
+                for service in self.services
+                for ticket in service.tickets(request.max_leases)
+            ),
+            num_tickets=sum(service.num_tickets() for service in self.services),
+            prefetches=tiering.prefetches(request.max_leases),
+            num_prefetches=tiering.num_prefetches(),
+            tiers=tiering.status(),
             devices=self.transports.devices(),
             quotas=self.engine.l1.quotas(),
             counters=self.counters(),
@@ -248,8 +244,12 @@ class Application:
             "errors": self.loop.num_errors,
             "replies_lost": self.loop.num_replies_lost,
             **self.engine.counters.as_dict(),
-            **(self.blend.counts() if self.blend else {}),
-            **(self.engine.manager.counters() if self.engine.manager else {}),
+            **{
+                name: count
+                for service in self.services
+                for name, count in service.counters().items()
+            },
+            **self.engine.tiering.counters(),
             "chunks_evicted": stats.num_evicted,
             "chunks_corrupt": stats.num_corrupt,
             "leases_granted": self.engine.leases.num_granted,
@@ -272,6 +272,35 @@ class Application:
         self.loop.expire_silent()
         deadlines = (self.engine.expire(), self.clients.next_deadline())
         return min((d for d in deadlines if d is not None), default=None)
+
+
+def _open_transports(
+    config: ServerConfig, extensions: Extensions, arena: Arena
+) -> TransportTable:
+    others: dict[type[MemoryHandle], Transport] = {}
+    for open_transports in extensions.transports:
+        others.update(open_transports(config.device, arena.array))
+    if config.device == "cuda" and CudaIpc not in others:
+        raise SetupError("device = cuda: kvcore.cuda is not installed")
+    return TransportTable(others, copy_threads=config.copy_threads)
+
+
+def _open_tiering(config: ServerConfig, extensions: Extensions) -> OpenTiering:
+    if not config.tiers:
+        return no_tiering
+    for open_tiers in extensions.tiers:
+        return open_tiers(config.tiers, config)
+    raise SetupError("tiers: kvcore.tiers is not installed")
+
+
+def _with_context(serve: ServiceHandler) -> Handler:
+    def handler(request: Any, client: Client, deadline_ns: int) -> Any:
+        context = RequestContext(
+            client.identity, client.pid, deadline_ns, client.pidfd is not None
+        )
+        return serve(request, context)
+
+    return handler
 
 
 def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:

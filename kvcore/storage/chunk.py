@@ -6,20 +6,49 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import NewType
+from typing import NewType, Self
 
 import msgspec
 
-from kvcore.errors import Internal
+from kvcore.errors import BadRequest, Internal
 from kvcore.extents import NO_CHECKSUM, Allocation, Checksum, Extent
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
 from kvcore.storage.quota_account import QuotaAccount
-from kvcore.tiers.tier import PartKey
 
 PartId = NewType("PartId", int)
 """Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
 group, layout fingerprint) of a (model, world size)."""
+
+
+class PartKey(msgspec.Struct, frozen=True, order=True):
+    """What a part is called, in every store: equal keys mean equal bytes."""
+
+    chunk: ChunkHash
+    rank: int
+    group: int
+    layout: Fingerprint
+
+    def __str__(self) -> str:
+        """Render as every store names it; letters, digits and `-`."""
+        return f"{self.chunk.hex()}-{self.rank}-{self.group}-{self.layout}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what `str` renders; raises `BadRequest` for anything else."""
+        try:
+            chunk, rank, group, layout = text.split("-")
+            key = cls(
+                ChunkHash(bytes.fromhex(chunk)),
+                int(rank),
+                int(group),
+                Fingerprint(layout),
+            )
+        except ValueError:
+            raise BadRequest(f"{text!r} is not the name of a part") from None
+        if str(key) != text:
+            raise BadRequest(f"{text!r} is not the name of a part")
+        return key
 
 
 class PartName(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -77,6 +77,22 @@ class PrefetchJob:
         """Whether nothing of it is to be begun any more."""
         return self.state in (JobState.DONE, JobState.REFUSED, JobState.CANCELLED)
 
+    @property
+    def outcome(self) -> str:
+        """Why a job that was waited for loaded no more."""
+        if self.tier_failed:
+            return "failed"
+        if self.state is JobState.REFUSED:
+            return "refused"
+        return "missing" if self.is_over else "late"
+
+    @property
+    def missing(self) -> Sequence[ChunkHash]:
+        """The first chunk that every tier said it lacks, if any."""
+        if self.state is not JobState.DONE or self.tier_failed:
+            return ()
+        return self.keys[self.goal : self.goal + 1]
+
     def lacking(self, tier: int) -> list[WantedPart]:
         """Return what is not known to be anywhere, as wishes of a tier."""
         return [

@@ -22,46 +22,14 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import Future
 from enum import Enum
-from typing import Protocol, Self
+from typing import Protocol
 
 import msgspec
 import xxhash
 
-from kvcore.errors import BadRequest
 from kvcore.extents import Buffers, Checksum
-from kvcore.keys import ChunkHash
-from kvcore.layout import Fingerprint
 from kvcore.shm import Bytes
-
-
-class PartKey(msgspec.Struct, frozen=True, order=True):
-    """What a part is called, in every store: equal keys mean equal bytes."""
-
-    chunk: ChunkHash
-    rank: int
-    group: int
-    layout: Fingerprint
-
-    def __str__(self) -> str:
-        """Render as every store names it; letters, digits and `-`."""
-        return f"{self.chunk.hex()}-{self.rank}-{self.group}-{self.layout}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read what `str` renders; raises `BadRequest` for anything else."""
-        try:
-            chunk, rank, group, layout = text.split("-")
-            key = cls(
-                ChunkHash(bytes.fromhex(chunk)),
-                int(rank),
-                int(group),
-                Fingerprint(layout),
-            )
-        except ValueError:
-            raise BadRequest(f"{text!r} is not the name of a part") from None
-        if str(key) != text:
-            raise BadRequest(f"{text!r} is not the name of a part")
-        return key
+from kvcore.storage.chunk import PartKey as PartKey
 
 
 class StoreItem(msgspec.Struct, frozen=True):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from msgspec.structs import asdict
 
-from kvcore.config import PrefetchConfig, WriteBackConfig
+from kvcore.config import PrefetchConfig, ServerConfig, WriteBackConfig
+from kvcore.engine.tiering import OpenTiering
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.status import PrefetchStatus, TierStatus, WriteBackStatus
@@ -40,15 +43,62 @@ def open_tiers(urls: Sequence[str]) -> list[Tier]:
     return tiers
 
 
+def open_tiering(urls: Sequence[str], config: ServerConfig) -> OpenTiering:
+    """Open tiers by URL; return what puts them behind an L1.
+
+    Raises:
+        SetupError: as of `open_tiers`.
+    """
+    tiers = open_tiers(urls)
+
+    def put_behind(l1: L1, arena: Arena) -> TierManager:
+        return TierManager(l1, arena, tiers, config.prefetch, config.write_back)
+
+    return put_behind
+
+
 PROBE_S = 1.0
 """How often tiers that are not up are probed, though nobody asks them anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPrefetch:
+    """One prefetch job as the engine sees it; see `PrefetchTask`."""
+
+    prefetcher: Prefetcher
+    job: PrefetchJob
+
+    @property
+    def future(self) -> Future[None]:
+        """The job's future."""
+        return self.job.future
+
+    @property
+    def outcome(self) -> str:
+        """Why no more was loaded."""
+        return self.job.outcome
+
+    @property
+    def missing(self) -> Sequence[ChunkHash]:
+        """The first chunk that every tier said it lacks."""
+        return self.job.missing
+
+    def settle(self) -> None:
+        """Release what was loaded."""
+        self.prefetcher.settle(self.job)
+
+    def cancel(self) -> None:
+        """Load nothing more."""
+        self.prefetcher.cancel(self.job)
 
 
 class TierManager:
     """Tiers beneath one L1, and the thread that moves chunks between them.
 
-    It owns the tiers. Without any, a server has no manager at all.
+    It owns the tiers. See `kvcore.engine.tiering.Tiering`.
     """
+
+    has_tiers = True
 
     def __init__(
         self,
@@ -110,6 +160,35 @@ class TierManager:
         job = PrefetchJob(owner, keys[:most], layout, chunk_size, deadline, wait)
         self.prefetcher.submit(job)
         return job
+
+    def prefetch(
+        self,
+        hashes: Sequence[ChunkHash],
+        parts: RequiredParts,
+        *,
+        chunk_size: int,
+        deadline: float,
+        owner: SessionKey,
+        wait: bool = True,
+    ) -> RunningPrefetch:
+        """Begin a prefetch for the engine; see `Tiering`."""
+        job = self.submit_prefetch_task(
+            hashes,
+            parts,
+            chunk_size=chunk_size,
+            deadline=deadline,
+            owner=owner,
+            wait=wait,
+        )
+        return RunningPrefetch(self.prefetcher, job)
+
+    def used(self, chunks: Sequence[Chunk]) -> None:
+        """Note that a lookup hit these chunks."""
+        self.write_back.used(chunks)
+
+    def num_prefetches(self) -> int:
+        """Return the number of prefetch jobs under way."""
+        return self.prefetcher.num_jobs
 
     def stored(self, chunks: Sequence[Chunk]) -> None:
         """Note that parts of these chunks were committed."""

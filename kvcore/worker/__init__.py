@@ -1,1 +1,21 @@
 """Workers that copy their own caches: client, mapped arena, server-side tickets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcore.config import ServerConfig
+    from kvcore.engine.engine import Engine
+    from kvcore.extensions import Extensions, RequestService
+
+
+def register(extensions: Extensions) -> None:
+    """Offer the requests of workers that copy themselves."""
+    extensions.services.append(_open)
+
+
+def _open(config: ServerConfig, engine: Engine) -> RequestService:
+    from kvcore.worker.ticket_requests import TicketRequests
+
+    return TicketRequests(engine, config.wire.max_requests_per_client)

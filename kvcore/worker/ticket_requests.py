@@ -7,17 +7,18 @@ terms; one table of tickets settles them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.transfers import HeldChunks, PendingStore, StoreCounts
 from kvcore.errors import BadRequest
+from kvcore.extensions import ServiceHandler
 from kvcore.extents import CHECKSUM_BYTES, Checksum
 from kvcore.protocol import (
     Abort,
@@ -26,11 +27,13 @@ from kvcore.protocol import (
     Hold,
     HoldReply,
     Release,
+    Request,
     Reserve,
     ReserveReply,
     RetrieveReply,
     StoreReply,
 )
+from kvcore.status import TicketStatus
 from kvcore.worker.tickets import ReadTicket, TicketTable, TicketTerms, WriteTicket
 
 T = TypeVar("T")
@@ -46,8 +49,33 @@ class TicketRequests:
         self._engine = engine
         self._copier = engine.copier
         self._arena = engine.arena.name
-        self.tickets = TicketTable(max_tickets)
+        self.table = TicketTable(max_tickets)
         engine.on_client_gone.append(self._client_gone)
+
+    def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
+        """Return the handler of each ticket request."""
+        return {
+            Reserve: self.reserve,
+            Commit: self.commit,
+            Abort: self.abort,
+            Hold: self.hold,
+            Release: self.release,
+        }
+
+    def counters(self) -> dict[str, int]:
+        """Return none: the engine counts these stores and retrieves."""
+        return {}
+
+    def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
+        """Describe the `limit` oldest tickets."""
+        return self.table.status(limit)
+
+    def num_tickets(self) -> int:
+        """Return the number of live tickets."""
+        return len(self.table)
+
+    def close(self) -> None:
+        """Do nothing: a ticket holds no more than the engine's own memory."""
 
     def private(self, instance_id: str, caller: RequestContext) -> Instance:
         """Return an instance whose worker copies, if the client may have more."""
@@ -57,7 +85,7 @@ class TicketRequests:
                 f"instance {instance_id!r} is not private: the server copies, by "
                 "STORE and RETRIEVE"
             )
-        self.tickets.check_room(caller.client)
+        self.table.check_room(caller.client)
         return instance
 
     # -- stores -----------------------------------------------------------------------
@@ -112,7 +140,7 @@ class TicketRequests:
                     return ReserveReply(None, self._arena, (), present, dropped)
                 ending.callback(self._copier.abort, write)
                 self._engine.registry.check_registered(instance)
-                number = self.tickets.add(WriteTicket(write, terms))
+                number = self.table.add(WriteTicket(write, terms))
                 ending.pop_all()
             stored = write.stored
             return ReserveReply(
@@ -127,7 +155,7 @@ class TicketRequests:
 
     def commit(self, request: Commit, caller: RequestContext) -> StoreReply:
         """Make readable what a worker wrote, or abort it."""
-        ticket = self.tickets.take(caller.client, request.ticket, WriteTicket)
+        ticket = self.table.take(caller.client, request.ticket, WriteTicket)
         write = ticket.work
         with ExitStack() as ending:
             ending.callback(ticket.terms.leave)
@@ -154,7 +182,7 @@ class TicketRequests:
 
     def abort(self, request: Abort, caller: RequestContext) -> Done:
         """Take back what a worker will not write."""
-        self._end(self.tickets.take(caller.client, request.ticket, WriteTicket))
+        self._end(self.table.take(caller.client, request.ticket, WriteTicket))
         return Done()
 
     # -- retrieves --------------------------------------------------------------------
@@ -204,7 +232,7 @@ class TicketRequests:
                 read = self._engine.result(future)
                 ending.callback(self._copier.release, read)
                 self._engine.registry.check_registered(instance)
-                number = self.tickets.add(ReadTicket(read, terms))
+                number = self.table.add(ReadTicket(read, terms))
                 ending.pop_all()
             return HoldReply(number, self._arena, read.places)
 
@@ -212,7 +240,7 @@ class TicketRequests:
 
     def release(self, request: Release, caller: RequestContext) -> RetrieveReply:
         """Let go of what a worker has read, or will not read."""
-        ticket = self.tickets.take(caller.client, request.ticket, ReadTicket)
+        ticket = self.table.take(caller.client, request.ticket, ReadTicket)
         try:
             self._condemn(ticket.work, request.wrong)
         finally:
@@ -238,7 +266,7 @@ class TicketRequests:
         ticket.terms.leave()
 
     def _client_gone(self, client: Hashable) -> None:
-        for ticket in self.tickets.of_client(client):
+        for ticket in self.table.of_client(client):
             self._end(ticket)
 
 

@@ -32,6 +32,7 @@ from kvcore.engine import lookups
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
+from kvcore.engine.tiering import no_tiering
 from kvcore.errors import ChunksMissing, DeadlineExceeded, KVError
 from kvcore.keys import ChunkHash, HashChain, chain_seed
 from kvcore.options import ByteSize
@@ -39,8 +40,10 @@ from kvcore.protocol import CBRegisterKVCache, CBRetrievePreComputed, PosixShm
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import Chunk
+from kvcore.storage.l1 import L1
 from kvcore.storage.quota_account import QuotaAccount
 from kvcore.storage.recovery import recover
+from kvcore.tiers.tier_manager import TierManager
 from tests.blend.blend_model import (
     END,
     FAR_NS,
@@ -61,7 +64,6 @@ from tests.blend.blend_model import (
 from tests.blend.manual_threads import ManualLane, SteppedClock, small_steps
 from tests.tiers.manual_tier import ManualTier
 
-COORDINATOR = "kvcore.tiers.tier_manager.TimerThread"
 _numbers = count()
 
 
@@ -140,15 +142,29 @@ class BlendFixture:
         self.arena = Arena(size, PART_BYTES, f"{self._name}-arena", kept=kept)
         recovered = recover(Path(keep), self.arena) if keep is not None else None
         self.coordinator = SteppedClock("test", lambda: self.now_ns() / 1e9)
-        with mock.patch(COORDINATOR, return_value=self.coordinator):
-            self.engine = Engine(
-                self.config, self.arena, lambda: self.now, self.tiers, recovered
-            )
+        self.engine = Engine(
+            self.config,
+            self.arena,
+            lambda: self.now,
+            self.open_tiering if self.tiers else no_tiering,
+            recovered,
+        )
         self.engine.copier._clock_ns = self.now_ns
         self.blend = BlendEngine(self.config, self.engine)
         self.arena.keep()
         self.l1 = self.engine.l1
         self.restored = {*self.l1.hashes()}
+
+    def open_tiering(self, l1: L1, arena: Arena) -> TierManager:
+        """Put the tiers behind L1, with a thread that tests drive."""
+        return TierManager(
+            l1,
+            arena,
+            self.tiers,
+            self.config.prefetch,
+            self.config.write_back,
+            self.coordinator,
+        )
 
     def _stop(self) -> None:
         """Have a server end, whatever is under way."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcore.copy.host_transport import open_transports
+from kvcore.cuda.device_choice import open_cuda_transports
 from kvcore.cuda.ipc import open_caches
 from kvcore.cuda.kernel_launch import TritonKernels, compiled, upload_arguments
 from kvcore.cuda.staging import FilledBuffer
@@ -55,10 +55,10 @@ def test_a_driver_that_will_not_do_is_one_line(
     """Missing, too old, of another version than its module, without a GPU."""
     monkeypatch.setenv(knob, value)
     with pytest.raises(SetupError, match=told) as caught:
-        open_transports("cuda", np.zeros(8, np.uint8))
+        open_cuda_transports("cuda", np.zeros(8, np.uint8))
     assert "\n" not in caught.value.message
     assert caught.value.message.startswith("device = cuda: ")
-    open_transports("auto", np.zeros(8, np.uint8)).close()
+    assert open_cuda_transports("auto", np.zeros(8, np.uint8)) == {}
 
 
 def test_an_arena_that_cannot_be_pinned_stops_the_server(
@@ -67,7 +67,7 @@ def test_an_arena_that_cannot_be_pinned_stops_the_server(
     """A server that would copy at a third of its speed says so instead."""
     monkeypatch.setenv("STUB_MAX_PIN", "4096")
     with pytest.raises(SetupError, match=r"cannot be page-locked.*--l1-size"):
-        open_transports("auto", np.zeros(8192, np.uint8))
+        open_cuda_transports("auto", np.zeros(8192, np.uint8))
 
 
 @pytest.mark.parametrize("version", ["13000", "12080", "12000"])
@@ -208,7 +208,7 @@ def test_a_gpu_that_is_anothers_alone_is_one_line(
     """In exclusive mode the cure is named, which is not a smaller L1."""
     monkeypatch.setenv("STUB_RETAIN", "46")
     with pytest.raises(SetupError, match=r"compute mode exclusive.*MPS") as caught:
-        open_transports("cuda", np.zeros(8, np.uint8))
+        open_cuda_transports("cuda", np.zeros(8, np.uint8))
     assert "l1" not in caught.value.message
 
 

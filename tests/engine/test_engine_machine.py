@@ -9,7 +9,6 @@ who was leased what, and every byte of every worker's cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import count
 from math import prod
 from typing import Any
@@ -35,11 +34,11 @@ from kvcore.config import (
 )
 from kvcore.copy.block_arrays import TokenRange
 from kvcore.copy.host_transport import TransportTable
-from kvcore.engine import engine as engine_module
 from kvcore.engine import lookups
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
 from kvcore.engine.request_context import DeferredReply
+from kvcore.engine.tiering import no_tiering
 from kvcore.engine.transfers import HeldChunks
 from kvcore.errors import (
     BadRequest,
@@ -82,7 +81,7 @@ from kvcore.protocol import (
 )
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import Chunk, DropReason
-from kvcore.storage.l1 import Reservation
+from kvcore.storage.l1 import L1, Reservation
 from kvcore.tiers import timer_thread as coordinator
 from kvcore.tiers.tier_manager import TierManager
 from kvcore.tiers.timer_thread import TimerThread
@@ -168,16 +167,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.engines = engines
         self.tiers = [ManualTier(f"t{number}") for number in range(num_tiers)]
         self.coordinator = TimerThread("played", lambda: self.now_ns() / 1e9)
-        make_manager = partial(TierManager, coordinator=self.coordinator)
         self.patches = [
             mock.patch.object(worker_copies, "LOOP_CHUNKS", 1),
-            mock.patch.object(engine_module, "TierManager", make_manager),
             mock.patch.object(lookups, "monotonic_ns", self.now_ns),
             mock.patch.object(coordinator.log, "exception", self.wrong.append),
         ]
         for patch in self.patches:
             patch.start()
-        config = ServerConfig(
+        self.config = config = ServerConfig(
             chunk_size=CHUNK,
             l1=L1Config(verify=verify, watermark=watermark),
             wire=WireConfig(slice_chunks=slice_chunks),
@@ -192,7 +189,7 @@ class EngineMachine(RuleBasedStateMachine):
             config,
             self.arena,
             clock=lambda: self.now,
-            tiers=self.tiers,
+            open_tiering=self.open_tiering if num_tiers else no_tiering,
             transports=TransportTable({PosixShm: self.transport}),
         )
         self.closer = ManualLane()
@@ -208,6 +205,17 @@ class EngineMachine(RuleBasedStateMachine):
             for rank in range(engine.world_size):
                 self.loop.greet(engine.worker(rank))
                 self.register_worker(engine, rank, 0, 2, "", "at once")
+
+    def open_tiering(self, l1: L1, arena: Arena) -> TierManager:
+        """Put the model's tiers behind L1, with a thread that tests drive."""
+        return TierManager(
+            l1,
+            arena,
+            self.tiers,
+            self.config.prefetch,
+            self.config.write_back,
+            self.coordinator,
+        )
 
     def watch_copies(self) -> None:
         """Have the model told of what is committed, held, let go and gone."""
@@ -1267,7 +1275,7 @@ class EngineMachine(RuleBasedStateMachine):
         # Prefetch and write-back have holds of their own.
         assert stats.num_held >= num_held if self.tiers else stats.num_held == num_held
         assert stats.num_parts == sum(map(len, self.present.values()))
-        assert len(self.copies.tickets) == len(self.tickets)
+        assert len(self.copies.table) == len(self.tickets)
 
     @invariant()
     def what_is_readable_is_right(self) -> None:
@@ -1331,10 +1339,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.expire()
         assert len(sessions) == 0
         assert len(self.engine.leases) == 0
-        assert len(self.copies.tickets) == 0
+        assert len(self.copies.table) == 0
         assert self.engine.registry.instances == {}
-        if self.engine.manager is not None:
-            assert self.engine.manager.prefetcher.num_jobs == 0
+        assert self.engine.tiering.num_prefetches() == 0
         stats = self.engine.l1.stats()
         assert (stats.num_held, stats.num_reserved) == (0, 0)
         self.engine.l1.drop(self.engine.l1.hashes())

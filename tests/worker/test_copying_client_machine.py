@@ -195,7 +195,7 @@ class CopyingMachine(RuleBasedStateMachine):
             for worker, call in self.busy():
                 worker.go_on(call)
         self.house.settle()
-        assert len(self.house.copies.tickets) == 0
+        assert len(self.house.copies.table) == 0
         assert self.house.engine.l1.stats().num_reserved == 0
 
     # -- rules: what comes in between -------------------------------------------------

@@ -113,9 +113,7 @@ class Tickets(RuleBasedStateMachine):
         for name in "ab":
             self.engine.client_gone(name)
         stats = self.engine.l1.stats()
-        assert (stats.num_reserved, stats.num_held, len(self.copies.tickets)) == (
-            0,
-        ) * 3
+        assert (stats.num_reserved, stats.num_held, len(self.copies.table)) == (0,) * 3
         assert all(
             session.num_running == 0
             for session in self.engine.sessions._sessions.values()
@@ -259,7 +257,7 @@ class Tickets(RuleBasedStateMachine):
         assert not set(taken) & {page for pages in read for page in pages}
         stats = self.engine.l1.stats()
         assert stats.num_reserved == len(taken)
-        assert len(self.copies.tickets) == len(self.handed)
+        assert len(self.copies.table) == len(self.handed)
 
     @invariant()
     def what_is_handed_out_is_not_free(self) -> None:
@@ -316,10 +314,10 @@ def test_asking_at_once_gets_no_more(copies: TicketRequests, ask: str) -> None:
         assert one.finish().ticket
     with pytest.raises(Overloaded):
         running[-1].finish()
-    assert len(copies.tickets) == MAX_TICKETS
+    assert len(copies.table) == MAX_TICKETS
     copies._engine.client_gone("a")
     stats = copies._engine.l1.stats()
-    assert (stats.num_reserved, stats.num_held, len(copies.tickets)) == (0, 0, 0)
+    assert (stats.num_reserved, stats.num_held, len(copies.table)) == (0, 0, 0)
 
 
 def test_a_late_commit_keeps_nothing(copies: TicketRequests) -> None:
@@ -336,7 +334,7 @@ def test_a_late_commit_keeps_nothing(copies: TicketRequests) -> None:
         copies.commit(Commit(ticket), WATCHED["a"])
     stats = copies._engine.l1.stats()
     assert (stats.num_chunks, stats.num_reserved, stats.used_bytes) == (0, 0, 0)
-    assert len(copies.tickets) == 0
+    assert len(copies.table) == 0
 
 
 def test_checksums_that_are_missing_end_the_ticket(copies: TicketRequests) -> None:
