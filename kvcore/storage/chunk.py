@@ -14,7 +14,7 @@ from kvcore.errors import BadRequest, Internal
 from kvcore.extents import NO_CHECKSUM, Allocation, Checksum, Extent
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
-from kvcore.storage.quota_account import QuotaAccount
+from kvcore.storage.quotas import QuotaAccount
 
 PartId = NewType("PartId", int)
 """Bit of a part in its chunk's masks; the registry deals them out, one a (rank,

@@ -21,8 +21,7 @@ from kvcore.storage.chunk import (
     used_extents,
 )
 from kvcore.storage.eviction import EvictionPolicy
-from kvcore.storage.quota_account import QuotaAccount
-from kvcore.storage.quotas import Quotas
+from kvcore.storage.quotas import QuotaAccount, Quotas
 
 
 class ChunkTable:

@@ -1,18 +1,35 @@
-"""What one cache salt or model may keep when others need the room.
+"""Quotas of L1 by cache salt or model.
 
-Room that nobody needs may be used by anyone. Once something must go, a space that is
-over its quota loses its own chunks first, and what it asks for is at its own expense.
+Free room may be used by any of them. When a chunk must be evicted, an account over its
+quota loses its own chunks first, and evicts its own chunks for its own stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.status import QuotaStatus
-from kvcore.storage.chunk import Chunk
 from kvcore.storage.eviction import EvictionPolicy, make_policy
-from kvcore.storage.quota_account import QuotaAccount
+
+if TYPE_CHECKING:
+    from kvcore.storage.chunk import Chunk
+
+
+@dataclass(slots=True, eq=False)
+class QuotaAccount:
+    """The chunks of one cache salt or model, and their order of eviction."""
+
+    max_bytes: int
+    order: EvictionPolicy
+    used_bytes: int = 0
+    """Bytes of its chunks' parts, those being written included."""
+
+    def is_over(self, more_bytes: int = 0) -> bool:
+        """Return whether it exceeds its quota, or would with `more_bytes`."""
+        return self.used_bytes + more_bytes > self.max_bytes
 
 
 def make_order(
@@ -29,10 +46,10 @@ def make_order(
 
 
 class Quotas:
-    """An eviction policy over all chunks, and one more for each space with a quota.
+    """An eviction policy over all chunks, and one more per account with a quota.
 
     Limits are in bytes, by `salt:NAME` and `model:NAME`. A chunk is on its salt's
-    account, or else on its model's, as those of the session that stored it first.
+    account, else on its model's: those of the session that stored it first.
     """
 
     def __init__(
@@ -47,16 +64,16 @@ class Quotas:
         }
         self._salt_of = salt_of
         self.index: Mapping[ChunkHash, Chunk] = {}
-        """Every chunk that the policy is told of; set by who owns the chunks."""
+        """Every chunk that the policy knows; set by the chunks' owner."""
 
     def account(self, model: str, owner: SessionKey | None) -> QuotaAccount | None:
-        """Find whose account a session's chunks are on; none without a quota."""
+        """Return the account of a session's chunks; None without a quota."""
         salt = self._salt_of(owner) if owner is not None else None
         salted = self._accounts.get(f"salt:{salt}") if salt is not None else None
         return salted or self._accounts.get(f"model:{model}")
 
     def status(self) -> tuple[QuotaStatus, ...]:
-        """Describe each space."""
+        """Describe each account."""
         return tuple(
             QuotaStatus(name, each.used_bytes, int(each.max_bytes))
             for name, each in self._accounts.items()
@@ -65,22 +82,22 @@ class Quotas:
     # -- the policy -------------------------------------------------------------------
 
     def admit(self, key: ChunkHash) -> None:
-        """Take in a chunk, here and on its account."""
+        """Enter a chunk here and on its account."""
         for order in self._orders(key):
             order.admit(key)
 
     def touch(self, key: ChunkHash) -> None:
-        """Note a use of a chunk, here and on its account."""
+        """Count a use of a chunk here and on its account."""
         for order in self._orders(key):
             order.touch(key)
 
     def discard(self, key: ChunkHash) -> None:
-        """Forget a chunk, here and on its account."""
+        """Remove a chunk here and from its account."""
         for order in self._orders(key):
             order.discard(key)
 
     def evict(self, evictable: Callable[[ChunkHash], bool]) -> ChunkHash | None:
-        """Evict from the spaces over their quota, the furthest first; then from all."""
+        """Evict from accounts over quota, the furthest over first; then from all."""
         for account in self._over():
             victim = self.evict_from(account, evictable)
             if victim is not None:

@@ -41,7 +41,7 @@ from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import Chunk
 from kvcore.storage.l1 import L1
-from kvcore.storage.quota_account import QuotaAccount
+from kvcore.storage.quotas import QuotaAccount
 from kvcore.storage.recovery import recover
 from kvcore.tiers.tier_manager import TierManager
 from tests.blend.blend_model import (

@@ -17,9 +17,9 @@ from kvcore.layout import Fingerprint
 from kvcore.storage import journal as journals
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
+from kvcore.storage.eviction import LRU
 from kvcore.storage.journal import JournalOpened, PartCommitted, PartFreed, read
 from kvcore.storage.l1 import L1, Reservation
-from kvcore.storage.policies.lru import LRU
 from kvcore.storage.recovery import recover, replay
 
 PAGE = 4096

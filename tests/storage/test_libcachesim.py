@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from kvcore.keys import ChunkHash
-from kvcore.storage.eviction import EvictionPolicy
-from kvcore.storage.policies.lru import LRU
-from kvcore.storage.policies.s3fifo import NEW, S3FIFO, SMALL_SHARE
+from kvcore.storage.eviction import LRU, NEW, S3FIFO, SMALL_SHARE, EvictionPolicy
 from kvctl.lab.workload.cache_simulation import SimulatedL1
 
 pytestmark = pytest.mark.tiers

@@ -1,1 +1,0 @@
-"""Orders of chunks by worth, one a file; the contract is in `storage.eviction`."""
