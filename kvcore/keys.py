@@ -36,7 +36,7 @@ class SessionKey(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SaltedKey(SessionKey, frozen=True, array_like=True):
-    """Names work beside a session's own, and whose quota it is at the expense of."""
+    """A session as the owner of stores and loads: its salt names the quota."""
 
     salt: str | None = None
 

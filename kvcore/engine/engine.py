@@ -30,7 +30,7 @@ from kvcore.errors import (
     DeadlineExceeded,
     UnknownInstance,
 )
-from kvcore.keys import ChunkHash, SaltedKey, SessionKey, cache_salt
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
     ArenaHandle,
     Clear,
@@ -87,7 +87,7 @@ class Engine:
         self.arena = arena
         self._is_kept = recovered is not None
         journal = recovered.journal if recovered else None
-        policy = make_order(config.l1.eviction, config.l1.quotas, self._salt)
+        policy = make_order(config.l1.eviction, config.l1.quotas)
         self.l1 = L1(arena, policy, journal, watermark=config.l1.watermark)
         self.tiering = open_tiering(self.l1, arena)
         self.counters = EngineCounters()
@@ -248,7 +248,7 @@ class Engine:
             plan.hashes,
             plan.blocks,
             caller.deadline_ns,
-            request.session,
+            plan.session.owner,
             plan.prefix,
             request.event,
         )
@@ -396,13 +396,6 @@ class Engine:
         if session is not None:
             self.sessions.end(session)
         return Done()
-
-    def _salt(self, key: SessionKey) -> str | None:
-        """Return a session's cache salt. Any thread, with `key` known or not."""
-        if isinstance(key, SaltedKey):
-            return key.salt
-        session = self.sessions.find(key)
-        return cache_salt(session.chain.extras) if session else None
 
     def _session_ended(self, session: Session) -> None:
         self.counters.sessions_ended += 1

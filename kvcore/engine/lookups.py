@@ -100,7 +100,7 @@ class Lookups:
             needs,
             chunk_size=self._chunk_size,
             deadline=self.deadline(caller),
-            owner=session.key,
+            owner=session.owner,
             wait=wait,
         )
         task = self._tasks[session.key] = _PrefetchWait(job, caller.client)

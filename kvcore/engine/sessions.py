@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 from kvcore.engine.keyspace import Keyspace
 from kvcore.errors import BadRequest, TokensNeeded
-from kvcore.keys import ExtraKey, HashChain, SessionKey
+from kvcore.keys import ExtraKey, HashChain, SaltedKey, SessionKey, cache_salt
 
 Slices = Generator[None, None, None]
 
@@ -27,6 +27,16 @@ class Session:
     num_lookups: int = 0
     """Begun so far: the last one's lease is the session's."""
     ended: bool = False
+    owner: SaltedKey = field(init=False)
+    """The key with the salt of its extras: the owner of what it stores and loads."""
+
+    def __post_init__(self) -> None:
+        self.adopt_salt()
+
+    def adopt_salt(self) -> None:
+        """Follow a change of the extras."""
+        salt = cache_salt(self.chain.extras)
+        self.owner = SaltedKey(self.key.engine_id, self.key.request_id, salt)
 
 
 class SessionTable:
@@ -143,6 +153,7 @@ class SessionTable:
             chain.extras = extras
         else:
             session.chain = HashChain(session.space.seed, self._chunk_size, extras)
+        session.adopt_salt()
         return session.chain
 
     def find(self, key: SessionKey) -> Session | None:

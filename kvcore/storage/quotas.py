@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvcore.keys import ChunkHash, SessionKey
+from kvcore.keys import ChunkHash, SaltedKey, SessionKey
 from kvcore.status import QuotaStatus
 from kvcore.storage.eviction import EvictionPolicy, make_policy
 
@@ -32,8 +32,15 @@ class QuotaAccount:
         return self.used_bytes + more_bytes > self.max_bytes
 
 
+def owner_salt(owner: SessionKey) -> str | None:
+    """Return the cache salt that an owner carries."""
+    return owner.salt if isinstance(owner, SaltedKey) else None
+
+
 def make_order(
-    policy: str, limits: Mapping[str, int], salt_of: Callable[[SessionKey], str | None]
+    policy: str,
+    limits: Mapping[str, int],
+    salt_of: Callable[[SessionKey], str | None] = owner_salt,
 ) -> EvictionPolicy:
     """Make the named policy, with quotas where there are any.
 

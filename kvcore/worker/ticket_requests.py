@@ -115,7 +115,7 @@ class TicketRequests:
                 plan.hashes,
                 plan.blocks,
                 caller.deadline_ns,
-                store.session,
+                plan.session.owner,
                 plan.prefix,
             ),
         )
