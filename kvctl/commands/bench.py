@@ -14,12 +14,12 @@ import typer
 from kvcore.errors import SetupError
 from kvctl import console
 from kvctl.lab.compare import fail_rules as gate
-from kvctl.lab.systems.system_interface import OURS, SystemSpec
+from kvctl.lab.config.scenario import OURS, SystemSpec
 
 if TYPE_CHECKING:
     from kvctl.lab.compare.comparison import Comparison
     from kvctl.lab.compare.paired_runs import Pair
-    from kvctl.lab.scenario import Scenario
+    from kvctl.lab.config.scenario import Scenario
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -265,7 +265,7 @@ class FinishedRun:
         Raises:
             SetupError: naming the flag that was wrong.
         """
-        from kvctl.lab.scenario import read
+        from kvctl.lab.config.scenario import read
 
         try:
             return read(self.scenario, [*self.settings, *self.versus], self.trace)
@@ -309,9 +309,9 @@ def _serve(
 def _play(one: FinishedRun, out: Path, repeat: int, turns: str | None) -> bool:
     """Play and show; say whether nothing was wrong."""
     from kvctl.lab import runner as driver
-    from kvctl.lab.progress import ConsoleProgress
     from kvctl.lab.report import result_tables as report
     from kvctl.lab.results.result import check_folder
+    from kvctl.lab.runner import ConsoleProgress
 
     name, scenario = one.scenario.stem, one.read()
     check_folder(out)
@@ -340,11 +340,11 @@ def _contest(
     ours: FinishedRun, theirs: FinishedRun, repeat: int, folder: Path
 ) -> Comparison:
     from kvctl.lab.compare.paired_runs import Command, InterleavedRuns, PairedRuns
-    from kvctl.lab.interleaving import can_take_turns, fit_at_once
+    from kvctl.lab.interleaving import can_interleave, fit_in_memory
     from kvctl.lab.results.result import check_folder
 
     sides = ours.read(), theirs.read()
-    in_turns = all(map(can_take_turns, sides)) and fit_at_once(*sides)
+    in_turns = all(map(can_interleave, sides)) and fit_in_memory(*sides)
     check_folder(folder)
     base, new = (Command(sys.executable, side.arguments()) for side in (ours, theirs))
     duel = InterleavedRuns(base, new, in_turns)

@@ -17,7 +17,7 @@ from kvcore.options import describe
 from kvcore.protocol import StatusReply, Why
 from kvcore.status import InstanceStatus
 from kvctl import console
-from kvctl.lab import model_geometry as geometry
+from kvctl.lab.config import model_geometry as geometry
 from kvctl.views import protocol_tables as protocol_view
 from kvctl.views import status_tables as status_view
 from kvctl.views.layout_tables import LayoutPage
@@ -165,10 +165,10 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
 ) -> None:
     """Show a trace's requests, span, lengths, reuse and ideal hit rate."""
+    from kvctl.lab.config.workload_config import Trace
     from kvctl.lab.traces import ragpulse_trace as ragpulse
     from kvctl.lab.traces import trace_reader as reader
     from kvctl.lab.traces.trace_profile import profile, profile_contents
-    from kvctl.lab.workload.workload_config import Trace
     from kvctl.views import trace_tables as trace_view
 
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
@@ -205,7 +205,7 @@ def scenario(
     ] = False,
 ) -> None:
     """Check a scenario and explain it: what it asks, of whom, how much that is."""
-    from kvctl.lab.scenario import read
+    from kvctl.lab.config.scenario import read
     from kvctl.lab.vllm import vllm_scenario as served
     from kvctl.views import scenario_tables as scenario_view
 

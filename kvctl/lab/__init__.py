@@ -1,1 +1,1 @@
-"""The laboratory: engines that are played, load, and what came of it."""
+"""The benchmark laboratory: simulated engines, workloads, measurements and reports."""

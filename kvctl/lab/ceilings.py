@@ -1,8 +1,9 @@
-"""What this machine could do at best, measured in the run that is held against it.
+"""Ceilings of a run: rates of plain copies and latency of bare round trips.
 
-Copies go between warm shared memory, one thread, a typical request's bytes: in one
-piece, and gathered from pieces as long as the cache's. Round trips go over a bare
-pair of ZeroMQ sockets between two processes, with a ping's and a lookup's size.
+They are measured on the same machine, in the same run. Copies go between warm shared
+memory in one thread, with a typical request's bytes: contiguous, and gathered from
+pieces of the cache's size. Round trips use a pair of ZeroMQ sockets between two
+processes, with the message sizes of a ping and of a lookup.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import zmq
 
 from kvcore.errors import Unavailable
 from kvcore.shm import Segment
-from kvctl.lab.latency_samples import time_calls
+from kvctl.lab.latency import time_calls
 
 MIN_BYTES, MAX_BYTES = 1 << 16, 64 << 20
 COPY_ROUNDS = 15
@@ -28,7 +29,7 @@ TRIP_TIMEOUT_MS = 10_000
 
 
 class Ceilings(msgspec.Struct, frozen=True):
-    """Medians. GB are 10**9 bytes."""
+    """Medians of copy rates and round trips. A GB is 10**9 bytes."""
 
     copy_bytes: int
     piece_bytes: int
@@ -40,7 +41,13 @@ class Ceilings(msgspec.Struct, frozen=True):
 
 
 def measure(copy_bytes: int, piece_bytes: int, lookup_bytes: int) -> Ceilings:
-    """Measure all; some hundreds of milliseconds. Sizes are bounded to 64 MiB."""
+    """Return the ceilings for these sizes, bounded to 64 MiB each.
+
+    Takes some hundreds of milliseconds.
+
+    Raises:
+        Unavailable: the echo process does not answer.
+    """
     piece_bytes = max(8, piece_bytes)
     copy_bytes = min(max(copy_bytes, MIN_BYTES, piece_bytes), MAX_BYTES)
     copy_bytes -= copy_bytes % piece_bytes
@@ -74,30 +81,30 @@ def _copy_s(source: Bytes, target: Bytes) -> float:
 def _gather_s(source: Bytes, target: Bytes, piece_bytes: int) -> float:
     word = np.uint64 if piece_bytes % 8 == 0 else np.uint8
     pieces = source.view(word).reshape(source.nbytes // piece_bytes, -1)
-    into = target.view(word).reshape(pieces.shape)
+    output = target.view(word).reshape(pieces.shape)
     order = np.random.default_rng(0).permutation(len(pieces))
     return time_calls(
-        lambda: np.take(pieces, order, axis=0, out=into, mode="clip"), COPY_ROUNDS
+        lambda: np.take(pieces, order, axis=0, out=output, mode="clip"), COPY_ROUNDS
     ).p50_s
 
 
 def _round_trips_s(sizes: tuple[int, int]) -> tuple[float, float]:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_echo, args=(theirs,), daemon=True)
+    control, echo_control = context.Pipe()
+    process = context.Process(target=_echo, args=(echo_control,), daemon=True)
     process.start()
-    theirs.close()
+    echo_control.close()
     try:
         with zmq.Context() as zmq_context, zmq_context.socket(zmq.DEALER) as dealer:
             dealer.linger = 0
             dealer.rcvtimeo = TRIP_TIMEOUT_MS
-            dealer.connect(ours.recv())
+            dealer.connect(control.recv())
             first, second = (_trip_s(dealer, size) for size in sizes)
             return first, second
     except (zmq.Again, EOFError):
-        raise Unavailable("the bare echo process did not answer") from None
+        raise Unavailable("ceilings: the echo process did not answer") from None
     finally:
-        ours.close()
+        control.close()
         process.join()
 
 
@@ -113,7 +120,7 @@ def _trip_s(dealer: zmq.Socket[bytes], size: int) -> float:
 
 
 def _echo(control: Connection) -> None:
-    """Answer every message with a short one until the other end of `control` closes."""
+    """Answer every message with a short one until `control` is closed."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.linger = 0
         port = router.bind_to_random_port("tcp://127.0.0.1")

@@ -1,8 +1,8 @@
-"""Two runs take turns, some requests each, so that a busy machine slows both alike.
+"""Interleaving of two runs, request by request, so that background load affects both.
 
-The sides meet at a Unix socket and hand each other the turn over it. When one ends, or
-dies, the other goes on alone. Only one request may be under way on each side: there is
-nobody else to wait for when the turn is handed over.
+The two runs meet at a Unix socket and pass a token over it; the run that holds it may
+begin a request. When one run ends, the other continues without it. Each run may have
+only one request in progress, because a run passes the token between requests.
 """
 
 from __future__ import annotations
@@ -18,112 +18,114 @@ from time import monotonic
 
 from kvcore.errors import SetupError, Unavailable
 from kvcore.shm import SHM_DIR
-from kvctl.lab.scenario import Scenario
-from kvctl.lab.workload.load_config import ClosedLoop
+from kvctl.lab.config.load_config import ClosedLoop
+from kvctl.lab.config.scenario import Scenario
 
 FIRST, SECOND = "first", "second"
-MEET_S = 60.0
+CONNECT_S = 60.0
 RETRY_S = 0.02
 
 
 class Interleaving:
-    """One side's turns. `place` is `first:PATH` or `second:PATH`; first begins."""
+    """One run's side. `address` is `first:PATH` or `second:PATH`; first begins."""
 
-    def __init__(self, place: str, batch: int, ended: Callable[[], None]) -> None:
-        """Meet the other side; `ended` is called when a batch of requests is over.
+    def __init__(
+        self, address: str, batch: int, batch_ended: Callable[[], None]
+    ) -> None:
+        """Connect to the other run; `batch_ended` is called after `batch` requests.
 
         Raises:
-            SetupError: the place is neither.
-            Unavailable: the other side did not come.
+            SetupError: the address has another form.
+            Unavailable: the other run does not connect.
         """
-        side, _, path = place.partition(":")
+        side, _, path = address.partition(":")
         if side not in (FIRST, SECOND) or not path:
-            raise SetupError(f"--turns {place}: give first:PATH or second:PATH")
+            raise SetupError(f"--turns {address}: give first:PATH or second:PATH")
         self._batch = batch
-        self._ended = ended
-        self._done = 0
-        self._ours = side == FIRST
-        self._peer = _wait_for_peer(path) if self._ours else _find_peer(path)
-        self._alone = False
+        self._batch_ended = batch_ended
+        self._num_done = 0
+        self._has_token = side == FIRST
+        self._peer = _accept_peer(path) if self._has_token else _connect_peer(path)
+        self._peer_ended = False
 
-    def take(self) -> None:
-        """Wait for our turn."""
-        if not (self._ours or self._alone):
+    def acquire(self) -> None:
+        """Wait until this run may begin a request."""
+        if not (self._has_token or self._peer_ended):
             try:
                 self._peer.recv_bytes()
             except (EOFError, OSError):
-                self._alone = True
-        self._ours = True
+                self._peer_ended = True
+        self._has_token = True
 
-    def done(self) -> None:
-        """Say that a request of ours is over; after a batch the turn is the other's."""
-        self._done += 1
-        if self._done % self._batch == 0:
-            self._ended()
-            self._give()
+    def release(self) -> None:
+        """Count a finished request; after a batch pass the token to the other run."""
+        self._num_done += 1
+        if self._num_done % self._batch == 0:
+            self._batch_ended()
+            self._pass_token()
 
-    def _give(self) -> None:
-        if self._alone:
+    def _pass_token(self) -> None:
+        if self._peer_ended:
             return
-        self._ours = False
-        with suppress(OSError):  # Its end is seen when the turn would come back.
+        self._has_token = False
+        with suppress(OSError):  # `acquire` notices that the other run has ended.
             self._peer.send_bytes(b"")
 
     def close(self) -> None:
-        """Play no more."""
+        """Disconnect; the other run continues alone."""
         self._peer.close()
 
 
 @contextmanager
-def in_turn(place: str | None) -> Iterator[None]:
-    """Run the block once the other side has come here too, one after the other."""
-    if place is None:
+def run_exclusively(address: str | None) -> Iterator[None]:
+    """Run the block when the other run has reached it too, one after the other."""
+    if address is None:
         yield
         return
-    turns = Interleaving(f"{place}.after", 1, lambda: None)
+    interleaving = Interleaving(f"{address}.after", 1, lambda: None)
     try:
-        turns.take()
+        interleaving.acquire()
         yield
-        turns.done()
+        interleaving.release()
     finally:
-        turns.close()
+        interleaving.close()
 
 
-def can_take_turns(scenario: Scenario) -> bool:
-    """Say whether a scenario has one request under way at a time, in one engine."""
+def can_interleave(scenario: Scenario) -> bool:
+    """Return whether a scenario has one engine with one request at a time."""
     load = scenario.load
-    alone = isinstance(load, ClosedLoop) and load.concurrency == 1
-    return alone and sum(part.engines for part in scenario.parts().values()) == 1
+    sequential = isinstance(load, ClosedLoop) and load.concurrency == 1
+    return sequential and sum(part.engines for part in scenario.parts().values()) == 1
 
 
-def fit_at_once(*sides: Scenario) -> bool:
-    """Say whether there is shared memory for the servers and caches of all sides."""
+def fit_in_memory(*scenarios: Scenario) -> bool:
+    """Return whether /dev/shm has room for the L1s and caches of all scenarios."""
     needed = sum(
-        int(side.server.l1.size) * side.hosts
-        + sum(part.engines * part.cache_bytes for part in side.parts().values())
-        for side in sides
+        int(scenario.server.l1.size) * scenario.hosts
+        + sum(part.engines * part.cache_bytes for part in scenario.parts().values())
+        for scenario in scenarios
     )
     return needed <= disk_usage(SHM_DIR).free
 
 
-def _wait_for_peer(path: str) -> Connection:
+def _accept_peer(path: str) -> Connection:
     Path(path).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.settimeout(MEET_S)
+        listener.settimeout(CONNECT_S)
         listener.bind(path)
         listener.listen(1)
         try:
             peer, _ = listener.accept()
         except TimeoutError:
-            raise Unavailable(f"--turns: nobody else came to {path}") from None
+            raise Unavailable(f"--turns: no other run connected to {path}") from None
     peer.setblocking(True)
     return Connection(peer.detach())
 
 
-def _find_peer(path: str) -> Connection:
-    give_up = monotonic() + MEET_S
-    while monotonic() < give_up:
+def _connect_peer(path: str) -> Connection:
+    deadline = monotonic() + CONNECT_S
+    while monotonic() < deadline:
         with suppress(OSError):
             return Client(path, "AF_UNIX")
         Event().wait(RETRY_S)
-    raise Unavailable(f"--turns: nobody else at {path}")
+    raise Unavailable(f"--turns: no other run listens at {path}")

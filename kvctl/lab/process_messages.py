@@ -1,4 +1,4 @@
-"""What the driver, the schedulers and the ranks of a run tell each other."""
+"""Messages between the driver, the schedulers and the ranks of a run."""
 
 from __future__ import annotations
 
@@ -9,73 +9,72 @@ import msgspec
 
 from kvcore.keys import SessionKey
 from kvcore.protocol import CBMatch
-from kvctl.lab.latency_samples import LatencySamples
-from kvctl.lab.model_geometry import Geometry
-from kvctl.lab.scenario import Scenario
-from kvctl.lab.systems.system_interface import SystemSpec
-from kvctl.lab.workload.copy_settings import Setting
+from kvctl.lab.config.copy_settings import Setting
+from kvctl.lab.config.model_geometry import Geometry
+from kvctl.lab.config.scenario import Scenario, SystemSpec
+from kvctl.lab.latency import LatencySamples
 
 
 class EnginePlan(msgspec.Struct, frozen=True):
-    """One engine of a run; enough to play it."""
+    """Everything that the processes of one engine need."""
 
     address: str
     engine: int
     engine_id: str
     model: str
-    """Carries the run's id, so that runs on one server never share chunks."""
+    """Contains the run's id, so that runs on one server do not share chunks."""
     seed: int
     scenario: Scenario
-    """What this engine's tenant plays."""
+    """The scenario of the engine's tenant."""
     place: int = 0
-    """Among the tenant's engines."""
+    """Index among the tenant's engines."""
     first_index: int = 0
-    """Of the workload, where an engine that was started again goes on."""
+    """First request of the workload, for an engine that was restarted."""
     system: SystemSpec = SystemSpec()
     turns: str | None = None
-    """Rendezvous address of the engine it alternates with; see `interleaving`."""
+    """Rendezvous address of the interleaved run; see `interleaving`."""
     host: int = 0
-    """Whose server it asks."""
+    """Index of the simulated host, and of its server."""
 
     @property
     def geometry(self) -> Geometry:
-        """The model's KV."""
+        """KV geometry of the model."""
         return self.scenario.model.geometry()
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """A process has set itself up."""
+    """To the driver: the process is set up."""
 
     chunk_bytes: int = 0
-    """Of a rank: bytes of a chunk in it."""
+    """Of a rank: bytes of a chunk on it."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A process cannot go on."""
+    """To the driver: the process failed and ends."""
 
     message: str
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Begin to play."""
+    """From the driver: begin the load, or the measured calls."""
 
     epoch_s: float = 0.0
-    """On the host's monotonic clock: the time that dues count from."""
+    """Start of the load on the host's monotonic clock."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Begin no more requests; finish those under way and report."""
+    """From the driver: begin no more requests, finish those in progress, report."""
 
     server_gone: bool = False
-    """Nothing under way can end any more: report what there is."""
+    """Requests in progress cannot finish: report immediately."""
 
 
 class Tally(msgspec.Struct, tag=True):
-    """What an engine has counted so far. Chunks are whole ones of prompts."""
+    """Counts of an engine so far. Chunks are full ones of prompts."""
 
     requests: int = 0
     warm_ups: int = 0
-    """Requests before the measurement, counted nowhere else."""
+    """Requests of the warm-up, which no other field counts."""
     aborted: int = 0
     preemptions: int = 0
     errors: int = 0
@@ -83,83 +82,83 @@ class Tally(msgspec.Struct, tag=True):
     tokens: int = 0
     tokens_hit: int = 0
     tokens_from_tiers: int = 0
-    """Of those hit, what memory lacked when it was asked for."""
+    """Hit tokens that were not in L1 at lookup."""
     chunks: int = 0
     chunks_hit: int = 0
     parts_stored: int = 0
     parts_present: int = 0
     parts_dropped: int = 0
     store_bytes: int = 0
-    """Of stores that copied every part; likewise `store_s`."""
+    """Of stores that copied every part; so is `store_s`."""
     store_s: float = 0.0
     retrieve_bytes: int = 0
     retrieve_s: float = 0.0
     document_tokens_hit: int = 0
-    """Of prompts, found in documents at any position."""
+    """Prompt tokens found in documents at any position."""
     document_chunks: int = 0
-    """Whole ones of documents in prompts."""
+    """Full chunks of documents in prompts."""
     document_chunks_hit: int = 0
     copy_bytes: int = 0
-    """Of plain copies in the ranks, timed between their calls; likewise `copy_s`."""
+    """Of plain copies in the ranks, timed between calls; so is `copy_s`."""
     copy_s: float = 0.0
 
     def add(self, other: Tally) -> None:
-        """Count another's in."""
+        """Add the counts of another tally."""
         for name in self.__struct_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class EngineReport(msgspec.Struct, frozen=True, tag=True):
-    """Everything that an engine measured, at its end."""
+    """To the driver: all measurements of an engine, at its end."""
 
     tally: Tally
     samples: LatencySamples
     chunk_heads: bytes
-    """First eight bytes of the hash of each chunk asked for, once each."""
+    """First eight bytes of each distinct requested chunk hash."""
     errors: tuple[str, ...] = ()
     next_index: int = 0
-    """Of the workload: where another engine could go on."""
+    """Next request of the workload, for an engine that replaces this one."""
     warm_heads: bytes = b""
-    """Likewise, of chunks asked for in the warm-up."""
+    """Like `chunk_heads`, for requests of the warm-up."""
     document_heads: bytes = b""
-    """Likewise, of documents' chunks; nothing of the warm-up."""
+    """Like `chunk_heads`, for chunks of documents; without the warm-up."""
     host: int = 0
-    """Whose server it asked."""
+    """Index of the simulated host, and of its server."""
     journal: bytes = b""
-    """`kvctl.lab.engine.request_log.RECORD`s: one a request, warm-up included."""
+    """`kvctl.lab.engine.engine_statistics.RECORD`s: one a request, warm-up included."""
 
 
 class RunRequest(msgspec.Struct, frozen=True, tag=True):
-    """To a rank: retrieve chunks [0, hit) and check them; write and store the rest."""
+    """To a rank: retrieve and check tokens [0, hit); write and store the rest."""
 
     session: SessionKey
     hit_tokens: int
     end_tokens: int
     hashes: bytes
-    """32 bytes a chunk."""
+    """32 bytes per chunk."""
     blocks: tuple[bytes, ...]
-    """One a cache group: int32 ids of the blocks of [0, end)."""
+    """Per cache group: int32 ids of the blocks of tokens [0, end)."""
     retrieve: bool = True
-    """Without it [0, hit) is there already."""
+    """False if [0, hit) was retrieved before."""
     tokens: bytes = b""
-    """Packed, for systems whose ranks ask with them."""
+    """Packed uint32, for systems whose ranks need them."""
 
 
 class StoredDocument(msgspec.Struct, frozen=True):
-    """A document in a prompt that is to be stored."""
+    """A document of a prompt that is to be stored: tokens [start, end)."""
 
     start: int
     end: int
     hashes: bytes
-    """32 bytes a chunk, in the document space."""
+    """32 bytes per chunk, in the keyspace of documents."""
 
 
 class RunDocuments(msgspec.Struct, frozen=True, tag=True):
-    """To a rank: load and check what was found, store documents and the prompt."""
+    """To a rank: retrieve and check matches, store documents and the prompt."""
 
     session: SessionKey
     slot: int
-    """Of the buffer, from 0."""
+    """Index of the buffer's slot."""
     tokens: bytes
     """Of the prompt, packed uint32."""
     matches: tuple[CBMatch, ...]
@@ -169,63 +168,62 @@ class RunDocuments(msgspec.Struct, frozen=True, tag=True):
 
 
 class RequestDone(msgspec.Struct, frozen=True):
-    """From a rank: how it went."""
+    """From a rank: counts, durations and errors of one request."""
 
     tally: Tally
     durations: dict[str, float]
     errors: tuple[str, ...] = ()
     unavailable: str | None = None
-    """The server is gone, and with it everything else that could be played."""
+    """Reason why the server cannot be reached; the run cannot continue."""
 
 
-class MeasureAlone(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, once nobody plays: time calls of about so many bytes."""
+class MeasureIsolatedCalls(msgspec.Struct, frozen=True, tag=True):
+    """To a rank, after the load: time calls of about `max_bytes`."""
 
     max_bytes: int
     seed: int
 
 
-class MeasuredAlone(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: how long its calls took, with plain copies of as many bytes."""
+class IsolatedCallTimes(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: durations of its calls and of plain copies of equal size."""
 
     num_bytes: int
     samples: LatencySamples
-    """Of `store` and `retrieve`, and of the plain copies beside them."""
     bytes_wrong: int = 0
 
 
 class MeasureCopies(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, once nobody plays: make calls of this setting."""
+    """To a rank, after the load: make the calls of this setting."""
 
     setting: Setting
     seed: int
 
 
-class Warm(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: its first calls are made; it waits for `Start`, as others do."""
+class WarmedUp(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: its warm-up calls are done; it waits for `Start`."""
 
 
-class MeasuredCopies(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: how long its calls took, with plain copies of as many bytes."""
+class CopyTimes(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: durations of a setting's calls and of plain copies."""
 
     num_bytes: int
     chunk_bytes: int
     samples: LatencySamples
     bytes_wrong: int = 0
     products_per_s: tuple[float, float] | None = None
-    """Matrix products, alone and beside the calls."""
+    """Matrix products, without and during the calls."""
     ways: dict[str, int] = {}
-    """Calls that the rank copied itself on a GPU, by way and direction."""
+    """Copies that the rank made on a GPU, by method and direction."""
 
 
-class Storm(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, before the load: unregister and register so often, timed."""
+class RegisterRepeatedly(msgspec.Struct, frozen=True, tag=True):
+    """To a rank, before the load: unregister and register `rounds` times."""
 
     rounds: int
 
 
-class StormDone(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: how long `register` and `unregister` took."""
+class RegistrationTimes(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: durations of `register` and `unregister`."""
 
     samples: LatencySamples
 
@@ -237,13 +235,13 @@ Control = (
     | Stop
     | Tally
     | EngineReport
-    | MeasureAlone
-    | MeasuredAlone
+    | MeasureIsolatedCalls
+    | IsolatedCallTimes
     | MeasureCopies
-    | Warm
-    | MeasuredCopies
-    | Storm
-    | StormDone
+    | WarmedUp
+    | CopyTimes
+    | RegisterRepeatedly
+    | RegistrationTimes
 )
 
 _control = msgspec.msgpack.Decoder(Control)
@@ -251,17 +249,25 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def send(connection: Connection, message: msgspec.Struct) -> None:
-    """Send one message; `OSError` when the other end is gone."""
+    """Send one message.
+
+    Raises:
+        OSError: the other end is closed.
+    """
     connection.send_bytes(_encoder.encode(message))
 
 
 def send_failed(connection: Connection, reason: str) -> None:
-    """Say why a process ends, where somebody is left to hear it."""
+    """Send the reason of a failure, unless the driver has ended."""
     with suppress(OSError):
         send(connection, Failed(reason))
 
 
 def receive(connection: Connection) -> Control:
-    """Receive one control message; `EOFError` when the other end is gone."""
+    """Return the next control message.
+
+    Raises:
+        EOFError: the other end is closed.
+    """
     message: Control = _control.decode(connection.recv_bytes())
     return message

@@ -25,10 +25,10 @@ from kvctl.lab.compare.paired_runs import (
     Pair,
     PairedRuns,
 )
-from kvctl.lab.interleaving import can_take_turns, fit_at_once
+from kvctl.lab.config.scenario import read as read_scenario
+from kvctl.lab.interleaving import can_interleave, fit_in_memory
 from kvctl.lab.page import report_files as reports
 from kvctl.lab.results.result import Result, make_folder, read
-from kvctl.lab.scenario import read as read_scenario
 
 BASELINES = Path("results/baselines")
 FAILING = (CountVerdict.WORSE, CountVerdict.DIFFERS)
@@ -108,8 +108,8 @@ class Plan:
         # Elsewhere, since a Python started here would take what lies here.
         elsewhere = installs.folder
         in_turns = (
-            can_take_turns(scenario)
-            and fit_at_once(scenario, scenario)
+            can_interleave(scenario)
+            and fit_in_memory(scenario, scenario)
             and all(knows_turns(python, elsewhere) for python in (base, new))
         )
         arguments = [str(self.scenario.resolve())]

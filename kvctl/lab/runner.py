@@ -1,14 +1,11 @@
-"""The driver of a run: starts everything, watches it, stops it, keeps what it found."""
+"""Runs a scenario: starts services and servers, drives the load, returns the result."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 
 from msgspec.structs import replace
 
@@ -16,57 +13,45 @@ from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.shm import remove_dead
-from kvctl.lab.interleaving import can_take_turns
+from kvctl.console import Progress
+from kvctl.lab.config.scenario import Scenario, Service, SystemSpec
+from kvctl.lab.interleaving import can_interleave
 from kvctl.lab.process_messages import Tally
 from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result
 from kvctl.lab.results.result_builder import summarise
-from kvctl.lab.run.load_run import LoadRun
+from kvctl.lab.run.load_driver import LoadDriver
 from kvctl.lab.run.raw_measurements import RawMeasurements
-from kvctl.lab.scenario import Scenario, Service
-from kvctl.lab.systems.external_server import ExternalServer
+from kvctl.lab.run.run_monitor import Interrupts, RunMonitor, RunWatcher
+from kvctl.lab.systems.child_processes import ExternalServer, RunningService, fill
 from kvctl.lab.systems.local_server import LocalServer
-from kvctl.lab.systems.service_processes import RunningService, fill
-from kvctl.lab.systems.system_interface import SystemSpec
 from kvctl.lab.systems.system_registry import start_server
 from kvctl.lab.workload.access_generators import Survey, survey
 
-ANSWER_S = 5.0
-"""For a server that runs already to answer the first time."""
+PING_S = 5.0
+"""Timeout for the first reply of a server that is already running."""
 
 
-class RunWatcher:
-    """Told how far a run is. This one says nothing."""
+class ConsoleProgress(RunWatcher):
+    """Shows requests, hit rate and errors in a progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._share = 0.0
 
     def phase(self, name: str) -> None:
-        """Begin a phase of the run."""
+        """Show the phase."""
+        self._progress.update(self._share, name)
 
     def progress(self, done: Tally, planned: Survey) -> None:
-        """Some requests are done."""
-
-
-@dataclass(slots=True)
-class Interrupts:
-    """SIGINT or SIGTERM was received. A second one raises KeyboardInterrupt."""
-
-    received: bool = False
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Take the signals for as long as the block runs."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._receive) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
+        """Show the counts."""
+        self._share = done.requests / planned.num_requests
+        rate = done.tokens_hit / done.tokens if done.tokens else 0.0
+        self._progress.update(
+            self._share,
+            f"{done.requests:,} of {planned.num_requests:,} requests, hit rate "
+            f"{rate:.3f}, {done.errors} errors, {done.bytes_wrong} bytes wrong",
+        )
 
 
 def run(
@@ -78,28 +63,21 @@ def run(
     turns: str | None = None,
     system: SystemSpec | None = None,
 ) -> Result:
-    """Play a scenario, against a server of its own where no address is given.
+    """Run a scenario on new servers, or on the server at `address`.
 
-    With `turns` it alternates with another run; see `interleaving`. The result
-    says what went wrong while it ran.
+    With `turns` the run is interleaved with another one; see `interleaving`. Errors
+    during the run are part of the result.
 
     Raises:
-        SetupError: it could not begin.
+        SetupError: the run could not begin.
         Unavailable: no server answers at the address.
     """
     watcher, spec = watcher or RunWatcher(), system or SystemSpec()
     watcher.phase("starting")
     planned = _survey(scenario, seed)
-    if turns is not None and not can_take_turns(scenario):
-        raise SetupError("--turns: needs one engine and load.concurrency = 1")
-    if not spec.is_ours and scenario.faults:
-        raise SetupError(f"--system {spec.name}: only our own server can be struck")
-    if address and any(fault.target != "worker" for fault in scenario.faults):
-        raise SetupError("--server: only a server that the run started can be struck")
-    if scenario.hosts > 1 and (address or not spec.is_ours):
-        raise SetupError(f"hosts = {scenario.hosts}: only of servers that a run starts")
+    _check_options(scenario, address, turns, spec)
     if address and spec.is_ours:
-        with KVClient(address, label="bench driver", timeout_s=ANSWER_S) as client:
+        with KVClient(address, label="bench driver", timeout_s=PING_S) as client:
             client.ping()
     remove_dead(SEGMENT_PREFIX)
     interrupts = Interrupts()
@@ -110,13 +88,29 @@ def run(
         }
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="kvlab-")))
         evidence = RawMeasurements(name, scenario, seed, spec=spec, turns=turns)
-        configs = [] if address else _configs(scenario, services, folder)
+        configs = [] if address else _server_configs(scenario, services, folder)
         with _serving(spec, configs, folder, evidence.failures) as servers:
-            where = [address] if address else [one.address for one in servers]
-            LoadRun(
-                evidence, where, servers, services, planned, interrupts, watcher
-            ).run()
+            addresses = [address] if address else [one.address for one in servers]
+            monitor = RunMonitor(
+                evidence, addresses, servers, services, planned, interrupts, watcher
+            )
+            LoadDriver(monitor).run()
         return summarise(evidence)
+
+
+def _check_options(
+    scenario: Scenario, address: str | None, turns: str | None, spec: SystemSpec
+) -> None:
+    if turns is not None and not can_interleave(scenario):
+        raise SetupError("--turns: needs one engine and load.concurrency = 1")
+    if not spec.is_ours and scenario.faults:
+        raise SetupError(f"--system {spec.name}: faults need kvctl's own server")
+    if address and any(fault.target != "worker" for fault in scenario.faults):
+        raise SetupError("--server: faults need a server that the run has started")
+    if scenario.hosts > 1 and (address or not spec.is_ours):
+        raise SetupError(
+            f"hosts = {scenario.hosts}: needs servers that the run has started"
+        )
 
 
 @contextmanager
@@ -126,25 +120,25 @@ def _serving(
     folder: Path,
     failures: list[str],
 ) -> Iterator[list[LocalServer | ExternalServer]]:
-    """Start servers; after the block stop them, and note which ended wrongly."""
+    """Start servers, stop them after the block, and record unexpected exits."""
     servers: list[LocalServer | ExternalServer] = []
     try:
         servers.extend(start_server(spec, config, folder) for config in configs)
         yield servers
     finally:
-        told = [server.stop() for server in servers]
-        failures += [one for one in told if one and one not in failures]
+        problems = [server.stop() for server in servers]
+        failures += [one for one in problems if one and one not in failures]
 
 
-def _configs(
+def _server_configs(
     scenario: Scenario, services: dict[str, RunningService], folder: Path
 ) -> list[ServerConfig]:
-    """Write each host's server down."""
+    """Return the configuration of each host's server."""
     if scenario.hosts == 1:
-        return [_with_places(scenario.server, services, folder, "127.0.0.1")]
+        return [_fill_tiers(scenario.server, services, folder, "127.0.0.1")]
     hosts = [f"127.0.0.{number}" for number in range(1, scenario.hosts + 1)]
     return [
-        _with_places(
+        _fill_tiers(
             replace(scenario.server, address=f"tcp://{host}:0"), services, folder, host
         )
         for host in hosts
@@ -160,24 +154,24 @@ def _running(service: Service) -> Iterator[RunningService]:
         running.close()
 
 
-def _with_places(
+def _fill_tiers(
     config: ServerConfig, services: dict[str, RunningService], folder: Path, host: str
 ) -> ServerConfig:
-    """Fill in the tiers' URLs: `{NAME.port}`, `{NAME.folder}`, `{folder}`, `{host}`."""
-    places = {"folder": str(folder), "host": host} | {
-        f"{name}.{place}": value
+    """Replace `{NAME.port}`, `{NAME.folder}`, `{folder}`, `{host}` in tiers' URLs."""
+    variables = {"folder": str(folder), "host": host} | {
+        f"{name}.{variable}": value
         for name, service in services.items()
-        for place, value in service.places.items()
+        for variable, value in service.variables.items()
     }
-    return replace(config, tiers=tuple(fill(url, places) for url in config.tiers))
+    return replace(config, tiers=tuple(fill(url, variables) for url in config.tiers))
 
 
 def _survey(scenario: Scenario, seed: int) -> Survey:
-    """Add up what the tenants are asked; each must fit its engines' caches."""
+    """Return the sum of the tenants' workloads, each of which must fit its caches."""
     surveys = []
     for part in scenario.parts().values():
         surveys.append(survey(part.workload, seed))
-        _check_room(part, surveys[-1])
+        _check_cache_size(part, surveys[-1])
     return Survey(
         sum(one.num_requests for one in surveys),
         sum(one.num_tokens for one in surveys),
@@ -185,7 +179,7 @@ def _survey(scenario: Scenario, seed: int) -> Survey:
     )
 
 
-def _check_room(scenario: Scenario, planned: Survey) -> None:
+def _check_cache_size(scenario: Scenario, planned: Survey) -> None:
     geometry = scenario.model.geometry()
     blocks = -(-planned.longest // geometry.block_size)
     if not planned.num_requests:

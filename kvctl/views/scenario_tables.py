@@ -12,14 +12,13 @@ from kvcore.config import ServerConfig
 from kvcore.keys import HashChain, chain_seed, pack_tokens
 from kvcore.options import Options, describe, encode_hook
 from kvctl.console import Table, size
-from kvctl.lab.json_schemas import publish
-from kvctl.lab.scenario import Fault, Limits, Scenario
+from kvctl.lab.config.copy_settings import Copies
+from kvctl.lab.config.load_config import ClosedLoop, Load, Sweep
+from kvctl.lab.config.scenario import Fault, Limits, Scenario, publish
+from kvctl.lab.config.workload_config import Workload
 from kvctl.lab.vllm.vllm_scenario import VLLMScenario, prompt_lengths
 from kvctl.lab.workload.access_generators import Survey, accesses, survey
 from kvctl.lab.workload.arrivals import schedule
-from kvctl.lab.workload.copy_settings import Copies
-from kvctl.lab.workload.load_config import ClosedLoop, Load, Sweep
-from kvctl.lab.workload.workload_config import Workload
 
 MAX_HASHED_TOKENS = 200_000_000
 HASH_SLICE = 1 << 20

@@ -17,12 +17,13 @@ import msgspec
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.protocol import LookupReply
-from kvctl.lab.engine.request_log import unpack
+from kvctl.lab.config.load_config import ClosedLoop, Constant, Load
+from kvctl.lab.config.scenario import ModelConfig, Scenario
+from kvctl.lab.config.workload_config import SharedPrefix
+from kvctl.lab.engine.engine_statistics import unpack
 from kvctl.lab.engine.simulated_scheduler import SimulatedScheduler
 from kvctl.lab.process_messages import EnginePlan, RequestDone, RunRequest, Tally, send
 from kvctl.lab.results.load_report import LoadReport, report_load
-from kvctl.lab.scenario import ModelConfig, Scenario, SharedPrefix
-from kvctl.lab.workload.load_config import ClosedLoop, Constant, Load
 
 RATES = (1000, 2000, 3000, 4000)
 SECONDS = 3
@@ -71,7 +72,7 @@ def play(load: Load, num_requests: int) -> tuple[float, LoadReport | None]:
     engine.run_slot([ours])
     taken = time.perf_counter() - begun
     rank.join()
-    journal = unpack([engine.score.journal.packed()])
+    journal = unpack([engine.statistics.log.packed()])
     return num_requests / taken, report_load(scenario, journal, 0.0)
 
 

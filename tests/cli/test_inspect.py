@@ -21,7 +21,7 @@ from kvcore.status import (
 from kvcore.wire import REQUESTS
 from kvctl import console
 from kvctl.commands import inspect
-from kvctl.lab.model_geometry import PRESETS
+from kvctl.lab.config.model_geometry import PRESETS
 from kvctl.views import device_tables as devices
 from kvctl.views import protocol_tables as protocol
 from kvctl.views import status_tables as status

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.scenario import Chat, Trace, read
+from kvctl.lab.config.scenario import read
+from kvctl.lab.config.workload_config import Chat, Trace
 
 TEXT = """\
 engines = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvctl.lab.json_schemas import publish
+from kvctl.lab.config.scenario import publish
 
 
 def test_docstrings_lose_their_indentation() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvctl.lab import runner as driver
-from kvctl.lab.scenario import read
+from kvctl.lab.config.scenario import read
 
 SCENARIO = """\
 engines = 2

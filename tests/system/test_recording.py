@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from kvctl.lab import runner as driver
-from kvctl.lab.scenario import Scenario, read
+from kvctl.lab.config.scenario import Scenario, read
 
 SCENARIO = """\
 cache_blocks = 32

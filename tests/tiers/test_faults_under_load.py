@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvctl.lab import runner as driver
-from kvctl.lab.scenario import read
+from kvctl.lab.config.scenario import read
 
 SCENARIO = Path(__file__).parents[2] / "scenarios" / "tier_faults.toml"
 SHORTER = (

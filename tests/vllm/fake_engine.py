@@ -165,7 +165,7 @@ class FakeEngine:
             total.loaded |= one.loaded
             total.failed |= one.failed
             total.failed_blocks |= one.failed_blocks
-            return self.worker.num_under_way == 0
+            return self.worker.num_in_progress == 0
 
         wait_until(quiet)
         return total

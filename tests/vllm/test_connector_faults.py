@@ -132,7 +132,7 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
         engine.step(Scheduled(other.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True))
         assert engine.pool.held
         wait_until(lambda: not engine.collect().loaded and not engine.pool.held)
-        assert engine.worker.num_under_way == 1
+        assert engine.worker.num_in_progress == 1
         engine.scheduler.finished(repeat.request_id)
         assert engine.scheduler.num_ops == 1
     finally:

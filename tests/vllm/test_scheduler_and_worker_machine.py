@@ -291,7 +291,7 @@ class HalvesMachine(ScriptedHalves):
         assert not +self.blocks.refs
         assert not self.open
         for rank in self.ranks:
-            assert rank.worker.num_under_way == 0
+            assert rank.worker.num_in_progress == 0
             assert not rank.worker._tokens
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from kvcore.errors import SetupError
 from kvcore.options import encode_hook
 from kvctl.lab.compare.significance import Contrast, Effect, judge, paired, unpaired
-from kvctl.lab.latency_samples import Latency
+from kvctl.lab.latency import Latency
 from kvctl.lab.results.result import Result, System, read
 
 COMPARISON = "comparison.json"

@@ -8,8 +8,8 @@ from kvctl.console import duration
 from kvctl.lab.compare.comparison import Comparison, Count, CountVerdict, Timing
 from kvctl.lab.compare.fail_rules import span
 from kvctl.lab.compare.significance import Verdict
+from kvctl.lab.config.copy_settings import CopyRow
 from kvctl.lab.results.result import Result
-from kvctl.lab.workload.copy_settings import CopyRow
 
 
 def of_result(result: Result) -> str:

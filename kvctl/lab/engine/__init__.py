@@ -1,1 +1,1 @@
-"""A played engine: its scheduler, its batch in time, a request's life."""
+"""Simulated engines: scheduler, request lifecycle, and a time model of the batch."""

@@ -1,89 +1,88 @@
-"""An engine's continuous batch as a time model: chunked prefill, decode, preemption.
+"""A time model of an engine's continuous batch: chunked prefill, decode, preemption.
 
-Time is an argument everywhere, so the model runs as fast or as slow as its caller. In
-each step the running requests decode one token each, and what is left of the step's
-token budget prefills the requests at the head of the queue (Agrawal et al.,
-Sarathi-Serve, OSDI 2024). A step takes a fixed time, plus one for the tokens that it
-prefills, plus one for each request that it decodes.
+In each step the running requests decode one token each, and the rest of the step's
+token budget prefills the requests at the head of the queue. A step takes a fixed time,
+plus a time per prefilled token, plus a time per decoding request. `ContinuousBatch` has
+no clock; `BatchClock` runs it in real time.
+
+Source: Agrawal et al., Sarathi-Serve, OSDI 2024.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvctl.lab.scenario import EngineModel
+from kvctl.lab.config.scenario import EngineModel
+from kvctl.lab.engine.request_pacer import Clock
 
 
-class Event(Enum):
-    """What a step brought a request."""
+class BatchEvent(Enum):
+    """Effect of a step on a request."""
 
     FIRST_TOKEN = "first_token"
     FINISHED = "finished"
     PREEMPTED = "preempted"
-    """Its blocks were needed: it has to begin again, with what it has produced."""
+    """Its blocks were freed: it has to begin again, with its output as prompt."""
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """One request in the engine. Token counts are of what it still has to do."""
+class BatchSequence:
+    """One request in the engine, since its last submission."""
 
     prompt_tokens: int
     computed_tokens: int
-    """Of the prompt: their KV is there, loaded or computed."""
+    """Prompt tokens whose KV exists, retrieved or computed."""
     output_tokens: int
-    """To produce, the first one with the prefill."""
+    """Tokens to produce; the prefill produces the first."""
     produced_tokens: int = 0
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens whose KV takes room."""
-        return self.computed_tokens + self.produced_tokens
-
-    @property
     def prefilled(self) -> bool:
-        """The prompt is done: the request decodes."""
+        """Whether the whole prompt is computed: the request decodes."""
         return self.computed_tokens >= self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class BatchEvents:
-    """An event of one request, when its step ended."""
+class TimedEvent:
+    """An event of one request, at the end of a step."""
 
-    sequence: Sequence
-    event: Event
+    sequence: BatchSequence
+    event: BatchEvent
     at_s: float
 
 
 @dataclass(slots=True)
 class _BatchStep:
     end_s: float
-    prefills: dict[Sequence, int] = field(default_factory=dict)
-    decodes: list[Sequence] = field(default_factory=list)
+    prefills: dict[BatchSequence, int] = field(default_factory=dict)
+    decodes: list[BatchSequence] = field(default_factory=list)
 
 
 class ContinuousBatch:
-    """The requests of one engine. Not safe for several threads."""
+    """The queued and running requests of one engine. Not thread-safe."""
 
     def __init__(self, model: EngineModel, num_blocks: int, block_size: int) -> None:
         self._model = model
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting: deque[BatchSequence] = deque()
+        self._running: list[BatchSequence] = []
         self._step: _BatchStep | None = None
         self.num_preempted = 0
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a request whose prompt has been loaded as far as it was found."""
+    def add(self, sequence: BatchSequence) -> None:
+        """Queue a request whose found chunks have been retrieved."""
         self._waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a request, wherever it is: it was aborted."""
+    def remove(self, sequence: BatchSequence) -> None:
+        """Remove a queued or running request, which was aborted."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         if sequence in self._running:
@@ -93,30 +92,30 @@ class ContinuousBatch:
             if sequence in self._step.decodes:
                 self._step.decodes.remove(sequence)
 
-    def advance(self, now_s: float) -> list[BatchEvents]:
-        """End the step whose time has come and begin the next; say what happened.
+    def advance(self, now_s: float) -> list[TimedEvent]:
+        """Complete the steps that have ended, and return their events.
 
-        Call it when something was added and at `next_s`. Steps that ended long ago
-        follow one another without a pause, as they would have.
+        Call it after `add` and at `next_s`. Steps follow each other without a gap,
+        also if the call is late.
         """
-        happened: list[BatchEvents] = []
+        events: list[TimedEvent] = []
         while self._step is None or self._step.end_s <= now_s:
             begin_s = now_s if self._step is None else self._step.end_s
             if self._step is not None:
-                happened += self._end(self._step)
-            self._step = self._begin(begin_s, happened)
+                events += self._end(self._step)
+            self._step = self._begin(begin_s, events)
             if self._step is None:
                 break
-        return happened
+        return events
 
     @property
     def next_s(self) -> float | None:
-        """When the step under way ends; None when there is nothing to do."""
+        """End of the current step; None without requests."""
         return self._step.end_s if self._step else None
 
-    def _begin(self, now_s: float, happened: list[BatchEvents]) -> _BatchStep | None:
+    def _begin(self, now_s: float, events: list[TimedEvent]) -> _BatchStep | None:
         step = _BatchStep(now_s)
-        self._preempt(now_s, happened)
+        self._preempt(now_s, events)
         step.decodes = [one for one in self._running if one.prefilled]
         budget = self._model.max_batched_tokens - len(step.decodes)
         for sequence in self._running:
@@ -127,21 +126,18 @@ class ContinuousBatch:
             budget = self._prefill(step, sequence, budget)
         if not step.decodes and not step.prefills:
             return None
-        step.end_s = now_s + self._seconds(step)
+        step.end_s = now_s + self._duration_s(step)
         return step
 
-    def _prefill(self, step: _BatchStep, sequence: Sequence, budget: int) -> int:
-        """Give a request its part of the budget; return what is left.
-
-        At least the prompt's last token is computed: it brings the first answer.
-        """
+    def _prefill(self, step: _BatchStep, sequence: BatchSequence, budget: int) -> int:
+        """Schedule a request's missing tokens; return the remaining budget."""
         missing = sequence.prompt_tokens - sequence.computed_tokens
-        given = max(0, min(missing, budget))
-        if given:
-            step.prefills[sequence] = given
-        return budget - given
+        num_tokens = max(0, min(missing, budget))
+        if num_tokens:
+            step.prefills[sequence] = num_tokens
+        return budget - num_tokens
 
-    def _seconds(self, step: _BatchStep) -> float:
+    def _duration_s(self, step: _BatchStep) -> float:
         model = self._model
         return (
             model.step_s
@@ -149,22 +145,25 @@ class ContinuousBatch:
             + len(step.decodes) * model.decode_s
         )
 
-    def _admits(self, sequence: Sequence) -> bool:
-        """Say whether a request fits; one alone always does."""
+    def _admits(self, sequence: BatchSequence) -> bool:
+        """Return whether a request fits; a single one always does."""
         if not self._running:
             return True
-        fits = self._used() + self._blocks(sequence.prompt_tokens) <= self._num_blocks
+        fits = (
+            self._used_blocks() + self._blocks(sequence.prompt_tokens)
+            <= self._num_blocks
+        )
         return fits and len(self._running) < self._model.max_batch
 
-    def _preempt(self, now_s: float, happened: list[BatchEvents]) -> None:
-        """Take the youngest requests out until one more token fits for each."""
-        while len(self._running) > 1 and self._used(1) > self._num_blocks:
+    def _preempt(self, now_s: float, events: list[TimedEvent]) -> None:
+        """Remove the youngest requests until each other one can grow by a token."""
+        while len(self._running) > 1 and self._used_blocks(1) > self._num_blocks:
             youngest = self._running.pop()
             self.num_preempted += 1
-            happened.append(BatchEvents(youngest, Event.PREEMPTED, now_s))
+            events.append(TimedEvent(youngest, BatchEvent.PREEMPTED, now_s))
 
-    def _used(self, more: int = 0) -> int:
-        """Count the blocks of the running; a prompt's are all taken at once."""
+    def _used_blocks(self, more: int = 0) -> int:
+        """Return the blocks of running requests; a prompt's are allocated at once."""
         return sum(
             self._blocks(one.prompt_tokens + one.produced_tokens + more)
             for one in self._running
@@ -173,23 +172,125 @@ class ContinuousBatch:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _end(self, step: _BatchStep) -> list[BatchEvents]:
-        happened: list[BatchEvents] = []
+    def _end(self, step: _BatchStep) -> list[TimedEvent]:
+        events: list[TimedEvent] = []
         for sequence, num_tokens in step.prefills.items():
             sequence.computed_tokens += num_tokens
             if sequence.prefilled:
-                happened += self._produce(sequence, step.end_s)
+                events += self._produce(sequence, step.end_s)
         for sequence in step.decodes:
-            happened += self._produce(sequence, step.end_s)
-        return happened
+            events += self._produce(sequence, step.end_s)
+        return events
 
-    def _produce(self, sequence: Sequence, now_s: float) -> list[BatchEvents]:
-        """Add a token of the answer."""
+    def _produce(self, sequence: BatchSequence, now_s: float) -> list[TimedEvent]:
+        """Add an output token."""
         sequence.produced_tokens += 1
         events = []
         if sequence.produced_tokens == 1:
-            events.append(BatchEvents(sequence, Event.FIRST_TOKEN, now_s))
+            events.append(TimedEvent(sequence, BatchEvent.FIRST_TOKEN, now_s))
         if sequence.produced_tokens >= sequence.output_tokens:
             self._running.remove(sequence)
-            events.append(BatchEvents(sequence, Event.FINISHED, now_s))
+            events.append(TimedEvent(sequence, BatchEvent.FINISHED, now_s))
         return events
+
+
+@dataclass(slots=True, eq=False)
+class BatchProgress:
+    """Progress of a request in the engine."""
+
+    sequence: BatchSequence
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    preempted: bool = False
+
+
+class BatchClock:
+    """Runs a batch in real time. Any thread may submit and wait.
+
+    There is no extra thread: one of the waiting threads, the leader, sleeps until the
+    end of the step and advances the batch.
+    """
+
+    def __init__(self, batch: ContinuousBatch, clock: Clock | None = None) -> None:
+        self._batch = batch
+        self._clock = clock or Clock()
+        self._changed = threading.Condition()
+        self._progress: dict[BatchSequence, BatchProgress] = {}
+        self._has_leader = False
+        self._stopped = False
+
+    def submit(self, sequence: BatchSequence) -> BatchProgress:
+        """Queue a request."""
+        with self._changed:
+            # Steps that have ended by now did not include it.
+            self._advance()
+            progress = self._progress[sequence] = BatchProgress(sequence)
+            self._batch.add(sequence)
+            self._advance()
+            self._changed.notify_all()
+            return progress
+
+    def await_first_token(self, progress: BatchProgress) -> None:
+        """Wait for the first token, a preemption, or `stop`."""
+        self._await(progress, lambda: progress.first_token_s is not None)
+
+    def await_end(self, progress: BatchProgress, max_tokens: int | None = None) -> None:
+        """Wait until a request finishes, is preempted, or has `max_tokens` tokens."""
+
+        def ended() -> bool:
+            produced = progress.sequence.produced_tokens
+            enough = max_tokens is not None and produced >= max_tokens
+            return progress.finished_s is not None or enough
+
+        self._await(progress, ended)
+
+    def abort(self, progress: BatchProgress) -> None:
+        """Remove a request: its output is not needed any more."""
+        with self._changed:
+            self._progress.pop(progress.sequence, None)
+            self._batch.remove(progress.sequence)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """End all waits."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _await(self, progress: BatchProgress, ended: Callable[[], bool]) -> None:
+        with self._changed:
+            while not (ended() or progress.preempted or self._stopped):
+                lead = not self._has_leader
+                self._has_leader = True
+                try:
+                    self._clock.wait(self._changed, self._timeout_s() if lead else None)
+                finally:
+                    if lead:
+                        self._has_leader = False
+                self._advance()
+            self._changed.notify()
+
+    def _timeout_s(self) -> float | None:
+        next_s = self._batch.next_s
+        return None if next_s is None else max(0.0, next_s - self._clock.now())
+
+    def _advance(self) -> None:
+        events = self._batch.advance(self._clock.now())
+        for event in events:
+            self._record(event)
+        if events:
+            self._changed.notify_all()
+
+    def _record(self, timed: TimedEvent) -> None:
+        progress = self._progress.get(timed.sequence)
+        if progress is None:
+            return
+        match timed.event:
+            case BatchEvent.FIRST_TOKEN:
+                progress.first_token_s = timed.at_s
+            case BatchEvent.FINISHED:
+                progress.finished_s = timed.at_s
+                del self._progress[timed.sequence]
+            case BatchEvent.PREEMPTED:
+                progress.preempted = True
+                del self._progress[timed.sequence]

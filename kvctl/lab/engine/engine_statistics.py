@@ -1,35 +1,101 @@
-"""What the slots of an engine count and measure together."""
+"""The request log, counts and latencies of one simulated engine."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
 from msgspec.structs import replace
 
-from kvctl.lab.engine.request_log import RequestEntry, RequestLog
-from kvctl.lab.latency_samples import LatencyRecorder
+from kvctl.lab.latency import LatencyRecorder
 from kvctl.lab.process_messages import EngineReport, Tally
 
-MAX_ERRORS_TOLD = 10
+MAX_ERROR_MESSAGES = 10
 HEAD_BYTES = 8
-COUNTED_IN_TIME = (
-    "requests",
-    "errors",
-    "tokens",
-    "tokens_hit",
-    "tokens_from_tiers",
-    "store_bytes",
-    "retrieve_bytes",
+"""Leading bytes of a chunk hash that a report contains."""
+
+RECORD = np.dtype(
+    [
+        ("due_s", "f8"),
+        ("begun_s", "f8"),
+        ("ended_s", "f8"),
+        ("lag_s", "f8"),
+        ("ttft_s", "f8"),
+        ("tokens", "i8"),
+        ("tokens_hit", "i8"),
+        ("session", "u8"),
+        ("engine", "i4"),
+        ("step", "i4"),
+        ("preemptions", "i4"),
+        ("outcome", "u1"),
+        ("warm_up", "u1"),
+    ]
 )
-"""Of a tally, what a result shows over time."""
+"""Times are of the host's monotonic clock; `ttft_s` is a duration, NaN if unknown."""
+
+Records = npt.NDArray[np.void]
+
+
+class Outcome(IntEnum):
+    """How a request ended."""
+
+    DONE = 0
+    FAILED = 1
+    ABORTED = 2
+
+
+@dataclass(slots=True)
+class RequestEntry:
+    """One request; the fields are those of `RECORD`, in its order."""
+
+    due_s: float
+    begun_s: float
+    ended_s: float
+    lag_s: float
+    ttft_s: float
+    tokens: int
+    tokens_hit: int
+    session: int
+    engine: int
+    step: int = 0
+    preemptions: int = 0
+    outcome: Outcome = Outcome.DONE
+    warm_up: bool = False
+
+
+class RequestLog:
+    """Collects entries. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: list[tuple[object, ...]] = []
+
+    def add(self, entry: RequestEntry) -> None:
+        """Add a request that has ended."""
+        row = astuple(entry)
+        with self._lock:
+            self._rows.append(row)
+
+    def packed(self) -> bytes:
+        """Return all entries as packed `RECORD`s."""
+        with self._lock:
+            return np.array(self._rows, RECORD).tobytes()
+
+
+def unpack(logs: Iterable[bytes]) -> Records:
+    """Return the records of several packed logs, in order of their ends."""
+    records = np.frombuffer(b"".join(logs), RECORD)
+    return records[np.argsort(records["ended_s"], kind="stable")]
 
 
 class EngineStatistics:
-    """Counts, durations and a journal; any thread may add.
+    """Counts, durations and the request log. Thread-safe.
 
-    Of what is played to warm up, only wrong bytes and errors count, and that its
-    chunks have been seen.
+    Of the warm-up only errors, wrong bytes and seen chunks are kept.
     """
 
     def __init__(self) -> None:
@@ -40,7 +106,7 @@ class EngineStatistics:
         self._warm_heads: set[bytes] = set()
         self._document_heads: set[bytes] = set()
         self._errors: list[str] = []
-        self.journal = RequestLog()
+        self.log = RequestLog()
 
     def add(
         self,
@@ -51,25 +117,26 @@ class EngineStatistics:
         *,
         warm_up: bool = False,
     ) -> None:
-        """Count something in; each error counts as one."""
+        """Add counts, durations in seconds, chunk heads, and errors."""
         if warm_up:
-            tally, durations = _of_warm_up(tally), {}
+            durations = {}
+            tally = Tally(
+                errors=tally.errors,
+                bytes_wrong=tally.bytes_wrong,
+                warm_ups=tally.requests,
+            )
         with self._lock:
             self._tally.add(tally)
             self._tally.errors += len(errors)
             (self._warm_heads if warm_up else self._heads).update(heads)
-            self._errors += errors[: MAX_ERRORS_TOLD - len(self._errors)]
+            self._errors += errors[: MAX_ERROR_MESSAGES - len(self._errors)]
         self._recorder.add(durations)
 
     def add_documents(self, tally: Tally, heads: Sequence[bytes]) -> None:
-        """Count in how a request's documents were reused."""
+        """Add the reuse of a request's documents."""
         with self._lock:
             self._document_heads.update(heads)
             self._tally.add(tally)
-
-    def note(self, entry: RequestEntry) -> None:
-        """Enter a request in the journal."""
-        self.journal.add(entry)
 
     def tally(self) -> Tally:
         """Return a copy of the counts so far."""
@@ -77,13 +144,22 @@ class EngineStatistics:
             return replace(self._tally)
 
     def end_window(self) -> None:
-        """End a window of time, or a turn, and begin the next."""
+        """Close a window of time, or of an interleaved run's turn."""
         tally = self.tally()
-        counts = {name: int(getattr(tally, name)) for name in COUNTED_IN_TIME}
-        self._recorder.roll(counts)
+        self._recorder.roll(
+            {
+                "requests": tally.requests,
+                "errors": tally.errors,
+                "tokens": tally.tokens,
+                "tokens_hit": tally.tokens_hit,
+                "tokens_from_tiers": tally.tokens_from_tiers,
+                "store_bytes": tally.store_bytes,
+                "retrieve_bytes": tally.retrieve_bytes,
+            }
+        )
 
     def report(self, next_index: int = 0, host: int = 0) -> EngineReport:
-        """Return everything, and where in the workload the engine was."""
+        """Return all measurements, and the engine's position in the workload."""
         self.end_window()
         with self._lock:
             return EngineReport(
@@ -95,16 +171,10 @@ class EngineStatistics:
                 warm_heads=b"".join(sorted(self._warm_heads)),
                 document_heads=b"".join(sorted(self._document_heads)),
                 host=host,
-                journal=self.journal.packed(),
+                journal=self.log.packed(),
             )
 
 
 def heads_of(packed: bytes) -> set[bytes]:
-    """Unpack the heads of a report."""
+    """Return the chunk heads of a report's packed field."""
     return {packed[at : at + HEAD_BYTES] for at in range(0, len(packed), HEAD_BYTES)}
-
-
-def _of_warm_up(tally: Tally) -> Tally:
-    return Tally(
-        errors=tally.errors, bytes_wrong=tally.bytes_wrong, warm_ups=tally.requests
-    )

@@ -1,4 +1,4 @@
-"""Hands out requests when they are due, and says how late each one begins."""
+"""Paces an engine's requests: each begins when it is due and a slot is free."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from kvctl.lab.workload.arrivals import Due
 
 
 class Clock:
-    """The time, and how to wait for it; tests set their own."""
+    """The time, and waits for it; tests replace it."""
 
     def now(self) -> float:
         """Return seconds on the host's monotonic clock."""
         return monotonic()
 
     def wait(self, changed: threading.Condition, timeout_s: float | None) -> None:
-        """Wait for a change, at most so long; the lock is held on both sides."""
+        """Wait for a notification, at most `timeout_s`; the caller holds the lock."""
         changed.wait(timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
 class PacedRequest:
-    """A request that begins now. Times are the clock's."""
+    """A request that begins now. Times are those of the clock."""
 
     access: Access
     tokens: Tokens
     due_s: float
-    """Latency counts from here; in a closed loop, the moment there was room."""
+    """Start of its latency; in a closed loop, the time when a slot was free."""
     begun_s: float
     lag_s: float
-    """Of that, what the generator itself was late: it was due and a slot was free."""
+    """Delay by the load generator: the request was due and a slot was free."""
     step: int
     warm_up: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Freed:
-    """A parked request whose session is free again, since `due_s`."""
+class _ReleasedRequest:
+    """A parked request whose session has no other request since `due_s`."""
 
     head: Due
     due_s: float
 
 
 class RequestPacer:
-    """One engine's share of the workload. Slots take from it; any thread may call.
+    """The queue of one engine's requests, from which its slots take. Thread-safe.
 
-    A session has one request under way: a user sends the next turn after reading the
-    answer. In an open loop the next turn is then due at its time or when the one
-    before it has ended, whichever is later, and other sessions go on meanwhile. In a
-    closed loop all wait behind it, so that the order is the workload's.
+    A session has one request in progress: a user reads the answer before the next
+    turn. In an open loop the next turn is due at its arrival time or at the end of the
+    previous one, whichever is later, while other sessions continue. In a closed loop
+    all later requests wait for it, which keeps the order of the workload.
     """
 
     def __init__(
@@ -73,22 +73,22 @@ class RequestPacer:
         self._head: Due | None = None
         self._head_tokens: Tokens | None = None
         self._exhausted = False
-        self._led = False
-        """A slot waits for the head's time; the others wait for that one."""
+        self._has_leader = False
+        """A slot sleeps until the head is due; the others wait for it."""
         self._active: set[str] = set()
         self._parked: dict[str, deque[Due]] = {}
-        """Due, but their session has another request under way."""
-        self._released: deque[_Freed] = deque()
+        """Due, but their session has another request in progress."""
+        self._released: deque[_ReleasedRequest] = deque()
         self._stopped = False
         self.next_index = 0
-        """Of the workload, behind the last one that began."""
+        """Index in the workload after the last request that began."""
 
     def start(self, epoch_s: float) -> None:
-        """Set the time that all others count from."""
+        """Set the start of the load."""
         self.epoch_s = epoch_s
 
     def take(self) -> PacedRequest | None:
-        """Wait for the next request that is due; None when no more is to begin.
+        """Wait for the next due request; None after the last one, or after `stop`.
 
         Raises:
             SetupError: from a trace reader.
@@ -96,20 +96,20 @@ class RequestPacer:
         with self._changed:
             free_s = self._clock.now()
             while not self._stopped:
-                taken = self._pop_released(free_s) or self._pop_head(free_s)
-                if taken is not None:
-                    self._active.add(taken.access.session)
+                request = self._pop_released(free_s) or self._pop_head(free_s)
+                if request is not None:
+                    self._active.add(request.access.session)
                     self._changed.notify()
-                    return taken
+                    return request
                 if self._exhausted and not self._parked:
                     return None
                 self._wait()
             return None
 
-    def done(self, taken: PacedRequest) -> None:
-        """Say that a request has ended."""
+    def done(self, request: PacedRequest) -> None:
+        """Record that a request has ended."""
         with self._changed:
-            session = taken.access.session
+            session = request.access.session
             self._active.discard(session)
             waiting = self._parked.get(session)
             if waiting:
@@ -117,29 +117,29 @@ class RequestPacer:
             self._changed.notify_all()
 
     @property
-    def num_under_way(self) -> int:
-        """Requests that have begun and not ended."""
+    def num_in_progress(self) -> int:
+        """Number of requests in progress."""
         with self._changed:
             return len(self._active)
 
     def stop(self) -> None:
-        """Hand out no more."""
+        """Begin no more requests."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def _wait(self) -> None:
-        lead = not self._led and self._head is not None
+        lead = not self._has_leader and self._head is not None
         if lead:
-            self._led = True
+            self._has_leader = True
         try:
             self._clock.wait(self._changed, self._until_head() if lead else None)
         finally:
             if lead:
-                self._led = False
+                self._has_leader = False
 
     def _until_head(self) -> float | None:
-        """Return the seconds until the head is due; None when it waits for another."""
+        """Return the seconds until the head is due; None in a closed loop."""
         if self._head is None or self._head.at_s is None:
             return None
         return max(0.0, self.epoch_s + self._head.at_s - self._clock.now())
@@ -147,12 +147,12 @@ class RequestPacer:
     def _pop_released(self, free_s: float) -> PacedRequest | None:
         if not self._released:
             return None
-        freed = self._released.popleft()
-        lag_s = self._clock.now() - max(freed.due_s, free_s)
-        return self._taken(freed.head, None, freed.due_s, lag_s)
+        released = self._released.popleft()
+        lag_s = self._clock.now() - max(released.due_s, free_s)
+        return self._make(released.head, None, released.due_s, lag_s)
 
     def _pop_head(self, free_s: float) -> PacedRequest | None:
-        """Return the head if it is due; those whose session is busy are parked."""
+        """Return the head if it is due; park it while its session is busy."""
         while (head := self._peek()) is not None:
             now = self._clock.now()
             if head.at_s is None:
@@ -170,7 +170,7 @@ class RequestPacer:
         return None
 
     def _peek(self) -> Due | None:
-        """Return the next of the source; its prompt is made now, ahead of its time."""
+        """Return the next request; its prompt is generated before it is due."""
         if self._head is None and not self._exhausted:
             self._head = next(self._source, None)
             self._exhausted = self._head is None
@@ -180,17 +180,17 @@ class RequestPacer:
 
     def _pop(self, head: Due, due_s: float, lag_s: float) -> PacedRequest:
         tokens, self._head, self._head_tokens = self._head_tokens, None, None
-        return self._taken(head, tokens, due_s, lag_s)
+        return self._make(head, tokens, due_s, lag_s)
 
     def _release(self, session: str, waiting: deque[Due]) -> None:
-        """Let a session's next request begin, due now."""
+        """Release a session's next request, due now."""
         head = waiting.popleft()
         if not waiting:
             del self._parked[session]
         self._active.add(session)
-        self._released.append(_Freed(head, self._clock.now()))
+        self._released.append(_ReleasedRequest(head, self._clock.now()))
 
-    def _taken(
+    def _make(
         self, head: Due, tokens: Tokens | None, due_s: float, lag_s: float
     ) -> PacedRequest:
         now = self._clock.now()

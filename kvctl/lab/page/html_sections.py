@@ -18,11 +18,11 @@ from kvctl.lab.compare.comparison import (
 )
 from kvctl.lab.compare.conclusions import bounds, change, spans, words
 from kvctl.lab.compare.significance import Verdict
+from kvctl.lab.config.scenario import Scenario
 from kvctl.lab.page import svg
 from kvctl.lab.page.run_group import RunGroup
 from kvctl.lab.results.ceiling_shares import reached
 from kvctl.lab.results.result import Result
-from kvctl.lab.scenario import Scenario
 
 SMALLEST_REACH = 1.25
 """An interval's drawing reaches at least from a fifth faster to a fourth slower."""

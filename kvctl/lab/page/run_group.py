@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvctl.lab.histogram import Histogram, decode
+from kvctl.lab.latency import Histogram, decode
 from kvctl.lab.results.result import Result
 
 SHOWN = ("request", "ttft", "lookup", "retrieve", "store", "end_session")

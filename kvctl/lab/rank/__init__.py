@@ -1,1 +1,1 @@
-"""A rank of a played engine: its cache, its copies, what it checks."""
+"""Simulated ranks: their caches, byte checks, and isolated calls."""

@@ -1,8 +1,8 @@
-"""Bytes that can be checked without a copy of the truth.
+"""Deterministic KV bytes, which can be checked without a copy of them.
 
 A 64-bit word is a function of the chunk's hash, the rank, the group, K or V, the
-layer, and its place in the chunk. So swapped chunks, ranks, groups, layers, halves,
-slots or heads all show. What is replicated (MLA) is the same on every rank.
+layer, and its position in the chunk. A swap of chunks, ranks, groups, layers, K and V,
+slots or heads is therefore detected. Replicated KV (MLA) is equal on every rank.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from hashlib import sha256
 
 import numpy as np
 
-from kvctl.lab.rank.rank_cache import Indices, Seeds, Words
+from kvctl.lab.config.model_geometry import Indices, Seeds, Words
 
 HASH_BYTES = 32
 BATCH_BYTES = 1 << 20
-"""Made at once: enough to keep numpy busy, little enough to stay in cache."""
+"""Bytes generated at once: large for numpy, and small enough for a CPU cache."""
+POISON = 0xA5
+"""Byte in blocks before a retrieve, which makes missing writes visible."""
 
 WEYL = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -26,12 +28,12 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def chunk_seeds(hashes: bytes) -> Seeds:
-    """Take the first word of each of the concatenated 32-byte chunk hashes."""
+    """Return the first word of each of the concatenated 32-byte chunk hashes."""
     return np.frombuffer(hashes, "<u8").reshape(-1, HASH_BYTES // 8)[:, 0]
 
 
 def mix(values: Seeds) -> Seeds:
-    """Scatter 64-bit values so that close ones end far apart."""
+    """Return the mixed 64-bit values: splitmix64's finaliser."""
     values = (values ^ (values >> np.uint64(30))) * MIX_1
     values = (values ^ (values >> np.uint64(27))) * MIX_2
     return values ^ (values >> np.uint64(31))
@@ -40,16 +42,16 @@ def mix(values: Seeds) -> Seeds:
 @dataclass(frozen=True, slots=True)
 class _PatternBatch:
     blocks: Indices
-    """`[chunks, blocks of a chunk]`"""
+    """`[chunks, blocks per chunk]`"""
     words: Words
-    """`[chunks, blocks of a chunk, L, K, S, H, words]`, a view of scratch memory."""
+    """`[chunks, blocks per chunk, L, K, S, H, words]`, a view of scratch memory."""
 
 
 class HostPattern:
-    """Writes and checks one group of one rank's cache.
+    """Writes and checks one group of one rank's cache in host memory.
 
-    Blocks are given for whole chunks, in order, `[chunks x blocks of a chunk]`. Not
-    safe for several threads: the scratch memory is one.
+    Blocks are those of whole chunks, in order, `[chunks x blocks per chunk]`. Not
+    thread-safe: calls share scratch memory.
     """
 
     def __init__(
@@ -69,24 +71,24 @@ class HostPattern:
         self.scratch = np.empty(shape, np.uint64)
 
     def write(self, seeds: Seeds, blocks: Indices) -> None:
-        """Write the chunks' bytes into blocks; null ones (-1) are left out."""
+        """Write the chunks' bytes into blocks, except null blocks (-1)."""
         for batch in self._batches(seeds, blocks):
-            there = batch.blocks >= 0
-            if there.all():
+            valid = batch.blocks >= 0
+            if valid.all():
                 self.view[batch.blocks] = batch.words
             else:
-                self.view[batch.blocks[there]] = batch.words[there]
+                self.view[batch.blocks[valid]] = batch.words[valid]
 
     def count_wrong_bytes(self, seeds: Seeds, blocks: Indices) -> int:
-        """Compare blocks with the chunks' bytes; null ones (-1) are left out."""
+        """Return the wrong bytes of the chunks' blocks, except null blocks (-1)."""
         wrong = 0
         for batch in self._batches(seeds, blocks):
-            there = batch.blocks >= 0
-            whole = bool(there.all())
-            actual = self.view[batch.blocks if whole else batch.blocks[there]]
-            expected = batch.words if whole else batch.words[there]
+            valid = batch.blocks >= 0
+            whole = bool(valid.all())
+            actual = self.view[batch.blocks if whole else batch.blocks[valid]]
+            expected = batch.words if whole else batch.words[valid]
             if not np.array_equal(actual, expected):
-                wrong += _count_unlike(actual, expected)
+                wrong += _count_different(actual, expected)
         return wrong
 
     def _batches(self, seeds: Seeds, blocks: Indices) -> Iterator[_PatternBatch]:
@@ -96,7 +98,7 @@ class HostPattern:
             yield _PatternBatch(by_chunk[first:last], self._words(seeds[first:last]))
 
     def _words(self, seeds: Seeds) -> Words:
-        """Make whole chunks in the scratch memory, shaped as the view's blocks."""
+        """Return whole chunks in scratch memory, shaped like the view's blocks."""
         planes = mix(seeds[:, None] + self.salts)
         made = self.scratch[: len(seeds)]
         np.add(planes[:, None, :, None], self.steps, out=made)
@@ -105,7 +107,7 @@ class HostPattern:
 
 
 def salts_of(rank: int | None, group: int, num_planes: int) -> Seeds:
-    """Name each plane; `rank` is None for what every rank holds alike."""
+    """Return a salt per plane; `rank` is None if all ranks are equal."""
     digests = [
         sha256(f"{rank}/{group}/{p}".encode()).digest() for p in range(num_planes)
     ]
@@ -113,12 +115,12 @@ def salts_of(rank: int | None, group: int, num_planes: int) -> Seeds:
 
 
 def batch_chunks_of(chunk_words: int) -> int:
-    """Chunks of so many words that are made at once."""
+    """Return the number of chunks of `chunk_words` words to generate at once."""
     return max(1, BATCH_BYTES // (8 * chunk_words))
 
 
-def _count_unlike(actual: Words, expected: Words) -> int:
+def _count_different(actual: Words, expected: Words) -> int:
     shape = (*actual.shape[:-1], -1)
-    ours = np.ascontiguousarray(actual).view(np.uint8).reshape(shape)
-    theirs = np.ascontiguousarray(expected).view(np.uint8).reshape(shape)
-    return int(np.count_nonzero(ours != theirs))
+    left = np.ascontiguousarray(actual).view(np.uint8).reshape(shape)
+    right = np.ascontiguousarray(expected).view(np.uint8).reshape(shape)
+    return int(np.count_nonzero(left != right))

@@ -1,8 +1,8 @@
-"""Makes the calls of a scenario's `copies`, in ranks, and puts them together.
+"""The copy benchmark of a scenario's `[copies]`: its calls in ranks, and their medians.
 
-A rank gets a cache of its own for each setting, in which a chunk has so many bytes and
-its pieces so many, and calls in it as in `alone`. Several ranks do it at the same time.
-The driver adds what the server's process had to compute for them.
+Each rank registers a cache per setting, whose chunks and pieces have the setting's
+sizes, and makes isolated calls with it. Several ranks may call concurrently. The
+driver adds the CPU time of the server's process.
 """
 
 from __future__ import annotations
@@ -15,60 +15,72 @@ from typing import TYPE_CHECKING
 
 from kvcore.errors import KVError, SetupError
 from kvcore.protocol import RegisterKVCache
-from kvctl.lab.latency_samples import LatencySamples
+from kvctl.lab.config.copy_settings import Copies, CopyRow, Setting
+from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import (
+    CopyTimes,
     EnginePlan,
+    IsolatedCallTimes,
     MeasureCopies,
-    MeasuredAlone,
-    MeasuredCopies,
 )
-from kvctl.lab.rank.cache_factory import make_cache, register
-from kvctl.lab.rank.isolated_calls import CallerIdentity, IsolatedCaller
+from kvctl.lab.rank.isolated_calls import Caller, IsolatedCalls
+from kvctl.lab.rank.rank_cache import make_cache, register
 from kvctl.lab.systems.system_interface import Client
-from kvctl.lab.workload.copy_settings import Copies, CopyRow, Setting
 
 if TYPE_CHECKING:
     from kvctl.lab.rank.gpu_load import MatrixProducts
 
 _CPUCLOCK_SCHED = 2
-CACHE_CALLS = 2
-"""A cache holds the blocks of so many calls."""
+CALLS_PER_CACHE = 2
+"""A cache has blocks for two calls, which may be concurrent."""
 
 
 def measure_copies(
     client: Client,
     plan: EnginePlan,
-    place: int,
+    index: int,
     task: MeasureCopies,
     begin: Callable[[], None],
-) -> MeasuredCopies:
-    """Be one worker of a setting; `begin` returns when all of them are warm.
+) -> CopyTimes:
+    """Execute one worker's part of a setting; `begin` waits for the other workers.
 
     Raises:
         KVError: a call failed.
-        SetupError: a matrix product is asked for, and there is no torch.
+        SetupError: `busy` is set, and torch is not installed.
     """
     copies = plan.scenario.copies or Copies()
-    with _seat(client, plan, place, task.setting, copies) as seat:
+    with _registered_cache(client, plan, index, task.setting, copies) as caller:
         scattered = task.setting.order == "scattered"
-        soloist = IsolatedCaller(
-            seat, copies.chunks, task.seed, scattered=scattered, both=True
+        calls = IsolatedCalls(
+            caller, copies.chunks, task.seed, scattered=scattered, both=True
         )
-        before: Counter[str] = Counter()
+        counts_before: Counter[str] = Counter()
 
         def begin_all() -> None:
             begin()
-            before.update(seat.cache.ways())
+            counts_before.update(caller.cache.copy_counts())
+
+        def times(
+            measured: IsolatedCallTimes, products: tuple[float, float] | None = None
+        ) -> CopyTimes:
+            return CopyTimes(
+                measured.num_bytes,
+                caller.chunk_bytes,
+                measured.samples,
+                measured.bytes_wrong,
+                products,
+                dict(Counter(caller.cache.copy_counts()) - counts_before),
+            )
 
         if not copies.busy:
-            return _done(seat, soloist.play(copies.rounds, begin_all), before)
-        with _products(plan.scenario.device) as products:
-            quiet = products.rate()
-            done = soloist.play(copies.rounds, begin_all)
-            return _done(seat, done, before, (quiet, products.rate_in(soloist.spans)))
+            return times(calls.measure(copies.rounds, begin_all))
+        with _matrix_products(plan.scenario.device) as products:
+            rate_alone = products.rate()
+            measured = calls.measure(copies.rounds, begin_all)
+            return times(measured, (rate_alone, products.rate_in(calls.spans)))
 
 
-def _products(device: str) -> MatrixProducts:
+def _matrix_products(device: str) -> MatrixProducts:
     try:
         from kvctl.lab.rank.gpu_load import MatrixProducts
     except ImportError as error:
@@ -76,39 +88,22 @@ def _products(device: str) -> MatrixProducts:
     return MatrixProducts(device)
 
 
-def _done(
-    seat: CallerIdentity,
-    done: MeasuredAlone,
-    before: Counter[str],
-    products: tuple[float, float] | None = None,
-) -> MeasuredCopies:
-    return MeasuredCopies(
-        done.num_bytes,
-        seat.chunk_bytes,
-        done.samples,
-        done.bytes_wrong,
-        products,
-        dict(Counter(seat.cache.ways()) - before),
-    )
-
-
 @contextmanager
-def _seat(
-    client: Client, plan: EnginePlan, place: int, setting: Setting, copies: Copies
-) -> Iterator[CallerIdentity]:
-    """Register a cache of the setting for as long as the block runs."""
+def _registered_cache(
+    client: Client, plan: EnginePlan, index: int, setting: Setting, copies: Copies
+) -> Iterator[Caller]:
+    """Register a cache of the setting while the block runs."""
     geometry = setting.geometry(copies.chunk, client.chunk_size)
     chunk_blocks = client.chunk_size // geometry.block_size
-    num_blocks = CACHE_CALLS * copies.chunks * chunk_blocks
-    instance_id = f"{plan.engine_id}/copies-{place}"
+    num_blocks = CALLS_PER_CACHE * copies.chunks * chunk_blocks
     cache = make_cache(
         plan.scenario.device,
-        f"kvlab-{plan.engine_id}-{place}-copies",
+        f"kvlab-{plan.engine_id}-{index}-copies",
         geometry.groups(num_blocks, 0, 1),
-        place,
+        index,
     )
-    request = RegisterKVCache(
-        instance_id=instance_id,
+    registration = RegisterKVCache(
+        instance_id=f"{plan.engine_id}/copies-{index}",
         engine_id=plan.engine_id,
         model=f"{geometry.model}@{plan.model}",
         world_size=1,
@@ -117,39 +112,39 @@ def _seat(
         groups=cache.groups,
     )
     try:
-        yield CallerIdentity(
+        yield Caller(
             client,
             cache,
             [cache.pattern(0, 0, chunk_blocks)],
-            request.model,
-            1,
-            plan.engine_id,
-            instance_id,
-            register(client, request, cache).chunk_bytes,
+            registration,
+            register(client, registration, cache).chunk_bytes,
             geometry.block_size,
         )
     finally:
         with suppress(KVError):
-            client.unregister_kv_cache(instance_id)
+            client.unregister_kv_cache(registration.instance_id)
         cache.close()
 
 
 def make_row(
     setting: Setting,
-    done: Sequence[MeasuredCopies],
+    reports: Sequence[CopyTimes],
     *,
     server_s: float | None,
     ways: Mapping[str, int],
 ) -> CopyRow:
-    """Put the workers of a setting together."""
-    num_bytes, chunk_bytes = done[0].num_bytes, done[0].chunk_bytes
-    times = LatencySamples.merge(one.samples for one in done).summary()
-    each = [one.samples.summary() for one in done]
-    calls = [one["store"].p50_s + one["retrieve"].p50_s for one in each]
-    # Both at once are two calls.
+    """Return the medians over the workers of a setting.
+
+    `server_s` is the server's CPU time, `ways` its copies by method and direction.
+    """
+    num_bytes, chunk_bytes = reports[0].num_bytes, reports[0].chunk_bytes
+    times = LatencySamples.merge(one.samples for one in reports).summary()
+    each = [one.samples.summary() for one in reports]
+    call_s = [one["store"].p50_s + one["retrieve"].p50_s for one in each]
+    # A round has four calls: two of them are concurrent.
     num_calls = 4 * sum(one["both"].count for one in each)
     num_chunks = num_calls * num_bytes / chunk_bytes
-    rates = [one.products_per_s for one in done if one.products_per_s]
+    rates = [one.products_per_s for one in reports if one.products_per_s]
     return CopyRow(
         setting=setting,
         call_bytes=num_bytes,
@@ -160,11 +155,11 @@ def make_row(
         retrieve=times["plain_retrieve"].p50_s / times["retrieve"].p50_s,
         both_gb_per_s=2 * num_bytes / times["both"].p50_s / 1e9,
         both=times["plain_both"].p50_s / times["both"].p50_s,
-        spread=max(calls) / min(calls) - 1,
+        spread=max(call_s) / min(call_s) - 1,
         server_s_per_chunk=server_s / num_chunks if server_s is not None else None,
-        ways=dict(sum((Counter(one.ways) for one in done), Counter(ways))),
+        ways=dict(sum((Counter(one.ways) for one in reports), Counter(ways))),
         product_slowdown=(
-            1 - sum(beside for _, beside in rates) / sum(alone for alone, _ in rates)
+            1 - sum(during for _, during in rates) / sum(alone for alone, _ in rates)
             if rates
             else None
         ),
@@ -172,8 +167,12 @@ def make_row(
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time that a process has used, user and system.
+    """Return the CPU time of a process in seconds, user and system.
 
-    By its clock, numbered as clock_getcpuclockid(3) does: /proc has ticks of 10 ms.
+    It reads the process's CPU clock, whose id is computed as clock_getcpuclockid(3)
+    does: /proc has a resolution of 10 ms.
+
+    Raises:
+        OSError: there is no such process.
     """
     return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)

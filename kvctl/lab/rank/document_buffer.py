@@ -1,4 +1,4 @@
-"""A played rank's blend buffer: documents are loaded into it, checked and stored."""
+"""The blend buffer of a simulated rank: documents are retrieved, checked and stored."""
 
 from __future__ import annotations
 
@@ -17,28 +17,61 @@ from kvcore.client import KVClient
 from kvcore.errors import KVError, Unavailable
 from kvcore.layout import DTYPE_BYTES, token_buffer
 from kvcore.protocol import CBRegisterKVCache, StoreReply
-from kvctl.lab.model_geometry import RankCache
+from kvctl.lab.config.model_geometry import Indices, RankCache
 from kvctl.lab.process_messages import EnginePlan, RequestDone, RunDocuments, Tally
 from kvctl.lab.rank.byte_patterns import HostPattern, chunk_seeds
-from kvctl.lab.rank.host_paged_cache import PagedCache
-from kvctl.lab.rank.rank_cache import Indices
+from kvctl.lab.rank.rank_cache import HostCache
+from kvctl.lab.systems.system_interface import Client, call_duration_s
 
 R = TypeVar("R")
 
 
 @dataclass(slots=True)
-class _BufferStep:
-    task: RunDocuments
-    offset: int
+class RankRequest:
+    """Counts, durations and errors of one request on a rank."""
+
+    client: Client
     tally: Tally = field(default_factory=Tally)
     durations: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
+    def timed(self, name: str, call: Callable[[], R]) -> R | None:
+        """Call and record the slowest duration; None if the server refuses.
+
+        Raises:
+            Unavailable: the server cannot be reached.
+        """
+        begun = perf_counter()
+        try:
+            reply = call()
+        except Unavailable:
+            raise
+        except KVError as error:
+            self.errors.append(f"{name}: {error.code}: {error.message}")
+            return None
+        duration_s = call_duration_s(self.client, perf_counter() - begun)
+        self.durations[name] = max(duration_s, self.durations.get(name, 0.0))
+        return reply
+
+    def count_store(self, reply: StoreReply) -> None:
+        """Add the parts of a store."""
+        self.tally.parts_stored += reply.num_stored
+        self.tally.parts_present += reply.num_present
+        self.tally.parts_dropped += reply.num_dropped
+
+    def done(self) -> RequestDone:
+        """Return the message for the scheduler."""
+        return RequestDone(self.tally, self.durations, tuple(self.errors))
+
+    def failed(self, error: Unavailable) -> RequestDone:
+        """Return the message for the scheduler if the server cannot be reached."""
+        return RequestDone(self.tally, self.durations, unavailable=error.message)
+
 
 class DocumentBuffer:
-    """A registered buffer `[K, L, T, D]` with room for a prompt of each slot.
+    """A registered buffer `[K, L, T, D]` with room for one prompt per slot.
 
-    Chunks have the bytes that they would have in the rank's paged cache.
+    Chunks have the same bytes as in the rank's paged cache.
     """
 
     def __init__(
@@ -54,7 +87,7 @@ class DocumentBuffer:
         row = geometry.token_bytes(scenario.ranks) // (num_kv * geometry.num_layers)
         shape = (num_kv, geometry.num_layers, num_tokens, row // item)
         group = token_buffer(shape, geometry.dtype)
-        self.cache = PagedCache(name, RankCache((group,), (math.prod(shape) * item,)))
+        self.cache = HostCache(name, RankCache((group,), (math.prod(shape) * item,)))
         self.pattern = HostPattern(
             self.cache.views[0], 0, None if geometry.latent else rank, self.chunk_size
         )
@@ -71,95 +104,83 @@ class DocumentBuffer:
             )
         ).chunk_bytes
 
-    def play(self, task: RunDocuments) -> RequestDone:
-        """Retrieve what was found and check it, then store documents and prompt."""
-        turn = _BufferStep(task, task.slot * self.slot_tokens)
+    def execute(self, task: RunDocuments) -> RequestDone:
+        """Retrieve and check matches, then store documents and the prompt."""
+        request = RankRequest(self.client.client)
         try:
             if task.matches:
-                self._retrieve(turn)
-            self._store_documents(turn)
+                self._retrieve(task, request)
+            self._store_documents(task, request)
             if task.hashes:
-                self._store_final(turn)
+                self._store_final(task, request)
         except Unavailable as error:
-            return RequestDone(
-                turn.tally, turn.durations, (), unavailable=error.message
-            )
-        return RequestDone(turn.tally, turn.durations, tuple(turn.errors))
+            return request.failed(error)
+        return request.done()
 
-    def _retrieve(self, turn: _BufferStep) -> None:
-        task, tally = turn.task, turn.tally
-        starts = [turn.offset + match.start for match in task.matches]
-        blocks = np.concatenate([self._blocks(start, 1) for start in starts])
+    def _offset(self, task: RunDocuments) -> int:
+        return task.slot * self.slot_tokens
+
+    def _retrieve(self, task: RunDocuments, request: RankRequest) -> None:
+        offset, tally = self._offset(task), request.tally
+        starts = [offset + match.start for match in task.matches]
+        blocks = np.concatenate([self._token_blocks(start, 1) for start in starts])
         self.cache.poison(0, blocks)
         call = partial(
             self.client.retrieve_pre_computed,
             task.session,
             self.instance_id,
-            turn.offset,
+            offset,
             matches=task.matches,
         )
-        if self._timed(turn, "document_retrieve", call) is None:
+        if request.timed("document_retrieve", call) is None:
             return
         seeds = chunk_seeds(b"".join(match.hash for match in task.matches))
-        tally.retrieve_s = turn.durations["document_retrieve"]
+        tally.retrieve_s = request.durations["document_retrieve"]
         tally.retrieve_bytes = len(task.matches) * self.chunk_bytes
         tally.bytes_wrong = self.pattern.count_wrong_bytes(seeds, blocks)
 
-    def _store_documents(self, turn: _BufferStep) -> None:
-        tokens = np.frombuffer(turn.task.tokens, np.uint32)
-        for document in turn.task.documents:
-            seeds = chunk_seeds(document.hashes)
-            start = turn.offset + document.start
-            self.pattern.write(seeds, self._blocks(start, len(seeds)))
+    def _store_documents(self, task: RunDocuments, request: RankRequest) -> None:
+        tokens = np.frombuffer(task.tokens, np.uint32)
+        for document in task.documents:
+            start = self._offset(task) + document.start
+            self._write(document.hashes, start)
             call = partial(
                 self.client.store_pre_computed,
                 self.instance_id,
                 start,
                 tokens[document.start : document.end],
             )
-            self._count(turn, self._timed(turn, "document_store", call))
+            if (reply := request.timed("document_store", call)) is not None:
+                request.count_store(reply)
 
-    def _store_final(self, turn: _BufferStep) -> None:
-        """Write the prompt as the model would, and store it."""
-        seeds = chunk_seeds(turn.task.hashes)
-        self.pattern.write(seeds, self._blocks(turn.offset, len(seeds)))
+    def _store_final(self, task: RunDocuments, request: RankRequest) -> None:
+        """Write the whole prompt, as a model would, and store it."""
+        offset = self._offset(task)
+        num_chunks = self._write(task.hashes, offset)
         call = partial(
             self.client.store_final,
-            turn.task.session,
+            task.session,
             self.instance_id,
-            turn.offset,
+            offset,
             0,
-            len(seeds) * self.chunk_size,
+            num_chunks * self.chunk_size,
         )
-        self._count(turn, self._timed(turn, "final_store", call))
+        if (reply := request.timed("final_store", call)) is not None:
+            request.count_store(reply)
 
-    def _blocks(self, start: int, num_chunks: int) -> Indices:
-        """Name the slots of chunks, each a block."""
+    def _write(self, hashes: bytes, start: int) -> int:
+        """Write chunks from a token of the buffer on; return their number."""
+        seeds = chunk_seeds(hashes)
+        self.pattern.write(seeds, self._token_blocks(start, len(seeds)))
+        return len(seeds)
+
+    def _token_blocks(self, start: int, num_chunks: int) -> Indices:
+        """Return the block ids of chunks; a block of the buffer is one token."""
         return np.arange(start, start + num_chunks * self.chunk_size, dtype=np.int32)
 
-    def _timed(self, turn: _BufferStep, name: str, call: Callable[[], R]) -> R | None:
-        """Time a call, the slowest of its name; what the server refuses is told."""
-        begun = perf_counter()
-        try:
-            reply = call()
-        except Unavailable:
-            raise
-        except KVError as error:
-            turn.errors.append(f"{name}: {error.code}: {error.message}")
-            return None
-        taken_s = perf_counter() - begun
-        turn.durations[name] = max(taken_s, turn.durations.get(name, 0.0))
-        return reply
-
-    def _count(self, turn: _BufferStep, reply: StoreReply | None) -> None:
-        if reply is not None:
-            turn.tally.parts_stored += reply.num_stored
-            turn.tally.parts_present += reply.num_present
-            turn.tally.parts_dropped += reply.num_dropped
-
     def close(self) -> None:
-        """Unregister and let go of the buffer."""
+        """Unregister and release the buffer."""
         with suppress(KVError):
-            _ = self.client.client.server
+            _ = self.client.client.server  # Raises if the server has gone.
             self.client.unregister(self.instance_id)
         self.cache.close()

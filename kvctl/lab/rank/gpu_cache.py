@@ -1,6 +1,6 @@
-"""A played worker's cache on a GPU: torch's memory, as an engine's is.
+"""The paged KV cache of a simulated rank on a GPU, in torch's memory.
 
-Bytes are made and checked on the device, with the same function as in host memory.
+Bytes are generated and checked on the device, with the same function as on the host.
 """
 
 from __future__ import annotations
@@ -20,20 +20,38 @@ from kvcore.errors import SetupError
 from kvcore.layout import KVLayout
 from kvcore.protocol import MemoryHandle
 from kvcore.shm import Bytes
-from kvctl.lab.model_geometry import RankCache
-from kvctl.lab.rank.byte_patterns import MIX_1, MIX_2, WEYL, batch_chunks_of, salts_of
-from kvctl.lab.rank.rank_cache import POISON, BlockGrid, Indices, Seeds, handle_starts
+from kvctl.lab.config.model_geometry import (
+    BlockGrid,
+    Indices,
+    RankCache,
+    Seeds,
+    handle_starts,
+)
+from kvctl.lab.rank.byte_patterns import (
+    MIX_1,
+    MIX_2,
+    POISON,
+    WEYL,
+    batch_chunks_of,
+    salts_of,
+)
 
 WORD_BITS = 64
 
 
-class DeviceCache:
-    """One rank's cache in one allocation on one GPU, with plain copies' host memory."""
+class GpuCache:
+    """One rank's cache in one allocation on one GPU.
 
-    def __init__(self, cache: RankCache, place: int) -> None:
+    `index`, the rank's number on the host, selects the GPU.
+
+    Raises:
+        SetupError: torch finds no CUDA device.
+    """
+
+    def __init__(self, cache: RankCache, index: int) -> None:
         if not torch.cuda.is_available():
-            raise SetupError('device = "cuda": torch finds no CUDA device here')
-        number = place % torch.cuda.device_count()
+            raise SetupError('device = "cuda": torch finds no CUDA device')
+        number = index % torch.cuda.device_count()
         self.device = torch.device("cuda", number)
         torch.cuda.set_device(self.device)
         self._whole = torch.full(
@@ -46,7 +64,7 @@ class DeviceCache:
         self.handles: tuple[MemoryHandle, ...] = tuple(
             export(part.data_ptr(), part.nbytes, self._gpu) for part in self.memory
         )
-        self._own: DeviceWorkerMemory | None = None
+        self._worker_memory: DeviceWorkerMemory | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
         self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -62,33 +80,33 @@ class DeviceCache:
     def open(
         self, layouts: Sequence[KVLayout], memory: Sequence[torch.Tensor], arena: Bytes
     ) -> CudaWorkerMemory:
-        """Reach the memory for a client that copies itself.
+        """Return access to the memory for a client that copies in its own process.
 
-        Only here the device is measured and staging taken: a server that copies does
-        both in its own process.
+        Measures the device and allocates staging memory, which a server that copies
+        does in its process instead.
         """
-        self._own = own_device(self.device.index)
-        return self._own.open(layouts, memory, arena)
+        self._worker_memory = worker_memory_of(self.device.index)
+        return self._worker_memory.open(layouts, memory, arena)
 
-    def ways(self) -> dict[str, int]:
-        """Count what this process has copied; a server that copies does so itself."""
-        return self._own.status().copies if self._own else {}
+    def copy_counts(self) -> dict[str, int]:
+        """Return this process's copies on the GPU, by method and direction."""
+        return self._worker_memory.status().copies if self._worker_memory else {}
 
     def num_blocks(self, group: int) -> int:
-        """Blocks of a group."""
+        """Return the blocks of a group."""
         return len(self.views[group])
 
     def block_bytes(self, group: int) -> int:
-        """Bytes of a block in all layers of a group."""
+        """Return the bytes of a block in all layers of a group."""
         view = self.views[group]
         return int(view[0].numel() * view.element_size())
 
     def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> DevicePattern:
-        """Return what fills and checks a group; see `Cache`."""
+        """Return the pattern of a group; see `RankCacheMemory`."""
         return DevicePattern(self.views[group], group, rank, chunk_blocks)
 
     def poison(self, group: int, blocks: Indices) -> None:
-        """Overwrite blocks; null ones (-1) are left out."""
+        """Overwrite blocks, except null blocks (-1)."""
         view = self.views[group]
         words = np.full(view.element_size(), POISON, np.uint8).view(
             np.int64 if view.element_size() == 8 else np.uint8
@@ -97,27 +115,30 @@ class DeviceCache:
         _finish(view)
 
     def copy_out(self, number: int, num_bytes: int) -> None:
-        """Copy plainly to page-locked host memory."""
+        """Make a plain copy to page-locked host memory."""
         self._grow(num_bytes)
         self._host[:num_bytes].copy_(self._part(number, num_bytes), non_blocking=True)
         _finish(self._whole)
 
     def copy_in(self, number: int, num_bytes: int) -> None:
-        """Copy plainly from page-locked host memory to spare memory of the device."""
+        """Make a plain copy from page-locked host memory to spare device memory."""
         del number
         self._grow(num_bytes)
         self._spare[:num_bytes].copy_(self._host[:num_bytes], non_blocking=True)
         _finish(self._whole)
 
     def copy_both(self, number: int, num_bytes: int) -> None:
-        """Copy as many bytes each way at once."""
+        """Make a plain copy in each direction, concurrently."""
         self._grow(num_bytes)
-        out, back = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        to_host, to_device = (
+            torch.cuda.Stream(self.device),
+            torch.cuda.Stream(self.device),
+        )
         half = self._host.numel() // 2
-        with torch.cuda.stream(out):
+        with torch.cuda.stream(to_host):
             source = self._part(number, num_bytes)
             self._host[:num_bytes].copy_(source, non_blocking=True)
-        with torch.cuda.stream(back):
+        with torch.cuda.stream(to_device):
             source = self._host[half : half + num_bytes]
             self._spare[:num_bytes].copy_(source, non_blocking=True)
         _finish(self._whole)
@@ -129,29 +150,29 @@ class DeviceCache:
     def _grow(self, num_bytes: int) -> None:
         if self._spare.numel() >= num_bytes:
             return
-        # A half for each direction, should both be under way.
+        # One half per direction, for concurrent copies.
         self._host = torch.ones(2 * num_bytes, dtype=torch.uint8).pin_memory()
         self._spare = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def close(self) -> None:
-        """Give the memory back to torch."""
+        """Release the memory."""
         empty = torch.empty(0, dtype=torch.uint8)
         self.views = self.memory = ()
         self._whole, self._host, self._spare = empty, empty, empty
 
 
 @cache
-def own_device(number: int) -> DeviceWorkerMemory:
-    """Return what all caches of this process on a GPU share.
+def worker_memory_of(number: int) -> DeviceWorkerMemory:
+    """Return the worker memory of a GPU, shared by all caches of this process.
 
-    One, since an arena is page-locked once in a process. It stays to the process's end.
+    An arena can be page-locked only once per process; it stays so until its end.
     """
     gpu = open_devices()[number]
     return DeviceWorkerMemory(gpu, open_caches(gpu))
 
 
 def device_view(memory: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """View a group in flat memory `[num_bytes]` as its grid says; words are int64."""
+    """Return the view of flat memory `[num_bytes]` that a grid describes."""
     flat = memory.view(torch.int64) if grid.word == 8 else memory
     strides = [stride // grid.word for stride in grid.strides]
     return torch.as_strided(flat, grid.shape, strides, grid.offset // grid.word)
@@ -160,8 +181,8 @@ def device_view(memory: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
 class DevicePattern:
     """Writes and checks one group; `byte_patterns.HostPattern` on a device.
 
-    Torch has no arithmetic on unsigned words: it is done on signed ones, which wrap
-    alike, with the shift's sign bits cut off.
+    Torch has no arithmetic on unsigned words. Signed words wrap equally; a shift has
+    to clear the sign bits.
     """
 
     def __init__(
@@ -179,37 +200,37 @@ class DevicePattern:
         self.batch_chunks = batch_chunks_of(steps.size * planes)
 
     def write(self, seeds: Seeds, blocks: Indices) -> None:
-        """Write the chunks' bytes into blocks; null ones (-1) are left out."""
+        """Write the chunks' bytes into blocks, except null blocks (-1)."""
         for index, words in self._batches(seeds, blocks):
             self.view[index] = words
         _finish(self.view)
 
     def count_wrong_bytes(self, seeds: Seeds, blocks: Indices) -> int:
-        """Compare blocks with the chunks' bytes; null ones (-1) are left out."""
+        """Return the wrong bytes of the chunks' blocks, except null blocks (-1)."""
         wrong = 0
         for index, words in self._batches(seeds, blocks):
             actual = self.view[index]
             if not torch.equal(actual, words):
-                unlike = actual.view(torch.uint8) != words.view(torch.uint8)
-                wrong += int(unlike.sum())
+                different = actual.view(torch.uint8) != words.view(torch.uint8)
+                wrong += int(different.sum())
         return wrong
 
     def _batches(
         self, seeds: Seeds, blocks: Indices
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield blocks' indices and their words, a few chunks at a time."""
+        """Yield block ids and their words, some chunks at a time."""
         by_chunk = blocks.reshape(len(seeds), self.chunk_blocks)
         for first in range(0, len(seeds), self.batch_chunks):
             ids = by_chunk[first : first + self.batch_chunks]
-            there = _index(self.view, np.flatnonzero(ids >= 0))
+            valid = _index(self.view, np.flatnonzero(ids >= 0))
             words = self._make(seeds[first : first + self.batch_chunks])
-            index = _index(self.view, ids.reshape(-1))[there]
-            yield index, words[there].contiguous()
+            index = _index(self.view, ids.reshape(-1))[valid]
+            yield index, words[valid].contiguous()
 
     def _make(self, seeds: Seeds) -> torch.Tensor:
-        """Make whole chunks, `[chunks x blocks of a chunk, L, K, S, H, words]`."""
-        ours = _words(seeds).to(self.view.device)
-        planes = mix(ours[:, None] + self.salts)
+        """Return whole chunks, `[chunks x blocks per chunk, L, K, S, H, words]`."""
+        device_seeds = _words(seeds).to(self.view.device)
+        planes = mix(device_seeds[:, None] + self.salts)
         made = planes[:, None, :, None] + self.steps
         words = made.view(self.view.dtype)[..., : self.block_words]
         shape = (len(seeds) * self.chunk_blocks, *self.view.shape[1:])
@@ -217,7 +238,7 @@ class DevicePattern:
 
 
 def mix(values: torch.Tensor) -> torch.Tensor:
-    """Scatter words so that close ones end far apart; as `pattern.mix`."""
+    """Return the mixed words, as `byte_patterns.mix` does."""
     first, second = _words(np.array([MIX_1, MIX_2])).tolist()
     values = (values ^ _shift(values, 30)) * first
     values = (values ^ _shift(values, 27)) * second
@@ -225,7 +246,7 @@ def mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift right, filling with zeros."""
+    """Return the logical shift to the right."""
     return (values >> bits) & ((1 << (WORD_BITS - bits)) - 1)
 
 
@@ -238,6 +259,6 @@ def _index(view: torch.Tensor, ids: npt.NDArray[np.integer[Any]]) -> torch.Tenso
 
 
 def _finish(tensor: torch.Tensor) -> None:
-    """Wait for what was asked of a device."""
+    """Wait for the device of a tensor."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)

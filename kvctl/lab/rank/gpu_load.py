@@ -1,6 +1,6 @@
-"""An engine's own work on a GPU while copies go on: matrix products, one after another.
+"""Compute load on a GPU during copies: consecutive matrix products.
 
-They run in the worker's process, as a model would, and never let the device run dry.
+They run in the worker's process, as a model does, and keep the device always busy.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import numpy as np
 import torch
 
 SIZES = {"cuda": 4096, "cpu": 128}
-"""Of the square matrices: 137 GFLOP, about 0.2 ms on an H100."""
+"""Sizes of the square matrices: 137 GFLOP, about 0.2 ms on an H100."""
 IN_FLIGHT = 4
 ALONE_S = 1.0
 
 
 class MatrixProducts:
-    """Multiplies from `__enter__` to `__exit__`, in a thread of its own."""
+    """Multiplies matrices in a thread while the context is active."""
 
     def __init__(self, device: str) -> None:
-        where = torch.device(device)
+        torch_device = torch.device(device)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         size = SIZES[device]
-        self._a, self._b = torch.rand(2, size, size, device=where, dtype=dtype)
-        # The first product waits until its kernel is loaded: no rate should count that.
+        self._a, self._b = torch.rand(2, size, size, device=torch_device, dtype=dtype)
+        # The first product loads the kernel, which no rate should include.
         self._product = self._a @ self._b
         if device == "cuda":
             torch.cuda.synchronize()
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._ended: list[float] = []
-        """When each product was seen to have ended."""
+        """End of each product, on `perf_counter`."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="products")
 
@@ -53,13 +53,13 @@ class MatrixProducts:
         self._thread.join()
 
     def rate(self, seconds: float = ALONE_S) -> float:
-        """Return products a second while nothing else goes on; waits for it."""
+        """Return products per second without calls, measured for `seconds`."""
         begun = perf_counter()
         sleep(seconds)
         return self.rate_in([(begun, perf_counter())])
 
     def rate_in(self, spans: Sequence[tuple[float, float]]) -> float:
-        """Return products a second during these spans of `perf_counter`."""
+        """Return products per second during these spans of `perf_counter`."""
         ended = np.array(self._ended)
         counted = [np.searchsorted(ended, span) for span in spans]
         total_s = sum(end - begun for begun, end in spans)
@@ -71,14 +71,14 @@ class MatrixProducts:
                 torch.mm(self._a, self._b, out=self._product)
                 self._ended.append(perf_counter())
             return
-        under_way: deque[torch.cuda.Event] = deque()
+        in_flight: deque[torch.cuda.Event] = deque()
         with torch.cuda.stream(self._stream):
             while not self._stop.is_set():
                 torch.mm(self._a, self._b, out=self._product)
                 event = torch.cuda.Event(blocking=True)
                 event.record(self._stream)
-                under_way.append(event)
-                if len(under_way) > IN_FLIGHT:
-                    under_way.popleft().synchronize()
+                in_flight.append(event)
+                if len(in_flight) > IN_FLIGHT:
+                    in_flight.popleft().synchronize()
                     self._ended.append(perf_counter())
         self._stream.synchronize()

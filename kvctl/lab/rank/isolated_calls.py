@@ -1,8 +1,8 @@
-"""Calls with the machine to themselves: what a rank reaches when nobody else plays.
+"""Latency of single calls without load, beside plain copies of equal size.
 
-Under load every process waits for a core, so a call's share of a plain copy says how
-busy the machine was. After the load each rank in turn makes the same calls alone,
-each beside a plain copy of as many bytes in the same process.
+Under load all processes compete for the cores, so the rate of a call relative to a
+plain copy depends on how busy the machine is. After the load each rank makes the same
+calls alone, each next to a plain copy of as many bytes in the same process.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy as np
 from msgspec import Meta
 
 from kvcore.keys import SessionKey
+from kvcore.protocol import RegisterKVCache
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.latency_samples import LatencySamples, summarise
-from kvctl.lab.process_messages import MeasureAlone, MeasuredAlone
-from kvctl.lab.rank.rank_cache import Indices, Pattern, RankCacheMemory
+from kvctl.lab.config.model_geometry import Indices
+from kvctl.lab.latency import LatencySamples, summarise
+from kvctl.lab.process_messages import IsolatedCallTimes, MeasureIsolatedCalls
+from kvctl.lab.rank.rank_cache import Pattern, RankCacheMemory
 from kvctl.lab.systems.system_interface import Client
 
 COPY_BYTES = 16 << 20
@@ -30,57 +32,59 @@ ROUNDS = 12
 WARM_UP_ROUNDS = 2
 VOCABULARY = 32_000
 SAMPLES = ("store", "plain_store", "retrieve", "plain_retrieve")
-"""Timed in a round, in this order: each call, then a plain copy in its direction."""
+"""Timed in each round, in this order: a call, then a plain copy in its direction."""
 BOTH = ("both", "plain_both")
-"""Likewise, of a store and a retrieve at the same time."""
+"""A concurrent store and retrieve, then two plain copies."""
 
 
 class IsolatedTimings(msgspec.Struct, frozen=True):
-    """Medians of calls made alone; shares are of the copy or trip beside them."""
+    """Medians of isolated calls; shares are relative to the copy or round trip."""
 
     copy_bytes: int
     plain_copy_gb_per_s: float
     store_gb_per_s: float
     retrieve_gb_per_s: float
-    store: Annotated[float, Meta(description="share of the plain copy")]
-    retrieve: Annotated[float, Meta(description="share of the plain copy")]
+    store: Annotated[float, Meta(description="share of the plain copy's rate")]
+    retrieve: Annotated[float, Meta(description="share of the plain copy's rate")]
     lookup_tokens: int
     lookup_s: float
     lookup: Annotated[
-        float | None, Meta(description="share of a bare round trip of its size")
+        float | None, Meta(description="bare round trip of its size / lookup")
     ] = None
     ping_trip_s: Annotated[
-        float, Meta(description="a bare round trip, which a copy cannot do without")
+        float, Meta(description="bare round trip, the minimum of any call")
     ] = 0.0
 
 
 class IsolatedLookups(msgspec.Struct, frozen=True):
-    """The median of lookups of so many tokens."""
+    """The median of lookups of `num_tokens` tokens."""
 
     num_tokens: int
     seconds: float
 
 
-def summarise_alone(
-    reports: Sequence[MeasuredAlone],
+def summarise_isolated(
+    reports: Sequence[IsolatedCallTimes],
     lookup: IsolatedLookups | None,
     bare: Ceilings | None,
 ) -> IsolatedTimings | None:
-    """Put the ranks' calls together; None where none were made."""
+    """Return the medians over all ranks; None without measurements."""
     if not reports or lookup is None:
         return None
     num_bytes = reports[0].num_bytes
-    # Tenants' chunks may have other sizes: rates are of calls of one.
+    # Tenants may have chunks of other sizes: rates are of calls of one size.
     reports = [one for one in reports if one.num_bytes == num_bytes]
     times = LatencySamples.merge(one.samples for one in reports).summary()
-    store, out, retrieve, back = (times[name].p50_s for name in SAMPLES)
+    store, plain_store, retrieve, plain_retrieve = (
+        times[name].p50_s for name in SAMPLES
+    )
     return IsolatedTimings(
         copy_bytes=num_bytes,
-        plain_copy_gb_per_s=2 * num_bytes / (out + back) / 1e9,
+        plain_copy_gb_per_s=2 * num_bytes / (plain_store + plain_retrieve) / 1e9,
         store_gb_per_s=num_bytes / store / 1e9,
         retrieve_gb_per_s=num_bytes / retrieve / 1e9,
-        store=out / store,
-        retrieve=back / retrieve,
+        store=plain_store / store,
+        retrieve=plain_retrieve / retrieve,
         lookup_tokens=lookup.num_tokens,
         lookup_s=lookup.seconds,
         lookup=bare.lookup_round_trip_s / lookup.seconds if bare else None,
@@ -89,144 +93,154 @@ def summarise_alone(
 
 
 @dataclass(frozen=True, slots=True)
-class CallerIdentity:
-    """A registered cache that calls can be made with."""
+class Caller:
+    """A registered cache and the client that makes calls with it."""
 
     client: Client
     cache: RankCacheMemory
     patterns: Sequence[Pattern]
-    model: str
-    world_size: int
-    engine_id: str
-    instance_id: str
+    registration: RegisterKVCache
     chunk_bytes: int
     block_size: int
 
 
-def measure_alone(seat: CallerIdentity, task: MeasureAlone) -> MeasuredAlone:
-    """Store and retrieve chunks that nobody has, a plain copy beside each call.
+def measure_isolated_calls(
+    caller: Caller, task: MeasureIsolatedCalls
+) -> IsolatedCallTimes:
+    """Store and retrieve new chunks, with a plain copy next to each call.
 
-    Bytes are checked after every retrieve, outside the timed part.
+    Bytes are checked after every retrieve, outside the timed section.
 
     Raises:
         KVError: a call failed.
     """
-    num_chunks = max(1, task.max_bytes // seat.chunk_bytes)
-    return IsolatedCaller(seat, num_chunks, task.seed).play(ROUNDS)
+    num_chunks = max(1, task.max_bytes // caller.chunk_bytes)
+    return IsolatedCalls(caller, num_chunks, task.seed).measure(ROUNDS)
 
 
-class IsolatedCaller:
-    """Stores and retrieves so many chunks, in blocks at random or one after another."""
+class IsolatedCalls:
+    """Stores and retrieves of `num_chunks` chunks, in scattered or contiguous blocks.
+
+    With `both`, each round also stores and retrieves concurrently.
+    """
 
     def __init__(
         self,
-        seat: CallerIdentity,
+        caller: Caller,
         num_chunks: int,
         seed: int,
         *,
         scattered: bool = True,
         both: bool = False,
     ) -> None:
-        self.seat = seat
+        self.caller = caller
         self.both = both
-        chunk_size = seat.client.chunk_size
-        chunk_blocks = chunk_size // seat.block_size
-        num_chunks = min(num_chunks, seat.cache.num_blocks(0) // chunk_blocks)
-        self.num_bytes = num_chunks * seat.chunk_bytes
+        chunk_size = caller.client.chunk_size
+        chunk_blocks = chunk_size // caller.block_size
+        num_chunks = min(num_chunks, caller.cache.num_blocks(0) // chunk_blocks)
+        self.num_bytes = num_chunks * caller.chunk_bytes
         rng = np.random.default_rng(seed)
         self.end = num_chunks * chunk_size
         self.tokens = rng.integers(VOCABULARY, size=self.end, dtype=np.uint32)
         orders = [
-            rng.permutation(seat.cache.num_blocks(group))
+            rng.permutation(caller.cache.num_blocks(group))
             if scattered
-            else np.arange(seat.cache.num_blocks(group))
-            for group in range(len(seat.cache.groups))
+            else np.arange(caller.cache.num_blocks(group))
+            for group in range(len(caller.cache.groups))
         ]
         num_blocks = num_chunks * chunk_blocks
         self.blocks = [order[:num_blocks].astype(np.int32) for order in orders]
-        self.others = [order[-num_blocks:].astype(np.int32) for order in orders]
-        """Blocks to retrieve to while the first ones are stored."""
+        self.other_blocks = [order[-num_blocks:].astype(np.int32) for order in orders]
+        """Targets of a retrieve that is concurrent with a store of `blocks`."""
         self.seeds = rng.integers(1 << 63, size=num_chunks, dtype=np.uint64)
         self.spans: list[tuple[float, float]] = []
-        """When calls were under way."""
-        for pattern, ids in zip(seat.patterns, self.blocks, strict=True):
+        """Begin and end of each call, on `perf_counter`."""
+        for pattern, ids in zip(caller.patterns, self.blocks, strict=True):
             pattern.write(self.seeds, ids)
 
-    def play(
+    def measure(
         self, rounds: int, begin: Callable[[], None] = lambda: None
-    ) -> MeasuredAlone:
-        """Make so many calls of each kind; `begin` is called when it is warm."""
+    ) -> IsolatedCallTimes:
+        """Measure `rounds` rounds; `begin` is called after the warm-up."""
         names = (*SAMPLES, *BOTH) if self.both else SAMPLES
-        times: dict[str, list[float]] = {name: [] for name in names}
-        wrong = 0
+        durations = {name: array("d") for name in names}
+        num_wrong = 0
         for number in range(WARM_UP_ROUNDS + rounds):
             if number == WARM_UP_ROUNDS:
                 begin()
                 self.spans.clear()
-            taken = self._round(number)
-            wrong += self._count_wrong_bytes(self.blocks)
+            measured = self._round(number)
+            num_wrong += self._count_wrong_bytes(self.blocks)
             if self.both:
-                taken |= self._round_of_both(number)
-                wrong += self._count_wrong_bytes(self.others)
+                measured |= self._concurrent_round(number)
+                num_wrong += self._count_wrong_bytes(self.other_blocks)
             if number >= WARM_UP_ROUNDS:
-                for name, seconds in taken.items():
-                    times[name].append(seconds)
-        packed = {name: array("d", each) for name, each in times.items()}
-        return MeasuredAlone(self.num_bytes, LatencySamples.pack(packed), wrong)
+                for name, seconds in measured.items():
+                    durations[name].append(seconds)
+        return IsolatedCallTimes(
+            self.num_bytes, LatencySamples.pack(durations), num_wrong
+        )
+
+    def _session(self, name: str, number: int) -> SessionKey:
+        registration = self.caller.registration
+        request = f"{name} {registration.instance_id} {number}"
+        return SessionKey(registration.engine_id, request)
 
     def _round(self, number: int) -> dict[str, float]:
-        """Make one call each on tokens that are new: the first token says so."""
-        seat, end = self.seat, self.end
+        """Store and retrieve once; the first token makes the prompt new."""
+        client, cache = self.caller.client, self.caller.cache
+        registration = self.caller.registration
         self.tokens[0] = VOCABULARY + number
-        session = SessionKey(seat.engine_id, f"alone {seat.instance_id} {number}")
-        where = (session, seat.instance_id, 0, end, self.blocks, self.tokens)
-        # The scheduler's lookup has brought the tokens, as with a real engine.
-        seat.client.lookup(session, seat.model, seat.world_size, self.tokens)
-        store = self._call(lambda: seat.client.store(*where))
-        out = _timed(lambda: seat.cache.copy_out(number, self.num_bytes))
-        for group, ids in enumerate(self.blocks):
-            seat.cache.poison(group, ids)
-        retrieve = self._call(lambda: seat.client.retrieve(*where))
-        back = _timed(lambda: seat.cache.copy_in(number, self.num_bytes))
-        seat.client.end_session(session)
-        return dict(zip(SAMPLES, (store, out, retrieve, back), strict=True))
+        session, instance_id = self._session("alone", number), registration.instance_id
+        arguments = (session, instance_id, 0, self.end, self.blocks, self.tokens)
+        # The lookup sends the tokens, like a scheduler's.
+        client.lookup(session, registration.model, registration.world_size, self.tokens)
+        store = self._timed_call(lambda: client.store(*arguments))
+        plain_store = _timed(lambda: cache.copy_out(number, self.num_bytes))
+        self._poison(self.blocks)
+        retrieve = self._timed_call(lambda: client.retrieve(*arguments))
+        plain_retrieve = _timed(lambda: cache.copy_in(number, self.num_bytes))
+        client.end_session(session)
+        measured = (store, plain_store, retrieve, plain_retrieve)
+        return dict(zip(SAMPLES, measured, strict=True))
 
-    def _round_of_both(self, number: int) -> dict[str, float]:
-        """Store new tokens while what this round stored is retrieved elsewhere."""
-        seat, end = self.seat, self.end
-        first, second = (
-            SessionKey(seat.engine_id, f"{name} {seat.instance_id} {number}")
-            for name in BOTH
-        )
-        back = (first, seat.instance_id, 0, end, self.others, self.tokens)
+    def _concurrent_round(self, number: int) -> dict[str, float]:
+        """Store new tokens while the round's chunks are retrieved to other blocks."""
+        client, cache = self.caller.client, self.caller.cache
+        instance_id = self.caller.registration.instance_id
+        first, second = (self._session(name, number) for name in BOTH)
         tokens = self.tokens.copy()
         tokens[1] = VOCABULARY
-        out = (second, seat.instance_id, 0, end, self.blocks, tokens)
-        for group, ids in enumerate(self.others):
-            seat.cache.poison(group, ids)
+        retrieve = (first, instance_id, 0, self.end, self.other_blocks, self.tokens)
+        store = (second, instance_id, 0, self.end, self.blocks, tokens)
+        self._poison(self.other_blocks)
 
         def both() -> None:
-            with ThreadPoolExecutor(1) as other:
-                stored = other.submit(seat.client.store, *out)
-                seat.client.retrieve(*back)
+            with ThreadPoolExecutor(1) as pool:
+                stored = pool.submit(client.store, *store)
+                client.retrieve(*retrieve)
                 stored.result()
 
-        taken = self._call(both)
-        plain = _timed(lambda: seat.cache.copy_both(number, self.num_bytes))
+        duration_s = self._timed_call(both)
+        plain_s = _timed(lambda: cache.copy_both(number, self.num_bytes))
         for session in (first, second):
-            seat.client.end_session(session)
-        return dict(zip(BOTH, (taken, plain), strict=True))
+            client.end_session(session)
+        return dict(zip(BOTH, (duration_s, plain_s), strict=True))
 
-    def _call(self, call: Callable[[], object]) -> float:
+    def _poison(self, blocks: Sequence[Indices]) -> None:
+        for group, ids in enumerate(blocks):
+            self.caller.cache.poison(group, ids)
+
+    def _timed_call(self, call: Callable[[], object]) -> float:
         begun = perf_counter()
-        taken = _timed(call)
-        self.spans.append((begun, begun + taken))
-        return taken
+        duration_s = _timed(call)
+        self.spans.append((begun, begun + duration_s))
+        return duration_s
 
     def _count_wrong_bytes(self, blocks: Sequence[Indices]) -> int:
         return sum(
             pattern.count_wrong_bytes(self.seeds, ids)
-            for pattern, ids in zip(self.seat.patterns, blocks, strict=True)
+            for pattern, ids in zip(self.caller.patterns, blocks, strict=True)
         )
 
 
@@ -237,8 +251,8 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def median_of(
-    call: Callable[[int], float], rounds: int, num_tokens: int
+    measure: Callable[[int], float], rounds: int, num_tokens: int
 ) -> IsolatedLookups:
-    """Take the median of what a call, told its number, measured."""
-    taken = np.array([call(number) for number in range(rounds)])
-    return IsolatedLookups(num_tokens, summarise(taken).p50_s)
+    """Return the median of the durations that `measure(number)` returns."""
+    seconds = np.array([measure(number) for number in range(rounds)])
+    return IsolatedLookups(num_tokens, summarise(seconds).p50_s)

@@ -1,132 +1,199 @@
-"""What a played worker's cache is, wherever its memory lies, and how it is laid out.
-
-The views are made here from the registered tensors, with strides of their own and
-without the transport that the server copies with, so that one checks the other.
-"""
+"""The paged KV cache of a simulated rank: its interface, and one in host memory."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcore.layout import DTYPE_BYTES, CacheGroup, KVLayout
-from kvcore.protocol import MemoryHandle
-from kvcore.shm import Bytes
-from kvcore.worker.worker_memory import WorkerMemory
-from kvctl.lab.model_geometry import RankCache
-
-POISON = 0xA5
-"""What blocks hold before a retrieve, so that one that writes nothing shows."""
-
-LOGICAL_AXES = "NLKSHD"
-"""Layers before K and V, as in every known engine: numpy keeps memory's order."""
-
-Words = npt.NDArray[np.uint64] | npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.int32]
-Seeds = npt.NDArray[np.uint64]
+from kvcore.errors import SetupError
+from kvcore.layout import CacheGroup, KVLayout
+from kvcore.protocol import MemoryHandle, PosixShm, RegisterKVCache, RegisterReply
+from kvcore.shm import Bytes, Segment
+from kvcore.worker.copying_client import CopyingClient
+from kvcore.worker.worker_memory import HostWorkerMemory, WorkerMemory
+from kvctl.lab.config.model_geometry import (
+    BlockGrid,
+    Indices,
+    RankCache,
+    Seeds,
+    handle_starts,
+)
+from kvctl.lab.rank.byte_patterns import POISON, HostPattern
+from kvctl.lab.systems.system_interface import Client
 
 WARM_COPY_BYTES = 16 << 20
-"""Plain copies of so many bytes find their host memory touched."""
+"""Plain copies up to this size find their host memory touched."""
 
 
 class Pattern(Protocol):
-    """Writes and checks one group's blocks; see `kvctl.lab.rank.byte_patterns`."""
+    """Writes and checks the blocks of one group; see `byte_patterns`."""
 
     def write(self, seeds: Seeds, blocks: Indices) -> None:
-        """Write the chunks' bytes into blocks; null ones (-1) are left out."""
+        """Write the chunks' bytes into blocks, except null blocks (-1)."""
 
     def count_wrong_bytes(self, seeds: Seeds, blocks: Indices) -> int:
-        """Compare blocks with the chunks' bytes; null ones (-1) are left out."""
+        """Return the wrong bytes of the chunks' blocks, except null blocks (-1)."""
 
 
 class RankCacheMemory(Protocol):
-    """One rank's cache, in whatever memory its engine would have it.
-
-    What is written, poisoned or copied is done when the call returns.
-    """
+    """The cache of one rank. Every write or copy has finished when its call returns."""
 
     groups: tuple[CacheGroup, ...]
     handles: tuple[MemoryHandle, ...]
     memory: tuple[Any, ...]
-    """Of each handle, for a client that copies itself."""
+    """Memory of each handle, for a client that copies in its own process."""
     num_bytes: int
 
     def open(
         self, layouts: Sequence[KVLayout], memory: Sequence[Any], arena: Bytes
     ) -> WorkerMemory:
-        """Reach the memory for such a client."""
+        """Return access to the memory for a client that copies in its own process."""
 
-    def ways(self) -> dict[str, int]:
-        """Count what this process has copied on a GPU, by way and direction."""
+    def copy_counts(self) -> dict[str, int]:
+        """Return this process's copies on a GPU, by method and direction."""
 
     def num_blocks(self, group: int) -> int:
-        """Blocks of a group."""
+        """Return the blocks of a group."""
 
     def block_bytes(self, group: int) -> int:
-        """Bytes of a block in all layers of a group."""
+        """Return the bytes of a block in all layers of a group."""
 
     def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> Pattern:
-        """Return what fills and checks a group; `rank` is None where all are alike."""
+        """Return the pattern of a group; `rank` is None if all ranks are equal."""
 
     def poison(self, group: int, blocks: Indices) -> None:
-        """Overwrite blocks; null ones (-1) are left out."""
+        """Overwrite blocks, except null blocks (-1)."""
 
     def copy_out(self, number: int, num_bytes: int) -> None:
-        """Copy plainly to memory that stands for the server's.
+        """Make a plain copy to memory that stands for the server's.
 
-        Each number has places of its own, as far as there are, as calls have blocks.
+        Different numbers use different places, as calls use different blocks.
         """
 
     def copy_in(self, number: int, num_bytes: int) -> None:
-        """Copy as many bytes the other way, to no block of the cache."""
+        """Make a plain copy in the other direction; no block changes."""
 
     def copy_both(self, number: int, num_bytes: int) -> None:
-        """Copy as many bytes each way at the same time."""
+        """Make a plain copy in each direction, concurrently."""
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
 
 
-def handle_starts(cache: RankCache) -> list[int]:
-    """Return where each handle begins when they lie one behind the other."""
-    starts: list[int] = np.cumsum((0, *cache.handle_bytes[:-1])).tolist()
-    return starts
+class HostCache:
+    """A cache in a shared-memory segment, which the server can map."""
 
-
-@dataclass(frozen=True, slots=True)
-class BlockGrid:
-    """A group as `[N, L, K, S, H, words]`, whatever order its memory has.
-
-    Offset and strides are in bytes. Axes that the group lacks have size one; an opaque
-    page is one row of words. Words are eight bytes where a row of D allows it, else
-    one.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    word: int
-
-    @classmethod
-    def of(cls, group: CacheGroup, starts: Sequence[int]) -> BlockGrid:
-        """Lay out a group whose handles begin at `starts` of one memory."""
-        first = group.tensors[0]
-        sizes = dict(zip(group.axes.replace("P", "D"), first.shape, strict=True))
-        strides = dict(zip(group.axes.replace("P", "D"), first.strides, strict=True))
-        row_bytes = sizes["D"] * DTYPE_BYTES[group.dtype]
-        word = 8 if row_bytes % 8 == 0 else 1
-        sizes["D"], strides["D"] = row_bytes // word, word
-        offsets = [starts[tensor.handle] + tensor.offset for tensor in group.tensors]
-        if "L" not in sizes:
-            sizes["L"] = len(offsets)
-            strides["L"] = offsets[1] - offsets[0] if len(offsets) > 1 else row_bytes
-        return cls(
-            tuple(sizes.get(axis, 1) for axis in LOGICAL_AXES),
-            tuple(strides.get(axis, word) for axis in LOGICAL_AXES),
-            offsets[0],
-            word,
+    def __init__(self, name: str, cache: RankCache) -> None:
+        self.groups = cache.groups
+        self.num_bytes = sum(cache.handle_bytes)
+        self.segment = Segment.create(name, self.num_bytes, touch=True)
+        array = self.segment.array
+        starts = handle_starts(cache)
+        spans = list(zip(starts, cache.handle_bytes, strict=True))
+        self.handles: tuple[MemoryHandle, ...] = tuple(
+            PosixShm(name, start, length) for start, length in spans
         )
+        self.memory = tuple(array[start : start + length] for start, length in spans)
+        self.views = tuple(
+            BlockGrid.of(group, starts).view(array) for group in self.groups
+        )
+        # Two places, so that a copy finds neither in a processor's cache.
+        self._scratch = np.ones(2 * min(self.num_bytes, WARM_COPY_BYTES), np.uint8)
+
+    def open(
+        self, layouts: Sequence[KVLayout], memory: Sequence[Bytes], arena: Bytes
+    ) -> HostWorkerMemory:
+        """Return access to the memory for a client that copies in its own process."""
+        return HostWorkerMemory(layouts, memory, arena)
+
+    def copy_counts(self) -> dict[str, int]:
+        """Return nothing: there is no GPU."""
+        return {}
+
+    def num_blocks(self, group: int) -> int:
+        """Return the blocks of a group."""
+        return len(self.views[group])
+
+    def block_bytes(self, group: int) -> int:
+        """Return the bytes of a block in all layers of a group."""
+        return int(self.views[group][0].nbytes)
+
+    def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> HostPattern:
+        """Return the pattern of a group; see `RankCacheMemory`."""
+        return HostPattern(self.views[group], group, rank, chunk_blocks)
+
+    def poison(self, group: int, blocks: Indices) -> None:
+        """Overwrite blocks, except null blocks (-1)."""
+        view = self.views[group]
+        view[blocks[blocks >= 0]] = int.from_bytes([POISON] * view.itemsize, "little")
+
+    def copy_out(self, number: int, num_bytes: int) -> None:
+        """Make a plain copy from the cache to private memory."""
+        np.copyto(*self._copy_operands(number, num_bytes))
+
+    # In host memory both directions cost the same, and this one changes no block.
+    copy_in = copy_out
+
+    def copy_both(self, number: int, num_bytes: int) -> None:
+        """Make two plain copies, each in a thread."""
+        first, second = (
+            self._copy_operands(2 * number + which, num_bytes) for which in (0, 1)
+        )
+        thread = threading.Thread(target=np.copyto, args=second)
+        thread.start()
+        np.copyto(*first)
+        thread.join()
+
+    def _copy_operands(self, number: int, num_bytes: int) -> tuple[Bytes, Bytes]:
+        """Return target and source of a plain copy."""
+        if 2 * num_bytes > self._scratch.size:
+            self._scratch = np.ones(2 * num_bytes, np.uint8)
+        return (
+            _rotating_slice(self._scratch, number, num_bytes),
+            _rotating_slice(self.segment.array, number, num_bytes),
+        )
+
+    def close(self) -> None:
+        """Unmap the memory and remove its name."""
+        self.views = self.memory = ()
+        self.segment.unlink()
+        self.segment.close()
+
+
+def _rotating_slice(array: Bytes, number: int, num_bytes: int) -> Bytes:
+    """Return a different slice for every number, as far as the array has room.
+
+    Repeated copies to the same bytes would measure a processor's cache.
+    """
+    start = number % (array.size // num_bytes) * num_bytes
+    return array[start : start + num_bytes]
+
+
+def make_cache(device: str, name: str, cache: RankCache, index: int) -> RankCacheMemory:
+    """Allocate a rank's cache.
+
+    `name` is that of its segment in host memory; `index`, the rank's number on the
+    host, selects the GPU.
+
+    Raises:
+        SetupError: the device, or torch, does not exist.
+    """
+    if device == "cpu":
+        return HostCache(name, cache)
+    try:
+        from kvctl.lab.rank.gpu_cache import GpuCache
+    except ImportError as error:
+        raise SetupError(f'device = "{device}": {error}; see docs/gpu.md') from None
+    return GpuCache(cache, index)
+
+
+def register(
+    client: Client, request: RegisterKVCache, cache: RankCacheMemory
+) -> RegisterReply:
+    """Register a cache: by its memory if the client copies, else by its handles."""
+    if isinstance(client, CopyingClient):
+        return client.register_kv_cache(request, cache.memory, cache.open)
+    return client.register_kv_cache(request)

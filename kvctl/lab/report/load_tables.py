@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvctl.console import Table, duration
-from kvctl.lab.latency_samples import Latency
+from kvctl.lab.config.scenario import Fault
+from kvctl.lab.latency import Latency
 from kvctl.lab.results.load_report import Goodput, LoadReport, SweepStep, TenantReport
-from kvctl.lab.run.fault_plan import FaultReport
-from kvctl.lab.scenario import Fault
+from kvctl.lab.run.fault_injection import FaultReport
 
 NOTHING = "-"
 

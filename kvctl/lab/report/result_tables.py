@@ -9,12 +9,12 @@ from statistics import fmean
 from kvcore.options import ByteSize
 from kvctl.console import Table, duration, many, size, spark
 from kvctl.lab.compare.conclusions import of_result
-from kvctl.lab.latency_samples import Latency
+from kvctl.lab.config.copy_settings import CopyRow
+from kvctl.lab.latency import Latency
 from kvctl.lab.report import load_tables
 from kvctl.lab.results import simulated_hosts as hosts
 from kvctl.lab.results.ceiling_shares import NOTE, reached
 from kvctl.lab.results.result import DocumentReuse, Result, TierHits
-from kvctl.lab.workload.copy_settings import CopyRow
 
 NOTHING = "-"
 MIN_POINTS = 3

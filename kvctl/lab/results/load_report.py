@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from kvctl.lab.engine.request_log import Outcome, Records
-from kvctl.lab.engine.saturation import GRACE
-from kvctl.lab.latency_samples import Latency, summarise
-from kvctl.lab.run.fault_plan import FaultOutcome, FaultReport, describe
-from kvctl.lab.scenario import Limits, Scenario
-from kvctl.lab.workload.load_config import ClosedLoop, Sweep
+from kvctl.lab.config.load_config import ClosedLoop, Sweep
+from kvctl.lab.config.scenario import Limits, Scenario
+from kvctl.lab.engine.engine_state import GRACE
+from kvctl.lab.engine.engine_statistics import Outcome, Records
+from kvctl.lab.latency import Latency, summarise
+from kvctl.lab.run.fault_injection import FaultReport, InjectedFault, describe
 
 NOTABLE_LAG_S = 0.001
 NOTABLE_LAG_SHARE = 0.1
@@ -103,7 +103,7 @@ def report_load(
     scenario: Scenario,
     records: Records,
     begun_s: float,
-    struck: Sequence[FaultOutcome] = (),
+    struck: Sequence[InjectedFault] = (),
 ) -> LoadReport | None:
     """Read a journal; None when no request of the measurement is in it."""
     measured = records[records["warm_up"] == 0]

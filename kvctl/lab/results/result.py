@@ -13,15 +13,14 @@ from kvcore.errors import SetupError
 from kvcore.options import decode_hook, encode_hook
 from kvcore.status import DeviceStatus
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.json_schemas import publish
-from kvctl.lab.latency_samples import Latency
+from kvctl.lab.config.copy_settings import CopyRow
+from kvctl.lab.config.scenario import Scenario, publish
+from kvctl.lab.latency import Latency
 from kvctl.lab.rank.isolated_calls import IsolatedTimings
 from kvctl.lab.results.load_report import LoadReport
 from kvctl.lab.results.simulated_hosts import HostReport
 from kvctl.lab.results.time_series import Series
 from kvctl.lab.run.environment import Environment
-from kvctl.lab.scenario import Scenario
-from kvctl.lab.workload.copy_settings import CopyRow
 
 RESULT_VERSION = 1
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from kvcore import __version__
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.engine.engine_statistics import heads_of
-from kvctl.lab.engine.request_log import unpack
-from kvctl.lab.latency_samples import Latency, LatencySamples
+from kvctl.lab.config.scenario import Limits, SystemSpec
+from kvctl.lab.config.workload_config import Documents
+from kvctl.lab.engine.engine_statistics import heads_of, unpack
+from kvctl.lab.latency import Latency, LatencySamples
 from kvctl.lab.process_messages import Tally
-from kvctl.lab.rank.isolated_calls import summarise_alone
+from kvctl.lab.rank.isolated_calls import summarise_isolated
 from kvctl.lab.results.load_report import LoadReport, report_load
 from kvctl.lab.results.result import (
     RESULT_VERSION,
@@ -28,10 +29,7 @@ from kvctl.lab.results.simulated_hosts import report_hosts
 from kvctl.lab.results.time_series import series
 from kvctl.lab.run.environment import detect
 from kvctl.lab.run.raw_measurements import RawMeasurements
-from kvctl.lab.scenario import Limits
-from kvctl.lab.systems.system_interface import SystemSpec
 from kvctl.lab.workload.document_requests import count_contents
-from kvctl.lab.workload.workload_config import Documents
 
 MAX_ERRORS_TOLD = 10
 
@@ -72,7 +70,9 @@ def summarise(evidence: RawMeasurements) -> Result:
         throughput=throughput,
         ceilings=evidence.ceilings,
         shares=_shares(throughput, operations, evidence.ceilings),
-        alone=summarise_alone(evidence.alone, evidence.lookup_alone, evidence.ceilings),
+        alone=summarise_isolated(
+            evidence.alone, evidence.lookup_alone, evidence.ceilings
+        ),
         copies=tuple(evidence.copies),
         devices=evidence.devices,
         load=load,

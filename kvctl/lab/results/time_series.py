@@ -8,8 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from kvctl.lab.histogram import Histogram
-from kvctl.lab.latency_samples import LatencySamples, Window
+from kvctl.lab.latency import Histogram, LatencySamples, Window
 
 WIDTH_S = 0.5
 MAX_POINTS = 240

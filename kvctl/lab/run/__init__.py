@@ -1,1 +1,1 @@
-"""One run: its processes, what strikes them, what is measured after."""
+"""The driver of a run: processes, load, fault injection, and measurements after it."""

@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was measured with."""
+"""The machine and the software versions of a result."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PACKAGES = ("msgspec", "numpy", "pyzmq")
 
 GPU_FIELDS = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max"
 MACHINE = ("cpu", "num_cores", "memory_bytes", "kernel", "python", "gpus")
-"""What must be alike for the timings of two results to be compared."""
+"""Fields that must be equal for the timings of two results to be comparable."""
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One accelerator and its link, as its driver names them."""
+    """One accelerator and its link, in the words of its driver."""
 
     name: str
     driver: str
@@ -33,7 +33,7 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """The machine and the versions."""
+    """Machine and software versions."""
 
     cpu: str
     num_cores: int
@@ -42,24 +42,25 @@ class Environment(msgspec.Struct, frozen=True):
     python: str
     versions: dict[str, str]
     git_commit: str | None
-    """With `+` behind it when the tree had changes; none outside a checkout."""
+    """With a trailing `+` if the tree had changes; None outside a checkout."""
     gpus: tuple[Gpu, ...] = ()
     shm_bytes: int = 0
     """Size of /dev/shm."""
     load: float = 0.0
-    """Processes that ran or waited in the last minute, when the run had ended."""
+    """Load average of the last minute, after the run."""
 
     def unlike(self, other: Environment) -> list[str]:
-        """Name what differs between the two machines."""
+        """Return a sentence per difference between the two machines."""
+        ours, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
         return [
-            f"{name}: {getattr(self, name)} and {getattr(other, name)}"
+            f"{name}: {ours[name]} and {theirs[name]}"
             for name in MACHINE
-            if getattr(self, name) != getattr(other, name)
+            if ours[name] != theirs[name]
         ]
 
 
 def detect() -> Environment:
-    """Look at this process's machine."""
+    """Return the environment of this process."""
     return Environment(
         cpu=_cpu(),
         num_cores=len(os.sched_getaffinity(0)),
@@ -96,9 +97,9 @@ def _shm_bytes() -> int:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """Ask the driver's own tool; none where there is none."""
-    said = _output("nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader")
-    rows = [line.split(", ") for line in (said or "").splitlines()]
+    """Return what nvidia-smi reports; nothing without it."""
+    output = _output("nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader")
+    rows = [line.split(", ") for line in (output or "").splitlines()]
     return tuple(
         Gpu(name, driver, memory, f"PCIe {generation} x{width}")
         for name, driver, memory, generation, width in rows
@@ -108,7 +109,7 @@ def _gpus() -> tuple[Gpu, ...]:
 def _git_commit() -> str | None:
     folder = Path(kvcore.__file__).parent
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # Installed somewhere in a checkout, not the checkout itself.
+        return None  # Installed inside a checkout of something else.
     commit = _git(folder, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return None
@@ -117,12 +118,12 @@ def _git_commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git says, None where there is no git or no checkout of ours."""
+    """Return the output of git; None without git or outside a checkout."""
     return _output("git", "-C", str(folder), *arguments)
 
 
 def _output(*command: str) -> str | None:
-    """Return what a command prints, None where it is not there or fails."""
+    """Return the output of a command; None if it is missing or fails."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=5, check=True
@@ -133,7 +134,7 @@ def _output(*command: str) -> str | None:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Return what a process has allocated for itself; 0 when it is gone."""
+    """Return the private memory of a process; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

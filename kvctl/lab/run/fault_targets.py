@@ -1,4 +1,4 @@
-"""The processes of a run, as faults strike them."""
+"""The targets of fault injection: servers, ranks, and services of tiers."""
 
 from __future__ import annotations
 
@@ -8,53 +8,50 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from kvcore.errors import KVError, SetupError
+from kvctl.lab.config.scenario import Fault
 from kvctl.lab.process_messages import Stop, send
-from kvctl.lab.run.fault_plan import FaultNotice, FaultTarget
+from kvctl.lab.run.fault_injection import FaultNotice, FaultTarget
+from kvctl.lab.run.run_monitor import RunMonitor
 from kvctl.lab.run.run_processes import RunProcess, RunProcesses
-from kvctl.lab.scenario import Fault
+from kvctl.lab.systems.child_processes import RunningService
 from kvctl.lab.systems.local_server import LocalServer
-from kvctl.lab.systems.service_processes import RunningService
 from kvctl.lab.systems.system_interface import Client
-
-if TYPE_CHECKING:
-    from kvctl.lab.run.load_run import LoadRun
 
 NOTICE_S = 5.0
 POLL_S = 0.002
-WATCH_S = 60.0
-"""For a tier to be missed, and to be asked again once it is back."""
+TIER_NOTICE_S = 60.0
+"""Timeout for the server to stop using a tier, and to use it again."""
 REPORT_S = 40.0
-"""For an engine that lost a rank to say what it did."""
+"""Timeout for the report of an engine that lost a rank."""
 
 
 @dataclass(slots=True)
 class FaultTargets:
-    """Finds what a fault strikes."""
+    """Finds the target of a fault."""
 
-    play: LoadRun
-    cast: RunProcesses
+    monitor: RunMonitor
+    processes: RunProcesses
     client: Client
 
     def of(self, fault: Fault) -> FaultTarget:
-        """Return the victim of a fault.
+        """Return the target of a fault.
 
         Raises:
-            SetupError: there is none, such as a server that was started elsewhere.
+            SetupError: the server was not started by this run.
         """
         if fault.target == "worker":
-            return WorkerTarget(self.play, self.cast, self.client, fault)
+            return WorkerTarget(self.monitor, self.processes, self.client, fault)
         if fault.target == "service":
-            tiers = self.play.evidence.scenario.server.tiers
-            mark = f"{{{fault.service}."
-            places = [place for place, url in enumerate(tiers) if mark in url]
-            service = self.play.services[fault.service]
-            return ServiceTarget(service, self.client, places)
-        for server in self.play.servers:
+            tiers = self.monitor.evidence.scenario.server.tiers
+            variable = f"{{{fault.service}."
+            numbers = [number for number, url in enumerate(tiers) if variable in url]
+            service = self.monitor.services[fault.service]
+            return ServiceTarget(service, self.client, numbers)
+        for server in self.monitor.servers:
             if isinstance(server, LocalServer):
                 return server
         raise SetupError("faults: the server was not started by this run")
@@ -62,123 +59,122 @@ class FaultTargets:
 
 @dataclass(slots=True)
 class WorkerTarget:
-    """One rank. Killed, it takes its engine along, which comes back as a new one."""
+    """One rank. Its end also ends its engine, which is then started again."""
 
-    play: LoadRun
-    cast: RunProcesses
+    monitor: RunMonitor
+    processes: RunProcesses
     client: Client
     fault: Fault
 
     def kill(self) -> FaultNotice:
         """Send SIGKILL; return when the server has noticed."""
-        return self._strike(signal.SIGKILL)
+        return self._end(signal.SIGKILL)
 
-    def end(self) -> FaultNotice:
-        """Send SIGTERM, which a rank does not survive either."""
-        return self._strike(signal.SIGTERM)
+    def terminate(self) -> FaultNotice:
+        """Send SIGTERM, which ends a rank too."""
+        return self._end(signal.SIGTERM)
 
-    def freeze(self) -> None:
+    def suspend(self) -> None:
         """Send SIGSTOP."""
-        self._signal(signal.SIGSTOP)
+        self._send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
+    def resume(self) -> None:
         """Send SIGCONT."""
-        self._signal(signal.SIGCONT)
+        self._send_signal(signal.SIGCONT)
 
-    def begin(self) -> None:
-        """Start the engine again where it was: the rest of its work is left."""
-        engine = self.fault.engine
-        old = self.cast.scheduler_of(engine)
-        if engine not in self.play.reported:
-            send(old.control, Stop())
-        give_up = monotonic() + REPORT_S
-        while engine not in self.play.reported and monotonic() < give_up:
-            self.play.step(self.cast)
-        report = self.play.reported.pop(engine, None)
-        for actor in self.cast.of_engine(engine):
-            actor.struck = True
-            actor.control.close()
-        number = len(self.cast.of_engine(engine))
+    def start_again(self) -> None:
+        """Start the engine again, from its position in the workload."""
+        engine, reported = self.fault.engine, self.monitor.reported
+        if engine not in reported:
+            send(self.processes.scheduler_of(engine).control, Stop())
+        deadline = monotonic() + REPORT_S
+        while engine not in reported and monotonic() < deadline:
+            self.monitor.step(self.processes)
+        report = reported.pop(engine, None)
+        ended = self.processes.of_engine(engine)
+        for process in ended:
+            process.ended_by_fault = True
+            process.control.close()
         plan = replace(
-            self.play.plans()[engine],
-            engine_id=f"{self.play.run_id}-{engine}.{number}",
+            self.monitor.plans()[engine],
+            engine_id=f"{self.monitor.run_id}-{engine}.{len(ended)}",
             first_index=report.next_index if report else 0,
         )
-        self.cast.start_engine(plan)
+        self.processes.start_engine(plan)
 
-    def _strike(self, number: signal.Signals) -> FaultNotice:
-        """End the rank; wait until the server no longer lists it."""
-        actor = self._actor()
-        instance_id = f"{actor.engine_id}/{self.fault.rank}"
-        actor.struck = True
-        self._signal(number)
-        give_up, waiting = monotonic() + NOTICE_S, threading.Event()
-        while monotonic() < give_up:
+    def _end(self, number: signal.Signals) -> FaultNotice:
+        """End the rank; wait until the server has unregistered it."""
+        process = self._process()
+        instance_id = f"{process.engine_id}/{self.fault.rank}"
+        process.ended_by_fault = True
+        self._send_signal(number)
+        deadline, pause = monotonic() + NOTICE_S, threading.Event()
+        while monotonic() < deadline:
             instances = self.client.status(0).instances
             if instance_id not in [one.instance_id for one in instances]:
                 return FaultNotice(monotonic())
-            waiting.wait(POLL_S)
+            pause.wait(POLL_S)
         return FaultNotice()
 
-    def _signal(self, number: signal.Signals) -> None:
-        pid = self._actor().process.pid
+    def _send_signal(self, number: signal.Signals) -> None:
+        pid = self._process().process.pid
         if pid is not None:
             os.kill(pid, number)
 
-    def _actor(self) -> RunProcess:
-        return self.cast.rank_of(self.fault.engine, self.fault.rank)
+    def _process(self) -> RunProcess:
+        return self.processes.rank_of(self.fault.engine, self.fault.rank)
 
 
 @dataclass(slots=True)
 class ServiceTarget:
-    """A service, and the tiers that live on it, by their places."""
+    """A service, and the numbers of the tiers that use it."""
 
     service: RunningService
     client: Client
-    places: Sequence[int]
+    tiers: Sequence[int]
 
     def kill(self) -> FaultNotice:
-        """Send SIGKILL; the server is watched from here on."""
+        """Send SIGKILL, and watch the server's tiers."""
         self.service.kill()
-        return self._watched()
+        return self._watch_tiers()
 
-    def end(self) -> FaultNotice:
-        """Send SIGTERM and wait."""
-        notice = self._watched()
-        self.service.end()
+    def terminate(self) -> FaultNotice:
+        """Send SIGTERM and wait for the end, and watch the server's tiers."""
+        notice = self._watch_tiers()
+        self.service.terminate()
         return notice
 
-    def freeze(self) -> FaultNotice:
-        """Send SIGSTOP."""
-        self.service.freeze()
-        return self._watched()
+    def suspend(self) -> FaultNotice:
+        """Send SIGSTOP, and watch the server's tiers."""
+        self.service.suspend()
+        return self._watch_tiers()
 
-    def thaw(self) -> None:
+    def resume(self) -> None:
         """Send SIGCONT."""
-        self.service.thaw()
+        self.service.resume()
 
-    def begin(self) -> None:
-        """Start it again."""
-        self.service.begin()
+    def start_again(self) -> None:
+        """Start the service again."""
+        self.service.start_again()
 
-    def _watched(self) -> FaultNotice:
-        """Enter, meanwhile, when the server finds its tiers down, and up again."""
+    def _watch_tiers(self) -> FaultNotice:
+        """Return a notice that a thread completes when tiers go down and up."""
         notice = FaultNotice()
-        if self.places:
-            threading.Thread(target=self._watch, args=(notice,), daemon=True).start()
+        if self.tiers:
+            threading.Thread(target=self._poll, args=(notice,), daemon=True).start()
         return notice
 
-    def _watch(self, notice: FaultNotice) -> None:
-        give_up, waiting = monotonic() + WATCH_S, threading.Event()
-        while monotonic() < give_up:
+    def _poll(self, notice: FaultNotice) -> None:
+        deadline, pause = monotonic() + TIER_NOTICE_S, threading.Event()
+        while monotonic() < deadline:
             try:
                 tiers = self.client.status(0).tiers
             except KVError:
-                return  # The run is over, or the server gone: told elsewhere.
-            up = all(tiers[place].up for place in self.places)
+                return  # The run has ended, or the server, which is reported elsewhere.
+            up = all(tiers[number].up for number in self.tiers)
             if not up and notice.noticed_s is None:
                 notice.noticed_s = monotonic()
             elif up and notice.noticed_s is not None:
                 notice.recovered_s = monotonic()
                 return
-            waiting.wait(POLL_S)
+            pause.wait(POLL_S)

@@ -1,4 +1,4 @@
-"""All that a run found, before anybody adds it up."""
+"""The raw measurements of a run, from which its result is built."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from datetime import UTC, datetime
 
 from kvcore.status import DeviceStatus
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.latency_samples import Latency, LatencySamples
-from kvctl.lab.process_messages import (
-    EngineReport,
-    MeasuredAlone,
-    MeasuredCopies,
-    Tally,
-)
+from kvctl.lab.config.copy_settings import CopyRow
+from kvctl.lab.config.scenario import Scenario, SystemSpec
+from kvctl.lab.latency import Latency, LatencySamples
+from kvctl.lab.process_messages import CopyTimes, EngineReport, IsolatedCallTimes, Tally
 from kvctl.lab.rank.isolated_calls import IsolatedLookups
-from kvctl.lab.run.fault_plan import FaultOutcome
-from kvctl.lab.scenario import Scenario
-from kvctl.lab.systems.system_interface import SystemSpec
-from kvctl.lab.workload.copy_settings import CopyRow
+from kvctl.lab.run.fault_injection import InjectedFault
 
 
 @dataclass(frozen=True, slots=True)
 class TierBytes:
-    """What came from one tier."""
+    """Bytes loaded from one tier."""
 
     kind: str
     num_bytes: int
@@ -32,7 +26,7 @@ class TierBytes:
 
 @dataclass(slots=True)
 class RawMeasurements:
-    """All that a driver gathered. What it could not gather keeps its default."""
+    """Everything that a driver measured. What was not measured keeps its default."""
 
     name: str
     scenario: Scenario
@@ -42,39 +36,39 @@ class RawMeasurements:
     interrupted: bool = False
     reports: list[EngineReport] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """What went wrong outside of requests; each counts as an error."""
+    """Problems outside of requests; each counts as an error."""
     leases_leaked: int = 0
     pings: Latency | None = None
     ceilings: Ceilings | None = None
-    alone: list[MeasuredAlone] = field(default_factory=list)
-    """From ranks that called alone, after the load; likewise `lookup_alone`."""
+    alone: list[IsolatedCallTimes] = field(default_factory=list)
+    """Isolated calls of ranks after the load; `lookup_alone` are those of lookups."""
     lookup_alone: IsolatedLookups | None = None
     num_warm: int = 0
-    """Ranks of the setting that is being copied that have made their first calls."""
-    copied: list[MeasuredCopies] = field(default_factory=list)
-    """From the ranks of the setting that is being copied."""
+    """Ranks that have warmed up for the current setting of the copy benchmark."""
+    copied: list[CopyTimes] = field(default_factory=list)
+    """Reports of ranks for the current setting of the copy benchmark."""
     copies: list[CopyRow] = field(default_factory=list)
     copies_wrong: int = 0
     devices: tuple[DeviceStatus, ...] = ()
-    """GPUs whose caches the first server copied."""
+    """GPUs with caches that the first server copied."""
     storms: list[LatencySamples] = field(default_factory=list)
-    """Of registrations, all ranks at once, before the load."""
-    struck: list[FaultOutcome] = field(default_factory=list)
-    """Faults that happened."""
+    """Concurrent registrations of all ranks, before the load."""
+    struck: list[InjectedFault] = field(default_factory=list)
+    """Injected faults."""
     begun_s: float = 0.0
-    """When the load began, on the host's monotonic clock."""
+    """Start of the load on the host's monotonic clock."""
     counters: list[Counter[str]] = field(default_factory=list)
-    """Each server's own, grown during the load."""
+    """Growth of each server's counters during the load."""
     tier_bytes: list[TierBytes] = field(default_factory=list)
-    """Loaded from each tier during the load, in their order."""
+    """Bytes loaded from each tier during the load, in order of tiers."""
     server_bytes: tuple[int, int] | None = None
-    """The servers' own memory when the load began and when it had ended."""
+    """The servers' private memory before and after the load."""
     spec: SystemSpec = field(default_factory=SystemSpec)
     turns: str | None = None
-    """Where it met the run that it took turns with: half of the time was another's."""
+    """Rendezvous address of an interleaved run, which used half of the time."""
 
     def tally(self) -> Tally:
-        """Add up what the engines counted."""
+        """Return the sum of the engines' counts."""
         total = Tally()
         for report in self.reports:
             total.add(report.tally)

@@ -1,4 +1,4 @@
-"""The processes of a run: schedulers, ranks, and what connects them."""
+"""The processes of a run's engines, and the connections between them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import msgspec
 
 from kvcore.shm import remove_dead
 from kvctl.lab.engine import simulated_scheduler as scheduler
-from kvctl.lab.process_messages import EnginePlan, Storm, send
-from kvctl.lab.rank import simulated_rank as worker
+from kvctl.lab.process_messages import EnginePlan, send
+from kvctl.lab.rank import simulated_rank
 
-END_S = 5.0
-"""For a process to end once its driver's connection is closed."""
+STOP_S = 5.0
+"""Timeout for the end of a process after its driver has disconnected."""
 
 
 @dataclass(slots=True)
 class RunProcess:
-    """One process. `control` is the driver's end."""
+    """One process of an engine. `control` is the driver's end of its connection."""
 
     name: str
     engine: int
@@ -32,26 +32,25 @@ class RunProcess:
     process: SpawnProcess
     control: Connection
     rank: int | None = None
-    struck: bool = False
-    """It was ended on purpose."""
+    ended_by_fault: bool = False
 
     @property
     def is_rank(self) -> bool:
-        """Say whether it is a rank, or else a scheduler."""
+        """Whether it is a rank; else it is a scheduler."""
         return self.rank is not None
 
 
 class RunProcesses:
-    """Started processes.
+    """The schedulers and ranks of a run.
 
-    They are not interrupted by Ctrl-C at the terminal: the driver tells them when to
-    stop. All of them end when their driver is gone.
+    Ctrl-C at the terminal does not reach them: the driver sends `Stop`. All of them
+    end when their driver does.
     """
 
     def __init__(self, plans: Sequence[EnginePlan]) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self.run_prefix = plans[0].engine_id.rpartition("-")[0]
-        self.actors: list[RunProcess] = []
+        self._run_prefix = plans[0].engine_id.rpartition("-")[0]
+        self.all: list[RunProcess] = []
         try:
             for plan in plans:
                 self.start_engine(plan)
@@ -61,44 +60,41 @@ class RunProcesses:
 
     @property
     def schedulers(self) -> list[RunProcess]:
-        """One an engine."""
-        return [actor for actor in self.actors if not actor.is_rank]
+        """Schedulers of all engines, also those that have ended."""
+        return [one for one in self.all if not one.is_rank]
 
     @property
     def ranks(self) -> list[RunProcess]:
-        """All engines', those that are still there."""
-        return [a for a in self.actors if a.is_rank and not a.control.closed]
+        """Connected ranks of all engines."""
+        return [one for one in self.all if one.is_rank and not one.control.closed]
 
-    def tell_schedulers(self, message: msgspec.Struct) -> None:
-        """Send a message to every scheduler that is still there."""
-        for actor in self.schedulers:
+    def send_schedulers(self, message: msgspec.Struct) -> None:
+        """Send a message to every connected scheduler."""
+        for one in self.schedulers:
             with suppress(OSError):
-                send(actor.control, message)
+                send(one.control, message)
 
     def scheduler_of(self, engine: int) -> RunProcess:
-        """Return an engine's scheduler, the latest one."""
-        return next(a for a in reversed(self.schedulers) if a.engine == engine)
+        """Return the latest scheduler of an engine."""
+        return next(one for one in reversed(self.schedulers) if one.engine == engine)
 
     def rank_of(self, engine: int, rank: int) -> RunProcess:
-        """Return a rank, the latest one."""
+        """Return the latest process of a rank."""
         return next(
-            a for a in reversed(self.actors) if (a.engine, a.rank) == (engine, rank)
+            one
+            for one in reversed(self.all)
+            if (one.engine, one.rank) == (engine, rank)
         )
 
     def of_engine(self, engine: int) -> list[RunProcess]:
         """Return every process that an engine has had."""
-        return [actor for actor in self.actors if actor.engine == engine]
-
-    def storm(self, rounds: int) -> None:
-        """Let all ranks register again so often, at once."""
-        for actor in self.ranks:
-            send(actor.control, Storm(rounds))
+        return [one for one in self.all if one.engine == engine]
 
     def start_engine(self, plan: EnginePlan) -> None:
-        """Start an engine's processes."""
-        # Its start would unblock what is blocked next.
+        """Start the scheduler and the ranks of an engine."""
+        # Starting the tracker later would unblock the signal.
         resource_tracker.ensure_running()
-        # Blocked, not ignored: a signal that comes meanwhile reaches the driver later.
+        # Blocked, not ignored: the driver receives a signal that arrives meanwhile.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._start_engine(plan)
@@ -108,49 +104,51 @@ class RunProcesses:
     def _start_engine(self, plan: EnginePlan) -> None:
         slots = range(plan.scenario.load.concurrency)
         ranks = range(plan.scenario.ranks)
-        pairs = [[self._context.Pipe() for _ in ranks] for _ in slots]
+        pipes = [[self._context.Pipe() for _ in ranks] for _ in slots]
+        engine_name = plan.engine_id.rpartition("-")[2]
         for rank in ranks:
-            theirs = [pairs[slot][rank][1] for slot in slots]
-            name = f"rank {rank} of engine {plan.engine_id.rpartition('-')[2]}"
-            actor = self._start(name, plan, worker.run, rank, theirs)
-            actor.rank = rank
-            _close(theirs)
-        ours = [tuple(pairs[slot][rank][0] for rank in ranks) for slot in slots]
-        name = f"scheduler of engine {plan.engine_id.rpartition('-')[2]}"
-        self._start(name, plan, scheduler.run, ours)
-        for ends in ours:
-            _close(ends)
+            rank_ends = [pipes[slot][rank][1] for slot in slots]
+            name = f"rank {rank} of engine {engine_name}"
+            started = self._start(name, plan, simulated_rank.run, rank, rank_ends)
+            started.rank = rank
+            _close_all(rank_ends)
+        slot_ends = [tuple(pipes[slot][rank][0] for rank in ranks) for slot in slots]
+        self._start(
+            f"scheduler of engine {engine_name}", plan, scheduler.run, slot_ends
+        )
+        for ends in slot_ends:
+            _close_all(ends)
 
     def _start(
         self, name: str, plan: EnginePlan, target: Callable[..., None], *more: object
     ) -> RunProcess:
-        """Start one process. Connections passed to it stay the caller's to close."""
-        control, theirs = self._context.Pipe()
+        """Start one process. The caller closes the connections that it passes."""
+        control, process_end = self._context.Pipe()
         process = self._context.Process(
-            target=target, args=(plan, theirs, *more), name=name
+            target=target, args=(plan, process_end, *more), name=name
         )
         process.start()
-        theirs.close()
-        actor = RunProcess(name, plan.engine, plan.engine_id, process, control)
-        self.actors.append(actor)
-        return actor
+        process_end.close()
+        started = RunProcess(name, plan.engine, plan.engine_id, process, control)
+        self.all.append(started)
+        return started
 
     def close(self, *, at_once: bool = False) -> None:
-        """End what still runs, and remove the shared memory of what was killed.
+        """End all processes, and remove the shared memory of killed ones.
 
-        `at_once` kills it: what waits for a server that is gone waits in vain.
+        `at_once` kills them: calls to a server that has ended would wait in vain.
         """
-        for actor in self.actors:
-            actor.control.close()
-        for actor in self.actors:
-            actor.process.join(0 if at_once else END_S)
-            if actor.process.is_alive():
-                actor.process.kill()
-                actor.process.join()
-        remove_dead(f"{worker.SEGMENT_PREFIX}{self.run_prefix}")
+        for one in self.all:
+            one.control.close()
+        for one in self.all:
+            one.process.join(0 if at_once else STOP_S)
+            if one.process.is_alive():
+                one.process.kill()
+                one.process.join()
+        remove_dead(f"{simulated_rank.SEGMENT_PREFIX}{self._run_prefix}")
 
 
-def _close(ends: Iterable[Connection]) -> None:
-    """Let only the processes at work hold these, so that an end is noticed."""
+def _close_all(ends: Iterable[Connection]) -> None:
+    """Close ends in this process, so that the end of a child closes the pipe."""
     for end in ends:
         end.close()

@@ -1,1 +1,1 @@
-"""Systems that a load can be played against: ours, and others beside it."""
+"""Systems under test: kvctl's own server, LMCache, and Valkey."""

@@ -1,7 +1,7 @@
-"""LMCache's multi-process server, data over shared memory; an optional peer.
+"""Driver of LMCache's multi-process server, with data in shared memory.
 
-Its client runs in a process of its own, in the Python that LMCache is installed in
-(`lmcache_peer.py`), beside each scheduler and each rank.
+LMCache's client runs in a separate process per scheduler and rank, in the Python in
+which LMCache is installed (`lmcache_process.py`).
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from kvcore.protocol import (
     RetrieveReply,
     StoreReply,
 )
-from kvctl.lab.systems.external_server import free_port
+from kvctl.lab.config.scenario import SystemSpec
+from kvctl.lab.systems.child_processes import free_port
 from kvctl.lab.systems.system_interface import (
     ExternalClient,
     StartedSystem,
-    SystemSpec,
-    shared,
+    shared_memory_handles,
 )
 
-PEER = Path(__file__).with_name("lmcache_peer.py")
+CLIENT_PROCESS = Path(__file__).with_name("lmcache_process.py")
 AXES = "KNSHD"
-"""Of each layer's tensor: what its shared-memory path takes."""
-QUIET = {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false"}
-END_S = 10.0
+"""Axes of each layer's tensor that its shared-memory transfer supports."""
+ENVIRONMENT = {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false"}
+STOP_S = 10.0
 START_S = 60.0
-"""For a Python with torch in it to start, beside others that do."""
+"""Timeout for the start of a Python with torch, on a busy machine."""
 
 
 def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
-    """Say how its server is started: memory touched before, engines copy themselves."""
+    """Return how its server is started: memory touched first, engines copy."""
     del folder
     port, program = free_port(), Path(_python(spec)).with_name("lmcache")
     if not program.exists():
-        raise SetupError(f"--system-python {spec.python}: no lmcache beside it")
+        raise SetupError(f"--system-python {spec.python}: no lmcache in its folder")
     command = (
         str(program), "server",
         "--l1-size-gb", str(config.l1.size / (1 << 30)),
@@ -64,13 +64,13 @@ def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem
         "--host", "127.0.0.1", "--port", str(port), "--http-port", str(free_port()),
     )  # fmt: skip
     address = f"tcp://127.0.0.1:{port}"
-    return StartedSystem(command, address, QUIET, is_ready=address)
+    return StartedSystem(command, address, ENVIRONMENT, ready_address=address)
 
 
 def _python(spec: SystemSpec) -> str:
     if spec.python is None:
         raise SetupError(
-            "--system lmcache: give --system-python, where it is installed"
+            "--system lmcache: give --system-python, the Python it is installed in"
         )
     return spec.python
 
@@ -78,85 +78,87 @@ def _python(spec: SystemSpec) -> str:
 def connect(
     spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
 ) -> ExternalClient:
-    """Start a peer process and let it connect."""
+    """Start a client process and connect it."""
     del config
     return LMCacheClient(_python(spec), address, timeout_s)
 
 
 class LMCacheClient(ExternalClient):
-    """A scheduler's or a rank's client; any thread may use it."""
+    """The client of a scheduler or rank. Thread-safe."""
 
     def __init__(self, python: str, address: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._took = threading.local()
-        self._sending = threading.Lock()
-        self._waiting: dict[int, Future[tuple[Any, float]]] = {}
-        self._number = 0
-        ours, theirs = socket.socketpair()
-        with theirs:
+        self._call_times = threading.local()
+        self._send_lock = threading.Lock()
+        self._futures: dict[int, Future[tuple[Any, float]]] = {}
+        self._last_number = 0
+        self._socket, process_end = socket.socketpair()
+        with process_end:
             self._process = subprocess.Popen(
-                # Isolated: our files beside it are not modules of its.
-                [python, "-I", str(PEER), str(theirs.fileno()), address],
-                pass_fds=[theirs.fileno()],
+                # Isolated: files in the folder of the script are not importable.
+                [python, "-I", str(CLIENT_PROCESS), str(process_end.fileno()), address],
+                pass_fds=[process_end.fileno()],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | QUIET,
+                env=os.environ | ENVIRONMENT,
             )
-        self._socket = ours
-        self._pipe = Connection(os.dup(ours.fileno()))
-        threading.Thread(target=self._listen, daemon=True).start()
-        self._registered: RegisterKVCache | None = None
-        self.chunk_size = int(self._call("hello", patience_s=START_S))
+        self._pipe = Connection(os.dup(self._socket.fileno()))
+        threading.Thread(target=self._receive_replies, daemon=True).start()
+        self.chunk_size = int(self._call("hello", timeout_s=START_S))
 
     @property
-    def last_s(self) -> float | None:
-        """What the peer measured of this thread's last call."""
-        return getattr(self._took, "seconds", None)
+    def last_call_s(self) -> float | None:
+        """Duration of this thread's last call, measured in the client process."""
+        return getattr(self._call_times, "seconds", None)
 
-    def _listen(self) -> None:
+    def _receive_replies(self) -> None:
         while True:
             try:
                 reply = msgspec.msgpack.decode(self._pipe.recv_bytes())
             except (EOFError, OSError):
                 break
             number, value, error, seconds = reply
-            future = self._waiting.pop(number)
+            future = self._futures.pop(number)
             if error is None:
                 future.set_result((value, seconds))
             else:
                 future.set_exception(KVError(f"lmcache: {error}"))
-        for future in list(self._waiting.values()):
-            future.set_exception(Unavailable("lmcache's client ended"))
+        for future in list(self._futures.values()):
+            future.set_exception(Unavailable("the client process of lmcache ended"))
 
     def _call(
-        self, name: str, *arguments: object, patience_s: float | None = None
+        self, name: str, *arguments: object, timeout_s: float | None = None
     ) -> Any:
         future: Future[tuple[Any, float]] = Future()
-        with self._sending:
-            self._number += 1
-            self._waiting[self._number] = future
+        with self._send_lock:
+            self._last_number += 1
+            self._futures[self._last_number] = future
             try:
-                call = (self._number, name, arguments)
+                call = (self._last_number, name, arguments)
                 self._pipe.send_bytes(msgspec.msgpack.encode(call))
             except OSError:
-                raise Unavailable("lmcache's client ended") from None
+                raise Unavailable("the client process of lmcache ended") from None
         try:
-            value, self._took.seconds = future.result(patience_s or self._timeout_s)
+            value, seconds = future.result(timeout_s or self._timeout_s)
         except TimeoutError:
-            raise Unavailable(f"lmcache: {name} was not answered") from None
+            raise Unavailable(f"lmcache: {name} timed out") from None
+        self._call_times.seconds = seconds
         return value
 
     def register_kv_cache(self, request: RegisterKVCache) -> RegisterReply:
-        """Register one group of one tensor a layer, `[K, N, S, H, D]`."""
+        """Register one group with one tensor per layer, `[K, N, S, H, D]`.
+
+        Raises:
+            SetupError: several groups, or other axes.
+        """
         group = request.groups[0]
         if len(request.groups) != 1 or group.axes != AXES:
-            raise SetupError(f"--system lmcache: plays caches shaped {AXES} only")
-        handles = shared(request)
+            raise SetupError(f"--system lmcache: supports caches of shape {AXES} only")
+        handles = shared_memory_handles(request)
         layers = [
             (handles[one.handle].offset + one.offset, one.shape)
             for one in group.tensors
         ]
-        self._registered = request
         cache = {
             "segment": handles[0].name, "dtype": group.dtype, "layers": layers,
             "block_size": group.block_size, "rank": request.rank,
@@ -173,14 +175,14 @@ class LMCacheClient(ExternalClient):
         return num_bytes // num_tokens * self.chunk_size
 
     def unregister_kv_cache(self, instance_id: str) -> None:
-        """Let the server forget the rank."""
+        """Unregister the rank."""
         del instance_id
         self._call("unregister")
 
     def lookup(
         self, session: SessionKey, model: str, world_size: int, tokens: Tokens
     ) -> LookupReply:
-        """Ask, then ask for the result until it is there."""
+        """Request a lookup and poll its result."""
         found = int(
             self._call(
                 "lookup", _name(session), _model(model), world_size, _tokens(tokens)
@@ -197,7 +199,7 @@ class LMCacheClient(ExternalClient):
         blocks: BlockLists,
         tokens: Tokens | None = None,
     ) -> StoreReply:
-        """Store; the peer gathers."""
+        """Store; the client process gathers."""
         del instance_id
         num_chunks = (end - start) // self.chunk_size
         if self._copy("store", session, start, end, blocks, tokens):
@@ -213,10 +215,10 @@ class LMCacheClient(ExternalClient):
         blocks: BlockLists,
         tokens: Tokens | None = None,
     ) -> RetrieveReply:
-        """Retrieve; the peer scatters."""
+        """Retrieve; the client process scatters."""
         del instance_id
         if not self._copy("retrieve", session, start, end, blocks, tokens):
-            raise ChunksMissing("the retrieve failed")
+            raise ChunksMissing("lmcache: the retrieve failed")
         return RetrieveReply(end - start)
 
     def _copy(
@@ -237,23 +239,23 @@ class LMCacheClient(ExternalClient):
         self._call("end_session", _name(session))
 
     def ping(self) -> None:
-        """One round trip of the shortest request."""
+        """Make one round trip of the shortest request."""
         self._call("ping")
 
     def close(self) -> None:
-        """End the peer."""
-        # Closing alone would not wake the thread that listens.
+        """End the client process."""
+        # Closing alone would not wake the receiving thread.
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
-            self._process.wait(END_S)
+            self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
 
 def _model(name: str) -> str:
-    """Write a model's name without what its object keys cannot hold."""
+    """Return a model's name without characters that LMCache's keys cannot hold."""
     return name.replace("@", "-").replace("/", "-")
 
 

@@ -1,8 +1,8 @@
-"""LMCache's own client, in LMCache's own Python, obeying the lab over a pipe.
+"""LMCache's client in LMCache's Python, controlled by the lab over a pipe.
 
-Run by path: it imports nothing of this project, which need not be installed there.
-Every call is timed here, where an engine would make it, without the pipe. Known to
-work with LMCache 0.5.6 in its multi-process mode, data moved over shared memory.
+Executed by path: it imports nothing of this project, which need not be installed
+there. Calls are timed here, as an engine would see them, without the pipe. Tested with
+LMCache 0.5.6 in its multi-process mode, with data in shared memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -31,12 +32,12 @@ from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 TIMEOUT_S = 30.0
 POLL_S = 0.0005
 EAGER_POLLS = 20
-"""Before the first pause between two questions for a lookup's result."""
+"""Polls of a lookup's result before the first pause."""
 MAX_THREADS = 32
 
 
 class LMCacheProcess:
-    """One engine's scheduler, or one rank."""
+    """The client of one scheduler or rank."""
 
     def __init__(self, address: str) -> None:
         self.client = RequestClientFactory.create(address, context=zmq.Context())
@@ -44,15 +45,15 @@ class LMCacheProcess:
         self.caches: dict[str, Any] = {}
 
     def hello(self) -> int:
-        """Say how many tokens a chunk has."""
+        """Return the tokens per chunk."""
         return self.chunk_size
 
     def ping(self) -> None:
-        """One round trip."""
+        """Make one round trip."""
         self.client.get_chunk_size().result(timeout=TIMEOUT_S)
 
     def register(self, cache: dict[str, Any]) -> None:
-        """Register a rank's cache, mapped by the name of its segment."""
+        """Map a rank's cache by the name of its segment, and register it."""
         with open(f"/dev/shm/{cache['segment']}", "r+b") as file:
             self.memory = mmap.mmap(file.fileno(), 0)
         dtype = getattr(torch, cache["dtype"])
@@ -85,7 +86,7 @@ class LMCacheProcess:
         )
 
     def unregister(self) -> None:
-        """Let the server forget the rank."""
+        """Unregister the rank."""
         future = self.context.unregister()
         if future is not None:
             future.result(timeout=TIMEOUT_S)
@@ -94,7 +95,7 @@ class LMCacheProcess:
     def lookup(
         self, request_id: str, model: str, world_size: int, tokens: tuple[int, ...]
     ) -> int:
-        """Count the chunks found, as an engine does: ask, then ask for the result."""
+        """Return the number of chunks found, polled as by an engine."""
         end = len(tokens) // self.chunk_size * self.chunk_size
         if not end:
             return 0
@@ -104,8 +105,8 @@ class LMCacheProcess:
         self.client.lookup(key, world_size).result(timeout=TIMEOUT_S)
         polls = 0
         while True:
-            asked = self.client.query_prefetch_status(request_id)
-            found = asked.result(timeout=TIMEOUT_S)
+            status = self.client.query_prefetch_status(request_id)
+            found = status.result(timeout=TIMEOUT_S)
             if found is not None:
                 return int(found)
             polls += 1
@@ -119,7 +120,7 @@ class LMCacheProcess:
     def store(
         self, request_id: str, tokens: tuple[int, ...], start: int, end: int, ids: Any
     ) -> bool:
-        """Store the blocks of [start, end)."""
+        """Store the blocks of tokens [start, end); return whether it succeeded."""
         return self._copy(
             self.context.submit_store, request_id, tokens, start, end, ids
         )
@@ -127,7 +128,7 @@ class LMCacheProcess:
     def retrieve(
         self, request_id: str, tokens: tuple[int, ...], start: int, end: int, ids: Any
     ) -> bool:
-        """Fill the blocks of [start, end)."""
+        """Fill the blocks of tokens [start, end); return whether it succeeded."""
         submit = self.context.submit_retrieve
         return self._copy(submit, request_id, tokens, start, end, ids)
 
@@ -146,12 +147,12 @@ class LMCacheProcess:
 
 @lru_cache(maxsize=8)
 def _tokens(packed: bytes) -> tuple[int, ...]:
-    """Make the tuple that an engine has at hand anyway."""
+    """Return the tuple of tokens that an engine already has."""
     return tuple(np.frombuffer(packed, np.uint32).tolist())
 
 
-def _prepared(arguments: list[Any]) -> list[Any]:
-    """Unpack tokens and block ids outside of the timed part."""
+def _unpack(arguments: list[Any]) -> list[Any]:
+    """Return arguments with unpacked tokens and block ids, before timing begins."""
     unpacked: list[Any] = []
     for one in arguments:
         if isinstance(one, dict) and "tokens" in one:
@@ -164,22 +165,32 @@ def _prepared(arguments: list[Any]) -> list[Any]:
 
 
 def main() -> None:
-    """Answer calls until the other end is gone."""
+    """Answer calls until the pipe is closed."""
     torch.set_num_threads(1)
     pipe = Connection(int(sys.argv[1]))
-    peer = LMCacheProcess(sys.argv[2])
-    sending = Lock()
+    client = LMCacheProcess(sys.argv[2])
+    calls: dict[str, Callable[..., Any]] = {
+        "hello": client.hello,
+        "ping": client.ping,
+        "register": client.register,
+        "unregister": client.unregister,
+        "lookup": client.lookup,
+        "store": client.store,
+        "retrieve": client.retrieve,
+        "end_session": client.end_session,
+    }
+    send_lock = Lock()
 
     def answer(number: int, name: str, arguments: list[Any]) -> None:
-        prepared = _prepared(arguments)
-        begun = time.perf_counter()
+        unpacked = _unpack(arguments)
+        start = time.perf_counter()
         value, error = None, None
         try:
-            value = getattr(peer, name)(*prepared)
-        except Exception as failed:  # noqa: BLE001 - whatever it is, the lab hears it
+            value = calls[name](*unpacked)
+        except Exception as failed:  # noqa: BLE001 - every error is reported to the lab
             error = f"{type(failed).__name__}: {failed}"
-        reply = (number, value, error, time.perf_counter() - begun)
-        with sending:
+        reply = (number, value, error, time.perf_counter() - start)
+        with send_lock:
             pipe.send_bytes(msgspec.msgpack.encode(reply))
 
     with ThreadPoolExecutor(MAX_THREADS) as pool:
@@ -187,7 +198,7 @@ def main() -> None:
             try:
                 call = msgspec.msgpack.decode(pipe.recv_bytes())
             except EOFError:
-                os._exit(0)  # Its threads would wait for a server that ends later.
+                os._exit(0)  # A normal exit would wait for calls in progress.
             pool.submit(answer, *call)
 
 

@@ -1,4 +1,4 @@
-"""The server of a run, started for it and stopped after it."""
+"""This project's own server, started for a run and stopped after it."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from kvcore.options import encode_hook
 from kvcore.shm import SEGMENT_PREFIX, remove_dead
 
 READY_S = 120.0
-"""The touch of a large L1 takes a while on a busy machine."""
+"""Touching a large L1 takes long on a busy machine."""
 STOP_S = 10.0
 
 
 class LocalServer:
     """A `kvctl serve` process at a free port, or at the scenario's own address.
 
-    In a session of its own, so that Ctrl-C at the terminal reaches only who started
-    it: the load ends first, then the server.
+    It runs in a session of its own, which Ctrl-C at the terminal does not reach: the
+    load ends first, then the server.
     """
 
     def __init__(self, config: ServerConfig) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            SetupError: it ended; the message has the last line of its log.
+            Unavailable: it was not ready in time.
+        """
         if config.address == ServerConfig().address:
             config = msgspec.structs.replace(config, address="tcp://127.0.0.1:0")
         self._config = config
-        self.away = False
-        """It was ended on purpose, and is to come back."""
+        self.is_down = False
+        """Ended by a fault, and to be started again."""
         self._folder = tempfile.TemporaryDirectory(prefix="kvlab-")
         self._log = Path(self._folder.name) / "stderr"
         self._ready_file = Path(self._folder.name) / "address"
         self._start()
 
     def _start(self) -> None:
-        ready_file = self._ready_file
         command = [sys.executable, "-m", "kvctl", "serve"]
-        command += ["--ready-file", str(ready_file)]
+        command += ["--ready-file", str(self._ready_file)]
         for setting in _settings(self._config):
             command += ["--set", setting]
         with self._log.open("wb") as log:
@@ -52,43 +57,43 @@ class LocalServer:
                 command, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
         self.exited = os.pidfd_open(self._process.pid)
-        """A descriptor that becomes readable when the process has ended."""
+        """File descriptor that becomes readable when the process has ended."""
         try:
-            self.address = self._await(ready_file)
+            self.address = self._await_address()
         except BaseException:
             self.stop()
             raise
 
     def kill(self) -> None:
-        """End it at once; `begin` starts it again."""
-        self.away = True
+        """Send SIGKILL."""
+        self.is_down = True
         self._process.kill()
 
-    def freeze(self) -> None:
-        """Make it stand still."""
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.is_down = True
+        self._process.send_signal(signal.SIGTERM)
+
+    def suspend(self) -> None:
+        """Send SIGSTOP."""
         self._process.send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        """Let it go on."""
+    def resume(self) -> None:
+        """Send SIGCONT."""
         self._process.send_signal(signal.SIGCONT)
 
-    def begin(self) -> None:
-        """Start it again, at the same address, after it was killed or has ended."""
-        self._forget()
+    def start_again(self) -> None:
+        """Start it again at the same address, after `kill` or `terminate`."""
+        self._release()
         self._ready_file.unlink(missing_ok=True)
-        self.away = False
+        self.is_down = False
         self._config = msgspec.structs.replace(self._config, address=self.address)
         self._start()
 
-    def end(self) -> None:
-        """Ask it to end; `begin` starts it again."""
-        self.away = True
-        self._process.send_signal(signal.SIGTERM)
-
-    def _forget(self) -> None:
-        """Release what belongs to a process that has ended."""
+    def _release(self) -> None:
+        """Release the resources of a process that ends."""
         self._process.wait(STOP_S)
-        # Killed, it could not; the next server's start may be long from now.
+        # A killed server could not remove its memory.
         remove_dead(f"{SEGMENT_PREFIX}{self.pid}-")
         if self._process.stdout:
             self._process.stdout.close()
@@ -96,66 +101,60 @@ class LocalServer:
 
     @property
     def pid(self) -> int:
-        """The process."""
+        """Process id."""
         return self._process.pid
 
-    def _await(self, ready_file: Path) -> str:
-        """Return the address once the server says that it is ready.
-
-        Raises:
-            SetupError: with its last words, when it ends instead.
-            Unavailable: it says nothing.
-        """
+    def _await_address(self) -> str:
         output = self._process.stdout
         if output is None or not wait([output.fileno()], READY_S):
             raise Unavailable(f"the server was not ready in {READY_S:.0f} s")
         if output.readline():
-            return ready_file.read_text().strip()
+            return self._ready_file.read_text().strip()
         code = self._process.wait(STOP_S)
-        why = self.last_words() or f"exit code {code}"
-        raise SetupError(f"the server did not start: {why}")
+        reason = self.last_log_line() or f"exit code {code}"
+        raise SetupError(f"the server did not start: {reason}")
 
-    def last_words(self) -> str:
-        """Return the last line of its log that is more than news; "" without one."""
+    def last_log_line(self) -> str:
+        """Return the last line of its log above level INFO; "" without one."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return next((line for line in reversed(lines) if " INFO " not in line), "")
 
     def stop(self) -> str | None:
-        """Stop it; say what was wrong with how it ended, if anything."""
-        early = self._process.poll() is not None and not self.away
+        """Stop it; return a sentence about an unexpected exit, if it was one."""
+        early = self._process.poll() is not None and not self.is_down
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-        told = self.epitaph("early" if early else "when told to stop")
-        self._forget()
+        problem = self.describe_exit("early" if early else "after SIGTERM")
+        self._release()
         self._folder.cleanup()
-        return told if early or (code and not self.away) else None
+        return problem if early or (code and not self.is_down) else None
 
-    def epitaph(self, when: str = "early") -> str:
-        """Say how it ended; waits until it has."""
+    def describe_exit(self, when: str = "early") -> str:
+        """Wait for its end and return a sentence about it."""
         code = self._process.wait(STOP_S)
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        words = self.last_words()
-        return f"the server ended {when}, {how}" + (f": {words}" if words else "")
+        line = self.last_log_line()
+        return f"the server ended {when}, {how}" + (f": {line}" if line else "")
 
 
 def _settings(config: ServerConfig) -> Iterator[str]:
-    """Write what differs from the defaults as `key=value`."""
+    """Yield what differs from the defaults as `key=value`."""
     given = msgspec.to_builtins(config, enc_hook=encode_hook)
     default = msgspec.to_builtins(ServerConfig(), enc_hook=encode_hook)
     return _differences(given, default, "")
 
 
 def _differences(
-    given: Mapping[str, object], default: Mapping[str, object], where: str
+    given: Mapping[str, object], default: Mapping[str, object], prefix: str
 ) -> Iterator[str]:
     for name, value in given.items():
         if isinstance(value, Mapping):
             inner = default[name]
             if isinstance(inner, Mapping):
-                yield from _differences(value, inner, f"{where}{name}.")
+                yield from _differences(value, inner, f"{prefix}{name}.")
         elif value != default[name]:
-            yield f"{where}{name}={msgspec.json.encode(value).decode()}"
+            yield f"{prefix}{name}={msgspec.json.encode(value).decode()}"

@@ -1,17 +1,16 @@
-"""What the lab asks of a system under load.
+"""The interface of a system under test.
 
-A driver of another system is an `ExternalClient` and a way to start its server, both
-entered in `system_registry`. Ours is `kvcore.client.KVClient` as it is.
+A driver of another system is an `ExternalClient` and a function that starts its
+server, both listed in `system_registry`. This project's is `kvcore.client.KVClient`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Annotated, Self
+from typing import Self
 
 import msgspec
-from msgspec import Meta
 
 from kvcore.client import KVClient
 from kvcore.client.client import BlockLists
@@ -28,53 +27,36 @@ from kvcore.protocol import (
 )
 from kvcore.status import L1Status
 
-OURS = "kvctl"
-
-
-class SystemSpec(msgspec.Struct, frozen=True):
-    """Which system, and where it lives."""
-
-    name: str = OURS
-    python: Annotated[
-        str | None, Meta(description="the Python that another system is installed in")
-    ] = None
-    version: str = ""
-
-    @property
-    def is_ours(self) -> bool:
-        """It is the one that this project is about."""
-        return self.name == OURS
-
 
 class ExternalClient(ABC):
     """A client of another system, used by a scheduler (several threads) or one rank.
 
     `tokens` are those of the session from its first one; ranges are whole chunks. A
-    driver MUST move the bytes of the blocks themselves: the lab checks every one.
+    driver MUST copy the bytes of the blocks: the lab checks each of them.
     """
 
     chunk_size: int
     server: None = None
-    knows_sessions = True
-    """Without it the end of one asks nobody anything, and is no call to be timed."""
+    has_sessions = True
+    """False if `end_session` sends nothing, and is not worth timing."""
 
     @property
-    def last_s(self) -> float | None:
-        """How long this thread's last call took where an engine would have made it.
+    def last_call_s(self) -> float | None:
+        """Duration of this thread's last call as an engine would see it.
 
-        None: as long as the caller saw.
+        None if it is the duration that the caller measured.
         """
         return None
 
     @abstractmethod
     def register_kv_cache(self, request: RegisterKVCache) -> RegisterReply:
-        """Let the system at a rank's cache; once, before any store or retrieve."""
+        """Register a rank's cache; once, before any store or retrieve."""
 
     @abstractmethod
     def lookup(
         self, session: SessionKey, model: str, world_size: int, tokens: Tokens
     ) -> LookupReply:
-        """Count the leading chunks that every rank can retrieve."""
+        """Return the leading chunks that every rank can retrieve."""
 
     @abstractmethod
     def store(
@@ -86,7 +68,7 @@ class ExternalClient(ABC):
         blocks: BlockLists,
         tokens: Tokens | None = None,
     ) -> StoreReply:
-        """Store the blocks of [start, end); retrievable when this returns."""
+        """Store the blocks of tokens [start, end); retrievable after the call."""
 
     @abstractmethod
     def retrieve(
@@ -98,30 +80,30 @@ class ExternalClient(ABC):
         blocks: BlockLists,
         tokens: Tokens | None = None,
     ) -> RetrieveReply:
-        """Fill the blocks of [start, end).
+        """Fill the blocks of tokens [start, end).
 
         Raises:
-            ChunksMissing: not all of it is there any more.
+            ChunksMissing: chunks have been evicted since the lookup.
         """
 
     @abstractmethod
     def end_session(self, session: SessionKey) -> None:
-        """The request is over."""
+        """End a request."""
 
     @abstractmethod
     def ping(self) -> None:
-        """One round trip."""
+        """Make one round trip."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Release connections and memory."""
 
     @abstractmethod
     def unregister_kv_cache(self, instance_id: str) -> None:
-        """Let go of a rank's cache."""
+        """Unregister a rank's cache."""
 
     def status(self, max_leases: int = 0) -> StatusReply:
-        """Nothing is known of the inside of another system."""
+        """Return an empty status: the internals of another system are unknown."""
         del max_leases
         return StatusReply(
             version="", address="", pid=0, boot=BootToken(0),
@@ -145,23 +127,26 @@ class ExternalClient(ABC):
 Client = KVClient | ExternalClient
 
 
-def shared(request: RegisterKVCache) -> list[PosixShm]:
-    """Return the segments of a played cache."""
+def shared_memory_handles(request: RegisterKVCache) -> list[PosixShm]:
+    """Return the handles of a cache in host memory."""
     return [one for one in request.handles if isinstance(one, PosixShm)]
 
 
-def taken_s(client: Client, seen_s: float) -> float:
-    """Return how long a client's last call took, which its caller saw take `seen_s`."""
-    if isinstance(client, ExternalClient) and client.last_s is not None:
-        return client.last_s
-    return seen_s
+def call_duration_s(client: Client, measured_s: float) -> float:
+    """Return the duration of a client's last call, which took its caller `measured_s`.
+
+    A driver whose client runs in another process measures without the pipe to it.
+    """
+    if isinstance(client, ExternalClient) and client.last_call_s is not None:
+        return client.last_call_s
+    return measured_s
 
 
 class StartedSystem(msgspec.Struct, frozen=True):
-    """How another system's server is started."""
+    """Command and address of another system's server."""
 
     command: tuple[str, ...]
     address: str
     environment: dict[str, str] = {}
-    is_ready: str = ""
-    """`unix://PATH` or `tcp://HOST:PORT`, which accepts connections when it is."""
+    ready_address: str = ""
+    """`unix://PATH` or `tcp://HOST:PORT`, which accepts connections when ready."""

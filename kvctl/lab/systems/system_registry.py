@@ -1,4 +1,4 @@
-"""The systems that a load can be played against, by name."""
+"""The systems that a scenario can be run against, by name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError, Unavailable
 from kvcore.worker.copying_client import CopyingClient
+from kvctl.lab.config.scenario import OURS, SystemSpec
 from kvctl.lab.process_messages import EnginePlan
 from kvctl.lab.systems import lmcache, valkey
-from kvctl.lab.systems.external_server import ExternalServer
+from kvctl.lab.systems.child_processes import ExternalServer
 from kvctl.lab.systems.local_server import LocalServer
-from kvctl.lab.systems.system_interface import (
-    OURS,
-    Client,
-    ExternalClient,
-    StartedSystem,
-    SystemSpec,
-)
+from kvctl.lab.systems.system_interface import Client, ExternalClient, StartedSystem
 
-PATIENCE_S = 30.0
-"""For a server that is to come back."""
+RECONNECT_S = 30.0
+"""Timeout for a server that is restarted by a fault."""
 
 
 class Driver(Protocol):
@@ -32,48 +27,39 @@ class Driver(Protocol):
     def start(
         self, spec: SystemSpec, config: ServerConfig, folder: Path
     ) -> StartedSystem:
-        """Say how its server is started; what it keeps on disk goes into the folder."""
+        """Return how its server is started; its files belong into the folder."""
 
     def connect(
         self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
     ) -> ExternalClient:
-        """Connect a client."""
+        """Return a connected client."""
 
 
-OTHERS: dict[str, Driver] = {"lmcache": lmcache, "valkey": valkey}
-NAMES = (OURS, *OTHERS)
-
-
-def check(spec: SystemSpec) -> None:
-    """Refuse a system that nobody knows.
-
-    Raises:
-        SetupError: with those that are known.
-    """
-    if spec.name not in NAMES:
-        raise SetupError(f"--system {spec.name}: known are {', '.join(NAMES)}")
+DRIVERS: dict[str, Driver] = {"lmcache": lmcache, "valkey": valkey}
+NAMES = (OURS, *DRIVERS)
 
 
 def start_server(
     spec: SystemSpec, config: ServerConfig, folder: Path
 ) -> LocalServer | ExternalServer:
-    """Start a system's server with as much memory and chunks as large.
+    """Start a system's server with the L1 size and chunk size of the config.
 
-    The folder is removed by the caller, once the server has been stopped.
+    The caller removes the folder, after it has stopped the server.
 
     Raises:
-        SetupError: it is not there, or did not start.
+        SetupError: an unknown or missing system, or it did not start.
     """
-    check(spec)
+    if spec.name not in NAMES:
+        raise SetupError(f"--system {spec.name}: known are {', '.join(NAMES)}")
     if spec.is_ours:
         return LocalServer(config)
-    return ExternalServer(OTHERS[spec.name].start(spec, config, folder), folder)
+    return ExternalServer(DRIVERS[spec.name].start(spec, config, folder), folder)
 
 
 def connect(plan: EnginePlan, label: str) -> Client:
     """Connect a scheduler or a rank to the system of its plan.
 
-    Where there are faults an engine may start while the server is away: it waits.
+    In a scenario with faults an engine may start while the server is down: it retries.
 
     Raises:
         Unavailable: no server answers.
@@ -81,25 +67,25 @@ def connect(plan: EnginePlan, label: str) -> Client:
     scenario = plan.scenario
     timeout_s = scenario.timeout_s
     if not plan.system.is_ours:
-        return connect_other(plan.system, plan.address, scenario.server, timeout_s)
+        return connect_driver(plan.system, plan.address, scenario.server, timeout_s)
     kind = CopyingClient if scenario.driver == "worker" else KVClient
-    give_up = monotonic() + PATIENCE_S if scenario.faults else 0.0
+    deadline = monotonic() + RECONNECT_S if scenario.faults else 0.0
     while True:
         client = kind(plan.address, label=label, timeout_s=timeout_s)
         try:
             client.ping()
         except Unavailable:
             client.close()
-            if monotonic() > give_up:
+            if monotonic() > deadline:
                 raise
         else:
             return client
 
 
-def connect_other(
+def connect_driver(
     spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
 ) -> Client:
-    """Connect to any system by its address."""
+    """Connect the driver of a run to any system by its address."""
     if spec.is_ours:
         return KVClient(address, label="bench driver", timeout_s=timeout_s)
-    return OTHERS[spec.name].connect(spec, address, config, timeout_s)
+    return DRIVERS[spec.name].connect(spec, address, config, timeout_s)

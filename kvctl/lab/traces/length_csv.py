@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kvctl.lab.config.workload_config import Reuse
 from kvctl.lab.traces.trace_lines import parse
 from kvctl.lab.traces.trace_row import TraceRow
-from kvctl.lab.workload.workload_config import Reuse
 
 BLOCK_SIZE = 64
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

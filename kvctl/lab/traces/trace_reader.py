@@ -9,13 +9,13 @@ from pathlib import Path
 import zstandard
 
 from kvcore.errors import SetupError
+from kvctl.lab.config.workload_config import Trace
 from kvctl.lab.traces import bailian_trace as bailian
 from kvctl.lab.traces import length_csv as lengths
 from kvctl.lab.traces import mooncake_trace as mooncake
 from kvctl.lab.traces import weka_trace as weka
 from kvctl.lab.traces.trace_lines import raw_lines
 from kvctl.lab.traces.trace_row import TraceRow
-from kvctl.lab.workload.workload_config import Trace
 
 HEAD_BYTES = 4096
 SIGNS = {

@@ -29,11 +29,11 @@ from kvcore.config import L1Config, ServerConfig
 from kvcore.errors import SetupError, Unavailable
 from kvcore.options import ByteSize, Options, encode_hook, load
 from kvctl.console import Table
+from kvctl.lab.config.workload_config import Chat, Workload
 from kvctl.lab.run.environment import Environment, detect
 from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.vllm.vllm_server import Answer, VLLMServer
 from kvctl.lab.workload.access_generators import Access, accesses
-from kvctl.lab.workload.workload_config import Chat, Workload
 
 Positive = Annotated[int, Meta(ge=1)]
 

@@ -1,1 +1,1 @@
-"""What engines are asked, when, and what an ideal cache would have of it."""
+"""Workloads: prompts, arrival times, and simulations of caches."""

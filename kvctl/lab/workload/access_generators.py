@@ -1,7 +1,7 @@
-"""What engines are asked: workloads as iterators of accesses.
+"""Generators of each workload's requests.
 
-Every engine iterates the whole workload and plays its own share, so nobody hands out
-work. All is a function of the workload and the seed.
+Every engine iterates the whole workload and executes its own part, so that no process
+has to distribute requests. Requests depend on the workload and the seed alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from kvctl.lab.traces import trace_reader as reader
-from kvctl.lab.workload.document_requests import DocumentPiece, requests
-from kvctl.lab.workload.workload_config import (
+from kvctl.lab.config.workload_config import (
     Agents,
     Chat,
     Documents,
@@ -29,32 +27,34 @@ from kvctl.lab.workload.workload_config import (
     Uniform,
     Workload,
 )
+from kvctl.lab.traces import trace_reader as reader
+from kvctl.lab.workload.document_requests import DocumentPiece, requests
 
 Tokens = npt.NDArray[np.uint32]
 
 PREFIX, SUFFIX, CHOICE, SYSTEM, TURN, DOCUMENT, QUESTION, PROMPT, RESULT = range(9)
-"""Streams of random numbers, apart from each other under one seed."""
+"""Streams of random numbers, distinct under one seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One request. `tokens()` makes the prompt, so that skipping one costs little."""
+    """One request. `tokens()` generates the prompt, so that skipping is cheap."""
 
     request_id: str
     session: str
     affinity: int
-    """Accesses of one affinity belong to one engine."""
+    """Accesses of equal affinity belong to the same engine."""
     num_tokens: int
     output_length: int
     arrival_s: float | None
     tokens: Callable[[], Tokens]
     documents: tuple[DocumentPiece, ...] = ()
-    """Pieces of the prompt that are worth storing on their own."""
+    """Pieces of the prompt that are stored on their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a workload amounts to."""
+    """Totals of a workload."""
 
     num_requests: int
     num_tokens: int
@@ -62,7 +62,7 @@ class Survey:
 
 
 def accesses(workload: Workload, seed: int) -> Iterator[Access]:
-    """Iterate a workload in its order.
+    """Yield the requests of a workload in order.
 
     Raises:
         SetupError: from a trace reader, with file, line and reason.
@@ -89,7 +89,7 @@ def accesses(workload: Workload, seed: int) -> Iterator[Access]:
 
 
 def survey(workload: Workload, seed: int) -> Survey:
-    """Iterate once without making tokens."""
+    """Return the totals of a workload, without generating tokens."""
     lengths = [access.num_tokens for access in accesses(workload, seed)]
     return Survey(len(lengths), sum(lengths), max(lengths, default=0))
 
@@ -103,7 +103,7 @@ def _draw(vocabulary: int, num_tokens: int, *stream: int) -> Tokens:
 def _single(
     index: int, num_tokens: int, output_length: int, tokens: Callable[[], Tokens]
 ) -> Access:
-    """A request that is a session of its own."""
+    """Return a request that is the only one of its session."""
     return Access(
         str(index), str(index), index, num_tokens, output_length, None, tokens
     )
@@ -136,7 +136,7 @@ def _prefix_tokens(
 
 
 def _chat(workload: Chat, seed: int) -> Iterator[Access]:
-    """All sessions' first turns, then all second turns, and so on."""
+    """Yield the first turns of all sessions, then the second turns, and so on."""
     turn_tokens = workload.user_tokens + workload.answer_tokens
     for turn in range(workload.turns):
         length = workload.system_tokens + turn * turn_tokens + workload.user_tokens
@@ -153,11 +153,11 @@ def _chat(workload: Chat, seed: int) -> Iterator[Access]:
 
 
 def _chat_tokens(workload: Chat, seed: int, session: int, length: int) -> Tokens:
-    """Cut a session's whole talk at this turn; earlier turns are its beginning."""
-    spoken = workload.turns * (workload.user_tokens + workload.answer_tokens)
+    """Return the prefix of a session's conversation, which ends with this turn."""
+    num_tokens = workload.turns * (workload.user_tokens + workload.answer_tokens)
     system = _draw(workload.vocabulary, workload.system_tokens, seed, SYSTEM)
-    talk = _draw(workload.vocabulary, spoken, seed, TURN, session)
-    return np.concatenate((system, talk))[:length]
+    conversation = _draw(workload.vocabulary, num_tokens, seed, TURN, session)
+    return np.concatenate((system, conversation))[:length]
 
 
 def _rag(workload: Rag, seed: int) -> Iterator[Access]:
@@ -189,17 +189,17 @@ def _rag_tokens(workload: Rag, seed: int, chosen: list[int], index: int) -> Toke
 
 @dataclass(frozen=True, slots=True)
 class _Agent:
-    """One agent's context: what it shares with its parent, and how it grows."""
+    """One agent's context: the part shared with its parent, and its growth."""
 
     number: int
     parent: int
     shared_tokens: int
     lengths: tuple[int, ...]
-    """Of the context at each step."""
+    """Tokens of the context at each step."""
 
 
 def _agents(workload: Agents, seed: int) -> Iterator[Access]:
-    """Step by step through all agents; subagents begin when half is done."""
+    """Yield each step of all agents; subagents begin after half of the steps."""
     agents = list(_agent_tree(workload, seed))
     half = workload.steps // 2
     for step in range(workload.steps):
@@ -246,7 +246,7 @@ def _agent_access(workload: Agents, seed: int, agent: _Agent, step: int) -> Acce
 def _agent_tokens(workload: Agents, seed: int, agent: _Agent, length: int) -> Tokens:
     vocabulary = workload.vocabulary
     system = _draw(vocabulary, workload.system_tokens, seed, SYSTEM)
-    # Drawn in one go, so that what a longer context begins with is the shorter one.
+    # Drawn at once, so that a shorter context is the prefix of a longer one.
     context = _draw(vocabulary, length, seed, RESULT, agent.parent)
     whole = np.concatenate((system, context))[:length]
     if agent.parent != agent.number:

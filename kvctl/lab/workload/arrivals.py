@@ -1,4 +1,4 @@
-"""When each request of a workload is due."""
+"""Arrival times of a workload's requests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import assert_never
 import numpy as np
 
 from kvcore.errors import SetupError
-from kvctl.lab.workload.access_generators import Access
-from kvctl.lab.workload.load_config import (
+from kvctl.lab.config.load_config import (
     Bursts,
     ClosedLoop,
     Constant,
@@ -21,29 +20,30 @@ from kvctl.lab.workload.load_config import (
     Sweep,
     TraceTimes,
 )
+from kvctl.lab.workload.access_generators import Access
 
 ARRIVALS = 101
-"""Stream of random numbers, apart from those of the workloads."""
+"""Stream of random numbers, distinct from those of the workloads."""
 LAST_GAP_S = 1.0
-"""Over which the requests of a trace's last instant are spread."""
+"""Interval over which requests of a trace's last time are spread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """An access and when it is due, in seconds after the start."""
+    """An access and its arrival time, in seconds after the start of the load."""
 
     access: Access
     index: int
-    """Its place in the whole workload."""
+    """Its index in the whole workload."""
     at_s: float | None = None
-    """None in a closed loop: as soon as there is room."""
+    """None in a closed loop: as soon as a slot is free."""
     step: int = 0
     """Of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A time of one rate."""
+class RateSegment:
+    """An interval of constant rate."""
 
     rate: float
     seconds: float
@@ -51,13 +51,13 @@ class Segment:
 
 
 def schedule(load: Load, accesses: Iterable[Access], seed: int) -> Iterator[Due]:
-    """Say when each access of a workload is due, in the workload's order.
+    """Return the arrival time of each access, in the order of the workload.
 
-    A sweep ends with its last step, whatever is left of the workload. All is a
-    function of the workload, the load and the seed.
+    A sweep ends with its last step, even if the workload does not. Times depend on
+    the workload, the load and the seed alone.
 
     Raises:
-        SetupError: the load follows a trace whose rows have no times, or go back.
+        SetupError: the load follows a trace without times, or with decreasing ones.
     """
     if isinstance(load, ClosedLoop):
         return (Due(access, index) for index, access in enumerate(accesses))
@@ -71,16 +71,16 @@ def schedule(load: Load, accesses: Iterable[Access], seed: int) -> Iterator[Due]
     )
 
 
-def _segments(load: OpenLoop) -> Iterator[Segment]:
+def _segments(load: OpenLoop) -> Iterator[RateSegment]:
     match load:
         case Constant() | Poisson():
-            return iter([Segment(load.rate, float("inf"))])
+            return iter([RateSegment(load.rate, float("inf"))])
         case Bursts():
-            quiet = Segment(load.rate, load.every_s - load.burst_s)
-            return cycle([quiet, Segment(load.burst_rate, load.burst_s)])
+            quiet = RateSegment(load.rate, load.every_s - load.burst_s)
+            return cycle([quiet, RateSegment(load.burst_rate, load.burst_s)])
         case Sweep():
             return (
-                Segment(load.rate * load.factor**step, load.step_s, step)
+                RateSegment(load.rate * load.factor**step, load.step_s, step)
                 for step in range(load.max_steps)
             )
         case TraceTimes():
@@ -96,23 +96,23 @@ class _ArrivalTime:
 
 
 def _moments(
-    segments: Iterator[Segment], rng: np.random.Generator | None
+    segments: Iterator[RateSegment], rng: np.random.Generator | None
 ) -> Iterator[_ArrivalTime]:
-    """Walk a rate that changes in steps, by unit distances of its integral.
+    """Yield arrivals of a piecewise constant rate, by distances of its integral.
 
-    Distances are 1 without random numbers, else exponential: a Poisson process whose
-    rate varies is a plain one on the axis of expected arrivals (Lewis and Shedler,
-    1979).
+    Distances are 1 without a random generator, else exponential: a Poisson process of
+    varying rate has rate 1 on the axis of expected arrivals. Source: Lewis and
+    Shedler, 1979.
     """
     begin, passed = 0.0, 0.0
-    wanted = _distance(rng)
+    target = _distance(rng)
     for segment in segments:
-        room = segment.rate * segment.seconds
-        while wanted - passed < room:
-            at_s = begin + (wanted - passed) / segment.rate
+        expected = segment.rate * segment.seconds
+        while target - passed < expected:
+            at_s = begin + (target - passed) / segment.rate
             yield _ArrivalTime(at_s, segment.step)
-            wanted += _distance(rng)
-        passed += room
+            target += _distance(rng)
+        passed += expected
         begin += segment.seconds
 
 
@@ -121,13 +121,13 @@ def _distance(rng: np.random.Generator | None) -> float:
 
 
 def _trace_times(load: TraceTimes, accesses: Iterable[Access]) -> Iterator[Due]:
-    """Take a trace's own times; those of one instant are spread up to the next."""
+    """Yield the trace's times; equal ones are spread up to the next time."""
     first: float | None = None
     tied: list[Access] = []
     numbers = count()
     for access in accesses:
         if access.arrival_s is None:
-            raise SetupError("load.kind = 'trace': the workload has no times")
+            raise SetupError("load.kind = 'trace': the trace has no times")
         first = access.arrival_s if first is None else first
         if tied and access.arrival_s != tied[0].arrival_s:
             gap = access.arrival_s - _time(tied[0])

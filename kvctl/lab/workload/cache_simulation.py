@@ -1,16 +1,18 @@
-"""What a cache of so many blocks would have hit: a trace through the server's policies.
+"""Simulated hits of a trace in a cache of a given size, with the server's policies.
 
-No bytes move and nothing is timed. A request finds its leading blocks up to the first
-missing one, stores what is missing as the server does (evicting others, never its own,
-and stopping where nothing more can go), and is touched at its end, tail to head. With
-full blocks, chunks of one block and one request at a time the server hits the same.
+No bytes are copied. A request finds its leading blocks up to the first missing one,
+stores the missing ones like the server (it evicts others, never its own, and stops when
+none can be evicted), and its blocks are touched at its end, last to first. With full
+blocks, chunks of one block and one request at a time the server has the same hits.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
@@ -22,10 +24,9 @@ from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 from kvcore.storage.eviction import POLICIES, EvictionPolicy, make_policy
 from kvctl.console import Table
+from kvctl.lab.config.workload_config import Trace
 from kvctl.lab.traces import trace_reader as reader
 from kvctl.lab.traces.trace_row import TraceRow
-from kvctl.lab.workload.belady import optimum
-from kvctl.lab.workload.workload_config import Trace
 
 __all__ = [
     "POLICIES",
@@ -40,9 +41,9 @@ __all__ = [
 ]
 
 IDEAL = "ideal"
-"""In place of a policy: nothing is ever evicted."""
+"""Name of the infinite cache (upper bound)."""
 OPTIMUM = "optimum"
-"""In place of a policy: what is needed soonest is kept."""
+"""Name of Belady's policy, which knows the future."""
 
 MAX_CAPACITY = 1 << 62
 
@@ -50,7 +51,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class SimulationRow(Struct, frozen=True):
-    """A policy's hits over a whole trace."""
+    """Hits of one policy over a whole trace."""
 
     trace: str
     policy: str
@@ -63,7 +64,7 @@ class SimulationRow(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class NumberedRequests:
-    """A trace as its requests' blocks, numbered anew from 0."""
+    """A trace as its requests' blocks, renumbered from 0."""
 
     name: str
     blocks: list[Ids]
@@ -72,7 +73,7 @@ class NumberedRequests:
     num_unique: int
 
     def row(self, policy: str, capacity: int, hits: Sequence[int]) -> SimulationRow:
-        """Add up the leading blocks that each request found."""
+        """Return the row of the leading blocks that each request found."""
         found = zip(hits, self.block_sizes, self.num_tokens, strict=True)
         return SimulationRow(
             trace=self.name,
@@ -86,7 +87,7 @@ class NumberedRequests:
 
 
 def load(path: Path) -> NumberedRequests:
-    """Read a trace of any format that is replayed as prefixes.
+    """Return the requests of a trace of any format that has prefixes.
 
     Raises:
         SetupError: with file, line and reason.
@@ -95,7 +96,7 @@ def load(path: Path) -> NumberedRequests:
 
 
 def number(name: str, rows: Sequence[TraceRow]) -> NumberedRequests:
-    """Number the blocks of rows; equal ids are one block where they are of one size."""
+    """Renumber the blocks of rows; a block is an id and a block size."""
     blocks: list[Ids] = [np.empty(0, np.int64)] * len(rows)
     num_unique = 0
     for size in {row.block_size for row in rows}:
@@ -120,10 +121,10 @@ def number(name: str, rows: Sequence[TraceRow]) -> NumberedRequests:
 def simulate(
     requests: NumberedRequests, policies: Sequence[str], capacities: Iterable[str]
 ) -> Iterator[SimulationRow]:
-    """Play a trace against each policy at each capacity; ideal and optimum beside.
+    """Simulate a trace with each policy at each capacity.
 
-    Capacities as in `capacity_blocks`. The ideal comes first, then a capacity's
-    optimum and its policies.
+    Capacities as in `capacity_blocks`. The infinite cache comes first, then per
+    capacity the optimum and the policies.
 
     Raises:
         SetupError: no such policy, or no such capacity.
@@ -144,10 +145,10 @@ def simulate(
 
 
 def capacity_blocks(text: str, num_unique: int) -> int:
-    """Read a number of blocks, or a share of the unique ones, `10%`; at least one.
+    """Return a number of blocks, given as such or as a share of the unique ones, `10%`.
 
     Raises:
-        SetupError: neither of them, or nothing at all.
+        SetupError: the text is neither, or not positive.
     """
     number, percent, rest = text.strip().partition("%")
     try:
@@ -162,7 +163,7 @@ def capacity_blocks(text: str, num_unique: int) -> int:
 
 
 def table(requests: NumberedRequests, rows: Sequence[SimulationRow]) -> Table:
-    """Show rows with their rates and their share of the ideal's blocks."""
+    """Return a table of rows with hit rates and shares of the infinite cache's hits."""
     ideal = max((row.block_hits for row in rows if row.policy == IDEAL), default=0)
     return Table(
         f"{requests.name}: {len(requests.blocks):,} requests, "
@@ -183,9 +184,9 @@ def table(requests: NumberedRequests, rows: Sequence[SimulationRow]) -> Table:
 
 
 class SimulatedL1:
-    """L1 without memory: what `ChunkTable` does with a policy, one request at a time.
+    """The set of chunks in L1 under a policy, one request at a time.
 
-    Blocks stand for chunks; the policy neither knows nor minds.
+    Blocks stand for chunks: a policy only compares keys.
     """
 
     def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
@@ -194,7 +195,7 @@ class SimulatedL1:
         self._present: set[ChunkHash] = set()
 
     def serve(self, blocks: Sequence[ChunkHash]) -> int:
-        """Look up, store and end a request; return the leading blocks it found."""
+        """Look up, store and end a request; return the leading blocks found."""
         present = self._present
         hits, num_stored = len(blocks), 0
         if not present.issuperset(blocks):
@@ -207,15 +208,15 @@ class SimulatedL1:
         return hits
 
     def _store(self, blocks: Sequence[ChunkHash], missing: Sequence[ChunkHash]) -> int:
-        lacking = len(missing) - (self._capacity - len(self._present))
-        if lacking > 0:
-            lacking -= self._evict(lacking, blocks)
-            missing = missing[: len(missing) - lacking]
+        num_over = len(missing) - (self._capacity - len(self._present))
+        if num_over > 0:
+            num_over -= self._evict(num_over, blocks)
+            missing = missing[: len(missing) - num_over]
         self._present.update(missing)
         return len(missing)
 
     def _evict(self, count: int, blocks: Sequence[ChunkHash]) -> int:
-        """Make room for a request beside its own blocks; return how many went."""
+        """Evict blocks that are not the request's own; return how many were evicted."""
         own = frozenset(blocks)
         passed_over: set[ChunkHash] = set()
 
@@ -238,5 +239,46 @@ class SimulatedL1:
 
 
 def _each(call: Callable[[ChunkHash], None], blocks: Iterable[ChunkHash]) -> None:
-    """Call for every block, without a loop of bytecode."""
+    """Call for every block, without a Python loop."""
     deque(map(call, blocks), maxlen=0)
+
+
+def optimum(requests: Sequence[Ids], capacity: int) -> list[int]:
+    """Return the leading blocks that each request finds under Belady's policy.
+
+    Of the present and the requested blocks, those requested again soonest are kept; a
+    block may be bypassed. Among blocks that the same request needs next, later ones are
+    evicted first, so that no prefix is evicted before its suffix.
+
+    Source: Belady 1966; Mattson et al. 1970.
+    """
+    following = _following(np.concatenate(requests) if requests else np.empty(0))
+    ends = accumulate(map(len, requests), initial=0)
+    due: set[int] = set()
+    """Index of the next access of each kept block, among all accesses."""
+    latest: list[int] = []
+    """The same, negated, as a heap; past accesses remain at its end."""
+    hits = []
+    for start, blocks in zip(ends, requests, strict=False):
+        places = range(start, start + len(blocks))
+        hits.append(
+            next((i for i, at in enumerate(places) if at not in due), len(blocks))
+        )
+        due.difference_update(places)
+        for again in following[start : start + len(blocks)]:
+            if again >= 0:
+                due.add(again)
+                heapq.heappush(latest, -again)
+        while len(due) > capacity:
+            due.discard(-heapq.heappop(latest))
+    return hits
+
+
+def _following(ids: npt.NDArray[np.float64] | Ids) -> list[int]:
+    """Return the index of the next access of each access's block; -1 if none."""
+    order = np.argsort(ids, kind="stable")
+    again = ids[order[1:]] == ids[order[:-1]]
+    following = np.full(ids.size, -1)
+    following[order[:-1][again]] = order[1:][again]
+    places: list[int] = following.tolist()
+    return places

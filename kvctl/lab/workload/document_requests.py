@@ -1,8 +1,8 @@
-"""Requests made of documents: what repeats in them, and where it stands.
+"""Requests whose prompts are sequences of documents and unique text.
 
-A prompt is a list of pieces. A piece has a content, which names its tokens wherever it
-stands, and is a document when it is worth storing; the rest is glue, never the same
-twice. What could be reused follows from the pieces alone.
+A piece of a prompt has a content id, which determines its tokens at any position. A
+piece is either a document, which is stored on its own, or unique text (glue). The
+possible reuse follows from the pieces alone.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvctl.lab.config.workload_config import Documents
 from kvctl.lab.traces import ragpulse_trace as ragpulse
-from kvctl.lab.workload.workload_config import Documents
 
 Tokens = npt.NDArray[np.uint32]
 
 CHOICE, GLUE, LENGTH, PIECE = range(40, 44)
-"""Streams of random numbers, apart from those of other workloads."""
+"""Streams of random numbers, distinct from those of other workloads."""
 GLUE_CONTENT = 1 << 48
-"""From here on contents are glue, numbered through."""
+"""First content id of unique text."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentPiece:
-    """Some tokens of a prompt, from `start` on."""
+    """Tokens [start, end) of a prompt."""
 
     content: int
     start: int
@@ -44,7 +44,7 @@ class DocumentPiece:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRequest:
-    """One request. `tokens(vocabulary)` makes its prompt."""
+    """One request. `tokens(vocabulary)` generates its prompt."""
 
     index: int
     arrival_s: float | None
@@ -58,11 +58,11 @@ class DocumentRequest:
 
     @property
     def documents(self) -> list[DocumentPiece]:
-        """The pieces that are worth storing."""
+        """Pieces that are stored on their own."""
         return [piece for piece in self.pieces if piece.is_document]
 
     def tokens(self, vocabulary: int) -> Tokens:
-        """Make the prompt, `[num_tokens]`: equal contents have equal tokens."""
+        """Return the prompt `[num_tokens]`; equal content ids have equal tokens."""
         made = [
             content_tokens(p.content, p.num_tokens, vocabulary) for p in self.pieces
         ]
@@ -70,14 +70,14 @@ class DocumentRequest:
 
 
 def content_tokens(content: int, num_tokens: int, vocabulary: int) -> Tokens:
-    """Draw a content's tokens."""
+    """Return the tokens of a content id."""
     return np.random.default_rng((PIECE, content)).integers(
         vocabulary, size=num_tokens, dtype=np.uint32
     )
 
 
 def requests(workload: Documents, seed: int) -> Iterator[DocumentRequest]:
-    """Iterate a workload's requests, from its trace where it has one.
+    """Yield a workload's requests, from its trace if it has one.
 
     Raises:
         SetupError: from the trace reader, with file, line and reason.
@@ -94,7 +94,7 @@ def _replayed(folder: Path) -> Iterator[DocumentRequest]:
 
 
 def _generated(workload: Documents, seed: int) -> Iterator[DocumentRequest]:
-    """A system prompt, then documents in random order, glue before each, a question."""
+    """Yield prompts: system prompt, documents in random order, unique text between."""
     rng = np.random.default_rng((seed, CHOICE))
     lengths = _spread(
         np.random.default_rng((seed, LENGTH)),
@@ -117,7 +117,7 @@ def _generated(workload: Documents, seed: int) -> Iterator[DocumentRequest]:
 
 
 def _spread(rng: np.random.Generator, mean: int, count: int) -> list[int]:
-    """Draw lengths evenly from half to one and a half of a mean."""
+    """Return uniformly distributed lengths from 0.5 to 1.5 of a mean."""
     half = mean // 2
     drawn: list[int] = rng.integers(mean - half, mean + half + 1, count).tolist()
     return drawn
@@ -133,19 +133,19 @@ def _pieces(contents: Sequence[tuple[int, int, bool]]) -> tuple[DocumentPiece, .
 
 
 @dataclass(slots=True)
-class Contents:
-    """What an endless cache of whole contents would reuse, request after request."""
+class ContentReuse:
+    """Contents that an infinite cache of whole contents would reuse."""
 
     num_asked: int = 0
     num_prefix: int = 0
-    """Contents that follow only such as an earlier request began with, too."""
+    """Contents in a prefix that an earlier request had, too."""
     num_anywhere: int = 0
-    """Contents that an earlier request had anywhere."""
+    """Contents that an earlier request had at any position."""
 
 
-def count_contents(workload: Documents, seed: int) -> Contents:
-    """Count a workload's own reuse, in contents, glue included."""
-    counted = Contents()
+def count_contents(workload: Documents, seed: int) -> ContentReuse:
+    """Return the reuse in a workload, in contents, unique text included."""
+    counted = ContentReuse()
     seen: set[int] = set()
     beginnings: set[bytes] = set()
     for request in requests(workload, seed):

@@ -87,7 +87,7 @@ def test_a_side_that_cannot_begin_is_told_at_once(tmp_path: Path) -> None:
     flags = ("--versus-system", "lmcache", "--system-python", tmp_path / "python")
     code, _, err = finish(start(TURNS, *flags, "--out", tmp_path / "out"))
     assert code == 2
-    assert err.splitlines()[-1].endswith("no lmcache beside it")
+    assert err.splitlines()[-1].endswith("no lmcache in its folder")
 
 
 def test_what_is_wrong_in_versus_set_is_named_so(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from kvctl.lab.compare.comparison import CountVerdict, compare, gather
 from kvctl.lab.compare.fail_rules import DEFAULT, FailRules
 from kvctl.lab.compare.paired_runs import Pair, PairedRuns
 from kvctl.lab.compare.significance import Verdict
-from kvctl.lab.latency_samples import summarise
+from kvctl.lab.config.scenario import ModelConfig, Scenario
+from kvctl.lab.config.workload_config import Chat
+from kvctl.lab.latency import summarise
 from kvctl.lab.results.result import Result
 from kvctl.lab.results.result_builder import summarise as result_of
 from kvctl.lab.run.raw_measurements import RawMeasurements
-from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
 PLAIN = result_of(RawMeasurements("planted", SCENARIO, 0))

@@ -17,11 +17,12 @@ from msgspec.structs import replace
 
 from kvctl.lab.compare.comparison import Comparison, compare
 from kvctl.lab.compare.significance import Verdict
-from kvctl.lab.latency_samples import summarise
+from kvctl.lab.config.scenario import ModelConfig, Scenario
+from kvctl.lab.config.workload_config import Chat
+from kvctl.lab.latency import summarise
 from kvctl.lab.results.result import Repetition, Result
 from kvctl.lab.results.result_builder import summarise as result_of
 from kvctl.lab.run.raw_measurements import RawMeasurements
-from kvctl.lab.scenario import Chat, ModelConfig, Scenario
 
 RECORDED = Path(__file__).with_name("noise.json")
 GAPS: dict[str, list[float]] = msgspec.json.decode(RECORDED.read_bytes())["gaps"]

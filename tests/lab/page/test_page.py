@@ -11,7 +11,10 @@ from msgspec.structs import replace
 
 from kvctl.console import duration
 from kvctl.lab.compare.comparison import compare
-from kvctl.lab.latency_samples import Latency, summarise
+from kvctl.lab.config.copy_settings import CopyRow, Setting
+from kvctl.lab.config.scenario import Fault, ModelConfig, Scenario
+from kvctl.lab.config.workload_config import Chat
+from kvctl.lab.latency import Latency, summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.html_page import render
 from kvctl.lab.page.run_group import RunGroup
@@ -19,10 +22,8 @@ from kvctl.lab.results.load_report import LoadReport, SweepStep
 from kvctl.lab.results.result import Result, TierHits
 from kvctl.lab.results.result_builder import summarise as result_of
 from kvctl.lab.results.time_series import FaultMoment, Series, SeriesPoint
-from kvctl.lab.run.fault_plan import FaultReport
+from kvctl.lab.run.fault_injection import FaultReport
 from kvctl.lab.run.raw_measurements import RawMeasurements
-from kvctl.lab.scenario import Chat, Fault, ModelConfig, Scenario
-from kvctl.lab.workload.copy_settings import CopyRow, Setting
 from tests.lab.results.test_limits import ALONE
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat(), question="<b>Is it & fast?</b>")

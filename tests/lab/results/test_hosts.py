@@ -8,12 +8,12 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.latency_samples import LatencySamples
+from kvctl.lab.config.scenario import Scenario, read
+from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import EngineReport, Tally
 from kvctl.lab.results import simulated_hosts as hosts
 from kvctl.lab.results.simulated_hosts import report_hosts
 from kvctl.lab.runner import run
-from kvctl.lab.scenario import Scenario, read
 
 SCENARIO = """\
 hosts = 2

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvctl.lab.histogram import Histogram
-from kvctl.lab.latency_samples import LatencySamples, Window
+from kvctl.lab.latency import Histogram, LatencySamples, Window
 from kvctl.lab.results.time_series import MAX_POINTS, series
 
 

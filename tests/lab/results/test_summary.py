@@ -12,14 +12,15 @@ from msgspec.structs import replace
 from kvcore.errors import SetupError
 from kvctl.console import Table
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.latency_samples import LatencySamples
+from kvctl.lab.config.scenario import Limits, ModelConfig, Scenario
+from kvctl.lab.config.workload_config import Chat
+from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import EngineReport, Tally
 from kvctl.lab.report import result_tables as report
 from kvctl.lab.results.result import Result, read
 from kvctl.lab.results.result_builder import summarise
 from kvctl.lab.results.time_series import Series, SeriesPoint
 from kvctl.lab.run.raw_measurements import RawMeasurements, TierBytes
-from kvctl.lab.scenario import Chat, Limits, ModelConfig, Scenario
 
 SCENARIO = Scenario(ModelConfig("tiny-llama"), Chat())
 CEILINGS = Ceilings(1 << 20, 4096, 1000, 10.0, 8.0, 0.0001, 0.0002)

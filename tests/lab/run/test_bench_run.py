@@ -170,7 +170,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     code, _, err = finish(process)
     assert code == 2
     assert says in err.strip().splitlines()[-1]
-    assert "playing" not in err
+    assert "running" not in err
     assert not (tmp_path / "out").exists()
     assert not segments(process)
 

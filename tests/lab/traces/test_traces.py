@@ -19,13 +19,13 @@ import pytest
 import zstandard
 
 from kvcore.errors import SetupError
+from kvctl.lab.config.workload_config import Reuse, Trace
 from kvctl.lab.traces import ragpulse_trace as ragpulse
 from kvctl.lab.traces import trace_catalogue as catalogue
 from kvctl.lab.traces import trace_reader as reader
 from kvctl.lab.traces.trace_catalogue import PublicTrace
 from kvctl.lab.traces.trace_profile import Profile, profile
 from kvctl.lab.traces.trace_row import TraceRow
-from kvctl.lab.workload.workload_config import Reuse, Trace
 from tests.cli.test_cli import kvctl
 
 TRACES = os.environ.get("KVCTL_TRACES")

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.workload.access_generators import Access
-from kvctl.lab.workload.arrivals import Due, schedule
-from kvctl.lab.workload.load_config import (
+from kvctl.lab.config.load_config import (
     Bursts,
     ClosedLoop,
     Constant,
@@ -19,6 +17,8 @@ from kvctl.lab.workload.load_config import (
     Sweep,
     TraceTimes,
 )
+from kvctl.lab.workload.access_generators import Access
+from kvctl.lab.workload.arrivals import Due, schedule
 
 
 def access(number: int, arrival_s: float | None = None) -> Access:

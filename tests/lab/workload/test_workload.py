@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvctl.lab.scenario import (
+from kvctl.lab.config.workload_config import (
     Agents,
     Chat,
     Giant,

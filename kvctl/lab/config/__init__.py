@@ -1,0 +1,1 @@
+"""What a scenario file declares: model, workload, load, system, and limits."""

@@ -1,0 +1,126 @@
+"""Faults: when they happen, and what a journal tells of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvctl.lab.config.scenario import Fault
+from kvctl.lab.engine.engine_statistics import RECORD, Outcome, Records
+from kvctl.lab.run.fault_injection import (
+    FaultInjector,
+    FaultNotice,
+    InjectedFault,
+    describe,
+)
+from tests.lab.fake_clock import FakeClock
+
+
+class RecordingTarget:
+    """Takes note of what it is calls to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def kill(self) -> FaultNotice | None:
+        """Die; somebody notices a tenth of a second later."""
+        self.calls.append("kill")
+        return FaultNotice(noticed_s=2.1)
+
+    def terminate(self) -> None:
+        """End."""
+        self.calls.append("terminate")
+
+    def suspend(self) -> None:
+        """Stand still."""
+        self.calls.append("suspend")
+
+    def resume(self) -> None:
+        """Go on."""
+        self.calls.append("resume")
+
+    def start_again(self) -> None:
+        """Come back."""
+        self.calls.append("start_again")
+
+
+@pytest.mark.parametrize(
+    ("action", "calls"),
+    [
+        ("kill", ["kill", "start_again"]),
+        ("stop", ["suspend", "resume"]),
+        ("restart", ["terminate", "start_again"]),
+    ],
+)
+def test_a_fault_strikes_and_ends_at_its_time(action: str, calls: list[str]) -> None:
+    """Nothing happens before; what was struck is away until it is back."""
+    clock, target = FakeClock(), RecordingTarget()
+    injector = FaultInjector(0.0, lambda _: target, clock.now)
+    injector.schedule(Fault(at_s=2.0, action=action, for_s=0.5))  # type: ignore[arg-type]
+    injector.inject_due()
+    assert (target.calls, injector.num_active, injector.next_s) == ([], 0, 2.0)
+    clock.time = 2.0
+    injector.inject_due()
+    assert (target.calls, injector.num_active, injector.next_s) == (calls[:1], 1, 2.5)
+    clock.time = 2.5
+    injector.inject_due()
+    assert target.calls[: len(calls)] == calls
+    assert (injector.num_active, injector.next_s) == (0, None)
+    noticed = injector.injected[0].notice.noticed_s
+    assert noticed == (2.1 if action == "kill" else None)
+
+
+def journal(*entries: tuple[float, float, Outcome, int]) -> Records:
+    """Requests that begin and end at these times, on these engines."""
+    records = np.zeros(len(entries), RECORD)
+    for record, (begun, ended, outcome, engine) in zip(records, entries, strict=True):
+        record["due_s"] = record["begun_s"] = begun
+        record["ended_s"], record["outcome"] = ended, outcome
+        record["engine"] = engine
+        record["tokens"], record["tokens_hit"] = 100, 80 if begun < 10 else 20
+    return records
+
+
+def test_a_journal_tells_what_a_fault_did() -> None:
+    """Noticed by the first failure, over with the first that began after it."""
+    done, failed = Outcome.DONE, Outcome.FAILED
+    records = journal(
+        (1.0, 1.1, done, 0),
+        (9.95, 10.3, failed, 0),
+        (9.99, 11.2, done, 1),
+        (10.2, 11.3, failed, 1),
+        (11.1, 11.4, done, 0),
+        (12.0, 12.1, done, 0),
+    )
+    report = describe(InjectedFault(Fault(at_s=10), 10.0, back_s=11.0), 0.0, records)
+    assert report.back_s == pytest.approx(1.0)
+    assert report.noticed_s == pytest.approx(0.3)
+    assert report.recovered_s == pytest.approx(1.4)
+    assert (report.requests_failed, report.requests_slowed) == (2, 2)
+    assert (report.hit_rate_before, report.hit_rate_during) == (0.8, 0.2)
+
+
+def test_a_tier_is_back_when_the_server_asks_it_again() -> None:
+    """Requests go on without it: they say nothing of when it is there again."""
+    records = journal((1.0, 1.1, Outcome.DONE, 0), (10.5, 10.6, Outcome.DONE, 0))
+    fault = Fault(at_s=10, target="service", service="store")
+    notice = FaultNotice(noticed_s=10.2, recovered_s=12.5)
+    report = describe(InjectedFault(fault, 10.0, 11.0, notice), 0.0, records)
+    assert report.noticed_s == pytest.approx(0.2)
+    assert report.recovered_s == pytest.approx(2.5)
+    assert report.requests_failed == 0
+    notice = FaultNotice(noticed_s=10.2)
+    assert (
+        describe(InjectedFault(fault, 10.0, 11.0, notice), 0.0, records).recovered_s
+        is None
+    )
+
+
+def test_a_workers_fault_is_calls_of_its_engine() -> None:
+    """Others' requests are not counted."""
+    failed = Outcome.FAILED
+    records = journal((9.9, 10.1, failed, 0), (9.9, 10.2, failed, 1))
+    fault = Fault(at_s=10, target="worker", engine=1)
+    report = describe(InjectedFault(fault, 10.0), 0.0, records)
+    assert report.requests_failed == 1
+    assert report.recovered_s is None

@@ -1,0 +1,91 @@
+"""Imports inside the laboratory go to lower layers only, and have no cycles."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+LAB = Path(__file__).resolve().parents[2] / "kvctl" / "lab"
+
+LAYERS = (
+    ("regression", "runner"),
+    ("page",),
+    ("report",),
+    ("compare",),
+    ("results",),
+    ("vllm",),
+    ("run",),
+    ("engine",),
+    ("rank",),
+    ("systems",),
+    ("workload",),
+    ("traces",),
+    ("process_messages", "interleaving"),
+    ("config",),
+    ("ceilings",),
+    ("latency",),
+)
+"""Packages and modules of `kvctl.lab`, highest first."""
+
+
+def lab_imports(path: Path) -> Iterator[str]:
+    """Yield the modules of the lab that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module)
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name.startswith("kvctl.lab."))
+
+
+def layer_of(module: str) -> int:
+    """Return the index of a module's layer; 0 is the highest."""
+    part = module.removeprefix("kvctl.lab.").split(".")[0]
+    return next(index for index, parts in enumerate(LAYERS) if part in parts)
+
+
+def modules() -> dict[str, Path]:
+    """Return the files of the lab by module name."""
+    return {
+        ".".join(("kvctl.lab", *path.relative_to(LAB).with_suffix("").parts)): path
+        for path in sorted(LAB.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_imports_only_lower_layers(module: str) -> None:
+    """Its own layer, and those below it."""
+    for imported in lab_imports(modules()[module]):
+        assert layer_of(imported) >= layer_of(module), f"{module}: {imported}"
+
+
+def test_imports_have_no_cycles() -> None:
+    """Also not those under `TYPE_CHECKING` or inside functions."""
+    known = modules()
+    graph = {
+        module: {name for name in lab_imports(path) if name in known} - {module}
+        for module, path in known.items()
+    }
+    order = list(TopologicalSorter(graph).static_order())  # Raises CycleError.
+    assert set(order) == set(known)
+
+
+def test_names_of_files_and_classes_are_unique() -> None:
+    """A name means one thing in the whole of kvctl."""
+    files: list[str] = []
+    classes: list[str] = []
+    for path in LAB.parent.rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            files.append(path.name)
+        tree = ast.parse(path.read_text())
+        classes += [n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    assert not {name for name in files if files.count(name) > 1}
+    assert not {name for name in classes if classes.count(name) > 1}
