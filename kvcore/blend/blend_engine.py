@@ -63,8 +63,7 @@ from kvcore.protocol import (
 )
 from kvcore.rope import Rope
 from kvcore.status import TicketStatus
-from kvcore.storage.chunk import DropReason
-from kvcore.storage.l1 import Chunk
+from kvcore.storage.chunk import Removal
 
 HASH_BYTES = 32
 
@@ -99,7 +98,7 @@ class BlendEngine:
         self._matcher = self._make_matcher(config.blend, rolling)
         self._buffers: WeakKeyDictionary[Instance, Rope | None] = WeakKeyDictionary()
         self.lookups = DocumentLookups(engine, self._matcher, self.index)
-        engine.l1.watch(self._gone)
+        engine.l1.on_removed(self._removed)
         if kept is not None:
             self._restore(kept)
 
@@ -153,8 +152,8 @@ class BlendEngine:
     def _is_in_l1(self, key: ChunkHash) -> bool:
         return self.engine.l1.peek([key]) != [None]
 
-    def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
-        del reason, owner
+    def _removed(self, removal: Removal) -> None:
+        chunk = removal.chunk
         self.index.leave(chunk.hash, in_tier=not chunk.ready & ~chunk.saved)
 
     def _documents(

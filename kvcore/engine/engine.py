@@ -98,7 +98,7 @@ class Engine:
                 space = self.registry.space(part.name.model, part.name.world_size)
                 space.restore(part.name, part.part)
         self.history = MissHistory(clock)
-        self.l1.watch(self.history.note_gone)
+        self.l1.on_removed(self.history.note_removal)
         self.leases = LeaseTable(
             self.l1, config.sessions.lease_s, clock, self.history.note_expired
         )

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import Finding
-from kvcore.storage.chunk import Chunk, DropReason, PartName
+from kvcore.storage.chunk import Chunk, DropReason, PartName, Removal
 from kvcore.storage.required_parts import RequiredParts
 
 MAX_DEPARTURES = 16_384
@@ -83,12 +83,13 @@ class MissHistory:
 
     # -- taking note ------------------------------------------------------------------
 
-    def note_gone(
-        self, chunk: Chunk, reason: DropReason, owner: SessionKey | None
-    ) -> None:
-        """Note that a chunk left L1; see `Gone`."""
+    def note_removal(self, removal: Removal) -> None:
+        """Note that a chunk left L1."""
+        chunk = removal.chunk
         was_saved = not chunk.ready & ~chunk.saved
-        departure = ChunkRemoval(self._clock(), reason, owner, was_saved)
+        departure = ChunkRemoval(
+            self._clock(), removal.reason, removal.owner, was_saved
+        )
         _put(self._departures, chunk.hash, departure, MAX_DEPARTURES)
 
     def note_miss(

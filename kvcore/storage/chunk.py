@@ -116,11 +116,19 @@ class DropReason(Enum):
     """Its bytes were not those of its checksum."""
 
 
-Gone = Callable[[Chunk, DropReason, SessionKey | None], None]
-"""Told of a chunk that leaves L1, and for whom room was made.
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A chunk that left L1; `owner` is the session whose store evicted it."""
 
-Called under L1's lock, in the order of what happens: it must be short, must not raise
-and must not call L1.
+    chunk: Chunk
+    reason: DropReason
+    owner: SessionKey | None
+
+
+RemovalCallback = Callable[[Removal], None]
+"""Called once per removed chunk, in order, before the L1 call that removed it returns.
+
+Never under L1's lock, and by one thread at a time. It must be short and not raise.
 """
 
 

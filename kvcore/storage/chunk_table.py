@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from kvcore.errors import Internal
@@ -11,16 +12,17 @@ from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,
     DropReason,
-    Gone,
     L1Stats,
     Part,
     PartId,
     PartName,
+    Removal,
     Reservation,
     check_chunk,
     used_extents,
 )
 from kvcore.storage.eviction import EvictionPolicy
+from kvcore.storage.journal import Journal
 from kvcore.storage.quotas import QuotaAccount, Quotas
 
 
@@ -32,15 +34,18 @@ class ChunkTable:
         arena: Arena,
         policy: EvictionPolicy,
         watermark: float = 1.0,
+        journal: Journal | None = None,
     ) -> None:
         self.arena = arena
         self.policy = policy
+        self._journal = journal
         self.quotas = policy if isinstance(policy, Quotas) else None
         self._high_bytes = int(arena.total_bytes * watermark)
         self.index: dict[ChunkHash, Chunk] = {}
         if self.quotas is not None:
             self.quotas.index = self.index
-        self.watchers: list[Gone] = []
+        self.removals: deque[Removal] = deque()
+        """Removed chunks that no callback has been called for."""
         self.closed = False
         self._dropped: set[Chunk] = set()
         """Out of the index, but still read or written."""
@@ -234,8 +239,9 @@ class ChunkTable:
         self, chunk: Chunk, reason: DropReason, owner: SessionKey | None = None
     ) -> None:
         """Take a chunk out; its memory is freed when nobody reads or writes it."""
-        for gone in self.watchers:
-            gone(chunk, reason, owner)
+        self.removals.append(Removal(chunk, reason, owner))
+        if self._journal is not None:
+            self._journal.note_removed(chunk)
         self._num_evicted += reason is DropReason.EVICTED
         self._num_corrupt += reason is DropReason.CORRUPT
         self._num_parts -= chunk.ready.bit_count()

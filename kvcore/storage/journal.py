@@ -21,8 +21,8 @@ import xxhash
 
 from kvcore.errors import SetupError
 from kvcore.extents import Allocation, Checksum
-from kvcore.keys import ChunkHash, SessionKey
-from kvcore.storage.chunk import Chunk, DropReason, PartId, PartName
+from kvcore.keys import ChunkHash
+from kvcore.storage.chunk import Chunk, PartId, PartName
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +102,8 @@ class Journal:
                 )
             )
 
-    def note_gone(
-        self, chunk: Chunk, reason: DropReason, owner: SessionKey | None
-    ) -> None:
+    def note_removed(self, chunk: Chunk) -> None:
         """Note a chunk that left L1."""
-        del reason, owner
         self._noted.append(PartFreed(chunk.hash, chunk.ready.bit_count()))
 
     def write(self) -> bool:

@@ -17,11 +17,11 @@ from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import (
     Chunk,
     DropReason,
-    Gone,
     L1Stats,
     Part,
     PartId,
     PartName,
+    RemovalCallback,
     Reservation,
     Reserved,
 )
@@ -64,16 +64,16 @@ class L1:
         *,
         watermark: float = 1.0,
     ) -> None:
-        self._table = ChunkTable(arena, policy, watermark)
+        self._table = ChunkTable(arena, policy, watermark, journal)
         self._lock = threading.Lock()
+        self._callbacks: list[RemovalCallback] = []
+        # Serialises the callbacks and keeps their order; L1's own lock is free then.
+        self._callback_lock = threading.Lock()
         self._journal = journal
-        if journal is not None:
-            self._table.watchers.append(journal.note_gone)
 
-    def watch(self, gone: Gone) -> None:
-        """Have `gone` told of every chunk that leaves, from now on."""
-        with self._lock:
-            self._table.watchers.append(gone)
+    def on_removed(self, callback: RemovalCallback) -> None:
+        """Call `callback` for every chunk that leaves from now on."""
+        self._callbacks.append(callback)
 
     # -- writing ----------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class L1:
         while crowded and self._evict_down(owner):
             pass
         self.release(held)
-        self._write_journal()
+        self._after_changes()
         num_dropped = len(hashes) - num_present - len(reservations)
         return Reserved(reservations, num_present, num_dropped)
 
@@ -146,7 +146,7 @@ class L1:
                     num_committed += 1
                     if self._journal is not None:
                         self._journal.note(reservation.chunk, reservation.part)
-        self._write_journal()
+        self._after_changes()
         return num_committed
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
@@ -277,7 +277,7 @@ class L1:
                 if chunk is not None and not (chunk.holds or chunk.reserved):
                     self._table.drop(chunk, DropReason.CLEARED)
                     num_dropped += 1
-        self._write_journal()
+        self._after_changes()
         return num_dropped
 
     def condemn(self, chunk: Chunk) -> bool:
@@ -290,7 +290,7 @@ class L1:
             known = self._table.index.get(chunk.hash) is chunk
             if known:
                 self._table.drop(chunk, DropReason.CORRUPT)
-        self._write_journal()
+        self._after_changes()
         return known
 
     def stats(self) -> L1Stats:
@@ -319,8 +319,14 @@ class L1:
 
     # -- the journal ------------------------------------------------------------------
 
-    def _write_journal(self) -> None:
-        """Write what was noted under the lock; I/O is for outside of it."""
+    def _after_changes(self) -> None:
+        """Write the journal and call the callbacks, without the lock."""
+        if self._table.removals:
+            with self._callback_lock:
+                while self._table.removals:
+                    removal = self._table.removals.popleft()
+                    for callback in self._callbacks:
+                        callback(removal)
         journal = self._journal
         if journal is not None and journal.write():
             journal.compact(self._note_all)

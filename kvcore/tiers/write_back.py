@@ -15,9 +15,10 @@ from enum import Enum
 from functools import partial
 
 from kvcore.extents import buffers_of
-from kvcore.keys import ChunkHash, SessionKey
+from kvcore.keys import ChunkHash
 from kvcore.shm import Bytes
 from kvcore.status import WriteBackStatus
+from kvcore.storage.chunk import Removal
 from kvcore.storage.l1 import L1, Chunk, DropReason, Part, PartId
 from kvcore.tiers.tier import StoreItem, StoreResult, Tier
 from kvcore.tiers.timer_thread import TimerThread
@@ -116,7 +117,7 @@ class WriteBack:
         self._max_bytes = max_bytes
         self._watermark = watermark
         self._looking = False
-        l1.watch(self._gone)
+        l1.on_removed(self._count_removal)
 
     # -- any thread -------------------------------------------------------------------
 
@@ -252,9 +253,9 @@ class WriteBack:
         elif stored is StoreResult.FAILED:
             counters.writes_failed += 1
 
-    def _gone(self, chunk: Chunk, reason: DropReason, owner: SessionKey | None) -> None:
-        del owner
-        if reason is DropReason.EVICTED and chunk.ready & ~chunk.saved:
+    def _count_removal(self, removal: Removal) -> None:
+        chunk = removal.chunk
+        if removal.reason is DropReason.EVICTED and chunk.ready & ~chunk.saved:
             self.counters.chunks_evicted_unsaved += 1
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.storage.arena import Arena
-from kvcore.storage.chunk import Chunk, DropReason
+from kvcore.storage.chunk import DropReason, Removal
 from kvcore.storage.l1 import L1, Reservation
 from kvcore.tiers import timer_thread as coordinator
 from kvcore.tiers.tier_manager import TierManager
@@ -259,7 +259,7 @@ class EngineMachine(RuleBasedStateMachine):
         l1.commit = commit_watched  # type: ignore[method-assign]
         copier.hold = hold_watched  # type: ignore[method-assign]
         copier.release = release_watched  # type: ignore[method-assign]
-        l1.watch(self.on_gone)
+        l1.on_removed(self.on_removed)
 
     def check_alive(self, future: object) -> None:
         """What was copied from a worker that is dead by now may be anything."""
@@ -291,8 +291,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     # -- what is told -----------------------------------------------------------------
 
-    def on_gone(self, chunk: Chunk, reason: DropReason, _: object) -> None:
-        """Note a chunk that leaves; it may be nobody's."""
+    def on_removed(self, removal: Removal) -> None:
+        """Note a chunk that leaves L1; no session may own it."""
+        chunk, reason = removal.chunk, removal.reason
         self.sync_leases()
         held = self.held()
         self.has_condemned |= reason is DropReason.CORRUPT

@@ -332,7 +332,9 @@ def test_readers_see_whole_parts_beside_writers_and_eviction(arena: Arena) -> No
 def test_watchers_hear_of_every_chunk_that_leaves(l1: L1) -> None:
     """With why, and for whom room was made."""
     heard: list[tuple[bytes, str, object]] = []
-    l1.watch(lambda chunk, why, who: heard.append((chunk.hash, why.value, who)))
+    l1.on_removed(
+        lambda one: heard.append((one.chunk.hash, one.reason.value, one.owner))
+    )
     store(l1, chain("a", 8))
     who = SessionKey("e", "r")
     l1.abort(l1.reserve(chain("b", 1), RANK0, PAGE, owner=who).reservations)
