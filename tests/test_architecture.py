@@ -47,9 +47,7 @@ OPTIONAL = (
 
 FLOORS = (*CORE, OPTIONAL, ("kvctl",))
 
-PENDING: dict[str, tuple[str, ...]] = {
-    "kvcore.copy": ("kvcore.blend",),
-}
+PENDING: dict[str, tuple[str, ...]] = {}
 """Imports of optional parts that remain to be removed from the core."""
 
 SERVER_SIDE = (

@@ -23,7 +23,7 @@ from kvcore.blend.document_chunk import DocumentChunk
 from kvcore.blend.document_index import DocumentIndex
 from kvcore.blend.document_journal import DocumentJournal, open_document_journal
 from kvcore.blend.document_lookups import DocumentLookups, FoundDocuments
-from kvcore.blend.key_rotation import BlockRotation, check_rope
+from kvcore.blend.key_rotation import BlockRotation, check_rope, rotate_cached_keys
 from kvcore.blend.matchers import (
     MATCH_STEP,
     CombinedMatcher,
@@ -36,12 +36,12 @@ from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling_hash import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
 from kvcore.copy.block_arrays import TokenRange
-from kvcore.copy.chunk_copier import KeyRotation
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
 from kvcore.engine.leases import LeaseNumber
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
+from kvcore.engine.transfers import AfterScatter
 from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded, UnknownInstance
 from kvcore.extensions import ServiceHandler
 from kvcore.keys import ChunkHash, ExtraKey, HashChain, SessionKey
@@ -311,7 +311,7 @@ class BlendEngine:
         if not matches:
             return RetrieveReply(0)
         self._check_matches(matches, instance, request.offset)
-        turning = self._turning(instance, request, matches)
+        rotation = self._rotation(instance, request, matches)
         lease = self.lookups.lease_of(session)
         self.engine.registry.check_registered(instance)
         num_tokens = len(matches) * self.chunk_size
@@ -323,7 +323,7 @@ class BlendEngine:
             (slots_of(starts, self.chunk_size),),
             TokenRange(0, num_tokens, 0, self.chunk_size),
             caller.deadline_ns,
-            turning,
+            rotation,
             request.event,
         )
         return DeferredReply(
@@ -390,12 +390,13 @@ class BlendEngine:
             if part is not None and part.name != group.name:
                 raise BadRequest("a chunk of another model cannot be retrieved")
 
-    def _turning(
+    def _rotation(
         self,
         instance: Instance,
         request: CBRetrievePreComputed,
         matches: Sequence[CBMatch],
-    ) -> KeyRotation | None:
+    ) -> AfterScatter | None:
+        """Return what rotates the keys of the matches, if the request wants it."""
         if not request.rotate_keys:
             return None
         rope = self._buffers[instance]
@@ -404,12 +405,12 @@ class BlendEngine:
                 f"instance {request.instance_id!r} was registered without rope: "
                 "its keys cannot be turned"
             )
-        turns = []
+        rotations = []
         for match in matches:
             first = request.offset + match.start
             distance = match.start - match.old_start
-            turns.append(BlockRotation(first, first + self.chunk_size, distance))
-        return KeyRotation(rope, turns)
+            rotations.append(BlockRotation(first, first + self.chunk_size, distance))
+        return partial(rotate_cached_keys, rope, rotations)
 
 
 def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcore.blend.float_conversions import CONVERSIONS, Doubles, Raw
+from kvcore.copy.host_cache import HostCache
+from kvcore.copy.paged_cache import PagedCache
 from kvcore.errors import LayoutError
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
@@ -43,6 +45,35 @@ class BlockRotation:
     first_block: int
     end_block: int
     distance: int
+
+
+@runtime_checkable
+class KeyRotator(Protocol):
+    """A paged cache that rotates its own keys, as one in GPU memory does."""
+
+    def rotate_keys(self, rope: Rope, rotations: Sequence[BlockRotation]) -> None:
+        """Rotate keys in place, after all scatters so far.
+
+        The caller has called `check_rope`. No block is in two rotations.
+        """
+
+
+def rotate_cached_keys(
+    rope: Rope, rotations: Sequence[BlockRotation], caches: Sequence[PagedCache]
+) -> None:
+    """Rotate keys of every cache in place; caches in token order only.
+
+    Raises:
+        LayoutError: a cache whose keys cannot be rotated.
+    """
+    for cache in caches:
+        if isinstance(cache, KeyRotator):
+            cache.rotate_keys(rope, rotations)
+        elif isinstance(cache, HostCache):
+            for keys in cache.key_views():
+                rotate_keys(keys, cache.layout.part.dtype, rope, rotations)
+        else:
+            raise LayoutError(f"rope: a {type(cache).__name__} cannot rotate keys")
 
 
 def check_rope(rope: Rope, dtype: str, unit_bytes: int) -> None:

@@ -7,25 +7,14 @@ reserved or held the parts, and settles that afterwards, whatever happens here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from kvcore.blend.key_rotation import BlockRotation
 from kvcore.copy.block_arrays import BlockArray, TokenRange, spans_in, whole_spans
 from kvcore.copy.paged_cache import PagedCache
 from kvcore.extents import Checksum, PartLocation, buffers_of, checksum_of
-from kvcore.rope import Rope
 from kvcore.shm import Bytes
 
 PartLocations = Sequence[Sequence[PartLocation]]
 """Parts to copy, one list a cache group."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRotation:
-    """How keys turn once they are copied."""
-
-    rope: Rope
-    turns: Sequence[BlockRotation]
 
 
 class ChunkCopier:
@@ -75,15 +64,12 @@ class ChunkCopier:
         blocks: Sequence[BlockArray],
         places: PartLocations,
         tokens: TokenRange,
-        turning: KeyRotation | None = None,
     ) -> int:
-        """Write a range to blocks, turn the keys if asked to; return the bytes."""
+        """Copy a token range from parts into blocks; return the bytes copied."""
         num_bytes = 0
         for cache, rows, parts in zip(caches, blocks, places, strict=True):
             spans = spans_in(rows, parts, tokens)
             cache.scatter(spans, self._arena)
-            if turning is not None:
-                cache.rotate_keys(turning.rope, turning.turns)
             num_tokens = sum(span.end_token - span.first_token for span in spans)
             num_bytes += num_tokens * cache.layout.part.num_bytes // self._chunk_size
         return num_bytes

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.blend.key_rotation import BlockRotation, rotate_keys
 from kvcore.copy.copy_threads import CALLING_THREAD, CopyThreads
 from kvcore.copy.paged_cache import (
     BlockIds,
@@ -40,7 +39,6 @@ from kvcore.copy.paged_cache import (
 from kvcore.extents import NO_CHECKSUM, Checksum, Extent, checksum_of
 from kvcore.layout import KVLayout
 from kvcore.protocol import NULL_BLOCK
-from kvcore.rope import Rope
 from kvcore.shm import Bytes
 
 CHECKSUM_STEP = 2 << 20
@@ -155,13 +153,15 @@ class HostCache:
         blocks = checked_blocks(self.layout, spans, nulls=True)
         self._copy(spans, blocks, arena, _SCATTER)
 
-    def rotate_keys(self, rope: Rope, turns: Sequence[BlockRotation]) -> None:
-        """Turn keys in place; see `PagedCache`. K's planes come first."""
-        part = self.layout.part
+    def key_views(self) -> Iterator[Bytes]:
+        """Yield views of the keys, `[layers, blocks, units, unit bytes]` each.
+
+        For caches in token order, whose first planes are those of K.
+        """
         for planes in self._planes:
-            keys = planes.view[: max(part.num_layers - planes.first, 0)]
+            keys = planes.view[: max(self.layout.part.num_layers - planes.first, 0)]
             if len(keys):
-                rotate_keys(keys, part.dtype, rope, turns)
+                yield keys
 
     def _copy(
         self,

@@ -14,12 +14,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.blend.key_rotation import BlockRotation
 from kvcore.errors import BadRequest
 from kvcore.extents import Checksum, Extent
 from kvcore.layout import KVLayout, PartLayout
 from kvcore.protocol import NULL_BLOCK
-from kvcore.rope import Rope
 from kvcore.shm import Bytes
 
 BlockIds = npt.NDArray[np.int32]
@@ -66,12 +64,6 @@ class PagedCache(Protocol):
 
         Raises:
             BadRequest: a block id or range that cannot be.
-        """
-
-    def rotate_keys(self, rope: Rope, turns: Sequence[BlockRotation]) -> None:
-        """Turn keys in place, after all scatters so far; `check_rope` was asked.
-
-        For caches in token order. The blocks of two turns are never the same.
         """
 
     def close(self) -> None:

@@ -129,14 +129,14 @@ class CudaCache:
         plan = self._plan(spans, blocks, arena)
         self._move(plan, self._scatters, self._shared.rates.to_device)
 
-    def rotate_keys(self, rope: Rope, turns: Sequence[BlockRotation]) -> None:
-        """Turn keys in place; see `PagedCache`.
+    def rotate_keys(self, rope: Rope, rotations: Sequence[BlockRotation]) -> None:
+        """Rotate keys in place; see `kvcore.blend.key_rotation.KeyRotator`.
 
         Raises:
             LayoutError: keys that do not lie at multiples of an element's size.
         """
         keys = DeviceKeys.of(self.layout, self._planes, rope)
-        moving = [turn for turn in turns if turn.distance]
+        moving = [rotation for rotation in rotations if rotation.distance]
         at_once = keys.max_turns(self._shared.staging.sizes.table_bytes)
         for first in range(0, len(moving), at_once):
             with self._shared.staging.buffer() as buffer:

@@ -19,7 +19,8 @@ from kvcore.copy.block_arrays import (
     storable_chunks,
     target_chunks,
 )
-from kvcore.copy.chunk_copier import ChunkCopier, KeyRotation
+from kvcore.copy.chunk_copier import ChunkCopier
+from kvcore.copy.paged_cache import PagedCache
 from kvcore.engine.instance import Instance
 from kvcore.errors import ChunksMissing, DeadlineExceeded, UnknownInstance
 from kvcore.extents import Checksum, PartLocation
@@ -28,6 +29,8 @@ from kvcore.storage.arena import Arena
 from kvcore.storage.l1 import L1, Chunk, PartId, Reservation, Reserved
 
 Places = tuple[tuple[PartLocation, ...], ...]
+AfterScatter = Callable[[Sequence[PagedCache]], None]
+"""Work on an instance's caches between a retrieve's copies and its event."""
 
 
 @dataclass(slots=True)
@@ -201,13 +204,14 @@ class Transfers:
         blocks: Sequence[BlockArray],
         tokens: TokenRange,
         deadline_ns: int,
-        turning: KeyRotation | None = None,
+        after_scatter: AfterScatter | None = None,
         event: bytes = b"",
     ) -> int:
         """Copy chunks into the instance's blocks, all or none; return the bytes.
 
-        After a worker's event, and before one of ours. Then turn the keys of every
-        group, if asked to. Errors as of `hold`.
+        Waits for the worker's event first and records the instance's event last;
+        `after_scatter` runs between the copies and that record, if given. Errors as
+        of `hold`.
         """
         self._wait(instance, event, deadline_ns)
         read = self.hold(instance, hashes, blocks, tokens, deadline_ns)
@@ -217,8 +221,10 @@ class Transfers:
                 self.condemn(read, wrong)
                 raise ChunksMissing("a chunk's bytes were found wrong")
             num_bytes = self._mover.scatter(
-                instance.caches, blocks, read.places, tokens, turning
+                instance.caches, blocks, read.places, tokens
             )
+            if after_scatter is not None:
+                after_scatter(instance.caches)
             instance.memory.result().record()
         finally:
             self.release(read)
