@@ -1,1 +1,1 @@
-"""The command line and the laboratory."""
+"""The command line and the benchmark laboratory."""

@@ -1,10 +1,10 @@
-"""The `kvctl` command. A subcommand's module is imported when it is called."""
+"""The `kvctl` command; the module of a subcommand is imported when it is called."""
 
 from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -18,20 +18,19 @@ from kvctl import console
 
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
-EXIT_NO_ROOM = 1
-"""Nothing was wrong but with where the output goes."""
+"""Exit code of typer for Ctrl-C."""
+EXIT_DISK_FULL = 1
 
 COMMANDS: dict[str, Callable[[typer.Typer], Any]] = {
     "serve": get_command,
     "bench": get_group,
     "inspect": get_group,
 }
-"""Subcommand, and how its module's `app` becomes a command: alone, or as a group."""
+"""Subcommands, and how the `app` of each module becomes a command or group."""
 
 
-class _Lazy(TyperGroup):
-    """Lists the subcommands from what is said here; imports the one that is called."""
+class _LazyGroup(TyperGroup):
+    """Group that imports the module of a subcommand when it is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -42,15 +41,15 @@ class _Lazy(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Lazy,
+    cls=_LazyGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         console.line(f"kvctl {__version__}")
         raise typer.Exit
 
@@ -64,32 +63,33 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Serve the KV blocks that LLM engines compute, and measure it."""
+    """KV-cache server for LLM engines, and its benchmark laboratory."""
 
 
 @app.command()
 def serve() -> None:
-    """Start a cache server."""
+    """Run a cache server."""
 
 
 @app.command()
 def bench() -> None:
-    """Play engines against a server, measure and compare."""
+    """Simulate engines against a server, measure and compare."""
 
 
 @app.command()
 def inspect() -> None:
-    """Look inside a server, a layout, a scenario, a trace, a result."""
+    """Show a server, a layout, a scenario, a trace, a result, the protocol."""
 
 
 def main() -> None:
-    """Run the command line. Wrong use is one line on stderr and exit code 2."""
-    sys.exit(_run())
+    """Run the command line; wrong usage is one line on stderr and exit code 2."""
+    sys.exit(run())
 
 
-def _run() -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, by default from `sys.argv`, and return its exit code."""
     try:
-        code = app(prog_name="kvctl", standalone_mode=False)
+        code = app(arguments, prog_name="kvctl", standalone_mode=False)
     except typer.TyperException as wrong:
         message = wrong.format_message()
         if message:
@@ -103,7 +103,7 @@ def _run() -> int:
         if failed.errno != errno.ENOSPC:
             raise
         console.error(f"kvctl: {failed.strerror}")
-        return EXIT_NO_ROOM
+        return EXIT_DISK_FULL
     if code == EXIT_INTERRUPTED:
         console.error("kvctl: interrupted")
     return code if isinstance(code, int) else 0

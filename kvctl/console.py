@@ -1,54 +1,74 @@
 """The only module that prints.
 
-Results go to stdout, errors and progress to stderr. On a terminal tables are drawn
-and progress moves; elsewhere the same comes as plain lines without colour.
+Results go to stdout, errors and progress to stderr. On a terminal, tables are drawn
+and progress is redrawn; elsewhere both are plain lines without colour.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
+
+from kvcore.errors import SetupError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PLAIN_WIDTH = 160
-"""Columns of a table that goes to a file or a pipe."""
+"""Width of output to a file or a pipe, in characters."""
 PLAIN_INTERVAL_S = 2.0
-"""Between two progress lines where nothing can be redrawn."""
+"""Between two progress lines of a stream that is no terminal."""
+SVG_WIDTH = 100
+"""Width of a picture of a terminal, in characters."""
 FRAME_WIDTH = 3
-"""Columns of a terminal between two of a table."""
+"""Characters between two columns of a table."""
 NAME_WIDTH = 30
-"""A first column of names up to this long stays whole; all else folds to fit."""
+"""A first column up to this wide is not folded; other columns are."""
 
 
 class Table(Struct, frozen=True):
-    """Rows of text under a title. A column named `>x` is aligned right, headed `x`."""
+    """Rows of text under a title, rendered by console, Markdown and HTML pages.
+
+    A column `>x` is right-aligned under the head `x`.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def markdown(self) -> str:
+        """Return the table as Markdown under its title."""
+        heads = [name.removeprefix(">") for name in self.columns]
+        rules = ["---:" if name.startswith(">") else "---" for name in self.columns]
+        lines = [_markdown_row(cells) for cells in (heads, rules, *self.rows)]
+        return "\n".join([self.title, "", *lines] if self.title else lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
 
 def line(text: str = "") -> None:
-    """Print one line to stdout, now."""
+    """Print one line to stdout and flush."""
     print(text, flush=True)
 
 
 def error(text: str) -> None:
-    """Print one line to stderr, where anybody hears it."""
+    """Print one line to stderr; a closed stderr is ignored."""
     with suppress(OSError):
         print(" ".join(text.split()), file=sys.stderr, flush=True)
 
 
 def show(*parts: Table | str) -> None:
-    """Print tables and lines, one under another."""
+    """Print tables and lines."""
     console = _console()
     plain = not console.is_terminal
     for part in parts:
@@ -57,7 +77,7 @@ def show(*parts: Table | str) -> None:
 
 @contextmanager
 def live(*parts: Table | str) -> Iterator[Callable[..., None]]:
-    """Give a function that replaces what is shown; elsewhere it prints once more."""
+    """Yield a function that redraws a terminal; without a terminal it prints again."""
     from rich.console import Group
     from rich.live import Live
 
@@ -75,7 +95,7 @@ def live(*parts: Table | str) -> Iterator[Callable[..., None]]:
 
 @dataclass(slots=True)
 class Progress:
-    """Work under way. `update` may be called as often as one likes."""
+    """Progress of one operation; `update` may be called at any rate."""
 
     label: str
     clock: Callable[[], float] = time.monotonic
@@ -83,7 +103,7 @@ class Progress:
     _next: float = field(default=0.0)
 
     def update(self, share: float, note: str = "") -> None:
-        """Show how much is done, 0 to 1, and a few words."""
+        """Show the completed share, 0 to 1, and a note."""
         if self._draw is not None:
             self._draw(share, note)
             return
@@ -95,7 +115,7 @@ class Progress:
 
 @contextmanager
 def progress(label: str) -> Iterator[Progress]:
-    """Show progress on stderr for as long as the block runs."""
+    """Show progress on stderr while the block runs."""
     console = _console(stderr=True)
     if not console.is_terminal:
         yield Progress(label)
@@ -118,7 +138,7 @@ def progress(label: str) -> Iterator[Progress]:
 
 
 def bar(share: float, width: int = 30) -> str:
-    """Draw a share of a whole, 0 to 1, as text."""
+    """Return a share, 0 to 1, as a text bar."""
     filled = round(max(0.0, min(1.0, share)) * width)
     return f"[{'#' * filled}{'.' * (width - filled)}] {share:.1%}"
 
@@ -126,10 +146,10 @@ def bar(share: float, width: int = 30) -> str:
 SPARKS = " ▁▂▃▄▅▆▇█"
 
 
-def spark(values: Sequence[float], width: int = 60) -> str:
-    """Draw how values run, from nothing to the highest, in so many characters.
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Return values as block characters, scaled to the highest value.
 
-    Of more values than that, each character draws the highest of its share.
+    With more values than `width`, each character shows the maximum of its share.
     """
     each = -(-len(values) // width) or 1
     values = [max(values[at : at + each]) for at in range(0, len(values), each)]
@@ -138,13 +158,13 @@ def spark(values: Sequence[float], width: int = 60) -> str:
     return "".join(SPARKS[round(max(0.0, value) / top * steps)] for value in values)
 
 
-def many(number: int, noun: str) -> str:
-    """Write a number of things: `1 rank`, `2,000 ranks`."""
+def plural(number: int, noun: str) -> str:
+    """Return `1 rank`, `2,000 ranks`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def size(num_bytes: float) -> str:
-    """Write a number of bytes for people: `1.5 GiB`."""
+    """Return a number of bytes with its unit: `1.5 GiB`."""
     if abs(num_bytes) < 1024:
         return f"{num_bytes:.0f} bytes"
     for unit in ("KiB", "MiB", "GiB"):
@@ -155,11 +175,39 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration with three digits: `12.3 ms`."""
+    """Return a duration with three digits: `12.3 ms`."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def save_svg(path: Path, title: str, *parts: Table | str) -> None:
+    """Write tables and lines as an SVG picture of a terminal.
+
+    Raises:
+        SetupError: the file cannot be written.
+    """
+    from rich.console import Console
+
+    with Path(os.devnull).open("w") as sink:
+        console = Console(record=True, width=SVG_WIDTH, file=sink)
+        for part in parts:
+            console.print(_drawn(part, console.width), highlight=False)
+        picture = console.export_svg(title=title)
+    write_text(path, picture)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        SetupError: the file cannot be written.
+    """
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise SetupError(f"{path}: {error.strerror}") from None
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -203,7 +251,7 @@ def _drawn(part: Table | str, width: int) -> RenderableType:
 
 
 def _longest_words(table: Table) -> list[int]:
-    """Return how narrow each column can be with no word broken but such as paths."""
+    """Return the narrowest width of each column that breaks no word but long paths."""
     columns = zip(table.columns, *table.rows, strict=True)
     longest = (
         max((len(word) for cell in column for word in cell.split()), default=0)
@@ -213,7 +261,7 @@ def _longest_words(table: Table) -> list[int]:
 
 
 def _as_records(table: Table) -> Table:
-    """Turn rows that are too wide into a line a cell, with a gap after each row."""
+    """Return rows that are too wide as one line per cell, rows separated by a gap."""
     names = [name.removeprefix(">") for name in table.columns]
     rows: list[tuple[str, str]] = []
     for row in table.rows:

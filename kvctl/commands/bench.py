@@ -1,4 +1,4 @@
-"""`kvctl bench`: play engines against a server and measure."""
+"""`kvctl bench`: simulate engines against a server, measure and compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from kvcore.errors import SetupError
 from kvctl import console
-from kvctl.lab.compare import fail_rules as gate
+from kvctl.lab.compare import fail_rules
 from kvctl.lab.config.scenario import OURS, SystemSpec
 
 if TYPE_CHECKING:
@@ -28,81 +28,90 @@ EXIT_PROBLEM = 1
 
 @app.callback()
 def bench() -> None:
-    """Play engines against a server, measure and compare."""
+    """Simulate engines against a server, measure and compare."""
 
 
-ScenarioFile = Annotated[Path, typer.Argument(help="a TOML file, see scenarios/")]
-FailOn = Annotated[str, typer.Option("--fail-on", help=gate.HELP)]
-Anyway = Annotated[bool, typer.Option("--anyway", help="compare unlike machines")]
+ScenarioFile = Annotated[
+    Path, typer.Argument(help="scenario file (TOML); see scenarios/")
+]
+FailOn = Annotated[str, typer.Option("--fail-on", help=fail_rules.HELP)]
+Anyway = Annotated[
+    bool, typer.Option("--anyway", help="compare results of different machines")
+]
 
 
 @app.command()
 def run(
     scenario: ScenarioFile,
     trace: Annotated[
-        Path | None, typer.Option(help="trace file of a replaying workload")
+        Path | None, typer.Option(help="trace file, for a workload that replays one")
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="address of a running server; none: start one")
+        str | None,
+        typer.Option(help="address of a running server (default: start one)"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="any key of the scenario, as key=value"),
+        typer.Option("--set", help="set a key of the scenario: KEY=VALUE"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the result")] = Path(
         "results/runs"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="of everything drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of all random numbers")] = 0,
     versus: Annotated[
-        Path | None, typer.Option(help="another scenario, played in pairs with this")
+        Path | None, typer.Option(help="compare with another scenario, in paired runs")
     ] = None,
     versus_set: Annotated[
         list[str] | None,
-        typer.Option("--versus-set", help="likewise, this scenario with key=value"),
+        typer.Option(
+            "--versus-set", help="compare with this scenario with KEY=VALUE set"
+        ),
     ] = None,
     repeat: Annotated[
-        int, typer.Option(min=1, max=100, help="runs, or pairs of them with --versus")
+        int, typer.Option(min=1, max=100, help="number of runs, or of pairs")
     ] = 1,
     system: Annotated[
-        str, typer.Option(help="what is under the load: kvctl, lmcache, valkey")
+        str, typer.Option(help="system under load: kvctl, lmcache, valkey")
     ] = OURS,
     system_python: Annotated[
-        str | None, typer.Option(help="the Python that another system is installed in")
+        str | None, typer.Option(help="Python in which that system is installed")
     ] = None,
     versus_system: Annotated[
-        str | None, typer.Option(help="another system, played in pairs with the first")
+        str | None, typer.Option(help="compare with another system, in paired runs")
     ] = None,
     versus_system_python: Annotated[
-        str | None, typer.Option(help="its Python, where it differs")
+        str | None, typer.Option(help="Python of the other system")
     ] = None,
-    fail_on: FailOn = gate.DEFAULT,
+    fail_on: FailOn = fail_rules.DEFAULT,
     turns: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Play a scenario; print what was measured and save it as JSON.
+    """Run a scenario, print the results and save them as JSON.
 
-    Exit code 1 when bytes were wrong, errors happened, a limit was missed, or
-    the other side of a comparison is a regression. Ctrl-C ends the load and
-    keeps what was measured so far.
+    Exit code 1 for wrong bytes, errors, a missed limit, or a regression of
+    the other side. Ctrl-C stops the load and keeps the results so far.
     """
     from kvctl.lab.vllm import vllm_scenario as served
 
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
-    rules = gate.FailRules(fail_on)
+    rules = fail_rules.FailRules(fail_on)
     settings = list(overrides or ())
     if served.is_served(scenario):
         if server or versus or versus_set or versus_system or system != OURS:
-            raise SetupError(f"{scenario}: real engines are played alone, on our own")
+            raise SetupError(
+                f"{scenario}: a scenario with real engines takes no --server, "
+                "--system or --versus"
+            )
         _serve(scenario, settings, trace, seed, out)
         return
-    ours = FinishedRun(
+    base = RunOptions(
         scenario, settings, trace, seed, server, SystemSpec(system, system_python)
     )
     if versus is None and versus_system is None and not versus_set:
-        if not _play(ours, out, repeat, turns):
+        if not _run(base, out, repeat, turns):
             raise typer.Exit(EXIT_PROBLEM)
         return
-    theirs = FinishedRun(
+    new = RunOptions(
         versus or scenario,
         settings,
         trace,
@@ -112,24 +121,25 @@ def run(
         versus_set or [],
     )
     folder = out / f"{scenario.stem}-versus-{time.strftime('%Y%m%dT%H%M%S')}"
-    found = _contest(ours, theirs, repeat, folder)
-    _judge(found, rules, folder)
+    found = _run_pairs(base, new, repeat, folder)
+    _finish(found, rules, folder)
 
 
 @app.command()
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="a trace that is replayed as prefixes")],
+    trace: Annotated[Path, typer.Argument(help="trace file")],
     policy: Annotated[
-        str | None, typer.Option(help="eviction policies, comma-separated; all")
+        str | None,
+        typer.Option(help="eviction policies, comma-separated (default: all)"),
     ] = None,
     capacity: Annotated[
-        str, typer.Option(help="blocks, or shares of the trace's unique ones")
+        str, typer.Option(help="blocks, or shares of the trace's unique blocks")
     ] = "1%,5%,10%,20%,50%",
-    as_json: Annotated[bool, typer.Option("--json", help="rows as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Count a trace's hits under the server's eviction policies, moving no bytes.
+    """Count a trace's hits under the server's eviction policies, copying no data.
 
-    The ideal never evicts; the optimum knows what is asked next.
+    Upper bounds: an infinite cache, and Belady's optimal eviction.
     """
     import msgspec
 
@@ -146,46 +156,49 @@ def simulate(
 
 @app.command()
 def compare(
-    base: Annotated[Path, typer.Argument(help="a result, or a folder of repetitions")],
-    new: Annotated[Path, typer.Argument(help="likewise")],
-    fail_on: FailOn = gate.DEFAULT,
+    base: Annotated[Path, typer.Argument(help="result file, or folder of repetitions")],
+    new: Annotated[Path, typer.Argument(help="result file or folder to compare")],
+    fail_on: FailOn = fail_rules.DEFAULT,
     anyway: Anyway = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="print Markdown")
     ] = False,
 ) -> None:
-    """Judge results: counts exactly, timings by the spread of their repetitions.
+    """Compare results: counts exactly, timings by the spread of repetitions.
 
-    Exit code 0 also where the runs cannot tell; 1 for a regression.
+    Exit code 1 for a regression; 0 if not, or if the runs cannot tell.
     """
-    from kvctl.lab.compare.comparison import compare as judged
-    from kvctl.lab.compare.comparison import gather
+    from kvctl.lab.compare.comparison import compare as compare_results
+    from kvctl.lab.compare.comparison import read_results
 
-    rules = gate.FailRules(fail_on)
+    rules = fail_rules.FailRules(fail_on)
     labels = (base.stem, new.stem)
-    found = judged(gather(base), gather(new), labels, anyway=anyway)
-    _judge(found, rules, None, markdown=markdown)
+    sides = read_results(base), read_results(new)
+    found = compare_results(*sides, labels, allow_unlike=anyway)
+    _finish(found, rules, None, markdown=markdown)
 
 
 @app.command()
 def regress(
-    base: Annotated[str, typer.Option(help="the commit to compare with")] = "HEAD",
+    base: Annotated[str, typer.Option(help="commit to compare with")] = "HEAD",
     scenario: ScenarioFile = Path("scenarios/regress.toml"),
-    repeat: Annotated[int, typer.Option(min=1, max=100, help="pairs of runs")] = 20,
-    out: Annotated[Path, typer.Option(help="folder for what is found")] = Path(
+    repeat: Annotated[int, typer.Option(min=1, max=100, help="number of pairs")] = 20,
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path(
         "results/runs/regress"
     ),
-    fail_on: FailOn = gate.DEFAULT,
+    fail_on: FailOn = fail_rules.DEFAULT,
 ) -> None:
-    """Compare the working tree with a commit: both installed, played in turn.
+    """Compare the working tree with a commit, both installed, in paired runs.
 
-    Timings are held against the commit, counts also against
-    results/baselines. Exit code 1 for a regression.
+    Timings are compared with the commit, counts also with results/baselines.
+    Exit code 1 for a regression.
     """
     from kvctl.lab.regression import Plan, markdown
 
     folder = out / time.strftime("%Y%m%dT%H%M%S")
-    plan = Plan(Path.cwd(), base, scenario, repeat, folder, gate.FailRules(fail_on))
+    plan = Plan(
+        Path.cwd(), base, scenario, repeat, folder, fail_rules.FailRules(fail_on)
+    )
     with console.progress("regress") as progress:
         found = plan.run(progress.update)
     console.line(markdown(found))
@@ -199,56 +212,70 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="results, folders of repetitions, or one of `run --versus`; the first "
-            "is what the others are compared with"
+            help="result files, folders of repetitions, or a folder of `run "
+            "--versus`; the first is compared with each other"
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="HTML file to write")
+        Path | None,
+        typer.Option("--out", "-o", help="file to write: .html, .md or .svg"),
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="print Markdown")
     ] = False,
 ) -> None:
-    """Write one page that works offline, or Markdown; else show tables."""
-    from kvctl.lab.page import report_files as reports
+    """Show results, or write them as a page that works offline, Markdown or SVG."""
+    from kvctl.lab.page.html_page import save_page
+    from kvctl.lab.report.result_collection import ResultCollection
 
-    read = reports.collect(results)
+    collection = ResultCollection.read(results)
     if out is not None:
-        reports.write(read, out)
+        match out.suffix:
+            case ".html":
+                save_page(collection, out)
+            case ".md":
+                console.write_text(out, collection.render_markdown() + "\n")
+            case ".svg":
+                title = f"kvctl bench report {results[0].name}"
+                console.save_svg(out, title, *collection.build_tables())
+            case _:
+                raise SetupError(f"--out {out}: must end in .html, .md or .svg")
         console.line(f"wrote {out}")
     if markdown:
-        console.line(reports.markdown(read))
+        console.line(collection.render_markdown())
     elif out is None:
-        console.show(*reports.parts(read))
+        console.show(*collection.build_tables())
 
 
 @app.command()
 def traces(
     names: Annotated[
-        list[str] | None, typer.Argument(help="to fetch; the beginning of a name does")
+        list[str] | None,
+        typer.Argument(help="names of traces to download, or their prefixes"),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="to fetch into")] = Path("traces"),
+    folder: Annotated[Path, typer.Option(help="folder for the downloads")] = Path(
+        "traces"
+    ),
 ) -> None:
-    """List public traces, or fetch those named and check them."""
+    """List public traces, or download those named and check their sha256."""
     from kvctl.lab.traces import trace_catalogue as catalogue
     from kvctl.views import trace_tables as trace_view
 
     if not names:
-        console.show(*trace_view.catalogue(catalogue.CATALOGUE))
+        console.show(*trace_view.list_catalogue(catalogue.CATALOGUE))
         return
     for name in names:
         for trace in catalogue.find(name):
             path = catalogue.fetch(trace, folder)
             found = f"sha256 {catalogue.sha256_of(path)}"
-            known = "as published" if trace.sha256 else "unknown before, so not checked"
+            known = "as published" if trace.sha256 else "not checked: none is published"
             console.line(f"{path}: {trace.licence}, from {trace.source}")
             console.line(f"  {found}, {known}")
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedRun:
-    """What one side plays."""
+class RunOptions:
+    """Options of `bench run` for one side."""
 
     scenario: Path
     settings: list[str]
@@ -257,26 +284,26 @@ class FinishedRun:
     server: str | None
     system: SystemSpec
     versus: Sequence[str] = ()
-    """What sets it apart: `--versus-set`."""
+    """Settings of `--versus-set`."""
 
     def read(self) -> Scenario:
-        """Read its scenario.
+        """Return the scenario.
 
         Raises:
-            SetupError: naming the flag that was wrong.
+            SetupError: the file or a setting is wrong; it names the flag.
         """
         from kvctl.lab.config.scenario import read
 
         try:
             return read(self.scenario, [*self.settings, *self.versus], self.trace)
         except SetupError as error:
-            said = error.message
-            if said.startswith(tuple(f"--set {one}" for one in self.versus)):
-                raise SetupError(f"--versus-set{said.removeprefix('--set')}") from None
+            text = error.message
+            if text.startswith(tuple(f"--set {one}" for one in self.versus)):
+                raise SetupError(f"--versus-set{text.removeprefix('--set')}") from None
             raise
 
     def arguments(self) -> list[str]:
-        """Write it as the arguments of `bench run`."""
+        """Return the arguments of `bench run`."""
         settings = [*self.settings, *self.versus]
         flags = [flag for one in settings for flag in ("--set", one)]
         trace = ["--trace", str(self.trace)] if self.trace else []
@@ -291,7 +318,7 @@ class FinishedRun:
 def _serve(
     scenario: Path, settings: list[str], trace: Path | None, seed: int, out: Path
 ) -> None:
-    """Send a workload to real engines and show what they answered."""
+    """Run a scenario with real engines and show its result."""
     from kvctl.lab.results.result import check_folder
     from kvctl.lab.vllm import vllm_scenario as served
 
@@ -300,16 +327,16 @@ def _serve(
     with console.progress(name) as progress:
         result = served.run(name, read, seed, progress.update)
     path = result.save(out)
-    console.show(*served.parts(result))
+    console.show(*served.build_tables(result))
     console.line(f"saved {path}")
     if result.problems:
         raise typer.Exit(EXIT_PROBLEM)
 
 
-def _play(one: FinishedRun, out: Path, repeat: int, turns: str | None) -> bool:
-    """Play and show; say whether nothing was wrong."""
+def _run(one: RunOptions, out: Path, repeat: int, turns: str | None) -> bool:
+    """Run and show; return whether no run had a problem."""
     from kvctl.lab import runner as driver
-    from kvctl.lab.report import result_tables as report
+    from kvctl.lab.report import result_tables
     from kvctl.lab.results.result import check_folder
     from kvctl.lab.runner import ConsoleProgress
 
@@ -328,7 +355,7 @@ def _play(one: FinishedRun, out: Path, repeat: int, turns: str | None) -> bool:
                 one.system,
             )
         path = result.save(out)
-        console.show(*report.parts(result))
+        console.show(*result_tables.build_tables(result))
         console.line(f"saved {path}")
         fine = fine and not result.problems
         if result.interrupted:
@@ -336,57 +363,59 @@ def _play(one: FinishedRun, out: Path, repeat: int, turns: str | None) -> bool:
     return fine
 
 
-def _contest(
-    ours: FinishedRun, theirs: FinishedRun, repeat: int, folder: Path
+def _run_pairs(
+    base: RunOptions, new: RunOptions, repeat: int, folder: Path
 ) -> Comparison:
     from kvctl.lab.compare.paired_runs import Command, InterleavedRuns, PairedRuns
     from kvctl.lab.interleaving import can_interleave, fit_in_memory
     from kvctl.lab.results.result import check_folder
 
-    sides = ours.read(), theirs.read()
+    sides = base.read(), new.read()
     in_turns = all(map(can_interleave, sides)) and fit_in_memory(*sides)
     check_folder(folder)
-    base, new = (Command(sys.executable, side.arguments()) for side in (ours, theirs))
-    duel = InterleavedRuns(base, new, in_turns)
+    interleaved = InterleavedRuns(
+        Command(sys.executable, base.arguments()),
+        Command(sys.executable, new.arguments()),
+        in_turns,
+    )
     with console.progress("comparing") as progress:
 
-        def play(number: int) -> Pair:
+        def run_pair(number: int) -> Pair:
             progress.update(number / repeat, f"pair {number + 1} of {repeat}")
-            return duel(number)
+            return interleaved(number)
 
-        contest = PairedRuns(_labels(ours, theirs), folder, play)
-        return contest.run(repeat)
-
-
-def _labels(ours: FinishedRun, theirs: FinishedRun) -> tuple[str, str]:
-    """Name the sides by what sets them apart."""
-    if ours.system.name != theirs.system.name:
-        return ours.system.name, theirs.system.name
-    if ours.scenario != theirs.scenario:
-        return ours.scenario.stem, theirs.scenario.stem
-    return ours.scenario.stem, " ".join(theirs.versus)
+        return PairedRuns(_labels(base, new), folder, run_pair).run(repeat)
 
 
-def _judge(
+def _labels(base: RunOptions, new: RunOptions) -> tuple[str, str]:
+    """Return names of the sides: their systems, scenarios or settings."""
+    if base.system.name != new.system.name:
+        return base.system.name, new.system.name
+    if base.scenario != new.scenario:
+        return base.scenario.stem, new.scenario.stem
+    return base.scenario.stem, " ".join(new.versus)
+
+
+def _finish(
     found: Comparison,
-    rules: gate.FailRules,
+    rules: fail_rules.FailRules,
     folder: Path | None,
     *,
     markdown: bool = False,
 ) -> None:
-    """Show a comparison and where it is saved; exit 1 where it breaks a rule."""
-    from kvctl.lab.compare import comparison_tables as shown
+    """Save and show a comparison; exit with 1 for a regression."""
+    from kvctl.lab.report import comparison_report
 
     if folder is not None:
         found.save(folder)
     if markdown:
-        console.line(shown.markdown(found))
+        console.line(comparison_report.render_markdown(found))
     else:
-        console.show(*shown.parts(found))
+        console.show(*comparison_report.build_tables(found))
     if folder is not None:
         console.line(f"saved {folder}")
-    broken = rules.broken(found)
-    for line in broken:
+    regressions = rules.find_regressions(found)
+    for line in regressions:
         console.line(f"regression: {line}")
-    if broken:
+    if regressions:
         raise typer.Exit(EXIT_PROBLEM)

@@ -1,11 +1,11 @@
-"""`kvctl inspect`: look inside a server, a layout, the protocol, options, a result."""
+"""`kvctl inspect`: show a server, layouts, the protocol, options, files."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -25,87 +25,87 @@ from kvctl.views.layout_tables import LayoutPage
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Look inside a server, a layout, a scenario, a trace, a result.",
+    help="Show a server, a layout, a scenario, a trace, a result, the protocol.",
 )
 
 TIMEOUT_S = 1.2
 REFRESH_S = 1.0
 UNBOUNDED = 1 << 62
-"""Bytes of a handle whose size is not known here; the server checked it."""
+"""Size of a handle that only the server knows."""
 
 DEFAULTS = ServerConfig()
-ServerOption = Annotated[str, typer.Option("--server", help="the server's address")]
+ServerOption = Annotated[str, typer.Option("--server", help="address of the server")]
 
 
 @app.command()
 def server(
     address: ServerOption = DEFAULTS.address,
     watch: Annotated[
-        bool, typer.Option("--watch", help="show again every second")
+        bool, typer.Option("--watch", help="refresh every second")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show a server's registrations, memory, sessions, leases and counters."""
     if as_json:
-        encoded = msgspec.json.encode(_status(address))
-        console.line(msgspec.json.format(encoded).decode())
+        _print_json(_status(address))
         return
     if not watch:
-        console.show(*status_view.parts(_status(address)))
+        console.show(*status_view.build_tables(_status(address)))
         return
-    shown = status_view.parts(_status(address))
+    shown = status_view.build_tables(_status(address))
     with suppress(KeyboardInterrupt), console.live(*shown) as update:
         while not threading.Event().wait(REFRESH_S):
-            update(*status_view.parts(_status(address)))
+            update(*status_view.build_tables(_status(address)))
 
 
 @app.command()
 def why(
     about: Annotated[
         str,
-        typer.Argument(help="a request's id, ENGINE/REQUEST, or digits of a chunk"),
+        typer.Argument(help="request id, ENGINE/REQUEST, or prefix of a chunk hash"),
     ],
     address: ServerOption = DEFAULTS.address,
-    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Tell why a lookup missed: never stored, evicted, not all ranks, tier failed..."""
+    """Explain why a lookup missed: never stored, evicted, tier failed, ..."""
     with KVClient(address, timeout_s=TIMEOUT_S) as client:
         reply = client.call(Why(about))
     if as_json:
-        console.line(msgspec.json.format(msgspec.json.encode(reply)).decode())
+        _print_json(reply)
     else:
         rows = tuple((finding.code, finding.message) for finding in reply.findings)
-        console.show(console.Table(f"why {about}", ("code", "what is known"), rows))
+        console.show(console.Table(f"why {about}", ("code", "explanation"), rows))
 
 
 @app.command()
 def layout(
     preset: Annotated[
-        str | None, typer.Option(help="geometry of a model, such as llama-3.1-8b")
+        str | None, typer.Option(help="model geometry, such as llama-3.1-8b")
     ] = None,
     address: Annotated[
-        str | None, typer.Option("--server", help="a server with a live registration")
+        str | None, typer.Option("--server", help="server with a registered cache")
     ] = None,
     instance: Annotated[
-        str | None, typer.Option(help="its instance; the first where left out")
+        str | None, typer.Option(help="instance of that server (default: the first)")
     ] = None,
     chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="tokens a chunk (default the server's)")
+        int | None,
+        typer.Option(min=1, help="tokens per chunk (default: as the server)"),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="tokens a block, with --preset")
+        int | None, typer.Option(min=1, help="tokens per block, with --preset")
     ] = None,
     world_size: Annotated[
         int | None, typer.Option(min=1, help="ranks, with --preset (default 1)")
     ] = None,
 ) -> None:
-    """Show a cache's axes, its chunk's parts and bytes, and the runs of a copy."""
+    """Show the axes of a cache, parts and bytes per chunk, and runs per copy."""
     if (preset is None) == (address is None):
         raise SetupError("inspect layout: give either --preset or --server")
     if preset is not None and instance is not None:
-        raise SetupError(f"--instance {instance}: one of a --server's")
+        raise SetupError(f"--instance {instance}: needs --server")
     if address is not None and (block_size is not None or world_size is not None):
-        raise SetupError("--block-size, --world-size: the server knows them")
+        raise SetupError("--block-size, --world-size: need --preset")
     if address is not None:
         status = _status(address)
         one = _instance(status, instance)
@@ -118,16 +118,16 @@ def layout(
         )
     else:
         page = _preset_page(str(preset), block_size, world_size or 1, chunk_size)
-    console.show(*page.parts())
+    console.show(*page.build_tables())
 
 
 @app.command()
 def protocol(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="the page docs/protocol.md")
+        bool, typer.Option("--markdown", help="print the page docs/protocol.md")
     ] = False,
 ) -> None:
-    """Show every request, its fields and its reply, and the error codes."""
+    """Show all requests with fields and replies, and the error codes."""
     if markdown:
         console.line(protocol_view.markdown().rstrip("\n"))
     else:
@@ -137,34 +137,35 @@ def protocol(
 @app.command()
 def result(
     file: Annotated[
-        Path | None, typer.Argument(help="a JSON that `kvctl bench run` saved")
+        Path | None, typer.Argument(help="result file of `kvctl bench run`")
     ] = None,
     as_schema: Annotated[
-        bool, typer.Option("--schema", help="the JSON Schema of all such files")
+        bool, typer.Option("--schema", help="print the JSON Schema of results")
     ] = False,
 ) -> None:
-    """Show a saved result again."""
-    from kvctl.lab.report import result_tables as report
+    """Show a saved result."""
+    from kvctl.lab.report.result_tables import build_tables
     from kvctl.lab.results.result import read, schema
 
     if as_schema == (file is not None):
         raise SetupError("inspect result: give either FILE or --schema")
     if file is None:
-        encoded = msgspec.json.encode(schema(), order="sorted")
-        console.line(msgspec.json.format(encoded).decode())
+        _print_json(schema(), order="sorted")
     else:
-        console.show(*report.parts(read(file)))
+        console.show(*build_tables(read(file)))
 
 
 @app.command()
 def trace(
-    file: Annotated[Path, typer.Argument(help="a trace, or a folder of sessions")],
+    file: Annotated[
+        Path, typer.Argument(help="trace file, or folder of session files")
+    ],
     format_name: Annotated[
-        str, typer.Option("--format", help="where the file's beginning does not tell")
+        str, typer.Option("--format", help="format (default: detect)")
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Show a trace's requests, span, lengths, reuse and ideal hit rate."""
+    """Show requests, duration, lengths, reuse and the ideal hit rate of a trace."""
     from kvctl.lab.config.workload_config import Trace
     from kvctl.lab.traces import ragpulse_trace as ragpulse
     from kvctl.lab.traces import trace_reader as reader
@@ -173,66 +174,71 @@ def trace(
 
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
     try:
-        wanted = msgspec.convert(settings, Trace)
+        config = msgspec.convert(settings, Trace)
     except msgspec.ValidationError:
         known = ", ".join(("auto", *reader.SIGNS))
         raise SetupError(f"--format {format_name}: known are {known}") from None
-    name = reader.detect(file) if wanted.format == "auto" else wanted.format
+    name = reader.detect(file) if config.format == "auto" else config.format
     if name == "ragpulse":
         found = profile_contents(ragpulse.read(file))
     else:
-        found = profile(reader.read(wanted))
+        found = profile(reader.read(config))
     if as_json:
         console.line(msgspec.json.encode(found).decode())
     else:
-        console.show(*trace_view.parts(file.name, name, found))
+        console.show(*trace_view.build_tables(file.name, name, found))
 
 
 @app.command()
 def scenario(
     file: Annotated[
-        Path | None, typer.Argument(help="a TOML file, see scenarios/")
+        Path | None, typer.Argument(help="scenario file (TOML); see scenarios/")
     ] = None,
     trace_file: Annotated[
-        Path | None, typer.Option("--trace", help="of a replaying workload")
+        Path | None,
+        typer.Option("--trace", help="trace file, for a workload that replays one"),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="any key, as key=value")
+        list[str] | None, typer.Option("--set", help="set a key: KEY=VALUE")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of everything drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of all random numbers")] = 0,
     schema: Annotated[
-        bool, typer.Option("--schema", help="the JSON Schema for editors")
+        bool, typer.Option("--schema", help="print the JSON Schema of scenarios")
     ] = False,
 ) -> None:
-    """Check a scenario and explain it: what it asks, of whom, how much that is."""
+    """Check a scenario, and show its engines, workload, load and limits."""
     from kvctl.lab.config.scenario import read
     from kvctl.lab.vllm import vllm_scenario as served
     from kvctl.views import scenario_tables as scenario_view
 
     if schema:
-        encoded = msgspec.json.encode(scenario_view.schema())
-        console.line(msgspec.json.format(encoded).decode())
+        _print_json(scenario_view.schema())
         return
     if file is None:
         raise SetupError("inspect scenario: give a FILE, or --schema")
     settings = list(overrides or ())
     if served.is_served(file):
         real = served.read(file, settings, trace_file)
-        console.show(*scenario_view.served_parts(file.stem, real, seed))
+        console.show(*scenario_view.build_vllm_tables(file.stem, real, seed))
         return
-    played = read(file, settings, trace_file)
-    console.show(*scenario_view.parts(file.stem, played, seed))
+    simulated = read(file, settings, trace_file)
+    console.show(*scenario_view.build_tables(file.stem, simulated, seed))
 
 
 @app.command()
 def config() -> None:
-    """Show the options of `kvctl serve`: file keys, also for --set."""
+    """Show all options of `kvctl serve`: keys of its file and of --set."""
     columns = ("key", "type", "default", "meaning")
     rows = tuple(
         (option.key, option.type, option.default, option.description)
         for option in describe(ServerConfig)
     )
-    console.show(console.Table("options of the server", columns, rows))
+    console.show(console.Table("server options", columns, rows))
+
+
+def _print_json(value: object, order: Literal["sorted"] | None = None) -> None:
+    encoded = msgspec.json.encode(value, order=order)
+    console.line(msgspec.json.format(encoded).decode())
 
 
 def _status(address: str) -> StatusReply:
@@ -240,14 +246,14 @@ def _status(address: str) -> StatusReply:
         return client.status()
 
 
-def _instance(status: StatusReply, wanted: str | None) -> InstanceStatus:
+def _instance(status: StatusReply, name: str | None) -> InstanceStatus:
     for one in status.instances:
-        if wanted in (None, one.instance_id):
+        if name in (None, one.instance_id):
             return one
     if not status.instances:
         raise SetupError(f"no instance is registered at {status.address}")
     known = ", ".join(one.instance_id for one in status.instances)
-    raise SetupError(f"--instance {wanted}: registered are {known}")
+    raise SetupError(f"--instance {name}: registered are {known}")
 
 
 def _unbounded(one: InstanceStatus) -> list[int]:

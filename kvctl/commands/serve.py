@@ -1,4 +1,4 @@
-"""`kvctl serve`: start a cache server and say when it is ready."""
+"""`kvctl serve`: run a cache server."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ def _flag(key: str) -> Any:
 @app.command()
 def serve(
     config: Annotated[
-        Path | None, typer.Option(help="TOML file of options; what flags say wins")
+        Path | None, typer.Option(help="TOML file of options; flags override it")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="the port of the tcp address")
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="port of the tcp address; 0: any free port"
+        ),
     ] = None,
     address: Annotated[str | None, _flag("address")] = None,
     l1_size: Annotated[str | None, _flag("l1.size")] = None,
@@ -42,7 +45,9 @@ def serve(
     device: Annotated[str | None, _flag("device")] = None,
     tier: Annotated[
         list[str] | None,
-        typer.Option(help="a store beneath L1, by URL; several are asked in order"),
+        typer.Option(
+            help="URL of a tier below L1; repeat for several, in lookup order"
+        ),
     ] = None,
     ready_file: Annotated[str | None, _flag("ready_file")] = None,
     metrics_port: Annotated[int | None, _flag("metrics_port")] = None,
@@ -50,10 +55,12 @@ def serve(
     log_level: Annotated[str | None, _flag("log_level")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="any option as key=value (`kvctl inspect config`)"),
+        typer.Option(
+            "--set", help="set any option: KEY=VALUE; `kvctl inspect config` lists them"
+        ),
     ] = None,
 ) -> None:
-    """Start a cache server. SIGINT and SIGTERM stop it cleanly."""
+    """Run a cache server until SIGINT or SIGTERM."""
     flags = {
         "address": address,
         "l1.size": l1_size,
@@ -76,15 +83,17 @@ def serve(
 def _run(options: ServerConfig) -> None:
     from kvcore.server.application import run
 
-    held = f"L1 {console.size(options.l1.size)}, chunks of {options.chunk_size} tokens"
+    summary = (
+        f"L1 {console.size(options.l1.size)}, chunks of {options.chunk_size} tokens"
+    )
     ready = None if options.ready_file is None else Path(options.ready_file)
 
     def on_ready(bound: str) -> None:
         if ready is not None:
             _write_ready_file(ready, bound)
-        console.line(f"kvctl: ready at {bound} ({held})")
+        console.line(f"kvctl: ready at {bound} ({summary})")
 
-    # One that was killed left its file, and took long to be ready as this one will.
+    # A killed server leaves its file, and this one is not ready yet.
     _remove(ready)
     try:
         run(options, on_ready)
@@ -93,7 +102,7 @@ def _run(options: ServerConfig) -> None:
 
 
 def _write_ready_file(path: Path, bound: str) -> None:
-    """Write the address under its final name only when it is whole."""
+    """Write the address atomically."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(f"{bound}\n")

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare import comparison_tables as tables
-from kvctl.lab.compare import junit_xml as junit
-from kvctl.lab.compare.commit_installs import CommitInstalls, knows_turns
+from kvctl.lab.compare.commit_installs import CommitInstalls, supports_interleaving
 from kvctl.lab.compare.comparison import (
     Comparison,
     CountVerdict,
-    count,
+    compare_counts,
     differences,
-    gather,
+    format_range,
+    read_results,
 )
-from kvctl.lab.compare.fail_rules import FailRules, span
+from kvctl.lab.compare.fail_rules import FailRules
 from kvctl.lab.compare.paired_runs import (
     NEW,
     Command,
@@ -27,7 +26,9 @@ from kvctl.lab.compare.paired_runs import (
 )
 from kvctl.lab.config.scenario import read as read_scenario
 from kvctl.lab.interleaving import can_interleave, fit_in_memory
-from kvctl.lab.page import report_files as reports
+from kvctl.lab.page.html_page import save_page
+from kvctl.lab.report import comparison_report
+from kvctl.lab.report.result_collection import ResultCollection
 from kvctl.lab.results.result import Result, make_folder, read
 
 BASELINES = Path("results/baselines")
@@ -80,9 +81,13 @@ class Plan:
         contest = PairedRuns((self._base_label(), "working tree"), self.folder, play)
         found = contest.run(self.num_pairs)
         found.save(self.folder)
-        runs = [one for one in gather(self.folder / NEW) if _is_of(one, contest.name)]
+        runs = [
+            one for one in read_results(self.folder / NEW) if _is_of(one, contest.name)
+        ]
         regression = Regression(
-            found, self.gate.broken(found), against_baseline(self.baseline, runs)
+            found,
+            self.gate.find_regressions(found),
+            against_baseline(self.baseline, runs),
         )
         self._write(regression)
         return regression
@@ -110,7 +115,7 @@ class Plan:
         in_turns = (
             can_interleave(scenario)
             and fit_in_memory(scenario, scenario)
-            and all(knows_turns(python, elsewhere) for python in (base, new))
+            and all(supports_interleaving(python, elsewhere) for python in (base, new))
         )
         arguments = [str(self.scenario.resolve())]
         return InterleavedRuns(
@@ -120,10 +125,12 @@ class Plan:
         )
 
     def _write(self, regression: Regression) -> None:
-        reports.write(reports.collect([self.folder]), self.folder / "report.html")
+        save_page(ResultCollection.read([self.folder]), self.folder / "report.html")
         texts = {
             "summary.md": markdown(regression),
-            "junit.xml": junit.render(regression.comparison, regression.of_baseline),
+            "junit.xml": comparison_report.render_junit(
+                regression.comparison, regression.of_baseline
+            ),
         }
         for name, text in texts.items():
             try:
@@ -149,15 +156,15 @@ def against_baseline(path: Path, runs: Sequence[Result]) -> list[str]:
         keys = ", ".join(unlike)
         return [f"the baseline was made with another {keys}: `make baseline` renews it"]
     return [
-        f"{name}: {span(*one.base)} in the baseline, {span(*one.new)} now"
-        for name, one in count([baseline], runs).items()
+        f"{name}: {format_range(one.base)} in the baseline, {format_range(one.new)} now"
+        for name, one in compare_counts([baseline], runs).items()
         if one.verdict in FAILING
     ]
 
 
 def markdown(regression: Regression) -> str:
     """Write a summary for a pull request."""
-    lines = [tables.markdown(regression.comparison), ""]
+    lines = [comparison_report.render_markdown(regression.comparison), ""]
     if regression.of_base:
         lines += ["### Regressions", *(f"- {one}" for one in regression.of_base), ""]
     if regression.of_baseline:

@@ -8,7 +8,7 @@ from kvcore.status import CopyRates, DeviceStatus, PieceRate
 from kvctl.console import Table, duration, size
 
 
-def parts(devices: Sequence[DeviceStatus]) -> list[Table | str]:
+def build_tables(devices: Sequence[DeviceStatus]) -> list[Table | str]:
     """Return a table of the devices, and one of the rates that choose the ways."""
     return [_devices(devices), _rates(devices)] if devices else []
 

@@ -21,7 +21,7 @@ class LayoutPage:
     world_size: int
     chunk_size: int
 
-    def parts(self) -> list[Table | str]:
+    def build_tables(self) -> list[Table | str]:
         """Return what is shown."""
         layouts = self.layouts()
         return [

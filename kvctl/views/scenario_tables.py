@@ -79,7 +79,9 @@ _TYPES: dict[str, dict[str, Any]] = {
 """By the names that `kvcore.options.type_name` gives."""
 
 
-def served_parts(name: str, scenario: VLLMScenario, seed: int) -> Iterator[Table | str]:
+def build_vllm_tables(
+    name: str, scenario: VLLMScenario, seed: int
+) -> Iterator[Table | str]:
     """Say what a scenario with real engines sends each of them."""
     engine, lengths = scenario.vllm, prompt_lengths(scenario, seed)
     yield _headline(name, scenario.question)
@@ -102,7 +104,7 @@ def served_parts(name: str, scenario: VLLMScenario, seed: int) -> Iterator[Table
     yield f"{scenario.concurrency} requests under way"
 
 
-def parts(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
+def build_tables(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
     """Say what a scenario asks, of whom, and how much that is."""
     yield _headline(name, scenario.question)
     tenants = [_Part(key, one, seed) for key, one in scenario.parts().items()]

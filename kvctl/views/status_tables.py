@@ -15,11 +15,11 @@ from kvcore.status import (
     TicketStatus,
     TierStatus,
 )
-from kvctl.console import Table, bar, many, size
+from kvctl.console import Table, bar, plural, size
 from kvctl.views import device_tables as devices
 
 
-def parts(status: StatusReply) -> list[Table | str]:
+def build_tables(status: StatusReply) -> list[Table | str]:
     """Return what is shown of a server, most asked first."""
     shown: list[Table | str] = [_headline(status), *_memory(status.l1)]
     if status.quotas:
@@ -36,7 +36,7 @@ def parts(status: StatusReply) -> list[Table | str]:
         shown.append(_tiers(status.tiers))
         if any(any(tier.counters.values()) for tier in status.tiers):
             shown.append(_tier_counters(status.tiers))
-    shown += devices.parts(status.devices)
+    shown += devices.build_tables(status.devices)
     shown.append(_counters(status.counters))
     return shown
 
@@ -44,10 +44,10 @@ def parts(status: StatusReply) -> list[Table | str]:
 def _headline(status: StatusReply) -> str:
     return (
         f"kvctl {status.version} at {status.address}, pid {status.pid}, "
-        f"up {_duration(status.uptime_s)}: {many(status.num_clients, 'client')}, "
-        f"{many(len(status.instances), 'instance')}, "
-        f"{many(status.num_sessions, 'session')}, "
-        f"{many(status.num_leases, 'lease')}, chunks of {status.chunk_size} tokens"
+        f"up {_duration(status.uptime_s)}: {plural(status.num_clients, 'client')}, "
+        f"{plural(len(status.instances), 'instance')}, "
+        f"{plural(status.num_sessions, 'session')}, "
+        f"{plural(status.num_leases, 'lease')}, chunks of {status.chunk_size} tokens"
     )
 
 
@@ -55,8 +55,8 @@ def _memory(l1: L1Status) -> list[str]:
     share = l1.used_bytes / l1.total_bytes if l1.total_bytes else 0.0
     return [
         f"L1 {bar(share)} of {size(l1.total_bytes)} in pages of {size(l1.page_bytes)}",
-        f"   {many(l1.num_chunks, 'chunk')} in {many(l1.num_parts, 'part')}, "
-        f"{l1.num_leased} leased; {many(l1.num_reserved, 'part')} being written",
+        f"   {plural(l1.num_chunks, 'chunk')} in {plural(l1.num_parts, 'part')}, "
+        f"{l1.num_leased} leased; {plural(l1.num_reserved, 'part')} being written",
     ]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvctl.console import Table, size, spark
+from kvctl.console import Table, size, sparkline
 from kvctl.lab.traces.trace_catalogue import PublicTrace
 from kvctl.lab.traces.trace_profile import Lengths, Profile
 
 
-def parts(name: str, format_name: str, profile: Profile) -> list[Table | str]:
+def build_tables(name: str, format_name: str, profile: Profile) -> list[Table | str]:
     """Return what is shown of a trace."""
     return [
         _headline(name, format_name, profile),
@@ -77,13 +77,13 @@ def _plots(profile: Profile) -> list[str]:
     lengths = profile.prompt_lengths[first:]
     return [
         f"arrivals over time, {_most(profile.arrivals)}",
-        f"  {spark(profile.arrivals)}",
+        f"  {sparkline(profile.arrivals)}",
         "ideal hit rate over requests, "
         f"at most {max(profile.hit_rates, default=0):.2f}",
-        f"  {spark(profile.hit_rates)}",
+        f"  {sparkline(profile.hit_rates)}",
         "prompt lengths, by powers of two, "
         f"{2**first:,} to {2 ** (first + len(lengths)):,} tokens",
-        f"  {spark(lengths)}",
+        f"  {sparkline(lengths)}",
     ]
 
 
@@ -91,7 +91,7 @@ def _most(values: Sequence[int]) -> str:
     return f"at most {max(values, default=0):,} in a sixtieth"
 
 
-def catalogue(traces: Sequence[PublicTrace]) -> list[Table]:
+def list_catalogue(traces: Sequence[PublicTrace]) -> list[Table]:
     """Return the list of public traces, and how to know them."""
     rows = tuple(
         (

@@ -107,7 +107,10 @@ def test_flags_take_their_help_from_the_options() -> None:
         (("inspect", "server", "--server", "tcp://127.0.0.1:1"), "no server answers"),
         (("inspect", "trace", "x", "--format", "y"), "--format y: known are auto, bai"),
         (("inspect", "scenario", QUICK, "--trace", "x"), "--trace x: unknown key"),
-        (("bench", "run", QUICK, "--fail-on", "z"), "--fail-on z: what is a regr"),
+        (
+            ("bench", "run", QUICK, "--fail-on", "z"),
+            "--fail-on z: comma-separated rules for a regr",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(

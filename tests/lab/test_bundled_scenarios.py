@@ -59,7 +59,7 @@ def test_the_docs_list_every_one() -> None:
 def shown(path: Path) -> str:
     """All that is said of a scenario."""
     texts = []
-    for part in scenario_view.parts(path.stem, load(path), 0):
+    for part in scenario_view.build_tables(path.stem, load(path), 0):
         rows = part.rows if isinstance(part, Table) else ((part,),)
         texts += [cell for row in rows for cell in row]
     return " ".join(texts)

@@ -11,7 +11,6 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare import junit_xml as junit
 from kvctl.lab.compare.commit_installs import CommitInstalls
 from kvctl.lab.compare.comparison import compare
 from kvctl.lab.compare.fail_rules import DEFAULT, FailRules
@@ -21,6 +20,7 @@ from kvctl.lab.config.scenario import read as read_scenario
 from kvctl.lab.config.workload_config import Chat
 from kvctl.lab.latency import summarise
 from kvctl.lab.regression import Regression, against_baseline, markdown
+from kvctl.lab.report.comparison_report import render_junit
 from kvctl.lab.results.result import Result, read
 from kvctl.lab.results.result_builder import summarise as result_of
 from kvctl.lab.run.raw_measurements import RawMeasurements
@@ -70,13 +70,13 @@ def test_what_fails_is_in_the_summary_and_in_junit() -> None:
     """A slower operation and an unlike count: both named in both."""
     found = compare(runs(1.0), runs(1.2), ("main", "tree"))
     regression = Regression(
-        found, FailRules(DEFAULT).broken(found), ["tokens_hit: 7, 5"]
+        found, FailRules(DEFAULT).find_regressions(found), ["tokens_hit: 7, 5"]
     )
     assert regression.failed
     text = markdown(regression)
     assert "tree is slower in lookup" in text
     assert "- tokens_hit: 7, 5" in text
-    suite = fromstring(junit.render(found, regression.of_baseline))
+    suite = fromstring(render_junit(found, regression.of_baseline))
     failed = {case.get("name") for case in suite if case.find("failure") is not None}
     assert failed == {"lookup", "counts"}
     assert suite.get("failures") == "2"
@@ -85,10 +85,10 @@ def test_what_fails_is_in_the_summary_and_in_junit() -> None:
 def test_cannot_tell_is_skipped_and_passes() -> None:
     """Two runs decide nothing: no failure anywhere."""
     found = compare(runs(1.0)[:2], runs(2.0)[:2], ("main", "tree"))
-    regression = Regression(found, FailRules(DEFAULT).broken(found), [])
+    regression = Regression(found, FailRules(DEFAULT).find_regressions(found), [])
     assert not regression.failed
     assert "All counts are the baseline's." in markdown(regression)
-    suite = fromstring(junit.render(found, []))
+    suite = fromstring(render_junit(found, []))
     assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
 
 

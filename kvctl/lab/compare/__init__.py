@@ -1,1 +1,1 @@
-"""Two sides played in turn and judged: settings, versions, systems."""
+"""Comparison of two sides of runs: settings, versions or systems."""

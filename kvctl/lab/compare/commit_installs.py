@@ -1,4 +1,4 @@
-"""A commit and the working tree, each installed in a Python of its own."""
+"""Installations of a commit and of the working tree, each in its own environment."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from kvcore.errors import SetupError
 
-TURNS = "import kvctl.lab.interleaving"
+INTERLEAVING_CHECK = "import kvctl.lab.interleaving"
 
 
 @dataclass(frozen=True, slots=True)
 class CommitInstalls:
-    """Makes installations in a folder; what is there for a commit already is kept."""
+    """Installations in one folder; that of a commit is reused."""
 
     root: Path
-    """Of the checkout."""
+    """Root of the checkout."""
     folder: Path
 
     def commit(self, name: str) -> Path:
-        """Install a commit; return its Python.
+        """Install a commit and return the path of its Python.
 
         Raises:
-            SetupError: there is no such commit, or it cannot be installed.
+            SetupError: the commit does not exist or cannot be installed.
         """
         full = self.resolve(name)
         place = self.folder / full[:12]
@@ -42,36 +42,40 @@ class CommitInstalls:
         return python
 
     def working_tree(self) -> Path:
-        """Install what lies in the checkout, changes included; return its Python."""
+        """Install the checkout with its changes and return the path of its Python."""
         place = self.folder / "working-tree"
         _install(place, self.root)
         return place / "bin" / "python"
 
     def resolve(self, name: str) -> str:
-        """Return a commit's full name."""
+        """Return the full hash of a commit.
+
+        Raises:
+            SetupError: the commit does not exist.
+        """
         commit = f"{name}^{{commit}}"
-        asked = ("git", "-C", str(self.root), "rev-parse", "--verify", "--quiet")
+        command = ("git", "-C", str(self.root), "rev-parse", "--verify", "--quiet")
         try:
-            return _output(*asked, commit).decode().strip()
+            return _output(*command, commit).decode().strip()
         except SetupError:
             raise SetupError(f"{name}: no such commit in {self.root}") from None
 
 
-def knows_turns(python: Path, folder: Path) -> bool:
-    """Say whether the kvctl of a Python takes turns; older ones do not."""
-    asked = [str(python), "-c", TURNS]
-    done = subprocess.run(asked, cwd=folder, capture_output=True, check=False)
+def supports_interleaving(python: Path, folder: Path) -> bool:
+    """Return whether an installation supports interleaved runs; older ones do not."""
+    command = [str(python), "-c", INTERLEAVING_CHECK]
+    done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
     return done.returncode == 0
 
 
 def _install(place: Path, source: Path) -> None:
-    """Install a source, not editable, beside the same dependencies as any other."""
+    """Install a source tree, not editable, into an environment."""
     python = str(place / "bin" / "python")
     if not Path(python).exists():
         _output(sys.executable, "-m", "venv", str(place))
     pip = (python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
     _output(*pip, str(source))
-    # The version may be the same: what was installed before would stay.
+    # With an equal version, pip would keep the earlier installation.
     _output(*pip, "--no-deps", "--force-reinstall", str(source))
 
 
@@ -79,8 +83,8 @@ def _output(*command: str) -> bytes:
     try:
         return subprocess.run(command, capture_output=True, check=True).stdout
     except FileNotFoundError:
-        raise SetupError(f"{command[0]} is not here") from None
+        raise SetupError(f"{command[0]}: command not found") from None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        said = lines[-1] if lines else f"exit code {error.returncode}"
-        raise SetupError(f"{' '.join(command[:4])} ...: {said}") from None
+        reason = lines[-1] if lines else f"exit code {error.returncode}"
+        raise SetupError(f"{' '.join(command[:4])} ...: {reason}") from None

@@ -1,7 +1,7 @@
-"""Two sides of results, judged: what one counts exactly, what the other takes longer.
+"""Comparison of two sides of results: counts exactly, timings by rank tests.
 
-Counts must repeat: where they do on both sides, any difference is one. Of timings one
-metric an operation is judged, over the spread between a side's runs.
+Where a count repeats in all runs of both sides, any difference counts. Of each
+operation, one timing metric is tested against the spread between the runs of a side.
 """
 
 from __future__ import annotations
@@ -17,54 +17,61 @@ import numpy as np
 
 from kvcore.errors import SetupError
 from kvcore.options import encode_hook
+from kvctl.console import write_text
 from kvctl.lab.compare.significance import Contrast, Effect, judge, paired, unpaired
-from kvctl.lab.latency import Latency
 from kvctl.lab.results.result import Result, System, read
 
 COMPARISON = "comparison.json"
 COMPARISON_VERSION = 1
 
-PRIMARY = "p50_s"
-"""The metric of each operation that is judged."""
-
-NOT_JUDGED = frozenset({"ping"})
-"""Told for what it says of the machine: pings are made when the load is over."""
+NOT_TESTED = frozenset({"ping"})
+"""Pings are made after the load: they describe the machine."""
 
 FIGURES = ("requests_per_s", "tokens_per_s", "store_gb_per_s", "retrieve_gb_per_s")
-"""Of a result's throughput."""
+"""Fields of a result's throughput that are reported and not tested."""
 
-COUNTED_BY_SERVER = ("chunks_evicted", "deadlines_exceeded", "retrieves_missing")
-"""Of the server's counters, those that are compared beside the run's own counts."""
+SERVER_COUNTERS = ("chunks_evicted", "deadlines_exceeded", "retrieves_missing")
+"""Counters of the server that are compared beside the counts of the run."""
 WORSE_WHEN_MORE = frozenset(
-    {"errors", "bytes_wrong", "leases_leaked", *COUNTED_BY_SERVER}
+    {"errors", "bytes_wrong", "leases_leaked", *SERVER_COUNTERS}
 )
 WORSE_WHEN_LESS = frozenset({"requests", "tokens_hit", "chunks_hit"})
-MUST_BE_NOTHING = frozenset({"errors", "bytes_wrong", "leases_leaked"})
-OF_ANY_SYSTEM = WORSE_WHEN_LESS | {"errors", "bytes_wrong", "tokens", "chunks"}
-"""Counts that mean the same whatever was under the load."""
+MUST_BE_ZERO = frozenset({"errors", "bytes_wrong", "leases_leaked"})
+COUNTS_OF_ANY_SYSTEM = WORSE_WHEN_LESS | {"errors", "bytes_wrong", "tokens", "chunks"}
+"""Counts with one meaning for all systems."""
 
 
 class CountVerdict(StrEnum):
-    """What is said of one count."""
+    """Result of comparing one count."""
 
     SAME = "same"
     BETTER = "better"
     WORSE = "worse"
     DIFFERS = "differs"
     VARIES = "varies"
-    """From run to run on one side, and the other is within that."""
+    """Between the runs of one side, with the other side inside that range."""
 
 
 class Count(msgspec.Struct, frozen=True):
-    """One count on both sides, least and most over the runs."""
+    """Minimum and maximum of one count over the runs of each side."""
 
     base: tuple[int, int]
     new: tuple[int, int]
     verdict: CountVerdict
 
+    @property
+    def text(self) -> str:
+        """Both sides: `3 -> 1 to 2`."""
+        return f"{format_range(self.base)} -> {format_range(self.new)}"
+
+
+def format_range(bounds: Iterable[int]) -> str:
+    """Return a count, or the range in which it varies: `1 to 2`."""
+    return " to ".join(f"{value:,}" for value in dict.fromkeys(bounds))
+
 
 class Timing(msgspec.Struct, frozen=True):
-    """One operation on both sides: medians over the runs, and what they amount to."""
+    """Medians of one operation over the runs of each side, and the tested effect."""
 
     base_s: float
     new_s: float
@@ -72,7 +79,7 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class ComparisonSide(msgspec.Struct, frozen=True):
-    """Where one side's figures came from."""
+    """Origin of one side's figures."""
 
     label: str
     system: System
@@ -81,49 +88,56 @@ class ComparisonSide(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """All that is said of two sides."""
+    """Differences between two sides, with the notes that qualify them."""
 
     version: int
     base: ComparisonSide
     new: ComparisonSide
     in_pairs: bool
     settings: dict[str, tuple[str, str]]
-    """Where the two scenarios differ."""
+    """Keys in which the two scenarios differ."""
     timings: dict[str, Timing]
     counts: dict[str, Count]
     figures: dict[str, tuple[float | None, float | None]] = {}
-    """Medians that are told and not judged."""
+    """Medians of throughput, not tested."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def failing_verdicts(self) -> frozenset[CountVerdict]:
+        """Verdicts of counts that are a regression.
+
+        Other settings or another system may store other amounts.
+        """
+        if self.settings:
+            return frozenset({CountVerdict.WORSE})
+        return frozenset({CountVerdict.WORSE, CountVerdict.DIFFERS})
+
     def save(self, folder: Path) -> Path:
-        """Write `comparison.json`.
+        """Write `comparison.json` into a folder and return its path.
 
         Raises:
-            SetupError: it cannot be written.
+            SetupError: the file cannot be written.
         """
         path = folder / COMPARISON
         text = msgspec.json.format(msgspec.json.encode(self, enc_hook=encode_hook))
-        try:
-            path.write_bytes(text + b"\n")
-        except OSError as error:
-            raise SetupError(f"{path}: {error.strerror}") from None
+        write_text(path, text.decode() + "\n")
         return path
 
 
-def gather(path: Path) -> list[Result]:
-    """Read a result file, or all that lie in a folder, in the order of their names.
+def read_results(path: Path) -> list[Result]:
+    """Read a result file, or all result files of a folder ordered by name.
 
     Raises:
-        SetupError: there is none, or one cannot be read.
+        SetupError: the folder has no result, or a file cannot be read.
     """
     if not path.is_dir():
         return [read(path)]
     files = [file for file in sorted(path.glob("*.json")) if file.name != COMPARISON]
     if not files:
-        # A comparison's folder has its runs in one for each side.
+        # A comparison has one folder of runs per side.
         inside = sorted({file.parent.name for file in path.glob("*/*.json")})
-        where = f", but in its folders {', '.join(inside)}" if inside else ""
-        raise SetupError(f"{path}: no results in it{where}")
+        where = f"; its folders {', '.join(inside)} have some" if inside else ""
+        raise SetupError(f"{path}: no results{where}")
     return [read(file) for file in files]
 
 
@@ -132,17 +146,17 @@ def compare(
     new: Sequence[Result],
     labels: tuple[str, str] = ("base", "new"),
     *,
-    anyway: bool = False,
+    allow_unlike: bool = False,
 ) -> Comparison:
-    """Judge two sides of at least one result each.
+    """Compare two sides of at least one result each.
 
     Raises:
-        SetupError: the machines are unlike, and nobody said that it does not matter.
+        SetupError: the machines differ and `allow_unlike` is false.
     """
     notes = _unlike_machines(base, new)
-    if notes and not anyway:
+    if notes and not allow_unlike:
         raise SetupError(
-            "the machines are unlike (" + "; ".join(notes) + "): --anyway compares them"
+            f"the machines differ ({'; '.join(notes)}); --anyway compares them"
         )
     settings = differences(base[0], new[0])
     return Comparison(
@@ -152,7 +166,7 @@ def compare(
         in_pairs=_in_pairs(base, new),
         settings=settings,
         timings=_timings(base, new),
-        counts=count(base, new, comparable=not _other_work(settings)),
+        counts=compare_counts(base, new, same_work=not _is_other_work(settings)),
         figures=_figures(base, new),
         notes=tuple(notes + _notes(base, new)),
     )
@@ -168,12 +182,16 @@ def _side(label: str, results: Sequence[Result]) -> ComparisonSide:
 def _figures(
     base: Sequence[Result], new: Sequence[Result]
 ) -> dict[str, tuple[float | None, float | None]]:
-    def median(results: Sequence[Result], name: str) -> float | None:
-        values = [getattr(result.throughput, name) for result in results]
-        known = [value for value in values if value is not None]
+    sides = [
+        [msgspec.structs.asdict(result.throughput) for result in side]
+        for side in (base, new)
+    ]
+
+    def median(side: Sequence[dict[str, float | None]], name: str) -> float | None:
+        known = [value for row in side if (value := row[name]) is not None]
         return _median(known) if known else None
 
-    return {name: (median(base, name), median(new, name)) for name in FIGURES}
+    return {name: (median(sides[0], name), median(sides[1], name)) for name in FIGURES}
 
 
 def _unlike_machines(base: Sequence[Result], new: Sequence[Result]) -> list[str]:
@@ -183,7 +201,7 @@ def _unlike_machines(base: Sequence[Result], new: Sequence[Result]) -> list[str]
 
 
 def _notes(base: Sequence[Result], new: Sequence[Result]) -> list[str]:
-    """Say what a reader should know before believing the figures."""
+    """Return what limits the comparison."""
     notes = []
     cut = sum(result.interrupted for result in (*base, *new))
     if cut:
@@ -192,27 +210,30 @@ def _notes(base: Sequence[Result], new: Sequence[Result]) -> list[str]:
         notes.append("the versions of packages differ")
     if _in_pairs(base, new) and not base[0].turns:
         notes.append(
-            "each run had the machine for itself: to take turns, which tells more in "
-            "fewer pairs, needs engines = 1, load.concurrency = 1 and memory for both"
+            "the runs of a pair ran one after the other; to interleave them, which "
+            "needs fewer pairs, set engines = 1 and load.concurrency = 1, with memory "
+            "for both"
         )
     cores = base[0].environment.num_cores
     busy = sum(result.environment.load > 2 * cores for result in (*base, *new))
     if busy:
-        notes.append(f"the machine was busy beside {busy} of the runs")
+        notes.append(f"other processes kept the machine busy during {busy} of the runs")
     return notes
 
 
 def differences(base: Result, new: Result) -> dict[str, tuple[str, str]]:
-    """Return where two results' scenarios, seeds and systems differ, by key."""
+    """Return the keys in which scenarios, seeds and systems differ, with values."""
 
     def flat(result: Result) -> dict[str, str]:
         given = msgspec.to_builtins(result.scenario, enc_hook=encode_hook)
         given |= {"seed": result.seed, "system": result.system.name}
         return {key: str(value) for key, value in flatten(given)}
 
-    ours, theirs = flat(base), flat(new)
-    keys = [*ours, *(key for key in theirs if key not in ours)]
-    pairs = {key: (ours.get(key, "-"), theirs.get(key, "-")) for key in keys}
+    old, changed = flat(base), flat(new)
+    pairs = {
+        key: (old.get(key, "-"), changed.get(key, "-"))
+        for key in dict.fromkeys((*old, *changed))
+    }
     ignored = {"question", "server.address"}
     return {
         key: pair
@@ -222,7 +243,7 @@ def differences(base: Result, new: Result) -> dict[str, tuple[str, str]]:
 
 
 def flatten(given: dict[str, Any], where: str = "") -> Iterator[tuple[str, object]]:
-    """Iterate the leaves of nested dicts with their dotted keys."""
+    """Yield the leaves of nested dicts with their dotted keys."""
     for name, value in given.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{where}{name}.")
@@ -233,36 +254,36 @@ def flatten(given: dict[str, Any], where: str = "") -> Iterator[tuple[str, objec
 # -- counts -----------------------------------------------------------------------
 
 
-def _other_work(settings: Iterable[str]) -> bool:
-    """Say whether the sides were asked different things."""
+def _is_other_work(settings: Iterable[str]) -> bool:
+    """Return whether the sides had different workloads."""
     return any(key.partition(".")[0] in ("workload", "seed") for key in settings)
 
 
-def count(
-    base: Sequence[Result], new: Sequence[Result], *, comparable: bool = True
+def compare_counts(
+    base: Sequence[Result], new: Sequence[Result], *, same_work: bool = True
 ) -> dict[str, Count]:
     """Compare counts, exactly where they repeat.
 
-    Of sides that were asked different things only what must be nothing is compared.
+    For different workloads, only the counts that must be zero are compared.
     """
-    ours, theirs = _counts(base), _counts(new)
-    names = [name for name in ours if name in theirs]
+    old, changed = _count_ranges(base), _count_ranges(new)
+    names = [name for name in old if name in changed]
     if base[0].system.name != new[0].system.name:
-        names = [name for name in names if name in OF_ANY_SYSTEM]
-    if not comparable:
-        names = [name for name in names if name in MUST_BE_NOTHING]
+        names = [name for name in names if name in COUNTS_OF_ANY_SYSTEM]
+    if not same_work:
+        names = [name for name in names if name in MUST_BE_ZERO]
     return {
-        name: Count(ours[name], theirs[name], _said(name, ours[name], theirs[name]))
+        name: Count(old[name], changed[name], _judge(name, old[name], changed[name]))
         for name in names
     }
 
 
-def _counts(results: Sequence[Result]) -> dict[str, tuple[int, int]]:
+def _count_ranges(results: Sequence[Result]) -> dict[str, tuple[int, int]]:
     rows = [
         msgspec.structs.asdict(result.counts)
         | {
             name: result.counters[name]
-            for name in COUNTED_BY_SERVER
+            for name in SERVER_COUNTERS
             if name in result.counters
         }
         for result in results
@@ -274,7 +295,7 @@ def _counts(results: Sequence[Result]) -> dict[str, tuple[int, int]]:
     }
 
 
-def _said(name: str, base: tuple[int, int], new: tuple[int, int]) -> CountVerdict:
+def _judge(name: str, base: tuple[int, int], new: tuple[int, int]) -> CountVerdict:
     if base == new:
         return CountVerdict.SAME if base[0] == base[1] else CountVerdict.VARIES
     more, less = new[0] > base[1], new[1] < base[0]
@@ -297,14 +318,14 @@ def _timings(base: Sequence[Result], new: Sequence[Result]) -> dict[str, Timing]
     names = [
         name
         for name in base[0].operations
-        if name not in NOT_JUDGED
+        if name not in NOT_TESTED
         and all(name in result.operations for result in (*base, *new))
     ]
     effects = judge({name: _contrast(name, base, new, in_pairs) for name in names})
     return {
         name: Timing(
-            _median([primary(result.operations[name]) for result in base]),
-            _median([primary(result.operations[name]) for result in new]),
+            _median([result.operations[name].p50_s for result in base]),
+            _median([result.operations[name].p50_s for result in new]),
             effects[name],
         )
         for name in names
@@ -315,40 +336,38 @@ def _contrast(
     name: str, base: Sequence[Result], new: Sequence[Result], in_pairs: bool
 ) -> Contrast:
     if in_pairs:
-        return paired([_gap(name, *pair) for pair in zip(base, new, strict=True)])
-    ours = [math.log(primary(result.operations[name])) for result in base]
-    theirs = [math.log(primary(result.operations[name])) for result in new]
-    return unpaired(ours, theirs)
+        pairs = zip(base, new, strict=True)
+        return paired([_log_ratio(name, *pair) for pair in pairs])
+    old, changed = (
+        [math.log(result.operations[name].p50_s) for result in side]
+        for side in (base, new)
+    )
+    return unpaired(old, changed)
 
 
-def _gap(name: str, base: Result, new: Result) -> float:
-    """Return the logarithm of how many times as long a pair's new run took.
+def _log_ratio(name: str, base: Result, new: Result) -> float:
+    """Return the logarithm of new duration over base duration of one pair.
 
-    Where the two took turns, each turn of one is held against the same requests' turn
-    of the other, and the middle one counts.
+    For interleaved runs, the median over the pairs of turns with equal requests.
     """
     turns = zip(base.turns.get(name, ()), new.turns.get(name, ()), strict=False)
-    gaps = [math.log(theirs / ours) for ours, theirs in turns if ours and theirs]
-    if gaps:
-        return _median(gaps)
-    ours, theirs = primary(base.operations[name]), primary(new.operations[name])
-    return math.log(theirs / ours)
-
-
-def primary(latency: Latency) -> float:
-    """Return the one figure of an operation that is judged."""
-    return float(getattr(latency, PRIMARY))
+    ratios = [
+        math.log(slower / faster) for faster, slower in turns if faster and slower
+    ]
+    if ratios:
+        return _median(ratios)
+    return math.log(new.operations[name].p50_s / base.operations[name].p50_s)
 
 
 def _in_pairs(base: Sequence[Result], new: Sequence[Result]) -> bool:
-    """Say whether every run has its pair in the same comparison."""
-    ours, theirs = _places(base), _places(new)
-    return ours == theirs and len(ours) == len(base) == len(new)
+    """Return whether every run has its pair in the same comparison."""
+    numbers = _pair_numbers(base)
+    return numbers == _pair_numbers(new) and len(numbers) == len(base) == len(new)
 
 
-def _places(results: Sequence[Result]) -> set[tuple[str, int]]:
-    places = (result.repetition for result in results)
-    return {(place.comparison, place.number) for place in places if place}
+def _pair_numbers(results: Sequence[Result]) -> set[tuple[str, int]]:
+    repetitions = (result.repetition for result in results)
+    return {(one.comparison, one.number) for one in repetitions if one}
 
 
 def _by_number(results: Sequence[Result]) -> list[Result]:

@@ -1,4 +1,4 @@
-"""What a comparison must not show: rules such as `worse,lookup>5%`."""
+"""Rules that define a regression, such as `worse,lookup>5%`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare.comparison import Comparison, CountVerdict
+from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.compare.significance import Verdict
 
 DEFAULT = "worse,counts"
 HELP = (
-    "what is a regression, comma-separated: `worse` (a timing judged so), `counts` "
-    "(one that is worse or, in one scenario, differs), `OPERATION>N%` (judged worse, "
-    "and by more than that)"
+    "comma-separated rules for a regression: `worse` (a timing is significantly "
+    "worse), `counts` (a count is worse or, with equal settings, differs), "
+    "`OPERATION>N%` (significantly worse, by more than N %)"
 )
 _MORE_THAN = re.compile(r"\s*([a-z_0-9]+)\s*>\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -27,22 +27,22 @@ class _FailRule:
 
 
 class FailRules:
-    """Rules, checked when made; `broken` applies them."""
+    """Rules of one `--fail-on` expression, checked at construction."""
 
     def __init__(self, expression: str) -> None:
-        parts = [part.strip() for part in expression.split(",")]
-        self._rules = [_rule(part) for part in parts if part]
+        rules = [rule.strip() for rule in expression.split(",")]
+        self._rules = [_parse(rule) for rule in rules if rule]
 
-    def broken(self, comparison: Comparison) -> list[str]:
-        """Say what the comparison shows that it must not; nothing: it passes.
+    def find_regressions(self, comparison: Comparison) -> list[str]:
+        """Return one line per regression; empty if the comparison passes.
 
         Raises:
             SetupError: a rule names an operation that was not compared.
         """
-        return [line for rule in self._rules for line in _broken(rule, comparison)]
+        return [line for rule in self._rules for line in _apply(rule, comparison)]
 
 
-def _rule(text: str) -> _FailRule:
+def _parse(text: str) -> _FailRule:
     if text in ("worse", "counts"):
         return _FailRule(text)
     match = _MORE_THAN.fullmatch(text)
@@ -51,30 +51,17 @@ def _rule(text: str) -> _FailRule:
     return _FailRule(text, match[1], 1 + float(match[2]) / 100)
 
 
-def _broken(rule: _FailRule, comparison: Comparison) -> Iterator[str]:
+def _apply(rule: _FailRule, comparison: Comparison) -> Iterator[str]:
     if rule.text == "counts":
-        yield from _counts(comparison)
+        for name, count in comparison.counts.items():
+            if count.verdict in comparison.failing_verdicts:
+                yield f"{name}: {count.text}"
         return
     known = ", ".join(comparison.timings)
     if rule.operation is not None and rule.operation not in comparison.timings:
-        raise SetupError(f"--fail-on {rule.text}: operations are {known}")
+        raise SetupError(f"--fail-on {rule.text}: unknown operation; known are {known}")
     for name, timing in comparison.timings.items():
         effect = timing.effect
-        asked = rule.operation in (None, name)
-        if asked and effect.verdict is Verdict.WORSE and effect.ratio > rule.ratio:
+        applies = rule.operation in (None, name)
+        if applies and effect.verdict is Verdict.WORSE and effect.ratio > rule.ratio:
             yield f"{name} takes {effect.ratio:.2f} times as long"
-
-
-def _counts(comparison: Comparison) -> Iterator[str]:
-    """Other settings or another system may well store other amounts."""
-    failing = {CountVerdict.WORSE}
-    if not comparison.settings:
-        failing.add(CountVerdict.DIFFERS)
-    for name, count in comparison.counts.items():
-        if count.verdict in failing:
-            yield f"{name} went from {span(*count.base)} to {span(*count.new)}"
-
-
-def span(low: int, high: int) -> str:
-    """Write a count, or the range that it varies in."""
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

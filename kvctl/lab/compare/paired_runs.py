@@ -1,4 +1,4 @@
-"""Two sides played in pairs on one machine, so that what happens to it hits both."""
+"""Paired runs of two sides on one machine, interleaved where possible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE, NEW = "base", "new"
 EXIT_WRONG_USE = 2
 EXITS_INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 END_S = 20.0
-"""For a run that is not wanted any more to end what it has started."""
+"""Time for a cancelled run to stop its own processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,16 @@ class Pair:
 
 @dataclass(slots=True)
 class PairedRuns:
-    """Pairs of runs; each run is saved in its side's folder once its pair has ended."""
+    """A number of pairs; the runs of a complete pair are saved in a folder per side."""
 
     labels: tuple[str, str]
     folder: Path
-    play: Callable[[int], Pair]
-    """Plays the pair of this number."""
+    run_pair: Callable[[int], Pair]
+    """Runs the pair of this number, from 0."""
     name: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def run(self, num_pairs: int) -> Comparison:
-        """Play and judge; an interrupted pair ends it and is left out.
+        """Run all pairs and compare them; stop at an interrupted pair and omit it.
 
         Raises:
             SetupError: interrupted before one pair was complete.
@@ -56,18 +56,18 @@ class PairedRuns:
         new: list[Result] = []
         for number in range(num_pairs):
             try:
-                pair = self.play(number)
+                pair = self.run_pair(number)
             except KeyboardInterrupt:
                 break
             if pair.base.interrupted or pair.new.interrupted:
                 break
-            base.append(self._keep(pair.base, BASE, number))
-            new.append(self._keep(pair.new, NEW, number))
+            base.append(self._save(pair.base, BASE, number))
+            new.append(self._save(pair.new, NEW, number))
         if not new:
             raise SetupError("interrupted before both sides had a run")
         return compare(base, new, self.labels)
 
-    def _keep(self, result: Result, side: str, number: int) -> Result:
+    def _save(self, result: Result, side: str, number: int) -> Result:
         result = replace(result, repetition=Repetition(self.name, side, number))
         result.save(self.folder / side)
         return result
@@ -75,18 +75,18 @@ class PairedRuns:
 
 @dataclass(frozen=True, slots=True)
 class CommandRun:
-    """A run of one side under way; it saves its result in an empty folder."""
+    """A running process of one side, which saves its result in an empty folder."""
 
     process: subprocess.Popen[bytes]
     folder: Path
     log: Path
-    """What it says on stderr."""
+    """Receives stderr."""
 
     def result(self) -> Result:
-        """Wait for its end and read what it saved; one with problems has saved, too.
+        """Wait for the process and read its result, including one with problems.
 
         Raises:
-            SetupError: it could not begin; in its own words.
+            SetupError: the run could not start; with the last line of its stderr.
             KeyboardInterrupt: it was interrupted before its load began.
         """
         code = self.process.wait()
@@ -94,13 +94,13 @@ class CommandRun:
             raise KeyboardInterrupt
         files = list(self.folder.glob("*.json"))
         if code == EXIT_WRONG_USE or len(files) != 1:
-            words = self.log.read_text(errors="replace").strip().splitlines()
-            said = words[-1] if words else f"exit code {code}"
-            raise SetupError(said.removeprefix("kvctl: "))
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {code}"
+            raise SetupError(reason.removeprefix("kvctl: "))
         return read(files[0])
 
-    def end(self) -> None:
-        """End it, and with it what it has started."""
+    def stop(self) -> None:
+        """Stop the process and the processes it started."""
         self.process.terminate()
         try:
             self.process.wait(END_S)
@@ -111,22 +111,22 @@ class CommandRun:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How a run of one side is started: `kvctl bench run` of some installation."""
+    """The `kvctl bench run` command of one side and installation."""
 
     python: str
     arguments: Sequence[str]
-    """Scenario and flags, without --out."""
+    """Scenario and flags without --out."""
     cwd: Path | None = None
 
     def start(self, folder: Path, *more: str) -> CommandRun:
         """Start a run that saves its result in a folder."""
         command = [self.python, "-m", "kvctl", "bench", "run", *self.arguments, *more]
         log = folder.with_suffix(".log")
-        with log.open("wb") as said:
+        with log.open("wb") as stderr:
             process = subprocess.Popen(
                 [*command, "--out", str(folder)],
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=stderr,
                 cwd=self.cwd,
                 start_new_session=True,
             )
@@ -135,11 +135,10 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class InterleavedRuns:
-    """Plays pairs of two commands.
+    """Runs pairs of two commands: concurrently, in turns, or one after the other.
 
-    Where they can, both run at once and take turns; else one after the other. Which
-    side begins changes from pair to pair, and so no side is always the one that finds
-    the machine warm.
+    The first side alternates from pair to pair, so that neither always finds caches
+    warm.
     """
 
     base: Command
@@ -147,41 +146,32 @@ class InterleavedRuns:
     in_turns: bool
 
     def __call__(self, number: int) -> Pair:
-        """Play a pair.
+        """Run a pair.
 
         Raises:
-            SetupError: a run could not begin; in its own words.
-            KeyboardInterrupt: a signal came before the load began.
+            SetupError: a run could not start; with the last line of its stderr.
+            KeyboardInterrupt: a signal was received before the load began.
         """
         order = (BASE, NEW) if number % 2 == 0 else (NEW, BASE)
-        with tempfile.TemporaryDirectory(prefix="kvlab-") as folder, _passed_on() as on:
-            play = self._at_once if self.in_turns else self._one_by_one
-            found = play(order, Path(folder), on)
+        commands = {BASE: self.base, NEW: self.new}
+        with (
+            tempfile.TemporaryDirectory(prefix="kvlab-") as name,
+            _forwarded_signals() as runs,
+        ):
+            folder, found = Path(name), {}
+            for side, place in zip(order, (FIRST, SECOND), strict=True):
+                turns = ("--turns", f"{place}:{folder / 'turns'}")
+                flags = turns if self.in_turns else ()
+                runs.append(commands[side].start(folder / side, *flags))
+                if not self.in_turns:
+                    found[side] = runs[-1].result()
+            if self.in_turns:  # If one cannot start, the other must not wait for it.
+                found = {run.folder.name: run.result() for run in _by_end(runs)}
             return Pair(found[BASE], found[NEW])
 
-    def _at_once(
-        self, order: Sequence[str], folder: Path, on: list[CommandRun]
-    ) -> dict[str, Result]:
-        """Let them meet; one that cannot begin is not waited for by the other."""
-        for side, place in zip(order, (FIRST, SECOND), strict=True):
-            turns = f"{place}:{folder / 'turns'}"
-            on.append(self._of(side).start(folder / side, "--turns", turns))
-        return {run.folder.name: run.result() for run in _as_they_end(on)}
 
-    def _one_by_one(
-        self, order: Sequence[str], folder: Path, on: list[CommandRun]
-    ) -> dict[str, Result]:
-        found = {}
-        for side in order:
-            on.append(run := self._of(side).start(folder / side))
-            found[side] = run.result()
-        return found
-
-    def _of(self, side: str) -> Command:
-        return self.base if side == BASE else self.new
-
-
-def _as_they_end(runs: Sequence[CommandRun]) -> Iterator[CommandRun]:
+def _by_end(runs: Sequence[CommandRun]) -> Iterator[CommandRun]:
+    """Yield runs in the order in which they end."""
     with ExitStack() as stack:
         left: dict[int, CommandRun] = {}
         for run in runs:
@@ -189,14 +179,14 @@ def _as_they_end(runs: Sequence[CommandRun]) -> Iterator[CommandRun]:
             stack.callback(os.close, ended)
             left[ended] = run
         while left:
-            over = wait(list(left))
-            for ended in [one for one in left if one in over]:
+            ready = wait(list(left))
+            for ended in [one for one in left if one in ready]:
                 yield left.pop(ended)
 
 
 @contextmanager
-def _passed_on() -> Iterator[list[CommandRun]]:
-    """Pass signals on to the runs in a list; end what is left of them after all."""
+def _forwarded_signals() -> Iterator[list[CommandRun]]:
+    """Yield a list of runs; forward signals to them and stop them at the end."""
     runs: list[CommandRun] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -210,6 +200,6 @@ def _passed_on() -> Iterator[list[CommandRun]]:
         yield runs
     finally:
         for run in runs:
-            run.end()
+            run.stop()
         for number, handler in before.items():
             signal.signal(number, handler)

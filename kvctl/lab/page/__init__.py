@@ -1,1 +1,1 @@
-"""One self-contained HTML page of results: what it says, and how it is drawn."""
+"""A self-contained HTML page of results."""

@@ -1,4 +1,4 @@
-"""The sections of a page, each a piece of HTML."""
+"""The sections of a page as HTML."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from kvctl.lab.compare.comparison import (
     Timing,
     flatten,
 )
-from kvctl.lab.compare.conclusions import bounds, change, spans, words
 from kvctl.lab.compare.significance import Verdict
 from kvctl.lab.config.scenario import Scenario
 from kvctl.lab.page import svg
-from kvctl.lab.page.run_group import RunGroup
-from kvctl.lab.results.ceiling_shares import reached
+from kvctl.lab.report.comparison_report import (
+    format_change,
+    format_interval,
+    words,
+)
+from kvctl.lab.report.result_collection import RunGroup
+from kvctl.lab.report.result_tables import list_ceiling_shares
 from kvctl.lab.results.result import Result
 
 SMALLEST_REACH = 1.25
-"""An interval's drawing reaches at least from a fifth faster to a fourth slower."""
+"""The smallest range of an interval plot: 1/1.25 to 1.25 times the base."""
 LARGEST_REACH = 4.0
 
 VERDICT_STYLES = {
@@ -44,19 +48,19 @@ COUNT_STYLES = {
 
 
 def section(title: str, note: str, *inner: str) -> str:
-    """Put pieces under a heading; nothing where there are none."""
+    """Return HTML under a heading; empty without any."""
     body = "".join(inner)
-    said = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>" if body else ""
+    lead = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>" if body else ""
 
 
 def chip(text: str, style: str = "") -> str:
-    """Draw a word in a box."""
+    """Return a word in a box."""
     return f'<span class="chip {style}">{escape(text)}</span>'
 
 
 def legend(sides: Sequence[RunGroup]) -> str:
-    """Name the colours; nothing where there is one."""
+    """Return the legend of colours; empty for one side."""
     if len(sides) < 2:
         return ""
     items = (
@@ -70,10 +74,10 @@ def legend(sides: Sequence[RunGroup]) -> str:
 
 
 def tiles(sides: Sequence[RunGroup]) -> str:
-    """Draw the few figures that a reader looks for first."""
-    results = [side.typical for side in sides]
+    """Return the main figures."""
+    results = [side.median_run for side in sides]
     rates = [
-        ("requests a second", [f"{r.throughput.requests_per_s:,.3g}" for r in results]),
+        ("requests/s", [f"{r.throughput.requests_per_s:,.3g}" for r in results]),
         ("tokens from the cache", [f"{r.hit_rates.by_token:.1%}" for r in results]),
         (
             "wrong bytes, errors",
@@ -81,7 +85,8 @@ def tiles(sides: Sequence[RunGroup]) -> str:
         ),
     ]
     more = {
-        "tokens from the cache": f"endless: {results[0].hit_rates.ideal_by_token:.1%}",
+        "tokens from the cache": "infinite cache: "
+        f"{results[0].hit_rates.ideal_by_token:.1%}",
         "wrong bytes, errors": (
             f"in {results[0].counts.retrieved_bytes / 1e9:,.2f} GB, "
             f"{results[0].counts.requests:,} requests"
@@ -102,9 +107,9 @@ def _tile(name: str, values: Sequence[str], more: str) -> str:
         f'<div class="value">{"" if same else _mark(place)}{escape(value)}</div>'
         for place, value in enumerate(values[:1] if same else values)
     )
-    said = f'<div class="more">{escape(more)}</div>' if more else ""
+    detail = f'<div class="more">{escape(more)}</div>' if more else ""
     head = f'<div class="name">{escape(name)}</div>'
-    return f'<div class="tile">{head}{lines}{said}</div>'
+    return f'<div class="tile">{head}{lines}{detail}</div>'
 
 
 def _mark(place: int) -> str:
@@ -123,7 +128,7 @@ def _tails(results: Sequence[Result], name: str) -> str:
 
 
 def timings(comparison: Comparison) -> str:
-    """Draw what is judged of each operation."""
+    """Return the tested timings, with intervals drawn."""
     if not comparison.timings:
         return ""
     reach = _reach(comparison)
@@ -167,26 +172,27 @@ def _timing(name: str, timing: Timing, reach: float, of: Comparison) -> str:
         f"<tr><td><b>{escape(name)}</b></td>"
         f'<td class="number" data-label="{base}">{duration(timing.base_s)}</td>'
         f'<td class="number" data-label="{new}">{duration(timing.new_s)}</td>'
-        f'<td class="number" title="{bounds(timing)}">{change(timing)}</td>'
+        f'<td class="number" title="{format_interval(timing)}">'
+        f"{format_change(timing)}</td>"
         f"<td>{drawn}</td><td>{chip(word, chip_style)}</td></tr>"
     )
 
 
 def counts(comparison: Comparison) -> str:
-    """List what is counted: what is unlike, and folded, what is the same."""
+    """Return counts that differ and, folded, those that are equal."""
     same = {
         k: v for k, v in comparison.counts.items() if v.verdict is CountVerdict.SAME
     }
-    unlike = {k: v for k, v in comparison.counts.items() if k not in same}
-    said = f"{len(same)} of {len(comparison.counts)} are exactly the same"
-    folded = f"<details><summary>{said}</summary>{_counts(same)}</details>"
-    return (_counts(unlike) if unlike else "") + (folded if same else "")
+    unequal = {k: v for k, v in comparison.counts.items() if k not in same}
+    summary = f"{len(same)} of {len(comparison.counts)} are equal"
+    folded = f"<details><summary>{summary}</summary>{_counts(same)}</details>"
+    return (_counts(unequal) if unequal else "") + (folded if same else "")
 
 
 def _counts(counts: Mapping[str, Count]) -> str:
     rows = "".join(
         f"<tr><td>{escape(words(name))}</td>"
-        f'<td class="number">{escape(spans(count))}</td>'
+        f'<td class="number">{escape(count.text)}</td>'
         f'<td class="number">{chip(count.verdict, COUNT_STYLES[count.verdict])}'
         "</td></tr>"
         for name, count in counts.items()
@@ -194,17 +200,17 @@ def _counts(counts: Mapping[str, Count]) -> str:
     return f'<div class="box"><table class="counts"><tbody>{rows}</tbody></table></div>'
 
 
-# -- where tokens came from, and how near to the limit ----------------------------
+# -- sources of tokens, and ceilings ----------------------------------------------
 
 
 def sources(sides: Sequence[RunGroup]) -> str:
-    """Draw where prompts' tokens came from."""
+    """Return bars of the sources of prompt tokens."""
     rows = "".join(_sources(side, alone=len(sides) == 1) for side in sides)
     return f'<div class="box bars">{rows}</div>'
 
 
 def _sources(side: RunGroup, *, alone: bool) -> str:
-    result = side.typical
+    result = side.median_run
     counts = result.counts
     total = max(1, counts.tokens)
     cached = counts.tokens_hit / total
@@ -217,14 +223,14 @@ def _sources(side: RunGroup, *, alone: bool) -> str:
         for style, name, share in (
             (colour, "from memory", cached - beneath),
             (f"{colour} middle", "from tiers", beneath),
-            (f"{colour} weak", "seen before, and gone", lost),
+            (f"{colour} weak", "seen before, evicted", lost),
         )
         if share
     )
     label = "all tokens" if alone else side.label
     named = [f"{one.name} {one.hit_rate:.1%}" for one in result.tiers]
-    said = "".join(f", {escape(one)}" for one in (*named, f"{lost:.1%} lost"))
-    return _bar(label, fills, f"<b>{cached:.1%}</b>{said}")
+    rest = "".join(f", {escape(one)}" for one in (*named, f"{lost:.1%} evicted"))
+    return _bar(label, fills, f"<b>{cached:.1%}</b>{rest}")
 
 
 def _bar(label: str, fills: str, figure: str) -> str:
@@ -235,18 +241,18 @@ def _bar(label: str, fills: str, figure: str) -> str:
 
 
 def ceilings(sides: Sequence[RunGroup]) -> str:
-    """Draw what calls reached of what the machine could."""
+    """Return bars of the share of each ceiling."""
     rows = [row for side in sides for row in _ceilings(side, several=len(sides) > 1)]
     return f'<div class="box bars">{"".join(rows)}</div>' if rows else ""
 
 
 def _ceilings(side: RunGroup, *, several: bool) -> Iterator[str]:
-    for one in reached(side.typical):
+    for one in list_ceiling_shares(side.median_run):
         label = f"{side.label}: {one.name}" if several else one.name
         width = f"{min(1.0, one.share):.2%}"
         fill = f'<div class="fill side{side.place}" style="width:{width}"></div>'
         yield _bar(
-            label, fill, f"<b>{one.share:.0%}</b>: {one.figure}, limit {one.limit}"
+            label, fill, f"<b>{one.share:.0%}</b>: {one.figure}, ceiling {one.ceiling}"
         )
 
 
@@ -254,7 +260,7 @@ def _ceilings(side: RunGroup, *, several: bool) -> Iterator[str]:
 
 
 def table(part: Table) -> str:
-    """Draw a table of the terminal."""
+    """Return a table of the terminal report as HTML."""
     styles = ["number" if name.startswith(">") else "" for name in part.columns]
     heads = "".join(
         f'<th class="{style}">{escape(name.removeprefix(">"))}</th>'
@@ -277,24 +283,24 @@ def table(part: Table) -> str:
 
 
 def settings(sides: Sequence[RunGroup]) -> str:
-    """List the scenario's keys, what the sides do not share first; defaults folded."""
-    first = sides[0].typical.scenario
+    """Return the scenario's keys, unequal ones first; defaults folded."""
+    first = sides[0].median_run.scenario
     plain = _flat(Scenario(first.model, first.workload))
-    asked = [_flat(side.typical.scenario) for side in sides]
-    usual = {
+    given = [_flat(side.median_run.scenario) for side in sides]
+    defaults = {
         key
         for key, value in plain.items()
         if key.partition(".")[0] not in ("model", "workload")
-        and all(column.get(key) == value for column in asked)
+        and all(column.get(key) == value for column in given)
     }
     chosen = [
-        {key: value for key, value in column.items() if key not in usual}
-        | {"seed": side.typical.seed}
-        for column, side in zip(asked, sides, strict=True)
+        {key: value for key, value in column.items() if key not in defaults}
+        | {"seed": side.median_run.seed}
+        for column, side in zip(given, sides, strict=True)
     ]
-    said = f"{len(usual)} more have their defaults"
-    folded = _keys([{key: value for key, value in plain.items() if key in usual}])
-    return _keys(chosen) + f"<details><summary>{said}</summary>{folded}</details>"
+    summary = f"{len(defaults)} keys have their defaults"
+    folded = _keys([{key: value for key, value in plain.items() if key in defaults}])
+    return _keys(chosen) + f"<details><summary>{summary}</summary>{folded}</details>"
 
 
 def _flat(scenario: Scenario) -> dict[str, object]:
@@ -302,10 +308,10 @@ def _flat(scenario: Scenario) -> dict[str, object]:
 
 
 def environment(sides: Sequence[RunGroup]) -> str:
-    """List the machine and the versions."""
+    """Return the machine and the versions."""
     found = []
     for side in sides:
-        one = side.typical
+        one = side.median_run
         row = dict(flatten(msgspec.to_builtins(one.environment)))
         row |= {"system": f"{one.system.name} {one.system.version}".strip()}
         row |= {"started": one.started, "runs": len(side.results)}
@@ -321,8 +327,8 @@ def _written(value: object) -> str:
 
 def _keys(columns: Sequence[dict[str, object]]) -> str:
     keys = list(dict.fromkeys(key for column in columns for key in column))
-    alike: list[str] = []
-    unlike: list[str] = []
+    equal: list[str] = []
+    unequal: list[str] = []
     for key in keys:
         values = [_written(column.get(key)) for column in columns]
         if set(values) <= {"-", "{}"}:
@@ -330,6 +336,6 @@ def _keys(columns: Sequence[dict[str, object]]) -> str:
         same = len(set(values)) == 1
         cells = "<br>".join(escape(value) for value in (values[:1] if same else values))
         row = f'<td class="key">{escape(key)}</td><td class="key">{cells}</td>'
-        (alike if same else unlike).append(f"<tr>{row}</tr>")
-    body = "".join(unlike + alike)
+        (equal if same else unequal).append(f"<tr>{row}</tr>")
+    body = "".join(unequal + equal)
     return f'<div class="box"><table class="keys"><tbody>{body}</tbody></table></div>'

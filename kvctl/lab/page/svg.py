@@ -1,6 +1,6 @@
-"""Plots as inline SVG, in the colours that the page's style gives its classes.
+"""Plots as inline SVG; the page's style sheet sets the colours of the classes.
 
-They are drawn about as wide as a phone shows them, so that text keeps its size there.
+Plots are about as wide as a phone's screen, so that text keeps its size there.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ NUM_TICKS = 4
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One point of a line, and what it says when pointed at."""
+    """One point of a line, with its tooltip."""
 
     x: float
     y: float
-    says: str = ""
+    tooltip: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line; `side` picks its colour, a dashed one is a bound and not a figure."""
+    """One line; `side` selects its colour, and a dashed line is a bound."""
 
     label: str
     points: Sequence[Point]
     side: int = 0
     dashed: bool = False
     reach: float = math.inf
-    """Points farther apart than this are not joined: nothing is known between."""
+    """Points farther apart than this are not joined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A span of the x axis in which something was the case."""
+    """A shaded span of the x axis, with its tooltip."""
 
     start: float
     end: float
-    says: str
+    tooltip: str
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A place on an axis and what is written there."""
+    """A position on an axis and its label."""
 
     value: float
     text: str
@@ -55,7 +55,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A range of values, its ticks, and how a value finds its share of the way."""
+    """A range of values, its ticks, and its scale function."""
 
     low: float
     high: float
@@ -63,7 +63,7 @@ class Axis:
     scale: Callable[[float], float] = field(default=float)
 
     def share(self, value: float) -> float:
-        """Return where a value lies: 0 at the low end, 1 at the high one."""
+        """Return the position of a value: 0 at the low end, 1 at the high end."""
         low, high = self.scale(self.low), self.scale(self.high)
         if high == low:
             return 0.5
@@ -71,7 +71,7 @@ class Axis:
 
 
 def linear(values: Sequence[float], write: Callable[[float], str]) -> Axis:
-    """Make an axis from zero up, with round ticks."""
+    """Return an axis from zero, with round ticks."""
     top = max(values, default=0.0) or 1.0
     step = _round_step(top / NUM_TICKS)
     count = math.ceil(top / step - 1e-9)
@@ -85,9 +85,9 @@ def _round_step(about: float) -> float:
 
 
 def logarithmic(values: Sequence[float], write: Callable[[float], str]) -> Axis:
-    """Make an axis of positive values, with a tick at each power of ten in reach.
+    """Return a logarithmic axis with ticks at powers of ten.
 
-    Where there are fewer than two, it has ticks at 2 and 5 as well.
+    With fewer than two of these, 2 and 5 times each power have ticks as well.
     """
     positive = [value for value in values if value > 0] or [1.0]
     low, high = min(positive) / 1.1, max(positive) * 1.1
@@ -104,7 +104,7 @@ def logarithmic(values: Sequence[float], write: Callable[[float], str]) -> Axis:
 def lines(
     title: str, drawn: Sequence[Line], x: Axis, y: Axis, bands: Sequence[Band] = ()
 ) -> str:
-    """Draw lines over a grid of the y axis, and over bands."""
+    """Return lines over a grid of the y axis and over bands."""
     parts = [
         *(_band(band, x) for band in bands),
         *_grid(x, y),
@@ -118,7 +118,7 @@ def _band(band: Band, x: Axis) -> str:
     return (
         f'<rect class="band" x="{left:.1f}" width="{max(2.0, right - left):.1f}" '
         f'y="{TOP}" height="{HEIGHT - TOP - BOTTOM}">'
-        f"<title>{escape(band.says)}</title></rect>"
+        f"<title>{escape(band.tooltip)}</title></rect>"
     )
 
 
@@ -155,7 +155,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _line(line: Line, x: Axis, y: Axis) -> str:
-    places = [(_at_x(x, one.x), _at_y(y, one.y), one.says) for one in line.points]
+    places = [(_at_x(x, one.x), _at_y(y, one.y), one.tooltip) for one in line.points]
     paths = [""]
     for number, (px, py, _) in enumerate(places):
         if number and line.points[number].x - line.points[number - 1].x > line.reach:
@@ -165,9 +165,9 @@ def _line(line: Line, x: Axis, y: Axis) -> str:
     style = f"side{line.side}" + (" dashed" if line.dashed else "")
     dots = "".join(
         f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="5">'
-        f"<title>{escape(says)}</title></circle>"
-        for px, py, says in places
-        if says
+        f"<title>{escape(tooltip)}</title></circle>"
+        for px, py, tooltip in places
+        if tooltip
     )
     return f'<g class="{style}">{drawn}{dots}</g>'
 
@@ -175,9 +175,9 @@ def _line(line: Line, x: Axis, y: Axis) -> str:
 def interval(
     ratio: float, low: float | None, high: float | None, reach: float, style: str
 ) -> str:
-    """Draw an estimate between its bounds, one the middle, `reach` times either end.
+    """Return an estimate between its bounds, from 1/`reach` to `reach`.
 
-    Without bounds, from too few runs, the whole width is possible.
+    Without bounds (too few runs), the interval spans the whole width.
     """
     width, height, middle = 220, 24, 12
 
@@ -186,11 +186,11 @@ def interval(
         return width / 2 * (1 + 0.96 * math.log(bounded) / math.log(reach))
 
     known = low is not None and high is not None
-    says = f"{low:.3f} to {high:.3f} times as long" if known else "too few runs"
+    tooltip = f"{low:.3f} to {high:.3f} times as long" if known else "too few runs"
     left, right = at(low or 1 / reach), at(high or reach)
     return (
         f'<svg class="interval" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{says}"><title>{says}</title>'
+        f'aria-label="{tooltip}"><title>{tooltip}</title>'
         f'<line class="zero" x1="{width / 2}" x2="{width / 2}" y1="0" y2="{height}"/>'
         f'<line class="grid" x1="0" x2="{width}" {_same_y(middle)}/>'
         f'<g class="{style}{"" if known else " unknown"}">'

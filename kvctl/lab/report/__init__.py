@@ -1,1 +1,1 @@
-"""A result as tables, and in a sentence."""
+"""Results and comparisons as sentences, tables, Markdown and JUnit XML."""

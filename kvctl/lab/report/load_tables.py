@@ -1,4 +1,4 @@
-"""What a load came to, as tables."""
+"""The report of a load as tables and lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kvctl.lab.run.fault_injection import FaultReport
 NOTHING = "-"
 
 
-def parts(load: LoadReport) -> Iterator[Table | str]:
-    """Render what there is to say beside counts and latencies."""
+def build_tables(load: LoadReport) -> Iterator[Table | str]:
+    """Yield tables and lines beside counts and latencies."""
     yield from _sentences(load)
     if load.steps:
         yield _steps(load.steps)
@@ -27,12 +27,12 @@ def parts(load: LoadReport) -> Iterator[Table | str]:
 def _sentences(load: LoadReport) -> Iterator[str]:
     if load.offered_per_s is not None:
         yield (
-            f"{load.offered_per_s:,.1f} requests/s due, {load.done_per_s:,.1f} done "
-            f"by all; the generator lagged {_pair(load.lag)}, requests waited for a "
-            f"slot {_pair(load.waited)} (p50, p99)"
+            f"{load.offered_per_s:,.1f} requests/s offered, {load.done_per_s:,.1f} "
+            f"completed; generator lag {_pair(load.lag)}, wait for a slot "
+            f"{_pair(load.waited)} (p50, p99)"
         )
     if load.generator_bound:
-        yield "the generator was the bottleneck: its lag is no small part of a request"
+        yield "the load generator was the bottleneck: it lagged behind due times"
     if load.warm_ups or load.aborted or load.preemptions:
         yield (
             f"warm-up {load.warm_ups:,} requests, aborted {load.aborted:,}, "
@@ -50,18 +50,18 @@ def _sentences(load: LoadReport) -> Iterator[str]:
         yield (
             f"{hits.num_sessions:,} sessions: hit rate p10 {hits.p10:.3f}, p50 "
             f"{hits.p50:.3f}, p90 {hits.p90:.3f}; first requests "
-            f"{hits.first_requests:.3f}, later ones {hits.later_requests:.3f}"
+            f"{hits.first_requests:.3f}, later requests {hits.later_requests:.3f}"
         )
     if load.steps:
         yield (
-            "the first step was already too fast"
+            "saturated at the first step"
             if load.saturated_at is None and not load.steps[0].kept_up
             else f"saturates above {load.saturated_at:,.1f} requests/s"
             if load.saturated_at is not None
-            else "never saturated: more steps, or a longer workload"
+            else "not saturated: add steps, or a longer workload"
         )
     if load.fairness is not None:
-        yield f"fairness of hit rates among engines (Jain) {load.fairness:.3f}"
+        yield f"fairness of hit rates over engines (Jain's index) {load.fairness:.3f}"
 
 
 def _pair(latency: Latency | None) -> str:
@@ -86,7 +86,15 @@ def _steps(steps: tuple[SweepStep, ...]) -> Table:
         )
         for step in steps
     )
-    columns = (">due/s", ">requests", ">in time", ">p50", ">p99", ">good", "kept up")
+    columns = (
+        ">offered/s",
+        ">requests",
+        ">in time",
+        ">p50",
+        ">p99",
+        ">goodput",
+        "kept up",
+    )
     return Table("sweep", columns, rows)
 
 
@@ -132,9 +140,18 @@ def _faults(faults: tuple[FaultReport, ...]) -> Table:
         )
         for one in faults
     )
-    after = (">back", ">noticed", ">recovered", ">failed", ">slowed", ">hits before")
+    after = (
+        ">back",
+        ">detected",
+        ">recovered",
+        ">failed",
+        ">slowed",
+        ">hit rate before",
+    )
     return Table(
-        "faults; times after each struck", ("fault", ">at", *after, ">during"), rows
+        "faults; times since each was injected",
+        ("fault", ">at", *after, ">during"),
+        rows,
     )
 
 
@@ -143,7 +160,7 @@ def _rate(value: float | None) -> str:
 
 
 def fault_name(fault: Fault) -> str:
-    """Say what happened to whom."""
+    """Return a fault's action and target."""
     if fault.target == "worker":
         return f"{fault.action} rank {fault.rank} of engine {fault.engine}"
     return f"{fault.action} {fault.service or fault.target}"

@@ -1,1 +1,1 @@
-"""From what was measured to a result."""
+"""Results of runs: the saved format, and how it is computed from measurements."""

@@ -1,4 +1,4 @@
-"""What a load came to: rates, lag, goodput, sessions, steps, tenants, faults."""
+"""Report of a load: rates, lag, goodput, sessions, sweep steps, tenants, faults."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kvctl.lab.run.fault_injection import FaultReport, InjectedFault, describe
 
 NOTABLE_LAG_S = 0.001
 NOTABLE_LAG_SHARE = 0.1
-"""Of the median request: one that is later than both for a tenth of the requests
-limits a run itself."""
+"""Share of the median request. A generator whose p90 lag exceeds both limits is the
+bottleneck of its run."""
 
 
 class Goodput(msgspec.Struct, frozen=True):
-    """Requests that met the scenario's limits of time."""
+    """Requests within the latency limits of the scenario."""
 
     requests: int
     share: float
@@ -31,29 +31,31 @@ class Goodput(msgspec.Struct, frozen=True):
 
 
 class SessionHits(msgspec.Struct, frozen=True):
-    """Token hit rates of sessions: what users see, not a mean over tokens."""
+    """Token hit rates over sessions."""
 
     num_sessions: int
     p10: float
     p50: float
     p90: float
     first_requests: Annotated[float, Meta(description="hit rate of first requests")]
-    later_requests: Annotated[float, Meta(description="of all after a session's first")]
+    later_requests: Annotated[float, Meta(description="hit rate of all other requests")]
 
 
 class SweepStep(msgspec.Struct, frozen=True):
     """One step of a sweep."""
 
-    rate: Annotated[float, Meta(description="requests due a second")]
+    rate: Annotated[float, Meta(description="offered requests per second")]
     requests: int
-    done_in_time: Annotated[float, Meta(description="share, by the step's end")]
+    done_in_time: Annotated[
+        float, Meta(description="share completed by the end of the step")
+    ]
     request: Latency | None
     goodput: Goodput | None
     kept_up: bool
 
 
 class TenantReport(msgspec.Struct, frozen=True):
-    """One tenant's part."""
+    """Report of one tenant."""
 
     name: str
     requests: int
@@ -64,7 +66,7 @@ class TenantReport(msgspec.Struct, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """A load as its journal tells it, warm-up left out."""
+    """Report of a load without its warm-up."""
 
     requests: int
     failed: int
@@ -72,29 +74,27 @@ class LoadReport(msgspec.Struct, frozen=True):
     preemptions: int
     warm_ups: int
     offered_per_s: Annotated[
-        float | None, Meta(description="requests due a second; none in a closed loop")
+        float | None, Meta(description="requests per second; none in a closed loop")
     ]
     done_per_s: float
-    lag: Annotated[
-        Latency | None, Meta(description="the generator's own, of due requests")
-    ]
+    lag: Annotated[Latency | None, Meta(description="delay of the load generator")]
     waited: Annotated[
-        Latency | None, Meta(description="for a free slot, from the due time on")
+        Latency | None, Meta(description="wait for a free slot, from the due time")
     ]
     generator_bound: Annotated[
-        bool, Meta(description="the generator, not the server, limited this run")
+        bool, Meta(description="the load generator was the bottleneck")
     ]
-    ttft: Annotated[Latency | None, Meta(description="with an engine's time model")]
+    ttft: Annotated[Latency | None, Meta(description="of engines with a time model")]
     goodput: Goodput | None
     sessions: SessionHits | None
     steps: tuple[SweepStep, ...] = ()
     saturated_at: Annotated[
-        float | None, Meta(description="rate of the last step that was kept up with")
+        float | None, Meta(description="rate of the last step before saturation")
     ] = None
     tenants: tuple[TenantReport, ...] = ()
     fairness: Annotated[
         float | None,
-        Meta(description="Jain's index of the engines' hit rates; 1: all the same"),
+        Meta(description="Jain's index of hit rates over engines; 1: all equal"),
     ] = None
     faults: tuple[FaultReport, ...] = ()
 
@@ -105,7 +105,7 @@ def report_load(
     begun_s: float,
     struck: Sequence[InjectedFault] = (),
 ) -> LoadReport | None:
-    """Read a journal; None when no request of the measurement is in it."""
+    """Return the report of a request log; None without measured requests."""
     measured = records[records["warm_up"] == 0]
     if not measured.size:
         return None
@@ -140,7 +140,7 @@ def report_load(
 
 
 def _open_engines(scenario: Scenario, engines: Mapping[str, range]) -> list[int]:
-    """List the engines whose requests are due at a time of their own."""
+    """Return the engines with an open loop."""
     return [
         engine
         for name, part in scenario.parts().items()
@@ -167,21 +167,21 @@ def _is_bound(lag: Latency | None, request: Latency | None) -> bool:
 
 
 def _goodput(limits: Limits, records: Records, elapsed_s: float) -> Goodput | None:
-    """Count what met the limits; aborted requests are left out, failed ones are bad."""
+    """Count requests within the limits; aborted ones are excluded, failed ones miss."""
     if limits.ttft_s is None and limits.request_s is None:
         return None
-    asked = records[records["outcome"] != Outcome.ABORTED]
-    good = asked["outcome"] == Outcome.DONE
+    counted = records[records["outcome"] != Outcome.ABORTED]
+    good = counted["outcome"] == Outcome.DONE
     if limits.ttft_s is not None:
-        good &= asked["ttft_s"] <= limits.ttft_s
+        good &= counted["ttft_s"] <= limits.ttft_s
     if limits.request_s is not None:
-        good &= asked["ended_s"] - asked["due_s"] <= limits.request_s
+        good &= counted["ended_s"] - counted["due_s"] <= limits.request_s
     count = int(np.count_nonzero(good))
-    return Goodput(count, count / max(1, asked.size), count / elapsed_s)
+    return Goodput(count, count / max(1, counted.size), count / elapsed_s)
 
 
 def _sessions(records: Records) -> SessionHits | None:
-    """Compare sessions; None where each has a single request."""
+    """Return hit rates over sessions; None if each has a single request."""
     names, place, counts = np.unique(
         records["session"], return_inverse=True, return_counts=True
     )
@@ -210,20 +210,20 @@ def _steps(
         return ()
     steps = []
     for number in range(int(records["step"].max()) + 1):
-        ours = records[records["step"] == number]
-        if not ours.size:
+        rows = records[records["step"] == number]
+        if not rows.size:
             continue
         end_s = begun_s + (number + 1) * load.step_s
-        done = ours[ours["outcome"] == Outcome.DONE]
+        done = rows[rows["outcome"] == Outcome.DONE]
         in_time = done["ended_s"] <= end_s + load.step_s * GRACE
-        share = int(np.count_nonzero(in_time)) / ours.size
+        share = int(np.count_nonzero(in_time)) / rows.size
         steps.append(
             SweepStep(
                 rate=load.rate * load.factor**number,
-                requests=ours.size,
+                requests=rows.size,
                 done_in_time=share,
                 request=_latency(done["ended_s"] - done["due_s"]),
-                goodput=_goodput(scenario.limits, ours, load.step_s),
+                goodput=_goodput(scenario.limits, rows, load.step_s),
                 kept_up=share >= load.kept_up,
             )
         )
@@ -231,7 +231,7 @@ def _steps(
 
 
 def _saturated_at(steps: Sequence[SweepStep]) -> float | None:
-    """Return the last rate before the first step that was not kept up with."""
+    """Return the rate before the first saturated step; None if there is none."""
     kept: float | None = None
     for step in steps:
         if not step.kept_up:
@@ -254,14 +254,14 @@ def _tenants(
 ) -> tuple[TenantReport, ...]:
     reports = []
     for name, numbers in engines.items():
-        ours = records[np.isin(records["engine"], list(numbers))]
-        done = ours[ours["outcome"] == Outcome.DONE]
+        rows = records[np.isin(records["engine"], list(numbers))]
+        done = rows[rows["outcome"] == Outcome.DONE]
         reports.append(
             TenantReport(
                 name=name,
-                requests=ours.size,
+                requests=rows.size,
                 requests_per_s=done.size / elapsed_s,
-                hit_rate=_hit_rate(ours),
+                hit_rate=_hit_rate(rows),
                 request=_latency(done["ended_s"] - done["due_s"]),
                 ttft=_latency(done["ttft_s"]),
             )
@@ -270,7 +270,7 @@ def _tenants(
 
 
 def _fairness(records: Records) -> float | None:
-    """Jain's index (Jain, Chiu and Hawe, DEC-TR-301, 1984)."""
+    """Return Jain's index over engines (Jain, Chiu and Hawe, DEC-TR-301, 1984)."""
     rates = [
         _hit_rate(records[records["engine"] == engine])
         for engine in np.unique(records["engine"])

@@ -1,4 +1,4 @@
-"""What a run measured: one versioned JSON file."""
+"""The result of a run: one versioned JSON file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from kvctl.lab.config.scenario import Scenario, publish
 from kvctl.lab.latency import Latency
 from kvctl.lab.rank.isolated_calls import IsolatedTimings
 from kvctl.lab.results.load_report import LoadReport
-from kvctl.lab.results.simulated_hosts import HostReport
 from kvctl.lab.results.time_series import Series
 from kvctl.lab.run.environment import Environment
 
@@ -26,32 +25,34 @@ RESULT_VERSION = 1
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """What must repeat from run to run, timing aside."""
+    """Counts, which repeat from run to run where timing does not matter."""
 
     requests: int
     errors: int
     bytes_wrong: int
     leases_leaked: Annotated[
-        int, Meta(description="leases that outlived their session")
+        int, Meta(description="leases left after the end of their session")
     ]
-    tokens: Annotated[int, Meta(description="of prompts")]
+    tokens: Annotated[int, Meta(description="prompt tokens")]
     tokens_hit: int
-    tokens_hit_ideal: Annotated[int, Meta(description="with an endless cache")]
+    tokens_hit_ideal: Annotated[int, Meta(description="with an infinite cache")]
     chunks: Annotated[int, Meta(description="whole chunks of prompts")]
     chunks_hit: int
     chunks_hit_ideal: int
     parts_stored: int
-    parts_present: Annotated[int, Meta(description="stored before, or by another")]
-    parts_dropped: Annotated[int, Meta(description="no room, or a null block in it")]
-    retrieved_bytes: Annotated[int, Meta(description="every one of them was checked")]
-    stored_bytes: Annotated[int, Meta(description="of stores that copied every part")]
+    parts_present: Annotated[int, Meta(description="already stored")]
+    parts_dropped: Annotated[
+        int, Meta(description="no memory, or a null block in the part")
+    ]
+    retrieved_bytes: Annotated[int, Meta(description="all of them checked")]
+    stored_bytes: Annotated[int, Meta(description="of stores that copied all parts")]
     tokens_from_tiers: Annotated[
-        int, Meta(description="of those hit, what memory lacked when asked")
+        int, Meta(description="tokens hit that were loaded from tiers")
     ] = 0
 
 
 class HitRates(msgspec.Struct, frozen=True):
-    """Shares of what was asked for. A block here is a chunk, the unit of reuse."""
+    """Shares of lookups. A block here is a chunk, the unit of reuse."""
 
     by_block: float
     by_token: float
@@ -60,22 +61,20 @@ class HitRates(msgspec.Struct, frozen=True):
 
 
 class TierHits(msgspec.Struct, frozen=True):
-    """What one store brought: memory, or a tier beneath it."""
+    """Hits of one store: memory or a tier."""
 
     name: Annotated[str, Meta(description="`L1`, or `tier 1: KIND` and so on")]
     hit_rate: Annotated[
         float,
-        Meta(
-            description="of prompt tokens; several tiers share theirs by loaded bytes"
-        ),
+        Meta(description="of prompt tokens; split between tiers by loaded bytes"),
     ]
     loaded_bytes: Annotated[
-        int | None, Meta(description="into memory, during the load; none of L1")
+        int | None, Meta(description="loaded into memory during the load; none for L1")
     ] = None
 
 
 class Throughput(msgspec.Struct, frozen=True):
-    """GB are 10**9 bytes. Copies: bytes by the time in calls, round trip included."""
+    """Rates; GB are 10**9 bytes. Copies: bytes per time in calls, with round trips."""
 
     requests_per_s: float
     tokens_per_s: float
@@ -83,15 +82,15 @@ class Throughput(msgspec.Struct, frozen=True):
     retrieve_gb_per_s: float | None
     plain_copy_gb_per_s: Annotated[
         float | None,
-        Meta(description="of as many bytes, by the ranks themselves, between calls"),
+        Meta(description="by the ranks, of as many bytes, between calls"),
     ]
 
 
 class Shares(msgspec.Struct, frozen=True):
     """Shares of the ceilings that were reached; 1 is the ceiling.
 
-    Copies are held against the plain copies that the ranks made under the same load,
-    p50 of round trips against bare ones on the idle machine.
+    Copies are compared with the plain copies that the ranks made under the same load,
+    p50 of round trips with bare ones on the idle machine.
     """
 
     store: float | None
@@ -101,45 +100,65 @@ class Shares(msgspec.Struct, frozen=True):
 
 
 class DocumentReuse(msgspec.Struct, frozen=True):
-    """What reuse at any position gives beside reuse of prefixes alone."""
+    """Reuse of documents at any position, beside reuse of prefixes."""
 
-    tokens_hit: Annotated[int, Meta(description="of prompts, in documents anywhere")]
+    tokens_hit: Annotated[
+        int, Meta(description="prompt tokens in documents at any position")
+    ]
     chunks: Annotated[int, Meta(description="whole chunks of documents in prompts")]
     chunks_hit: int
-    chunks_hit_ideal: Annotated[int, Meta(description="with an endless cache")]
+    chunks_hit_ideal: Annotated[int, Meta(description="with an infinite cache")]
     contents: Annotated[
-        int, Meta(description="documents and glue asked for, whatever their length")
+        int, Meta(description="documents and text between them, of any length")
     ]
     contents_prefix: Annotated[
-        int, Meta(description="of these, reused by an ideal that knows prefixes")
+        int, Meta(description="of these, reused by an infinite prefix cache")
     ]
     contents_anywhere: Annotated[
-        int, Meta(description="likewise, that knows them at any position")
+        int, Meta(description="of these, reused by an infinite cache at any position")
     ]
 
     @property
     def share_of_ideal(self) -> float:
-        """What was found of what an endless cache would have found."""
+        """Share of the hits of an infinite cache."""
         return self.chunks_hit / self.chunks_hit_ideal if self.chunks_hit_ideal else 1.0
 
 
+class HostReport(msgspec.Struct, frozen=True):
+    """One simulated host. Chunks are whole ones of its engines' prompts."""
+
+    requests: int
+    chunks: int
+    chunks_hit: int
+    chunks_hit_alone: Annotated[
+        int, Meta(description="upper bound without the other hosts: infinite cache")
+    ]
+    retrieved_bytes: Annotated[int, Meta(description="all of them checked")]
+    tier_bytes: Annotated[int, Meta(description="loaded from tiers into its L1")]
+
+    @property
+    def chunks_hit_from_others(self) -> int:
+        """Lower bound of the hits on chunks that another host stored."""
+        return max(0, self.chunks_hit - self.chunks_hit_alone)
+
+
 class System(msgspec.Struct, frozen=True):
-    """What was under the load."""
+    """The system under load."""
 
     name: str = "kvctl"
     version: str = ""
 
 
 class Repetition(msgspec.Struct, frozen=True):
-    """A run's place among the interleaved runs of two sides."""
+    """Position of a run among the paired runs of two sides."""
 
-    comparison: Annotated[str, Meta(description="the same for all runs of both sides")]
+    comparison: Annotated[str, Meta(description="id shared by all runs of both sides")]
     side: str
-    number: Annotated[int, Meta(description="runs of one number are a pair")]
+    number: Annotated[int, Meta(description="runs with equal numbers are a pair")]
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One run."""
+    """The result of one run."""
 
     version: int
     name: str
@@ -157,47 +176,49 @@ class Result(msgspec.Struct, frozen=True):
     shares: Shares
     errors: Annotated[tuple[str, ...], Meta(description="the first ones")]
     problems: Annotated[
-        tuple[str, ...], Meta(description="why the exit code is 1; none: it is 0")
+        tuple[str, ...], Meta(description="reasons for exit code 1; empty: exit code 0")
     ]
     alone: Annotated[
-        IsolatedTimings | None, Meta(description="calls with the machine to themselves")
+        IsolatedTimings | None,
+        Meta(description="calls made one at a time on the idle machine"),
     ] = None
     copies: Annotated[
-        tuple[CopyRow, ...], Meta(description="of every setting in scenario.copies")
+        tuple[CopyRow, ...], Meta(description="one row per setting of scenario.copies")
     ] = ()
     devices: Annotated[
         tuple[DeviceStatus, ...],
-        Meta(description="GPUs whose caches the server copied, how fast it found them"),
+        Meta(description="GPUs whose caches the server copied, with measured rates"),
     ] = ()
     load: LoadReport | None = None
     documents: DocumentReuse | None = None
-    series: Annotated[Series | None, Meta(description="the load, over time")] = None
+    series: Annotated[Series | None, Meta(description="the load over time")] = None
     counters: Annotated[
-        dict[str, int], Meta(description="the server's own, grown during the load")
+        dict[str, int],
+        Meta(description="growth of the server's counters during the load"),
     ] = {}
     server_bytes: Annotated[
         tuple[int, int] | None,
         Meta(
-            description="anonymous memory of the server, L1 not included, when the "
-            "load began and when it had ended"
+            description="anonymous memory of the server without L1, before and after "
+            "the load"
         ),
     ] = None
     tiers: Annotated[
         tuple[TierHits, ...],
-        Meta(description="L1 and the tiers beneath, where there are any"),
+        Meta(description="L1 and tiers; empty without tiers"),
     ] = ()
     hosts: Annotated[
-        tuple[HostReport, ...], Meta(description="of a run with more than one")
+        tuple[HostReport, ...], Meta(description="of a run with several hosts")
     ] = ()
     system: System = System()
     repetition: Repetition | None = None
     turns: Annotated[
         dict[str, tuple[float | None, ...]],
-        Meta(description="medians of each turn, where two runs took turns; seconds"),
+        Meta(description="median of each turn of interleaved runs, in seconds"),
     ] = {}
 
     def save(self, folder: Path) -> Path:
-        """Write `NAME-STARTED.json` into a folder, made if need be; whole or not.
+        """Write `NAME-STARTED.json` atomically into a folder, created if missing.
 
         Raises:
             SetupError: the folder or the file cannot be written.
@@ -218,24 +239,24 @@ class Result(msgspec.Struct, frozen=True):
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, if need be.
+    """Create a folder for results if missing.
 
     Raises:
-        SetupError: it cannot be made, or not be written to.
+        SetupError: the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"--out {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise SetupError(f"--out {folder}: cannot be written to")
+        raise SetupError(f"--out {folder}: not writable")
 
 
 def check_folder(folder: Path) -> None:
-    """Find out before a run whether its result could be saved; leave nothing there.
+    """Check before a run that its result can be saved, and leave no new folder.
 
     Raises:
-        SetupError: the folder cannot be made, or not be written to.
+        SetupError: the folder cannot be created or written to.
     """
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     make_folder(folder)
@@ -244,7 +265,11 @@ def check_folder(folder: Path) -> None:
 
 
 def read(path: Path) -> Result:
-    """Read a saved result; `SetupError` says what is wrong with the file."""
+    """Read a saved result.
+
+    Raises:
+        SetupError: the file cannot be read, or is no result of this version.
+    """
     try:
         data = path.read_bytes()
         version = msgspec.json.decode(data, type=_Versioned).version
@@ -264,11 +289,11 @@ class _Versioned(msgspec.Struct):
 
 
 SCENARIO_SCHEMA = "scenario.schema.json#/$defs/Scenario"
-"""Beside the result's own schema."""
+"""Relative to the schema of results."""
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of a saved result; docs/result.schema.json is it."""
+    """Return the JSON Schema of saved results, published as docs/result.schema.json."""
     fields = [
         (one.encode_name, dict if one.name == "scenario" else one.type)
         for one in msgspec.structs.fields(Result)

@@ -1,4 +1,4 @@
-"""From what the processes of a run measured to its result."""
+"""Computes the result of a run from the measurements of its processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvctl.lab.config.scenario import Limits, SystemSpec
 from kvctl.lab.config.workload_config import Documents
 from kvctl.lab.engine.engine_statistics import heads_of, unpack
 from kvctl.lab.latency import Latency, LatencySamples
-from kvctl.lab.process_messages import Tally
+from kvctl.lab.process_messages import EngineReport, Tally
 from kvctl.lab.rank.isolated_calls import summarise_isolated
 from kvctl.lab.results.load_report import LoadReport, report_load
 from kvctl.lab.results.result import (
@@ -19,75 +19,97 @@ from kvctl.lab.results.result import (
     Counts,
     DocumentReuse,
     HitRates,
+    HostReport,
     Result,
     Shares,
     System,
     Throughput,
     TierHits,
 )
-from kvctl.lab.results.simulated_hosts import report_hosts
-from kvctl.lab.results.time_series import series
+from kvctl.lab.results.time_series import build_series
 from kvctl.lab.run.environment import detect
 from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.workload.document_requests import count_contents
 
-MAX_ERRORS_TOLD = 10
+MAX_ERRORS = 10
 
 
-def summarise(evidence: RawMeasurements) -> Result:
-    """Make the result."""
-    tally = evidence.tally()
-    samples = LatencySamples.merge(report.samples for report in evidence.reports)
-    operations = samples.summary() | LatencySamples.merge(evidence.storms).summary()
+def summarise(raw: RawMeasurements) -> Result:
+    """Return the result of a run."""
+    tally = raw.tally()
+    samples = LatencySamples.merge(report.samples for report in raw.reports)
+    operations = samples.summary() | LatencySamples.merge(raw.storms).summary()
     load = report_load(
-        evidence.scenario,
-        unpack(report.journal for report in evidence.reports),
-        evidence.begun_s,
-        evidence.struck,
+        raw.scenario,
+        unpack(report.journal for report in raw.reports),
+        raw.begun_s,
+        raw.struck,
     )
-    if evidence.pings:
-        operations["ping"] = evidence.pings
-    counts = _counts(evidence, tally)
+    if raw.pings:
+        operations["ping"] = raw.pings
+    counts = _counts(raw, tally)
     rates = _hit_rates(counts)
-    elapsed_s = _elapsed_s(evidence, operations)
+    elapsed_s = _elapsed_s(raw, operations)
     throughput = _throughput(tally, elapsed_s)
-    told = [message for report in evidence.reports for message in report.errors]
-    documents = _documents(evidence, tally)
-    problems = _problems(counts, rates, evidence) + missed_goodput(evidence, load)
-    problems += _missed_documents(evidence, documents)
+    errors = [message for report in raw.reports for message in report.errors]
+    documents = _documents(raw, tally)
+    problems = _problems(counts, rates, raw) + missed_goodput(raw, load)
+    problems += _missed_documents(raw, documents)
     return Result(
         version=RESULT_VERSION,
-        name=evidence.name,
-        scenario=evidence.scenario,
-        seed=evidence.seed,
-        started=evidence.started.isoformat(timespec="milliseconds"),
+        name=raw.name,
+        scenario=raw.scenario,
+        seed=raw.seed,
+        started=raw.started.isoformat(timespec="milliseconds"),
         elapsed_s=elapsed_s,
-        interrupted=evidence.interrupted,
+        interrupted=raw.interrupted,
         environment=detect(),
         counts=counts,
         hit_rates=rates,
         operations=operations,
         throughput=throughput,
-        ceilings=evidence.ceilings,
-        shares=_shares(throughput, operations, evidence.ceilings),
-        alone=summarise_isolated(
-            evidence.alone, evidence.lookup_alone, evidence.ceilings
-        ),
-        copies=tuple(evidence.copies),
-        devices=evidence.devices,
+        ceilings=raw.ceilings,
+        shares=_shares(throughput, operations, raw.ceilings),
+        alone=summarise_isolated(raw.alone, raw.lookup_alone, raw.ceilings),
+        copies=tuple(raw.copies),
+        devices=raw.devices,
         load=load,
         documents=documents,
-        errors=tuple((evidence.failures + told)[:MAX_ERRORS_TOLD]),
+        errors=tuple((raw.failures + errors)[:MAX_ERRORS]),
         problems=tuple(problems),
-        series=series(samples, evidence.begun_s),
-        counters=_sum(evidence.counters),
-        tiers=_tiers(evidence, counts),
-        server_bytes=evidence.server_bytes,
-        hosts=report_hosts(evidence.reports, evidence.counters)
-        if evidence.scenario.hosts > 1
-        else (),
-        system=_system(evidence.spec),
-        turns=samples.medians() if evidence.turns else {},
+        series=build_series(samples, raw.begun_s),
+        counters=_sum(raw.counters),
+        tiers=_tiers(raw, counts),
+        server_bytes=raw.server_bytes,
+        hosts=report_hosts(raw.reports, raw.counters) if raw.scenario.hosts > 1 else (),
+        system=_system(raw.spec),
+        turns=samples.medians() if raw.turns else {},
+    )
+
+
+def report_hosts(
+    reports: Sequence[EngineReport], counters: Sequence[Mapping[str, int]]
+) -> tuple[HostReport, ...]:
+    """Return one report per host, from its engines and its server's counters."""
+    return tuple(
+        _report_host([one for one in reports if one.host == host], growth)
+        for host, growth in enumerate(counters)
+    )
+
+
+def _report_host(
+    reports: Sequence[EngineReport], growth: Mapping[str, int]
+) -> HostReport:
+    seen = set[bytes]().union(*(heads_of(one.chunk_heads) for one in reports))
+    warm = set[bytes]().union(*(heads_of(one.warm_heads) for one in reports))
+    chunks = sum(one.tally.chunks for one in reports)
+    return HostReport(
+        requests=sum(one.tally.requests for one in reports),
+        chunks=chunks,
+        chunks_hit=sum(one.tally.chunks_hit for one in reports),
+        chunks_hit_alone=chunks - len(seen - warm),
+        retrieved_bytes=sum(one.tally.retrieve_bytes for one in reports),
+        tier_bytes=growth.get("bytes_prefetched", 0),
     )
 
 
@@ -100,19 +122,19 @@ def _system(spec: SystemSpec) -> System:
     return System(spec.name, __version__ if spec.is_ours else spec.version)
 
 
-def _counts(evidence: RawMeasurements, tally: Tally) -> Counts:
-    """Count; with an endless cache a chunk misses once, whoever asks first."""
-    heads = [heads_of(report.chunk_heads) for report in evidence.reports]
-    warm = set[bytes]().union(*(heads_of(r.warm_heads) for r in evidence.reports))
+def _counts(raw: RawMeasurements, tally: Tally) -> Counts:
+    """Sum the counts; in an infinite cache each chunk misses once."""
+    heads = [heads_of(report.chunk_heads) for report in raw.reports]
+    warm = set[bytes]().union(*(heads_of(r.warm_heads) for r in raw.reports))
     chunks_hit_ideal = tally.chunks - len(set[bytes]().union(*heads) - warm)
-    chunk_size = evidence.scenario.server.chunk_size
+    chunk_size = raw.scenario.server.chunk_size
     return Counts(
         requests=tally.requests,
-        errors=tally.errors + len(evidence.failures),
+        errors=tally.errors + len(raw.failures),
         bytes_wrong=tally.bytes_wrong
-        + evidence.copies_wrong
-        + sum(a.bytes_wrong for a in evidence.alone),
-        leases_leaked=evidence.leases_leaked,
+        + raw.copies_wrong
+        + sum(a.bytes_wrong for a in raw.alone),
+        leases_leaked=raw.leases_leaked,
         tokens=tally.tokens,
         tokens_hit=tally.tokens_hit,
         tokens_hit_ideal=chunks_hit_ideal * chunk_size,
@@ -128,30 +150,30 @@ def _counts(evidence: RawMeasurements, tally: Tally) -> Counts:
     )
 
 
-def _tiers(evidence: RawMeasurements, counts: Counts) -> tuple[TierHits, ...]:
-    """Split the hits between memory and the tiers; nothing where there are none."""
-    if not evidence.tier_bytes:
+def _tiers(raw: RawMeasurements, counts: Counts) -> tuple[TierHits, ...]:
+    """Split the hits between memory and tiers; empty without tiers."""
+    if not raw.tier_bytes:
         return ()
-    loaded = sum(tier.num_bytes for tier in evidence.tier_bytes)
-    beneath = _ratio(counts.tokens_from_tiers, counts.tokens)
+    loaded = sum(tier.num_bytes for tier in raw.tier_bytes)
+    share = _ratio(counts.tokens_from_tiers, counts.tokens)
     found = [
         TierHits(
             f"tier {place}: {tier.kind}",
-            beneath * _ratio(tier.num_bytes, loaded),
+            share * _ratio(tier.num_bytes, loaded),
             tier.num_bytes,
         )
-        for place, tier in enumerate(evidence.tier_bytes, 1)
+        for place, tier in enumerate(raw.tier_bytes, 1)
     ]
-    return (TierHits("L1", _hit_rates(counts).by_token - beneath), *found)
+    return (TierHits("L1", _hit_rates(counts).by_token - share), *found)
 
 
-def _documents(evidence: RawMeasurements, tally: Tally) -> DocumentReuse | None:
-    """Count the reuse of documents, where the workload is made of them."""
-    workload = evidence.scenario.workload
+def _documents(raw: RawMeasurements, tally: Tally) -> DocumentReuse | None:
+    """Return the reuse of documents for a workload of documents."""
+    workload = raw.scenario.workload
     if not isinstance(workload, Documents):
         return None
-    heads = set[bytes]().union(*(heads_of(r.document_heads) for r in evidence.reports))
-    contents = count_contents(workload, evidence.seed)
+    heads = set[bytes]().union(*(heads_of(r.document_heads) for r in raw.reports))
+    contents = count_contents(workload, raw.seed)
     return DocumentReuse(
         tokens_hit=tally.document_tokens_hit,
         chunks=tally.document_chunks,
@@ -164,15 +186,15 @@ def _documents(evidence: RawMeasurements, tally: Tally) -> DocumentReuse | None:
 
 
 def _missed_documents(
-    evidence: RawMeasurements, documents: DocumentReuse | None
+    raw: RawMeasurements, documents: DocumentReuse | None
 ) -> Sequence[str]:
-    wanted = evidence.scenario.limits.min_documents_share
-    if wanted is None or documents is None or evidence.interrupted:
+    limit = raw.scenario.limits.min_documents_share
+    if limit is None or documents is None or raw.interrupted:
         return ()
-    if documents.share_of_ideal >= wanted:
+    if documents.share_of_ideal >= limit:
         return ()
     reached = f"{documents.share_of_ideal:.3f}"
-    return (f"min_documents_share is {wanted}, reached {reached}",)
+    return (f"min_documents_share is {limit}, reached {reached}",)
 
 
 def _hit_rates(counts: Counts) -> HitRates:
@@ -188,12 +210,12 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _elapsed_s(evidence: RawMeasurements, operations: Mapping[str, Latency]) -> float:
-    """Return the time of the load; of a run that took turns, that of its requests."""
+def _elapsed_s(raw: RawMeasurements, operations: Mapping[str, Latency]) -> float:
+    """Return the duration of the load; for an interleaved run, that of its requests."""
     request = operations.get("request")
-    if evidence.turns and request:
+    if raw.turns and request:
         return request.mean_s * request.count
-    return evidence.elapsed_s
+    return raw.elapsed_s
 
 
 def _throughput(tally: Tally, elapsed_s: float) -> Throughput:
@@ -230,22 +252,22 @@ def _shares(
     )
 
 
-def _problems(counts: Counts, rates: HitRates, evidence: RawMeasurements) -> list[str]:
-    """Say what makes the exit code 1. A run that was cut has no hit rate to reach."""
-    limits = evidence.scenario.limits
-    problems = list(evidence.failures)
+def _problems(counts: Counts, rates: HitRates, raw: RawMeasurements) -> list[str]:
+    """Return the reasons for exit code 1; hit rates count for complete runs only."""
+    limits = raw.scenario.limits
+    problems = list(raw.failures)
     if counts.bytes_wrong:
         problems.append(f"{counts.bytes_wrong} bytes were wrong")
     if counts.leases_leaked:
-        problems.append(f"{counts.leases_leaked} leases outlived their sessions")
+        problems.append(f"{counts.leases_leaked} leases left after their sessions")
     if counts.errors > limits.max_errors:
         problems.append(
             f"{counts.errors} errors, limits.max_errors is {limits.max_errors}"
         )
-    if not (evidence.interrupted or evidence.failures):
+    if not (raw.interrupted or raw.failures):
         problems += _missed(limits, rates)
         if not counts.requests:
-            problems.append("no request was played")
+            problems.append("no request was made")
     return problems
 
 
@@ -262,12 +284,10 @@ def _missed(limits: Limits, rates: HitRates) -> Sequence[str]:
     ]
 
 
-def missed_goodput(evidence: RawMeasurements, load: LoadReport | None) -> list[str]:
-    """Say when fewer requests than wanted met the limits of time."""
-    wanted = evidence.scenario.limits.min_goodput
-    if wanted is None or evidence.interrupted:
+def missed_goodput(raw: RawMeasurements, load: LoadReport | None) -> list[str]:
+    """Return the problem of too few requests within the latency limits."""
+    limit = raw.scenario.limits.min_goodput
+    if limit is None or raw.interrupted:
         return []
     reached = load.goodput.share if load and load.goodput else 0.0
-    return (
-        [f"min_goodput is {wanted}, reached {reached:.3f}"] if reached < wanted else []
-    )
+    return [f"min_goodput is {limit}, reached {reached:.3f}"] * (reached < limit)

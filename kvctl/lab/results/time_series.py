@@ -1,4 +1,4 @@
-"""What a run measured over time: points for plots."""
+"""Time series of a run: points of equal width."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kvctl.lab.latency import Histogram, LatencySamples, Window
 
 WIDTH_S = 0.5
 MAX_POINTS = 240
-"""More would not show on a page; longer runs get wider ones."""
+"""Limit of a page's plots; longer runs get wider points."""
 SHOWN = ("request", "lookup", "store", "retrieve", "ttft")
-"""Operations that are followed over time."""
+"""Operations of a time series."""
 
 
-class FaultMoment(msgspec.Struct, frozen=True):
-    """Calls of an operation that ended in a span of time."""
+class LatencyPoint(msgspec.Struct, frozen=True):
+    """Latency of the calls of one operation that ended in the span of a point."""
 
     count: int
     p50_s: float
@@ -26,29 +26,29 @@ class FaultMoment(msgspec.Struct, frozen=True):
 
 
 class SeriesPoint(msgspec.Struct, frozen=True):
-    """What ended in a span of time, over all engines."""
+    """Counts and latencies of calls that ended in a span, over all engines."""
 
-    end_s: Annotated[float, Meta(description="since the first point began")]
+    end_s: Annotated[float, Meta(description="since the start of the first point")]
     counts: Annotated[dict[str, int], Meta(description="as in `counts` of the result")]
-    operations: dict[str, FaultMoment]
+    operations: dict[str, LatencyPoint]
 
 
 class Series(msgspec.Struct, frozen=True):
-    """Points one behind the other, each as wide."""
+    """Consecutive points of equal width."""
 
     width_s: float
     points: tuple[SeriesPoint, ...]
 
 
-def series(samples: LatencySamples, begun_s: float) -> Series:
-    """Gather windows into points; `begun_s` is on the host's monotonic clock."""
+def build_series(samples: LatencySamples, begun_s: float) -> Series:
+    """Merge windows into points; `begun_s` is on the host's monotonic clock."""
     last = max((window.end_s for window in samples.windows), default=begun_s)
     width = WIDTH_S
     while (last - begun_s) / width > MAX_POINTS:
         width *= 2
     by_place: dict[int, list[Window]] = {}
     for window in samples.windows:
-        # A window is as wide as a point and ends a little after it.
+        # A window is as wide as a point and ends shortly after it.
         place = max(0, round((window.end_s - begun_s) / width) - 1)
         by_place.setdefault(place, []).append(window)
     count = max(by_place, default=-1) + 1
@@ -66,12 +66,12 @@ def _point(end_s: float, windows: Iterable[Window]) -> SeriesPoint:
             counts[name] = counts.get(name, 0) + count
         for name, histogram in window.durations.items():
             parts.setdefault(name, []).append(histogram)
-    moments = {
-        name: _moment(Histogram.merge(parts[name])) for name in SHOWN if name in parts
+    latencies = {
+        name: _latency(Histogram.merge(parts[name])) for name in SHOWN if name in parts
     }
-    return SeriesPoint(end_s, counts, moments)
+    return SeriesPoint(end_s, counts, latencies)
 
 
-def _moment(histogram: Histogram) -> FaultMoment:
+def _latency(histogram: Histogram) -> LatencyPoint:
     p50, p99 = histogram.quantiles_s((0.5, 0.99))
-    return FaultMoment(histogram.count, p50, p99)
+    return LatencyPoint(histogram.count, p50, p99)

@@ -328,7 +328,7 @@ def transfer_config(address: str) -> str:
     )
 
 
-def parts(result: VLLMResult) -> list[Table | str]:
+def build_tables(result: VLLMResult) -> list[Table | str]:
     """Render a result."""
     rows = tuple(
         (

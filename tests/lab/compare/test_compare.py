@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvctl.lab.compare.comparison import CountVerdict, compare, gather
+from kvctl.lab.compare.comparison import CountVerdict, compare, read_results
 from kvctl.lab.compare.fail_rules import DEFAULT, FailRules
 from kvctl.lab.compare.paired_runs import Pair, PairedRuns
 from kvctl.lab.compare.significance import Verdict
@@ -50,20 +50,20 @@ def test_a_slower_side_is_worse_and_fails_the_gate() -> None:
     assert effect.ratio == pytest.approx(1.1, rel=0.02)
     assert found.timings["store"].effect.verdict is Verdict.SAME
     assert {one.verdict for one in found.counts.values()} == {CountVerdict.SAME}
-    (line,) = FailRules(DEFAULT).broken(found)
+    (line,) = FailRules(DEFAULT).find_regressions(found)
     assert line.startswith("lookup takes 1.10")
-    assert FailRules("lookup>5%").broken(found)
-    assert not FailRules("lookup>20%,store>1%").broken(found)
+    assert FailRules("lookup>5%").find_regressions(found)
+    assert not FailRules("lookup>20%,store>1%").find_regressions(found)
 
 
 def test_a_faster_side_is_better_and_passes() -> None:
     """Better is no regression, and neither is 'cannot tell'."""
     found = compare(runs(1.1), runs(1.0))
     assert found.timings["lookup"].effect.verdict is Verdict.BETTER
-    assert not FailRules(DEFAULT).broken(found)
+    assert not FailRules(DEFAULT).find_regressions(found)
     few = compare(runs(1.0, 2), runs(2.0, 2))
     assert few.timings["lookup"].effect.verdict is Verdict.CANNOT_TELL
-    assert not FailRules(DEFAULT).broken(few)
+    assert not FailRules(DEFAULT).find_regressions(few)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_counts_are_compared_exactly(
     found = compare(ours, theirs)
     assert found.counts[name].verdict is verdict
     failing = verdict in (CountVerdict.WORSE, CountVerdict.DIFFERS)
-    assert bool(FailRules("counts").broken(found)) is failing
+    assert bool(FailRules("counts").find_regressions(found)) is failing
 
 
 def test_other_settings_may_store_other_amounts() -> None:
@@ -98,7 +98,7 @@ def test_other_settings_may_store_other_amounts() -> None:
     new = [replace(run(1.0, stored_bytes=2, chunks_hit=2), scenario=larger)] * 2
     found = compare(base, new)
     assert found.settings == {"cache_blocks": ("1024", "2048")}
-    assert FailRules("counts").broken(found) == ["chunks_hit went from 3 to 2"]
+    assert FailRules("counts").find_regressions(found) == ["chunks_hit: 3 -> 2"]
 
 
 def test_other_work_has_other_counts() -> None:
@@ -115,20 +115,20 @@ def test_unlike_machines_are_refused_unless_told() -> None:
     theirs = [replace(one, environment=elsewhere) for one in runs(1.0)]
     with pytest.raises(SetupError, match=r"cpu: .* and another; .*--anyway"):
         compare(runs(1.0), theirs)
-    assert "another" in compare(runs(1.0), theirs, anyway=True).notes[0]
+    assert "another" in compare(runs(1.0), theirs, allow_unlike=True).notes[0]
 
 
 @pytest.mark.parametrize("rule", ["lookup", "lookup>5", "faster", "lookup > x%"])
 def test_a_wrong_rule_says_what_rules_are(rule: str) -> None:
     """Wrong use, before anything is played."""
-    with pytest.raises(SetupError, match="what is a regression"):
+    with pytest.raises(SetupError, match="rules for a regression"):
         FailRules(rule)
 
 
 def test_a_rule_for_an_unknown_operation_names_the_known() -> None:
     """Only the comparison knows which there are."""
-    with pytest.raises(SetupError, match="operations are lookup, store"):
-        FailRules("lokup>5%").broken(compare(runs(1.0), runs(1.0)))
+    with pytest.raises(SetupError, match="unknown operation; known are lookup, store"):
+        FailRules("lokup>5%").find_regressions(compare(runs(1.0), runs(1.0)))
 
 
 def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
@@ -140,10 +140,12 @@ def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
 
     found = PairedRuns(("a", "b"), tmp_path, play).run(24)
     assert found.in_pairs
-    assert "to take turns" in found.notes[0]
+    assert "to interleave them" in found.notes[0]
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
     assert found.timings["store"].effect.verdict is Verdict.SAME
-    again = compare(gather(tmp_path / "base"), gather(tmp_path / "new"), ("a", "b"))
+    again = compare(
+        read_results(tmp_path / "base"), read_results(tmp_path / "new"), ("a", "b")
+    )
     assert again == found
     assert found.save(tmp_path).exists()
 
@@ -160,7 +162,7 @@ def test_turns_are_compared_one_by_one(tmp_path: Path) -> None:
 
     found = PairedRuns(("a", "b"), tmp_path, play).run(12)
     assert found.timings["lookup"].effect.ratio == pytest.approx(1.1)
-    assert not any("to take turns" in note for note in found.notes)
+    assert not any("to interleave them" in note for note in found.notes)
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
 
 
@@ -189,5 +191,5 @@ def test_a_pair_interrupted_before_its_load_loses_no_other(tmp_path: Path) -> No
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     """Nothing to compare is wrong use."""
-    with pytest.raises(SetupError, match="no results in it"):
-        gather(tmp_path)
+    with pytest.raises(SetupError, match="no results"):
+        read_results(tmp_path)

@@ -17,11 +17,11 @@ from kvctl.lab.config.workload_config import Chat
 from kvctl.lab.latency import Latency, summarise
 from kvctl.lab.page import svg
 from kvctl.lab.page.html_page import render
-from kvctl.lab.page.run_group import RunGroup
+from kvctl.lab.report.result_collection import ResultCollection, RunGroup
 from kvctl.lab.results.load_report import LoadReport, SweepStep
 from kvctl.lab.results.result import Result, TierHits
 from kvctl.lab.results.result_builder import summarise as result_of
-from kvctl.lab.results.time_series import FaultMoment, Series, SeriesPoint
+from kvctl.lab.results.time_series import LatencyPoint, Series, SeriesPoint
 from kvctl.lab.run.fault_injection import FaultReport
 from kvctl.lab.run.raw_measurements import RawMeasurements
 from tests.lab.results.test_limits import ALONE
@@ -58,7 +58,7 @@ def planted(factor: float) -> Result:
         SeriesPoint(
             end_s=0.5 * place,
             counts={"requests": 10, "tokens": 100, "tokens_hit": 5 * place},
-            operations={"request": FaultMoment(10, 0.01, 0.02)},
+            operations={"request": LatencyPoint(10, 0.01, 0.02)},
         )
         for place in range(1, 9)
     )
@@ -89,7 +89,8 @@ def page(*factors: float) -> str:
         for factor in factors
     ]
     sides = [RunGroup.of(f"side {n}", n, results) for n, results in enumerate(runs)]
-    return render(sides, [compare(runs[0], other) for other in runs[1:]])
+    comparisons = [compare(runs[0], other) for other in runs[1:]]
+    return render(ResultCollection(sides, comparisons))
 
 
 class Nesting(HTMLParser):
@@ -127,7 +128,7 @@ def test_a_page_says_what_matters_first() -> None:
     """The verdict as a sentence, before any figure."""
     text = page(1.0, 1.3)
     assert "new is slower in lookup (+30" in text
-    assert text.index("is slower in") < text.index("requests a second")
+    assert text.index("is slower in") < text.index("requests/s")
     assert "▲ slower" in text
 
 
@@ -141,22 +142,22 @@ def test_faults_tiers_sweeps_and_limits_are_drawn() -> None:
     """Each where a run has them, and escaped."""
     text = page(1.0)
     assert "Shaded: faults" in text
-    assert "kill server, over after 750 ms" in text
+    assert "kill server, recovered after 750 ms" in text
     assert "Hit rate of tiers" in text
     assert "tier 1: &lt;file&gt; 12.5%" in text
     assert "latency of requests by rate" in text
-    assert "40%</b>: 500 us, limit 200 us" in text
-    assert "over after 750 ms at most, failed 3 requests" in text
+    assert "40%</b>: 500 us, ceiling 200 us" in text
+    assert "1 fault recovered within 750 ms, 3 requests failed" in text
 
 
 def test_copies_are_listed_and_answer_the_question() -> None:
     """A row each; the shares that were reached, and what a model beside them lost."""
     copied = replace(planted(1), copies=COPIES)
-    text = render([RunGroup.of("side", 0, [copied])], [])
+    text = render(ResultCollection([RunGroup.of("side", 0, [copied])], []))
     for shown in (
         "<h2>Copies</h2>", "calls of 32MiB", "8 (50%)", "9 (95%)", ">6%<",
-        "Every byte was right: stores reached 50% to 70% of a plain copy, retrieves "
-        "75% to 95%, and slowed a matrix product by 6% at most.",
+        "All bytes correct: stores reached 50% to 70% of a plain copy, retrieves "
+        "75% to 95%; a concurrent matrix product ran at most 6% slower.",
     ):  # fmt: skip
         assert shown in text
     assert "<h2>Copies" not in page(1)
@@ -165,7 +166,7 @@ def test_copies_are_listed_and_answer_the_question() -> None:
 def test_problems_are_told_above_all() -> None:
     """A run that failed says so in its sentence."""
     failed = replace(planted(1.0), problems=("3 bytes were wrong",))
-    text = render([RunGroup.of("a", 0, [failed])], [])
+    text = render(ResultCollection([RunGroup.of("a", 0, [failed])], []))
     assert "planted failed: 3 bytes were wrong." in text
 
 

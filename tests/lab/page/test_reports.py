@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from kvctl.console import spark
+from kvctl.console import sparkline
 from kvctl.lab.compare.paired_runs import Pair, PairedRuns
 from kvctl.lab.results.result import Result
 from tests.cli.test_cli import kvctl
@@ -54,9 +54,9 @@ def test_wrong_use_of_compare_is_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for flags, says in (
         ([base, new], "--anyway"),
-        ([base, base, "--fail-on", "slow"], "what is a regression"),
-        ([base, tmp_path / "empty"], "no results in it"),
-        ([base, tmp_path], "no results in it, but in its folders a, b"),
+        ([base, base, "--fail-on", "slow"], "rules for a regression"),
+        ([base, tmp_path / "empty"], "no results"),
+        ([base, tmp_path], "no results; its folders a, b have some"),
     ):
         done = kvctl("bench", "compare", *map(str, flags))
         assert done.returncode == 2
@@ -84,6 +84,6 @@ def test_a_report_of_a_contest_has_both_sides(tmp_path: Path) -> None:
 
 def test_sparks_rise_to_the_highest() -> None:
     """Nothing is blank, the highest full, and no values no line."""
-    assert spark([0, 1, 4, 8]) == " ▁▄█"
-    assert spark([0.0, 0.0]) == "  "
-    assert spark([]) == ""
+    assert sparkline([0, 1, 4, 8]) == " ▁▄█"
+    assert sparkline([0.0, 0.0]) == "  "
+    assert sparkline([]) == ""

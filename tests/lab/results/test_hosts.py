@@ -11,8 +11,8 @@ from kvcore.errors import SetupError
 from kvctl.lab.config.scenario import Scenario, read
 from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import EngineReport, Tally
-from kvctl.lab.results import simulated_hosts as hosts
-from kvctl.lab.results.simulated_hosts import report_hosts
+from kvctl.lab.report import result_tables
+from kvctl.lab.results.result_builder import report_hosts
 from kvctl.lab.runner import run
 
 SCENARIO = """\
@@ -81,7 +81,10 @@ def test_hosts_share_nothing_without_a_tier(tmp_path: Path) -> None:
         assert (host.chunks_hit_from_others, host.tier_bytes) == (0, 0)
     assert result.counters["lookups"] == 24
     assert result.counts.chunks_hit < result.counts.chunks_hit_ideal
-    [table] = hosts.parts(result.hosts)
+    tables = [
+        one for one in result_tables.build_tables(result) if not isinstance(one, str)
+    ]
+    [table] = [one for one in tables if one.title == "hosts"]
     assert [row[:2] for row in table.rows] == [("0", "12"), ("1", "12")]
 
 

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvctl.lab.rank.isolated_calls import IsolatedTimings
-from kvctl.lab.results.ceiling_shares import reached
+from kvctl.lab.report.result_tables import list_ceiling_shares
 from kvctl.lab.results.result import Result
 from kvctl.lab.results.result_builder import summarise
 from tests.lab.results.test_summary import engine, evidence
@@ -27,7 +27,7 @@ ALONE = IsolatedTimings(
 
 def shares(result: Result) -> dict[str, float]:
     """What was reached, by call."""
-    return {one.name: one.share for one in reached(result)}
+    return {one.name: one.share for one in list_ceiling_shares(result)}
 
 
 def test_a_copy_is_held_against_a_copy_and_a_round_trip() -> None:

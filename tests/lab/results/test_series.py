@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvctl.lab.latency import Histogram, LatencySamples, Window
-from kvctl.lab.results.time_series import MAX_POINTS, series
+from kvctl.lab.results.time_series import MAX_POINTS, build_series
 
 
 def window(end_s: float, *lookups: float, **counts: int) -> Window:
@@ -20,7 +20,7 @@ def test_windows_of_one_time_add_up() -> None:
     theirs = LatencySamples(
         [window(100.6, 0.4, requests=1), window(101.0, 0.2, requests=1)]
     )
-    found = series(LatencySamples.merge([ours, theirs]), 100.0)
+    found = build_series(LatencySamples.merge([ours, theirs]), 100.0)
     assert [point.end_s for point in found.points] == [0.5, 1.0]
     assert [point.counts["requests"] for point in found.points] == [3, 1]
     first = found.points[0].operations["lookup"]
@@ -30,14 +30,14 @@ def test_windows_of_one_time_add_up() -> None:
 
 def test_a_stall_is_a_point_with_nothing_in_it() -> None:
     """No window ended in it: no calls, and the time is still there."""
-    found = series(LatencySamples([window(0.5, 1.0), window(1.51, 1.0)]), 0.0)
+    found = build_series(LatencySamples([window(0.5, 1.0), window(1.51, 1.0)]), 0.0)
     assert [len(point.operations) for point in found.points] == [1, 0, 1]
 
 
 def test_long_runs_have_wider_points() -> None:
     """There are never more than a page shows."""
     windows = [window(second, 0.1) for second in range(1, 3600)]
-    found = series(LatencySamples(windows), 0.0)
+    found = build_series(LatencySamples(windows), 0.0)
     assert len(found.points) <= MAX_POINTS
     assert sum(p.operations["lookup"].count for p in found.points) == 3599
-    assert series(LatencySamples(), 0.0).points == ()
+    assert build_series(LatencySamples(), 0.0).points == ()

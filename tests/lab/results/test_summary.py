@@ -16,7 +16,7 @@ from kvctl.lab.config.scenario import Limits, ModelConfig, Scenario
 from kvctl.lab.config.workload_config import Chat
 from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import EngineReport, Tally
-from kvctl.lab.report import result_tables as report
+from kvctl.lab.report import result_tables
 from kvctl.lab.results.result import Result, read
 from kvctl.lab.results.result_builder import summarise
 from kvctl.lab.results.time_series import Series, SeriesPoint
@@ -120,7 +120,7 @@ def test_leaks_failures_and_missed_limits_are_problems() -> None:
     found = evidence(engine(b"a", b"b"), limits=Limits(min_hit_rate=0.5))
     found.leases_leaked = 1
     leaked, missed = summarise(found).problems
-    assert "1 leases outlived" in leaked
+    assert "1 leases left" in leaked
     assert "min_hit_rate is 0.5" in missed
     found.failures.append("rank 0 of engine 0 ended with exit code -9")
     result = summarise(found)
@@ -139,7 +139,7 @@ def test_a_run_that_was_cut_has_no_hit_rate_to_reach(failure: str | None) -> Non
 
 def test_a_run_of_nothing_is_a_problem() -> None:
     """No reports: rates are 0 and the result says so."""
-    assert summarise(evidence()).problems == ("no request was played",)
+    assert summarise(evidence()).problems == ("no request was made",)
 
 
 def test_a_result_reads_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_wrong_file_says_why(tmp_path: Path, text: str, says: str) -> None:
 def rendered(result: Result) -> str:
     """All text of a result's tables."""
     texts = []
-    for part in report.parts(result):
+    for part in result_tables.build_tables(result):
         rows = part.rows if isinstance(part, Table) else ((part,),)
         texts += [cell for row in rows for cell in row]
     return " ".join(texts)

@@ -18,7 +18,7 @@ from kvctl.lab.config.scenario import read
 from kvctl.lab.rank.copy_benchmark import cpu_s
 from kvctl.lab.rank.isolated_calls import WARM_UP_ROUNDS, IsolatedCalls
 from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
-from kvctl.lab.report import result_tables as report
+from kvctl.lab.report import result_tables
 from kvctl.lab.results.result import Result
 from kvctl.lab.run.run_monitor import RunWatcher
 from tests.lab.rank.test_simulated_rank import FakeClient, make
@@ -85,8 +85,10 @@ def test_every_setting_is_copied_and_checked(tmp_path: Path, by: str) -> None:
         assert min(row.store, row.retrieve, row.both) > 0
         assert row.server_s_per_chunk is not None
         assert row.product_slowdown is None
-    said = [part for part in report.parts(result) if isinstance(part, str)]
-    assert any(part.startswith("Every byte was right: stores") for part in said)
+    said = [
+        part for part in result_tables.build_tables(result) if isinstance(part, str)
+    ]
+    assert any(part.startswith("All bytes correct: stores") for part in said)
 
 
 def test_an_interrupt_ends_copies(tmp_path: Path) -> None:

@@ -143,5 +143,5 @@ def test_other_answers_are_a_problem(tmp_path: Path) -> None:
     assert result(run(served.SECOND, 4, 50)).problems == ()
     wrong = result(run(served.SECOND, 3, 0))
     assert len(wrong.problems) == 2
-    assert "second: 1 answers differ" in " ".join(map(str, served.parts(wrong)))
+    assert "second: 1 answers differ" in " ".join(map(str, served.build_tables(wrong)))
     assert wrong.save(tmp_path).read_bytes().startswith(b"{")
