@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -100,28 +101,28 @@ class DocumentLookups:
         needs = self._needs(session)
         self._cancel(session.key)
         wait = self._waits[session.key] = _DocumentWait(caller.client)
-        self._engine.sessions.enter(session)
-        try:
-            held = yield from self._hold(tokens, space, needs)
-        except BaseException:
-            self._end_wait(session, wait)
-            self._engine.sessions.leave(session)
-            raise
 
         def finish() -> msgspec.Struct:
             self._complete(wait, held, needs, caller)
             self._end_wait(session, wait)
             if wait.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
-                self._engine.sessions.leave(session)
                 return answer(FoundDocuments())
             return answer(self._grant(session, held, caller))
 
-        if not wait.cancelled:
-            self._load(wait, space.owner(session.key), held, needs, caller)
-        if not wait.jobs:
-            return finish()
-        return DeferredReply(_all_done([job.future for job in wait.jobs]), finish)
+        with ExitStack() as session_use:
+            session_use.enter_context(self._engine.sessions.use(session))
+            try:
+                held = yield from self._hold(tokens, space, needs)
+            except BaseException:
+                self._end_wait(session, wait)
+                raise
+            if not wait.cancelled:
+                self._load(wait, space.owner(session.key), held, needs, caller)
+            if not wait.jobs:
+                return finish()
+            done = _all_done([job.future for job in wait.jobs])
+            return DeferredReply(done, finish, session_use.pop_all())
 
     def find_now(
         self,
@@ -132,13 +133,9 @@ class DocumentLookups:
     ) -> Generator[None, None, FoundDocuments]:
         """Find and lease what is in L1 already."""
         self._cancel(session.key)
-        self._engine.sessions.enter(session)
-        try:
+        with self._engine.sessions.use(session):
             held = yield from self._hold(tokens, space, self._needs(session))
-        except BaseException:
-            self._engine.sessions.leave(session)
-            raise
-        return self._grant(session, held, caller)
+            return self._grant(session, held, caller)
 
     def _needs(self, session: Session) -> RequiredParts:
         space = session.space
@@ -258,7 +255,6 @@ class DocumentLookups:
         self, session: Session, held: Sequence[_HeldMatches], caller: RequestContext
     ) -> FoundDocuments:
         """Lease what is held; remember it for as long as the session lasts."""
-        self._engine.sessions.leave(session)
         found = self._told(held)
         chunks = [chunk for each in held for chunk in each.chunks]
         owner = documents_of(session.key)

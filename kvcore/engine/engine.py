@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -118,7 +119,6 @@ class Engine:
         self.lookups = Lookups(
             self.l1,
             self.leases,
-            self.sessions,
             self.counters,
             config.chunk_size,
             self.tiering,
@@ -254,10 +254,9 @@ class Engine:
         )
 
         def finish() -> StoreReply:
-            self.sessions.leave(plan.session)
             return self.count_store(self.result(future))
 
-        return DeferredReply(future, finish)
+        return DeferredReply(future, finish, plan.session_use)
 
     def count_store(self, stored: StoreCounts) -> StoreReply:
         """Count a store of a prompt's chunks, and put it as a reply."""
@@ -293,10 +292,9 @@ class Engine:
         lease = self.lease_of(plan)
 
         def finish() -> RetrieveReply:
-            self.sessions.leave(plan.session)
             return self.count_read(plan, lease, self.result(future))
 
-        return DeferredReply(future, finish)
+        return DeferredReply(future, finish, plan.session_use)
 
     def lease_of(self, plan: TransferPlan) -> LeaseNumber | None:
         """Return the lease that a planned read is under, if there is one."""
@@ -354,8 +352,8 @@ class Engine:
         space, needs = self.registry.lookup(request.model, request.world_size)
         num_chunks = request.end // self.chunk_size
         session = self.sessions.open(request.session, space)
-        self.sessions.enter(session)
-        try:
+        with ExitStack() as session_use:
+            session_use.enter_context(self.sessions.use(session))
             yield from self.sessions.extend(
                 session,
                 request.tokens,
@@ -367,9 +365,10 @@ class Engine:
             for told in self.on_lookup:
                 told(request, hashes)
             find = self.lookups.find(session, needs, hashes, caller, wait=request.wait)
-            return (yield from find)
-        finally:
-            self.sessions.leave(session)
+            reply = yield from find
+            if isinstance(reply, DeferredReply):
+                reply.resources.push(session_use.pop_all())
+            return reply
 
     def acquire(
         self, hashes: list[ChunkHash], needs: RequiredParts

@@ -16,7 +16,7 @@ from kvcore.engine.counters import EngineCounters
 from kvcore.engine.leases import LeaseTable
 from kvcore.engine.miss_history import MissHistory
 from kvcore.engine.request_context import DeferredReply, RequestContext
-from kvcore.engine.sessions import Session, SessionTable
+from kvcore.engine.sessions import Session
 from kvcore.engine.tiering import PrefetchTask, Tiering
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import LookupReply
@@ -45,7 +45,6 @@ class Lookups:
         self,
         l1: L1,
         leases: LeaseTable,
-        sessions: SessionTable,
         counters: EngineCounters,
         chunk_size: int,
         tiering: Tiering,
@@ -54,7 +53,6 @@ class Lookups:
     ) -> None:
         self._l1 = l1
         self._leases = leases
-        self._sessions = sessions
         self._counters = counters
         self._chunk_size = chunk_size
         self._tiering = tiering
@@ -71,23 +69,19 @@ class Lookups:
         *,
         wait: bool,
     ) -> Generator[None, None, LookupReply | DeferredReply]:
-        """Answer a lookup of chunks `hashes`, in steps; the session is kept by us.
+        """Answer a lookup of chunks `hashes`, in steps.
 
-        One that is overtaken by the session's next lookup finds nothing.
+        The caller keeps the session in use until the reply. A lookup that
+        is overtaken by the session's next lookup finds nothing.
         """
         if not session.ended:
             self.cancel(session.key)
         session.num_lookups += 1
         number = session.num_lookups
-        self._sessions.enter(session)
-        try:
-            chunks = yield from self.acquire(hashes, needs)
-        except BaseException:
-            self._sessions.leave(session)
-            raise
+        chunks = yield from self.acquire(hashes, needs)
         if session.num_lookups != number:
             self._l1.release(chunks)
-            return self._reply(session, hashes, 0)
+            return self._reply(hashes, 0)
         hit = self.count(chunks, needs)
         if not self._tiering.has_tiers or hit == len(hashes) or session.ended:
             return self._answer(session, needs, hashes, chunks, caller, "")
@@ -111,7 +105,7 @@ class Lookups:
             self._complete(task, hashes, chunks, needs, caller)
             if task.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
-                return self._reply(session, hashes, 0)
+                return self._reply(hashes, 0)
             reply = self._answer(session, needs, hashes, chunks, caller, job.outcome)
             loaded = max(0, reply.num_chunks - hit)
             return replace(reply, num_from_tiers=loaded)
@@ -204,12 +198,9 @@ class Lookups:
             readers = (1 << space.world_size) - 1
             self._leases.grant(session.key, space.model, chunks, readers, caller.client)
         self._tiering.used(chunks)
-        return self._reply(session, hashes, hit)
+        return self._reply(hashes, hit)
 
-    def _reply(
-        self, session: Session, hashes: Sequence[ChunkHash], hit: int
-    ) -> LookupReply:
-        self._sessions.leave(session)
+    def _reply(self, hashes: Sequence[ChunkHash], hit: int) -> LookupReply:
         self._counters.lookups += 1
         self._counters.lookup_chunks += len(hashes)
         self._counters.lookup_chunks_hit += hit

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -27,8 +28,15 @@ class DeferredReply:
     """Work on another thread.
 
     When the future is done, however it ended, the loop thread calls `finish` once:
-    it settles what the work held and returns the reply or raises.
+    it returns the reply or raises. What the work needs until then is in `resources`,
+    which `finish` releases.
     """
 
     future: Future[Any]
-    finish: Callable[[], msgspec.Struct]
+    make_reply: Callable[[], msgspec.Struct]
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    def finish(self) -> msgspec.Struct:
+        """Return the reply or raise; the resources are released after either."""
+        with self.resources:
+            return self.make_reply()

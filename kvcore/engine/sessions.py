@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -166,15 +167,16 @@ class SessionTable:
         if not session.num_running:
             self._drop(session)
 
-    def enter(self, session: Session) -> None:
-        """Count work that needs the session; `leave` must follow, whatever comes."""
+    @contextmanager
+    def use(self, session: Session) -> Iterator[None]:
+        """Keep a session while work needs it; one that has ended is dropped after."""
         session.num_running += 1
-
-    def leave(self, session: Session) -> None:
-        """Count that work as done."""
-        session.num_running -= 1
-        if session.ended and not session.num_running:
-            self._drop(session)
+        try:
+            yield
+        finally:
+            session.num_running -= 1
+            if session.ended and not session.num_running:
+                self._drop(session)
 
     def expire(self) -> None:
         """End the sessions that nobody has used for `idle_s`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kvcore.copy.block_arrays import BlockArray, TokenRange, check_targets, read_blocks
@@ -15,12 +16,14 @@ from kvcore.protocol import Retrieve, Store
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """What a request wants copied. Its session is entered: leave it, once."""
+    """What a request copies, and the use of its session until that has ended."""
 
     instance: Instance
     session: Session
     tokens: TokenRange
     blocks: tuple[BlockArray, ...]
+    session_use: ExitStack
+    """Closed once, when the copy has ended."""
 
     @property
     def hashes(self) -> list[ChunkHash]:
@@ -78,13 +81,10 @@ class TransferPlanner:
         end: int,
     ) -> Generator[None, None, TransferPlan]:
         session = self._sessions.open(request.session, instance.space)
-        self._sessions.enter(session)
-        try:
+        with ExitStack() as use:
+            use.enter_context(self._sessions.use(session))
             yield from self._sessions.extend(
                 session, request.tokens, request.token_offset, request.extras, end
             )
             self._registry.check_registered(instance)
-        except BaseException:
-            self._sessions.leave(session)
-            raise
-        return TransferPlan(instance, session, tokens, blocks)
+            return TransferPlan(instance, session, tokens, blocks, use.pop_all())

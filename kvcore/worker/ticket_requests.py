@@ -103,7 +103,7 @@ class TicketRequests:
             caller.client,
             store.session.request_id,
             engine.count_store,
-            partial(engine.sessions.leave, plan.session),
+            plan.session_use.close,
         )
         return self.hand_out(
             terms,
@@ -200,7 +200,7 @@ class TicketRequests:
             caller.client,
             retrieve.session.request_id,
             partial(engine.count_read, plan, engine.lease_of(plan)),
-            partial(engine.sessions.leave, plan.session),
+            plan.session_use.close,
         )
         return self.lend(
             terms,
