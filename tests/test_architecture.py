@@ -56,7 +56,6 @@ SERVER_SIDE = (
     "kvcore.storage",
     "kvcore.tiers",
     "kvcore.blend.blend_engine",
-    "kvcore.worker.ticket_requests",
     "kvcore.worker.tickets",
 )
 

@@ -216,7 +216,7 @@ class BlendEngine:
             yield from self._enter(entries)
             self.engine.registry.check_registered(instance)
             future = instance.store_lane.submit(
-                self.engine.copier.store,
+                self.engine.transfers.store,
                 instance,
                 chain.hashes,
                 (slots.reshape(-1, self.chunk_size),),
@@ -231,7 +231,9 @@ class BlendEngine:
         def finish() -> StoreReply:
             self._counters.document_stores += 1
             self._settle(entries)
-            return self.engine.count_stored(self.engine.result(future))
+            return self.engine.transfers.count_parts(
+                self.engine.transfers.result(future)
+            )
 
         return DeferredReply(future, finish)
 
@@ -317,7 +319,7 @@ class BlendEngine:
         num_tokens = len(matches) * self.chunk_size
         starts = [request.offset + match.start for match in matches]
         future = instance.retrieve_lane.submit(
-            self.engine.copier.retrieve,
+            self.engine.transfers.retrieve,
             instance,
             [ChunkHash(match.hash) for match in matches],
             (slots_of(starts, self.chunk_size),),
@@ -339,7 +341,7 @@ class BlendEngine:
         lease: LeaseNumber | None,
     ) -> RetrieveReply:
         self._counters.document_retrieves += 1
-        self.engine.counters.bytes_retrieved += self.engine.result(future)
+        self.engine.counters.bytes_retrieved += self.engine.transfers.result(future)
         self.lookups.read(request.session, matches, instance.rank, lease)
         num_tokens = len(matches) * self.chunk_size
         return RetrieveReply(num_tokens, instance.memory.result().event)

@@ -79,8 +79,8 @@ class DocumentLookups:
         self._index = index
         self._found: dict[SessionKey, FoundDocuments] = {}
         self._waits: dict[SessionKey, _DocumentWait] = {}
-        engine.on_session_end.append(self._end_session)
-        engine.on_client_gone.append(self._cancel_client)
+        engine.hooks.session_end.append(self._end_session)
+        engine.hooks.client_end.append(self._cancel_client)
 
     def found(self, key: SessionKey) -> FoundDocuments | None:
         """Return what the session's last lookup found, if that is known."""

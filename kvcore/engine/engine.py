@@ -7,8 +7,9 @@ generator that yields wherever others may be served and returns either.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -16,20 +17,16 @@ from kvcore.config import ServerConfig
 from kvcore.copy.host_transport import TransportTable
 from kvcore.engine.counters import EngineCounters
 from kvcore.engine.instance import Instance, derive_layouts, is_private
-from kvcore.engine.leases import LeaseNumber, LeaseTable
+from kvcore.engine.leases import LeaseTable
 from kvcore.engine.lookups import Lookups
 from kvcore.engine.miss_history import HASH_DIGITS, MIN_KEY_DIGITS, MissHistory
-from kvcore.engine.registry import GONE_MEANWHILE, Registry
+from kvcore.engine.registry import Registry
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.engine.tiering import OpenTiering, no_tiering
-from kvcore.engine.transfer_plan import TransferPlan, TransferPlanner
-from kvcore.engine.transfers import StoreCounts, Transfers
+from kvcore.engine.transfers import Transfers
 from kvcore.errors import (
     BadRequest,
-    ChunksMissing,
-    DeadlineExceeded,
-    UnknownInstance,
 )
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
@@ -72,6 +69,20 @@ CLEAR_CHUNKS = 32
 """Chunks dropped in one step of a clear, about 80 us."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineHooks:
+    """Functions that the engine calls on the loop thread, in order of registration."""
+
+    lookup: list[Callable[[Lookup, Sequence[ChunkHash]], None]] = field(
+        default_factory=list
+    )
+    """With each lookup and its chunks, before they are looked for."""
+    session_end: list[Callable[[SessionKey], None]] = field(default_factory=list)
+    """At END_SESSION, or when a session expires."""
+    client_end: list[Callable[[Hashable], None]] = field(default_factory=list)
+    """When a client's process ends, it says goodbye, or it falls silent."""
+
+
 class Engine:
     """Instances, sessions and leases over one L1."""
 
@@ -103,10 +114,7 @@ class Engine:
         self.leases = LeaseTable(
             self.l1, config.sessions.lease_s, clock, self.history.note_expired
         )
-        self.on_session_end: list[Callable[[SessionKey], None]] = [self.leases.end]
-        """Called at once when END_SESSION asks for it, else when a session expires."""
-        self.on_lookup: list[Callable[[Lookup, Sequence[ChunkHash]], None]] = []
-        """Told what is asked, whatever is found."""
+        self.hooks = EngineHooks()
         self.sessions = SessionTable(
             config.chunk_size,
             config.wire.slice_chunks,
@@ -115,7 +123,6 @@ class Engine:
             self._session_ended,
             clock,
         )
-        self.planner = TransferPlanner(self.registry, self.sessions, config.chunk_size)
         self.lookups = Lookups(
             self.l1,
             self.leases,
@@ -125,14 +132,16 @@ class Engine:
             self.history,
             config.prefetch.deadline_s,
         )
-        self.on_session_end.append(self.lookups.cancel)
-        self.on_client_gone: list[Callable[[Hashable], None]] = [
-            self.lookups.cancel_client
-        ]
-        self.copier = Transfers(
+        self.hooks.session_end.append(self.leases.end)
+        self.hooks.session_end.append(self.lookups.cancel)
+        self.hooks.client_end.append(self.lookups.cancel_client)
+        self.transfers = Transfers(
             self.l1,
             arena,
-            config.chunk_size,
+            self.registry,
+            self.sessions,
+            self.leases,
+            self.counters,
             on_stored=self.tiering.stored if self.tiering.has_tiers else None,
             checksums=config.l1.verify or recovered is not None,
             verify=config.l1.verify,
@@ -204,7 +213,7 @@ class Engine:
 
     def _arena_handle(self) -> ArenaHandle:
         memory = PosixShm(self.arena.name, 0, self.arena.total_bytes)
-        return ArenaHandle(memory, self.copier.checksums)
+        return ArenaHandle(memory, self.transfers.checksums)
 
     def unregister_kv_cache(
         self, request: UnregisterKVCache, caller: RequestContext
@@ -224,8 +233,8 @@ class Engine:
             instance.abandon()
             self._remove(instance)
             self.leases.drop_reader(instance.engine_id, instance.rank)
-        for gone in self.on_client_gone:
-            gone(client)
+        for hook in self.hooks.client_end:
+            hook(client)
         self.leases.end_client(client)
 
     def do_behind(self, call: Callable[[], object]) -> None:
@@ -235,113 +244,51 @@ class Engine:
     # -- copies -------------------------------------------------------------------
 
     def store(
-        self, request: Store, caller: RequestContext
+        self, request: Store, context: RequestContext
     ) -> Generator[None, None, DeferredReply | StoreReply]:
-        """Take the whole chunks of a range from an instance's blocks."""
-        instance = self.copied_here(request.instance_id, caller)
-        plan = yield from self.planner.store(request, instance)
+        """Copy the whole chunks of a token range from an instance's blocks to L1."""
+        instance = self.transfers.instance(request.instance_id, context)
+        plan = yield from self.transfers.plan_store(request, instance)
         if plan is None:
             return StoreReply(0, 0, 0)
         future = instance.store_lane.submit(
-            self.copier.store,
+            self.transfers.store,
             instance,
             plan.hashes,
             plan.blocks,
-            caller.deadline_ns,
+            context.deadline_ns,
             plan.session.owner,
             plan.prefix,
             request.event,
         )
 
-        def finish() -> StoreReply:
-            return self.count_store(self.result(future))
+        def make_reply() -> StoreReply:
+            return self.transfers.count_store(self.transfers.result(future))
 
-        return DeferredReply(future, finish, plan.session_use)
-
-    def count_store(self, stored: StoreCounts) -> StoreReply:
-        """Count a store of a prompt's chunks, and put it as a reply."""
-        self.counters.stores += 1
-        return self.count_stored(stored)
-
-    def count_stored(self, stored: StoreCounts) -> StoreReply:
-        """Count what became of a store, and put it as a reply."""
-        self.counters.parts_stored += stored.num_stored
-        self.counters.parts_present += stored.num_present
-        self.counters.parts_dropped += stored.num_dropped
-        self.counters.bytes_stored += stored.num_bytes
-        return StoreReply(stored.num_stored, stored.num_present, stored.num_dropped)
+        return DeferredReply(future, make_reply, plan.session_use)
 
     def retrieve(
-        self, request: Retrieve, caller: RequestContext
+        self, request: Retrieve, context: RequestContext
     ) -> Generator[None, None, DeferredReply | RetrieveReply]:
-        """Write a range's chunks into an instance's blocks, all or none."""
-        instance = self.copied_here(request.instance_id, caller)
-        plan = yield from self.planner.retrieve(request, instance)
+        """Copy a token range's chunks into an instance's blocks, all or none."""
+        instance = self.transfers.instance(request.instance_id, context)
+        plan = yield from self.transfers.plan_retrieve(request, instance)
         if plan is None:
             return RetrieveReply(0)
         future = instance.retrieve_lane.submit(
-            self.copier.retrieve,
+            self.transfers.retrieve,
             instance,
             plan.hashes,
             plan.blocks,
             plan.tokens,
-            caller.deadline_ns,
+            context.deadline_ns,
             event=request.event,
         )
 
-        lease = self.lease_of(plan)
+        def make_reply() -> RetrieveReply:
+            return self.transfers.count_retrieve(plan, self.transfers.result(future))
 
-        def finish() -> RetrieveReply:
-            return self.count_read(plan, lease, self.result(future))
-
-        return DeferredReply(future, finish, plan.session_use)
-
-    def lease_of(self, plan: TransferPlan) -> LeaseNumber | None:
-        """Return the lease that a planned read is under, if there is one."""
-        session = plan.session
-        return None if session.ended else self.leases.number(session.key)
-
-    def count_read(
-        self, plan: TransferPlan, lease: LeaseNumber | None, num_bytes: int
-    ) -> RetrieveReply:
-        """Count what was retrieved, take its reader off its lease, and reply.
-
-        By now the session may have another lease, by a later lookup: that one waits
-        for a read of its own.
-        """
-        tokens = plan.tokens
-        self.counters.retrieves += 1
-        self.counters.bytes_retrieved += num_bytes
-        key = plan.session.key
-        if lease is not None and lease == self.leases.number(key):
-            self.leases.read(
-                key, tokens.first_chunk, tokens.end_chunk, plan.instance.rank
-            )
-        num_tokens = tokens.end - tokens.first_token
-        return RetrieveReply(num_tokens, plan.instance.memory.result().event)
-
-    def copied_here(self, instance_id: str, caller: RequestContext) -> Instance:
-        """Return an instance of the caller's that is not private."""
-        instance = self.registry.get(caller.client, instance_id)
-        if instance.is_private:
-            raise BadRequest(
-                f"instance {instance_id!r} is private: its worker copies, by RESERVE "
-                "and HOLD"
-            )
-        return instance
-
-    def result(self, future: Future[T]) -> T:
-        """Return what a lane made, its errors counted."""
-        try:
-            return future.result()
-        except CancelledError:
-            raise UnknownInstance(GONE_MEANWHILE) from None
-        except DeadlineExceeded:
-            self.counters.deadlines_exceeded += 1
-            raise
-        except ChunksMissing:
-            self.counters.retrieves_missing += 1
-            raise
+        return DeferredReply(future, make_reply, plan.session_use)
 
     # -- lookups and sessions -----------------------------------------------------
 
@@ -362,8 +309,8 @@ class Engine:
                 num_chunks * self.chunk_size,
             )
             hashes = session.chain.hashes[:num_chunks]
-            for told in self.on_lookup:
-                told(request, hashes)
+            for hook in self.hooks.lookup:
+                hook(request, hashes)
             find = self.lookups.find(session, needs, hashes, caller, wait=request.wait)
             reply = yield from find
             if isinstance(reply, DeferredReply):
@@ -389,8 +336,8 @@ class Engine:
 
     def end_session(self, request: EndSession, caller: RequestContext) -> Done:
         """End leases at once, the session when its running work has ended."""
-        for end in self.on_session_end:
-            end(request.session)
+        for hook in self.hooks.session_end:
+            hook(request.session)
         session = self.sessions.find(request.session)
         if session is not None:
             self.sessions.end(session)
@@ -399,8 +346,8 @@ class Engine:
     def _session_ended(self, session: Session) -> None:
         self.counters.sessions_ended += 1
         if not session.ended:
-            for end in self.on_session_end:
-                end(session.key)
+            for hook in self.hooks.session_end:
+                hook(session.key)
         # Once a request, tail to head: its leaves are the first to be evicted.
         self.l1.touch(session.chain.hashes)
 

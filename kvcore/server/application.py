@@ -93,7 +93,7 @@ class Application:
             if config.record is not None:
                 recording = Recorder(Path(config.record), config.chunk_size)
                 stack.callback(recording.close)
-                self.engine.on_lookup.append(recording.add)
+                self.engine.hooks.lookup.append(recording.add)
             self.clients = ClientTable(
                 config.wire.heartbeat_s, self._watch, self._unwatch
             )

@@ -16,6 +16,6 @@ def register(extensions: Extensions) -> None:
 
 
 def _open(config: ServerConfig, engine: Engine) -> RequestService:
-    from kvcore.worker.ticket_requests import TicketRequests
+    from kvcore.worker.tickets import TicketRequests
 
     return TicketRequests(engine, config.wire.max_requests_per_client)

@@ -149,7 +149,7 @@ class BlendFixture:
             self.open_tiering if self.tiers else no_tiering,
             recovered,
         )
-        self.engine.copier._clock_ns = self.now_ns
+        self.engine.transfers._clock_ns = self.now_ns
         self.blend = BlendEngine(self.config, self.engine)
         self.arena.keep()
         self.l1 = self.engine.l1

@@ -28,7 +28,7 @@ from kvcore.server.client_table import Client, ClientTable
 from kvcore.server.event_loop import EventLoop, RequestTask
 from kvcore.shm import Bytes
 from kvcore.wire import REQUESTS, RequestEnvelope, encode_reply, wire_name
-from kvcore.worker.ticket_requests import TicketRequests
+from kvcore.worker.tickets import TicketRequests
 
 _here = local()
 

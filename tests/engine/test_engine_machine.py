@@ -85,8 +85,8 @@ from kvcore.storage.l1 import L1, Reservation
 from kvcore.tiers import timer_thread as coordinator
 from kvcore.tiers.tier_manager import TierManager
 from kvcore.tiers.timer_thread import TimerThread
-from kvcore.worker import ticket_requests as worker_copies
-from kvcore.worker.ticket_requests import TicketRequests
+from kvcore.worker import tickets as worker_copies
+from kvcore.worker.tickets import TicketRequests
 from tests.engine.engine_model import (
     CHUNK,
     ENGINES,
@@ -219,9 +219,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     def watch_copies(self) -> None:
         """Have the model told of what is committed, held, let go and gone."""
-        copier, l1 = self.engine.copier, self.engine.l1
+        copier, l1 = self.engine.transfers, self.engine.l1
         copier._clock_ns = self.now_ns
-        copier._mover = ManualCopier(
+        copier._copier = ManualCopier(
             self.arena.array, CHUNK, checksums=copier.checksums
         )
         commit, hold, release = l1.commit, copier.hold, copier.release
@@ -1146,7 +1146,7 @@ class EngineMachine(RuleBasedStateMachine):
                     rest = rest[len(buffer) :]
                 assert not rest
                 checksums += checksum_of(buffers)
-            if not self.engine.copier.checksums:
+            if not self.engine.transfers.checksums:
                 checksums = b""
             asked = ModelRequest("commit", client, worker=ticket.asked.worker)
             asked.deadline = ticket.asked.deadline

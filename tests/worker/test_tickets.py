@@ -1,4 +1,4 @@
-"""Tickets under every order of events: each ends once, and nothing else ends it."""
+"""Tickets under random orders of events: each ends exactly once, and only as asked."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from kvcore.protocol import (
     Store,
 )
 from kvcore.storage.arena import Arena
-from kvcore.worker.ticket_requests import TicketRequests
+from kvcore.worker.tickets import TicketRequests
 
 CHUNK = 16
 PART = 128
@@ -51,14 +51,14 @@ WATCHED = {name: RequestContext(name, os.getpid(), is_watched=True) for name in 
 
 
 def register(engine: Engine, name: str) -> None:
-    """Register a client's private instance, which is called as it is."""
+    """Register a client's private instance, named after the client."""
     request = RegisterKVCache(name, name, "m", 1, 0, (Private(4 * PART),), (GROUP,))
     reply = engine.register_kv_cache(request, WATCHED[name])
     assert reply.arena is not None
 
 
-def settle(result: Any) -> Any:
-    """Run a request to its reply."""
+def finish_request(result: Any) -> Any:
+    """Run a request to its end and return the reply."""
     if isinstance(result, Generator):
         try:
             while True:
@@ -71,8 +71,8 @@ def settle(result: Any) -> Any:
     return result
 
 
-def asked(name: str, prompt: int, num_chunks: int) -> dict[str, Any]:
-    """What a store and a retrieve of a prompt's first chunks have in common."""
+def transfer_fields(name: str, prompt: int, num_chunks: int) -> dict[str, Any]:
+    """Return the fields that a store and a retrieve of a prompt's chunks share."""
     tokens = range(1000 * prompt, 1000 * prompt + num_chunks * CHUNK)
     return {
         "session": SessionKey(name, f"request-{prompt}"),
@@ -85,35 +85,37 @@ def asked(name: str, prompt: int, num_chunks: int) -> dict[str, Any]:
 
 
 @dataclass
-class Handed:
-    """A ticket that its client has."""
+class IssuedTicket:
+    """A live ticket and the pages that it names."""
 
     name: str
     kind: str
     pages: frozenset[int]
     is_stale: bool = False
-    """Its instance was registered anew since."""
+    """Whether its instance was registered again since."""
 
 
 class Tickets(RuleBasedStateMachine):
-    """Two clients, more prompts than there is room for, and a model of the tickets."""
+    """Two clients, more prompts than L1 has room for, and a model of the tickets."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
         self.engine = Engine(ServerConfig(chunk_size=CHUNK), self.arena)
-        self.copies = TicketRequests(self.engine, MAX_TICKETS)
-        self.handed: dict[int, Handed] = {}
+        self.requests = TicketRequests(self.engine, MAX_TICKETS)
+        self.issued: dict[int, IssuedTicket] = {}
         self.ended: list[int] = []
         for name in "ab":
             register(self.engine, name)
 
     def teardown(self) -> None:
-        """End everything: nothing is left."""
+        """End both clients and check that nothing is left."""
         for name in "ab":
             self.engine.client_gone(name)
         stats = self.engine.l1.stats()
-        assert (stats.num_reserved, stats.num_held, len(self.copies.table)) == (0,) * 3
+        assert (stats.num_reserved, stats.num_held, len(self.requests.table)) == (
+            0,
+        ) * 3
         assert all(
             session.num_running == 0
             for session in self.engine.sessions._sessions.values()
@@ -121,19 +123,21 @@ class Tickets(RuleBasedStateMachine):
         self.engine.close()
         self.arena.close()
 
-    def take_in(self, name: str, kind: str, reply: ReserveReply | HoldReply) -> None:
-        """Note a ticket."""
+    def record_ticket(
+        self, name: str, kind: str, reply: ReserveReply | HoldReply
+    ) -> None:
+        """Record a ticket from a reply."""
         if reply.ticket is None:
             assert reply.parts == ()
             return
         extents = [e for places in reply.parts for p in places for e in p.extents]
         pages = frozenset(extent.offset // PART for extent in extents)
-        assert reply.ticket not in self.handed
-        self.handed[reply.ticket] = Handed(name, kind, pages)
+        assert reply.ticket not in self.issued
+        self.issued[reply.ticket] = IssuedTicket(name, kind, pages)
 
-    def num_of(self, name: str) -> int:
-        """How many tickets a client has."""
-        return sum(handed.name == name for handed in self.handed.values())
+    def num_tickets(self, name: str) -> int:
+        """Return the number of a client's live tickets."""
+        return sum(issued.name == name for issued in self.issued.values())
 
     names = st.sampled_from("ab")
     prompts = st.integers(0, 3)
@@ -142,122 +146,122 @@ class Tickets(RuleBasedStateMachine):
 
     @rule(name=names, prompt=prompts, count=counts)
     def reserve(self, name: str, prompt: int, count: int) -> None:
-        """Ask for room; a client with too many tickets is refused."""
-        request = Reserve(Store(**asked(name, prompt, count)))
-        if self.num_of(name) >= MAX_TICKETS:
+        """Reserve; a client with too many tickets is refused."""
+        request = Reserve(Store(**transfer_fields(name, prompt, count)))
+        if self.num_tickets(name) >= MAX_TICKETS:
             with pytest.raises(Overloaded):
-                settle(self.copies.reserve(request, WATCHED[name]))
+                finish_request(self.requests.reserve(request, WATCHED[name]))
             return
-        reply = settle(self.copies.reserve(request, WATCHED[name]))
+        reply = finish_request(self.requests.reserve(request, WATCHED[name]))
         num_parts = sum(map(len, reply.parts))
         assert num_parts + reply.num_present + reply.num_dropped == count
-        self.take_in(name, "reserved", reply)
+        self.record_ticket(name, "reserved", reply)
 
     @rule(name=names, prompt=prompts, count=counts)
     def hold(self, name: str, prompt: int, count: int) -> None:
-        """Ask to read, where everything is there."""
-        request = Hold(Retrieve(**asked(name, prompt, count)))
-        if self.num_of(name) >= MAX_TICKETS:
+        """Hold, which succeeds where L1 has every chunk."""
+        request = Hold(Retrieve(**transfer_fields(name, prompt, count)))
+        if self.num_tickets(name) >= MAX_TICKETS:
             with pytest.raises(Overloaded):
-                settle(self.copies.hold(request, WATCHED[name]))
+                finish_request(self.requests.hold(request, WATCHED[name]))
             return
         try:
-            reply = settle(self.copies.hold(request, WATCHED[name]))
+            reply = finish_request(self.requests.hold(request, WATCHED[name]))
         except ChunksMissing:
             return
         assert sum(map(len, reply.parts)) == count
-        self.take_in(name, "held", reply)
+        self.record_ticket(name, "held", reply)
 
     def pick(self, number: int) -> int | None:
-        """One of the live tickets."""
-        live = list(self.handed)
+        """Return one of the live tickets, None if there is none."""
+        live = list(self.issued)
         return live[number % len(live)] if live else None
 
     @rule(number=picks, good=st.booleans())
     def end(self, number: int, good: bool) -> None:
-        """End a ticket as its worker would, well or not."""
+        """End a ticket by its worker, with success or not."""
         ticket = self.pick(number)
         if ticket is None:
             return
-        handed = self.handed.pop(ticket)
+        issued = self.issued.pop(ticket)
         self.ended.append(ticket)
-        me = WATCHED[handed.name]
-        if handed.kind == "held":
-            reply = self.copies.release(Release(ticket, PART if good else None), me)
+        me = WATCHED[issued.name]
+        if issued.kind == "held":
+            reply = self.requests.release(Release(ticket, PART if good else None), me)
             assert (reply.num_tokens > 0) == good
         elif not good:
-            self.copies.abort(Abort(ticket), me)
-        elif handed.is_stale:
+            self.requests.abort(Abort(ticket), me)
+        elif issued.is_stale:
             with pytest.raises(UnknownInstance):
-                self.copies.commit(Commit(ticket), me)
+                self.requests.commit(Commit(ticket), me)
         else:
-            assert self.copies.commit(Commit(ticket), me).num_stored == len(
-                handed.pages
+            assert self.requests.commit(Commit(ticket), me).num_stored == len(
+                issued.pages
             )
 
     @rule(number=picks)
     def end_wrongly(self, number: int) -> None:
-        """Another's, of another kind, or with checksums that nobody asked for."""
+        """Another's, of another kind, or with checksums that nobody transfer_fields for."""
         ticket = self.pick(number)
         if ticket is None:
             return
-        handed = self.handed[ticket]
-        other = WATCHED["a" if handed.name == "b" else "b"]
-        for end in (self.copies.commit, self.copies.abort):
+        issued = self.issued[ticket]
+        other = WATCHED["a" if issued.name == "b" else "b"]
+        for end in (self.requests.commit, self.requests.abort):
             with pytest.raises(UnknownTicket):
                 end(Commit(ticket), other)  # type: ignore[operator]
         with pytest.raises(UnknownTicket):
-            self.copies.release(Release(ticket), other)
-        unlike: Any = self.copies.commit
-        if handed.kind == "reserved":
-            unlike = self.copies.release
+            self.requests.release(Release(ticket), other)
+        unlike: Any = self.requests.commit
+        if issued.kind == "reserved":
+            unlike = self.requests.release
         with pytest.raises(UnknownTicket):
-            unlike(Release(ticket), WATCHED[handed.name])
+            unlike(Release(ticket), WATCHED[issued.name])
 
     @rule(number=picks)
     def end_again(self, number: int) -> None:
-        """What has ended stays so."""
+        """End a ticket a second time: refused."""
         if self.ended:
             ticket = self.ended[number % len(self.ended)]
             for name in "ab":
                 with pytest.raises(UnknownTicket):
-                    self.copies.abort(Abort(ticket), WATCHED[name])
+                    self.requests.abort(Abort(ticket), WATCHED[name])
 
     @rule(name=names, prompt=prompts)
     def end_session(self, name: str, prompt: int) -> None:
-        """A session ends whenever its engine likes."""
+        """End a session, whether its tickets are live or not."""
         key = SessionKey(name, f"request-{prompt}")
         self.engine.end_session(EndSession(key), WATCHED[name])
 
     @rule(name=names)
     def register_again(self, name: str) -> None:
-        """The instance takes its own place; its tickets stay, but nothing is kept."""
+        """Register an instance again: its tickets stay, their stores are not kept."""
         register(self.engine, name)
-        for handed in self.handed.values():
-            handed.is_stale = handed.is_stale or handed.name == name
+        for issued in self.issued.values():
+            issued.is_stale = issued.is_stale or issued.name == name
 
     @rule(name=names)
-    def die(self, name: str) -> None:
-        """A client's process ends, and with it all that it had."""
+    def end_client(self, name: str) -> None:
+        """End a client's process, and with it all its tickets."""
         self.engine.client_gone(name)
-        gone = [n for n, handed in self.handed.items() if handed.name == name]
+        gone = [n for n, issued in self.issued.items() if issued.name == name]
         for number in gone:
-            del self.handed[number]
+            del self.issued[number]
         self.ended += gone
         register(self.engine, name)
 
     @invariant()
-    def pages_are_their_writers_alone(self) -> None:
-        """What is being written is nobody else's, to write or to read."""
+    def written_pages_are_exclusive(self) -> None:
+        """Check that no page being written is written or read under another ticket."""
         self.engine.l1.check()
-        written = [h.pages for h in self.handed.values() if h.kind == "reserved"]
-        read = [h.pages for h in self.handed.values() if h.kind == "held"]
+        written = [h.pages for h in self.issued.values() if h.kind == "reserved"]
+        read = [h.pages for h in self.issued.values() if h.kind == "held"]
         taken = [page for pages in written for page in pages]
         assert len(taken) == len(set(taken))
         assert not set(taken) & {page for pages in read for page in pages}
         stats = self.engine.l1.stats()
         assert stats.num_reserved == len(taken)
-        assert len(self.copies.table) == len(self.handed)
+        assert len(self.requests.table) == len(self.issued)
 
     @invariant()
     def what_is_handed_out_is_not_free(self) -> None:
@@ -267,46 +271,56 @@ class Tickets(RuleBasedStateMachine):
             for start, count in self.arena._pages.free_runs()
             for page in range(start, start + count)
         }
-        assert not any(handed.pages & free for handed in self.handed.values())
+        assert not any(issued.pages & free for issued in self.issued.values())
 
 
 Tickets.TestCase.settings = settings(stateful_step_count=40)
 TestTickets = Tickets.TestCase
 
 
+@dataclass
+class TicketServer:
+    """An engine and the ticket requests over it."""
+
+    engine: Engine
+    requests: TicketRequests
+
+
 @pytest.fixture
-def copies() -> Iterator[TicketRequests]:
-    """A server's side with nothing in it."""
+def server() -> Iterator[TicketServer]:
+    """An empty server."""
     arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
     engine = Engine(ServerConfig(chunk_size=CHUNK), arena)
-    yield TicketRequests(engine, MAX_TICKETS)
+    yield TicketServer(engine, TicketRequests(engine, MAX_TICKETS))
     engine.close()
     arena.close()
 
 
-def test_who_cannot_be_watched_does_not_copy(copies: TicketRequests) -> None:
-    """Its end could be missed, and with it the moment from which pages are free."""
+def test_an_unwatched_worker_is_refused(server: TicketServer) -> None:
+    """The server could miss its end, and reuse pages that it still writes to."""
     request = RegisterKVCache("i", "e", "m", 1, 0, (Private(4 * PART),), (GROUP,))
     with pytest.raises(BadRequest, match="must live in the server's pid namespace"):
-        copies._engine.register_kv_cache(request, RequestContext("c", os.getpid()))
+        server.engine.register_kv_cache(request, RequestContext("c", os.getpid()))
 
 
 @pytest.mark.parametrize("ask", ["reserve", "hold"])
-def test_asking_at_once_gets_no_more(copies: TicketRequests, ask: str) -> None:
-    """Requests that all found room get as many tickets as there are, and no more."""
-    register(copies._engine, "a")
+def test_concurrent_requests_respect_the_limit(server: TicketServer, ask: str) -> None:
+    """Requests that all passed the first check get no more tickets than the limit."""
+    register(server.engine, "a")
     if ask == "hold":
-        request = Reserve(Store(**asked("a", 0, 1)))
-        ticket = settle(copies.reserve(request, WATCHED["a"])).ticket
-        copies.commit(Commit(ticket), WATCHED["a"])
+        request = Reserve(Store(**transfer_fields("a", 0, 1)))
+        ticket = finish_request(server.requests.reserve(request, WATCHED["a"])).ticket
+        server.requests.commit(Commit(ticket), WATCHED["a"])
     running = []
     for number in range(MAX_TICKETS + 1):
         if ask == "reserve":
-            steps = copies.reserve(
-                Reserve(Store(**asked("a", number, 1))), WATCHED["a"]
+            steps = server.requests.reserve(
+                Reserve(Store(**transfer_fields("a", number, 1))), WATCHED["a"]
             )
         else:
-            steps = copies.hold(Hold(Retrieve(**asked("a", 0, 1))), WATCHED["a"])
+            steps = server.requests.hold(
+                Hold(Retrieve(**transfer_fields("a", 0, 1))), WATCHED["a"]
+            )
         with pytest.raises(StopIteration) as stop:
             next(steps)
         running.append(stop.value.value)
@@ -314,34 +328,34 @@ def test_asking_at_once_gets_no_more(copies: TicketRequests, ask: str) -> None:
         assert one.finish().ticket
     with pytest.raises(Overloaded):
         running[-1].finish()
-    assert len(copies.table) == MAX_TICKETS
-    copies._engine.client_gone("a")
-    stats = copies._engine.l1.stats()
-    assert (stats.num_reserved, stats.num_held, len(copies.table)) == (0, 0, 0)
+    assert len(server.requests.table) == MAX_TICKETS
+    server.engine.client_gone("a")
+    stats = server.engine.l1.stats()
+    assert (stats.num_reserved, stats.num_held, len(server.requests.table)) == (0, 0, 0)
 
 
-def test_a_late_commit_keeps_nothing(copies: TicketRequests) -> None:
-    """The deadline is that of the reservation, whatever the commit's own is."""
-    register(copies._engine, "a")
+def test_a_late_commit_is_aborted(server: TicketServer) -> None:
+    """The deadline is that of the RESERVE request, not of COMMIT."""
+    register(server.engine, "a")
     caller = RequestContext("a", os.getpid(), is_watched=True, deadline_ns=1)
-    request = Reserve(Store(**asked("a", 0, 2)))
+    request = Reserve(Store(**transfer_fields("a", 0, 2)))
     with pytest.raises(DeadlineExceeded):
-        settle(copies.reserve(request, caller))
+        finish_request(server.requests.reserve(request, caller))
     clock = iter([0, 2])
-    copies._copier._clock_ns = lambda: next(clock)
-    ticket = settle(copies.reserve(request, caller)).ticket
+    server.engine.transfers._clock_ns = lambda: next(clock)
+    ticket = finish_request(server.requests.reserve(request, caller)).ticket
     with pytest.raises(DeadlineExceeded):
-        copies.commit(Commit(ticket), WATCHED["a"])
-    stats = copies._engine.l1.stats()
+        server.requests.commit(Commit(ticket), WATCHED["a"])
+    stats = server.engine.l1.stats()
     assert (stats.num_chunks, stats.num_reserved, stats.used_bytes) == (0, 0, 0)
-    assert len(copies.table) == 0
+    assert len(server.requests.table) == 0
 
 
-def test_checksums_that_are_missing_end_the_ticket(copies: TicketRequests) -> None:
-    """A reservation is never left behind by a commit that cannot be."""
-    register(copies._engine, "a")
-    request = Reserve(Store(**asked("a", 0, 2)))
-    ticket = settle(copies.reserve(request, WATCHED["a"])).ticket
+def test_wrong_checksums_end_the_ticket(server: TicketServer) -> None:
+    """A refused COMMIT leaves no reservation behind."""
+    register(server.engine, "a")
+    request = Reserve(Store(**transfer_fields("a", 0, 2)))
+    ticket = finish_request(server.requests.reserve(request, WATCHED["a"])).ticket
     with pytest.raises(BadRequest, match="checksums: 5 bytes, but 0 parts"):
-        copies.commit(Commit(ticket, memoryview(b"12345")), WATCHED["a"])
-    assert copies._engine.l1.stats().num_reserved == 0
+        server.requests.commit(Commit(ticket, memoryview(b"12345")), WATCHED["a"])
+    assert server.engine.l1.stats().num_reserved == 0
