@@ -201,7 +201,7 @@ class Tickets(RuleBasedStateMachine):
 
     @rule(number=picks)
     def end_wrongly(self, number: int) -> None:
-        """Another's, of another kind, or with checksums that nobody transfer_fields for."""
+        """End another client's ticket, or one of another kind: refused."""
         ticket = self.pick(number)
         if ticket is None:
             return
