@@ -1,4 +1,4 @@
-"""`kvctl serve`: one ready line, one server an address, a clean end."""
+"""`kvctl serve`: ready line, one server per address, clean shutdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Serve = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Give a function that starts a small server; whatever it started is stopped."""
+    """Yield a function that starts a small server; all are stopped at the end."""
     with ExitStack() as stack:
 
         def start(*arguments: str) -> subprocess.Popen[str]:
@@ -55,8 +55,8 @@ def segments(pid: int) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_cleanly(serve: Serve, number: signal.Signals) -> None:
-    """One line in all, exit code 0, and nothing left in /dev/shm."""
+def test_a_signal_stops_the_server(serve: Serve, number: signal.Signals) -> None:
+    """One line of output, exit code 0, and nothing left in /dev/shm."""
     server = serve("--port", "0")
     address_of(server)
     assert len(segments(server.pid)) == 1
@@ -66,9 +66,14 @@ def test_a_signal_ends_it_cleanly(serve: Serve, number: signal.Signals) -> None:
     assert segments(server.pid) == []
 
 
-@pytest.mark.parametrize("attempt", range(4))
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "attempt", [0, *(pytest.param(number, marks=LONG) for number in range(1, 4))]
+)
 def test_a_signal_right_after_a_request_is_not_lost(serve: Serve, attempt: int) -> None:
-    """A signal that meets the loop on its way back to the poll still ends it."""
+    """A signal between a request and the next poll stops the server."""
     server = serve("--port", "0")
     KVClient(address_of(server)).close()
     server.send_signal(signal.SIGTERM)
@@ -76,7 +81,7 @@ def test_a_signal_right_after_a_request_is_not_lost(serve: Serve, attempt: int) 
 
 
 def test_the_ready_file_holds_the_bound_address(serve: Serve, tmp_path: Path) -> None:
-    """It is there, whole, before the ready line, and no longer than the server."""
+    """The file is complete before the ready line, and removed with the server."""
     path = tmp_path / "address"
     server = serve("--port", "0", "--ready-file", str(path))
     address = address_of(server)
@@ -88,10 +93,10 @@ def test_the_ready_file_holds_the_bound_address(serve: Serve, tmp_path: Path) ->
     assert not path.exists()
 
 
-def test_a_ready_file_of_a_killed_server_goes_at_the_next_start(
+def test_ready_file_of_a_killed_server_is_removed_at_start(
     serve: Serve, tmp_path: Path
 ) -> None:
-    """Nobody takes it for that of a server that is not ready yet, or cannot start."""
+    """It must not announce a server that is not ready or cannot start."""
     path = tmp_path / "address"
     path.write_text("tcp://127.0.0.1:1\n")
     server = serve("--address", "tcp://192.0.2.1:1", "--ready-file", str(path))
@@ -100,8 +105,8 @@ def test_a_ready_file_of_a_killed_server_goes_at_the_next_start(
     assert not path.exists()
 
 
-def test_metrics_are_served_where_they_are_asked_for(serve: Serve) -> None:
-    """On 127.0.0.1 unless told otherwise; a host that is not ours is one line."""
+def test_metrics_are_served_at_the_configured_host(serve: Serve) -> None:
+    """127.0.0.1 by default; a foreign address is an error of one line."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     places: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -123,7 +128,7 @@ def test_metrics_are_served_where_they_are_asked_for(serve: Serve) -> None:
 
 
 def test_a_second_server_at_an_address_is_refused(serve: Serve) -> None:
-    """One line that names the address, exit code 2, and the first serves on."""
+    """One line that names the address, exit code 2; the first server continues."""
     address = address_of(serve("--port", "0"))
     second = serve("--address", address)
     out, err = second.communicate(timeout=STOP_S)
@@ -134,8 +139,8 @@ def test_a_second_server_at_an_address_is_refused(serve: Serve) -> None:
         client.ping()
 
 
-def test_a_ready_file_that_cannot_be_written_ends_it(serve: Serve) -> None:
-    """Who waits for that file would wait for ever; nothing stays in /dev/shm."""
+def test_a_ready_file_that_cannot_be_written_is_an_error(serve: Serve) -> None:
+    """The server stops and leaves nothing in /dev/shm."""
     server = serve("--port", "0", "--ready-file", "/nowhere/address")
     _, err = server.communicate(timeout=STOP_S)
     assert server.returncode == 2
@@ -143,8 +148,8 @@ def test_a_ready_file_that_cannot_be_written_ends_it(serve: Serve) -> None:
     assert segments(server.pid) == []
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_one_line(serve: Serve) -> None:
-    """Exit code 2, whatever is missing: the bindings, the driver, the GPU."""
+def test_a_missing_gpu_is_one_line(serve: Serve) -> None:
+    """Exit code 2 without the bindings, the driver or the GPU."""
     server = serve("--port", "0", "--device", "cuda")
     out, err = server.communicate(timeout=STOP_S)
     if server.returncode == 0:
@@ -156,9 +161,9 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_one_line(serve: Serve) -> None
     assert segments(server.pid) == []
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_without_a_gpu_host_memory_will_do(serve: Serve, device: str) -> None:
-    """Both serve, and neither says a word about GPUs."""
+@pytest.mark.parametrize("device", ["auto", pytest.param("cpu", marks=LONG)])
+def test_host_memory_needs_no_gpu(serve: Serve, device: str) -> None:
+    """Both serve, without a message about GPUs."""
     server = serve("--port", "0", "--device", device)
     address_of(server)
     server.send_signal(signal.SIGTERM)

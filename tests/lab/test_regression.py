@@ -107,7 +107,8 @@ def test_an_unknown_commit_is_wrong_use(tmp_path: Path) -> None:
         CommitInstalls(ROOT, tmp_path).resolve("no-such-commit")
 
 
-def test_two_sides_take_turns_for_real(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_interleaved_runs_of_two_processes(tmp_path: Path) -> None:
     """Two whole runs at once: same counts on both sides, a median for every turn."""
     text = (ROOT / "tests" / "lab" / "compare" / "turns.toml").read_text()
     scenario = tmp_path / "turns.toml"

@@ -1,4 +1,4 @@
-"""`kvctl bench run --versus` and its like as a user starts them: two sides, judged."""
+"""`kvctl bench run --versus`, `--versus-set`, `--versus-system` as commands."""
 
 from __future__ import annotations
 
@@ -24,43 +24,48 @@ with socketserver.ThreadingUnixStreamServer(path, FakeValkey) as serving:
 """
 
 
-def contest_in(folder: Path) -> Path:
-    """The folder of the one comparison that was saved."""
+def comparison_in(folder: Path) -> Path:
+    """Return the folder of the saved comparison."""
     (found,) = folder.glob("*-versus-*")
     return found
 
 
-def test_another_setting_is_judged_by_its_counts(tmp_path: Path) -> None:
-    """An L1 that holds little: fewer hits are a regression, exit code 1."""
-    flags = ("--versus-set", "server.l1.size=32KiB", "--repeat", "2")
+@pytest.mark.parametrize("repeat", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_another_setting_is_compared_by_its_counts(tmp_path: Path, repeat: int) -> None:
+    """A small L1: fewer hits are a regression, exit code 1."""
+    flags = ("--versus-set", "server.l1.size=32KiB", "--repeat", str(repeat))
     code, out, err = finish(start(TURNS, *flags, "--out", tmp_path / "out"))
     assert code == 1, err
     assert "regression: tokens_hit: " in out
     assert "server.l1.size" in out
-    folder = contest_in(tmp_path / "out")
+    folder = comparison_in(tmp_path / "out")
     assert (folder / COMPARISON).exists()
     base, new = read_results(folder / "base"), read_results(folder / "new")
-    assert [len(base), len(new)] == [2, 2]
-    assert [one.repetition and one.repetition.number for one in base] == [0, 1]
+    numbers = list(range(repeat))
+    for side in (base, new):
+        assert [one.repetition and one.repetition.number for one in side] == numbers
+    assert base[0].turns, "the runs of a pair are interleaved"
     assert new[0].counts.tokens_hit < base[0].counts.tokens_hit
 
 
-def test_another_scenario_is_played_in_pairs(tmp_path: Path) -> None:
-    """The same under another name: equal counts, too few runs, exit code 0."""
+@pytest.mark.long
+def test_another_scenario_runs_in_pairs(tmp_path: Path) -> None:
+    """An equal scenario: equal counts, too few runs, exit code 0."""
     other = Path(shutil.copy(TURNS, tmp_path / "other.toml"))
     flags = ("--versus", other, "--repeat", "1", "--out", tmp_path / "out")
     code, out, err = finish(start(TURNS, *flags))
     assert code == 0, err
     assert "Too few runs to compare other with turns" in out
     assert "counts are equal" in out
-    (base,) = read_results(contest_in(tmp_path / "out") / "base")
-    assert base.turns, "the runs of a pair took turns"
+    (base,) = read_results(comparison_in(tmp_path / "out") / "base")
+    assert base.turns, "the runs of a pair are interleaved"
 
 
-def test_another_system_stands_in_the_same_table(
+@pytest.mark.long
+def test_another_system_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for Valkey beside ours: the same hits, every byte right."""
+    """A fake Valkey and kvctl: equal hits, all bytes correct."""
     fake = tmp_path / "valkey-server"
     fake.write_text(FAKE_VALKEY)
     fake.chmod(0o755)
@@ -71,27 +76,27 @@ def test_another_system_stands_in_the_same_table(
     code, out, err = finish(start(TURNS, *flags, "--out", tmp_path / "out"))
     assert code == 0, out + err
     assert "valkey" in out
-    folder = contest_in(tmp_path / "out")
+    folder = comparison_in(tmp_path / "out")
     (theirs,), (ours,) = read_results(folder / "base"), read_results(folder / "new")
     assert [theirs.system.name, ours.system.name] == ["valkey", "kvctl"]
     assert theirs.counts.tokens_hit == ours.counts.tokens_hit > 0
     assert theirs.counts.bytes_wrong == ours.counts.bytes_wrong == 0
     assert "end_session" not in theirs.operations, "it has none"
-    assert theirs.turns, "the two systems took turns"
-    assert ours.turns, "the two systems took turns"
+    assert theirs.turns, "the two systems are interleaved"
+    assert ours.turns, "the two systems are interleaved"
     assert not list(scratch.iterdir())
 
 
-def test_a_side_that_cannot_begin_is_told_at_once(tmp_path: Path) -> None:
-    """In its own words; the other does not wait for it."""
+def test_a_side_that_cannot_start_ends_the_pair(tmp_path: Path) -> None:
+    """With its own message; the other side does not wait for it."""
     flags = ("--versus-system", "lmcache", "--system-python", tmp_path / "python")
     code, _, err = finish(start(TURNS, *flags, "--out", tmp_path / "out"))
     assert code == 2
     assert err.splitlines()[-1].endswith("no lmcache in its folder")
 
 
-def test_what_is_wrong_in_versus_set_is_named_so(tmp_path: Path) -> None:
-    """Not --set, which was right."""
+def test_error_in_versus_set_names_that_flag(tmp_path: Path) -> None:
+    """Not --set, which is correct."""
     flags = ("--set", "ranks=1", "--versus-set", "rank=2", "--out", tmp_path / "out")
     code, _, err = finish(start(TURNS, *flags))
     assert code == 2

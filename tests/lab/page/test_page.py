@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
@@ -50,6 +51,7 @@ def step(rate: float, request: Latency) -> SweepStep:
     return SweepStep(rate, 9, 1.0, request, None, kept_up=True)
 
 
+@cache
 def planted(factor: float) -> Result:
     """A run with everything that a page shows."""
     rng = np.random.default_rng(0)
@@ -82,6 +84,7 @@ def storing(factor: float) -> Result:
     return replace(result, counts=replace(result.counts, stored_bytes=num_bytes))
 
 
+@cache
 def page(*factors: float) -> str:
     """A page of so many sides of ten runs each, which do not store as much."""
     runs = [

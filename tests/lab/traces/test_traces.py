@@ -26,7 +26,7 @@ from kvctl.lab.traces import trace_reader as reader
 from kvctl.lab.traces.trace_catalogue import PublicTrace
 from kvctl.lab.traces.trace_profile import Profile, profile
 from kvctl.lab.traces.trace_row import TraceRow
-from tests.cli.test_cli import kvctl
+from tests.cli.test_cli import run_in_process
 
 TRACES = os.environ.get("KVCTL_TRACES")
 NEEDS_TRACES = pytest.mark.skipif(
@@ -255,13 +255,13 @@ def test_half_a_trace_is_none(
 
 def test_the_list_names_source_licence_size_and_sha256() -> None:
     """Whole, so that it can be copied; what is not known is called unknown."""
-    done = kvctl("bench", "traces")
+    done = run_in_process("bench", "traces")
     assert done.returncode == 0, done.stderr
     for one in catalogue.CATALOGUE:
         assert one.name in done.stdout
         assert one.source in done.stdout
         assert (one.sha256 or "unknown") in done.stdout
-    wrong = kvctl("bench", "traces", "nonsense")
+    wrong = run_in_process("bench", "traces", "nonsense")
     assert wrong.returncode == 2
     assert "no trace 'nonsense'" in wrong.stderr
 
@@ -332,11 +332,12 @@ def test_the_conversation_trace_has_its_tokens() -> None:
 @NEEDS_TRACES
 def test_ragpulse_repeats_contents_at_any_place() -> None:
     """7,106 requests of a week: .18 of their contents by prefix, .69 anywhere."""
-    done = kvctl("inspect", "trace", f"{TRACES}/ragpulse", "--json")
+    done = run_in_process("inspect", "trace", f"{TRACES}/ragpulse", "--json")
     found = msgspec.json.decode(done.stdout, type=Profile)
     assert (found.num_requests, round(found.span_s / 3600)) == (7_106, 168)
     assert found.ideal_hit_rate == pytest.approx(0.180, abs=0.0005)
     assert found.anywhere_hit_rate == pytest.approx(0.694, abs=0.0005)
     assert (
-        "known at any place" in kvctl("inspect", "trace", f"{TRACES}/ragpulse").stdout
+        "known at any place"
+        in run_in_process("inspect", "trace", f"{TRACES}/ragpulse").stdout
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from kvcore.errors import SetupError, Unavailable
 from kvctl.lab.run.environment import detect
 from kvctl.lab.vllm import vllm_scenario as served
 from kvctl.lab.vllm.vllm_server import VLLMServer
+from tests.cli.test_cli import run_in_process
 
 ROOT = Path(__file__).resolve().parents[3]
 SCENARIO = ROOT / "scenarios" / "vllm.toml"
@@ -85,23 +85,22 @@ def test_prompts_are_words_of_the_model() -> None:
 
 def test_it_is_explained_without_vllm(tmp_path: Path) -> None:
     """What each engine is sent, a trace's requests too; a typo is placed."""
-    command = [sys.executable, "-m", "kvctl", "inspect", "scenario"]
 
-    def told(*arguments: object) -> str:
-        done = subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True
-        )
+    def output(*arguments: object) -> str:
+        done = run_in_process("inspect", "scenario", *map(str, arguments))
         return done.stdout + done.stderr
 
-    text = told(SCENARIO)
+    text = output(SCENARIO)
     for part in ("What does a vLLM user gain", "chat", "16", "49,152", "tiny-llama"):
         assert part in text
     trace = tmp_path / "one.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 77, "hash_ids": [1]}\n')
-    assert "77" in told(SCENARIO, "--trace", trace)
+    assert "77" in output(SCENARIO, "--trace", trace)
     typo = tmp_path / "typo.toml"
     typo.write_text('[vllm]\nmodle = "x"\n')
-    assert "typo.toml:2: unknown key vllm.modle; did you mean vllm.model" in told(typo)
+    assert "typo.toml:2: unknown key vllm.modle; did you mean vllm.model" in output(
+        typo
+    )
 
 
 def test_an_engine_is_asked_over_http(tmp_path: Path) -> None:
