@@ -31,6 +31,10 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+MAX_PLANES = 16_384
+"""Bound of the work that one cache group makes: K and V of 8,192 layers."""
+
+
 class TensorView(msgspec.Struct, frozen=True, array_like=True):
     """One tensor in registered memory. Offset and strides are in bytes."""
 
@@ -238,6 +242,11 @@ class _Derivation:
         num_kv, num_layers = self.size.get("K", 1), self.size.get("L", 1)
         if num_kv > 2:
             raise LayoutError(f"axes K: is K and V, not {num_kv}")
+        if num_kv * num_layers * len(group.tensors) > MAX_PLANES:
+            raise LayoutError(
+                f"{num_layers} layers of {len(group.tensors)} tensors: at most "
+                f"{MAX_PLANES} planes (K or V of a layer)"
+            )
         planes = [
             (t.handle, t.offset + kv * stride.get("K", 0) + layer * stride.get("L", 0))
             for kv in range(num_kv)

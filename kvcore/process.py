@@ -13,7 +13,7 @@ def start_time(pid: int) -> int | None:
     Field 22 of /proc/PID/stat (proc(5)); the name in field 2 may hold spaces.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     return int(stat[stat.rindex(")") + 2 :].split()[19])

@@ -67,6 +67,10 @@ class Request(msgspec.Struct, Generic[ReplyT], frozen=True):
 # -- memory handles ---------------------------------------------------------------
 
 
+NumBytes = Annotated[int, Meta(ge=0, le=1 << 48)]
+"""Sizes and offsets in memory: sums of thousands of them stay below 64 bits."""
+
+
 class PosixShm(msgspec.Struct, frozen=True, tag="posix_shm"):
     """A range of a POSIX shared-memory object, /dev/shm/`name`."""
 
@@ -80,14 +84,14 @@ class CudaIpc(msgspec.Struct, frozen=True, tag="cuda_ipc"):
 
     device: Annotated[str, Meta(description="UUID of the GPU, as GPU-...")]
     handle: Annotated[bytes, Meta(min_length=64, max_length=64)]
-    offset: Annotated[int, Meta(ge=0, description="from the allocation's start")]
-    length: Annotated[int, Meta(ge=1)]
+    offset: Annotated[NumBytes, Meta(description="from the allocation's start")]
+    length: Annotated[int, Meta(ge=1, le=1 << 48)]
 
 
 class Private(msgspec.Struct, frozen=True, tag="private"):
     """Memory that its own worker copies; the server knows its size and no more."""
 
-    length: int
+    length: NumBytes
 
 
 MemoryHandle = PosixShm | CudaIpc | Private
@@ -211,8 +215,8 @@ class RegisterKVCache(Request[RegisterReply], frozen=True):
     model: Annotated[Text, Meta(description="name with revision")]
     world_size: Annotated[int, Meta(ge=1, le=4096)]
     rank: Count
-    handles: tuple[MemoryHandle, ...]
-    groups: tuple[CacheGroup, ...]
+    handles: Annotated[tuple[MemoryHandle, ...], Meta(max_length=4096)]
+    groups: Annotated[tuple[CacheGroup, ...], Meta(max_length=256)]
 
 
 class UnregisterKVCache(Request[Done], frozen=True):
@@ -459,7 +463,7 @@ class Release(Request[RetrieveReply], frozen=True):
 
     ticket: Ticket
     num_bytes: Annotated[
-        Count | None, Meta(description="copied to blocks; null: it was not read")
+        NumBytes | None, Meta(description="copied to blocks; null: it was not read")
     ] = None
     wrong: Annotated[
         tuple[Count, ...], Meta(description="chunks whose bytes were found wrong")

@@ -208,8 +208,16 @@ def encode_reply(request_id: int, reply: Any) -> bytes:
 
 def encode_error(request_id: int, error: KVError) -> bytes:
     """Encode an error; the client raises the class that its code names."""
-    body = ErrorBody(error.message, error.details)
+    details = {name: _within_64_bits(value) for name, value in error.details.items()}
+    body = ErrorBody(error.message, details)
     return _encoder.encode((request_id, error.code, body))
+
+
+def _within_64_bits(value: int | str) -> int | str:
+    """Return a detail as msgpack can carry it: an integer beyond 64 bits as text."""
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        return str(value)
+    return value
 
 
 def decode_reply(frame: bytes | memoryview) -> ReplyEnvelope:

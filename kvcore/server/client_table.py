@@ -94,7 +94,9 @@ class ClientTable:
                 "said goodbye"
             )
         pidfd = watched.pidfd if watched else None
-        client = Client(identity, hello.pid, hello.label, pidfd, self._clock())
+        # Logged as it is: a newline would forge a line of the log.
+        label = "".join(c if c.isprintable() else "?" for c in hello.label)
+        client = Client(identity, hello.pid, label, pidfd, self._clock())
         self._clients[identity] = client
         if watched is None:
             self._num_unwatched += 1

@@ -192,6 +192,10 @@ class EventLoop:
                 request_id = int(error.details.get("id", 0))
             self._send_error(identity, request_id, error)
             return
+        except Exception as error:
+            log.error("a message could not be read", exc_info=error)
+            self._send_error(identity, request_id, Internal(type(error).__name__))
+            return
         self._start(client, envelope, kind, request)
 
     def _admit(

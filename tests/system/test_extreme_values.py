@@ -1,0 +1,148 @@
+"""Extreme values in well-formed requests: answered, and the server still serves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from kvcore.errors import RequestError
+from kvcore.layout import CacheGroup, TensorView
+from kvcore.process import pid_namespace, start_time
+from kvcore.protocol import (
+    PROTOCOL_VERSION,
+    Goodbye,
+    Hello,
+    Ping,
+    PosixShm,
+    Private,
+    RegisterKVCache,
+    Release,
+    Request,
+    Status,
+)
+from kvcore.shm import Segment
+from kvcore.wire import decode_error, decode_reply, encode_error
+from tests.system.server_fixture import Server, wait_until
+from tests.system.test_garbage import Raw, opened
+
+GIB = 1 << 30
+SEGMENT = f"kvtest-{os.getpid()}-extreme"
+GROUP = CacheGroup("NSD", "uint8", 16, (TensorView(0, 0, (4, 16, 64), (1024, 64, 1)),))
+
+
+@dataclass
+class Case:
+    """A request and the code of its error."""
+
+    request: Request[Any]
+    code: str = "bad_request"
+
+
+def register(*handles: PosixShm | Private, group: CacheGroup = GROUP) -> Request[Any]:
+    """Make a registration."""
+    return RegisterKVCache("i", "e", "m", 1, 0, handles, (group,))
+
+
+MANY_LAYERS = CacheGroup(
+    "LNSD", "uint8", 16, (TensorView(0, 0, (2**23, 1, 16, 1), (16, 16, 1, 1)),)
+)
+
+CASES = {
+    "offset plus length over 64 bits": Case(
+        register(PosixShm(SEGMENT, 2**64 - 1, 2**63)), "bad_handle"
+    ),
+    "a segment of 2**47 bytes": Case(
+        register(PosixShm("no-such-segment", 0, 2**47)), "bad_handle"
+    ),
+    "private memory of 2**63 - 1 bytes": Case(register(Private(2**63 - 1))),
+    "negative private memory": Case(register(Private(-5))),
+    "2**23 layers": Case(register(Private(GIB), group=MANY_LAYERS), "bad_layout"),
+    "12,000 groups": Case(
+        RegisterKVCache("i", "e", "m", 1, 0, (Private(GIB),), (GROUP,) * 12_000)
+    ),
+    "a release of 2**63 - 1 bytes": Case(Release(1, 2**63 - 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Iterator[Server]:
+    """A server whose messages may be large."""
+    server = serve()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def segment() -> Iterator[Segment]:
+    """Segment of one page, which handles may name."""
+    with Segment.create(SEGMENT, 4096, touch=False) as segment:
+        yield segment
+
+
+@pytest.fixture
+def raw(server: Server) -> Iterator[Raw]:
+    """A client that sends requests as they are."""
+    with opened(server.address) as raw:
+        assert not raw.hello().code
+        yield raw
+        raw.ask(Goodbye())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_extreme_value_is_refused(server: Server, raw: Raw, name: str) -> None:
+    """The request gets an error; a ping and the status still work."""
+    case = CASES[name]
+    reply = raw.ask(case.request)
+    assert reply.code == case.code, decode_error(reply.body).message
+    assert len(decode_error(reply.body).message) < 400
+    assert not raw.ask(Ping()).code
+    assert not raw.ask(Status()).code
+    assert server.process.poll() is None
+
+
+def test_errors_carry_integers_of_any_size() -> None:
+    """An error whose details exceed 64 bits is still encoded."""
+    error = RequestError("too large", claimed=2**70, id=5)
+    details = decode_error(decode_reply(encode_error(1, error)).body).details
+    assert details == {"claimed": str(2**70), "id": 5}
+
+
+def test_a_process_name_that_is_not_utf_8_is_accepted(server: Server) -> None:
+    """The name in /proc/PID/stat is bytes, and the kernel cuts it at 15."""
+    name = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe) x', 0, 0, 0);"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{name} print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        begun = start_time(child.pid)
+        assert begun is not None
+        with opened(server.address) as raw:
+            hello = Hello(PROTOCOL_VERSION, child.pid, begun, pid_namespace(), "x")
+            assert not raw.ask(hello).code
+            child.kill()
+        assert server.process.poll() is None
+
+
+def test_a_label_cannot_forge_log_lines(serve: Callable[..., Server]) -> None:
+    """Control characters of a client's label are escaped in the log."""
+    server = serve()
+    forged = "x\n2026-01-01 ERROR forged \x1b[2J"
+    with subprocess.Popen(["sleep", "60"]) as child, opened(server.address) as raw:
+        start = start_time(child.pid) or 0
+        hello = Hello(PROTOCOL_VERSION, child.pid, start, pid_namespace(), forged)
+        assert not raw.ask(hello).code
+        child.kill()
+        wait_until(lambda: "is gone" in server.log.read_text())
+    server.close()
+    log = server.log.read_text()
+    assert "\n2026-01-01 ERROR forged" not in log
+    assert "\x1b" not in log
