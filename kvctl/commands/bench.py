@@ -32,7 +32,7 @@ def bench() -> None:
 
 
 ScenarioFile = Annotated[
-    Path, typer.Argument(help="scenario file (TOML); see scenarios/")
+    Path, typer.Argument(help="a TOML file, or the name of a bundled scenario")
 ]
 FailOn = Annotated[str, typer.Option("--fail-on", help=fail_rules.HELP)]
 Anyway = Annotated[
@@ -90,8 +90,11 @@ def run(
     Exit code 1 for wrong bytes, errors, a missed limit, or a regression of
     the other side. Ctrl-C stops the load and keeps the results so far.
     """
+    from kvctl.lab.config.scenario import find_scenario
     from kvctl.lab.vllm import vllm_scenario as served
 
+    scenario = find_scenario(str(scenario))
+    versus = find_scenario(str(versus)) if versus else None
     if out.exists() and not out.is_dir():
         raise SetupError(f"--out {out}: not a folder")
     rules = fail_rules.FailRules(fail_on)

@@ -192,7 +192,7 @@ def trace(
 @app.command()
 def scenario(
     file: Annotated[
-        Path | None, typer.Argument(help="scenario file (TOML); see scenarios/")
+        Path | None, typer.Argument(help="a TOML file, or the name of a bundled scenario")
     ] = None,
     trace_file: Annotated[
         Path | None,
@@ -207,7 +207,7 @@ def scenario(
     ] = False,
 ) -> None:
     """Check a scenario, and show its engines, workload, load and limits."""
-    from kvctl.lab.config.scenario import read
+    from kvctl.lab.config.scenario import find_scenario, read
     from kvctl.lab.vllm import vllm_scenario as served
     from kvctl.views import scenario_tables as scenario_view
 
@@ -215,7 +215,8 @@ def scenario(
         _print_json(scenario_view.schema())
         return
     if file is None:
-        raise SetupError("inspect scenario: give a FILE, or --schema")
+        raise SetupError("inspect scenario: give a FILE or a name, or --schema")
+    file = find_scenario(str(file))
     settings = list(overrides or ())
     if served.is_served(file):
         real = served.read(file, settings, trace_file)

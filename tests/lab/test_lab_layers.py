@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -32,9 +33,15 @@ LAYERS = (
 """Packages and modules of `kvctl.lab`, highest first."""
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
 def lab_imports(path: Path) -> Iterator[str]:
     """Yield the modules of the lab that a file imports, at any depth."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +92,7 @@ def test_names_of_files_and_classes_are_unique() -> None:
     for path in LAB.parent.rglob("*.py"):
         if path.name not in ("__init__.py", "__main__.py"):
             files.append(path.name)
-        tree = ast.parse(path.read_text())
-        classes += [n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+        nodes = ast.walk(parse(path))
+        classes += [n.name for n in nodes if isinstance(n, ast.ClassDef)]
     assert not {name for name in files if files.count(name) > 1}
     assert not {name for name in classes if classes.count(name) > 1}

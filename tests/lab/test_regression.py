@@ -108,8 +108,8 @@ def test_an_unknown_commit_is_wrong_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_interleaved_runs_of_two_processes(tmp_path: Path) -> None:
-    """Two whole runs at once: same counts on both sides, a median for every turn."""
+def test_two_interleaved_runs_have_equal_counts(tmp_path: Path) -> None:
+    """Two real runs: equal counts, and a median for every turn."""
     text = (ROOT / "tests" / "lab" / "compare" / "turns.toml").read_text()
     scenario = tmp_path / "turns.toml"
     scenario.write_text(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.config.scenario import read
+from kvctl.lab.config.scenario import find_scenario, read
 from kvctl.lab.config.workload_config import Chat, Trace
 
 TEXT = """\
@@ -72,3 +72,20 @@ def test_a_wrong_file_says_where_and_what(
     """File, line and key of what is wrong, and the nearest known key."""
     with pytest.raises(SetupError, match=says):
         read(scenario(tmp_path, TEXT.replace(old, new)))
+
+
+def test_a_bundled_scenario_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any folder; a file is a file, whatever its name."""
+    monkeypatch.chdir(tmp_path)
+    assert find_scenario("quickstart").read_text().startswith("# ")
+    assert find_scenario("x.toml") == Path("x.toml")
+    (tmp_path / "quickstart").write_text("")
+    assert find_scenario("quickstart") == Path("quickstart")
+
+
+def test_an_unknown_name_lists_the_nearest_ones() -> None:
+    """Of the bundled scenarios."""
+    with pytest.raises(SetupError, match=r"quikstart: no such file.*: quickstart"):
+        find_scenario("quikstart")

@@ -295,7 +295,7 @@ def find_scenario(name: str) -> Path:
         SetupError: neither exists; the message lists the nearest names.
     """
     path = Path(name)
-    if path.exists() or path.suffix or path.name != name:
+    if path.is_file() or path.suffix or path.name != name:
         return path
     folder = bundled_folder()
     known = sorted(file.stem for file in folder.glob("*.toml"))

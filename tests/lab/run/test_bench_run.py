@@ -1,4 +1,4 @@
-"""`kvctl bench run` as a user starts it: real servers, engines and ranks."""
+"""`kvctl bench run` with real servers, engines and ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvcore.shm import SHM_DIR
+from kvctl.cli import main
 from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result, read
 from tests.system.server_fixture import wait_until
@@ -43,14 +44,14 @@ RUN_S = 50
 
 @pytest.fixture
 def scenario(tmp_path: Path) -> Path:
-    """A scenario that plays twelve requests."""
+    """The path of a scenario with twelve requests."""
     path = tmp_path / "tiny.toml"
     path.write_text(SCENARIO)
     return path
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """Start the command."""
+    """Start the command in a process."""
     return subprocess.Popen(
         [sys.executable, "-m", "kvctl", "bench", "run", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -61,27 +62,29 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for its end; return exit code, stdout, stderr."""
+    """Wait for the end; return exit code, stdout and stderr."""
     out, err = process.communicate(timeout=RUN_S)
     return process.returncode, out, err
 
 
 def result_in(folder: Path) -> Result:
-    """Read the one result that a run saved."""
+    """Return the only result in a folder."""
     (path,) = folder.glob("*.json")
     return read(path)
 
 
 def segments(process: subprocess.Popen[str]) -> list[str]:
-    """Shared memory of the caches that a run played."""
+    """Return the shared-memory segments of a run's simulated caches."""
     return [path.name for path in SHM_DIR.glob(f"{SEGMENT_PREFIX}{process.pid}.*")]
 
 
-@pytest.mark.parametrize("driver", ["server", "worker"])
+@pytest.mark.parametrize(
+    "driver", ["server", pytest.param("worker", marks=pytest.mark.long)]
+)
 def test_a_run_checks_every_byte_and_saves_a_result(
     scenario: Path, tmp_path: Path, driver: str
 ) -> None:
-    """Two engines of two ranks: exit code 0, a table, and JSON with all that counts."""
+    """Two engines of two ranks: exit code 0, a table, and a complete JSON file."""
     chosen = ("--set", f"driver={driver}")
     process = start(scenario, *chosen, "--out", tmp_path / "out")
     code, out, err = finish(process)
@@ -106,26 +109,51 @@ def test_a_run_checks_every_byte_and_saves_a_result(
     assert not segments(process)
 
 
-@pytest.mark.parametrize("preset", ["tiny-mla", "tiny-hybrid"])
-def test_one_request_at_a_time_hits_what_an_endless_cache_would(
-    scenario: Path, tmp_path: Path, preset: str
+def run_sequentially(
+    folder: Path, *settings: str
+) -> tuple[subprocess.CompletedProcess[str], Result]:
+    """Run the scenario with one engine, one rank and one request at a time."""
+    scenario = folder / "tiny.toml"
+    scenario.write_text(SCENARIO)
+    sequential = ("engines=1", "ranks=1", "load.concurrency=1")
+    flags = [flag for one in (*sequential, *settings) for flag in ("--set", one)]
+    process = start(scenario, "--out", folder / "out", *flags)
+    code, out, err = finish(process)
+    done = subprocess.CompletedProcess(process.args, code, out, err)
+    return done, result_in(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def hybrid_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Result]:
+    """A sequential run of a hybrid model, which misses a limit."""
+    settings = ("model.preset=tiny-hybrid", "model.window=48")
+    limit = "limits.min_hit_rate=0.99"
+    return run_sequentially(tmp_path_factory.mktemp("hybrid"), *settings, limit)
+
+
+def test_sequential_requests_hit_as_in_an_infinite_cache(
+    hybrid_run: tuple[subprocess.CompletedProcess[str], Result],
 ) -> None:
-    """Alone and with room for all, served hits equal the ideal, MLA and hybrid too."""
-    settings = [
-        f"model.preset={preset}", "engines=1", "load.concurrency=1",
-    ]  # fmt: skip
-    if preset == "tiny-hybrid":
-        settings.append("model.window=48")
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    code, _, err = finish(start(scenario, "--out", tmp_path / "out", *flags))
-    assert code == 0, err
-    counts = result_in(tmp_path / "out").counts
+    """With sufficient room, served hits equal the upper bound."""
+    counts = hybrid_run[1].counts
     assert counts.chunks_hit == counts.chunks_hit_ideal
     assert counts.bytes_wrong == 0
 
 
-def test_a_trace_replays(scenario: Path, tmp_path: Path) -> None:
-    """Rows that share ids hit; --trace names the file."""
+@pytest.mark.long
+def test_mla_hits_as_in_an_infinite_cache(tmp_path: Path) -> None:
+    """With sufficient room, served hits equal the upper bound."""
+    done, result = run_sequentially(tmp_path, "model.preset=tiny-mla")
+    assert done.returncode == 0, done.stderr
+    assert result.counts.chunks_hit == result.counts.chunks_hit_ideal
+    assert result.counts.bytes_wrong == 0
+
+
+@pytest.mark.long
+def test_a_trace_is_replayed(scenario: Path, tmp_path: Path) -> None:
+    """Rows that share ids hit; --trace sets the file."""
     trace = tmp_path / "t.jsonl"
     ids = ([1, 2, 3], [1, 2, 4], [1, 2, 3])
     rows = [{"input_length": 90, "hash_ids": row} for row in ids]
@@ -139,13 +167,14 @@ def test_a_trace_replays(scenario: Path, tmp_path: Path) -> None:
     assert (counts.tokens, counts.chunks, counts.chunks_hit) == (270, 6, 4)
 
 
-def test_a_missed_limit_is_exit_code_1(scenario: Path, tmp_path: Path) -> None:
-    """The result is saved, the limit is named."""
-    flags = ("--set", "limits.min_hit_rate=0.99", "--out", tmp_path / "out")
-    code, out, _ = finish(start(scenario, *flags))
-    assert code == 1
-    assert "min_hit_rate is 0.99" in out
-    assert result_in(tmp_path / "out").problems
+def test_a_missed_limit_is_exit_code_1(
+    hybrid_run: tuple[subprocess.CompletedProcess[str], Result],
+) -> None:
+    """The result is saved, and the limit is named."""
+    done, result = hybrid_run
+    assert done.returncode == 1
+    assert "min_hit_rate is 0.99" in done.stdout
+    assert result.problems
 
 
 @pytest.mark.parametrize(
@@ -163,48 +192,58 @@ def test_a_missed_limit_is_exit_code_1(scenario: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
-    scenario: Path, tmp_path: Path, flags: list[str], says: str
+    scenario: Path,
+    tmp_path: Path,
+    flags: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing is saved and nothing left behind."""
-    process = start(scenario, "--out", tmp_path / "out", *flags)
-    code, _, err = finish(process)
-    assert code == 2
+    """Nothing is saved, and no shared memory remains."""
+    out = ["--out", str(tmp_path / "out")]
+    arguments = ["kvctl", "bench", "run", str(scenario), *out, *flags]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    err = capsys.readouterr().err
     assert says in err.strip().splitlines()[-1]
     assert "running" not in err
     assert not (tmp_path / "out").exists()
-    assert not segments(process)
+    assert not list(SHM_DIR.glob(f"{SEGMENT_PREFIX}{os.getpid()}.*"))
 
 
-def begin_long(scenario: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a run that would take minutes, and wait until it plays."""
+def start_long_run(scenario: Path, out: Path) -> subprocess.Popen[str]:
+    """Start a run of several minutes, and wait until its load has begun."""
     flags = ("--set", "workload.turns=5", "--set", "workload.num_sessions=100000")
     process = start(scenario, "--out", out, *flags)
     assert process.stderr is not None
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if " requests, " in line:
             return process
-    raise AssertionError(f"it never played: {said}, {process.communicate()}")
+    raise AssertionError(f"no load: {lines}, {process.communicate()}")
 
 
 def descendants(pid: int) -> list[int]:
-    """Servers, engines and ranks that a process started."""
+    """Return the servers, engines and ranks that a process has started."""
     children: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         children += map(int, (task / "children").read_text().split())
-    # Python's own resource tracker ends by itself, a little later.
+    # Python's resource tracker ends a little later.
     return [pid for pid in children if "resource_tracker" not in command_of(pid)]
 
 
 def command_of(pid: int) -> str:
-    """A process's command line."""
+    """Return the command line of a process."""
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
-def test_an_interrupt_keeps_what_was_measured(scenario: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole group: a result says so, and nothing is left over."""
-    process = begin_long(scenario, tmp_path / "out")
+@pytest.mark.long
+def test_an_interrupt_keeps_the_measurements(scenario: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the whole process group: a result is saved, and no process remains."""
+    process = start_long_run(scenario, tmp_path / "out")
     children = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = finish(process)
@@ -218,14 +257,14 @@ def test_an_interrupt_keeps_what_was_measured(scenario: Path, tmp_path: Path) ->
     assert not segments(process)
 
 
-def test_ctrl_c_before_all_are_ready_plays_nothing(
+def test_an_interrupt_before_the_load_saves_nothing(
     scenario: Path, tmp_path: Path
 ) -> None:
-    """There is nothing to save, and nothing is left over."""
-    process = start(scenario, "--set", "ranks=4", "--out", tmp_path / "out")
+    """No process and no shared memory remains."""
+    process = start(scenario, "--set", "ranks=2", "--out", tmp_path / "out")
     assert process.stderr is not None
     assert "starting" in process.stderr.readline()
-    wait_until(lambda: len(descendants(process.pid)) >= 10)
+    wait_until(lambda: len(descendants(process.pid)) >= 6)
     os.killpg(process.pid, signal.SIGINT)
     code, out, err = finish(process)
     assert code == 130, out + err
@@ -235,26 +274,27 @@ def test_ctrl_c_before_all_are_ready_plays_nothing(
 
 
 def kill_one(process: subprocess.Popen[str], word: str) -> None:
-    """Kill the first child whose command line has a word in it."""
-    victims = [pid for pid in descendants(process.pid) if word in command_of(pid)]
-    os.kill(victims[0], signal.SIGKILL)
+    """Kill the first child whose command line contains a word."""
+    pids = [pid for pid in descendants(process.pid) if word in command_of(pid)]
+    os.kill(pids[0], signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("word", "told"), [("spawn_main", "exit code"), (" serve ", "SIGKILL")]
+    ("word", "reason"), [("spawn_main", "exit code"), (" serve ", "SIGKILL")]
 )
 def test_a_death_ends_the_run_with_an_error(
-    scenario: Path, tmp_path: Path, word: str, told: str
+    scenario: Path, tmp_path: Path, word: str, reason: str
 ) -> None:
-    """A killed rank or server is named once; no call that waits holds the run up."""
-    process = begin_long(scenario, tmp_path / "out")
+    """A killed rank or server is named once; calls in progress do not delay the end."""
+    process = start_long_run(scenario, tmp_path / "out")
     kill_one(process, word)
     code, out, _ = finish(process)
     assert code == 1
     result = result_in(tmp_path / "out")
     assert result.counts.errors >= 1
-    assert any(told in problem for problem in result.problems), out
-    assert out.count(told) == 1
+    assert any(reason in problem for problem in result.problems), out
+    assert out.count(reason) == 1
     assert "did not stop" not in out
     assert not segments(process)
 
@@ -262,7 +302,7 @@ def test_a_death_ends_the_run_with_an_error(
 def test_a_given_server_is_used_and_left_running(
     scenario: Path, tmp_path: Path
 ) -> None:
-    """--server: its chunk size counts, its L1 keeps what was stored, it lives on."""
+    """--server: its chunk size is used, its L1 keeps chunks, and it continues."""
     from kvcore.client import KVClient
     from kvcore.config import ServerConfig
     from kvcore.options import load
@@ -271,7 +311,8 @@ def test_a_given_server_is_used_and_left_running(
     settings = ["chunk_size=64", "l1.size=16MiB", "l1.page=4KiB"]
     server = LocalServer(load(ServerConfig, None, settings))
     try:
-        flags = ("--server", server.address, "--out", tmp_path / "out")
+        flags = ["--set", "engines=1", "--set", "ranks=1"]
+        flags += ["--server", server.address, "--out", str(tmp_path / "out")]
         code, _, err = finish(start(scenario, *flags))
         assert code == 0, err
         result = result_in(tmp_path / "out")
@@ -285,8 +326,9 @@ def test_a_given_server_is_used_and_left_running(
         assert server.stop() is None
 
 
+@pytest.mark.long
 def test_a_run_can_be_limited_in_time(scenario: Path, tmp_path: Path) -> None:
-    """`load.max_s`: no request begins after that, and nothing is wrong with it."""
+    """`load.max_s`: no request begins after it, and the run has no problems."""
     settings = ["load.max_s=0.3", "workload.num_sessions=10000"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
     code, _, err = finish(start(scenario, "--out", tmp_path / "out", *flags))

@@ -1,4 +1,4 @@
-"""Copies for their own sake, by real servers and ranks."""
+"""The copy benchmark, with real servers and ranks."""
 
 from __future__ import annotations
 
@@ -41,31 +41,33 @@ chunk = "1MiB"
 rounds = 2
 """
 
+SMALL = ("engines=1", "copies.workers=[1]")
 
-class WhenCopying(RunWatcher):
-    """Sends a signal, to us or to the server, when copies begin."""
+
+class SignalWhenCopying(RunWatcher):
+    """Sends a signal to this process or to the server when copies begin."""
 
     def __init__(self, to: str) -> None:
         self.to = to
         self.server = 0
 
     def phase(self, name: str) -> None:
-        """Strike."""
+        """Send the signal."""
         if name != "copying":
             return
-        ours = os.getpid()
+        own_pid = os.getpid()
         if self.to == "us":
-            os.kill(ours, signal.SIGINT)
+            os.kill(own_pid, signal.SIGINT)
             return
-        # Servers of other tests are children of ours, too.
+        # Servers of other tests are children of this process, too.
         (self.server,) = (
-            pid for pid in descendants(ours) if "/kvlab-" in command_of(pid)
+            pid for pid in descendants(own_pid) if "/kvlab-" in command_of(pid)
         )
         os.kill(self.server, signal.SIGKILL)
 
 
-def play(tmp_path: Path, *settings: str, watcher: RunWatcher | None = None) -> Result:
-    """Two sizes of pieces in two orders, and the larger one by two workers."""
+def run(tmp_path: Path, *settings: str, watcher: RunWatcher | None = None) -> Result:
+    """Measure two piece sizes in two orders, and one of them with two workers."""
     path = tmp_path / "copies.toml"
     path.write_text(SCENARIO)
     result = runner.run("copies", read(path, settings), 0, None, watcher)
@@ -73,10 +75,12 @@ def play(tmp_path: Path, *settings: str, watcher: RunWatcher | None = None) -> R
     return result
 
 
-@pytest.mark.parametrize("by", ["server", "worker"])
+@pytest.mark.parametrize(
+    "by", [pytest.param("server", marks=pytest.mark.long), "worker"]
+)
 def test_every_setting_is_copied_and_checked(tmp_path: Path, by: str) -> None:
-    """A row each, by either driver; the server's time is told, no byte was wrong."""
-    result = play(tmp_path, f"driver={by}")
+    """A row per setting with either driver; no byte is wrong."""
+    result = run(tmp_path, f"driver={by}")
     assert result.problems == ()
     assert result.counts.bytes_wrong == 0
     assert [row.setting.workers for row in result.copies] == [1, 1, 1, 1, 2]
@@ -85,43 +89,43 @@ def test_every_setting_is_copied_and_checked(tmp_path: Path, by: str) -> None:
         assert min(row.store, row.retrieve, row.both) > 0
         assert row.server_s_per_chunk is not None
         assert row.product_slowdown is None
-    said = [
+    texts = [
         part for part in result_tables.build_tables(result) if isinstance(part, str)
     ]
-    assert any(part.startswith("All bytes correct: stores") for part in said)
+    assert any(part.startswith("All bytes correct: stores") for part in texts)
 
 
 def test_an_interrupt_ends_copies(tmp_path: Path) -> None:
-    """Those that were not begun are left out, and the result says so."""
-    result = play(tmp_path, watcher=WhenCopying("us"))
+    """The other settings are left out, and the result is marked as interrupted."""
+    result = run(tmp_path, *SMALL, watcher=SignalWhenCopying("us"))
     assert result.interrupted
     assert (result.problems, result.copies) == ((), ())
 
 
-def test_a_server_that_dies_beneath_copies_is_told(tmp_path: Path) -> None:
-    """The run ends with a result, which says how; L1 does not stay behind."""
-    watcher = WhenCopying("the server")
-    result = play(tmp_path, watcher=watcher)
+def test_an_exit_of_the_server_is_reported(tmp_path: Path) -> None:
+    """The run ends with a result, which contains the reason; L1 is removed."""
+    watcher = SignalWhenCopying("the server")
+    result = run(tmp_path, *SMALL, watcher=watcher)
     assert any("SIGKILL" in problem for problem in result.problems)
     assert result.copies == ()
     assert not list(SHM_DIR.glob(f"{SERVERS_PREFIX}{watcher.server}-*"))
 
 
-class Wrong(FakeClient):
-    """Damages a byte of what it retrieves, and keeps the first store alone."""
+class CorruptingClient(FakeClient):
+    """Corrupts a byte of each retrieve, and keeps only the first store."""
 
     def lookup(self, *_: object) -> None:
-        """Find nothing."""
+        """Do nothing."""
 
     def end_session(self, _session: object) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def store(self, *where: object) -> object:  # type: ignore[override]
-        """Keep right bytes, not those that were damaged."""
+        """Keep correct bytes, not those that were corrupted."""
         return None if self.kept else super().store(*where)  # type: ignore[arg-type]
 
     def retrieve(self, *where: object) -> object:  # type: ignore[override]
-        """Write back what was kept, but for a byte."""
+        """Write back what was kept, except for one byte."""
         reply = super().retrieve(*where)  # type: ignore[arg-type]
         assert self.rank
         self.rank.cache.views[0][self.retrieved[0][0], 0, 1, 3, 1, 0] ^= 0xFF
@@ -130,9 +134,9 @@ class Wrong(FakeClient):
 
 @pytest.mark.parametrize("scattered", [True, False])
 def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
-    """Of a retrieve by itself, and of one beside a store: each round has both."""
+    """Of a single retrieve and of a concurrent one: each round has both."""
     rank, _ = make("tiny-llama")
-    client = Wrong()
+    client = CorruptingClient()
     client.rank = rank
     caller = replace(rank.caller(), client=client)
     try:
@@ -141,19 +145,19 @@ def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
         begun: list[int] = []
         done = calls.measure(1, lambda: begun.append(len(calls.spans)))
         assert done.bytes_wrong == 2 * (WARM_UP_ROUNDS + 1)
-        # Calls count from where all ranks begin: a store, a retrieve, both at once.
+        # Calls count after the warm-up: a store, a retrieve, both concurrently.
         assert (begun, len(calls.spans)) == ([3 * WARM_UP_ROUNDS], 3)
     finally:
         rank.close()
 
 
-def test_a_process_has_a_clock_of_its_own() -> None:
-    """What it computes counts, finer than the 10 ms of its entry in /proc."""
-    begun, ours = cpu_s(os.getpid()), process_time()
-    while process_time() - ours < 1e-3:
+def test_the_cpu_clock_of_a_process() -> None:
+    """Its resolution is finer than the 10 ms of /proc."""
+    begun, begun_here = cpu_s(os.getpid()), process_time()
+    while process_time() - begun_here < 1e-3:
         pass
-    taken = cpu_s(os.getpid()) - begun
-    assert 1e-3 <= taken < 1
-    assert taken % 1e-2
+    used_s = cpu_s(os.getpid()) - begun
+    assert 1e-3 <= used_s < 1
+    assert used_s % 1e-2
     with pytest.raises(OSError, match="Invalid argument"):
         cpu_s(2**22)

@@ -75,7 +75,9 @@ def server(tmp_path: Path) -> Iterator[str]:
     path = str(tmp_path / "socket")
     with socketserver.ThreadingUnixStreamServer(path, FakeValkey) as serving:
         serving.daemon_threads = True
-        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=serving.serve_forever, args=(0.02,), daemon=True
+        ).start()
         yield f"unix://{path}"
         serving.shutdown()
 

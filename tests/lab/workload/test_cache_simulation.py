@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 from kvcore.storage.eviction import POLICIES, make_policy
+from kvctl.cli import main
 from kvctl.lab.workload.cache_simulation import (
     Ids,
     NumberedRequests,
@@ -27,7 +28,6 @@ from kvctl.lab.workload.cache_simulation import (
     simulate,
     table,
 )
-from tests.cli.test_cli import kvctl
 
 Prompt = list[int]
 
@@ -171,15 +171,24 @@ def test_an_empty_trace_has_rows_without_hits() -> None:
     assert len(table(empty, rows).rows) == 3
 
 
-def test_the_command_prints_rows(path: Path) -> None:
-    """`--json` gives the rows, without it a table; wrong use exits with 2."""
-    command = ("bench", "simulate", str(path), "--policy", "lru,s3fifo")
-    done = kvctl(*command, "--capacity", "3,50%", "--json")
-    rows = msgspec.json.decode(done.stdout, type=list[SimulationRow])
+def test_the_command_prints_rows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json` prints rows, without it a table; wrong use is exit code 2."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["kvctl", "bench", "simulate", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        return int(exited.value.code or 0)
+
+    policies = (str(path), "--policy", "lru,s3fifo")
+    assert run(*policies, "--capacity", "3,50%", "--json") == 0
+    rows = msgspec.json.decode(capsys.readouterr().out, type=list[SimulationRow])
     shown = [(row.policy, row.capacity_blocks) for row in rows]
     sizes = [(name, n) for n in (3, 4) for name in ("optimum", "lru", "s3fifo")]
     assert shown == [("ideal", 8), *sizes]
-    assert "of tokens" in kvctl(*command).stdout
-    wrong = kvctl("bench", "simulate", str(path), "--policy", "zzz")
-    assert wrong.returncode == 2
-    assert "--policy zzz: known policies are" in wrong.stderr
+    assert run(*policies) == 0
+    assert "of tokens" in capsys.readouterr().out
+    assert run(str(path), "--policy", "zzz") == 2
+    assert "--policy zzz: known policies are" in capsys.readouterr().err
