@@ -192,7 +192,8 @@ def trace(
 @app.command()
 def scenario(
     file: Annotated[
-        Path | None, typer.Argument(help="a TOML file, or the name of a bundled scenario")
+        Path | None,
+        typer.Argument(help="a TOML file, or the name of a bundled scenario"),
     ] = None,
     trace_file: Annotated[
         Path | None,

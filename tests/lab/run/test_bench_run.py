@@ -188,7 +188,7 @@ def test_a_missed_limit_is_exit_code_1(
         (["--out", "/dev/null"], "--out /dev/null: not a folder"),
         (["--out", "/proc/x"], "--out /proc/x: No such file"),
         (["--seed", "-1"], "--seed"),
-        (["--fail-on", "worst"], "--fail-on worst: what is a regression"),
+        (["--fail-on", "worst"], "--fail-on worst: comma-separated rules"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
