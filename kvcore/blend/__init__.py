@@ -11,15 +11,11 @@ if TYPE_CHECKING:
 
 
 def register(extensions: Extensions) -> None:
-    """Offer the requests of `--engine blend`; without it they are refused by name."""
+    """Offer the blend requests; without `--engine blend` they are refused by name."""
     extensions.services.append(_open)
 
 
 def _open(config: ServerConfig, engine: Engine) -> RequestService:
-    if config.engine == "blend":
-        from kvcore.blend.blend_engine import BlendEngine
+    from kvcore.blend.blend_engine import BlendDisabled, BlendEngine
 
-        return BlendEngine(config, engine)
-    from kvcore.blend.blend_disabled import BlendDisabled
-
-    return BlendDisabled()
+    return BlendEngine(config, engine) if config.engine == "blend" else BlendDisabled()

@@ -1,32 +1,32 @@
-"""The blend requests: documents stored once and reused wherever a prompt has them.
+"""Blend requests: documents stored once and reused at any position of a prompt.
 
-Composed of the engine: a buffer is an instance whose blocks are single tokens, so its
-registration, its lanes, its copies and its final stores are the engine's own. What is
-here is another way to make the plan of a copy, and a hash space for documents.
+Built on the engine: a blend buffer is an instance whose blocks are single tokens, so
+its registration, lanes, copies and final stores are the engine's. This module adds
+another way to plan a copy, and a hash space for documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.blend.blend_buffer import as_paged, check_slots, slots_of
-from kvcore.blend.document_chunk import DocumentChunk
-from kvcore.blend.document_index import DocumentIndex
-from kvcore.blend.document_journal import DocumentJournal, open_document_journal
+from kvcore.blend.document_index import (
+    DocumentChunk,
+    DocumentIndex,
+    DocumentJournal,
+    open_document_journal,
+)
 from kvcore.blend.document_lookups import DocumentLookups, FoundDocuments
 from kvcore.blend.key_rotation import BlockRotation, check_rope, rotate_cached_keys
 from kvcore.blend.matchers import (
     MATCH_STEP,
-    CombinedMatcher,
     DocumentSpace,
     Matcher,
     RollingHashMatcher,
@@ -36,15 +36,23 @@ from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling_hash import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
 from kvcore.copy.block_arrays import TokenRange
+from kvcore.copy.paged_cache import BlockIds
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
-from kvcore.engine.leases import LeaseNumber
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
 from kvcore.engine.transfers import AfterScatter
-from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded, UnknownInstance
+from kvcore.errors import (
+    BadRequest,
+    ChunksMissing,
+    HandleError,
+    TokensNeeded,
+    UnknownInstance,
+    UnknownRequest,
+)
 from kvcore.extensions import ServiceHandler
 from kvcore.keys import ChunkHash, ExtraKey, HashChain, SessionKey
+from kvcore.layout import token_buffer
 from kvcore.protocol import (
     CBLookupPreComputed,
     CBLookupReply,
@@ -54,6 +62,8 @@ from kvcore.protocol import (
     CBStoreFinal,
     CBStorePreComputed,
     CBUnregisterKVCache,
+    Private,
+    RegisterKVCache,
     RegisterReply,
     Request,
     RetrieveReply,
@@ -64,13 +74,23 @@ from kvcore.protocol import (
 from kvcore.rope import Rope
 from kvcore.status import TicketStatus
 from kvcore.storage.chunk import Removal
+from kvcore.wire import wire_name
 
 HASH_BYTES = 32
+
+BLEND_REQUESTS: tuple[type[Request[Any]], ...] = (
+    CBRegisterKVCache,
+    CBUnregisterKVCache,
+    CBStorePreComputed,
+    CBStoreFinal,
+    CBLookupPreComputed,
+    CBRetrievePreComputed,
+)
 
 
 @dataclass(slots=True)
 class BlendCounters:
-    """Each only grows; `document_chunks` is what the index holds now."""
+    """Counters of blend requests; each only grows."""
 
     document_lookups: int = 0
     document_lookup_tokens: int = 0
@@ -79,46 +99,82 @@ class BlendCounters:
     document_retrieves: int = 0
 
 
-class BlendEngine:
-    """Documents over an engine. The loop thread calls it, as it calls the engine."""
+class _BlendService:
+    """Defaults of a `kvcore.extensions.RequestService`."""
+
+    def counters(self) -> dict[str, int]:
+        """Return counters by name."""
+        return {}
+
+    def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
+        """Return none: the server copies blend buffers."""
+        del limit
+        return ()
+
+    def num_tickets(self) -> int:
+        """Return 0."""
+        return 0
+
+    def close(self) -> None:
+        """Release what the service holds."""
+
+
+class BlendDisabled(_BlendService):
+    """Null object of a server without `--engine blend`: refuses every blend request."""
+
+    def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
+        """Return the handler of each blend request."""
+        return dict.fromkeys(BLEND_REQUESTS, _refuse)
+
+
+def _refuse(request: Request[Any], context: RequestContext) -> NoReturn:
+    del context
+    raise UnknownRequest(
+        f"{wire_name(type(request))}: this server serves prefixes only; start it "
+        "with --engine blend"
+    )
+
+
+class BlendEngine(_BlendService):
+    """Documents over an engine. Loop thread only, like the engine."""
 
     def __init__(self, config: ServerConfig, engine: Engine) -> None:
         self.engine = engine
         self.chunk_size = config.chunk_size
         self._slice_chunks = config.wire.slice_chunks
         self._counters = BlendCounters()
-        self._kept = kept = open_document_journal(config)
+        self._journal = journal = open_document_journal(config)
         self.index = DocumentIndex(
             int(config.l1.size) // int(config.l1.page),
             config.blend.max_tier_chunks if engine.tiering.has_tiers else 0,
-            kept,
+            journal,
             self._is_in_l1,
         )
-        rolling = RollingHash(self.chunk_size, kept.base if kept else None)
+        rolling = RollingHash(self.chunk_size, journal.base if journal else None)
         self._matcher = self._make_matcher(config.blend, rolling)
         self._buffers: WeakKeyDictionary[Instance, Rope | None] = WeakKeyDictionary()
         self.lookups = DocumentLookups(engine, self._matcher, self.index)
         engine.l1.on_removed(self._removed)
-        if kept is not None:
-            self._restore(kept)
+        if journal is not None:
+            self._restore(journal)
 
     def _make_matcher(self, config: BlendConfig, rolling: RollingHash) -> Matcher:
         markers = make_markers(config)
-        separated = SeparatorMatcher(markers, self.chunk_size, self._slice_chunks)
+        separator = SeparatorMatcher(markers, self.chunk_size, self._slice_chunks)
         if config.matcher == "separated":
-            return separated
-        anywhere = RollingHashMatcher(self.index, rolling)
-        if not self.engine.tiering.has_tiers or not (markers.start or markers.end):
-            return anywhere
-        return CombinedMatcher(anywhere, separated)
+            return separator
+        asks_tiers = self.engine.tiering.has_tiers and (markers.start or markers.end)
+        return RollingHashMatcher(
+            self.index, rolling, separator if asks_tiers else None
+        )
 
-    def _restore(self, kept: DocumentJournal) -> None:
-        """Enter what an earlier run knew; a tier may have all of it."""
-        has_tiers = self.engine.tiering.has_tiers
-        for entry in kept.read():
+    def _restore(self, journal: DocumentJournal) -> None:
+        """Add an earlier run's entries; a tier may have all of their chunks."""
+        in_tier = self.engine.tiering.has_tiers
+        for entry in journal.read():
             self.index.add(entry)
-            if has_tiers or self.engine.l1.peek([entry.hash]) == [None]:
-                self.index.leave(entry.hash, in_tier=has_tiers)
+            if in_tier or not self._is_in_l1(entry.hash):
+                self.index.note_evicted(entry.hash, in_tier=in_tier)
 
     def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
         """Return the handler of each blend request."""
@@ -131,32 +187,23 @@ class BlendEngine:
             CBRetrievePreComputed: self.cb_retrieve_pre_computed,
         }
 
-    def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
-        """Return none: blend buffers are copied by the server."""
-        del limit
-        return ()
-
-    def num_tickets(self) -> int:
-        """Return 0."""
-        return 0
-
     def counters(self) -> dict[str, int]:
-        """Return counters by name; `document_chunks` is what the index holds now."""
+        """Return counters by name; `document_chunks` is the index's present size."""
         return {**asdict(self._counters), "document_chunks": len(self.index)}
 
     def close(self) -> None:
-        """Leave what is kept to the next server."""
-        if self._kept is not None:
-            self._kept.close()
+        """Close the journal; the next server may open it."""
+        if self._journal is not None:
+            self._journal.close()
 
     def _is_in_l1(self, key: ChunkHash) -> bool:
         return self.engine.l1.peek([key]) != [None]
 
     def _removed(self, removal: Removal) -> None:
         chunk = removal.chunk
-        self.index.leave(chunk.hash, in_tier=not chunk.ready & ~chunk.saved)
+        self.index.note_evicted(chunk.hash, in_tier=not chunk.ready & ~chunk.saved)
 
-    def _documents(
+    def _space(
         self, model: str, world_size: int, extras: Sequence[ExtraKey]
     ) -> DocumentSpace:
         return DocumentSpace(model, world_size, self.chunk_size, extras)
@@ -164,30 +211,46 @@ class BlendEngine:
     # -- registration -------------------------------------------------------------
 
     def cb_register_kv_cache(
-        self, request: CBRegisterKVCache, caller: RequestContext
+        self, request: CBRegisterKVCache, context: RequestContext
     ) -> DeferredReply | RegisterReply:
-        """Register a buffer as a cache whose blocks are single tokens."""
-        paged = as_paged(request)
-        if request.rope is not None:
-            check_rope(
-                request.rope, request.dtype, paged.groups[0].tensors[0].strides[2]
+        """Register a buffer as a paged cache whose blocks are single tokens.
+
+        Raises:
+            HandleError: the server cannot open the buffer's memory, as it must.
+            LayoutError: shape or rotation are unusable.
+        """
+        if isinstance(request.handle, Private):
+            raise HandleError(
+                "handle: the server must be able to open a blend buffer's memory"
             )
-        reply = self.engine.register_kv_cache(paged, caller)
-        instance = self.engine.registry.get(caller.client, request.instance_id)
+        group = token_buffer(request.shape, request.dtype)
+        if request.rope is not None:
+            check_rope(request.rope, request.dtype, group.tensors[0].strides[2])
+        paged = RegisterKVCache(
+            instance_id=request.instance_id,
+            engine_id=request.engine_id,
+            model=request.model,
+            world_size=request.world_size,
+            rank=request.rank,
+            handles=(request.handle,),
+            groups=(group,),
+        )
+        reply = self.engine.register_kv_cache(paged, context)
+        instance = self.engine.registry.get(context.client, request.instance_id)
         self._buffers[instance] = request.rope
         return reply
 
     def cb_unregister_kv_cache(
-        self, request: CBUnregisterKVCache, caller: RequestContext
+        self, request: CBUnregisterKVCache, context: RequestContext
     ) -> DeferredReply:
-        """Forget a buffer; the reply comes when its memory is unmapped."""
-        self._buffer(request.instance_id, caller)
+        """Unregister a buffer; the reply comes when its memory is unmapped."""
+        self._buffer(request.instance_id, context)
         return self.engine.unregister_kv_cache(
-            UnregisterKVCache(request.instance_id), caller
+            UnregisterKVCache(request.instance_id), context
         )
 
-    def _buffer(self, instance_id: str, caller: RequestContext) -> Instance:
-        instance = self.engine.registry.get(caller.client, instance_id)
+    def _buffer(self, instance_id: str, context: RequestContext) -> Instance:
+        instance = self.engine.registry.get(context.client, instance_id)
         if instance not in self._buffers:
             raise UnknownInstance(
                 f"instance {instance_id!r} is a paged cache, not a blend buffer"
@@ -197,30 +260,34 @@ class BlendEngine:
     # -- stores -------------------------------------------------------------------
 
     def cb_store_pre_computed(
-        self, request: CBStorePreComputed, caller: RequestContext
+        self, request: CBStorePreComputed, context: RequestContext
     ) -> Generator[None, None, DeferredReply | StoreReply]:
-        """Take a document's whole chunks into the document space."""
-        instance = self._buffer(request.instance_id, caller)
-        tokens = self._whole_chunks(read_tokens(request.tokens, request.extras))
-        check_slots(instance, request.offset, len(tokens))
+        """Store a document's whole chunks in the document space."""
+        instance = self._buffer(request.instance_id, context)
+        tokens = read_tokens(request.tokens, request.extras)
+        tokens = tokens[: len(tokens) - len(tokens) % self.chunk_size]
+        _check_slots(instance, request.offset, len(tokens))
         if not len(tokens):
             return StoreReply(0, 0, 0)
         model, world_size = instance.space.model, instance.space.world_size
-        space = self._documents(model, world_size, request.extras)
+        space = self._space(model, world_size, request.extras)
         chain = HashChain(space.seed, self.chunk_size)
         yield from chain.extend(tokens.data.cast("B"), self._slice_chunks)
         entries = yield from self._matcher.learn(tokens, chain.hashes, space)
-        slots = slots_of([request.offset], len(tokens))
+        slots = slot_rows([request.offset], len(tokens))
         try:
-            # Before L1 has them: then nothing can leave it that is not known yet.
-            yield from self._enter(entries)
+            # Before L1 has the chunks: L1 cannot evict one that the index lacks.
+            for number, entry in enumerate(entries, 1):
+                self.index.add(entry)
+                if number % MATCH_STEP == 0:
+                    yield
             self.engine.registry.check_registered(instance)
             future = instance.store_lane.submit(
                 self.engine.transfers.store,
                 instance,
                 chain.hashes,
                 (slots.reshape(-1, self.chunk_size),),
-                caller.deadline_ns,
+                context.deadline_ns,
                 space.owner(SessionKey(instance.engine_id, "document")),
                 event=request.event,
             )
@@ -231,38 +298,29 @@ class BlendEngine:
         def finish() -> StoreReply:
             self._counters.document_stores += 1
             self._settle(entries)
-            return self.engine.transfers.count_parts(
-                self.engine.transfers.result(future)
-            )
+            transfers = self.engine.transfers
+            return transfers.count_parts(transfers.result(future))
 
         return DeferredReply(future, finish)
 
-    def _whole_chunks(self, tokens: Tokens) -> Tokens:
-        return tokens[: len(tokens) - len(tokens) % self.chunk_size]
-
-    def _enter(self, entries: Sequence[DocumentChunk]) -> Generator[None, None, None]:
-        for number, entry in enumerate(entries, 1):
-            self.index.add(entry)
-            if number % MATCH_STEP == 0:
-                yield
-
     def _settle(self, entries: Sequence[DocumentChunk]) -> None:
-        """Keep the entries of what is in L1 after a store, and what tiers have."""
+        """Keep the entries of chunks that L1 has after a store, or that tiers have."""
         chunks = self.engine.l1.peek([entry.hash for entry in entries])
         for entry, chunk in zip(entries, chunks, strict=True):
             if chunk is None:
-                self.index.leave(entry.hash, in_tier=False)
+                self.index.note_evicted(entry.hash, in_tier=False)
             else:
                 self.index.add(entry)
 
     def cb_store_final(
-        self, request: CBStoreFinal, caller: RequestContext
+        self, request: CBStoreFinal, context: RequestContext
     ) -> Generator[None, None, DeferredReply | StoreReply]:
-        """Take a prompt's whole chunks into the normal space."""
-        instance = self._buffer(request.instance_id, caller)
+        """Store a prompt's whole chunks for normal lookups."""
+        instance = self._buffer(request.instance_id, context)
+        first = request.offset + request.start
         num_tokens = max(request.end - request.start, 0)
-        check_slots(instance, request.offset + request.start, num_tokens)
-        slots = slots_of([request.offset + request.start], num_tokens)
+        _check_slots(instance, first, num_tokens)
+        slots = slot_rows([first], num_tokens)
         store = Store(
             session=request.session,
             instance_id=request.instance_id,
@@ -274,47 +332,47 @@ class BlendEngine:
             extras=request.extras,
             event=request.event,
         )
-        return self.engine.store(store, caller)
+        return self.engine.store(store, context)
 
     # -- lookups ------------------------------------------------------------------
 
     def cb_lookup_pre_computed(
-        self, request: CBLookupPreComputed, caller: RequestContext
+        self, request: CBLookupPreComputed, context: RequestContext
     ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
-        """Find and lease the documents of a prompt that are there for all ranks."""
-        space, _ = self.engine.registry.lookup(request.model, request.world_size)
-        session = self.engine.sessions.open(request.session, space)
+        """Find and lease the documents of a prompt that all ranks have."""
+        keyspace, _ = self.engine.registry.lookup(request.model, request.world_size)
+        session = self.engine.sessions.open(request.session, keyspace)
         tokens = read_tokens(request.tokens, request.extras)
-        documents = self._documents(request.model, request.world_size, request.extras)
+        space = self._space(request.model, request.world_size, request.extras)
 
-        def answer(found: FoundDocuments) -> CBLookupReply:
+        def make_reply(found: FoundDocuments) -> CBLookupReply:
             hit = len(found.matches) * self.chunk_size
             self._counters.document_lookups += 1
             self._counters.document_lookup_tokens += len(tokens)
             self._counters.document_tokens_hit += hit
             return CBLookupReply(found.ranges, found.matches, hit)
 
-        find = self.lookups.find(session, tokens, documents, caller, answer)
+        find = self.lookups.find(session, tokens, space, context, make_reply)
         return (yield from find)
 
     # -- retrieves ----------------------------------------------------------------
 
     def cb_retrieve_pre_computed(
-        self, request: CBRetrievePreComputed, caller: RequestContext
+        self, request: CBRetrievePreComputed, context: RequestContext
     ) -> Generator[None, None, DeferredReply | RetrieveReply]:
         """Write matched chunks to their places in a buffer, all or none."""
-        instance = self._buffer(request.instance_id, caller)
+        instance = self._buffer(request.instance_id, context)
         if request.ranges and request.matches:
             raise BadRequest("give ranges or matches, not both")
         session = self.engine.sessions.open(request.session, instance.space)
         matches: Sequence[CBMatch] = request.matches
         if request.ranges:
-            matches = yield from self._named(session, request, caller)
+            matches = yield from self._matches_of_ranges(session, request, context)
         if not matches:
             return RetrieveReply(0)
         self._check_matches(matches, instance, request.offset)
-        rotation = self._rotation(instance, request, matches)
-        lease = self.lookups.lease_of(session)
+        rotation = self._key_rotation(instance, request, matches)
+        lease = self.lookups.lease_number(session)
         self.engine.registry.check_registered(instance)
         num_tokens = len(matches) * self.chunk_size
         starts = [request.offset + match.start for match in matches]
@@ -322,58 +380,50 @@ class BlendEngine:
             self.engine.transfers.retrieve,
             instance,
             [ChunkHash(match.hash) for match in matches],
-            (slots_of(starts, self.chunk_size),),
+            (slot_rows(starts, self.chunk_size),),
             TokenRange(0, num_tokens, 0, self.chunk_size),
-            caller.deadline_ns,
+            context.deadline_ns,
             rotation,
             request.event,
         )
-        return DeferredReply(
-            future, partial(self._retrieved, future, request, matches, instance, lease)
-        )
 
-    def _retrieved(
-        self,
-        future: Future[int],
-        request: CBRetrievePreComputed,
-        matches: Sequence[CBMatch],
-        instance: Instance,
-        lease: LeaseNumber | None,
-    ) -> RetrieveReply:
-        self._counters.document_retrieves += 1
-        self.engine.counters.bytes_retrieved += self.engine.transfers.result(future)
-        self.lookups.read(request.session, matches, instance.rank, lease)
-        num_tokens = len(matches) * self.chunk_size
-        return RetrieveReply(num_tokens, instance.memory.result().event)
+        def finish() -> RetrieveReply:
+            self._counters.document_retrieves += 1
+            num_bytes = self.engine.transfers.result(future)
+            self.engine.counters.bytes_retrieved += num_bytes
+            self.lookups.note_read(request.session, matches, instance.rank, lease)
+            return RetrieveReply(num_tokens, instance.memory.result().event)
 
-    def _named(
-        self, session: Session, request: CBRetrievePreComputed, caller: RequestContext
+        return DeferredReply(future, finish)
+
+    def _matches_of_ranges(
+        self, session: Session, request: CBRetrievePreComputed, context: RequestContext
     ) -> Generator[None, None, list[CBMatch]]:
-        """Return the chunks that a request's ranges consist of.
+        """Return the chunks of a request's ranges.
 
         Raises:
-            TokensNeeded: the session's lookup is forgotten, and no prompt was sent.
-            ChunksMissing: a range is not wholly of chunks that the lookup found.
+            TokensNeeded: the session's lookup is unknown, and no prompt was sent.
+            ChunksMissing: the lookup did not find every chunk of a range.
         """
         found = self.lookups.found(request.session)
         if found is None:
             if not request.tokens:
                 raise TokensNeeded("no lookup of this session is known", have=0)
             tokens = read_tokens(request.tokens, request.extras)
-            space = session.space
-            documents = self._documents(space.model, space.world_size, request.extras)
-            found = yield from self.lookups.find_now(session, tokens, documents, caller)
-        named = []
-        for wanted in request.ranges:
-            for start in range(wanted.start, wanted.end, self.chunk_size):
+            model, world_size = session.space.model, session.space.world_size
+            space = self._space(model, world_size, request.extras)
+            found = yield from self.lookups.find_in_l1(session, tokens, space, context)
+        matches = []
+        for each in request.ranges:
+            for start in range(each.start, each.end, self.chunk_size):
                 number = found.numbers.get(start)
-                if number is None or start + self.chunk_size > wanted.end:
+                if number is None or start + self.chunk_size > each.end:
                     raise ChunksMissing(
                         f"no chunk was found at token {start} of range "
-                        f"{wanted.start} to {wanted.end}"
+                        f"{each.start} to {each.end}"
                     )
-                named.append(found.matches[number])
-        return named
+                matches.append(found.matches[number])
+        return matches
 
     def _check_matches(
         self, matches: Sequence[CBMatch], instance: Instance, offset: int
@@ -381,31 +431,30 @@ class BlendEngine:
         starts = np.sort(np.array([match.start for match in matches], np.int64))
         if (np.diff(starts) < self.chunk_size).any():
             raise BadRequest("two of the chunks would be written to the same slots")
-        check_slots(instance, offset + int(starts[-1]), self.chunk_size)
+        _check_slots(instance, offset + int(starts[-1]), self.chunk_size)
         if any(len(match.hash) != HASH_BYTES for match in matches):
             raise BadRequest(f"a chunk's hash has {HASH_BYTES} bytes")
-        # A part's bit means something else in another model, and the hash is the
-        # caller's word. What a hash is of never changes: one look is enough.
+        # A part's number means something else in another model, and the caller chose
+        # the hash. A hash never changes its model, so one check is enough.
         [group] = instance.groups
         for chunk in self.engine.l1.peek([ChunkHash(match.hash) for match in matches]):
             part = chunk.parts.get(group.part) if chunk else None
             if part is not None and part.name != group.name:
                 raise BadRequest("a chunk of another model cannot be retrieved")
 
-    def _rotation(
+    def _key_rotation(
         self,
         instance: Instance,
         request: CBRetrievePreComputed,
         matches: Sequence[CBMatch],
     ) -> AfterScatter | None:
-        """Return what rotates the keys of the matches, if the request wants it."""
         if not request.rotate_keys:
             return None
         rope = self._buffers[instance]
         if rope is None:
             raise BadRequest(
                 f"instance {request.instance_id!r} was registered without rope: "
-                "its keys cannot be turned"
+                "its keys cannot be rotated"
             )
         rotations = []
         for match in matches:
@@ -415,11 +464,25 @@ class BlendEngine:
         return partial(rotate_cached_keys, rope, rotations)
 
 
-def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:
-    """Read packed tokens in place, up to where material of their own begins.
+def _check_slots(instance: Instance, first: int, num_tokens: int) -> None:
+    num_slots = instance.groups[0].layout.num_blocks
+    if first + num_tokens > num_slots:
+        raise BadRequest(
+            f"slots {first} to {first + num_tokens}: the buffer has {num_slots}"
+        )
 
-    Material at token 0 belongs to the whole and makes another space; what a later one
-    (an image) reaches is neither stored nor matched as a document.
+
+def slot_rows(starts: Sequence[int], num_tokens: int) -> BlockIds:
+    """Return the slots of `num_tokens` tokens from each start on, a row per start."""
+    slots: BlockIds = np.arange(num_tokens, dtype=np.int32)
+    return slots + np.array(starts, np.int32)[:, np.newaxis]
+
+
+def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:
+    """Return packed tokens without a copy, up to the first extra at a later token.
+
+    Extra material at token 0 applies to the whole and makes another space. Tokens after
+    a later one (an image) are neither stored nor matched: their KV depends on it.
 
     Raises:
         BadRequest: not whole tokens.

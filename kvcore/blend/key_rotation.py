@@ -1,16 +1,20 @@
-"""Keys turned from the positions they were computed at to those they are used at.
+"""Rotation of rotary keys to other positions, and exact conversions to and from double.
 
-A plan of turns says what is to be done, whoever does it: keys of some blocks move by a
-distance, so each pair of their elements is multiplied by exp(i distance f). That
-number is the same for every token, head and layer of a turn. This module does it in
-numpy, for keys in host memory; a device needs only the plan and `rotation_factors`.
+Keys of some blocks move by a distance: each pair of their elements is multiplied by
+exp(i distance f). That factor is the same for every token, head and layer. This module
+does it in numpy, for keys in host memory, in double precision, rounded once to
+nearest; a GPU needs only the list of `BlockRotation` and `rotation_factors`.
+
+numpy has no bfloat16, and converts float16 one number at a time, subnormals slowest: it
+uses no instruction of the CPU's. The converters here are passes over whole arrays. The
+rare inputs they cannot handle are left to numpy.
 
 tests/benchmarks/blend.py measures it beside a plain copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +22,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.blend.float_conversions import CONVERSIONS, Doubles, Raw
 from kvcore.copy.host_cache import HostCache
 from kvcore.copy.paged_cache import PagedCache
 from kvcore.errors import LayoutError
@@ -26,6 +29,8 @@ from kvcore.rope import Rope
 from kvcore.shm import Bytes
 
 Factors = npt.NDArray[np.complex128]
+Doubles = npt.NDArray[np.float64]
+Raw = np.ndarray[Any, np.dtype[Any]]
 
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -33,14 +38,30 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.uint16),  # numpy has none: its bits
 }
 
-PIECE_PAIRS = 1 << 16
-"""Turned at once: four arrays of doubles, 2 MiB. With fewer, Python takes its share; a
-second thread then only waits for the GIL."""
+STEP_PAIRS = 1 << 16
+"""Pairs rotated at once: four arrays of doubles, 2 MiB. With fewer, the interpreter
+takes a share, and a second thread would only wait for the GIL."""
+
+_LOW_BITS_BFLOAT16 = np.uint64((1 << 45) - 1)
+"""Mantissa bits that a double has and bfloat16 lacks."""
+_HALF_BFLOAT16 = np.uint64(1 << 44)
+
+_SHIFT_FLOAT16 = np.uint32(13)
+"""Mantissa bits that a float32 has and float16 lacks."""
+_DOWN, _UP = np.float32(2.0**-112), np.float32(2.0**112)
+"""Difference of the exponents' biases; correct for subnormals too."""
+_SIGN_AND_FLOAT16 = np.uint32(0x8FFFE000)
+_INFINITY = np.uint32(0x7C00 << 13)
+_TIE = np.uint32(1 << 31)
+_ROUND = np.uint32(1 << 12)
+_SIGN = np.uint32(0x8000)
+_TOO_LARGE = 65520 * _DOWN
+"""The smallest number that float16 rounds to infinity."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRotation:
-    """Keys of consecutive blocks that move by `distance` positions."""
+    """Keys of blocks [first_block, end_block) that move by `distance` positions."""
 
     first_block: int
     end_block: int
@@ -76,82 +97,183 @@ def rotate_cached_keys(
             raise LayoutError(f"rope: a {type(cache).__name__} cannot rotate keys")
 
 
-def check_rope(rope: Rope, dtype: str, unit_bytes: int) -> None:
-    """Refuse a rotation that a token's keys cannot have; `LayoutError` says why."""
+def check_rope(rope: Rope, dtype: str, token_bytes: int) -> None:
+    """Check that keys of `token_bytes` per token can be rotated.
+
+    Raises:
+        LayoutError: the rotation is none, or dtype or size do not fit it.
+    """
     rope.check()
     if dtype not in RAW_DTYPES:
-        raise LayoutError(f"rope: keys of {dtype} cannot be turned")
+        raise LayoutError(f"rope: keys of {dtype} cannot be rotated")
     head_bytes = rope.head_dim * RAW_DTYPES[dtype].itemsize
-    if unit_bytes % head_bytes:
+    if token_bytes % head_bytes:
         raise LayoutError(
-            f"rope: a token of {unit_bytes} bytes has no heads of {head_bytes}"
+            f"rope: a token of {token_bytes} bytes has no heads of {head_bytes}"
         )
 
 
 @lru_cache(maxsize=1024)
 def rotation_factors(rope: Rope, distance: int) -> Factors:
-    """Return what each pair is multiplied by, `[rotary_dim / 2]`, read only."""
-    made: Factors = np.exp(1j * distance * rope.frequencies())
-    made.setflags(write=False)
-    return made
+    """Return the factor of each pair, `[rotary_dim / 2]`, read-only."""
+    factors: Factors = np.exp(1j * distance * rope.frequencies())
+    factors.setflags(write=False)
+    return factors
 
 
 def rotate_keys(
-    keys: Bytes, dtype: str, rope: Rope, turns: Sequence[BlockRotation]
+    keys: Bytes, dtype: str, rope: Rope, rotations: Sequence[BlockRotation]
 ) -> None:
-    """Turn keys in place; `keys` is `[planes, blocks, units, unit bytes]`.
-
-    Computed in double precision and rounded once, to nearest.
-    """
+    """Rotate keys in place; `keys` is `[planes, blocks, units, unit bytes]`."""
     raw: Raw = keys.view(RAW_DTYPES[dtype])
     heads = raw.reshape(*raw.shape[:-1], -1, rope.head_dim)
-    turned = heads[..., rope.first_dim : rope.first_dim + rope.rotary_dim]
-    real, imaginary = _halves(turned, rope.interleaved)
-    step = max(1, PIECE_PAIRS // (real[0, :1].size or 1))
-    piece = _RotationBuffer(real[0, :step].size, dtype)
-    # Infinities and what is no number stay what they are.
+    rotary = heads[..., rope.first_dim : rope.first_dim + rope.rotary_dim]
+    if rope.interleaved:
+        real, imaginary = rotary[..., 0::2], rotary[..., 1::2]
+    else:
+        half = rope.rotary_dim // 2
+        real, imaginary = rotary[..., :half], rotary[..., half:]
+    step = max(1, STEP_PAIRS // (real[0, :1].size or 1))
+    buffer = _RotationBuffer(real[0, :step].size, dtype)
+    # Infinities and NaN stay what they are.
     with np.errstate(all="ignore"):
-        for turn in turns:
-            if turn.distance:
-                # For all heads of a token: numpy's inner loops are longer.
-                by = np.tile(rotation_factors(rope, turn.distance), heads.shape[-2])
-                cos, sin = by.real.copy(), by.imag.copy()
-                for blocks in _pieces(turn, step):
-                    for plane in range(len(real)):
-                        piece.turn(
-                            real[plane, blocks], imaginary[plane, blocks], cos, sin
-                        )
-
-
-def _halves(turned: Raw, interleaved: bool) -> tuple[Raw, Raw]:
-    if interleaved:
-        return turned[..., 0::2], turned[..., 1::2]
-    half = turned.shape[-1] // 2
-    return turned[..., :half], turned[..., half:]
-
-
-def _pieces(turn: BlockRotation, step: int) -> Iterator[slice]:
-    for first in range(turn.first_block, turn.end_block, step):
-        yield slice(first, min(first + step, turn.end_block))
+        for rotation in rotations:
+            if not rotation.distance:
+                continue
+            # Repeated for all heads of a token: numpy's inner loops are longer.
+            factors = rotation_factors(rope, rotation.distance)
+            tiled = np.tile(factors, heads.shape[-2])
+            cos, sin = tiled.real.copy(), tiled.imag.copy()
+            for first in range(rotation.first_block, rotation.end_block, step):
+                blocks = slice(first, min(first + step, rotation.end_block))
+                for plane in range(len(real)):
+                    buffer.rotate(
+                        real[plane, blocks], imaginary[plane, blocks], cos, sin
+                    )
 
 
 class _RotationBuffer:
-    """Room for the pairs that are turned at once, made once for all of them."""
+    """Scratch memory for the pairs of one step, allocated once."""
 
     def __init__(self, num_pairs: int, dtype: str) -> None:
         self._doubles = np.empty((4, num_pairs))
-        self._conversion = CONVERSIONS[dtype](num_pairs)
+        self._converter = CONVERTERS[dtype](num_pairs)
 
-    def turn(self, real: Raw, imaginary: Raw, cos: Doubles, sin: Doubles) -> None:
+    def rotate(self, real: Raw, imaginary: Raw, cos: Doubles, sin: Doubles) -> None:
         """Multiply pairs, `[..., heads, rotary_dim / 2]`, in place."""
         a, b, c, d = self._doubles[:, : real.size].reshape(4, -1, cos.size)
-        self._conversion.widen(a.reshape(real.shape), real)
-        self._conversion.widen(b.reshape(real.shape), imaginary)
+        self._converter.widen(a.reshape(real.shape), real)
+        self._converter.widen(b.reshape(real.shape), imaginary)
         np.multiply(a, cos, out=c)
         np.multiply(b, sin, out=d)
         c -= d
         a *= sin
         b *= cos
         a += b
-        self._conversion.narrow(real, c.reshape(real.shape))
-        self._conversion.narrow(imaginary, a.reshape(real.shape))
+        self._converter.narrow(real, c.reshape(real.shape))
+        self._converter.narrow(imaginary, a.reshape(real.shape))
+
+
+class FloatConverter(Protocol):
+    """Converts at most `max_numbers` numbers at a time, with buffers of its own."""
+
+    def __init__(self, max_numbers: int) -> None: ...
+
+    def widen(self, doubles: Doubles, raw: Raw) -> None:
+        """Write numbers as doubles of the same shape, contiguous."""
+
+    def narrow(self, raw: Raw, doubles: Doubles) -> None:
+        """Round doubles to numbers. The doubles' values are lost."""
+
+
+class Float32Converter:
+    """numpy's own conversions."""
+
+    def __init__(self, max_numbers: int) -> None:
+        del max_numbers
+
+    def widen(self, doubles: Doubles, raw: Raw) -> None:
+        """See `FloatConverter`."""
+        np.copyto(doubles, raw)
+
+    def narrow(self, raw: Raw, doubles: Doubles) -> None:
+        """See `FloatConverter`."""
+        np.copyto(raw, doubles, casting="same_kind")
+
+
+class Bfloat16Converter:
+    """The upper half of a float32; raw numbers are its bits."""
+
+    def __init__(self, max_numbers: int) -> None:
+        self._words = np.empty(max_numbers, np.uint32)
+
+    def widen(self, doubles: Doubles, raw: Raw) -> None:
+        """See `FloatConverter`."""
+        words = self._words[: raw.size].reshape(raw.shape)
+        np.copyto(words, raw)
+        words <<= np.uint32(16)
+        np.copyto(doubles, words.view(np.float32))
+
+    def narrow(self, raw: Raw, doubles: Doubles) -> None:
+        """See `FloatConverter`. In integers: a float32 between would round twice."""
+        bits = doubles.view(np.uint64)
+        words = self._words[: raw.size].reshape(raw.shape)
+        bits += _HALF_BFLOAT16
+        bits &= ~_LOW_BITS_BFLOAT16
+        np.copyto(words.view(np.float32), doubles, casting="same_kind")
+        words >>= np.uint32(16)
+        np.copyto(raw, words, casting="unsafe")
+
+
+class Float16Converter:
+    """Bit for bit what numpy converts to and from."""
+
+    def __init__(self, max_numbers: int) -> None:
+        self._words = np.empty((2, max_numbers), np.uint32)
+        self._ties = np.empty(max_numbers, np.bool_)
+
+    def widen(self, doubles: Doubles, raw: Raw) -> None:
+        """See `FloatConverter`."""
+        words, scratch = self._words[:, : raw.size].reshape(2, *raw.shape)
+        np.copyto(words.view(np.int32), raw.view(np.int16))
+        words <<= _SHIFT_FLOAT16
+        words &= _SIGN_AND_FLOAT16
+        np.bitwise_and(words, _INFINITY, out=scratch)
+        if scratch.max() == _INFINITY:
+            np.copyto(doubles, raw)
+            return
+        floats = words.view(np.float32)
+        floats *= _UP
+        np.copyto(doubles, floats)
+
+    def narrow(self, raw: Raw, doubles: Doubles) -> None:
+        """See `FloatConverter`.
+
+        By way of float32. Rounding twice differs from rounding once only where the
+        first result is a tie between two float16: those numbers are rounded by numpy.
+        """
+        words, scratch = self._words[:, : raw.size].reshape(2, *raw.shape)
+        floats = words.view(np.float32)
+        np.copyto(floats, doubles, casting="same_kind")
+        floats *= _DOWN
+        if not (floats.min() > -_TOO_LARGE and floats.max() < _TOO_LARGE):
+            np.copyto(raw, doubles, casting="same_kind")
+            return
+        ties = self._ties[: raw.size].reshape(raw.shape)
+        np.left_shift(words, 32 - _SHIFT_FLOAT16, out=scratch)
+        np.equal(scratch, _TIE, out=ties)
+        np.right_shift(words, np.uint32(16), out=scratch)
+        scratch &= _SIGN
+        words += _ROUND
+        words >>= _SHIFT_FLOAT16
+        scratch |= words
+        np.copyto(raw.view(np.uint16), scratch, casting="unsafe")
+        if ties.any():
+            np.copyto(raw, doubles, casting="same_kind", where=ties)
+
+
+CONVERTERS: dict[str, type[Float32Converter | Bfloat16Converter | Float16Converter]] = {
+    "float32": Float32Converter,
+    "float16": Float16Converter,
+    "bfloat16": Bfloat16Converter,
+}

@@ -1,8 +1,8 @@
-"""Where stored documents may stand in a prompt.
+"""Matchers: where stored documents occur in a prompt.
 
-A matcher names runs of chunks; which of them can be had, storage says. What it names
-is certain to be of those tokens: by the document's chained hash from its start on, or
-by the digest of a chunk's own tokens.
+A matcher returns runs of chunks that certainly have the prompt's tokens: by the
+document's chained hash from its start on, or by the digest of a chunk's own tokens.
+Whether the chunks are present is the storage's answer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from kvcore.blend.document_chunk import DocumentChunk
-from kvcore.blend.document_index import DocumentIndex
-from kvcore.blend.paragraphs import Markers, cut
+from kvcore.blend.document_index import DocumentChunk, DocumentIndex
+from kvcore.blend.paragraphs import Markers, split_paragraphs
 from kvcore.blend.rolling_hash import SLICE_WINDOWS, RollingHash, Tokens
 from kvcore.keys import (
     ChunkHash,
@@ -31,14 +30,14 @@ from kvcore.keys import (
 )
 
 MATCH_STEP = 128
-"""Chunks confirmed or learnt before others are served, about 150 us."""
+"""Chunks confirmed or entered between two yields, about 150 us."""
 
 CountReady = Callable[[list[ChunkHash]], int]
-"""Says how many leading chunks are there for all ranks."""
+"""Returns how many leading chunks L1 has for all ranks."""
 
 
 class DocumentSpace:
-    """The documents of one model and whole-prompt material: a hash space of its own.
+    """Hash space of the documents of one model and one set of whole-prompt extras.
 
     Extra material at token 0 (cache salt, LoRA) makes another space.
     """
@@ -53,15 +52,15 @@ class DocumentSpace:
         materials = [extra.material for extra in extras if extra.start == 0]
         self.seed = chain_seed("document", model, world_size, chunk_size, materials)
         self.salt = np.uint64(int.from_bytes(self.seed[:8], "little"))
-        """Keeps equal tokens of two spaces apart in the index."""
+        """Added to rolling hashes: equal tokens of two spaces differ in the index."""
         self._cache_salt = cache_salt(extras)
 
     def owner(self, key: SessionKey) -> SaltedKey:
-        """Name whom room is made for, so that a salt's quota counts."""
+        """Return the owner of stores and loads, to whose salt's quota they count."""
         return SaltedKey(key.engine_id, key.request_id, self._cache_salt)
 
     def digest(self, packed: memoryview) -> bytes:
-        """Return the content hash of a chunk's own packed tokens, in this space."""
+        """Return the SHA-256 of a chunk's own packed tokens in this space."""
         state = sha256(self.seed)
         state.update(packed)
         return state.digest()
@@ -69,36 +68,36 @@ class DocumentSpace:
 
 @dataclass(frozen=True, slots=True)
 class TokenRun:
-    """Consecutive chunks of one document, from `start` of a prompt on."""
+    """Consecutive chunks of one document, from token `start` of a prompt on."""
 
     old_start: int
-    """Position of the first in the document."""
+    """Position of the first token in the document."""
     start: int
     hashes: list[ChunkHash]
-    goes_on: bool = False
-    """With what the run before it ends: they are one, had or missed apart."""
+    continues: bool = False
+    """Whether it continues the run before it, cut where L1's chunks begin or end."""
 
 
 Runs = Generator[None, None, list[TokenRun]]
-Learnt = Generator[None, None, list[DocumentChunk]]
+Entries = Generator[None, None, list[DocumentChunk]]
 
 
 class Matcher(Protocol):
-    """Finds runs in order, apart from each other; yields where others may be served."""
+    """Finds runs in a prompt, in order and disjoint; yields between bounded steps."""
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Learnt:
-        """Return what must be known of a document's chunks to find them again."""
+    ) -> Entries:
+        """Return the index entries by which a document's chunks are found later."""
 
     def find(
         self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
     ) -> Runs:
-        """Return the runs in a prompt, of chunks that may be there."""
+        """Return the runs of chunks that L1 or a tier may have."""
 
 
 class SeparatorMatcher:
-    """Each paragraph is a document from its start on, as far as that is stored."""
+    """Treats each paragraph as a document and matches it from its first token on."""
 
     def __init__(self, markers: Markers, chunk_size: int, slice_chunks: int) -> None:
         self._markers = markers
@@ -107,8 +106,8 @@ class SeparatorMatcher:
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Learnt:
-        """Nothing: a document's hashes follow from its tokens."""
+    ) -> Entries:
+        """Return none: a document's hashes follow from its tokens."""
         del tokens, hashes, space
         yield from ()
         return []
@@ -123,16 +122,16 @@ class SeparatorMatcher:
     def find_between(
         self, runs: list[TokenRun], tokens: Tokens, space: DocumentSpace
     ) -> Runs:
-        """Return the paragraphs that begin outside these runs, as far as the next."""
+        """Return the paragraphs that begin outside `runs`, each up to the next run."""
         size = self._chunk_size
         found = []
         num_hashed = 0
         ends = [run.start + len(run.hashes) * size for run in runs]
-        for paragraph in cut(tokens, self._markers):
+        for paragraph in split_paragraphs(tokens, self._markers):
             start, end = paragraph.start, paragraph.end
-            later = bisect_right(ends, start)
-            if later < len(runs):
-                end = max(start, min(end, runs[later].start))
+            following = bisect_right(ends, start)
+            if following < len(runs):
+                end = max(start, min(end, runs[following].start))
             chain = HashChain(space.seed, size)
             packed = tokens[start:end].data.cast("B")
             yield from chain.extend(packed, self._slice_chunks)
@@ -146,19 +145,27 @@ class SeparatorMatcher:
 
 
 class RollingHashMatcher:
-    """Finds chunks at any offset: from left to right, the longest run at each place.
+    """Finds chunks at any offset: left to right, the longest run at each position.
 
-    What a tier is believed to have counts for the length of a run.
+    Chunks that a tier should have count for the length of a run. With `separators`
+    also the paragraphs between the runs, which only a tier may know: so it finds what
+    another host has stored, from its document's start on.
     """
 
-    def __init__(self, index: DocumentIndex, rolling: RollingHash) -> None:
+    def __init__(
+        self,
+        index: DocumentIndex,
+        rolling: RollingHash,
+        separators: SeparatorMatcher | None = None,
+    ) -> None:
         self._index = index
         self._rolling = rolling
+        self._separators = separators
         self._chunk_size = rolling.window
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Learnt:
+    ) -> Entries:
         """Return an entry for each whole chunk."""
         entries: list[DocumentChunk] = []
         size, packed = self._chunk_size, tokens.data
@@ -168,20 +175,26 @@ class RollingHashMatcher:
             step = hashes[first : first + MATCH_STEP]
             start = first * size
             whole = tokens[start : start + len(step) * size]
-            keys = (self._rolling.chunks(whole) + space.salt).tolist()
-            for key, chunk_hash in zip(keys, step, strict=True):
+            rolled = (self._rolling.chunks(whole) + space.salt).tolist()
+            for rolling_hash, chunk_hash in zip(rolled, step, strict=True):
                 digest = space.digest(packed[start : start + size])
-                entries.append(DocumentChunk(chunk_hash, key, digest, start))
+                entries.append(DocumentChunk(chunk_hash, rolling_hash, digest, start))
                 start += size
         return entries
 
     def find(
         self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
     ) -> Runs:
-        """Return the runs of known chunks, cut where L1 has one side and not the other.
+        """Return the runs, cut where L1 has one side and not the other."""
+        runs = yield from self._find_anywhere(tokens, space, count_ready)
+        if self._separators is not None:
+            runs += yield from self._separators.find_between(runs, tokens, space)
+            runs.sort(key=lambda run: run.start)
+        return runs
 
-        What is not in L1 may be in a tier.
-        """
+    def _find_anywhere(
+        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
+    ) -> Runs:
         runs: list[TokenRun] = []
         free = num_hashed = 0
         size, packed = self._chunk_size, tokens.data
@@ -189,68 +202,66 @@ class RollingHashMatcher:
             if first:
                 yield
             part = tokens[first : first + SLICE_WINDOWS + size - 1]
-            keys = self._rolling.windows(part) + space.salt
-            places = self._index.candidates(keys)
-            for place, key in zip(places.tolist(), keys[places].tolist(), strict=True):
-                start = first + place
-                if start < free or not self._index.known(key):
+            rolled = self._rolling.windows(part) + space.salt
+            offsets = self._index.candidates(rolled)
+            for offset, rolling_hash in zip(
+                offsets.tolist(), rolled[offsets].tolist(), strict=True
+            ):
+                start = first + offset
+                if start < free or not self._index.has_rolling_hash(rolling_hash):
                     continue
                 digest = space.digest(packed[start : start + size])
-                best: list[ChunkHash] = []
-                old_start = 0
-                for entry in self._index.find(key, digest):
+                run = TokenRun(0, start, [])
+                for entry in self._index.find(rolling_hash, digest):
                     hashes = [entry.hash]
-                    while self._follow(hashes, packed, start):
+                    while self._extend(hashes, packed, start):
                         yield
                     num_hashed += len(hashes)
                     if num_hashed >= MATCH_STEP:
                         num_hashed = 0
                         yield
-                    reach = self._reach(hashes, count_ready)
-                    if reach > len(best):
-                        best, old_start = hashes[:reach], entry.start
-                if best:
-                    runs += self._cut(TokenRun(old_start, start, best), count_ready)
-                    free = start + len(best) * size
+                    length = self._count_present(hashes, count_ready)
+                    if length > len(run.hashes):
+                        run = TokenRun(entry.start, start, hashes[:length])
+                if run.hashes:
+                    runs += self._cut(run, count_ready)
+                    free = start + len(run.hashes) * size
         return runs
 
-    def _reach(self, hashes: list[ChunkHash], count_ready: CountReady) -> int:
-        """Count the leading chunks that L1 has or a tier may have."""
-        reach = count_ready(hashes)
+    def _count_present(self, hashes: list[ChunkHash], count_ready: CountReady) -> int:
+        """Count the leading chunks that L1 has or a tier should have."""
+        length = count_ready(hashes)
         is_in_tier = self._index.is_in_tier
-        while reach < len(hashes) and is_in_tier(hashes[reach]):
-            while reach < len(hashes) and is_in_tier(hashes[reach]):
-                reach += 1
-            reach += count_ready(hashes[reach:])
-        return reach
+        while length < len(hashes) and is_in_tier(hashes[length]):
+            while length < len(hashes) and is_in_tier(hashes[length]):
+                length += 1
+            length += count_ready(hashes[length:])
+        return length
 
     def _cut(self, run: TokenRun, count_ready: CountReady) -> list[TokenRun]:
-        """Cut a run into what L1 has and what it has not, in turn."""
+        """Cut a run where chunks that L1 has and chunks that it lacks meet."""
         hashes = run.hashes
         if not self._index.num_in_tier:
             return [run]
-        pieces: list[TokenRun] = []
+        cut: list[TokenRun] = []
         first = 0
         while first < len(hashes):
             end = first + count_ready(hashes[first:])
             if end == first:
-                later = range(first + 1, len(hashes))
-                ready = (at for at in later if count_ready(hashes[at : at + 1]))
+                rest = range(first + 1, len(hashes))
+                ready = (i for i in rest if count_ready(hashes[i : i + 1]))
                 end = next(ready, len(hashes))
-            at = first * self._chunk_size
-            pieces.append(
-                TokenRun(
-                    run.old_start + at, run.start + at, hashes[first:end], first > 0
-                )
-            )
+            skip = first * self._chunk_size
+            old_start, start = run.old_start + skip, run.start + skip
+            cut.append(TokenRun(old_start, start, hashes[first:end], first > 0))
             first = end
-        return pieces
+        return cut
 
-    def _follow(self, hashes: list[ChunkHash], packed: memoryview, start: int) -> bool:
-        """Follow a run's document some way; False at its end in the prompt.
+    def _extend(self, hashes: list[ChunkHash], packed: memoryview, start: int) -> bool:
+        """Append at most `MATCH_STEP` chunks of a run's document; False at its end.
 
-        A document's next chunk has the hash that its last one and the prompt's tokens
-        give, so that looking it up confirms it.
+        The hash of a document's next chunk follows from its last one and the prompt's
+        tokens, so finding it in the index confirms it.
         """
         size, index = self._chunk_size, self._index
         first = start + len(hashes) * size
@@ -261,30 +272,3 @@ class RollingHashMatcher:
                 return False
             hashes.append(child)
         return first + MATCH_STEP * size == end
-
-
-class CombinedMatcher:
-    """Chunks anywhere, and between them paragraphs that only a tier may know.
-
-    So it finds what another host has stored, from its document's start on.
-    """
-
-    def __init__(
-        self, anywhere: RollingHashMatcher, separated: SeparatorMatcher
-    ) -> None:
-        self._anywhere = anywhere
-        self._separated = separated
-
-    def learn(
-        self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
-    ) -> Learnt:
-        """See `RollingHashMatcher`."""
-        return self._anywhere.learn(tokens, hashes, space)
-
-    def find(
-        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
-    ) -> Runs:
-        """Return the runs of both."""
-        runs = yield from self._anywhere.find(tokens, space, count_ready)
-        runs += yield from self._separated.find_between(runs, tokens, space)
-        return sorted(runs, key=lambda run: run.start)

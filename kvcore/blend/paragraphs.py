@@ -1,4 +1,4 @@
-"""A prompt cut into paragraphs by token patterns."""
+"""Split a prompt into paragraphs by token patterns."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Patterns = tuple[tuple[int, ...], ...]
 class Markers:
     """Patterns after which a paragraph begins and before which it ends.
 
-    A start pattern also ends what comes before it. Without start patterns a paragraph
-    begins at the prompt's start and after every end pattern; without end patterns it
-    goes on until the next start. The patterns themselves are in no paragraph.
+    A start pattern also ends the paragraph before it. Without start patterns a
+    paragraph begins at the prompt's start and after every end pattern; without end
+    patterns it ends at the next start pattern. The patterns are in no paragraph.
     """
 
     start: Patterns = ()
@@ -36,17 +36,17 @@ PRESETS = {
     "gemma-3": Markers(start=((105, 2364, 107), (105, 4368, 107)), end=((106,),)),
     "mistral": Markers(start=((3,),), end=((4,),)),
 }
-"""A message's text, in the token ids of each family's chat template: Llama 3's
+"""The text of a message, in token ids of each family's chat template: Llama 3's
 `<|end_header_id|>\\n\\n` and `<|eot_id|>`; Qwen 2 to 3's `<|im_start|>ROLE\\n` and
 `<|im_end|>`; Gemma 3's `<start_of_turn>ROLE\\n` and `<end_of_turn>`; Mistral's `[INST]`
-and `[/INST]` from tokeniser v2 on."""
+and `[/INST]` from tokenizer v2 on."""
 
 
 def make_markers(config: BlendConfig) -> Markers:
-    """Return the markers that a configuration names.
+    """Return the markers of `blend.preset`, or else of `blend.start` and `blend.end`.
 
     Raises:
-        SetupError: there is no such preset.
+        SetupError: the preset is unknown.
     """
     if not config.preset:
         return Markers(config.start, config.end)
@@ -64,40 +64,32 @@ class Paragraph:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Marker:
-    start: int
-    end: int
-    opens: bool
-
-
-def cut(tokens: Tokens, markers: Markers) -> Iterator[Paragraph]:
+def split_paragraphs(tokens: Tokens, markers: Markers) -> Iterator[Paragraph]:
     """Yield a prompt's paragraphs in order, none of them empty.
 
-    Of patterns that overlap, the one that begins first counts, and of those the
-    longest.
+    Of overlapping patterns the one that begins first counts, and of those the longest.
     """
     always = not markers.start
     found = [
-        _Marker(place, place + len(pattern), always or pattern in markers.start)
+        (start, start + len(pattern), always or pattern in markers.start)
         for pattern in {*markers.start, *markers.end}
-        for place in _places(tokens, pattern)
+        for start in _find_pattern(tokens, pattern)
     ]
     opened = 0 if always else None
     free = 0
-    for marker in sorted(found, key=lambda marker: (marker.start, -marker.end)):
-        if marker.start < free:
+    for start, end, opens in sorted(found, key=lambda marker: (marker[0], -marker[1])):
+        if start < free:
             continue
-        if opened is not None and opened < marker.start:
-            yield Paragraph(opened, marker.start)
-        opened = marker.end if marker.opens else None
-        free = marker.end
+        if opened is not None and opened < start:
+            yield Paragraph(opened, start)
+        opened = end if opens else None
+        free = end
     if opened is not None and opened < len(tokens):
         yield Paragraph(opened, len(tokens))
 
 
-def _places(tokens: Tokens, pattern: tuple[int, ...]) -> list[int]:
-    """Return where a pattern begins; overlapping places too."""
+def _find_pattern(tokens: Tokens, pattern: tuple[int, ...]) -> list[int]:
+    """Return the indexes at which a pattern begins, overlapping ones included."""
     places = np.flatnonzero(tokens[: len(tokens) - len(pattern) + 1] == pattern[0])
     for offset, token in enumerate(pattern[1:], 1):
         places = places[tokens[places + offset] == token]

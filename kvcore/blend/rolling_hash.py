@@ -1,10 +1,10 @@
-"""A hash of every window of a token sequence, for the price of a few array passes.
+"""Rolling hash: of every window of a token sequence, in a few array passes.
 
 H(t) = sum of t[j] * base**-j modulo 2**64 over the window's tokens j. With prefix sums
 S of t[i] * base**-i, the window at o has H = (S[o + window] - S[o]) * base**o, so all
 windows cost a multiplication, a running sum, a difference and a multiplication. The
-base is odd, hence invertible, and secret: who does not know it finds collisions by
-chance only. A collision costs a comparison; it never decides a match.
+base is odd, hence invertible, and secret: without it collisions are found by chance
+only. A collision costs a comparison; it never decides a match.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tokens = npt.NDArray[np.uint32]
 Hashes = npt.NDArray[np.uint64]
 
 SLICE_WINDOWS = 16_384
-"""Hashed at once: some 100 us, and arrays that stay in the cache."""
+"""Windows hashed at once: about 100 us, and arrays that stay in the CPU's cache."""
 
 
 class RollingHash:
@@ -32,9 +32,9 @@ class RollingHash:
         self._inverses = _powers(pow(base, -1, 1 << 64), size)
 
     def windows(self, tokens: Tokens) -> Hashes:
-        """Hash the windows that begin at each token, `[tokens - window + 1]`.
+        """Return the hash of the window at each token, `[tokens - window + 1]`.
 
-        At most `SLICE_WINDOWS` of them.
+        At most `SLICE_WINDOWS` windows.
         """
         num_windows = len(tokens) - self.window + 1
         sums = np.empty(len(tokens) + 1, np.uint64)
@@ -46,7 +46,7 @@ class RollingHash:
         return hashes
 
     def chunks(self, tokens: Tokens) -> Hashes:
-        """Hash windows that lie end to end, `[tokens / window]`."""
+        """Return the hashes of adjacent windows, `[tokens / window]`."""
         rows = tokens.reshape(-1, self.window)
         hashes: Hashes = (rows * self._inverses[: self.window]).sum(axis=1)
         return hashes

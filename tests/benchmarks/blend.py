@@ -20,8 +20,7 @@ import numpy as np
 from wire import served
 
 from kvcore.blend.blend_client import BlendClient
-from kvcore.blend.document_chunk import DocumentChunk
-from kvcore.blend.document_index import DocumentIndex
+from kvcore.blend.document_index import DocumentChunk, DocumentIndex
 from kvcore.blend.matchers import DocumentSpace, RollingHashMatcher
 from kvcore.blend.rolling_hash import RollingHash
 from kvcore.client import KVClient

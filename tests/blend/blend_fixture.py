@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from kvcore.blend import document_lookups as blend_lookups
+from kvcore.blend import document_lookups
 from kvcore.blend.blend_engine import BlendEngine
 from kvcore.blend.matchers import DocumentSpace
 from kvcore.config import (
@@ -53,8 +53,8 @@ from tests.blend.blend_model import (
     SHAPE,
     SIZE,
     START,
-    Asked,
     Buffer,
+    Operation,
     Text,
     extras_of,
     kv,
@@ -115,8 +115,8 @@ class BlendFixture:
         """What any stored chunk is of."""
         self.restored: set[ChunkHash] = set()
         """In L1 since before the server: on nobody's account but the model's."""
-        self.asked: list[Asked] = []
-        self.look_at: Callable[[Asked], None] = lambda _: None
+        self.operations: list[Operation] = []
+        self.on_step: Callable[[Operation], None] = lambda _: None
         """Told after every step of a request."""
         self.buffers: dict[int, Segment] = {}
         self.tiers = [ManualTier(f"t{i}") for i in range(num_tiers)]
@@ -124,7 +124,7 @@ class BlendFixture:
         self._num_pages = num_pages
         patch = self._stack.enter_context
         patch(small_steps())
-        for module in (lookups, blend_lookups):
+        for module in (lookups, document_lookups):
             patch(mock.patch.object(module, "monotonic_ns", self.now_ns))
         if collide:  # A window's hash is the sum of its tokens.
             patch(mock.patch("secrets.randbits", return_value=1))
@@ -177,10 +177,10 @@ class BlendFixture:
 
     def restart(self) -> None:
         """End the server and start the next; nobody gets an answer, tiers stay."""
-        for asked in self.asked:
-            if asked.steps is not None:
-                asked.steps.close()
-        self.asked.clear()
+        for operation in self.operations:
+            if operation.steps is not None:
+                operation.steps.close()
+        self.operations.clear()
         if self.keep == "l1":
             # Views of it that are still about would hold it, as a living server does.
             fcntl.flock(self.arena._segment._lock, fcntl.LOCK_UN)
@@ -246,16 +246,16 @@ class BlendFixture:
 
     # -- requests ---------------------------------------------------------------------
 
-    def ask(self, handler: Callable[..., Any], asked: Asked) -> Asked:
+    def begin(self, handler: Callable[..., Any], operation: Operation) -> Operation:
         """Begin a request, of which nothing is done yet."""
-        caller = self.caller(asked.client, asked.deadline)
+        caller = self.caller(operation.client, operation.deadline)
 
         def steps() -> Generator[None, None, Any]:
-            return (yield from handler(asked.request, caller))
+            return (yield from handler(operation.request, caller))
 
-        asked.steps = steps()
-        self.asked.append(asked)
-        return asked
+        operation.steps = steps()
+        self.operations.append(operation)
+        return operation
 
     def space(self, salt: str) -> DocumentSpace:
         """The documents of a salt."""
@@ -281,61 +281,61 @@ class BlendFixture:
             text = Text(is_document, salt, tuple(tokens[: number * SIZE]))
             assert self.texts.setdefault(key, text) == text
 
-    def advance(self, asked: Asked) -> None:
+    def advance(self, operation: Operation) -> None:
         """Take one step of a request: a slice, its copy, a tier's answer, its end."""
         try:
-            self._advance(asked)
+            self._advance(operation)
         except KVError as error:
-            asked.error = error
-            self._end(asked, None)
-        self.look_at(asked)
+            operation.error = error
+            self._end(operation, None)
+        self.on_step(operation)
 
-    def _advance(self, asked: Asked) -> None:
-        if asked.steps is None:
-            assert asked.running is not None
-            if asked.running.future.done():
-                self._end(asked, asked.running.finish())
+    def _advance(self, operation: Operation) -> None:
+        if operation.steps is None:
+            assert operation.running is not None
+            if operation.running.future.done():
+                self._end(operation, operation.running.finish())
             else:
-                self._further(asked)
+                self._further(operation)
             return
         try:
-            next(asked.steps)
+            next(operation.steps)
         except StopIteration as stop:
-            asked.steps = None
+            operation.steps = None
             if not isinstance(stop.value, DeferredReply):
-                self._end(asked, stop.value)
+                self._end(operation, stop.value)
                 return
-            asked.running = stop.value
-            for _, lane in self._lanes(asked):
-                asked.copied = lane.queue[-1][2][1]
+            operation.running = stop.value
+            for _, lane in self._lanes(operation):
+                operation.copied = lane.queue[-1][2][1]
 
-    def _end(self, asked: Asked, reply: Any) -> None:
-        asked.reply = reply
-        asked.is_over = True
-        self.asked.remove(asked)
+    def _end(self, operation: Operation, reply: Any) -> None:
+        operation.reply = reply
+        operation.is_over = True
+        self.operations.remove(operation)
 
-    def _further(self, asked: Asked) -> None:
+    def _further(self, operation: Operation) -> None:
         """Bring on what a request waits for."""
-        lanes = self._lanes(asked)
+        lanes = self._lanes(operation)
         if lanes:
             self.copy(*lanes[0])
             return
         self.coordinator.run_due()
-        if asked.running and asked.running.future.done():
+        if operation.running and operation.running.future.done():
             return
         pending = [tier for tier in self.tiers if tier.pending]
         assert pending, "nothing is under way that could end this"
         pending[0].answer(0)
         self.coordinator.run_due()
 
-    def _lanes(self, asked: Asked) -> list[tuple[Instance, ManualLane]]:
+    def _lanes(self, operation: Operation) -> list[tuple[Instance, ManualLane]]:
         lanes: list[tuple[Instance, Any]] = []
-        if asked.instance is not None and asked.running is not None:
-            both = (asked.instance.store_lane, asked.instance.retrieve_lane)
+        if operation.instance is not None and operation.running is not None:
+            both = (operation.instance.store_lane, operation.instance.retrieve_lane)
             lanes = [
-                (asked.instance, lane)
+                (operation.instance, lane)
                 for lane in both
-                if any(asked.running.future is each[0] for each in lane.queue)  # type: ignore[attr-defined]
+                if any(operation.running.future is each[0] for each in lane.queue)  # type: ignore[attr-defined]
             ]
         return lanes
 
@@ -344,7 +344,9 @@ class BlendFixture:
         future, call, (*args, named) = lane.queue.pop(0)
         if not future.set_running_or_notify_cancel():
             return
-        [asked] = [a for a in self.asked if a.running and a.running.future is future]
+        [operation] = [
+            a for a in self.operations if a.running and a.running.future is future
+        ]
         buffer = self.buffer(instance.rank)
         hashes, [rows] = args[1:3]
         before = np.full(SHAPE, next(_numbers) % 251, np.uint8)
@@ -352,14 +354,14 @@ class BlendFixture:
         written = before.copy()
         for number, (key, row) in enumerate(zip(hashes, rows, strict=True)):
             written[:, :, row] = kv(key, instance.rank)
-            if asked.kind == "retrieve" and asked.request.rotate_keys:
-                distance = self.distance(asked.request, number, key, int(row[0]))
+            if operation.kind == "retrieve" and operation.request.rotate_keys:
+                distance = self.distance(operation.request, number, key, int(row[0]))
                 written[0][:, row] = turned(written[0][:, row], distance)
         is_store = call.__name__ == "store"
         if is_store:
             before = written
             buffer[:] = written
-        late = 0 < asked.deadline < self.now
+        late = 0 < operation.deadline < self.now
         missing = not late and not is_store and not self.are_there(hashes, instance)
         try:
             future.set_result(call(*args, **named))
@@ -385,24 +387,26 @@ class BlendFixture:
         bit = 1 << instance.groups[0].part
         return all(chunk and chunk.ready & bit for chunk in self.l1.peek(hashes))
 
-    def drive(self, asked: Asked) -> None:
+    def drive(self, operation: Operation) -> None:
         """Take a request to its end; others go on when it may wait for them."""
         for number in count(1):
-            if asked.is_over:
+            if operation.is_over:
                 return
-            self.advance(asked)
+            self.advance(operation)
             if number % 40 == 0:
-                for other in [each for each in self.asked if each is not asked]:
+                for other in [
+                    each for each in self.operations if each is not operation
+                ]:
                     self.advance(other)
 
     def finish_all(self) -> None:
         """Have everything that is under way end."""
-        while self.asked:
-            self.drive(self.asked[0])
+        while self.operations:
+            self.drive(self.operations[0])
         self.answer_tiers()
 
     def answer_tiers(self) -> None:
-        """Have tiers answer all that they are asked."""
+        """Have tiers answer all that they are operation."""
         self.coordinator.run_due()
         while any(tier.pending for tier in self.tiers):
             for tier in self.tiers:

@@ -71,7 +71,7 @@ def packed(tokens: Sequence[int]) -> memoryview:
 
 
 @dataclass(eq=False)
-class Asked:
+class Operation:
     """A request under way."""
 
     kind: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvcore.blend.float_conversions import Bfloat16, Float16
+from kvcore.blend.key_rotation import Bfloat16Converter, Float16Converter
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 FINITE = ALL[ALL & 0x7C00 != 0x7C00].view(np.float16).astype(np.float64)
@@ -15,7 +15,7 @@ def narrowed(doubles: np.ndarray) -> np.ndarray:
     """Round to float16; return the bits."""
     raw = np.empty(doubles.shape, np.float16)
     with np.errstate(all="ignore"):
-        Float16(doubles.size).narrow(raw, doubles.copy())
+        Float16Converter(doubles.size).narrow(raw, doubles.copy())
     return raw.view(np.uint16)
 
 
@@ -37,7 +37,7 @@ def apart(doubles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_every_float16_widens_as_by_numpy(bits: np.ndarray) -> None:
     """All 65,536: with infinities and NaN, and without."""
     doubles = np.empty(bits.shape)
-    Float16(bits.size).widen(doubles, bits.view(np.float16))
+    Float16Converter(bits.size).widen(doubles, bits.view(np.float16))
     expected = bits.view(np.float16).astype(np.float64)
     assert np.array_equal(doubles.view(np.uint64), expected.view(np.uint64))
 
@@ -87,7 +87,7 @@ def test_bfloat16_comes_back() -> None:
     floats = (ALL.astype(np.uint32) << 16).view(np.float32)
     bits = ALL[~np.isnan(floats)]
     doubles, back = np.empty(bits.shape), np.empty_like(bits)
-    conversion = Bfloat16(bits.size)
+    conversion = Bfloat16Converter(bits.size)
     conversion.widen(doubles, bits)
     conversion.narrow(back, doubles)
     assert np.array_equal(back, bits)

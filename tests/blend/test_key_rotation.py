@@ -121,7 +121,7 @@ def test_pieces_come_to_the_same(
     rotate_keys(turned_at_once, dtype, rope, turns)
     pairs = HEADS * rope.rotary_dim // 2
     for most in (1, 2 * pairs, 3 * pairs - 1):
-        monkeypatch.setattr(rotation, "PIECE_PAIRS", most)
+        monkeypatch.setattr(rotation, "STEP_PAIRS", most)
         rotate_keys(in_pieces := encode(values, dtype), dtype, rope, turns)
         assert np.array_equal(in_pieces, turned_at_once)
 

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from kvcore.blend import matchers
 from kvcore.blend.document_index import DocumentIndex
 from kvcore.blend.matchers import (
-    CombinedMatcher,
     DocumentSpace,
     Matcher,
     RollingHashMatcher,
     SeparatorMatcher,
     TokenRun,
 )
-from kvcore.blend.paragraphs import Markers, cut
+from kvcore.blend.paragraphs import Markers, split_paragraphs
 from kvcore.blend.rolling_hash import SLICE_WINDOWS, RollingHash
 from kvcore.keys import ChunkHash, ExtraKey, HashChain
 
@@ -69,10 +68,13 @@ class Library:
         return end_of(self.matcher.find(prompt, space, len))
 
 
-def anywhere(base: int | None = None) -> Library:
+def anywhere(
+    base: int | None = None, separators: SeparatorMatcher | None = None
+) -> Library:
     """Make an empty library; a base of 1 makes a window's hash its sum of tokens."""
     index = DocumentIndex(1024, 1024)
-    return Library(RollingHashMatcher(index, RollingHash(SIZE, base)), index)
+    rolling = RollingHash(SIZE, base)
+    return Library(RollingHashMatcher(index, rolling, separators), index)
 
 
 def brute_runs(
@@ -118,13 +120,13 @@ def check_hashes(
 
 
 few = st.integers(0, 2)
-documents_of = st.lists(st.lists(few, max_size=24), max_size=5)
+document_lease_owner = st.lists(st.lists(few, max_size=24), max_size=5)
 
 
 @st.composite
 def planted(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     """Documents of few tokens, and a prompt with pieces of them between glue."""
-    documents = draw(documents_of)
+    documents = draw(document_lease_owner)
     prompt: list[int] = []
     for _ in range(draw(st.integers(0, 4))):
         prompt += draw(st.lists(few, max_size=5))
@@ -165,7 +167,7 @@ def test_separated_finds_each_paragraph_from_its_start(
     matcher = SeparatorMatcher(markers, SIZE, 2)
     tokens = np.array(prompt, np.uint32)
     runs = end_of(matcher.find(tokens, SPACE, lambda _: 0))
-    paragraphs = [prompt[p.start : p.end] for p in cut(tokens, markers)]
+    paragraphs = [prompt[p.start : p.end] for p in split_paragraphs(tokens, markers)]
     expected = [hashes_of(p) for p in paragraphs if len(p) >= SIZE]
     assert [run.hashes for run in runs] == expected
     assert all(run.old_start == 0 for run in runs)
@@ -183,27 +185,26 @@ def test_paragraphs_are_found_between_what_is_found_anywhere(
 ) -> None:
     """What begins in no known run is a document, as far as the next; nothing else."""
     known, prompt = case
-    library, plain = anywhere(), anywhere()
+    markers = Markers(tuple(start), tuple(end))
+    separators = SeparatorMatcher(markers, SIZE, 1)
+    library, plain = anywhere(separators=separators), anywhere()
     for document in known:
         library.store(document)
         plain.store(document)
-    markers = Markers(tuple(start), tuple(end))
-    separated = SeparatorMatcher(markers, SIZE, 1)
-    library.matcher = CombinedMatcher(library.matcher, separated)
-    runs, told = library.find(prompt), plain.find(prompt)
-    assert [run for run in runs if run in told] == told
+    runs, plain_runs = library.find(prompt), plain.find(prompt)
+    assert [run for run in runs if run in plain_runs] == plain_runs
     taken = {
         at
-        for run in told
+        for run in plain_runs
         for at in range(run.start, run.start + len(run.hashes) * SIZE)
     }
     expected = []
-    for each in cut(np.array(prompt, np.uint32), markers):
+    for each in split_paragraphs(np.array(prompt, np.uint32), markers):
         free = next((at for at in range(each.start, each.end) if at in taken), each.end)
         hashes = hashes_of(prompt[each.start : free])
         if hashes:
             expected.append(TokenRun(0, each.start, hashes))
-    assert [run for run in runs if run not in told] == expected
+    assert [run for run in runs if run not in plain_runs] == expected
     assert [run.start for run in runs] == sorted({run.start for run in runs})
 
 
@@ -221,7 +222,7 @@ def test_a_document_crosses_a_slice_of_windows() -> None:
 
 
 def test_forged_collisions_are_no_matches() -> None:
-    """Two chunks of one rolling hash are told apart by their content."""
+    """Two chunks of one rolling hash are plain_runs apart by their content."""
     base = 0x9E3779B97F4A7C15
     ours, forged = forge(base)
     rolling = RollingHash(SIZE, base)
@@ -293,7 +294,7 @@ def test_what_tiers_may_have_counts_and_is_cut_apart(
     known = {key for document in documents for key in library.store(document)}
     there = {key for key in sorted(known) if data.draw(st.booleans())}
     for key in known - there:
-        library.index.leave(key, in_tier=True)
+        library.index.note_evicted(key, in_tier=True)
 
     def count_ready(hashes: list[ChunkHash]) -> int:
         return next((n for n, h in enumerate(hashes) if h not in there), len(hashes))
@@ -303,7 +304,7 @@ def test_what_tiers_may_have_counts_and_is_cut_apart(
     whole: list[tuple[int, int]] = []
     for piece in pieces:
         assert count_ready(piece.hashes) in (0, len(piece.hashes))
-        if piece.goes_on:
+        if piece.continues:
             start, length = whole.pop()
             assert start + length * SIZE == piece.start
             whole.append((start, length + len(piece.hashes)))

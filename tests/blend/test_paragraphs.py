@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.blend.paragraphs import PRESETS, Markers, cut, make_markers
+from kvcore.blend.paragraphs import PRESETS, Markers, make_markers, split_paragraphs
 from kvcore.config import BlendConfig
 from kvcore.errors import SetupError
 
@@ -17,7 +17,7 @@ from kvcore.errors import SetupError
 def pieces(tokens: list[int], markers: Markers) -> list[list[int]]:
     """Cut, and return the tokens of each paragraph."""
     array = np.array(tokens, np.uint32)
-    return [tokens[p.start : p.end] for p in cut(array, markers)]
+    return [tokens[p.start : p.end] for p in split_paragraphs(array, markers)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_cuts(
 def test_paragraphs_are_apart_and_hold_no_single_marker(tokens: list[int]) -> None:
     """What is between markers is in order, nonempty, and free of them."""
     markers = Markers(start=((0,),), end=((1,),))
-    found = list(cut(np.array(tokens, np.uint32), markers))
+    found = list(split_paragraphs(np.array(tokens, np.uint32), markers))
     assert all(p.start < p.end for p in found)
     assert all(a.end < b.start for a, b in pairwise(found))
     assert all(not {0, 1} & {*tokens[p.start : p.end]} for p in found)

@@ -76,7 +76,7 @@ class House:
 
 @contextmanager
 def housed(server: Server) -> Iterator[House]:
-    """Make a house of a running server; nothing may be held at its end."""
+    """Make a fixture of a running server; nothing may be held at its end."""
     worker = Worker(server.address, BlendWorkerCommands)
     try:
         worker.answer()
@@ -110,22 +110,22 @@ def test_documents_that_only_a_tier_has_are_found_and_loaded(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
     """Two documents that left L1, in another order between glue, byte for byte."""
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as house:
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         one, two = prompt(3 * CHUNK), prompt(2 * CHUNK)
-        of_one, of_two = put(house.worker, one, 1), put(house.worker, two, 2)
-        house.await_written(5)
-        house.push_out(prompt)
-        assert house.count("chunks_evicted") == 5
+        of_one, of_two = put(fixture.worker, one, 1), put(fixture.worker, two, 2)
+        fixture.await_written(5)
+        fixture.push_out(prompt)
+        assert fixture.count("chunks_evicted") == 5
         text = [*prompt(7), *two, *prompt(9), *one]
-        found = house.look_up(text)
+        found = fixture.look_up(text)
         first, second = 7, 7 + 2 * CHUNK + 9
         assert where(found) == [(first, 7 + 2 * CHUNK), (second, second + 3 * CHUNK)]
         assert [m.old_start for m in found.matches] == [
             *(i * CHUNK for i in range(2)),
             *(i * CHUNK for i in range(3)),
         ]
-        assert house.count("parts_prefetched") == 5
-        slots = house.read(found)
+        assert fixture.count("parts_prefetched") == 5
+        slots = fixture.read(found)
         assert np.array_equal(slots[:, :, first : 7 + 2 * CHUNK], of_two)
         assert np.array_equal(slots[:, :, second : second + 3 * CHUNK], of_one)
 
@@ -134,53 +134,53 @@ def test_a_document_half_in_l1_is_one_range(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
     """Only what is missing is loaded, wherever in the document that is."""
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as house:
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         tokens = prompt(5 * CHUNK)
-        values = put(house.worker, tokens, 1)
-        house.await_written(5)
-        house.push_out(prompt)
-        house.read(house.look_up([*prompt(3), *tokens[2 * CHUNK : 4 * CHUNK]]))
-        assert house.count("parts_prefetched") == 2
-        found = house.look_up([*prompt(4), *tokens])
+        values = put(fixture.worker, tokens, 1)
+        fixture.await_written(5)
+        fixture.push_out(prompt)
+        fixture.read(fixture.look_up([*prompt(3), *tokens[2 * CHUNK : 4 * CHUNK]]))
+        assert fixture.count("parts_prefetched") == 2
+        found = fixture.look_up([*prompt(4), *tokens])
         assert where(found) == [(4, 4 + 5 * CHUNK)]
-        assert house.count("parts_prefetched") == 5
-        assert np.array_equal(house.read(found)[:, :, 4 : 4 + 5 * CHUNK], values)
+        assert fixture.count("parts_prefetched") == 5
+        assert np.array_equal(fixture.read(found)[:, :, 4 : 4 + 5 * CHUNK], values)
 
 
 def test_a_chunk_that_is_nowhere_is_no_longer_matched(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
     """What the tier has lost is asked for once; the document's rest is still found."""
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as house:
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         tokens = prompt(3 * CHUNK)
-        put(house.worker, tokens, 1)
-        house.await_written(3)
-        house.push_out(prompt)
-        lost = house.look_up(tokens).matches[1].hash
-        house.client.end_session(KEY)
-        house.push_out(prompt)
-        known = house.count("document_chunks")
+        put(fixture.worker, tokens, 1)
+        fixture.await_written(3)
+        fixture.push_out(prompt)
+        lost = fixture.look_up(tokens).matches[1].hash
+        fixture.client.end_session(KEY)
+        fixture.push_out(prompt)
+        known = fixture.count("document_chunks")
         next(folder.glob(f"??/{lost.hex()}-*")).unlink()
-        assert where(house.look_up(tokens)) == [(0, CHUNK)]
-        assert house.count("document_chunks") == known - 1
-        found = house.look_up(tokens)
+        assert where(fixture.look_up(tokens)) == [(0, CHUNK)]
+        assert fixture.count("document_chunks") == known - 1
+        found = fixture.look_up(tokens)
         assert where(found) == [(0, CHUNK), (2 * CHUNK, 3 * CHUNK)]
-        jobs = house.count("prefetches")
-        assert house.look_up(tokens) == found
-        assert house.count("prefetches") == jobs
-        house.client.end_session(KEY)
+        jobs = fixture.count("prefetches")
+        assert fixture.look_up(tokens) == found
+        assert fixture.count("prefetches") == jobs
+        fixture.client.end_session(KEY)
 
 
 def test_without_a_tier_an_evicted_chunk_is_no_longer_matched(
     serve: Serve, prompt: Prompt
 ) -> None:
     """The index has what L1 has."""
-    with housed(serve(*BLEND, *SMALL)) as house:
+    with housed(serve(*BLEND, *SMALL)) as fixture:
         tokens = prompt(3 * CHUNK)
-        put(house.worker, tokens, 1)
-        house.push_out(prompt)
-        assert house.look_up(tokens) == CBLookupReply((), (), 0)
-        assert house.count("document_chunks") == SMALL_CHUNKS
+        put(fixture.worker, tokens, 1)
+        fixture.push_out(prompt)
+        assert fixture.look_up(tokens) == CBLookupReply((), (), 0)
+        assert fixture.count("document_chunks") == SMALL_CHUNKS
 
 
 def test_both_ranks_parts_come_from_the_tier(
@@ -227,15 +227,15 @@ def test_a_salts_documents_are_at_its_quotas_expense(
     """A tenant over its quota evicts its own documents, not those of others."""
     salted = (ExtraKey(0, b'["salt", "greedy"]'),)
     quota = ("--set", 'l1.quotas={"salt:greedy" = "16KiB"}')
-    with housed(serve(*BLEND, *SMALL, *quota)) as house:
+    with housed(serve(*BLEND, *SMALL, *quota)) as fixture:
         ours = prompt(3 * CHUNK)
-        put(house.worker, ours, 1)
+        put(fixture.worker, ours, 1)
         for _ in range(2 * SMALL_CHUNKS):
-            house.worker.ask(
+            fixture.worker.ask(
                 *("blend", "store_pre_computed", "a", 0, prompt(CHUNK)), extras=salted
             )
-        assert where(house.look_up(ours)) == [(0, 3 * CHUNK)]
-        house.client.end_session(KEY)
+        assert where(fixture.look_up(ours)) == [(0, 3 * CHUNK)]
+        fixture.client.end_session(KEY)
 
 
 def test_known_chunks_in_tiers_are_bounded(
@@ -243,15 +243,15 @@ def test_known_chunks_in_tiers_are_bounded(
 ) -> None:
     """Beyond the limit the longest unused are not known any more."""
     limit = ("--set", "blend.max_tier_chunks=3")
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder), *limit)) as house:
+    with housed(serve(*BLEND, *SMALL, *tier_of(folder), *limit)) as fixture:
         old, new = prompt(2 * CHUNK), prompt(3 * CHUNK)
-        put(house.worker, old, 1)
-        put(house.worker, new, 2)
-        house.await_written(5)
-        house.push_out(prompt)
-        assert not house.look_up(old).matches
-        assert len(house.look_up(new).matches) == 3
-        house.client.end_session(KEY)
+        put(fixture.worker, old, 1)
+        put(fixture.worker, new, 2)
+        fixture.await_written(5)
+        fixture.push_out(prompt)
+        assert not fixture.look_up(old).matches
+        assert len(fixture.look_up(new).matches) == 3
+        fixture.client.end_session(KEY)
 
 
 def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
@@ -259,32 +259,32 @@ def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
 ) -> None:
     """What L1 has of a document is served meanwhile, the rest when it is back."""
     options = (*BLEND, *tier_of(folder), "--set", f"blend.keep={folder}.documents")
-    with housed(serve(*options)) as house:
+    with housed(serve(*options)) as fixture:
         tokens = prompt(3 * CHUNK)
-        values = put(house.worker, tokens, 1)
-        house.await_written(3)
-    assert house.server.stop() == 0
+        values = put(fixture.worker, tokens, 1)
+        fixture.await_written(3)
+    assert fixture.server.stop() == 0
     taken = os.open(folder / ".lock", os.O_RDWR)
     fcntl.flock(taken, fcntl.LOCK_EX)
-    with housed(house.server.again()) as house:
-        assert house.count("document_chunks") == 3
-        house.worker.ask("write", "a", 0, values[:, :, :CHUNK])
-        house.worker.ask("blend", "store_pre_computed", "a", 0, tokens[:CHUNK])
-        assert where(house.look_up(tokens)) == [(0, CHUNK)]
-        assert house.count("document_chunks") == 3
-        house.client.end_session(KEY)
+    with housed(fixture.server.again()) as fixture:
+        assert fixture.count("document_chunks") == 3
+        fixture.worker.ask("write", "a", 0, values[:, :, :CHUNK])
+        fixture.worker.ask("blend", "store_pre_computed", "a", 0, tokens[:CHUNK])
+        assert where(fixture.look_up(tokens)) == [(0, CHUNK)]
+        assert fixture.count("document_chunks") == 3
+        fixture.client.end_session(KEY)
         os.close(taken)
 
         def is_whole() -> bool:
-            found = house.look_up(tokens)
-            house.client.end_session(KEY)
+            found = fixture.look_up(tokens)
+            fixture.client.end_session(KEY)
             return where(found) == [(0, 3 * CHUNK)]
 
         wait_until(is_whole)
         assert np.array_equal(
-            house.read(house.look_up(tokens))[:, :, : 3 * CHUNK], values
+            fixture.read(fixture.look_up(tokens))[:, :, : 3 * CHUNK], values
         )
-    house.server.close()
+    fixture.server.close()
 
 
 @pytest.mark.parametrize("matcher", ["anywhere", "separated"])
@@ -297,22 +297,22 @@ def test_a_killed_server_with_a_tier_finds_documents_again(
         options += ["--set", f"blend.keep={folder}.documents"]
     else:
         options += ["--set", "blend.start=[[7]]"]
-    with housed(serve(*options)) as house:
+    with housed(serve(*options)) as fixture:
         one, two = prompt(2 * CHUNK + 3), prompt(3 * CHUNK)
-        of_one, of_two = put(house.worker, one, 1), put(house.worker, two, 2)
-        house.await_written(5)
-    house.server.kill()
-    with housed(house.server.again()) as house:
+        of_one, of_two = put(fixture.worker, one, 1), put(fixture.worker, two, 2)
+        fixture.await_written(5)
+    fixture.server.kill()
+    with housed(fixture.server.again()) as fixture:
         text = [*prompt(7), 7, *two, 7, *one]
-        found = house.look_up(text)
+        found = fixture.look_up(text)
         after = 8 + 3 * CHUNK + 1
         assert where(found) == [(8, 8 + 3 * CHUNK), (after, after + 2 * CHUNK)]
-        slots = house.read(found)
+        slots = fixture.read(found)
         assert np.array_equal(slots[:, :, 8 : 8 + 3 * CHUNK], of_two)
         assert np.array_equal(
             slots[:, :, after : after + 2 * CHUNK], of_one[:, :, : 2 * CHUNK]
         )
-    house.server.close()
+    fixture.server.close()
 
 
 def test_a_killed_server_with_a_kept_l1_finds_documents_again(
@@ -323,22 +323,22 @@ def test_a_killed_server_with_a_kept_l1_finds_documents_again(
     known: list[tuple[list[int], Values]] = []
     text = prompt(2 * CHUNK)
     for run in range(3):
-        with housed(server) as house:
+        with housed(server) as fixture:
             for tokens, values in known:
-                found = house.look_up([*prompt(5), *tokens])
+                found = fixture.look_up([*prompt(5), *tokens])
                 assert where(found) == [(5, 5 + 2 * CHUNK)]
-                slots = house.read(found)
+                slots = fixture.read(found)
                 assert np.array_equal(slots[:, :, 5 : 5 + 2 * CHUNK], values)
-            assert not house.look_up(text).matches
-            house.client.end_session(KEY)
+            assert not fixture.look_up(text).matches
+            fixture.client.end_session(KEY)
             for number in range(2):
                 tokens = prompt(2 * CHUNK)
-                known.append((tokens, put(house.worker, tokens, 10 * run + number)))
-            house.worker.ask("blend", "store_final", KEY, "a", 0, 0, len(text), text)
+                known.append((tokens, put(fixture.worker, tokens, 10 * run + number)))
+            fixture.worker.ask("blend", "store_final", KEY, "a", 0, 0, len(text), text)
         server.kill()
         server = server.again()
-    with housed(server) as house:
-        assert house.count("document_chunks") == 2 * len(known)
+    with housed(server) as fixture:
+        assert fixture.count("document_chunks") == 2 * len(known)
     server.close()
 
 
@@ -348,17 +348,17 @@ def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
     """Without its memory a document is stored anew."""
     server = serve(*BLEND, "--set", f"l1.keep={journal}")
     tokens = prompt(2 * CHUNK)
-    with housed(server) as house:
-        put(house.worker, tokens, 1)
+    with housed(server) as fixture:
+        put(fixture.worker, tokens, 1)
     assert server.stop() == 0
     (SHM_DIR / arena_name(journal)).unlink()
     again = server.again()
-    with housed(again) as house:
-        assert house.look_up(tokens) == CBLookupReply((), (), 0)
-        assert house.count("document_chunks") == 0
-        put(house.worker, tokens, 1)
-        assert len(house.look_up(tokens).matches) == 2
-        house.client.end_session(KEY)
+    with housed(again) as fixture:
+        assert fixture.look_up(tokens) == CBLookupReply((), (), 0)
+        assert fixture.count("document_chunks") == 0
+        put(fixture.worker, tokens, 1)
+        assert len(fixture.look_up(tokens).matches) == 2
+        fixture.client.end_session(KEY)
     again.close()
 
 
@@ -388,13 +388,13 @@ def test_another_servers_document_is_found_where_a_paragraph_begins(
         there.await_written(2)
         text = [*prompt(4), 7, *one, 7, *two]
         after = 5 + 3 * CHUNK + 1
-        for house, num_loaded in ((here, 2), (there, 3)):
-            found = house.look_up(text)
+        for fixture, num_loaded in ((here, 2), (there, 3)):
+            found = fixture.look_up(text)
             assert where(found) == [(5, 5 + 3 * CHUNK), (after, after + 2 * CHUNK)]
-            slots = house.read(found)
+            slots = fixture.read(found)
             assert np.array_equal(slots[:, :, 5 : 5 + 3 * CHUNK], of_one)
             assert np.array_equal(slots[:, :, after : after + 2 * CHUNK], of_two)
-            assert house.count("parts_prefetched") == num_loaded
+            assert fixture.count("parts_prefetched") == num_loaded
 
 
 def test_a_document_that_no_index_knows_is_found_where_a_paragraph_begins(
@@ -403,18 +403,18 @@ def test_a_document_that_no_index_knows_is_found_where_a_paragraph_begins(
     """An earlier server's, in its tier: by marks, and not without."""
     options = [*BLEND, *tier_of(folder)]
     tokens = prompt(2 * CHUNK)
-    with housed(server := serve(*options)) as house:
-        values = put(house.worker, tokens, 1)
-        house.await_written(2)
+    with housed(server := serve(*options)) as fixture:
+        values = put(fixture.worker, tokens, 1)
+        fixture.await_written(2)
     server.close()
     text = [*prompt(4), 7, *tokens]
-    with housed(server := serve(*options)) as house:
-        assert house.look_up(text) == CBLookupReply((), (), 0)
+    with housed(server := serve(*options)) as fixture:
+        assert fixture.look_up(text) == CBLookupReply((), (), 0)
     server.close()
-    with housed(serve(*options, "--set", "blend.start=[[7]]")) as house:
-        found = house.look_up(text)
+    with housed(serve(*options, "--set", "blend.start=[[7]]")) as fixture:
+        found = fixture.look_up(text)
         assert where(found) == [(5, 5 + 2 * CHUNK)]
-        assert np.array_equal(house.read(found)[:, :, 5 : 5 + 2 * CHUNK], values)
+        assert np.array_equal(fixture.read(found)[:, :, 5 : 5 + 2 * CHUNK], values)
 
 
 def test_all_paragraphs_are_asked_for_before_any_is_waited_for(
@@ -425,12 +425,12 @@ def test_all_paragraphs_are_asked_for_before_any_is_waited_for(
     deadline = ("--set", "prefetch.deadline_s=60")
     with closing(Hanging()) as hanging:
         tier = ("--tier", f"valkey://127.0.0.1:{hanging.port}?timeout=5")
-        with housed(serve(*BLEND, *tier, *options, *deadline)) as house:
+        with housed(serve(*BLEND, *tier, *options, *deadline)) as fixture:
             text = [token for _ in range(5) for token in (7, *prompt(2 * CHUNK))]
-            blend = BlendClient(house.client)
+            blend = BlendClient(fixture.client)
             waiting = blend.submit_lookup_pre_computed(KEY, MODEL, 1, text)
-            wait_until(lambda: house.client.status().num_prefetches == 5)
+            wait_until(lambda: fixture.client.status().num_prefetches == 5)
             assert not waiting.done()
-            house.client.end_session(KEY)
+            fixture.client.end_session(KEY)
             assert waiting.result(20) == CBLookupReply((), (), 0)
-            assert house.count("prefetches_cancelled") == 5
+            assert fixture.count("prefetches_cancelled") == 5

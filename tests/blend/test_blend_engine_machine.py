@@ -22,8 +22,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcore.blend.blend_buffer import slots_of
-from kvcore.blend.document_lookups import FoundDocuments, SessionDocuments, documents_of
+from kvcore.blend.blend_engine import slot_rows
+from kvcore.blend.document_lookups import (
+    DocumentLeaseOwner,
+    FoundDocuments,
+    document_lease_owner,
+)
 from kvcore.config import WRITE_POLICIES
 from kvcore.errors import (
     BadRequest,
@@ -57,7 +61,7 @@ from tests.blend.blend_model import (
     SIZE,
     SLOTS,
     START,
-    Asked,
+    Operation,
     extras_of,
     packed,
 )
@@ -152,10 +156,10 @@ class BlendMachine(RuleBasedStateMachine):
         has_index = self.matcher != "separated" and options["num_tiers"]
         if options["keep"] == "index" and not has_index:
             options["keep"] = ""
-        self.house = BlendFixture(self.matcher, **options)
-        self.house.look_at = self.look_at
+        self.fixture = BlendFixture(self.matcher, **options)
+        self.fixture.on_step = self.on_step
         for tokens in first:
-            self.put(tokens, "", 0, None, RANKS[self.house.world_size][0], now=True)
+            self.put(tokens, "", 0, None, RANKS[self.fixture.world_size][0], now=True)
 
     # -- what engines ask -------------------------------------------------------------
 
@@ -179,7 +183,7 @@ class BlendMachine(RuleBasedStateMachine):
         wait_s: float,
     ) -> None:
         """All ranks store a document, or one alone does."""
-        ranks = data.draw(st.sampled_from(RANKS[self.house.world_size]))
+        ranks = data.draw(st.sampled_from(RANKS[self.fixture.world_size]))
         self.put(tokens, salt, offset, image, ranks, now=now, wait_s=wait_s)
 
     @rule(data=st.data(), key=sessions, salt=salts, now=at_once, wait_s=deadlines)
@@ -192,12 +196,12 @@ class BlendMachine(RuleBasedStateMachine):
         end = data.draw(st.sampled_from([0, 7, len(tokens), len(tokens)]))
         end = min(end, len(tokens))
         start = data.draw(st.sampled_from([0, 0, 0, end // 2 // SIZE * SIZE]))
-        for rank in data.draw(st.sampled_from(RANKS[self.house.world_size])):
-            self.house.learn(tokens[:end], salt, is_document=False)
+        for rank in data.draw(st.sampled_from(RANKS[self.fixture.world_size])):
+            self.fixture.learn(tokens[:end], salt, is_document=False)
             request = CBStoreFinal(
                 key, f"i{rank}", 1, start, end, packed(tokens), 0, extras_of(salt)
             )
-            self.ask("final", request, now, wait_s=wait_s, rank=rank, session=key)
+            self.begin("final", request, now, wait_s=wait_s, rank=rank, session=key)
 
     @rule(data=st.data(), key=sessions, salt=salts, now=at_once, wait_s=deadlines)
     def look_up(
@@ -209,20 +213,20 @@ class BlendMachine(RuleBasedStateMachine):
         request = CBLookupPreComputed(
             key,
             MODEL,
-            self.house.world_size,
+            self.fixture.world_size,
             packed(tokens),
             extras_of(salt, image),
         )
         read = tokens if image is None else tokens[:image]
         expected = self.search(read, salt) if now and self.is_searched() else None
-        asked = self.ask(
+        operation = self.begin(
             "lookup", request, now, wait_s=wait_s, tokens=read, salt=salt, session=key
         )
-        for earlier in self.house.asked if asked.error is None else ():
+        for earlier in self.fixture.operations if operation.error is None else ():
             alike = earlier.kind == "lookup" and earlier.session == key
-            earlier.is_void |= alike and earlier is not asked
+            earlier.is_void |= alike and earlier is not operation
         if expected is not None:
-            assert [match.start for match in asked.reply.matches] == expected
+            assert [match.start for match in operation.reply.matches] == expected
 
     @precondition(lambda self: self.prefixes)
     @rule(
@@ -237,14 +241,14 @@ class BlendMachine(RuleBasedStateMachine):
         request = Lookup(
             key,
             MODEL,
-            self.house.world_size,
+            self.fixture.world_size,
             len(tokens),
             packed(tokens),
             0,
             extras,
             wait,
         )
-        self.ask(
+        self.begin(
             "prefix", request, now, wait_s=wait_s, tokens=tokens, salt=salt, session=key
         )
 
@@ -269,7 +273,7 @@ class BlendMachine(RuleBasedStateMachine):
         """A worker reads what its session was told, in ranges or chunk by chunk."""
         key = data.draw(st.sampled_from(sorted(self.known, key=str)))
         found = self.known[key]
-        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        rank = data.draw(st.integers(0, self.fixture.world_size - 1))
         ranges: tuple[CBRange, ...] = ()
         matches: tuple[CBMatch, ...] = ()
         if data.draw(st.booleans()):
@@ -291,7 +295,7 @@ class BlendMachine(RuleBasedStateMachine):
             extras=extras_of(salt),
             rotate_keys=rotate_keys,
         )
-        self.ask(
+        self.begin(
             "retrieve",
             request,
             now,
@@ -302,7 +306,7 @@ class BlendMachine(RuleBasedStateMachine):
             session=key,
         )
 
-    @precondition(lambda self: self.house.texts)
+    @precondition(lambda self: self.fixture.texts)
     @rule(
         data=st.data(),
         key=sessions,
@@ -321,7 +325,7 @@ class BlendMachine(RuleBasedStateMachine):
         wait_s: float,
     ) -> None:
         """A worker names chunks that it was never told, there or not."""
-        known = sorted(self.house.texts)
+        known = sorted(self.fixture.texts)
         hashes = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
         starts = data.draw(
             st.lists(st.integers(0, 20), min_size=len(hashes), max_size=len(hashes))
@@ -329,11 +333,11 @@ class BlendMachine(RuleBasedStateMachine):
         matches = tuple(
             CBMatch(0, start, key) for start, key in zip(starts, hashes, strict=True)
         )
-        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        rank = data.draw(st.integers(0, self.fixture.world_size - 1))
         request = CBRetrievePreComputed(
             key, f"i{rank}", offset, (), matches, rotate_keys=rotate_keys
         )
-        self.ask("retrieve", request, now, wait_s=wait_s, rank=rank, session=key)
+        self.begin("retrieve", request, now, wait_s=wait_s, rank=rank, session=key)
 
     @precondition(lambda self: self.prefixes)
     @rule(data=st.data(), key=sessions, now=at_once, wait_s=deadlines)
@@ -342,9 +346,9 @@ class BlendMachine(RuleBasedStateMachine):
     ) -> None:
         """A worker reads a prefix into the same buffer."""
         tokens, salt = self.prefix(data)
-        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        rank = data.draw(st.integers(0, self.fixture.world_size - 1))
         end = len(tokens) - len(tokens) % SIZE
-        blocks = slots_of([3], end).astype("<i4").data.cast("B") if end else b""
+        blocks = slot_rows([3], end).astype("<i4").data.cast("B") if end else b""
         request = Retrieve(
             key,
             f"i{rank}",
@@ -356,27 +360,29 @@ class BlendMachine(RuleBasedStateMachine):
             0,
             extras_of(salt),
         )
-        self.ask("retrieve_prefix", request, now, wait_s=wait_s, rank=rank, session=key)
+        self.begin(
+            "retrieve_prefix", request, now, wait_s=wait_s, rank=rank, session=key
+        )
 
     # -- what else happens ------------------------------------------------------------
 
-    @precondition(lambda self: self.house.asked)
+    @precondition(lambda self: self.fixture.operations)
     @rule(data=st.data(), steps=st.integers(1, 4))
     def go_on(self, data: st.DataObject, steps: int) -> None:
         """Requests that are under way go on, in any order."""
         for _ in range(steps):
-            if self.house.asked:
-                asked = data.draw(st.sampled_from(self.house.asked))
-                self.house.advance(asked)
+            if self.fixture.operations:
+                operation = data.draw(st.sampled_from(self.fixture.operations))
+                self.fixture.advance(operation)
 
     @rule(key=sessions)
     def end_session(self, key: SessionKey) -> None:
         """A session ends, whatever of it is under way."""
-        self.house.engine.end_session(EndSession(key), self.house.caller("s"))
+        self.fixture.engine.end_session(EndSession(key), self.fixture.caller("s"))
         self.leases.pop(key, None)
         self.known.pop(key, None)
-        for asked in self.house.asked:
-            asked.is_void |= asked.session == key
+        for operation in self.fixture.operations:
+            operation.is_void |= operation.session == key
 
     @rule(data=st.data(), what=st.sampled_from(sorted(UPSETS)))
     def upset(self, data: st.DataObject, what: str) -> None:
@@ -385,102 +391,102 @@ class BlendMachine(RuleBasedStateMachine):
 
     def unregister(self, data: st.DataObject) -> None:
         """A buffer goes, mostly to come again; what is queued for it is told so."""
-        rank = data.draw(st.integers(0, self.house.world_size - 1))
+        rank = data.draw(st.integers(0, self.fixture.world_size - 1))
         request = CBUnregisterKVCache(f"i{rank}")
         try:
-            running = self.house.blend.cb_unregister_kv_cache(
-                request, self.house.caller(f"w{rank}")
+            running = self.fixture.blend.cb_unregister_kv_cache(
+                request, self.fixture.caller(f"w{rank}")
             )
         except UnknownInstance:
-            assert self.house.instance(rank) is None
+            assert self.fixture.instance(rank) is None
         else:
             running.future.result(20)
             running.finish()
         if not data.draw(rarely):
-            self.house.register(rank)
+            self.fixture.register(rank)
 
     def register(self, data: st.DataObject) -> None:
         """A buffer comes, or comes anew."""
-        self.house.register(data.draw(st.integers(0, self.house.world_size - 1)))
+        self.fixture.register(data.draw(st.integers(0, self.fixture.world_size - 1)))
 
     def lose(self, data: st.DataObject) -> None:
         """A process dies: no slice of its requests runs any more."""
-        house = self.house
+        fixture = self.fixture
         client = data.draw(st.sampled_from(["s", "w0", "w1"]))
-        for asked in [each for each in house.asked if each.client == client]:
-            asked.is_void = True
-            if asked.steps is not None:
-                asked.steps.close()
-                house.asked.remove(asked)
-        for rank in range(house.world_size):
-            if client == f"w{rank}" and house.instance(rank):
+        for operation in [each for each in fixture.operations if each.client == client]:
+            operation.is_void = True
+            if operation.steps is not None:
+                operation.steps.close()
+                fixture.operations.remove(operation)
+        for rank in range(fixture.world_size):
+            if client == f"w{rank}" and fixture.instance(rank):
                 for lease in self.leases.values():
                     for ranks in lease.waiting.values():
                         ranks.discard(rank)
-        house.engine.client_gone(client)
-        house.await_closed()
+        fixture.engine.client_gone(client)
+        fixture.await_closed()
         for key in [k for k, each in self.leases.items() if each.client == client]:
             del self.leases[key]
-        for rank in range(house.world_size):
+        for rank in range(fixture.world_size):
             if client == f"w{rank}" and not data.draw(rarely):
-                house.register(rank)
+                fixture.register(rank)
 
     def restart(self, data: st.DataObject) -> None:
         """The server ends and another starts; ranks come again, mostly."""
-        self.house.restart()
+        self.fixture.restart()
         self.leases.clear()
         self.known.clear()
-        for rank in range(self.house.world_size):
+        for rank in range(self.fixture.world_size):
             if not data.draw(rarely):
-                self.house.register(rank)
+                self.fixture.register(rank)
 
     def clear(self, _: st.DataObject) -> None:
         """Somebody clears."""
-        for _ in self.house.engine.clear(Clear(), self.house.caller("s")):
+        for _ in self.fixture.engine.clear(Clear(), self.fixture.caller("s")):
             pass
 
     def wait(self, data: st.DataObject) -> None:
         """Leases expire, then sessions."""
-        self.house.now += data.draw(st.sampled_from([2, 30, 61, 601]))
-        self.house.engine.expire()
-        now = self.house.now
+        self.fixture.now += data.draw(st.sampled_from([2, 30, 61, 601]))
+        self.fixture.engine.expire()
+        now = self.fixture.now
         for key in [k for k, each in self.leases.items() if each.deadline <= now]:
             del self.leases[key]
         for key in list(self.known):
-            if self.house.engine.sessions.find(key) is None:
+            if self.fixture.engine.sessions.find(key) is None:
                 del self.known[key]
 
-    @precondition(lambda self: any(tier.pending for tier in self.house.tiers))
+    @precondition(lambda self: any(tier.pending for tier in self.fixture.tiers))
     @rule(data=st.data(), well=st.sampled_from([True, True, True, False]))
     def answer(self, data: st.DataObject, well: bool) -> None:
         """A call of a tier ends, well or not."""
-        tiers = [tier for tier in self.house.tiers if tier.pending]
+        tiers = [tier for tier in self.fixture.tiers if tier.pending]
         tier = data.draw(st.sampled_from(tiers))
         tier.answer(data.draw(st.integers(0, len(tier.pending) - 1)), well=well)
 
     @rule()
     def run_due(self) -> None:
         """What was posted to the tiers' thread is done."""
-        self.house.coordinator.run_due()
+        self.fixture.coordinator.run_due()
 
-    @precondition(lambda self: self.house.tiers)
+    @precondition(lambda self: self.fixture.tiers)
     @rule(forget=st.booleans())
     def save(self, forget: bool) -> None:
         """Tiers catch up; then memory may be needed for something else."""
-        self.house.answer_tiers()
+        self.fixture.answer_tiers()
         if forget:
-            self.house.l1.drop(self.house.l1.hashes())
+            self.fixture.l1.drop(self.fixture.l1.hashes())
 
     def hurry(self, _: st.DataObject) -> None:
         """Lookups that wait for tiers come to their deadline."""
-        self.house.coordinator.run_due()
-        self.house.coordinator.ahead = 1000.0
-        self.house.coordinator.run_due()
-        self.house.coordinator.ahead = 0.0
+        self.fixture.coordinator.run_due()
+        self.fixture.coordinator.ahead = 1000.0
+        self.fixture.coordinator.run_due()
+        self.fixture.coordinator.ahead = 0.0
 
     def spoil(self, data: st.DataObject) -> None:
         """A tier evicts a part, or will return other bytes for it."""
-        tiers = [tier for tier in self.house.tiers if tier.kept]
+        tiers = [tier for tier in self.fixture.tiers if tier.kept]
         if not tiers:
             return
         tier = data.draw(st.sampled_from(tiers))
@@ -523,12 +529,12 @@ class BlendMachine(RuleBasedStateMachine):
     ) -> None:
         """Have ranks store a document."""
         self.documents.append(tokens)
-        self.house.learn(tokens[:image], salt, is_document=True)
+        self.fixture.learn(tokens[:image], salt, is_document=True)
         for rank in ranks:
             request = CBStorePreComputed(
                 f"i{rank}", offset, packed(tokens), extras_of(salt, image)
             )
-            self.ask(
+            self.begin(
                 "store",
                 request,
                 now,
@@ -538,65 +544,67 @@ class BlendMachine(RuleBasedStateMachine):
                 salt=salt,
             )
 
-    def ask(
+    def begin(
         self, kind: str, request: Any, now: bool, wait_s: float, **named: Any
-    ) -> Asked:
+    ) -> Operation:
         """Begin a request; take its first step, or all of them."""
-        house = self.house
+        fixture = self.fixture
         rank = named.pop("rank", None)
-        asked = Asked(kind, "s" if rank is None else f"w{rank}", None, **named)
-        asked.request = request
-        asked.deadline = house.now + wait_s if wait_s else 0.0
-        asked.instance = None if rank is None else house.instance(rank)
+        operation = Operation(kind, "s" if rank is None else f"w{rank}", None, **named)
+        operation.request = request
+        operation.deadline = fixture.now + wait_s if wait_s else 0.0
+        operation.instance = None if rank is None else fixture.instance(rank)
         handler = HANDLERS[kind]
-        owner = house.blend if hasattr(house.blend, handler) else house.engine
-        house.ask(getattr(owner, handler), asked)
-        house.advance(asked)
+        owner = fixture.blend if hasattr(fixture.blend, handler) else fixture.engine
+        fixture.begin(getattr(owner, handler), operation)
+        fixture.advance(operation)
         if now:
-            house.drive(asked)
-        return asked
+            fixture.drive(operation)
+        return operation
 
-    def look_at(self, asked: Asked) -> None:
+    def on_step(self, operation: Operation) -> None:
         """Look at what a step of a request brought."""
-        if asked.error is not None:
-            assert self.is_due(asked, asked.error), asked.error
-        key = asked.session
-        found = self.house.blend.lookups.found(key) if key else None
+        if operation.error is not None:
+            assert self.is_due(operation, operation.error), operation.error
+        key = operation.session
+        found = self.fixture.blend.lookups.found(key) if key else None
         if found is not None and found is not self.known.get(key):
-            assert not asked.is_void
-            self.note(asked, found)
-        if asked.running and not asked.lease and not asked.is_void:
-            asked.lease = self.leases.get(key, NO_LEASE)
-        if not asked.is_over or asked.error is not None:
+            assert not operation.is_void
+            self.note(operation, found)
+        if operation.running and not operation.lease and not operation.is_void:
+            operation.lease = self.leases.get(key, NO_LEASE)
+        if not operation.is_over or operation.error is not None:
             return
-        if asked.kind == "lookup":
-            self.check_told(asked, asked.reply)
-            assert not (asked.is_void and asked.reply.matches)
-            assert asked.reply.num_tokens == SIZE * len(asked.reply.matches)
-        elif asked.kind == "retrieve":
-            self.read(asked)
-        elif asked.kind == "prefix":
-            hashes = self.house.hashes(asked.tokens, asked.salt, is_document=False)
-            assert self.house.texts.keys() >= {*hashes[: asked.reply.num_chunks]}
+        if operation.kind == "lookup":
+            self.check_told(operation, operation.reply)
+            assert not (operation.is_void and operation.reply.matches)
+            assert operation.reply.num_tokens == SIZE * len(operation.reply.matches)
+        elif operation.kind == "retrieve":
+            self.read(operation)
+        elif operation.kind == "prefix":
+            hashes = self.fixture.hashes(
+                operation.tokens, operation.salt, is_document=False
+            )
+            assert self.fixture.texts.keys() >= {*hashes[: operation.reply.num_chunks]}
 
-    def is_due(self, asked: Asked, error: KVError) -> bool:
+    def is_due(self, operation: Operation, error: KVError) -> bool:
         """Say whether a request had to be refused like this."""
-        house, request = self.house, asked.request
+        fixture, request = self.fixture, operation.request
         if isinstance(error, UnknownModel):
-            return not house.needs()
+            return not fixture.needs()
         if isinstance(error, UnknownInstance):
-            instance = asked.instance
-            return instance is None or not house.engine.registry.has(instance)
+            instance = operation.instance
+            return instance is None or not fixture.engine.registry.has(instance)
         if isinstance(error, DeadlineExceeded):
-            return 0 < asked.deadline < house.now
+            return 0 < operation.deadline < fixture.now
         if isinstance(error, ChunksMissing):  # `BlendFixture.copy` knows which.
-            return asked.kind in ("retrieve", "retrieve_prefix")
+            return operation.kind in ("retrieve", "retrieve_prefix")
         if isinstance(error, TokensNeeded):
-            known = self.known.get(asked.session)
-            return bool(asked.kind == "retrieve" and request.ranges and not known)
-        if isinstance(error, BadRequest) and asked.kind == "store":
-            return request.offset + len(asked.tokens) > SLOTS
-        if isinstance(error, BadRequest) and asked.kind == "retrieve":
+            known = self.known.get(operation.session)
+            return bool(operation.kind == "retrieve" and request.ranges and not known)
+        if isinstance(error, BadRequest) and operation.kind == "store":
+            return request.offset + len(operation.tokens) > SLOTS
+        if isinstance(error, BadRequest) and operation.kind == "retrieve":
             return self.is_wrong(request)
         return False
 
@@ -607,28 +615,30 @@ class BlendMachine(RuleBasedStateMachine):
         twice = any(b - a < SIZE for a, b in pairwise(starts))
         return twice or request.offset + max(starts) + SIZE > SLOTS
 
-    def note(self, asked: Asked, found: FoundDocuments) -> None:
+    def note(self, operation: Operation, found: FoundDocuments) -> None:
         """Note what a session knows and holds from here on."""
-        key = asked.session
+        key = operation.session
         self.known[key] = found
-        self.prompts[key] = (asked.tokens, asked.salt)
-        self.check_told(asked, found)
+        self.prompts[key] = (operation.tokens, operation.salt)
+        self.check_told(operation, found)
         self.leases.pop(key, None)
         if found.matches:
-            ranks = range(self.house.world_size)
+            ranks = range(self.fixture.world_size)
             waiting = {number: {*ranks} for number in range(len(found.matches))}
-            deadline = self.house.now + LEASE_S
-            self.leases[key] = Lease(found, asked.client, deadline, waiting)
+            deadline = self.fixture.now + LEASE_S
+            self.leases[key] = Lease(found, operation.client, deadline, waiting)
 
-    def check_told(self, asked: Asked, told: FoundDocuments | CBLookupReply) -> None:
+    def check_told(
+        self, operation: Operation, told: FoundDocuments | CBLookupReply
+    ) -> None:
         """Every match is true, and ranges are of one document each, apart."""
         ranges = {each.start: each.end for each in told.ranges}
         assert sum(b - a for a, b in ranges.items()) == SIZE * len(told.matches)
         end, before = 0, None
         for match in told.matches:
-            text = self.house.texts[ChunkHash(match.hash)]
-            tokens = asked.tokens[match.start : match.start + SIZE]
-            assert (text.is_document, text.salt) == (True, asked.salt)
+            text = self.fixture.texts[ChunkHash(match.hash)]
+            tokens = operation.tokens[match.start : match.start + SIZE]
+            assert (text.is_document, text.salt) == (True, operation.salt)
             assert (match.old_start, text.tokens[-SIZE:]) == (
                 len(text.tokens) - SIZE,
                 tokens,
@@ -642,37 +652,37 @@ class BlendMachine(RuleBasedStateMachine):
             end, before = match.start + SIZE, text.tokens
         assert set(ranges) <= {match.start for match in told.matches}
 
-    def read(self, asked: Asked) -> None:
+    def read(self, operation: Operation) -> None:
         """Take a rank off what it has read of its session's lease."""
-        lease = self.leases.get(asked.session)
-        if lease is None or lease is not asked.lease:
+        lease = self.leases.get(operation.session)
+        if lease is None or lease is not operation.lease:
             return
-        starts = [match.start for match in asked.request.matches] or [
+        starts = [match.start for match in operation.request.matches] or [
             start
-            for each in asked.request.ranges
+            for each in operation.request.ranges
             for start in range(each.start, each.end, SIZE)
         ]
-        rank = asked.instance.rank
-        for start, key in zip(starts, asked.copied, strict=True):
+        rank = operation.instance.rank
+        for start, key in zip(starts, operation.copied, strict=True):
             number = lease.found.numbers.get(start)
             if number is not None and lease.found.matches[number].hash == key:
                 lease.waiting[number].discard(rank)
 
     def is_searched(self) -> bool:
         """Say whether a lookup finds what L1 has, and nothing else."""
-        house = self.house
-        house.blend.index.candidates(np.zeros(0, np.uint64))
-        if house.tiers and (
-            self.matcher != "anywhere" or house.blend.index.num_in_tier
+        fixture = self.fixture
+        fixture.blend.index.candidates(np.zeros(0, np.uint64))
+        if fixture.tiers and (
+            self.matcher != "anywhere" or fixture.blend.index.num_in_tier
         ):
             return False
-        return bool(house.needs()) and not house.asked
+        return bool(fixture.needs()) and not fixture.operations
 
     def search(self, tokens: Tokens, salt: str) -> list[int]:
         """Find documents by looking everywhere."""
-        needs = self.house.needs()
-        known = self.house.texts
-        chunks = self.house.l1.peek(list(known))
+        needs = self.fixture.needs()
+        known = self.fixture.texts
+        chunks = self.fixture.l1.peek(list(known))
         there = {
             text.tokens
             for text, chunk in zip(known.values(), chunks, strict=True)
@@ -688,63 +698,63 @@ class BlendMachine(RuleBasedStateMachine):
     @invariant()
     def all_is_as_it_was_stored(self) -> None:
         """L1 is consistent, and so is every byte in it."""
-        self.house.check()
+        self.fixture.check()
 
     @invariant()
     def leased_is_there(self) -> None:
         """What a session was told stays for who has not read it."""
-        table = self.house.engine.leases._leases
-        needs = self.house.needs()
+        table = self.fixture.engine.leases._leases
+        needs = self.fixture.needs()
         for key, lease in list(self.leases.items()):
             if not any(lease.waiting.values()):
                 del self.leases[key]
                 continue
-            assert documents_of(key) in table
+            assert document_lease_owner(key) in table
             hashes = [
                 ChunkHash(lease.found.matches[n].hash)
                 for n, w in lease.waiting.items()
                 if w
             ]
-            for chunk in self.house.l1.peek(hashes):
+            for chunk in self.fixture.l1.peek(hashes):
                 assert chunk is not None
                 assert chunk.holds
                 assert chunk.ready & needs == needs
-        owners = {owner for owner in table if isinstance(owner, SessionDocuments)}
-        assert owners == {documents_of(key) for key in self.leases}
+        owners = {owner for owner in table if isinstance(owner, DocumentLeaseOwner)}
+        assert owners == {document_lease_owner(key) for key in self.leases}
 
     @invariant()
     def the_index_has_what_is_there(self) -> None:
         """Between requests: all that L1 has, and nothing that is nowhere."""
-        house, index = self.house, self.house.blend.index
-        if self.matcher == "separated" or house.asked:
+        fixture, index = self.fixture, self.fixture.blend.index
+        if self.matcher == "separated" or fixture.operations:
             return
         index.candidates(np.zeros(0, np.uint64))
-        known = [key for key, text in house.texts.items() if text.is_document]
-        for key, chunk in zip(known, house.l1.peek(known), strict=True):
+        known = [key for key, text in fixture.texts.items() if text.is_document]
+        for key, chunk in zip(known, fixture.l1.peek(known), strict=True):
             if chunk is not None:
                 # What another server may have put into a tier, no index knows.
-                assert key in index or (self.matcher == "both" and house.tiers)
-            elif not house.tiers:
+                assert key in index or (self.matcher == "both" and fixture.tiers)
+            elif not fixture.tiers:
                 assert key not in index
 
     def teardown(self) -> None:
         """When all is answered and ended, nothing is held."""
-        house = self.house
+        fixture = self.fixture
         try:
-            house.finish_all()
+            fixture.finish_all()
             for key in KEYS:
                 self.end_session(key)
-            house.coordinator.run_due()
-            stats = house.l1.stats()
+            fixture.coordinator.run_due()
+            stats = fixture.l1.stats()
             assert (stats.num_held, stats.num_reserved) == (0, 0)
-            assert len(house.engine.leases) == len(house.engine.sessions) == 0
-            assert not house.blend.lookups._found
-            assert not house.blend.lookups._waits
-            house.check()
-            house.l1.drop(house.l1.hashes())
-            assert house.arena.used_bytes == 0
+            assert len(fixture.engine.leases) == len(fixture.engine.sessions) == 0
+            assert not fixture.blend.lookups._found
+            assert not fixture.blend.lookups._pending
+            fixture.check()
+            fixture.l1.drop(fixture.l1.hashes())
+            assert fixture.arena.used_bytes == 0
         finally:
-            house.close()
+            fixture.close()
 
 
 def anywhere(tokens: Tokens, there: set[Tokens]) -> Iterator[int]:

@@ -9,9 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcore.blend.document_chunk import DocumentChunk
-from kvcore.blend.document_index import DocumentIndex
-from kvcore.blend.document_journal import DocumentJournal
+from kvcore.blend.document_index import DocumentChunk, DocumentIndex, DocumentJournal
 from kvcore.keys import ChunkHash
 
 names = st.integers(0, 30)
@@ -55,7 +53,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(number=names, in_tier=st.booleans())
     def leave(self, number: int, in_tier: bool) -> None:
         """Have a chunk leave L1: it stays when a tier has it, or had it before."""
-        self.index.leave(name(number), in_tier=in_tier)
+        self.index.note_evicted(name(number), in_tier=in_tier)
         if name(number) not in self.known:
             return
         if name(number) in self.in_tier or in_tier:
@@ -83,7 +81,7 @@ class IndexMachine(RuleBasedStateMachine):
     def forget(self, number: int) -> None:
         """Find a chunk nowhere."""
         self.index.candidates(np.array([], np.uint64))
-        self.index.forget(name(number))
+        self.index.remove(name(number))
         self.known.pop(name(number), None)
         if name(number) in self.in_tier:
             self.in_tier.remove(name(number))
@@ -127,7 +125,7 @@ def test_an_empty_index_again_has_no_candidates() -> None:
         index.add(DocumentChunk(name(number), key, b"", 0))
     assert index.candidates(keys).size == 1000
     for number in range(1000):
-        index.leave(name(number), in_tier=False)
+        index.note_evicted(name(number), in_tier=False)
     assert index.candidates(keys).size == 0
     assert len(index) == 0
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcore.blend.document_chunk import DocumentChunk
-from kvcore.blend.document_journal import SLOT_BYTES, DocumentJournal
+from kvcore.blend.document_index import SLOT_BYTES, DocumentChunk, DocumentJournal
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
 
@@ -25,7 +24,7 @@ def entry(number: int) -> DocumentChunk:
 
 def read(kept: DocumentJournal) -> set[tuple[ChunkHash, int, bytes, int]]:
     """Everything that is kept."""
-    return {(e.hash, e.key, e.digest, e.start) for e in kept.read()}
+    return {(e.hash, e.rolling_hash, e.digest, e.start) for e in kept.read()}
 
 
 def filled(path: Path, count: int) -> list[DocumentChunk]:
@@ -40,7 +39,7 @@ def filled(path: Path, count: int) -> list[DocumentChunk]:
 
 def as_set(entries: list[DocumentChunk]) -> set[tuple[ChunkHash, int, bytes, int]]:
     """What `read` gives."""
-    return {(e.hash, e.key, e.digest, e.start) for e in entries}
+    return {(e.hash, e.rolling_hash, e.digest, e.start) for e in entries}
 
 
 def test_entries_and_base_are_read_again(tmp_path: Path) -> None:

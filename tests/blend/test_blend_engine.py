@@ -1,0 +1,188 @@
+"""What comes between the steps of a blend request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvcore.blend.document_lookups import document_lease_owner
+from kvcore.keys import SessionKey
+from kvcore.protocol import (
+    CBLookupPreComputed,
+    CBLookupReply,
+    CBRetrievePreComputed,
+    CBStoreFinal,
+    CBStorePreComputed,
+    EndSession,
+    StoreReply,
+)
+from tests.blend.blend_fixture import MODEL, BlendFixture, Operation, packed
+
+KEY = SessionKey("e", "1")
+ONE = (1, 1, 1, 1, 2, 2, 2, 2)
+TWO = (3, 3, 3, 3)
+
+
+@pytest.fixture
+def build() -> Iterator[Callable[..., BlendFixture]]:
+    """Make fixtures in which both documents are stored."""
+    fixtures: list[BlendFixture] = []
+
+    def one(**options: Any) -> BlendFixture:
+        fixture = BlendFixture("anywhere", **{"num_pages": 40, **options})
+        fixtures.append(fixture)
+        put(fixture, ONE)
+        put(fixture, TWO)
+        return fixture
+
+    yield one
+    for fixture in fixtures:
+        fixture.close()
+
+
+def begin(fixture: BlendFixture, request: Any, client: str = "s") -> Operation:
+    """Begin a request."""
+    blend = fixture.blend
+    handlers: dict[type, Any] = {
+        CBStorePreComputed: blend.cb_store_pre_computed,
+        CBStoreFinal: blend.cb_store_final,
+        CBLookupPreComputed: blend.cb_lookup_pre_computed,
+        CBRetrievePreComputed: blend.cb_retrieve_pre_computed,
+    }
+    instance = None if client == "s" else fixture.instance(0)
+    operation = Operation("", client, None, request=request, instance=instance)
+    fixture.begin(handlers[type(request)], operation)
+    fixture.advance(operation)
+    return operation
+
+
+def put(fixture: BlendFixture, tokens: tuple[int, ...]) -> None:
+    """Store a document."""
+    request = CBStorePreComputed("i0", 0, packed(tokens))
+    fixture.drive(begin(fixture, request, "w0"))
+
+
+def look_up(fixture: BlendFixture, tokens: tuple[int, ...]) -> Operation:
+    """Begin a lookup of documents, and leave it in its midst."""
+    return begin(fixture, CBLookupPreComputed(KEY, MODEL, 1, packed(tokens)))
+
+
+def found(fixture: BlendFixture, tokens: tuple[int, ...]) -> CBLookupReply:
+    """Look documents up."""
+    operation = look_up(fixture, tokens)
+    fixture.drive(operation)
+    reply: CBLookupReply = operation.reply
+    return reply
+
+
+def leased(fixture: BlendFixture) -> int:
+    """Count the chunks of documents that the session holds."""
+    lease = fixture.engine.leases._leases.get(document_lease_owner(KEY))
+    return sum(run.end - run.start for run in lease.runs) if lease else 0
+
+
+def save(fixture: BlendFixture) -> None:
+    """Have tiers write all, and L1 forget it."""
+    fixture.answer_tiers()
+    fixture.l1.drop(fixture.l1.hashes())
+
+
+def test_a_final_store_of_nothing_stores_nothing(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """An empty range is answered as by a normal store."""
+    fixture = build()
+    operation = begin(fixture, CBStoreFinal(KEY, "i0", 0, 0, 0, packed(ONE)), "w0")
+    fixture.drive(operation)
+    assert (operation.reply, operation.error) == (StoreReply(0, 0, 0), None)
+
+
+def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """The same chunk or another: its reader has yet to come."""
+    fixture = build()
+    [match, _] = found(fixture, ONE).matches
+    for tokens, left in ((TWO, 1), (ONE, 2)):
+        late = begin(fixture, CBRetrievePreComputed(KEY, "i0", 0, (), (match,)), "w0")
+        told = found(fixture, tokens)
+        fixture.drive(late)
+        assert leased(fixture) == left
+    again = CBRetrievePreComputed(KEY, "i0", 0, (), told.matches)
+    fixture.drive(begin(fixture, again, "w0"))
+    assert leased(fixture) == 0
+
+
+def test_a_chunk_that_was_not_told_is_under_no_lease(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """A worker names it for a place where another was found."""
+    fixture = build()
+    [other] = found(fixture, TWO).matches
+    assert found(fixture, ONE).num_tokens == len(ONE)
+    fixture.drive(
+        begin(fixture, CBRetrievePreComputed(KEY, "i0", 0, (), (other,)), "w0")
+    )
+    assert leased(fixture) == 2
+
+
+def test_an_ended_sessions_lookup_leaves_its_successor_alone(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """A request id that is used again has a lease of its own."""
+    fixture = build()
+    old = look_up(fixture, ONE)
+    fixture.engine.end_session(EndSession(KEY), fixture.caller("s"))
+    assert found(fixture, TWO).num_tokens == len(TWO)
+    fixture.drive(old)
+    assert old.reply == CBLookupReply((), (), 0)
+    assert leased(fixture) == 1
+
+
+def test_of_two_lookups_of_a_session_the_later_counts(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """However their steps fall, also while tiers load."""
+    fixture = build(num_tiers=1)
+    save(fixture)
+    old, new = look_up(fixture, ONE), look_up(fixture, TWO)
+    fixture.drive(new)
+    fixture.drive(old)
+    assert (old.reply.num_tokens, new.reply.num_tokens) == (0, len(TWO))
+    assert leased(fixture) == 1
+
+
+def test_a_dead_client_gets_no_lease_for_any_of_its_lookups(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """Two of a session were under way."""
+    fixture = build(num_tiers=1)
+    save(fixture)
+    both = [look_up(fixture, ONE), look_up(fixture, TWO)]
+    while any(operation.steps for operation in both):
+        for operation in reversed([operation for operation in both if operation.steps]):
+            fixture.advance(operation)
+    fixture.engine.client_gone("s")
+    fixture.finish_all()
+    assert leased(fixture) == 0
+    assert fixture.l1.stats().num_held == 0
+
+
+def test_what_l1_has_is_known_however_much_tiers_have(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """The bound on chunks in tiers is for those beyond L1."""
+    fixture = build(num_tiers=1, max_tier_chunks=2)
+    found_before = found(fixture, ONE)
+    assert found_before.num_tokens == len(ONE)
+    fixture.engine.end_session(EndSession(KEY), fixture.caller("s"))
+    save(fixture)
+    put(fixture, ONE)
+    for tokens in ((4,) * 4, (5,) * 4):
+        put(fixture, tokens)
+        fixture.answer_tiers()
+        kept = fixture.hashes(tokens, "", is_document=True)
+        fixture.l1.drop(kept)
+    assert found(fixture, ONE) == found_before
