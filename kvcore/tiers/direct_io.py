@@ -1,7 +1,7 @@
-"""Records in files, read and written past the page cache where that is possible.
+"""Records in files, transferred without the page cache where that is possible.
 
-A record in a file is a page with the header, the payload, and zeros up to a whole
-page. One `preadv` or `pwritev` moves it between the file and L1's own pages.
+A record in a file is a page with the header, the payload, and zeros up to a page
+boundary. `preadv` and `pwritev` transfer it between the file and L1's own pages.
 """
 
 from __future__ import annotations
@@ -10,117 +10,119 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
-from enum import Enum, auto
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kvcore.extents import Buffers, Checksum
-from kvcore.tiers.backend import Deadline
+from kvcore.extents import Buffers
 from kvcore.tiers.tier import (
     HEADER_BYTES,
+    REJECTED,
+    Deadline,
     LoadItem,
+    LoadResult,
     StoreItem,
-    num_bytes_of,
-    pack_header,
-    read_header,
 )
 
 PAGE = 4096
-"""Alignment that O_DIRECT asks of any disk: addresses, lengths, offsets."""
+"""Alignment that O_DIRECT requires of any disk: addresses, lengths, offsets."""
 _MAX_VECTORS = 1024
 """IOV_MAX."""
-_MAX_MOVE = 64 << 20
-"""Bytes a system call: the deadline is looked at in between."""
+_MAX_TRANSFER_BYTES = 64 << 20
+"""Per system call: the deadline is checked between them."""
 
-Transfer = Callable[[int, list[memoryview], int], int]
-"""`os.preadv` or `os.pwritev`: descriptor, buffers, offset; bytes moved."""
-
-
-class Mode(Enum):
-    """How a file system lets its files be opened."""
-
-    DIRECT = auto()
-    BUFFERED = auto()
+VectoredCall = Callable[[int, list[memoryview], int], int]
+"""`os.preadv` or `os.pwritev`: descriptor, buffers, offset; returns bytes."""
 
 
-def probe(directory: Path) -> Mode:
-    """Find out whether files here can be opened with O_DIRECT; raises `OSError`."""
+def supports_direct_io(directory: Path) -> bool:
+    """Return whether files here can be opened with O_DIRECT; raises `OSError`."""
     path = directory / f".probe-{os.getpid()}"
     try:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return Mode.BUFFERED  # tmpfs and some network file systems
+        return False  # tmpfs and some network file systems
     finally:
         path.unlink(missing_ok=True)
-    return Mode.DIRECT
+    return True
 
 
 def file_bytes(num_bytes: int) -> int:
-    """Bytes that the record of a part of `num_bytes` takes."""
+    """Return the file size of a part of `num_bytes`."""
     return PAGE + -(-num_bytes // PAGE) * PAGE
 
 
-def write_record(path: Path, blob: StoreItem, mode: Mode, deadline: Deadline) -> None:
-    """Write a new file; raises `OSError` and `DeadlineExceeded`."""
-    edge = _edge()
-    edge[:HEADER_BYTES] = pack_header(blob)
+def write_record(
+    path: Path, item: StoreItem, deadline: Deadline, *, direct: bool
+) -> None:
+    """Write a new file; `direct` allows O_DIRECT.
+
+    Raises:
+        OSError: from the file system.
+        DeadlineExceeded: between two system calls.
+    """
+    edge = _edge_pages()
+    edge[:HEADER_BYTES] = item.header()
     edge[HEADER_BYTES:] = bytes(2 * PAGE - HEADER_BYTES)
-    vectors, tail = _vectors(blob.buffers, edge)
+    vectors, tail = _vectors(item.buffers, edge)
     edge[PAGE : PAGE + len(tail)] = tail
-    fd = os.open(
-        path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _flags(vectors, mode), 0o600
-    )
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _direct_flag(vectors, direct)
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
-        if _move(os.pwritev, fd, vectors, deadline) != _total(vectors):
+        if _transfer(os.pwritev, fd, vectors, deadline) != _total(vectors):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
 
 
 def read_record(
-    path: Path, slot: LoadItem, mode: Mode, deadline: Deadline
-) -> Checksum | None:
-    """Fill a slot from a file; None when the file is not that slot's whole record.
+    path: Path, item: LoadItem, deadline: Deadline, *, direct: bool
+) -> LoadResult:
+    """Fill an item from a file; REJECTED if the file is not the item's whole record.
 
-    Raises `OSError` and `DeadlineExceeded`.
+    Raises:
+        OSError: from the file system.
+        DeadlineExceeded: between two system calls.
     """
-    edge = _edge()
-    vectors, tail = _vectors(slot.buffers, edge)
-    fd = os.open(path, os.O_RDONLY | _flags(vectors, mode))
+    edge = _edge_pages()
+    vectors, tail = _vectors(item.buffers, edge)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _direct_flag(vectors, direct))
     try:
-        size = file_bytes(num_bytes_of(slot.buffers))
+        size = file_bytes(item.num_bytes)
         if os.fstat(fd).st_size != size:
-            return None
-        if _move(os.preadv, fd, vectors, deadline) != size:
-            return None
+            return REJECTED
+        if _transfer(os.preadv, fd, vectors, deadline) != size:
+            return REJECTED
     finally:
         os.close(fd)
     tail[:] = edge[PAGE : PAGE + len(tail)]
-    return read_header(edge, slot)
+    return item.result_of(edge)
 
 
-_local = threading.local()
+class _ThreadPages(threading.local):
+    """Two aligned pages per thread: for the header, and for the payload's end."""
+
+    def __init__(self) -> None:
+        self.pages = memoryview(mmap.mmap(-1, 2 * PAGE))
 
 
-def _edge() -> memoryview:
-    """Two aligned pages of this thread: for the header, and for the payload's end."""
-    if not hasattr(_local, "edge"):
-        _local.edge = memoryview(mmap.mmap(-1, 2 * PAGE))
-    edge: memoryview = _local.edge
-    return edge
+_thread = _ThreadPages()
+
+
+def _edge_pages() -> memoryview:
+    return _thread.pages
 
 
 def _vectors(buffers: Buffers, edge: memoryview) -> tuple[list[memoryview], memoryview]:
-    """Return what is moved, whole pages together, and an end that is copied apart.
+    """Return the vectors, whole pages together, and the tail that is copied instead.
 
-    Where only the last buffer has an end that fills no page, that end goes through
-    `edge`, so that all the memory is aligned. Otherwise padding follows the buffers.
+    If only the last buffer ends within a page, its tail goes through `edge`, so that
+    all the memory is aligned. Otherwise padding follows the buffers.
     """
-    padding = -num_bytes_of(buffers) % PAGE
+    padding = -sum(buffer.nbytes for buffer in buffers) % PAGE
     if any(buffer.nbytes % PAGE for buffer in buffers[:-1]):
         return [edge[:PAGE], *buffers, edge[PAGE : PAGE + padding]], edge[:0]
     last = buffers[-1]
@@ -129,17 +131,18 @@ def _vectors(buffers: Buffers, edge: memoryview) -> tuple[list[memoryview], memo
     return [edge[:PAGE], *buffers[:-1], last[:whole], end], last[whole:]
 
 
-def _flags(vectors: Sequence[memoryview], mode: Mode) -> int:
-    """O_DIRECT where the file system and all of the memory allow it."""
+def _direct_flag(vectors: Sequence[memoryview], direct: bool) -> int:
+    """Return O_DIRECT if allowed and if all of the memory is aligned."""
     aligned = all(
-        buffer.nbytes % PAGE == 0 and _address(buffer) % PAGE == 0
+        buffer.nbytes % PAGE == 0 and address_of(buffer) % PAGE == 0
         for buffer in vectors
         if buffer.nbytes
     )
-    return os.O_CLOEXEC | (os.O_DIRECT if aligned and mode is Mode.DIRECT else 0)
+    return os.O_DIRECT if direct and aligned else 0
 
 
-def _address(buffer: memoryview) -> int:
+def address_of(buffer: memoryview) -> int:
+    """Return the address of a buffer's first byte."""
     address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return address
 
@@ -148,31 +151,30 @@ def _total(vectors: Sequence[memoryview]) -> int:
     return sum(buffer.nbytes for buffer in vectors)
 
 
-def _move(
-    transfer: Transfer, fd: int, vectors: list[memoryview], deadline: Deadline
+def _transfer(
+    call: VectoredCall, fd: int, vectors: Sequence[memoryview], deadline: Deadline
 ) -> int:
-    """Move all the vectors from or to the file's start; return the bytes moved."""
+    """Transfer all the vectors from or to the file's start; return the bytes."""
     offset = 0
     for group in _groups(vectors):
-        deadline.left()
-        moved = transfer(fd, group, offset)
-        offset += moved
-        if moved < _total(group):
+        deadline.remaining()
+        num_bytes = call(fd, group, offset)
+        offset += num_bytes
+        if num_bytes < _total(group):
             break  # The file ends here, or the disk is full.
     return offset
 
 
-def _groups(vectors: Sequence[memoryview]) -> list[list[memoryview]]:
-    """Cut vectors into what one system call may take."""
-    groups: list[list[memoryview]] = [[]]
-    room = _MAX_MOVE
+def _groups(vectors: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Yield vectors in groups, each within the limits of one system call."""
+    group: list[memoryview] = []
+    room = _MAX_TRANSFER_BYTES
     for vector in vectors:
         while vector.nbytes:
-            if room == 0 or len(groups[-1]) == _MAX_VECTORS:
-                groups.append([])
-                room = _MAX_MOVE
-            piece = vector[:room]
-            groups[-1].append(piece)
-            vector = vector[piece.nbytes :]
-            room -= piece.nbytes
-    return groups
+            if room == 0 or len(group) == _MAX_VECTORS:
+                yield group
+                group, room = [], _MAX_TRANSFER_BYTES
+            group.append(vector[:room])
+            room -= group[-1].nbytes
+            vector = vector[group[-1].nbytes :]
+    yield group

@@ -1,8 +1,7 @@
-"""One local directory: a file a part, written aside and renamed, bounded, LRU.
+"""One local directory: a file per part, renamed when complete, with an LRU bound.
 
-Files are not synced: after a power cut some may be cut off or empty, which their
-length, header or checksum shows. The order of use survives a restart only as the
-order in which files were written.
+Files are not synced: after a power failure some may be truncated, which their length,
+header or checksum shows. After a restart the order of use is that of modification.
 """
 
 from __future__ import annotations
@@ -15,40 +14,42 @@ import os
 import secrets
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import SplitResult, unquote
 
-from kvcore.errors import BadRequest, DeadlineExceeded, Unavailable
-from kvcore.shm import Bytes
-from kvcore.tiers.backend import Deadline, Usage
+from kvcore.errors import BadRequest, DeadlineExceeded, SetupError, Unavailable
+from kvcore.options import ByteSize
 from kvcore.tiers.direct_io import (
-    Mode,
     file_bytes,
-    probe,
     read_record,
+    supports_direct_io,
     write_record,
 )
-from kvcore.tiers.file_index import FileIndex
 from kvcore.tiers.tier import (
     MISSING,
     REJECTED,
+    Backend,
+    Deadline,
     LoadItem,
-    LoadOutcome,
     LoadResult,
     PartKey,
     StoreItem,
     StoreResult,
-    num_bytes_of,
+    Usage,
 )
+from kvcore.tiers.tier_url import TierOptions, register_tier
 
 log = logging.getLogger(__name__)
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-_IN_THE_WAY = {
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_OBSTRUCTED = {
     errno.EACCES,
     errno.EEXIST,
-    errno.EINVAL,  # What O_DIRECT gets of a folder.
+    errno.EINVAL,  # From O_DIRECT of a folder.
     errno.EISDIR,
     errno.ELOOP,
     errno.ENOTDIR,
@@ -56,19 +57,24 @@ _IN_THE_WAY = {
     errno.EPERM,
     errno.EXDEV,
 }
-"""What is said where something foreign stands in a part's place, or its folder's."""
+"""Errors when something foreign is in the place of a part or of its folder."""
 _INCOMING = "incoming"
-"""Folder of files that are being written."""
+"""Folder of incomplete files."""
 
 
-class FileBackend:
-    """`Backend` over a directory, which it makes and which it alone uses.
+class FileOptions(TierOptions, frozen=True):
+    """Options of `file:///DIRECTORY`."""
 
-    It opens the directory when first asked, and reads what is there in the background:
-    meanwhile the disk is asked what is there, and stores wait.
+    max: ByteSize | None = None
+    """Bound of the directory; without it the disk is the bound."""
+
+
+class FileBackend(Backend):
+    """`Backend` over a directory, which it creates and locks.
+
+    It opens the directory at the first call and lists it in the background: until then
+    queries go to the disk, and stores wait.
     """
-
-    batch = 1
 
     def __init__(self, directory: Path, max_bytes: int | None) -> None:
         self._directory = directory
@@ -76,16 +82,13 @@ class FileBackend:
         self._lock = threading.Lock()
         self._lock_fd: int | None = None
         self._lock_file = os.stat_result([0] * 10)
-        self._mode = Mode.BUFFERED
+        self._direct = False
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count()
         self._scanned = threading.Event()
         self._scan: threading.Thread | None = None
-        self._passed_over: set[str] = set()
-        """Folders of which it was said that something is in the way there."""
-
-    def attach(self, name: str, arena: Bytes) -> None:
-        """Nothing to do: any page-aligned memory will do."""
+        self._reported: set[str] = set()
+        """Folders whose obstruction was logged."""
 
     @property
     def num_evicted(self) -> int:
@@ -93,100 +96,100 @@ class FileBackend:
         return self._index.num_evicted
 
     def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
-        """Look into the index, and before that is complete onto the disk."""
+        """Search the index, and the disk until the index is complete."""
         self._open(deadline)
         if self._scanned.is_set():
             return [str(key) in self._index for key in keys]
         return [os.path.exists(self._path(str(key))) for key in keys]
 
     def load(
-        self, slots: Sequence[LoadItem], deadline: Deadline
+        self, items: Sequence[LoadItem], deadline: Deadline
     ) -> Iterator[LoadResult]:
-        """Read straight into the slots."""
+        """Read directly into the items' buffers."""
         self._open(deadline)
-        for slot in slots:
-            yield self._load(slot, deadline)
+        for item in items:
+            yield self._load(item, deadline)
 
     def store(
-        self, blobs: Sequence[StoreItem], deadline: Deadline
+        self, items: Sequence[StoreItem], deadline: Deadline
     ) -> Iterator[StoreResult]:
-        """Write beside, rename, evict what is then too much."""
+        """Evict what the bound requires, write to another name, rename."""
         self._open(deadline)
-        if not self._scanned.wait(deadline.left()):
+        if not self._scanned.wait(deadline.remaining()):
             raise DeadlineExceeded(f"{self._directory} is still being read")
-        for blob in blobs:
-            yield self._store(blob, deadline)
+        for item in items:
+            yield self._store(item, deadline)
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
-        """Remove files, whether the index knows them or not."""
+        """Remove files, whether the index has them or not."""
         self._open(deadline)
         return sum(self._remove(str(key)) for key in keys)
 
     def usage(self, deadline: Deadline) -> Usage:
-        """Bytes of the files known so far, while the directory is there."""
+        """Return the bytes of the files known so far."""
         self._open(deadline)
-        self._look()
+        self._check_directory()
         return Usage(self._index.used_bytes, self._index.max_bytes)
 
     def close(self) -> None:
-        """Leave the directory to the next."""
+        """Release the directory's lock."""
         if self._scan is not None:
             self._scan.join()
         self._unlock()
 
     # -- one part -----------------------------------------------------------------
 
-    def _load(self, slot: LoadItem, deadline: Deadline) -> LoadResult:
-        name = str(slot.key)
+    def _load(self, item: LoadItem, deadline: Deadline) -> LoadResult:
+        name = str(item.key)
+        path = self._path(name)
         try:
-            checksum = read_record(self._path(name), slot, self._mode, deadline)
+            result = read_record(path, item, deadline, direct=self._direct)
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
-                self._pass_over(name, error)
+                self._skip_obstruction(name, error)
             self._index.remove(name)
             return MISSING
-        if checksum is None:
-            return REJECTED
-        self._index.touch(name)
-        return LoadResult(LoadOutcome.DONE, checksum)
+        if result is not REJECTED:
+            self._index.touch(name)
+        return result
 
-    def _store(self, blob: StoreItem, deadline: Deadline) -> StoreResult:
-        name = str(blob.key)
+    def _store(self, item: StoreItem, deadline: Deadline) -> StoreResult:
+        name = str(item.key)
         if name in self._index:
             return StoreResult.PRESENT
-        size = file_bytes(num_bytes_of(blob.buffers))
-        room = self._index.claim(size)
-        self._unlink(room.evicted)
-        if not room.granted:
+        size = file_bytes(item.num_bytes)
+        space = self._index.reserve(size)
+        self._unlink(space.evicted)
+        if not space.granted:
             return StoreResult.FULL
         try:
-            self._write(name, blob, deadline)
+            self._write(name, item, deadline)
         except OSError as error:
             self._index.release(size)
-            if error.errno not in _NO_ROOM:
-                self._pass_over(name, error)
+            if error.errno not in _NO_SPACE:
+                self._skip_obstruction(name, error)
                 return StoreResult.FAILED
-            # The disk is smaller than the bound, or others fill it: give some back.
+            # The disk is smaller than the bound, or others fill it: free some.
             self._unlink(self._index.shrink(size))
             return StoreResult.FULL
         except DeadlineExceeded:
             self._index.release(size)
             raise
-        self._index.settle(name, size)
+        self._index.add(name, size)
         return StoreResult.DONE
 
-    def _write(self, name: str, blob: StoreItem, deadline: Deadline) -> None:
-        aside = self._directory / _INCOMING / f"{self._run}-{next(self._numbers)}"
+    def _write(self, name: str, item: StoreItem, deadline: Deadline) -> None:
+        incoming = self._directory / _INCOMING / f"{self._run}-{next(self._numbers)}"
         try:
-            write_record(aside, blob, self._mode, deadline)
+            write_record(incoming, item, deadline, direct=self._direct)
             path = self._path(name)
             try:
-                aside.rename(path)
+                incoming.rename(path)
             except FileNotFoundError:
-                path.parent.mkdir(exist_ok=True)  # Another thread may be here.
-                aside.rename(path)
+                path.parent.mkdir(exist_ok=True)  # Another thread may create it, too.
+                incoming.rename(path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            incoming.unlink(missing_ok=True)
             raise
 
     def _remove(self, name: str) -> bool:
@@ -199,17 +202,17 @@ class FileBackend:
             try:
                 self._path(name).unlink(missing_ok=True)
             except OSError as error:
-                self._pass_over(name, error)
+                self._skip_obstruction(name, error)
 
-    def _pass_over(self, name: str, error: OSError) -> None:
-        """Do without a part whose place is taken; raises for what is worse."""
-        if error.errno not in _IN_THE_WAY:
+    def _skip_obstruction(self, name: str, error: OSError) -> None:
+        """Log once per folder that a part is skipped; raise for other errors."""
+        if error.errno not in _OBSTRUCTED:
             raise self._failure(error) from error
-        self._look()
+        self._check_directory()
         folder = name[:2]
-        if folder not in self._passed_over:
-            self._passed_over.add(folder)
-            log.warning("%s: parts are passed over: %s", self._directory, error)
+        if folder not in self._reported:
+            self._reported.add(folder)
+            log.warning("%s: parts are skipped: %s", self._directory, error)
 
     def _path(self, name: str) -> Path:
         return self._directory / name[:2] / name
@@ -217,29 +220,29 @@ class FileBackend:
     # -- the directory ------------------------------------------------------------
 
     def _open(self, deadline: Deadline) -> None:
-        """Take the directory and have it read, unless that is done."""
+        """Lock the directory and start to list it, unless that is done."""
         with self._lock:
             if self._lock_fd is not None:
                 return
             if self._scan is not None:
-                self._scan.join(deadline.left())
+                self._scan.join(deadline.remaining())
                 if self._scan.is_alive():
                     raise DeadlineExceeded(f"{self._directory} is still being read")
             incoming = self._directory / _INCOMING
             try:
                 incoming.mkdir(parents=True, exist_ok=True)
-                self._lock_fd = self._take()
-                self._mode = probe(incoming)
+                self._lock_fd = self._lock_directory()
+                self._direct = supports_direct_io(incoming)
             except OSError as error:
                 self._unlock()
                 place = error.filename or self._directory
                 raise Unavailable(f"{place}: {error.strerror}") from error
             self._index.clear()
             self._scanned.clear()
-            self._scan = threading.Thread(target=self._read_names, daemon=True)
+            self._scan = threading.Thread(target=self._list_files, daemon=True)
             self._scan.start()
 
-    def _take(self) -> int:
+    def _lock_directory(self) -> int:
         flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC
         fd = os.open(self._lock_path, flags, 0o600)
         try:
@@ -247,7 +250,7 @@ class FileBackend:
         except OSError as error:
             os.close(fd)
             raise Unavailable(
-                f"{self._directory} is another server's: give each its own"
+                f"{self._directory} is used by another server: give each its own"
             ) from error
         self._lock_file = os.fstat(fd)
         return fd
@@ -256,8 +259,8 @@ class FileBackend:
     def _lock_path(self) -> Path:
         return self._directory / ".lock"
 
-    def _look(self) -> None:
-        """Raise `Unavailable` when the directory is not the one that was opened."""
+    def _check_directory(self) -> None:
+        """Raise `Unavailable` if the directory is not the one that was opened."""
         try:
             if not os.path.samestat(self._lock_path.stat(), self._lock_file):
                 raise OSError(errno.ESTALE, "another directory is in its place")
@@ -270,31 +273,31 @@ class FileBackend:
             os.close(fd)
 
     def _failure(self, error: OSError) -> Unavailable:
-        """Translate an error, and open the directory anew next time."""
+        """Translate an error, and have the next call open the directory again."""
         with self._lock:
             self._unlock()
         return Unavailable(f"{self._directory}: {error.strerror}")
 
-    def _read_names(self) -> None:
-        """Fill the index with what an earlier server left."""
+    def _list_files(self) -> None:
+        """Add the files of an earlier server to the index; remove incomplete ones."""
         try:
             for path in (self._directory / _INCOMING).iterdir():
                 if not path.name.startswith(self._run):
-                    with suppress(OSError):  # A folder, say, which is nobody's of ours.
+                    with suppress(OSError):  # A folder, for example: not from here.
                         path.unlink()
             files = sorted(_parts_under(self._directory), reverse=True)
             evicted = self._index.add_old((name, size) for _, name, size in files)
             self._unlink(evicted)
         except (OSError, Unavailable):
-            self._index.add_old(())  # Whoever asks next meets the same, and tells.
+            self._index.add_old(())  # The next call meets the same error, and fails.
         finally:
             self._scanned.set()
 
 
 def _parts_under(directory: Path) -> Iterator[tuple[float, str, int]]:
-    """Yield when each part was written, its name and its size.
+    """Yield each part's modification time, name and size.
 
-    What is no part, goes meanwhile or cannot be read is passed over.
+    Foreign files, and those that vanish or cannot be read, are skipped.
     """
     for folder in directory.glob("[0-9a-f][0-9a-f]"):
         with suppress(OSError), os.scandir(folder) as entries:
@@ -308,8 +311,127 @@ def _parts_under(directory: Path) -> Iterator[tuple[float, str, int]]:
 
 
 def _is_part(name: str, folder: str) -> bool:
-    try:
+    with suppress(BadRequest):
         PartKey.parse(name)
-    except BadRequest:
-        return False
-    return name.startswith(folder)
+        return name.startswith(folder)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class ReservedSpace:
+    """Result of `FileIndex.reserve`; unless `granted`, nothing was reserved."""
+
+    granted: bool
+    evicted: tuple[str, ...] = ()
+    """Least recently used names, removed to make room: the caller unlinks them."""
+
+
+class FileIndex:
+    """Names and sizes of files by last use, and reservations of incomplete files.
+
+    Thread-safe. Reservations count as used, so the bound always holds.
+    """
+
+    def __init__(self, max_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self.num_evicted = 0
+        self._lock = threading.Lock()
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._used = 0
+        self._removed: set[str] | None = None
+        """While old files are listed: names removed since `clear`."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of known files and reservations."""
+        return self._used
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def touch(self, name: str) -> None:
+        """Make a file the most recently used."""
+        with self._lock:
+            if name in self._sizes:
+                self._sizes.move_to_end(name)
+
+    def add_old(self, files: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+        """Add files, latest used first, as older than all known; return evicted names.
+
+        Names removed since `clear` are not added.
+        """
+        with self._lock:
+            removed, self._removed = self._removed or (), None
+            for name, size in files:
+                if name not in self._sizes and name not in removed:
+                    self._sizes[name] = size
+                    self._sizes.move_to_end(name, last=False)
+                    self._used += size
+            return self._evict(0)
+
+    def reserve(self, size: int) -> ReservedSpace:
+        """Reserve space for a file to be written."""
+        with self._lock:
+            if self.max_bytes is not None and size > self.max_bytes:
+                return ReservedSpace(False)
+            evicted = self._evict(size)
+            if self.max_bytes is not None and self._used + size > self.max_bytes:
+                return ReservedSpace(False, evicted)  # Reserved by others.
+            self._used += size
+            return ReservedSpace(True, evicted)
+
+    def add(self, name: str, size: int) -> None:
+        """Turn a reservation into the most recently used file."""
+        with self._lock:
+            self._used -= self._sizes.pop(name, 0)
+            self._sizes[name] = size
+
+    def release(self, size: int) -> None:
+        """End a reservation without a file."""
+        with self._lock:
+            self._used -= size
+
+    def remove(self, name: str) -> bool:
+        """Remove a file; return whether it was known."""
+        with self._lock:
+            size = self._sizes.pop(name, None)
+            self._used -= size or 0
+            if self._removed is not None:
+                self._removed.add(name)
+            return size is not None
+
+    def shrink(self, num_bytes: int) -> tuple[str, ...]:
+        """Remove at least `num_bytes` of the least recently used files."""
+        with self._lock:
+            return self._evict_to(max(0, self._used - num_bytes))
+
+    def clear(self) -> None:
+        """Remove all files, before a listing; reservations stay."""
+        with self._lock:
+            self._removed = set()
+            self._used -= sum(self._sizes.values())
+            self._sizes.clear()
+
+    def _evict(self, size: int) -> tuple[str, ...]:
+        if self.max_bytes is None:
+            return ()
+        return self._evict_to(self.max_bytes - size)
+
+    def _evict_to(self, bound: int) -> tuple[str, ...]:
+        evicted = []
+        while self._used > bound and self._sizes:
+            name, size = self._sizes.popitem(last=False)
+            self._used -= size
+            evicted.append(name)
+        self.num_evicted += len(evicted)
+        return tuple(evicted)
+
+
+def open_file(url: SplitResult, options: FileOptions) -> FileBackend:
+    """Open `file:///DIRECTORY`; raises `SetupError`."""
+    if url.netloc or not url.path.strip("/"):
+        raise SetupError("must read file:///DIRECTORY")
+    return FileBackend(Path(unquote(url.path)), options.max)
+
+
+register_tier("file", open_file, FileOptions)

@@ -1,12 +1,12 @@
-"""The process that holds a Mooncake Store client, and what is said to it.
+"""Process of a Mooncake Store client, and its requests.
 
-A process of its own, because a call of that client can be neither bounded (30 s
-without a master) nor called off: at a deadline the process is killed, and with it
-whatever still wrote into L1. It maps the arena and registers it once, so that bytes go
-between the network and L1's pages.
+A separate process, because a call of that client can neither be bounded (30 s without
+a master) nor cancelled: at a deadline the process is killed, and with it any write to
+L1. It maps and registers the arena once, so that bytes go directly between the network
+and L1's pages.
 
-Run as `python -m kvcore.tiers.mooncake_process`, descriptors of its channels as
-arguments and a `Setup` in its environment; it ends with whoever holds their other ends.
+Run as `python -m kvcore.tiers.mooncake_process`, with the descriptors of its channels
+as arguments and a `Setup` in its environment; it ends when one of them is closed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SETUP = "KVCORE_MOONCAKE"
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """Arguments of the client, and the segments that are mapped throughout."""
+    """Arguments of the client, and the segments mapped for its lifetime."""
 
     master: str
     local: str
@@ -61,13 +61,13 @@ class MooncakeRequest(msgspec.Struct, frozen=True):
 
     call: str
     keys: tuple[str, ...]
-    pieces: tuple[tuple[BufferSlice, ...], ...] = ()
+    slices: tuple[tuple[BufferSlice, ...], ...] = ()
     extra: SegmentName | None = None
-    """Mapped for this call alone."""
+    """Mapped for this call only."""
 
 
 class Code(IntEnum):
-    """Replies of the client that matter here; from its `types.h`."""
+    """Error codes of the client, from its `types.h`."""
 
     NO_ROOM = -200
     BUFFER_TOO_SMALL = -600
@@ -76,10 +76,10 @@ class Code(IntEnum):
     RPC_FAILED = -900
     RPC_TIMEOUT = -901
     NOT_STARTED = -10_000
-    """Ours: the client could not be set up."""
+    """Not Mooncake's: the client could not be set up."""
 
 
-class _MappedSegments:
+class _MappedSegment:
     """A mapped and registered segment."""
 
     def __init__(self, client: Any, name: SegmentName) -> None:
@@ -95,7 +95,7 @@ class _MappedSegments:
 
 
 class _Service:
-    """The client, used by one thread a channel."""
+    """The client, used by one thread per channel."""
 
     def __init__(self, setup: Setup) -> None:
         from mooncake.store import MooncakeDistributedStore
@@ -105,13 +105,13 @@ class _Service:
             setup.local,
             setup.metadata,
             setup.segment_bytes,
-            16 << 20,  # Memory of its own for calls that we do not make.
+            16 << 20,  # Its buffer for calls that are not made here.
             setup.protocol,
             setup.device,
             setup.master,
         )
         names = setup.mapped if self.started else ()
-        self._mapped = [_MappedSegments(self._client, name) for name in names]
+        self._mapped = [_MappedSegment(self._client, name) for name in names]
         self._calls: dict[str, Callable[[MooncakeRequest], list[int]]] = {
             "exists": lambda request: self._client.batch_is_exist(request.keys),
             "size": lambda request: [self._client.get_size(k) for k in request.keys],
@@ -121,7 +121,7 @@ class _Service:
         }
 
     def answer(self, request: MooncakeRequest) -> list[int]:
-        """Do one request; as many numbers as it has keys."""
+        """Process one request; return one number per key."""
         if not self.started:
             return [Code.NOT_STARTED] * len(request.keys)
         return list(self._calls[request.call](request))
@@ -131,7 +131,7 @@ class _Service:
     ) -> Callable[[MooncakeRequest], list[int]]:
         def move(request: MooncakeRequest) -> list[int]:
             extra = (
-                [_MappedSegments(self._client, request.extra)] if request.extra else []
+                [_MappedSegment(self._client, request.extra)] if request.extra else []
             )
             bases = [memory.address for memory in (*self._mapped, *extra)]
             try:
@@ -139,9 +139,9 @@ class _Service:
                     list(request.keys),
                     [
                         [bases[p.segment] + p.offset for p in ps]
-                        for ps in request.pieces
+                        for ps in request.slices
                     ],
-                    [[p.length for p in ps] for ps in request.pieces],
+                    [[p.length for p in ps] for ps in request.slices],
                 )
             finally:
                 for memory in extra:
@@ -159,7 +159,7 @@ def _serve(channel: Connection, service: _Service) -> None:
     except (EOFError, OSError, KVError):
         pass
     finally:
-        os._exit(0)  # The client's own threads may hang: no orderly end is to be had.
+        os._exit(0)  # The client's threads may hang: no orderly end is possible.
 
 
 def main() -> None:

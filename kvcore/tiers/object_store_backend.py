@@ -1,7 +1,7 @@
-"""Object stores (S3, GCS, Azure, ...) through obstore: an object a part.
+"""Object stores (S3, GCS, Azure, ...) through obstore: one object per part.
 
-What comes back is copied into L1's pages here, when all of it has arrived: obstore
-cannot read into memory of ours, and an answer after its deadline then finds no page.
+A loaded object is copied into L1's pages when all of it has arrived: obstore cannot
+read into given memory, and a reply after its deadline must not reach any page.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import SplitResult
 
 from kvcore.errors import DeadlineExceeded, SetupError, Unavailable
-from kvcore.shm import Bytes
-from kvcore.tiers.backend import Deadline, Usage
 from kvcore.tiers.tier import (
     HEADER_BYTES,
     MISSING,
     REJECTED,
+    Backend,
+    Deadline,
     LoadItem,
-    LoadOutcome,
     LoadResult,
     PartKey,
     StoreItem,
     StoreResult,
-    pack_header,
-    read_header,
-    record_bytes,
+    Usage,
 )
+from kvcore.tiers.tier_url import TierOptions, register_tier
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -37,21 +36,22 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 
 _PROBE = "probe"
-"""An object that need not be there."""
-_NO_ROOM = ("507", "insufficient storage", "quotaexceeded", "storagefull")
-"""How servers say that they are full; S3 itself never is."""
+"""An object that need not exist."""
+_NO_SPACE = ("507", "insufficient storage", "quotaexceeded", "storagefull")
+"""Errors of servers that are full; S3 itself never is."""
 
 
-class ObjectsBackend:
-    """`Backend` over whatever obstore opens from a URL."""
+class ObjectStoreOptions(TierOptions, frozen=True):
+    """Options of `s3://`, `gs://` and `az://`; all others are obstore's."""
 
-    batch = 1
-    num_evicted = 0
-    """A lifecycle rule may remove objects; nobody tells us."""
+    threads: int = 8
+    other: dict[str, str] = {}
 
-    def __init__(
-        self, url: str, config: Mapping[str, str], *, insecure: bool, timeout_s: float
-    ) -> None:
+
+class ObjectStoreBackend(Backend):
+    """`Backend` over any store that obstore opens."""
+
+    def __init__(self, url: SplitResult, options: ObjectStoreOptions) -> None:
         try:
             import obstore
             from obstore.store import from_url
@@ -60,95 +60,87 @@ class ObjectsBackend:
                 "object stores need obstore: pip install 'kvctl[objects]'"
             ) from None
         self._api = obstore
-        client = {"timeout": f"{int(timeout_s * 1000)}ms", "allow_http": insecure}
-        options: dict[str, Any] = dict(config)
-        if not url.startswith("memory:"):
-            # Trying again is the tier's affair.
-            options |= {"client_options": client, "retry_config": {"max_retries": 0}}
+        client = {
+            "timeout": f"{int(options.timeout * 1000)}ms",
+            "allow_http": options.other.get("endpoint", "").startswith("http:"),
+        }
+        config: dict[str, Any] = {
+            **options.other,
+            "client_options": client,
+            "retry_config": {"max_retries": 0},  # The tier retries.
+        }
         try:
-            self._store: ObjectStore = from_url(url, **options)
+            place = url._replace(query="").geturl()
+            self._store: ObjectStore = from_url(place, **config)
         except obstore.exceptions.BaseError as error:
-            raise SetupError(_brief(error)) from None
-
-    def attach(self, name: str, arena: Bytes) -> None:
-        """Nothing to do: obstore has memory of its own."""
+            raise SetupError(_first_line(error)) from None
 
     def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
-        """Ask for all keys at once: there is no request for many."""
-        return self._run(self._each(self._exists, keys), deadline)
+        """Send one request per key, all at once: there is none for many."""
+        return self._run(_gather(self._exists, keys), deadline)
 
     def load(
-        self, slots: Sequence[LoadItem], deadline: Deadline
+        self, items: Sequence[LoadItem], deadline: Deadline
     ) -> Iterator[LoadResult]:
         """Get, then copy."""
-        for slot in slots:
-            value = self._run(self._get(slot), deadline)
-            yield MISSING if value is None else _fill(slot, value)
+        for item in items:
+            value = self._run(self._get(item), deadline)
+            yield MISSING if value is None else _copy_into(item, value)
 
     def store(
-        self, blobs: Sequence[StoreItem], deadline: Deadline
+        self, items: Sequence[StoreItem], deadline: Deadline
     ) -> Iterator[StoreResult]:
-        """Put what is not there, out of a copy: it may outlive the deadline."""
-        for blob in blobs:
-            if self._run(self._exists(blob.key), deadline):
+        """Put copies of the absent items: an upload may outlive the deadline."""
+        for item in items:
+            if self._run(self._exists(item.key), deadline):
                 yield StoreResult.PRESENT
                 continue
-            value = b"".join([pack_header(blob), *blob.buffers])
-            yield self._put(blob.key, value, deadline)
+            yield self._put(item, deadline)
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
-        """Delete all keys; object stores do not tell which were there."""
-        self._run(self._each(self._remove, keys), deadline)
+        """Delete all keys; object stores do not report which were present."""
+        self._run(_gather(self._remove, keys), deadline)
         return len(keys)
 
     def usage(self, deadline: Deadline) -> Usage:
-        """Nobody knows without listing everything; an object is asked for."""
+        """Query one object; the size is unknown without a full listing."""
         self._run(self._exists(_PROBE), deadline)
         return Usage()
 
-    def close(self) -> None:
-        """Nothing to do: connections end with the store."""
-
-    async def _each(
-        self, ask: Callable[[PartKey], Awaitable[ResultT]], keys: Sequence[PartKey]
-    ) -> list[ResultT]:
-        return await asyncio.gather(*map(ask, keys))
-
     async def _exists(self, key: PartKey | str) -> bool:
-        try:
+        with suppress(FileNotFoundError):
             await self._api.head_async(self._store, str(key))
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
-    async def _get(self, slot: LoadItem) -> memoryview | None:
-        try:
-            result = await self._api.get_async(self._store, str(slot.key))
-            if result.meta["size"] != record_bytes(slot.buffers):
-                return memoryview(b"")  # Somebody's terabyte is not for our memory.
+    async def _get(self, item: LoadItem) -> memoryview | None:
+        with suppress(FileNotFoundError):
+            result = await self._api.get_async(self._store, str(item.key))
+            if result.meta["size"] != item.record_bytes:
+                return memoryview(b"")  # A foreign object may exceed the memory.
             return memoryview(await result.buffer_async())
-        except FileNotFoundError:
-            return None
+        return None
 
     async def _remove(self, key: PartKey) -> None:
         with suppress(FileNotFoundError):
             await self._api.delete_async(self._store, str(key))
 
-    async def _upload(self, key: PartKey, value: bytes) -> None:
+    async def _upload(self, item: StoreItem) -> None:
+        value = b"".join([item.header(), *item.buffers])
         put = self._api.put_async
-        await put(self._store, str(key), value, use_multipart=False)
+        await put(self._store, str(item.key), value, use_multipart=False)
 
-    def _put(self, key: PartKey, value: bytes, deadline: Deadline) -> StoreResult:
+    def _put(self, item: StoreItem, deadline: Deadline) -> StoreResult:
         try:
-            self._run(self._upload(key, value), deadline)
+            self._run(self._upload(item), deadline)
         except Unavailable as error:
-            if any(mark in error.message.lower() for mark in _NO_ROOM):
+            if any(mark in error.message.lower() for mark in _NO_SPACE):
                 return StoreResult.FULL
             raise
         return StoreResult.DONE
 
     def _run(self, work: Coroutine[Any, Any, ResultT], deadline: Deadline) -> ResultT:
-        """Run in a loop of this call's own, and drop it at the deadline."""
+        """Run in an event loop of this call, and drop it at the deadline."""
 
         async def bounded() -> ResultT:
             return await asyncio.wait_for(work, deadline.at - time.monotonic())
@@ -158,25 +150,34 @@ class ObjectsBackend:
         except TimeoutError:
             raise DeadlineExceeded("the store has not answered in time") from None
         except (self._api.exceptions.BaseError, OSError) as error:
-            raise Unavailable(_brief(error)) from error
+            raise Unavailable(_first_line(error)) from error
 
 
-def _fill(slot: LoadItem, value: memoryview) -> LoadResult:
-    if value.nbytes != record_bytes(slot.buffers):
+async def _gather(
+    call: Callable[[PartKey], Awaitable[ResultT]], keys: Sequence[PartKey]
+) -> list[ResultT]:
+    return await asyncio.gather(*map(call, keys))
+
+
+def _copy_into(item: LoadItem, value: memoryview) -> LoadResult:
+    if value.nbytes != item.record_bytes:
         return REJECTED
-    checksum = read_header(value, slot)
-    if checksum is None:
-        return REJECTED
-    start = HEADER_BYTES
-    for buffer in slot.buffers:
-        buffer[:] = value[start : start + buffer.nbytes]
-        start += buffer.nbytes
-    return LoadResult(LoadOutcome.DONE, checksum)
+    result = item.result_of(value)
+    if result is not REJECTED:
+        start = HEADER_BYTES
+        for buffer in item.buffers:
+            buffer[:] = value[start : start + buffer.nbytes]
+            start += buffer.nbytes
+    return result
 
 
-def _brief(error: Exception) -> str:
-    """Shorten what runs over many lines to the first, and the server's own reason."""
+def _first_line(error: Exception) -> str:
+    """Shorten a long error to its first line and the server's reason."""
     text = str(error)
     reason = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
     first = text.partition("\n")[0].partition("<?xml")[0]
     return f"{first}{reason[1]}" if reason else first
+
+
+for _scheme in ("s3", "gs", "az"):
+    register_tier(_scheme, ObjectStoreBackend, ObjectStoreOptions)

@@ -1,9 +1,9 @@
-"""A tier made of a blocking backend: threads, deadlines, back-off, counters.
+"""A tier over a blocking backend: thread pools, deadlines, circuit breaker, counters.
 
-Loads, stores and questions have threads of their own, so that a lookup does not stand
-behind 32 MiB that are written. Work of one kind is taken first come, first served, and
-all of it has the same timeout, so what a call waits behind ends before its own
-deadline does: every future is done in time without a thread that watches.
+Loads, stores and queries have separate threads, so that a lookup does not wait behind
+a write of 32 MiB. Work of one kind is done in order and has one timeout, so a call that
+is queued behind others ends before its own deadline: every future is done in time
+without a watchdog thread.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from copy import copy
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kvcore.errors import DeadlineExceeded, KVError
 from kvcore.shm import Bytes
-from kvcore.tiers.backend import Backend, Deadline, Usage
-from kvcore.tiers.circuit_breaker import CircuitBreaker, Clock
 from kvcore.tiers.tier import (
     FAILED,
+    Backend,
+    Deadline,
     LoadItem,
     LoadOutcome,
     LoadResult,
@@ -31,15 +32,30 @@ from kvcore.tiers.tier import (
     StoreResult,
     TierCounters,
     TierHealth,
-    num_bytes_of,
+    Usage,
 )
 
 log = logging.getLogger(__name__)
 
-
 ItemT = TypeVar("ItemT")
 OutcomeT = TypeVar("OutcomeT")
 Work = Callable[[Sequence[ItemT], Deadline], Iterator[OutcomeT]]
+Clock = Callable[[], float]
+
+_LOAD_COUNTERS = {
+    LoadOutcome.DONE: "loaded",
+    LoadOutcome.MISSING: "missing",
+    LoadOutcome.REJECTED: "rejected",
+    LoadOutcome.FAILED: "load_failed",
+}
+_STORE_COUNTERS = {
+    StoreResult.DONE: "stored",
+    StoreResult.PRESENT: "present",
+    StoreResult.FULL: "full",
+    StoreResult.FAILED: "store_failed",
+}
+_MAX_BACKOFF = 16
+"""Bound of the back-off, in multiples of the first: it doubles per failed probe."""
 
 
 class ThreadPoolTier:
@@ -65,13 +81,13 @@ class ThreadPoolTier:
         self._clock = clock
         self._breaker = CircuitBreaker(retry_s, timeout_s, clock)
         self._lock = threading.Lock()
-        self._counters = TierCounters()
+        self._counts: Counter[str] = Counter()
         self._usage = Usage()
         self._full_until = float("-inf")
         self._closed = False
         self._loads = ThreadPoolExecutor(threads, f"{name}-load")
         self._stores = ThreadPoolExecutor(threads, f"{name}-store")
-        self._questions = ThreadPoolExecutor(1, f"{name}-ask")
+        self._queries = ThreadPoolExecutor(1, f"{name}-query")
         self._probe = _done([None])
 
     # -- the contract -------------------------------------------------------------
@@ -83,41 +99,39 @@ class ThreadPoolTier:
     def contains(self, keys: Sequence[PartKey]) -> Future[list[bool]]:
         """See `Tier.contains`."""
         self._count(asked=len(keys))
-        share = max(1, len(keys))
-        return self._spread(self._questions, keys, share, self._contains, False)
+        return self._submit(self._queries, keys, len(keys), self._contains, False)
 
-    def load(self, slots: Sequence[LoadItem]) -> Future[list[LoadResult]]:
+    def load(self, items: Sequence[LoadItem]) -> Future[list[LoadResult]]:
         """See `Tier.load`."""
-        share = self._share(len(slots))
-        return self._spread(self._loads, slots, share, self._load, FAILED)
+        size = self._batch_size(len(items))
+        return self._submit(self._loads, items, size, self._load, FAILED)
 
-    def store(self, blobs: Sequence[StoreItem]) -> Future[list[StoreResult]]:
+    def store(self, items: Sequence[StoreItem]) -> Future[list[StoreResult]]:
         """See `Tier.store`."""
         if self._clock() < self._full_until:
-            self._count(full=len(blobs))
-            return _done([StoreResult.FULL] * len(blobs))
-        share = self._share(len(blobs))
-        return self._spread(self._stores, blobs, share, self._store, StoreResult.FAILED)
+            self._count(full=len(items))
+            return _done([StoreResult.FULL] * len(items))
+        size = self._batch_size(len(items))
+        return self._submit(self._stores, items, size, self._store, StoreResult.FAILED)
 
     def delete(self, keys: Sequence[PartKey]) -> Future[None]:
         """See `Tier.delete`."""
         deleted: Future[None] = Future()
         deleted.set_running_or_notify_cancel()
-        share = max(1, len(keys))
-        done = self._spread(self._questions, keys, share, self._delete, None)
+        done = self._submit(self._queries, keys, len(keys), self._delete, None)
         done.add_done_callback(lambda _: deleted.set_result(None))
         return deleted
 
     def probe(self) -> None:
-        """See `Tier.probe`; not while one is under way."""
+        """See `Tier.probe`; does nothing while a probe is in progress."""
         if self._probe.done():
-            self._probe = self._spread(self._questions, [None], 1, self._ask, None)
+            self._probe = self._submit(self._queries, [None], 1, self._get_usage, None)
 
     def health(self) -> TierHealth:
         """See `Tier.health`."""
         state = self._breaker.state()
         with self._lock:
-            counters, usage = copy(self._counters), self._usage
+            counters, usage = TierCounters(**self._counts), self._usage
         counters.failures = state.num_failures
         counters.evicted = self._backend.num_evicted
         return TierHealth(
@@ -137,93 +151,93 @@ class ThreadPoolTier:
             closed, self._closed = self._closed, True
         if closed:
             return
-        for executor in (self._loads, self._stores, self._questions):
+        for executor in (self._loads, self._stores, self._queries):
             executor.shutdown()
         self._backend.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._breaker.state()
-        return f"<PooledTier {self.name} {state}>"
+        return f"<ThreadPoolTier {self.name} {state}>"
 
-    # -- shares of the work -------------------------------------------------------
+    # -- batches ------------------------------------------------------------------
 
-    def _share(self, num_items: int) -> int:
+    def _batch_size(self, num_items: int) -> int:
         return max(1, min(self._backend.batch, -(-num_items // self._threads)))
 
-    def _spread(
+    def _submit(
         self,
         executor: Executor,
         items: Sequence[ItemT],
-        share: int,
+        size: int,
         work: Work[ItemT, OutcomeT],
         failed: OutcomeT,
     ) -> Future[list[OutcomeT]]:
-        """Have `items` worked through, `share` at a time, and gather the outcomes."""
+        """Process `items` in batches of `size`; return their outcomes in order."""
         items = list(items)
         if not items:
             return _done([])
-        gather = _BatchResults(len(items), failed)
+        results = _BatchResults(len(items), failed)
         deadline = Deadline.after(self.timeout_s)
         with self._lock:
             if not self._closed and self._breaker.admit():
-                # A thread takes share after share: to wake one for each costs more
-                # Python than a file does. Each next step is one under the GIL.
-                firsts = iter(range(0, len(items), share))
+                # Each thread takes batch after batch: waking a thread per batch costs
+                # more Python than a file does. `next` is one step under the GIL.
+                starts = iter(range(0, len(items), size))
 
                 def run() -> None:
-                    for first in firsts:
-                        some = items[first : first + share]
-                        self._run(work, some, gather, first, deadline)
+                    for start in starts:
+                        batch = items[start : start + size]
+                        self._run(work, batch, results, start, deadline)
 
-                for _ in range(min(self._threads, -(-len(items) // share))):
+                for _ in range(min(self._threads, -(-len(items) // size))):
                     with suppress(RuntimeError):
-                        # No new thread is to be had: the work waits for one all the
-                        # same, and the next call tries again.
+                        # The process has no thread left: the work stays queued, and
+                        # the next call tries again.
                         executor.submit(run)
-                return gather.future
-        gather.skip(len(items))
+                return results.future
+        results.skip(len(items))
         self._count_failed(failed, len(items))
-        return gather.future
+        return results.future
 
     def _run(
         self,
         work: Work[ItemT, OutcomeT],
         items: list[ItemT],
-        gather: _BatchResults[OutcomeT],
-        first: int,
+        results: _BatchResults[OutcomeT],
+        start: int,
         deadline: Deadline,
     ) -> None:
         num_done = 0
-        left = deadline.at - time.monotonic()
+        remaining = deadline.at - time.monotonic()
         try:
             if self._closed:
                 return
-            deadline.left()
+            deadline.remaining()
             for outcome in work(items, deadline):
                 num_done += 1
                 if num_done == len(items) and self._breaker.succeed():
-                    # Before the future is done: who waits for it may look.
+                    # Before the future is done, whose waiter may read the state.
                     log.info("tier %s is up", self.name)
-                gather.put(first + num_done - 1, outcome)
-        except Exception as error:  # noqa: BLE001 - no failure of a store is ours
-            if isinstance(error, DeadlineExceeded) and left < self.timeout_s / 2:
-                # It stood in line for most of its time: not the store's fault.
+                results.put(start + num_done - 1, outcome)
+        except Exception as error:  # noqa: BLE001 - every failure becomes an outcome
+            if isinstance(error, DeadlineExceeded) and remaining < self.timeout_s / 2:
+                # It was queued for most of its time: not the store's fault.
                 self._count(late=len(items) - num_done)
             else:
-                self._note(error)
+                self._record_failure(error)
         finally:
-            self._count_failed(gather.failed, len(items) - num_done)
-            gather.skip(len(items) - num_done)
+            self._count_failed(results.failed, len(items) - num_done)
+            results.skip(len(items) - num_done)
 
-    def _note(self, error: Exception) -> None:
+    def _record_failure(self, error: Exception) -> None:
         if not isinstance(error, KVError):
-            log.error("tier %s: a defect of ours", self.name, exc_info=error)
+            log.error("tier %s: defect in the backend", self.name, exc_info=error)
         if self._breaker.fail(str(error)):
             log.warning("tier %s is down: %s", self.name, error)
 
-    # -- the work itself, in a thread ---------------------------------------------
+    # -- calls of the backend, in a thread ----------------------------------------
 
-    def _ask(self, _: Sequence[None], deadline: Deadline) -> Iterator[None]:
+    def _get_usage(self, _: Sequence[None], deadline: Deadline) -> Iterator[None]:
         self._usage = self._backend.usage(deadline)
         return iter([None])
 
@@ -237,43 +251,35 @@ class ThreadPoolTier:
         return iter([None] * len(keys))
 
     def _load(
-        self, slots: Sequence[LoadItem], deadline: Deadline
+        self, items: Sequence[LoadItem], deadline: Deadline
     ) -> Iterator[LoadResult]:
-        outcomes = self._backend.load(slots, deadline)
-        for loaded, slot in zip(outcomes, slots, strict=False):
-            if loaded.outcome is LoadOutcome.DONE:
-                self._count(loaded=1, loaded_bytes=num_bytes_of(slot.buffers))
-            elif loaded.outcome is LoadOutcome.MISSING:
-                self._count(missing=1)
-            elif loaded.outcome is LoadOutcome.REJECTED:
-                self._count(rejected=1)
-                self._backend.delete([slot.key], deadline)
-            else:
-                self._count(load_failed=1)
-            yield loaded
+        results = self._backend.load(items, deadline)
+        for result, item in zip(results, items, strict=False):
+            self._count(**{_LOAD_COUNTERS[result.outcome]: 1})
+            if result.outcome is LoadOutcome.DONE:
+                self._count(loaded_bytes=item.num_bytes)
+            elif result.outcome is LoadOutcome.REJECTED:
+                self._backend.delete([item.key], deadline)
+            yield result
 
     def _store(
-        self, blobs: Sequence[StoreItem], deadline: Deadline
+        self, items: Sequence[StoreItem], deadline: Deadline
     ) -> Iterator[StoreResult]:
-        outcomes = self._backend.store(blobs, deadline)
-        for stored, blob in zip(outcomes, blobs, strict=False):
-            if stored is StoreResult.DONE:
-                self._count(stored=1, stored_bytes=num_bytes_of(blob.buffers))
-            elif stored is StoreResult.PRESENT:
-                self._count(present=1)
-            elif stored is StoreResult.FULL:
-                self._count(full=1)
+        results = self._backend.store(items, deadline)
+        for result, item in zip(results, items, strict=False):
+            self._count(**{_STORE_COUNTERS[result]: 1})
+            if result is StoreResult.DONE:
+                self._count(stored_bytes=item.num_bytes)
+            elif result is StoreResult.FULL:
                 self._full_until = self._clock() + self._retry_s
-            else:
-                self._count(store_failed=1)
-            yield stored
+            yield result
 
     # -- counters -----------------------------------------------------------------
 
     def _count(self, **counts: int) -> None:
         with self._lock:
             for name, number in counts.items():
-                setattr(self._counters, name, getattr(self._counters, name) + number)
+                self._counts[name] += number
 
     def _count_failed(self, failed: object, number: int) -> None:
         if failed is FAILED:
@@ -283,26 +289,26 @@ class ThreadPoolTier:
 
 
 class _BatchResults(Generic[OutcomeT]):
-    """Outcomes of one call, and its future, done when none is left open."""
+    """Outcomes of one call; its future is done when none is open."""
 
     def __init__(self, num_items: int, failed: OutcomeT) -> None:
         self.failed = failed
         self.future: Future[list[OutcomeT]] = Future()
-        self.future.set_running_or_notify_cancel()  # Nobody cancels it from here on.
+        self.future.set_running_or_notify_cancel()  # It cannot be cancelled.
         self._outcomes = [failed] * num_items
-        self._open = num_items
+        self._num_open = num_items
         self._lock = threading.Lock()
 
     def put(self, index: int, outcome: OutcomeT) -> None:
-        """Note the outcome of one item."""
+        """Set the outcome of one item."""
         self._outcomes[index] = outcome
         self.skip(1)
 
     def skip(self, number: int) -> None:
-        """Leave items as failed."""
+        """Leave `number` items failed."""
         with self._lock:
-            self._open -= number
-            done = number > 0 and self._open == 0
+            self._num_open -= number
+            done = number > 0 and self._num_open == 0
         if done:
             self.future.set_result(self._outcomes)
 
@@ -311,3 +317,81 @@ def _done(outcomes: list[OutcomeT]) -> Future[list[OutcomeT]]:
     future: Future[list[OutcomeT]] = Future()
     future.set_result(outcomes)
     return future
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerState:
+    """Whether a store is up, since which Unix time, and its last error.
+
+    A store is not up before its first answer.
+    """
+
+    up: bool
+    since: float
+    last_error: str
+    num_failures: int
+
+
+class CircuitBreaker:
+    """Admits calls to a store, with exponential back-off after failures; thread-safe.
+
+    While the store is down no call is admitted until the back-off ends; then one is
+    (the probe), and the others when it succeeds, or when it has not ended within
+    `probe_s`.
+    """
+
+    def __init__(
+        self, backoff_s: float, probe_s: float, clock: Clock = time.monotonic
+    ) -> None:
+        self._backoff_s = backoff_s
+        self._probe_s = probe_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._tries = 0
+        """Failures in a row; 0 is closed."""
+        self._retry_at = 0.0
+        self._probing = False
+        self._state = BreakerState(False, time.time(), "it has not answered yet", 0)
+
+    def admit(self) -> bool:
+        """Return whether a call may proceed; its caller MUST report its end."""
+        if not self._tries:
+            return True
+        with self._lock:
+            now = self._clock()
+            if self._tries and now < self._retry_at:
+                return False
+            self._probing = True
+            self._retry_at = now + self._probe_s
+            return True
+
+    def succeed(self) -> bool:
+        """Record an answer; return whether the store was down until now."""
+        if self._state.up:
+            return False
+        with self._lock:
+            was = self._state
+            error = was.last_error if was.num_failures else ""
+            self._state = BreakerState(True, time.time(), error, was.num_failures)
+            self._tries = 0
+            self._probing = False
+            return not was.up
+
+    def fail(self, error: str) -> bool:
+        """Record a failure; return whether it is the first in a row."""
+        with self._lock:
+            if self._tries and not self._probing:
+                return False  # One of many calls that met the same failure.
+            since, num_failures = self._state.since, self._state.num_failures
+            if not self._tries:
+                since, num_failures = time.time(), num_failures + 1
+            self._state = BreakerState(False, since, error, num_failures)
+            factor = min(2**self._tries, _MAX_BACKOFF)
+            self._tries += 1
+            self._probing = False
+            self._retry_at = self._clock() + self._backoff_s * factor
+            return self._tries == 1
+
+    def state(self) -> BreakerState:
+        """Return the current state."""
+        return self._state

@@ -1,67 +1,115 @@
-"""The contract of a tier, and the record that every store keeps of a part.
+"""Contract of a tier: a store for parts below L1, its values, and its record format.
 
-What holds for every tier, and `tests/tiers` checks of each:
+`Tier` is what the server calls: asynchronous, never raising. `Backend` is what a store
+implements: blocking, with deadlines. `ThreadPoolTier` turns a `Backend` into a `Tier`.
+For every tier, and checked of each by `tests/tiers/test_contract.py`:
 
-- A call MUST return at once; what it has to say is in its future.
-- A future MUST NOT raise for a store's troubles: those are outcomes, counted.
+- A call MUST return at once; its result is in its future.
+- A future MUST NOT raise because of the store: failures are outcomes, and are counted.
 - Every future MUST be done within `timeout_s` of the call, whatever the store does.
-  The one exception is a request that the kernel has and nobody can call off (a disk
-  that hangs): then the next point is the one that holds.
-- Buffers MUST NOT be touched once the future is done. They MUST stay valid until then.
-- After a failure a tier is down for a short while: it answers MISSING, FAILED and
-  False at once. Then one call is let through, and the rest when that one succeeds.
-- What a store returns MUST be of the key that was asked for, of the length that the
-  slot has, and whole; the tier rejects and removes anything else. That the bytes are
-  right is the caller's to check, with `checksum_of` and the checksum that came with
-  them. On a mismatch the caller deletes the key, since `store` keeps what is there.
+  The exception is a request that the kernel cannot cancel (a disk that hangs): then
+  only the next rule holds.
+- Buffers MUST NOT be accessed once the future is done. They MUST stay valid until then.
+- After a failure a tier is down during its back-off: it answers MISSING, FAILED and
+  False at once. Then one call is admitted, and the others when that one succeeds.
+- A record that is loaded MUST have the key and length of its item and be complete; the
+  tier rejects and removes any other. Whether the bytes are right is checked by the
+  caller, with `checksum_of` and the checksum that was loaded with them. On a mismatch
+  the caller deletes the key, since `store` does not overwrite.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 import xxhash
 
+from kvcore.errors import DeadlineExceeded
 from kvcore.extents import Buffers, Checksum
 from kvcore.shm import Bytes
 from kvcore.storage.chunk import PartKey as PartKey
 
+# -- values -----------------------------------------------------------------------
 
-class StoreItem(msgspec.Struct, frozen=True):
-    """A part to store: its bytes in L1, and the checksum made when they came there."""
+_HEADER = struct.Struct("<4sHHQ16s16s")
+_MAGIC = b"KVPt"
+_VERSION = 1
+HEADER_BYTES = _HEADER.size
+"""Length of the header before the payload of every record."""
 
-    key: PartKey
-    checksum: Checksum
-    buffers: Buffers
 
+class PartItem(msgspec.Struct, frozen=True):
+    """A part's key, and its bytes in L1 in order.
 
-class LoadItem(msgspec.Struct, frozen=True):
-    """Room in L1 for a part to load; the buffers together have its exact size.
-
-    What they hold after any outcome but DONE is undefined.
+    In every store a part is a record: a header of `HEADER_BYTES`, then the payload.
+    The header has a mark, the payload's length, its checksum and a hash of the key.
     """
 
     key: PartKey
     buffers: Buffers
 
+    @property
+    def num_bytes(self) -> int:
+        """Length of the payload."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def record_bytes(self) -> int:
+        """Length of the record, header and payload."""
+        return HEADER_BYTES + self.num_bytes
+
+    def _digest(self) -> bytes:
+        return xxhash.xxh3_128_digest(str(self.key).encode())
+
+
+class StoreItem(PartItem, frozen=True):
+    """A part to store, with the checksum made when its bytes were written to L1."""
+
+    checksum: Checksum
+
+    def header(self) -> bytes:
+        """Return the header of this part's record."""
+        length, digest = self.num_bytes, self._digest()
+        return _HEADER.pack(_MAGIC, _VERSION, 0, length, self.checksum, digest)
+
+
+class LoadItem(PartItem, frozen=True):
+    """A part to load into L1; the buffers together have its exact size.
+
+    Their contents after any outcome but DONE are undefined.
+    """
+
+    def result_of(self, header: bytes | memoryview) -> LoadResult:
+        """Return DONE with the stored checksum, or REJECTED for a foreign header."""
+        if len(header) < HEADER_BYTES:
+            return REJECTED
+        magic, version, flags, length, checksum, digest = _HEADER.unpack_from(header)
+        expected = (_MAGIC, _VERSION, 0, self.num_bytes, self._digest())
+        if (magic, version, flags, length, digest) != expected:
+            return REJECTED
+        return LoadResult(LoadOutcome.DONE, Checksum(checksum))
+
 
 class LoadOutcome(Enum):
-    """What became of one slot."""
+    """Outcome of one item to load."""
 
     DONE = "done"
     MISSING = "missing"
     FAILED = "failed"
     REJECTED = "rejected"
-    """What was there is not the record of that slot; the tier has removed it."""
+    """The stored record is not that of the item; the tier has removed it."""
 
 
 class LoadResult(msgspec.Struct, frozen=True):
-    """Outcome of one slot; with DONE the checksum that was stored with the bytes."""
+    """Outcome of one item to load; with DONE the checksum stored with the bytes."""
 
     outcome: LoadOutcome
     checksum: Checksum = Checksum(b"")
@@ -73,18 +121,18 @@ REJECTED = LoadResult(LoadOutcome.REJECTED)
 
 
 class StoreResult(Enum):
-    """What became of one blob."""
+    """Outcome of one item to store."""
 
     DONE = "done"
     PRESENT = "present"
-    """The key was there already; nothing was written."""
+    """The key was present; nothing was written."""
     FULL = "full"
-    """No room or no leave to write; stores answer so for a short while."""
+    """No space, or no permission to write; the tier then stores nothing for a while."""
     FAILED = "failed"
 
 
 class TierCounters(msgspec.Struct):
-    """Counts since the start. Keys asked, parts moved, and what went wrong."""
+    """Totals since the start, in parts where the name does not say bytes."""
 
     asked: int = 0
     found: int = 0
@@ -93,7 +141,7 @@ class TierCounters(msgspec.Struct):
     missing: int = 0
     load_failed: int = 0
     rejected: int = 0
-    """Records of a wrong mark, key or length."""
+    """Records with a wrong mark, key or length."""
     stored: int = 0
     stored_bytes: int = 0
     present: int = 0
@@ -102,115 +150,153 @@ class TierCounters(msgspec.Struct):
     deleted: int = 0
     evicted: int = 0
     late: int = 0
-    """Parts whose turn came after the deadline."""
+    """Parts still queued at their deadline."""
     failures: int = 0
-    """Times that the tier was found down."""
+    """Times that the tier went down."""
 
 
 class TierHealth(msgspec.Struct, frozen=True):
-    """State of a tier for people and metrics. Times are Unix seconds."""
+    """State of a tier, for inspection and metrics. Times are Unix seconds."""
 
     name: str
     url: str
-    """Without its secrets."""
+    """Without credentials."""
     up: bool
     since: float
     last_error: str
-    """Of the last failure, also after it is over; empty while there was none."""
+    """Kept after a recovery; empty when there was no failure."""
     used_bytes: int | None
     max_bytes: int | None
     counters: TierCounters
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes that a store holds and may hold; None where it does not report it."""
+
+    used_bytes: int | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A time of the monotonic clock by which a blocking call must end."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Self:
+        """Return the deadline `seconds` from now."""
+        return cls(time.monotonic() + seconds)
+
+    def remaining(self) -> float:
+        """Return the seconds left, more than 0.
+
+        Raises:
+            DeadlineExceeded: none are left.
+        """
+        remaining = self.at - time.monotonic()
+        if remaining <= 0:
+            raise DeadlineExceeded("the store has not answered in time")
+        return remaining
+
+
+# -- contracts --------------------------------------------------------------------
+
+
 class Tier(Protocol):
-    """A place for parts beyond L1. All methods may be called from any thread."""
+    """A store for parts below L1. All methods may be called from any thread."""
 
     @property
     def name(self) -> str:
-        """Unique among the tiers of a server; given in the URL or made from it."""
+        """Unique among the tiers of a server; from the URL."""
 
     @property
     def timeout_s(self) -> float:
-        """Every future is done this long after the call."""
+        """Longest time from a call to its future's end."""
 
     def attach(self, name: str, arena: Bytes) -> None:
-        """Learn of the shared memory that most buffers lie in, before first use.
+        """Receive the shared memory that contains most buffers, before first use.
 
         A tier MAY use it (registered memory) and MUST work without it.
         """
 
     def contains(self, keys: Sequence[PartKey]) -> Future[list[bool]]:
-        """Say which keys are there; one round trip however many there are."""
+        """Return for each key whether it is stored; one round trip for all."""
 
-    def load(self, slots: Sequence[LoadItem]) -> Future[list[LoadResult]]:
-        """Fill the slots; one outcome each, in their order."""
+    def load(self, items: Sequence[LoadItem]) -> Future[list[LoadResult]]:
+        """Fill the items' buffers; return one result per item, in order."""
 
-    def store(self, blobs: Sequence[StoreItem]) -> Future[list[StoreResult]]:
-        """Write the blobs that are not there; one outcome each, in their order."""
+    def store(self, items: Sequence[StoreItem]) -> Future[list[StoreResult]]:
+        """Write the items that are not stored; return one result per item, in order."""
 
     def delete(self, keys: Sequence[PartKey]) -> Future[None]:
-        """Remove the keys; those that are not there, or a tier that is down, pass."""
+        """Remove keys; those that are absent, and a tier that is down, are ignored."""
 
     def probe(self) -> None:
-        """Have the store asked, behind the caller's back, for what `health` tells.
+        """Refresh what `health` reports, asynchronously.
 
-        One that is down is asked when its back-off is over, as by any other call.
+        A tier that is down is probed after its back-off, as by any other call.
         """
 
     def health(self) -> TierHealth:
-        """Describe the state, from what is known without asking the store.
+        """Return the state known so far, without a call to the store.
 
-        A tier that has not answered anything yet is not up.
+        A tier that has not answered any call yet is not up.
         """
 
     def close(self) -> None:
-        """End what is under way (within `timeout_s`) and let go of the store.
+        """End calls in progress (within `timeout_s`) and release the store.
 
-        Whatever is asked afterwards is answered as by a tier that is down.
+        Later calls are answered as by a tier that is down.
         """
 
 
-# -- the record -------------------------------------------------------------------
+class Backend(ABC):
+    """A store with blocking calls from several threads at once.
 
-_HEADER = struct.Struct("<4sHHQ16s16s")
-_MAGIC = b"KVPt"
-_VERSION = 1
-HEADER_BYTES = _HEADER.size
-"""Of every record, before the payload."""
+    Every call MUST end by its deadline with `DeadlineExceeded`, MUST raise
+    `Unavailable` when the store fails before that, and MUST NOT access a buffer after
+    it ended. A backend connects at its first call, and reconnects after a failure.
 
+    `load` and `store` yield one result per item in order, as soon as it is known; items
+    without a result when an error ends the iteration count as failed.
+    """
 
-def num_bytes_of(buffers: Sequence[memoryview]) -> int:
-    """Return how many bytes the buffers have together."""
-    return sum(buffer.nbytes for buffer in buffers)
+    batch: int = 1
+    """Maximum number of items per `load` or `store`."""
 
+    @property
+    def num_evicted(self) -> int:
+        """Parts that the backend itself removed to make room."""
+        return 0
 
-def record_bytes(buffers: Sequence[memoryview]) -> int:
-    """Return how many bytes the record of such a part has, header and payload."""
-    return HEADER_BYTES + num_bytes_of(buffers)
+    def attach(self, name: str, arena: Bytes) -> None:  # noqa: B027 - optional
+        """See `Tier.attach`."""
 
+    @abstractmethod
+    def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
+        """See `Tier.contains`."""
 
-def pack_header(blob: StoreItem) -> bytes:
-    """Return the `HEADER_BYTES` that stand before a blob's payload in every store."""
-    return _HEADER.pack(
-        _MAGIC,
-        _VERSION,
-        0,
-        num_bytes_of(blob.buffers),
-        blob.checksum,
-        _digest(blob.key),
-    )
+    @abstractmethod
+    def load(
+        self, items: Sequence[LoadItem], deadline: Deadline
+    ) -> Iterator[LoadResult]:
+        """See `Tier.load`; the caller deletes what is REJECTED."""
 
+    @abstractmethod
+    def store(
+        self, items: Sequence[StoreItem], deadline: Deadline
+    ) -> Iterator[StoreResult]:
+        """See `Tier.store`."""
 
-def read_header(header: bytes | memoryview, slot: LoadItem) -> Checksum | None:
-    """Return the stored checksum; None when this is not the record of that slot."""
-    if len(header) < HEADER_BYTES:
-        return None
-    magic, version, flags, length, checksum, digest = _HEADER.unpack_from(header)
-    expected = (_MAGIC, _VERSION, 0, num_bytes_of(slot.buffers), _digest(slot.key))
-    if (magic, version, flags, length, digest) != expected:
-        return None
-    return Checksum(checksum)
+    @abstractmethod
+    def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
+        """Remove keys; return how many were present, as far as the store reports it."""
 
+    @abstractmethod
+    def usage(self, deadline: Deadline) -> Usage:
+        """Return the bytes held; fails like any call when the store is down."""
 
-def _digest(key: PartKey) -> bytes:
-    return xxhash.xxh3_128_digest(str(key).encode())
+    def close(self) -> None:  # noqa: B027 - optional
+        """Release the store; no call is in progress."""

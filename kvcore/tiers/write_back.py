@@ -225,7 +225,7 @@ class WriteBack:
             batch.chunks.append(chunk)
             buffers = buffers_of(self._memory, place.extents)
             batch.blobs.append(
-                StoreItem(place.name.key(item.chunk), place.checksum, buffers)
+                StoreItem(place.name.key(item.chunk), buffers, place.checksum)
             )
         return batch
 

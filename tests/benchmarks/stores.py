@@ -46,7 +46,7 @@ def fill(tier: Tier, source: memoryview, count: int) -> None:
     """Store `count` parts of the same bytes."""
     checksum = checksum_of([source])
     for number in range(count):
-        done = tier.store([StoreItem(key_of(number), checksum, (source,))]).result()
+        done = tier.store([StoreItem(key_of(number), (source,), checksum)]).result()
         if done[0].value not in ("done", "present"):
             raise SystemExit(f"cannot store: {done} {tier.health().last_error}")
 

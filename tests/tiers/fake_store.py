@@ -1,4 +1,4 @@
-"""A store in this process that does what a test tells it to."""
+"""A store in this process whose failures a test controls."""
 
 from __future__ import annotations
 
@@ -7,33 +7,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvcore.errors import DeadlineExceeded, Unavailable
-from kvcore.shm import Bytes
-from kvcore.tiers.backend import Deadline, Usage
 from kvcore.tiers.thread_pool_tier import ThreadPoolTier
 from kvcore.tiers.tier import (
     HEADER_BYTES,
     MISSING,
     REJECTED,
+    Backend,
+    Deadline,
     LoadItem,
-    LoadOutcome,
     LoadResult,
     PartKey,
     StoreItem,
     StoreResult,
     Tier,
-    num_bytes_of,
-    pack_header,
-    read_header,
-    record_bytes,
+    Usage,
 )
 from tests.tiers.store_servers import Damage, Engine, damaged
 
 
-class FakeBackend:
-    """A dict; `alive` and `going` can be cleared to have it refuse and hang."""
+class FakeBackend(Backend):
+    """A dict; clear `alive` to have it fail, `going` to have it hang."""
 
     batch = 2
-    num_evicted = 0
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -44,48 +39,45 @@ class FakeBackend:
         self.entered = threading.Semaphore(0)
         """Released with every call."""
 
-    def attach(self, name: str, arena: Bytes) -> None:
-        """Nothing to do."""
-
     def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
         """See `Backend.contains`."""
         self._enter(deadline)
         return [key in self.records for key in keys]
 
     def load(
-        self, slots: Sequence[LoadItem], deadline: Deadline
+        self, items: Sequence[LoadItem], deadline: Deadline
     ) -> Iterator[LoadResult]:
         """See `Backend.load`."""
-        for slot in slots:
+        for item in items:
             self._enter(deadline)
-            record = self.records.get(slot.key)
+            record = self.records.get(item.key)
             if record is None:
                 yield MISSING
                 continue
-            checksum = read_header(record, slot)
-            if len(record) != record_bytes(slot.buffers) or not checksum:
+            result = item.result_of(record)
+            if len(record) != item.record_bytes or result is REJECTED:
                 yield REJECTED
                 continue
             payload = memoryview(record)[HEADER_BYTES:]
-            for buffer in slot.buffers:
+            for buffer in item.buffers:
                 buffer[:] = payload[: buffer.nbytes]
                 payload = payload[buffer.nbytes :]
-            yield LoadResult(LoadOutcome.DONE, checksum)
+            yield result
 
     def store(
-        self, blobs: Sequence[StoreItem], deadline: Deadline
+        self, items: Sequence[StoreItem], deadline: Deadline
     ) -> Iterator[StoreResult]:
         """See `Backend.store`."""
-        for blob in blobs:
+        for item in items:
             self._enter(deadline)
             used = sum(map(len, self.records.values()))
-            if blob.key in self.records:
+            if item.key in self.records:
                 yield StoreResult.PRESENT
-            elif used + num_bytes_of(blob.buffers) > self.max_bytes:
+            elif used + item.num_bytes > self.max_bytes:
                 yield StoreResult.FULL
             else:
-                record = b"".join([pack_header(blob), *blob.buffers])
-                self.records[blob.key] = record
+                record = b"".join([item.header(), *item.buffers])
+                self.records[item.key] = record
                 yield StoreResult.DONE
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
@@ -98,12 +90,9 @@ class FakeBackend:
         self._enter(deadline)
         return Usage(sum(map(len, self.records.values())), self.max_bytes)
 
-    def close(self) -> None:
-        """Nothing to do."""
-
     def _enter(self, deadline: Deadline) -> None:
         self.entered.release()
-        if not self.going.wait(deadline.left()):
+        if not self.going.wait(deadline.remaining()):
             raise DeadlineExceeded("hangs")
         if not self.alive.is_set():
             raise Unavailable("dead")

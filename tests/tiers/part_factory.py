@@ -25,7 +25,7 @@ def view(arena: Segment, offset: int, length: int) -> memoryview:
 
 def blob_of(number: int, *buffers: memoryview) -> StoreItem:
     """A blob with its checksum."""
-    return StoreItem(key_of(number), checksum_of(buffers), buffers)
+    return StoreItem(key_of(number), buffers, checksum_of(buffers))
 
 
 def outcome(tier: Tier, key: PartKey, *buffers: memoryview) -> LoadOutcome:

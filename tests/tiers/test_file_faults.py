@@ -128,7 +128,7 @@ def test_what_stands_in_a_parts_place_costs_that_part_alone(
     assert load(tier, arena, 1) is LoadOutcome.DONE
     health = tier.health()
     assert (health.up, health.counters.failures) == (True, 0)
-    assert caplog.text.count("passed over") == 1
+    assert caplog.text.count("parts are skipped") == 1
     assert health.used_bytes in (None, RECORD)
 
 

@@ -71,7 +71,7 @@ def buffers_at(first: int, size: int) -> tuple[memoryview, ...]:
 def blob_of(number: int) -> StoreItem:
     """A part with its checksum."""
     buffers = buffers_at(number * ROOM, SIZES[number])
-    return StoreItem(key_of(number), checksum_of(buffers), buffers)
+    return StoreItem(key_of(number), buffers, checksum_of(buffers))
 
 
 @dataclass

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from kvcore.errors import DeadlineExceeded, Unavailable
-from kvcore.tiers.backend import Deadline
-from kvcore.tiers.resp import (
+from kvcore.tiers.tier import Deadline
+from kvcore.tiers.tier_url import open_tier
+from kvcore.tiers.valkey_backend import (
     BulkReply,
     ErrorReply,
     RespConnection,
     ServerAddress,
 )
-from kvcore.tiers.tier_url import open_tier
 from tests.tiers.part_factory import key_of
 
 
@@ -53,7 +53,7 @@ def test_replies_of_each_kind(scripted: Callable[[bytes], ServerAddress]) -> Non
     replies = [connection.receive(deadline) for _ in range(5)]
     assert replies == ["OK", -7, ErrorReply("ERR no"), None, BulkReply(5)]
     first, second = bytearray(2), bytearray(3)
-    connection.take_into([memoryview(first), memoryview(second)], deadline)
+    connection.receive_into([memoryview(first), memoryview(second)], deadline)
     connection.end_value(deadline)
     assert (first, second) == (b"he", b"llo")
     assert connection.receive(deadline) == 1
@@ -91,7 +91,7 @@ def test_a_value_that_ends_early_is_an_error(
     connection.send(deadline, ["GET", "key"])
     assert connection.receive(deadline) == BulkReply(9)
     with pytest.raises(Unavailable, match="closed"):
-        connection.take_into([memoryview(bytearray(9))], deadline)
+        connection.receive_into([memoryview(bytearray(9))], deadline)
     connection.close()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvcore.shm import Segment
-from kvcore.tiers.circuit_breaker import CircuitBreaker
+from kvcore.tiers.thread_pool_tier import CircuitBreaker
 from kvcore.tiers.tier import LoadItem, LoadOutcome, StoreResult, Tier
 from tests.tiers.fake_store import FakeBackend, FakeEngine
 from tests.tiers.part_factory import PAGE, blob_of, key_of, view

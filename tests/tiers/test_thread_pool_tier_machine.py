@@ -6,6 +6,7 @@ not. What hangs takes its time and ends at its deadline.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -28,12 +29,11 @@ from kvcore.extents import checksum_of
 from kvcore.keys import ChunkHash
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.required_parts import RequiredParts, count_hits
-from kvcore.tiers import backend as backends
 from kvcore.tiers import thread_pool_tier as pooled
-from kvcore.tiers.backend import Deadline, Usage
+from kvcore.tiers import tier as contract
 from kvcore.tiers.prefetch_jobs import PrefetchJob
 from kvcore.tiers.thread_pool_tier import ThreadPoolTier
-from kvcore.tiers.tier import PartKey, StoreItem, StoreResult, pack_header
+from kvcore.tiers.tier import Deadline, PartKey, StoreItem, StoreResult, Usage
 from tests.tiers.fake_store import FakeBackend
 from tests.tiers.store_servers import Damage, damaged
 from tests.tiers.test_tier_manager import (
@@ -66,7 +66,7 @@ def blobs_of(hashes: Sequence[ChunkHash], needs: RequiredParts) -> list[StoreIte
     for key in hashes:
         for need in needs.parts:
             data = memoryview(content(key, need.name))
-            blobs.append(StoreItem(need.name.key(key), checksum_of([data]), (data,)))
+            blobs.append(StoreItem(need.name.key(key), (data,), checksum_of([data])))
     return blobs
 
 
@@ -107,7 +107,7 @@ class Unreliable(FakeBackend):
         return Usage()
 
     def _enter(self, deadline: Deadline) -> None:
-        left = deadline.left()
+        left = deadline.remaining()
         if self.fault is None:
             return
         if self.good:
@@ -125,10 +125,11 @@ class PooledMachine(RuleBasedStateMachine):
         super().__init__()
         self.jobs: list[tuple[PrefetchJob, int]] = []
         self.leases: list[list[Chunk]] = []
+        clock = SimpleNamespace(monotonic=self.clock, time=time.time)
         self.patches = [
             mock.patch.object(pooled, "ThreadPoolExecutor", Hand),
-            mock.patch.object(pooled, "time", SimpleNamespace(monotonic=self.clock)),
-            mock.patch.object(backends, "time", SimpleNamespace(monotonic=self.clock)),
+            mock.patch.object(pooled, "time", clock),
+            mock.patch.object(contract, "time", clock),
         ]
         for patch in self.patches:
             patch.start()
@@ -161,7 +162,7 @@ class PooledMachine(RuleBasedStateMachine):
         self.hands: list[Hand] = [
             self.tier._loads,  # type: ignore[list-item]
             self.tier._stores,  # type: ignore[list-item]
-            self.tier._questions,  # type: ignore[list-item]
+            self.tier._queries,  # type: ignore[list-item]
         ]
 
     # -- what clients do --------------------------------------------------------------
@@ -184,7 +185,7 @@ class PooledMachine(RuleBasedStateMachine):
         """A scheduler looks up, and waits; another server may have stored it."""
         blobs = blobs_of(chain(number, length), PROMPTS[number]) if kept else []
         for index, blob in enumerate(blobs):
-            record = b"".join([pack_header(blob), *blob.buffers])
+            record = b"".join([blob.header(), *blob.buffers])
             if harm and index == place % len(blobs):
                 record = damaged(record, harm)
             self.store.records.setdefault(blob.key, record)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from urllib.parse import SplitResult
 
 import pytest
 
 from kvcore.errors import BadRequest, SetupError
-from kvcore.tiers.tier import PartKey
-from kvcore.tiers.tier_url import open_tier
+from kvcore.shm import Segment
+from kvcore.tiers.tier import PartKey, StoreResult
+from kvcore.tiers.tier_url import TierOptions, open_tier, register_tier
+from tests.tiers.fake_store import FakeBackend
+from tests.tiers.part_factory import PAGE, blob_of, load_checked, view
 
 
 @pytest.mark.parametrize(
@@ -28,7 +32,7 @@ from kvcore.tiers.tier_url import open_tier
         ("file:///kv?threads=two", "threads=two"),
         ("valkey://", "must read valkey://HOST:PORT"),
         ("valkey://host:port", "[Pp]ort"),
-        ("valkey://host/first", "'first' is no number of a database"),
+        ("valkey://host/first", "'first' is not the number of a database"),
         ("valkey+unix://", "must read valkey\\+unix:///PATH"),
         ("valkeys://host?ca=/nowhere.pem", "TLS files"),
         ("valkeys://host?insecure=maybe", "true or false"),
@@ -90,3 +94,33 @@ def test_only_names_of_parts_are_keys(text: str) -> None:
         PartKey.parse(text)
     name = f"{'0a' * 32}-3-1-{'f' * 16}"
     assert str(PartKey.parse(name)) == name
+
+
+class DictOptions(TierOptions, frozen=True):
+    """Options of a custom tier."""
+
+    parts: int = 8
+    """Parts that it has room for."""
+
+
+def open_dict(url: SplitResult, options: DictOptions) -> FakeBackend:
+    """Open `dict://PLACE`."""
+    backend = FakeBackend(options.parts * PAGE)
+    backend.alive.set()
+    return backend
+
+
+def test_a_custom_tier_is_opened_by_its_scheme(arena: Segment) -> None:
+    """Its options are decoded and checked; common options, counters and URL apply."""
+    register_tier("dict", open_dict, DictOptions)
+    tier = open_tier("dict://here?parts=1&name=custom")
+    first, second = (blob_of(n, view(arena, n * PAGE, PAGE)) for n in range(2))
+    assert tier.store([first]).result() == [StoreResult.DONE]
+    assert tier.store([second]).result() == [StoreResult.FULL]
+    assert load_checked(tier, first, view(arena, 32 << 20, PAGE))
+    assert (tier.name, tier.health().counters.full) == ("custom", 1)
+    tier.close()
+    with pytest.raises(SetupError, match="unknown option size; known: name, timeout"):
+        open_tier("dict://here?size=1")
+    with pytest.raises(SetupError, match=r"parts=many: .*integer"):
+        open_tier("dict://here?parts=many")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcore.shm import Segment
-from kvcore.tiers.tier import LoadOutcome, StoreItem, StoreResult, Tier, pack_header
+from kvcore.tiers.tier import LoadOutcome, StoreItem, StoreResult, Tier
 from kvcore.tiers.tier_url import open_tier
 from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, outcome, view
 from tests.tiers.store_servers import wait_until
@@ -188,7 +188,7 @@ def test_a_wrong_value_is_removed_and_its_neighbours_come(
     for other in others:
         assert load_checked(tier, other, view(arena, ROOMY, PAGE))
     # A value of its own digest, whose payload is another's: only its sum tells.
-    store.values[name] = pack_header(blob) + right[len(pack_header(blob)) :][::-1]
+    store.values[name] = blob.header() + right[len(blob.header()) :][::-1]
     room = view(arena, ROOMY, PAGE)
     assert outcome(tier, blob.key, room) is LoadOutcome.DONE
     assert not load_checked(tier, blob, room)
