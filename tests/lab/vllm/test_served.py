@@ -91,7 +91,7 @@ def test_it_is_explained_without_vllm(tmp_path: Path) -> None:
         return done.stdout + done.stderr
 
     text = output(SCENARIO)
-    for part in ("What does a vLLM user gain", "chat", "16", "49,152", "tiny-llama"):
+    for part in ("How much faster is vLLM", "chat", "16", "49,152", "tiny-llama"):
         assert part in text
     trace = tmp_path / "one.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 77, "hash_ids": [1]}\n')
