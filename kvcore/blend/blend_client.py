@@ -1,10 +1,11 @@
-"""The blend requests of a client: documents reused at any position."""
+"""Client of the blend requests: documents reused at any position of a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
@@ -29,190 +30,193 @@ from kvcore.protocol import (
     StoreReply,
 )
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class BlendCall(NamedTuple, Generic[R]):
+    """Arguments of `KVClient.call` and `KVClient.submit`."""
+
+    request: Request[R]
+    timeout_s: float | None = None
+    retry: Retry | None = None
+
+
+def prepare_store_pre_computed(
+    instance_id: str,
+    offset: int,
+    tokens: Tokens,
+    *,
+    extras: tuple[ExtraKey, ...] = (),
+    event: bytes = b"",
+    timeout_s: float | None = None,
+) -> BlendCall[StoreReply]:
+    """Store a document's whole chunks. After the reply lookups find them.
+
+    Args:
+        instance_id: a registered buffer of this client.
+        offset: the slot of the buffer that holds the document's first token. The
+            server reads the slots until the request ends.
+        tokens: the document's token ids.
+        extras: hash material beside the tokens.
+        event: IPC handle of a CUDA event that the copy waits for; empty for none.
+        timeout_s: seconds until the deadline; None takes the client's.
+    """
+    packed = view_tokens(tokens)
+    request = CBStorePreComputed(instance_id, offset, packed, extras, event)
+    return BlendCall(request, timeout_s)
+
+
+def prepare_retrieve_pre_computed(
+    session: SessionKey,
+    instance_id: str,
+    offset: int,
+    *,
+    ranges: Sequence[CBRange] = (),
+    matches: Sequence[CBMatch] = (),
+    tokens: Tokens | None = None,
+    rotate_keys: bool = False,
+    extras: tuple[ExtraKey, ...] = (),
+    event: bytes = b"",
+    timeout_s: float | None = None,
+) -> BlendCall[RetrieveReply]:
+    """Copy ranges or matches of a lookup to their places in a buffer: all or none.
+
+    Args:
+        session: the session whose lookup found them.
+        instance_id: a registered buffer of this client.
+        offset: the slot of the prompt's first token. The target slots belong to the
+            server until the request ends: the deadline stops the server from starting
+            late, and never ends the request early.
+        ranges: ranges of the lookup's reply; exclusive with `matches`.
+        matches: chunks of the lookup's reply.
+        tokens: the whole prompt, for a server that no longer knows the lookup.
+        rotate_keys: whether to rotate the keys to their positions in the prompt.
+        extras: hash material beside the tokens.
+        event: IPC handle of a CUDA event that the copy waits for; empty for none.
+        timeout_s: seconds until the deadline; None takes the client's.
+
+    Raises:
+        ChunksMissing: a chunk is not there; nothing was written.
+    """
+    request = CBRetrievePreComputed(
+        session,
+        instance_id,
+        offset,
+        tuple(ranges),
+        tuple(matches),
+        rotate_keys,
+        event=event,
+    )
+    return BlendCall(request, timeout_s, _resend_prompt(request, tokens, extras))
+
+
+def prepare_store_final(
+    session: SessionKey,
+    instance_id: str,
+    offset: int,
+    start: int,
+    end: int,
+    tokens: Tokens | None = None,
+    *,
+    extras: tuple[ExtraKey, ...] = (),
+    event: bytes = b"",
+    timeout_s: float | None = None,
+) -> BlendCall[StoreReply]:
+    """Store the whole chunks of tokens [start, end) of a prompt for normal lookups.
+
+    `offset` is the slot of the prompt's first token; other arguments as for a store of
+    `KVClient`.
+    """
+    request = CBStoreFinal(
+        session, instance_id, offset, start, end, extras=extras, event=event
+    )
+    return BlendCall(request, timeout_s, resend(request, tokens))
+
+
+def prepare_lookup_pre_computed(
+    session: SessionKey,
+    model: str,
+    world_size: int,
+    tokens: Tokens,
+    *,
+    extras: tuple[ExtraKey, ...] = (),
+    timeout_s: float | None = None,
+) -> BlendCall[CBLookupReply]:
+    """Find stored documents in a prompt, and lease them to the session's ranks.
+
+    Raises:
+        UnknownModel: not every rank of the model is registered.
+    """
+    packed = view_tokens(tokens)
+    request = CBLookupPreComputed(session, model, world_size, packed, extras)
+    return BlendCall(request, timeout_s)
+
+
+def _calling(
+    prepare: Callable[P, BlendCall[R]],
+) -> Callable[Concatenate[BlendClient, P], R]:
+    """Return a method that sends what `prepare` returns and waits for the reply."""
+
+    @wraps(prepare)
+    def call(blend: BlendClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return blend.client.call(*prepare(*args, **kwargs))
+
+    return call
+
+
+def _submitting(
+    prepare: Callable[P, BlendCall[R]],
+) -> Callable[Concatenate[BlendClient, P], Future[R]]:
+    """Return a method that submits what `prepare` returns, with tokens of its own."""
+
+    @wraps(prepare)
+    def submit(blend: BlendClient, /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        request, timeout_s, retry = prepare(*args, **kwargs)
+        # It is sent later, when the caller may have changed its array.
+        return blend.client.submit(_copy_tokens(request), timeout_s, retry)
+
+    return submit
+
 
 class BlendClient:
-    """What a `KVClient` can ask of a server that was started with `--engine blend`.
+    """Blend requests of a `KVClient`; the server must run with `--engine blend`.
 
-    `submit_*` never waits for the network and returns a future, the plain name waits.
-    An `offset` is the slot of the buffer that holds the first token; `event` the IPC
-    handle of the worker's CUDA event that its bytes come after. Any thread may
-    use it; the client stays its owner's.
+    The plain methods wait for the reply. Their `submit_` forms take the same arguments,
+    never wait for the network and return a future. Thread-safe. Closing the `KVClient`
+    remains the caller's task.
     """
 
     def __init__(self, client: KVClient) -> None:
         self.client = client
 
-    # -- a worker's -----------------------------------------------------------------
-
     def register(self, request: CBRegisterKVCache) -> RegisterReply:
-        """Register a buffer, now and with every later run of the server."""
+        """Register a buffer, now and after every restart of the server."""
         return self.client.register_kv_cache(request)
 
     def unregister(self, instance_id: str) -> Done:
-        """Forget a buffer; when this returns the server has unmapped it."""
+        """Unregister a buffer; on return the server has unmapped it."""
         return self.client.unregister(CBUnregisterKVCache(instance_id))
 
-    def submit_store_pre_computed(
-        self,
-        instance_id: str,
-        offset: int,
-        tokens: Tokens,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> Future[StoreReply]:
-        """Store a document's whole chunks; its slots are read until it ends."""
-        packed = memoryview(pack_tokens(tokens))
-        request = CBStorePreComputed(instance_id, offset, packed, extras, event)
-        return self.client.submit(request, timeout_s)
-
-    def store_pre_computed(
-        self,
-        instance_id: str,
-        offset: int,
-        tokens: Tokens,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> StoreReply:
-        """Store a document and wait: lookups find it from now on."""
-        packed = view_tokens(tokens)
-        request = CBStorePreComputed(instance_id, offset, packed, extras, event)
-        return self.client.call(request, timeout_s)
-
-    def submit_retrieve_pre_computed(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        offset: int,
-        *,
-        ranges: Sequence[CBRange] = (),
-        matches: Sequence[CBMatch] = (),
-        tokens: Tokens | None = None,
-        rotate_keys: bool = False,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> Future[RetrieveReply]:
-        """Retrieve ranges or matches into slots, the server's until it ends.
-
-        With `tokens`, a server that has forgotten the session's lookup finds the
-        ranges again. The deadline makes the server refuse to begin late; it never
-        ends the future.
-        """
-        request = CBRetrievePreComputed(
-            session,
-            instance_id,
-            offset,
-            tuple(ranges),
-            tuple(matches),
-            rotate_keys,
-            event=event,
-        )
-        retry = _send_prompt(request, tokens, extras)
-        return self.client.submit(request, timeout_s, retry)
-
-    def retrieve_pre_computed(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        offset: int,
-        *,
-        ranges: Sequence[CBRange] = (),
-        matches: Sequence[CBMatch] = (),
-        tokens: Tokens | None = None,
-        rotate_keys: bool = False,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> RetrieveReply:
-        """Retrieve and wait, as long as the server lives and has not answered."""
-        request = CBRetrievePreComputed(
-            session,
-            instance_id,
-            offset,
-            tuple(ranges),
-            tuple(matches),
-            rotate_keys,
-            event=event,
-        )
-        retry = _send_prompt(request, tokens, extras)
-        return self.client.call(request, timeout_s, retry)
-
-    def submit_store_final(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        offset: int,
-        start: int,
-        end: int,
-        tokens: Tokens | None = None,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> Future[StoreReply]:
-        """Store the whole chunks of [start, end) of a prompt for normal lookups."""
-        request = CBStoreFinal(
-            session, instance_id, offset, start, end, extras=extras, event=event
-        )
-        return self.client.submit(request, timeout_s, resend(request, tokens))
-
-    def store_final(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        offset: int,
-        start: int,
-        end: int,
-        tokens: Tokens | None = None,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> StoreReply:
-        """Store a prompt and wait: normal lookups find it from now on."""
-        request = CBStoreFinal(
-            session, instance_id, offset, start, end, extras=extras, event=event
-        )
-        return self.client.call(request, timeout_s, resend(request, tokens))
-
-    # -- a scheduler's --------------------------------------------------------------
-
-    def submit_lookup_pre_computed(
-        self,
-        session: SessionKey,
-        model: str,
-        world_size: int,
-        tokens: Tokens,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        timeout_s: float | None = None,
-    ) -> Future[CBLookupReply]:
-        """Find documents in a prompt, and lease them to the session's readers."""
-        packed = memoryview(pack_tokens(tokens))
-        request = CBLookupPreComputed(session, model, world_size, packed, extras)
-        return self.client.submit(request, timeout_s)
-
-    def lookup_pre_computed(
-        self,
-        session: SessionKey,
-        model: str,
-        world_size: int,
-        tokens: Tokens,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        timeout_s: float | None = None,
-    ) -> CBLookupReply:
-        """Find documents and wait."""
-        packed = view_tokens(tokens)
-        request = CBLookupPreComputed(session, model, world_size, packed, extras)
-        return self.client.call(request, timeout_s)
+    store_pre_computed = _calling(prepare_store_pre_computed)
+    submit_store_pre_computed = _submitting(prepare_store_pre_computed)
+    retrieve_pre_computed = _calling(prepare_retrieve_pre_computed)
+    submit_retrieve_pre_computed = _submitting(prepare_retrieve_pre_computed)
+    store_final = _calling(prepare_store_final)
+    submit_store_final = _submitting(prepare_store_final)
+    lookup_pre_computed = _calling(prepare_lookup_pre_computed)
+    submit_lookup_pre_computed = _submitting(prepare_lookup_pre_computed)
 
 
-def _send_prompt(
+def _copy_tokens(request: Request[R]) -> Request[R]:
+    if not isinstance(request, (CBStorePreComputed, CBLookupPreComputed)):
+        return request
+    tokens: Any = request
+    copied: Request[R] = replace(tokens, tokens=memoryview(bytes(tokens.tokens)))
+    return copied
+
+
+def _resend_prompt(
     request: CBRetrievePreComputed,
     tokens: Tokens | None,
     extras: tuple[ExtraKey, ...],
@@ -222,7 +226,7 @@ def _send_prompt(
         return None
 
     def retry(error: KVError) -> Request[Any] | None:
-        if not isinstance(error, TokensNeeded) or request.tokens:
+        if not isinstance(error, TokensNeeded):
             return None
         packed = memoryview(pack_tokens(tokens))
         return replace(request, tokens=packed, extras=extras)

@@ -191,7 +191,7 @@ def test_a_paged_cache_is_no_buffer(pair: tuple[Worker, Worker], model: str) -> 
         ({"shape": (3, 2, 64, 8)}, LayoutError, "a blend buffer is"),
         ({"dtype": "complex64"}, LayoutError, "dtype 'complex64'"),
         ({"rank": 1}, BadRequest, "rank 1 of a world size of 1"),
-        ({"rope": Rope(1e4, 8, 8)}, LayoutError, "keys of uint8 cannot be turned"),
+        ({"rope": Rope(1e4, 8, 8)}, LayoutError, "keys of uint8 cannot be rotated"),
     ],
 )
 def test_a_buffer_that_cannot_be_is_refused(
@@ -210,7 +210,7 @@ def test_a_buffer_that_its_worker_keeps_to_itself_is_refused(
     """The server copies for these requests, so it must reach the memory."""
     handle = Private(math.prod(SHAPE))
     request = CBRegisterKVCache("kept", "e", model, 1, 0, handle, SHAPE, "uint8")
-    with pytest.raises(HandleError, match="must be the server's to open"):
+    with pytest.raises(HandleError, match="the server must be able to open"):
         blend.register(request)
 
 
