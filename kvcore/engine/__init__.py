@@ -1,1 +1,1 @@
-"""Instances, sessions, and the requests that move and find KV."""
+"""Engine: registered caches, sessions, lookups, leases and transfers over L1."""

@@ -1,4 +1,4 @@
-"""What the server has done since it started."""
+"""Counters of the engine since it started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Written by the loop thread only, read by anyone; each only grows."""
+    """Written by the loop thread only, read by any; each only grows."""
 
     lookups: int = 0
     lookup_chunks: int = 0
@@ -25,5 +25,5 @@ class EngineCounters:
     clients_gone: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Return all of them by name."""
+        """Return the counters by name."""
         return asdict(self)

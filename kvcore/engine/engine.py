@@ -1,7 +1,8 @@
-"""The requests that move and find KV. The loop thread calls it; copies run on lanes.
+"""Handlers of the requests that register, store, look up and retrieve KV.
 
-A handler returns its reply, or `DeferredReply` work whose reply comes later, or is a
-generator that yields wherever others may be served and returns either.
+The loop thread calls them; copies run on lanes. A handler returns its reply or a
+`DeferredReply`, or is a generator that yields wherever other requests may be served and
+returns either.
 """
 
 from __future__ import annotations
@@ -11,23 +12,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from kvcore.config import ServerConfig
 from kvcore.copy.host_transport import TransportTable
 from kvcore.engine.counters import EngineCounters
+from kvcore.engine.explain import MissHistory
 from kvcore.engine.instance import Instance, derive_layouts, is_private
 from kvcore.engine.leases import LeaseTable
 from kvcore.engine.lookups import Lookups
-from kvcore.engine.miss_history import HASH_DIGITS, MIN_KEY_DIGITS, MissHistory
 from kvcore.engine.registry import Registry
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.engine.tiering import OpenTiering, no_tiering
 from kvcore.engine.transfers import Transfers
-from kvcore.errors import (
-    BadRequest,
-)
+from kvcore.errors import BadRequest
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
     ArenaHandle,
@@ -35,7 +34,6 @@ from kvcore.protocol import (
     Cleared,
     Done,
     EndSession,
-    Finding,
     FreeLookupLocks,
     Lookup,
     LookupReply,
@@ -53,17 +51,14 @@ from kvcore.protocol import (
 )
 from kvcore.status import InstanceStatus
 from kvcore.storage.arena import Arena
-from kvcore.storage.l1 import L1, Chunk
+from kvcore.storage.l1 import L1
 from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import RecoveredArena
-from kvcore.storage.required_parts import RequiredParts
 
 __all__ = ["Engine"]
 
-T = TypeVar("T")
-
 Handler = Callable[[Any, RequestContext], Any]
-"""Takes a request and its context; returns as the module says."""
+"""Takes a request and its context; returns as the module describes."""
 
 CLEAR_CHUNKS = 32
 """Chunks dropped in one step of a clear, about 80 us."""
@@ -84,7 +79,7 @@ class EngineHooks:
 
 
 class Engine:
-    """Instances, sessions and leases over one L1."""
+    """Instances, sessions, leases and transfers over one L1."""
 
     def __init__(
         self,
@@ -120,7 +115,7 @@ class Engine:
             config.wire.slice_chunks,
             config.sessions.idle_s,
             config.sessions.max_sessions,
-            self._session_ended,
+            self._on_session_end,
             clock,
         )
         self.lookups = Lookups(
@@ -146,7 +141,7 @@ class Engine:
             checksums=config.l1.verify or recovered is not None,
             verify=config.l1.verify,
         )
-        # Closing an instance waits for its running copies, which nobody else should.
+        # Closing an instance waits for its running copies; the loop must not.
         self._closer = ThreadPoolExecutor(1, "closer")
         self._transports = transports or TransportTable()
 
@@ -167,22 +162,28 @@ class Engine:
     # -- registration -------------------------------------------------------------
 
     def register_kv_cache(
-        self, request: RegisterKVCache, caller: RequestContext
+        self, request: RegisterKVCache, context: RequestContext
     ) -> DeferredReply | RegisterReply:
-        """Attach a worker's memory and enter it, in place of its earlier self.
+        """Register a worker's memory, replacing its earlier registration.
 
-        It is entered at once: requests that were sent right behind find it.
+        It is registered before its memory is attached: requests sent directly after
+        this one find it.
+
+        Raises:
+            BadRequest, LayoutError, LayoutConflict, InstanceExists, HandleError.
         """
         layouts = derive_layouts(request, self.chunk_size)
         parts = tuple(layout.part for layout in layouts)
         space = self.registry.space(request.model, request.world_size)
         self.registry.check(
-            caller.client, request.instance_id, space, request.rank, parts
+            context.client, request.instance_id, space, request.rank, parts
         )
         if is_private(request):
-            self._check_trusted(request.instance_id, caller)
+            self._check_private(request.instance_id, context)
         memory = self._transports.attach(request.handles, layouts)
-        instance = Instance(caller.client, caller.pid, request, space, layouts, memory)
+        instance = Instance(
+            context.client, context.pid, request, space, layouts, memory
+        )
         earlier = self.registry.instances.get(request.instance_id)
         if earlier is not None:
             self._remove(earlier)
@@ -198,9 +199,9 @@ class Engine:
 
         return finish() if memory.done() else DeferredReply(memory, finish)
 
-    def _check_trusted(self, instance_id: str, caller: RequestContext) -> None:
-        """Let nobody write to the arena whose end might be missed, or come too late."""
-        if not caller.is_watched:
+    def _check_private(self, instance_id: str, context: RequestContext) -> None:
+        """Refuse a worker that could write to pages after the server reuses them."""
+        if not context.is_watched:
             raise BadRequest(
                 f"instance {instance_id!r}: a worker that copies itself must "
                 "live in the server's pid namespace, which watches its process"
@@ -216,18 +217,18 @@ class Engine:
         return ArenaHandle(memory, self.transfers.checksums)
 
     def unregister_kv_cache(
-        self, request: UnregisterKVCache, caller: RequestContext
+        self, request: UnregisterKVCache, context: RequestContext
     ) -> DeferredReply:
-        """Forget an instance; the reply comes when its memory is unmapped."""
-        instance = self.registry.get(caller.client, request.instance_id)
+        """Unregister an instance; the reply comes when its memory is unmapped."""
+        instance = self.registry.get(context.client, request.instance_id)
         return DeferredReply(self._remove(instance), Done)
 
     def _remove(self, instance: Instance) -> Future[None]:
         self.registry.remove(instance)
         return self._closer.submit(instance.close)
 
-    def client_gone(self, client: Hashable) -> None:
-        """Undo what a dead client leaves: instances, leases, its reads to come."""
+    def end_client(self, client: Hashable) -> None:
+        """End the instances, leases and pending reads of a client that ended."""
         self.counters.clients_gone += 1
         for instance in self.registry.of_client(client):
             instance.abandon()
@@ -237,8 +238,8 @@ class Engine:
             hook(client)
         self.leases.end_client(client)
 
-    def do_behind(self, call: Callable[[], object]) -> None:
-        """Have the closer do something once all is closed that now is to be."""
+    def run_after_close(self, call: Callable[[], object]) -> None:
+        """Run a call on the closer thread, after the closes that are queued now."""
         self._closer.submit(call)
 
     # -- copies -------------------------------------------------------------------
@@ -293,9 +294,9 @@ class Engine:
     # -- lookups and sessions -----------------------------------------------------
 
     def lookup(
-        self, request: Lookup, caller: RequestContext
+        self, request: Lookup, context: RequestContext
     ) -> Generator[None, None, LookupReply | DeferredReply]:
-        """Count and lease the leading chunks that are there for all ranks."""
+        """Count and lease the leading chunks that all ranks have stored."""
         space, needs = self.registry.lookup(request.model, request.world_size)
         num_chunks = request.end // self.chunk_size
         session = self.sessions.open(request.session, space)
@@ -311,31 +312,22 @@ class Engine:
             hashes = session.chain.hashes[:num_chunks]
             for hook in self.hooks.lookup:
                 hook(request, hashes)
-            find = self.lookups.find(session, needs, hashes, caller, wait=request.wait)
+            find = self.lookups.find(session, needs, hashes, context, wait=request.wait)
             reply = yield from find
             if isinstance(reply, DeferredReply):
                 reply.resources.push(session_use.pop_all())
             return reply
 
-    def acquire(
-        self, hashes: list[ChunkHash], needs: RequiredParts
-    ) -> Generator[None, None, list[Chunk]]:
-        """Hold the leading chunks that make a hit, in steps."""
-        chunks = yield from self.lookups.acquire(hashes, needs)
-        hit = self.lookups.count(chunks, needs)
-        self.l1.release(chunks[hit:])
-        return chunks[:hit]
-
     def free_lookup_locks(
-        self, request: FreeLookupLocks, caller: RequestContext
+        self, request: FreeLookupLocks, context: RequestContext
     ) -> Done:
-        """End a session's lease on a range, for all readers."""
+        """End a session's lease on a token range, for all readers."""
         first = request.start // self.chunk_size
         self.leases.free(request.session, first, -(-request.end // self.chunk_size))
         return Done()
 
-    def end_session(self, request: EndSession, caller: RequestContext) -> Done:
-        """End leases at once, the session when its running work has ended."""
+    def end_session(self, request: EndSession, context: RequestContext) -> Done:
+        """End a session's leases now, and the session after its running work."""
         for hook in self.hooks.session_end:
             hook(request.session)
         session = self.sessions.find(request.session)
@@ -343,18 +335,18 @@ class Engine:
             self.sessions.end(session)
         return Done()
 
-    def _session_ended(self, session: Session) -> None:
+    def _on_session_end(self, session: Session) -> None:
         self.counters.sessions_ended += 1
         if not session.ended:
             for hook in self.hooks.session_end:
                 hook(session.key)
-        # Once a request, tail to head: its leaves are the first to be evicted.
+        # Once per request, tail to head: leaves are evicted first.
         self.l1.touch(session.chain.hashes)
 
     def clear(
-        self, request: Clear, caller: RequestContext
+        self, request: Clear, context: RequestContext
     ) -> Generator[None, None, Cleared]:
-        """Drop every chunk that nobody reads or writes."""
+        """Drop every chunk that is neither held nor being written."""
         hashes = self.l1.hashes()
         num_dropped = 0
         for first in range(0, len(hashes), CLEAR_CHUNKS):
@@ -362,34 +354,21 @@ class Engine:
             yield
         return Cleared(num_dropped, len(hashes) - num_dropped)
 
-    def why(self, request: Why, caller: RequestContext) -> WhyReply:
-        """Tell what is known about a missed lookup or a chunk."""
-        about = request.about
-        findings = [*self.history.why_request(about)]
-        if len(about) >= MIN_KEY_DIGITS and not set(about) - set("0123456789abcdef"):
-            findings += self.history.why_chunk(about)
-            if len(about) == HASH_DIGITS:
-                findings += _presence(self.l1.peek([ChunkHash(bytes.fromhex(about))]))
-        if not findings:
-            findings = [
-                Finding(
-                    "unknown",
-                    "no missed lookup and no chunk that left is known by that name",
-                )
-            ]
-        return WhyReply(tuple(findings))
+    def why(self, request: Why, context: RequestContext) -> WhyReply:
+        """Explain a missed lookup or a chunk."""
+        return WhyReply(self.history.explain(request.about, self.l1))
 
     # -- upkeep -------------------------------------------------------------------
 
     def expire(self) -> float | None:
-        """End what is past its time; return when to look again."""
+        """End expired leases and sessions; return the next deadline."""
         self.leases.expire()
         self.sessions.expire()
         deadlines = (self.leases.next_deadline(), self.sessions.next_deadline())
         return min((d for d in deadlines if d is not None), default=None)
 
     def instances(self) -> tuple[InstanceStatus, ...]:
-        """Describe what is registered."""
+        """Describe the registered instances."""
         return tuple(
             InstanceStatus(
                 instance_id=instance.instance_id,
@@ -411,24 +390,9 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Drop queued copies, wait for running ones, unmap every instance."""
+        """Cancel queued copies, wait for running ones, unmap every instance."""
         for instance in list(self.registry.instances.values()):
             self._remove(instance)
         self._closer.shutdown(wait=True)
         self.tiering.close()
         self.l1.close()
-
-
-def _presence(chunks: Sequence[Chunk | None]) -> list[Finding]:
-    """Tell which parts of a known chunk are there."""
-    return [
-        Finding(
-            "present" if chunk.ready >> number & 1 else "being_written",
-            f"rank {part.name.rank}'s part of group {part.name.group}, layout "
-            f"{part.name.layout}, {part.num_bytes} bytes, {chunk.holds} holds",
-        )
-        for chunk in chunks
-        if chunk is not None
-        for number, part in [*chunk.parts.items()]
-        if part.name is not None
-    ]

@@ -1,4 +1,4 @@
-"""One registered cache: its layouts, its memory, and a lane for each direction."""
+"""A registered cache: its layouts, its memory, and one lane per direction."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Group:
 
 
 class Instance:
-    """A worker's cache as registered. Made and closed by the loop thread.
+    """A worker's registered cache. Created by the loop thread, closed on the closer.
 
     Copies run on `store_lane` and `retrieve_lane`, one thread each, so that a large
-    copy delays nobody but its own direction.
+    copy delays only its own direction.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Instance:
         self.layouts = tuple(layouts)
         self.part_layouts = tuple(layout.part for layout in layouts)
         self.is_private = is_private(request)
-        """Its worker copies; there are no caches here."""
+        """Whether its worker copies; then there are no caches here."""
         self.memory = memory
-        """May not be there yet: lanes wait for it, and the loop never does."""
+        """May be pending: lanes wait for it, the loop thread never does."""
         parts = space.part_ids(request.rank, self.part_layouts)
         self.groups = tuple(
             Group(
@@ -67,13 +67,13 @@ class Instance:
         )
         name = request.instance_id[:40]
         self.is_abandoned = False
-        """Its client is gone: what a running copy has taken from it is not kept."""
+        """Whether its client ended: a running store from it is not committed."""
         self.store_lane = ThreadPoolExecutor(1, f"store-{name}")
         self.retrieve_lane = ThreadPoolExecutor(1, f"retrieve-{name}")
 
     @property
     def caches(self) -> tuple[PagedCache, ...]:
-        """The group's memory; for lanes. Raises what attaching it raised."""
+        """The groups' caches; for lanes. Raises the error of attaching the memory."""
         return self.memory.result().caches
 
     @property
@@ -83,19 +83,21 @@ class Instance:
 
     @property
     def registered_bytes(self) -> int:
-        """Bytes of the memory it registered."""
+        """Bytes of the registered memory."""
         return sum(handle.length for handle in self.request.handles)
 
     def abandon(self) -> None:
-        """Its client is gone: running copies are void, and wait for it no more."""
+        """Void the running copies after the client's end; they stop waiting for it."""
         self.is_abandoned = True
         self.memory.add_done_callback(_abandon)
 
     def close(self) -> None:
-        """Drop queued copies, wait for running ones, then unmap. May block."""
+        """Cancel queued copies, wait for running ones, then unmap. May block."""
         for lane in (self.store_lane, self.retrieve_lane):
             lane.shutdown(wait=True, cancel_futures=True)
-        with suppress(KVError):  # It never was attached, as its client was told.
+        with suppress(
+            KVError
+        ):  # Never attached: the registration has failed with this error.
             self.memory.result().close()
 
 
@@ -105,12 +107,12 @@ def _abandon(memory: Future[AttachedMemory]) -> None:
 
 
 def is_private(request: RegisterKVCache) -> bool:
-    """Say whether a worker keeps its memory to itself."""
+    """Return whether the worker's memory is private."""
     return any(isinstance(handle, Private) for handle in request.handles)
 
 
 def derive_layouts(request: RegisterKVCache, chunk_size: int) -> list[KVLayout]:
-    """Validate what a worker registers.
+    """Validate a registration and return the layout of each group.
 
     Raises:
         BadRequest: the rank is not below the world size.

@@ -1,7 +1,7 @@
-"""One model's chunks: the seed of their hashes, and the bits of their parts.
+"""Keyspace of one model: the seed of its chunk hashes and the ids of its parts.
 
-A space outlives its instances, since chunks do; only while every rank of it is
-registered can it be looked up.
+A keyspace outlives its instances, since chunks do. It can be looked up only while every
+rank has an instance.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Keyspace:
     bits: dict[tuple[int, int, str], PartId] = field(default_factory=dict)
     ranks: dict[int, _RankLayouts] = field(default_factory=dict)
     needs: RequiredParts | None = None
-    """What a lookup needs; None while not every rank is registered."""
+    """Parts that a lookup needs; None until every rank is registered."""
 
     def part_ids(self, rank: int, layouts: Iterable[PartLayout]) -> tuple[PartId, ...]:
-        """Return the bit of each group's part; all ranks share a replicated one.
+        """Return the id of each group's part; all ranks share a replicated one.
 
-        A bit names rank, group and layout fingerprint for as long as the server
-        runs, so bytes of another layout are another part and never reached.
+        An id stands for one rank, group and layout fingerprint while the server runs,
+        so bytes of another layout are another part.
         """
         return tuple(
             self.bits.setdefault(
@@ -48,25 +48,25 @@ class Keyspace:
         )
 
     def part_name(self, rank: int, group: int, layout: PartLayout) -> PartName:
-        """Return what a rank's part of a group is called beyond this server."""
+        """Return the name of a rank's part of a group in tiers and the journal."""
         rank = 0 if layout.replicated else rank
         return PartName(self.model, self.world_size, rank, group, layout.fingerprint)
 
     def restore(self, name: PartName, part: PartId) -> None:
-        """Give a part the bit that it had in an earlier run."""
+        """Give a part the id that it had in an earlier run."""
         self.bits[name.rank, name.group, name.layout] = part
 
     def missing_ranks(self) -> list[int]:
-        """Return the ranks that nobody has registered."""
+        """Return the ranks without an instance."""
         return [rank for rank in range(self.world_size) if rank not in self.ranks]
 
     def add(self, rank: int, layouts: tuple[PartLayout, ...]) -> None:
-        """Count one more instance of a rank."""
+        """Add an instance of a rank."""
         self.ranks.setdefault(rank, _RankLayouts(layouts)).num_instances += 1
         self._update()
 
     def remove(self, rank: int) -> None:
-        """Count one less; the layout of a rank goes with its last instance."""
+        """Remove an instance of a rank; the last one takes its layouts with it."""
         held = self.ranks[rank]
         held.num_instances -= 1
         if not held.num_instances:

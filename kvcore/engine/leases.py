@@ -1,4 +1,4 @@
-"""Who may read which chunks until when: the leases that lookups grant.
+"""Leases: the right of a session's ranks to read chunks until a deadline.
 
 A lease belongs to a session and holds the leading chunks of its prompt, with the
 ranks that still have to read each. It ends exactly once; `LeaseTable.num_granted` is
@@ -20,14 +20,14 @@ from kvcore.status import LeaseStatus
 from kvcore.storage.l1 import L1, Chunk
 
 LeaseNumber = NewType("LeaseNumber", int)
-"""Tells a session's lease from its later ones."""
+"""Distinguishes a session's lease from its later ones."""
 
 _ALL_RANKS = -1
 """The mask with every bit set."""
 
 
 class EndReason(Enum):
-    """What ended a lease."""
+    """Why a lease ended."""
 
     READ = "read"
     """Every rank has read every chunk."""
@@ -35,9 +35,9 @@ class EndReason(Enum):
     SESSION_END = "session_end"
     EXPIRED = "expired"
     REPLACED = "replaced"
-    """By a later lookup of the session."""
+    """A later lookup of the session granted another."""
     CLIENT_GONE = "client_gone"
-    """The client that looked up, or the last worker still to read."""
+    """The client that looked up ended, or the last worker that had not read."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -51,7 +51,7 @@ class _LeasedRange:
 
 @dataclass(slots=True, eq=False)
 class _Lease:
-    """Runs are in order, apart, and wait for someone; what is outside is released."""
+    """Ranges are ordered, disjoint, and have readers; chunks outside are released."""
 
     number: LeaseNumber
     owner: SessionKey
@@ -64,10 +64,10 @@ class _Lease:
 
 
 class LeaseTable:
-    """All live leases, one a session at most. For one thread: the socket loop's.
+    """All live leases, at most one per session. Loop thread only.
 
-    Chunks are held through L1, whose eviction passes over them. A lease's readers
-    are kept as runs of chunks, so a read of a whole lease costs no loop of its own.
+    The chunks are held in L1, so they are not evicted. Readers are kept per range of
+    chunks, so a read of a whole lease does not loop over its chunks.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LeaseTable:
         self._ttl_s = ttl_s
         self._clock = clock
         self._on_expired = on_expired
-        """Told the owner, the chunks still leased, and the lease's age."""
+        """Called with the owner, the number of leased chunks, and the age in s."""
         # In the order of granting, which is that of deadlines. A plain dict would
         # walk over its deleted entries to find the first.
         self._leases: OrderedDict[SessionKey, _Lease] = OrderedDict()
@@ -102,9 +102,9 @@ class LeaseTable:
     ) -> None:
         """Lease acquired chunks, the first ones of the prompt, to a mask of ranks.
 
-        Takes over the caller's hold on them. The session's earlier lease ends after
-        that, so what both cover is never free in between. With nothing to read or
-        nobody to read it, there is no lease and the hold ends here.
+        Takes over the caller's hold. The session's earlier lease ends under that hold,
+        so chunks of both are never free in between. Without chunks or readers there is
+        no lease and the hold ends here.
         """
         earlier = self._leases.get(owner)
         if earlier is not None:
@@ -122,12 +122,12 @@ class LeaseTable:
         self._by_client.setdefault(client, {})[owner] = None
 
     def number(self, owner: SessionKey) -> LeaseNumber | None:
-        """Return which lease a session has, if it has one."""
+        """Return the number of a session's lease, None without one."""
         lease = self._leases.get(owner)
         return lease.number if lease is not None else None
 
     def read(self, owner: SessionKey, start: int, end: int, rank: int) -> None:
-        """Note that a rank has read, or will not read, the chunks [start, end)."""
+        """Remove a rank from the readers of the chunks [start, end)."""
         self._take(owner, start, end, 1 << rank, EndReason.READ)
 
     def free(self, owner: SessionKey, start: int, end: int) -> None:
@@ -135,25 +135,25 @@ class LeaseTable:
         self._take(owner, start, end, _ALL_RANKS, EndReason.RELEASED)
 
     def end(self, owner: SessionKey) -> None:
-        """End the session's lease, if there is one."""
+        """End a session's lease, if it has one."""
         lease = self._leases.get(owner)
         if lease is not None:
             self._end(lease, EndReason.SESSION_END)
 
     def end_client(self, client: Hashable) -> None:
-        """End every lease that was granted through a client that is gone."""
+        """End every lease that was granted to a client that ended."""
         for owner in list(self._by_client.get(client, ())):
             self._end(self._leases[owner], EndReason.CLIENT_GONE)
 
     def drop_reader(self, engine_id: str, rank: int) -> None:
-        """Wait no more for a worker that is gone. Walks over all leases."""
+        """Remove a worker that ended from all leases. Visits every lease."""
         owners = [owner for owner in self._leases if owner.engine_id == engine_id]
         for owner in owners:
             end = len(self._leases[owner].chunks)
             self._take(owner, 0, end, 1 << rank, EndReason.CLIENT_GONE)
 
     def expire(self) -> int:
-        """End the leases past their deadline; return how many."""
+        """End the leases past their deadline; return their number."""
         now = self._clock()
         num_expired = 0
         while self._leases:
@@ -168,7 +168,7 @@ class LeaseTable:
         return num_expired
 
     def next_deadline(self) -> float | None:
-        """Return when `expire` has something to do, on the table's clock."""
+        """Return the earliest deadline, on the table's clock."""
         for lease in self._leases.values():
             return lease.deadline
         return None
@@ -182,7 +182,7 @@ class LeaseTable:
     def _take(
         self, owner: SessionKey, start: int, end: int, ranks: int, reason: EndReason
     ) -> None:
-        """Take a mask of ranks off the chunks [start, end)."""
+        """Remove a mask of ranks from the readers of the chunks [start, end)."""
         lease = self._leases.get(owner)
         if lease is None or start >= end:
             return
@@ -206,7 +206,7 @@ class LeaseTable:
         self._forget(lease, reason)
 
     def _release(self, lease: _Lease, runs: list[_LeasedRange]) -> None:
-        # Last run first: L1 touches what nobody holds any more, and leaves go first.
+        # Last range first: L1 touches released chunks; leaves are evicted first.
         for run in reversed(runs):
             self._l1.release(lease.chunks[run.start : run.end])
 
@@ -220,14 +220,14 @@ class LeaseTable:
 
 
 def _split(run: _LeasedRange, start: int, end: int) -> list[_LeasedRange]:
-    """Cut a run at `start` and `end`."""
+    """Split a range at `start` and `end`."""
     cuts = [cut for cut in (start, end) if run.start < cut < run.end]
     edges = [run.start, *cuts, run.end]
     return [_LeasedRange(a, b, run.waiting) for a, b in pairwise(edges)]
 
 
 def _append(runs: list[_LeasedRange], run: _LeasedRange) -> None:
-    """Append a run, in one with the last where both wait for the same."""
+    """Append a range; merge it with the last if their readers are equal."""
     last = runs[-1] if runs else None
     if last and last.end == run.start and last.waiting == run.waiting:
         runs[-1] = _LeasedRange(last.start, run.end, run.waiting)

@@ -1,7 +1,7 @@
-"""Lookups: find leading chunks, have tiers load what is missing, lease what is there.
+"""Lookups: hold the leading chunks, prefetch missing ones from tiers, lease the hit.
 
-One path for all: what L1 has is held at once; where tiers may have more, the answer
-waits for a prefetch job, and then counts and leases what L1 has by then.
+Chunks in L1 are held at once. Where tiers may have more, the reply waits for a prefetch
+and then counts and leases the chunks that L1 has by then.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from time import monotonic_ns
 from msgspec.structs import replace
 
 from kvcore.engine.counters import EngineCounters
+from kvcore.engine.explain import MissHistory
 from kvcore.engine.leases import LeaseTable
-from kvcore.engine.miss_history import MissHistory
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
 from kvcore.engine.tiering import PrefetchTask, Tiering
@@ -26,12 +26,12 @@ from kvcore.storage.required_parts import RequiredParts, count_hits, num_window_
 ACQUIRE_CHUNKS = 256
 """Chunks found and held in one step of a lookup, about 50 us."""
 ANSWER_S = 0.02
-"""What a late answer has to get to its client before the client gives up."""
+"""Time for a late reply to reach its client before the client gives up."""
 
 
 @dataclass(slots=True, eq=False)
 class _PrefetchWait:
-    """A session's prefetch, and whether somebody still wants it."""
+    """A session's prefetch, and whether its lookup was cancelled."""
 
     job: PrefetchTask
     client: Hashable
@@ -39,7 +39,7 @@ class _PrefetchWait:
 
 
 class Lookups:
-    """Counts and leases leading chunks. Loop thread only."""
+    """Finds and leases leading chunks. Loop thread only."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Lookups:
         session: Session,
         needs: RequiredParts,
         hashes: Sequence[ChunkHash],
-        caller: RequestContext,
+        context: RequestContext,
         *,
         wait: bool,
     ) -> Generator[None, None, LookupReply | DeferredReply]:
@@ -84,7 +84,7 @@ class Lookups:
             return self._reply(hashes, 0)
         hit = self.count(chunks, needs)
         if not self._tiering.has_tiers or hit == len(hashes) or session.ended:
-            return self._answer(session, needs, hashes, chunks, caller, "")
+            return self._answer(session, needs, hashes, chunks, context, "")
         first = hit - max(
             (num_window_chunks(w.window, self._chunk_size) for w in needs.windows),
             default=0,
@@ -93,20 +93,20 @@ class Lookups:
             hashes[max(first, 0) :],
             needs,
             chunk_size=self._chunk_size,
-            deadline=self.deadline(caller),
+            deadline=self.deadline(context),
             owner=session.owner,
             wait=wait,
         )
-        task = self._tasks[session.key] = _PrefetchWait(job, caller.client)
+        task = self._tasks[session.key] = _PrefetchWait(job, context.client)
         if not wait:
-            return self._answer(session, needs, hashes, chunks, caller, "")
+            return self._answer(session, needs, hashes, chunks, context, "")
 
         def finish() -> LookupReply:
-            self._complete(task, hashes, chunks, needs, caller)
+            self._complete(task, hashes, chunks, needs, context)
             if task.cancelled:
                 # The session's lease, if there is one, is a later lookup's.
                 return self._reply(hashes, 0)
-            reply = self._answer(session, needs, hashes, chunks, caller, job.outcome)
+            reply = self._answer(session, needs, hashes, chunks, context, job.outcome)
             loaded = max(0, reply.num_chunks - hit)
             return replace(reply, num_from_tiers=loaded)
 
@@ -135,18 +135,18 @@ class Lookups:
         return chunks
 
     def count(self, chunks: Sequence[Chunk], needs: RequiredParts) -> int:
-        """Return how many of the leading chunks are a hit, windows minded."""
+        """Return how many leading chunks are a hit, their windows considered."""
         if not needs.windows:
             return len(chunks)
         masks = [chunk.ready for chunk in chunks]
         return count_hits(masks, needs, self._chunk_size)
 
-    def deadline(self, caller: RequestContext) -> float:
-        """Return when to answer at the latest: ours, or just before the caller's."""
+    def deadline(self, context: RequestContext) -> float:
+        """Return the latest time of the reply: ours, or just before the client's."""
         now = monotonic_ns()
         due = now + int(self._deadline_s * 1e9)
-        if caller.deadline_ns:
-            due = min(due, caller.deadline_ns - int(ANSWER_S * 1e9))
+        if context.deadline_ns:
+            due = min(due, context.deadline_ns - int(ANSWER_S * 1e9))
         return due / 1e9
 
     def _complete(
@@ -155,14 +155,14 @@ class Lookups:
         hashes: Sequence[ChunkHash],
         chunks: list[Chunk],
         needs: RequiredParts,
-        caller: RequestContext,
+        context: RequestContext,
     ) -> None:
-        """Hold what has come, too, and end the job's holds.
+        """Hold the chunks that were loaded, and settle the prefetch.
 
-        What was cancelled, or is too late for its client, finds nothing.
+        A lookup that was cancelled, or is too late for its client, holds nothing.
         """
-        wanted = not (task.cancelled or 0 < caller.deadline_ns < monotonic_ns())
-        if wanted:
+        is_pending = not (task.cancelled or 0 < context.deadline_ns < monotonic_ns())
+        if is_pending:
             chunks += self._l1.acquire_leading(hashes[len(chunks) :], needs.full)
         else:
             self._l1.release(chunks)
@@ -175,13 +175,13 @@ class Lookups:
         needs: RequiredParts,
         hashes: Sequence[ChunkHash],
         chunks: list[Chunk],
-        caller: RequestContext,
+        context: RequestContext,
         tiers: str,
     ) -> LookupReply:
-        """Lease what makes a hit of the held chunks; remember why the rest does not.
+        """Lease the held chunks that are a hit; record the first miss.
 
-        `tiers` says why they did not help, where they were asked. A session that has
-        ended meanwhile gets no lease, and leaves alone what the next of its id has.
+        `tiers` is the prefetch's outcome, empty without one. A session that has ended
+        meanwhile gets no lease: one that exists belongs to a later session of its id.
         """
         hit = self.count(chunks, needs)
         self._l1.release(chunks[hit:])
@@ -196,7 +196,9 @@ class Lookups:
         else:
             space = session.space
             readers = (1 << space.world_size) - 1
-            self._leases.grant(session.key, space.model, chunks, readers, caller.client)
+            self._leases.grant(
+                session.key, space.model, chunks, readers, context.client
+            )
         self._tiering.used(chunks)
         return self._reply(hashes, hit)
 
@@ -207,9 +209,9 @@ class Lookups:
         return LookupReply(hit, hit * self._chunk_size)
 
     def cancel(self, key: SessionKey) -> None:
-        """Load nothing more for a session; a lookup that waits is answered with none.
+        """Cancel a session's prefetch; its waiting lookup finds nothing.
 
-        For an ended session, and for one that looks up again.
+        Called when the session ends or looks up again.
         """
         task = self._tasks.pop(key, None)
         if task is not None:
@@ -217,7 +219,7 @@ class Lookups:
             task.job.cancel()
 
     def cancel_client(self, client: Hashable) -> None:
-        """Load nothing more for a client that is gone."""
+        """Cancel the prefetches of a client that ended."""
         tasks = self._tasks.items()
         for key in [key for key, task in tasks if task.client == client]:
             self.cancel(key)

@@ -1,4 +1,4 @@
-"""Who registered which cache, and whether those caches can share chunks."""
+"""Registered instances, and checks that their caches can share chunks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kvcore.layout import PartLayout
 from kvcore.storage.required_parts import RequiredParts
 
 MAX_NAMED = 8
-"""Missing ranks that an error names."""
+"""Most missing ranks that an error lists."""
 
-GONE_MEANWHILE = "unregistered before the copy's turn came"
+GONE_MEANWHILE = "unregistered before its copy began"
 
 
 class Registry:
-    """Instances by id, spaces by (model, world size): both O(1). Loop thread only."""
+    """Instances by id, keyspaces by (model, world size). Loop thread only."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
@@ -31,7 +31,7 @@ class Registry:
         self._spaces: dict[tuple[str, int], Keyspace] = {}
 
     def space(self, model: str, world_size: int) -> Keyspace:
-        """Return the space of a model, made when first named by an instance."""
+        """Return the keyspace of a model; create it for the first instance."""
         key = (model, world_size)
         space = self._spaces.get(key)
         if space is None:
@@ -40,17 +40,18 @@ class Registry:
         return space
 
     def lookup(self, model: str, world_size: int) -> tuple[Keyspace, RequiredParts]:
-        """Return a space that every rank has registered, and what to look for.
+        """Return a keyspace that every rank has registered, and its required parts.
 
         Raises:
-            UnknownModel: nobody registered it, or the ranks named are missing.
+            UnknownModel: no instance registered it, or some ranks are missing.
         """
         space = self._spaces.get((model, world_size))
         if space is not None and space.needs is not None:
             return space, space.needs
         if space is None or not space.ranks:
             raise UnknownModel(
-                f"nobody registered model {model!r} with world size {world_size}"
+                f"no instance of model {model!r} with world size {world_size} is "
+                "registered"
             )
         ranks = [str(rank) for rank in space.missing_ranks()]
         missing = ", ".join(ranks[:MAX_NAMED])
@@ -69,7 +70,7 @@ class Registry:
         rank: int,
         layouts: tuple[PartLayout, ...],
     ) -> None:
-        """Refuse an instance that cannot stand beside the live ones.
+        """Check an instance against the registered ones.
 
         Raises:
             InstanceExists: its id is another live client's.
@@ -78,7 +79,7 @@ class Registry:
         known = self.instances.get(instance_id)
         if known is not None and known.client != client:
             raise InstanceExists(
-                f"instance {instance_id!r} belongs to process {known.pid}, which lives"
+                f"instance {instance_id!r} belongs to live process {known.pid}"
             )
         alone = known is not None and known.space is space and known.rank == rank
         for other, held in space.ranks.items():
@@ -87,17 +88,17 @@ class Registry:
             _agree(space, rank, layouts, other, held.layouts)
 
     def add(self, instance: Instance) -> None:
-        """Enter a checked instance."""
+        """Register a checked instance."""
         self.instances[instance.instance_id] = instance
         instance.space.add(instance.rank, instance.part_layouts)
 
     def remove(self, instance: Instance) -> None:
-        """Take an instance out; its chunks stay."""
+        """Unregister an instance; its chunks stay in L1."""
         del self.instances[instance.instance_id]
         instance.space.remove(instance.rank)
 
     def get(self, client: Hashable, instance_id: str) -> Instance:
-        """Return an instance of this client's.
+        """Return a client's instance.
 
         Raises:
             UnknownInstance: no such instance, or not this client's.
@@ -108,11 +109,11 @@ class Registry:
         return instance
 
     def has(self, instance: Instance) -> bool:
-        """Say whether this very instance is registered still."""
+        """Return whether this instance, not a later one of its id, is registered."""
         return self.instances.get(instance.instance_id) is instance
 
     def check_registered(self, instance: Instance) -> None:
-        """Refuse to copy when an instance went while its request was prepared."""
+        """Raise `UnknownInstance` if an instance was unregistered meanwhile."""
         if not self.has(instance):
             raise UnknownInstance(GONE_MEANWHILE)
 
@@ -128,7 +129,7 @@ def _agree(
     other: int,
     others: tuple[PartLayout, ...],
 ) -> None:
-    """Compare with a live rank: wholly with its own, group by group with another."""
+    """Compare with a registered rank: all layouts with the same one, else by group."""
     same_groups = len(layouts) == len(others) and all(
         (a.window, a.replicated) == (b.window, b.replicated)
         for a, b in zip(layouts, others, strict=True)

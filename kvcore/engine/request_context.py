@@ -1,4 +1,4 @@
-"""Who asks, and work whose answer comes later."""
+"""The context of a request, and replies that come later."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import msgspec
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """The client that a request came from, and how long it waits."""
+    """The client that sent a request, and its deadline."""
 
     client: Hashable
     pid: int
     deadline_ns: int = 0
-    """On the host's monotonic clock; 0 waits for ever."""
+    """On the host's monotonic clock, in ns; 0 for none."""
     is_watched: bool = False
-    """Its process's end cannot be missed."""
+    """Whether a pidfd reports the end of its process."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeferredReply:
-    """Work on another thread.
+    """A reply that waits for work on another thread.
 
     When the future is done, however it ended, the loop thread calls `finish` once:
     it returns the reply or raises. What the work needs until then is in `resources`,

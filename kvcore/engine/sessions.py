@@ -17,7 +17,7 @@ Slices = Generator[None, None, None]
 
 @dataclass(slots=True)
 class Session:
-    """What the server knows of one request. Loop thread only."""
+    """State of one request of one engine. Loop thread only."""
 
     key: SessionKey
     space: Keyspace
@@ -26,7 +26,7 @@ class Session:
     num_running: int = 0
     extending: bool = False
     num_lookups: int = 0
-    """Begun so far: the last one's lease is the session's."""
+    """Lookups begun so far: the last one's lease is the session's."""
     ended: bool = False
     owner: SaltedKey = field(init=False)
     """The key with the salt of its extras: the owner of what it stores and loads."""
@@ -64,7 +64,7 @@ class SessionTable:
         return len(self._sessions)
 
     def open(self, key: SessionKey, space: Keyspace) -> Session:
-        """Return a session, made when it is not known.
+        """Return a session; create it if it is not known.
 
         Raises:
             BadRequest: it is known for another model or world size.
@@ -94,14 +94,14 @@ class SessionTable:
         extras: tuple[ExtraKey, ...],
         end: int,
     ) -> Slices:
-        """Take in the tokens that a request brings, in slices.
+        """Hash the tokens of a request, in slices.
 
         Tokens may be appended where the session ends, or sent again from any chunk
-        boundary before it: then what follows is hashed anew, so that a reused
-        request id can never reach another prompt's chunks.
+        boundary before that: then all that follow are hashed again, so that a reused
+        request id never reaches another prompt's chunks.
 
         Raises:
-            TokensNeeded: they do not join, or the session still ends before `end`.
+            TokensNeeded: they leave a gap, or the session still ends before `end`.
             BadRequest: not whole tokens.
         """
         while session.extending:
@@ -143,7 +143,7 @@ class SessionTable:
     def _change_extras(
         self, session: Session, extras: tuple[ExtraKey, ...]
     ) -> HashChain:
-        """Adopt extras that only add to what is not hashed yet, else start again."""
+        """Adopt extras of tokens that are not hashed yet, else start a new chain."""
         chain = session.chain
         hashed = len(chain.hashes) * self._chunk_size
         known = chain.extras
@@ -158,11 +158,11 @@ class SessionTable:
         return session.chain
 
     def find(self, key: SessionKey) -> Session | None:
-        """Return a session if it is known."""
+        """Return a session, None if it is not known."""
         return self._sessions.get(key)
 
     def end(self, session: Session) -> None:
-        """End it now, or when its running work has ended."""
+        """End a session now, or when its running work has ended."""
         session.ended = True
         if not session.num_running:
             self._drop(session)
@@ -179,7 +179,7 @@ class SessionTable:
                 self._drop(session)
 
     def expire(self) -> None:
-        """End the sessions that nobody has used for `idle_s`."""
+        """End the sessions that no request has used for `idle_s`."""
         horizon = self._clock() - self._idle_s
         while self._sessions:
             session = next(iter(self._sessions.values()))
@@ -192,13 +192,13 @@ class SessionTable:
                 self._drop(session)
 
     def next_deadline(self) -> float | None:
-        """Return when the longest unused one expires."""
+        """Return when the least recently used session expires."""
         for session in self._sessions.values():
             return session.last_used + self._idle_s
         return None
 
     def _make_room(self) -> None:
-        """Beyond the limit the longest unused session gives way."""
+        """At the limit, end the least recently used session without running work."""
         if len(self._sessions) < self._max_sessions:
             return
         for session in self._sessions.values():

@@ -1,4 +1,4 @@
-"""A whole server: it is put together here, runs, and is taken apart again."""
+"""Assembly of a whole server: construction, request table, status, shutdown."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from kvcore.protocol import (
 from kvcore.server.client_table import Client, ClientTable
 from kvcore.server.event_loop import EventLoop, Handler
 from kvcore.server.listener import bind
-from kvcore.server.metrics import exposed
-from kvcore.server.orphaned_segments import OrphanRemover, remove_orphans
+from kvcore.server.metrics import serve_metrics
 from kvcore.server.recorder import Recorder
+from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from kvcore.status import L1Status
 from kvcore.storage.arena import Arena
 from kvcore.storage.recovery import open_arena, recover
@@ -57,7 +57,7 @@ from kvcore.wire import wire_name
 log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
-"""Longest that one thread runs Python while another waits to."""
+"""Longest time that one thread holds the interpreter while another waits."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -89,7 +89,7 @@ class Application:
                 recovered=recovered,
                 transports=self.transports,
             )
-            self._leftovers = OrphanRemover(self.engine.do_behind)
+            self._orphans = OrphanRemover(self.engine.run_after_close)
             if config.record is not None:
                 recording = Recorder(Path(config.record), config.chunk_size)
                 stack.callback(recording.close)
@@ -114,7 +114,9 @@ class Application:
             stack.callback(self.clients.close)
             if config.metrics_port is not None:
                 where = config.metrics_host, config.metrics_port
-                stack.enter_context(exposed(*where, self.counters, self.l1_status))
+                stack.enter_context(
+                    serve_metrics(*where, self.counters, self.l1_status)
+                )
             self._stack = stack.pop_all()
 
     def run(self) -> None:
@@ -132,7 +134,7 @@ class Application:
         self.loop.stop()
 
     def close(self) -> None:
-        """Release memory, threads and socket; for a server that never ran."""
+        """Release memory, threads and socket. `run` does it; else the owner must."""
         self._stack.close()
 
     def _watch(self, fd: int) -> None:
@@ -184,7 +186,7 @@ class Application:
 
     def _forget(self, client: Client) -> None:
         self.loop.drop(client)
-        self.engine.client_gone(client.identity)
+        self.engine.end_client(client.identity)
 
     def _ping(self, request: Ping, client: Client, deadline_ns: int) -> Pong:
         return Pong(monotonic_ns())
@@ -237,7 +239,7 @@ class Application:
         )
 
     def counters(self) -> dict[str, int]:
-        """Return everything counted since the start, by name."""
+        """Return all counters since the start, by name."""
         stats = self.engine.l1.stats()
         return {
             "requests": self.loop.num_requests,
@@ -263,10 +265,10 @@ class Application:
 
     def _client_gone(self, client: Client) -> None:
         log.info("client %s (%s) is gone", client.pid, client.label)
-        self.engine.client_gone(client.identity)
-        # What a killed worker shared has its name until somebody takes it away. Not
-        # here: the last of a segment's memory is freed with it, at 0.12 s a GiB.
-        self._leftovers.remove_soon()
+        self.engine.end_client(client.identity)
+        # The segments of a killed worker stay until they are removed. Not on this
+        # thread: removal frees their memory, at 0.12 s per GiB.
+        self._orphans.schedule()
 
     def _upkeep(self) -> float | None:
         self.loop.expire_silent()
@@ -303,6 +305,31 @@ def _with_context(serve: ServiceHandler) -> Handler:
     return handler
 
 
+def remove_orphans() -> None:
+    """Remove the shared-memory segments whose owners have ended."""
+    for name in remove_dead(SEGMENT_PREFIX):
+        log.info("removed %s, left behind by a dead process", name)
+
+
+class OrphanRemover:
+    """Removal of orphaned segments on another thread, once for many ended processes."""
+
+    def __init__(self, submit: Callable[[Callable[[], None]], None]) -> None:
+        self._submit = submit
+        self._is_scheduled = False
+
+    def schedule(self) -> None:
+        """Remove the segments of processes that have ended by now, soon."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._submit(self._remove)
+
+    def _remove(self) -> None:
+        # First: the search may miss a process that ends meanwhile.
+        self._is_scheduled = False
+        remove_orphans()
+
+
 def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM. `on_ready` gets the bound address.
 
@@ -312,8 +339,8 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
     remove_orphans()
     server = Application(config)
     with _stopped_by_signals(server):
-        _tame_gc()
-        # A lane that makes a plan holds the interpreter; a ping should not wait 5 ms.
+        _configure_gc()
+        # A lane may hold the interpreter; a ping should not wait the default 5 ms.
         sys.setswitchinterval(SWITCH_S)
         try:
             on_ready(server.address)
@@ -325,15 +352,15 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
 
 @contextmanager
 def _stopped_by_signals(server: Application) -> Iterator[None]:
-    """Stop the server on the first SIGINT or SIGTERM; later ones change nothing.
+    """Stop the server on the first SIGINT or SIGTERM; ignore later ones.
 
-    Python runs a handler between two of its own instructions, so a signal that comes
-    just before the poll would be seen only after it: the wake-up descriptor, which is
-    written at once, ends the poll.
+    Python runs handlers between bytecode instructions, so a signal just before the poll
+    would be handled only after it. The wake-up descriptor is written at once and ends
+    the poll.
     """
 
     def stop(*_: object) -> None:
-        # Not SIG_IGN: Python complains of a signal that came just before that.
+        # Not SIG_IGN: Python warns about a signal that came just before that.
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
         server.stop()
@@ -349,15 +376,15 @@ def _stopped_by_signals(server: Application) -> Iterator[None]:
             yield
         finally:
             signal.set_wakeup_fd(-1)
-            # Python's own end sets handlers back, and then one more signal would kill.
+            # Interpreter shutdown restores the handlers; one more signal would kill.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def _tame_gc() -> None:
-    """Keep the collector from walking every chunk ever held.
+def _configure_gc() -> None:
+    """Make full collections rare.
 
-    A full collection visits each of a million chunks, for a second, and finds
-    nothing: what the server keeps has no cycles. Young generations stay on.
+    One would visit up to a million chunks, for a second, and free nothing: the server's
+    long-lived state has no cycles. Young generations stay enabled.
     """
     gc.collect()
     gc.freeze()

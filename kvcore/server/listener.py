@@ -1,4 +1,4 @@
-"""The server's ROUTER socket: bound once, or a clear word why not."""
+"""The server's ROUTER socket: binding, limits, and the error if it is taken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Listener:
 
 @contextmanager
 def bind(address: str, wire: WireConfig) -> Iterator[Listener]:
-    """Bind a ROUTER and close it, with its context, at the end.
+    """Bind a ROUTER socket; close it and its context at the end.
 
     Raises:
         SetupError: another server has that address, or it cannot be bound.
@@ -35,7 +35,7 @@ def bind(address: str, wire: WireConfig) -> Iterator[Listener]:
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    # A client that reconnects keeps its identity and takes its place again.
+    # A client that reconnects keeps its identity.
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     socket.setsockopt(zmq.MAXMSGSIZE, wire.max_message)
     socket.setsockopt(zmq.SNDHWM, 2 * wire.max_requests_per_client)
@@ -61,13 +61,13 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
 
 
 def _remove_file(address: str) -> None:
-    """ZeroMQ leaves the file of a Unix socket behind; it goes while it is ours."""
+    """Remove the file of a Unix socket, which ZeroMQ leaves behind."""
     if address.startswith("ipc://"):
         Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _refuse_served(address: str) -> None:
-    """ZeroMQ takes over the file of a Unix socket even while a server serves it."""
+    """Raise `SetupError` if a server listens there: ZeroMQ would take over its file."""
     path = Path(address.removeprefix("ipc://"))
     if not path.exists():
         return

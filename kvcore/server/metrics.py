@@ -1,4 +1,4 @@
-"""Prometheus metrics, read from the server's own counters when somebody asks."""
+"""Prometheus metrics, read from the server's counters at each scrape."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def exposed(
+def serve_metrics(
     host: str,
     port: int,
     counters: Callable[[], dict[str, int]],
     l1: Callable[[], L1Status],
 ) -> Iterator[None]:
-    """Serve http://`host`:`port`/metrics meanwhile, on a thread of its own.
+    """Serve http://`host`:`port`/metrics on its own thread while the context lasts.
 
     Raises:
-        SetupError: the port is taken, or the host is not this one.
+        SetupError: the port is taken, or the host is not an address of this machine.
     """
-    # 77 ms to import, and only who asks for metrics pays them.
+    # The import takes 77 ms; only servers with metrics pay them.
     from prometheus_client import CollectorRegistry, start_http_server
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     class Collector:
-        """Turns the counters into metrics at each scrape."""
+        """Converts the counters to metrics at each scrape."""
 
         def collect(self) -> Iterator[Metric]:
             for name, value in counters().items():

@@ -1,10 +1,10 @@
-"""Writes down what a server is asked, as a trace that can be replayed.
+"""Recorder of lookups, as a trace that can be replayed.
 
-Mooncake's format, one lookup a line: `timestamp` (ms since the first), `input_length`,
-`output_length` (not known here, 0), `hash_ids`, `block_size`, `session_id`; ours beside
-it are `model` and `world_size`. An id is the first 64 bits of a chunk's chained hash,
-so two lines share exactly the ids of the chunks that their prompts shared. Tokens are
-not written, and cannot be had from the hashes.
+Mooncake's format, one lookup per line: `timestamp` (ms since the first),
+`input_length`, `output_length` (unknown here, 0), `hash_ids`, `block_size`,
+`session_id`, and in addition `model` and `world_size`. An id is the first 64 bits of a
+chunk's chained hash, so two lines share the ids of exactly the chunks that their
+prompts share. Tokens are not written and cannot be recovered from the hashes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ID_BYTES = 8
 
 
 class RecordedRequest(msgspec.Struct, frozen=True):
-    """One line."""
+    """One line of the trace."""
 
     timestamp: float
     input_length: int
@@ -39,9 +39,9 @@ class RecordedRequest(msgspec.Struct, frozen=True):
 
 
 class Recorder:
-    """A file that grows by a line a lookup. The loop thread's alone.
+    """A trace file, one line per lookup. Loop thread only.
 
-    A line is written at once: what the server was asked before it was killed is there.
+    Each line is written at once, so a killed server loses none.
 
     Raises:
         SetupError: the file cannot be written.
@@ -61,7 +61,7 @@ class Recorder:
             raise SetupError(f"record = {path}: {error.strerror}") from None
 
     def add(self, request: Lookup, hashes: Sequence[ChunkHash]) -> None:
-        """Write a lookup; a disk that is full ends the recording, not the server."""
+        """Write a lookup; a full disk ends the recording, not the server."""
         if self._file.closed or not request.end:
             return
         line = self._encoder.encode(self._recorded(request, hashes)) + b"\n"

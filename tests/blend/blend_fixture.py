@@ -241,7 +241,7 @@ class BlendFixture:
     def await_closed(self) -> None:
         """Wait until the buffers that went are unmapped and their copies dropped."""
         closed = Event()
-        self.engine.do_behind(closed.set)
+        self.engine.run_after_close(closed.set)
         assert closed.wait(20)
 
     # -- requests ---------------------------------------------------------------------

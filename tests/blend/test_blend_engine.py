@@ -164,7 +164,7 @@ def test_a_dead_client_gets_no_lease_for_any_of_its_lookups(
     while any(operation.steps for operation in both):
         for operation in reversed([operation for operation in both if operation.steps]):
             fixture.advance(operation)
-    fixture.engine.client_gone("s")
+    fixture.engine.end_client("s")
     fixture.finish_all()
     assert leased(fixture) == 0
     assert fixture.l1.stats().num_held == 0

@@ -423,7 +423,7 @@ class BlendMachine(RuleBasedStateMachine):
                 for lease in self.leases.values():
                     for ranks in lease.waiting.values():
                         ranks.discard(rank)
-        fixture.engine.client_gone(client)
+        fixture.engine.end_client(client)
         fixture.await_closed()
         for key in [k for k, each in self.leases.items() if each.client == client]:
             del self.leases[key]

@@ -270,8 +270,8 @@ class ManualLoop(EventLoop):
 
     def _undo(self, engine: Engine) -> Callable[[Client], None]:
         def undo(client: Client) -> None:
-            engine.client_gone(client.identity)
-            engine.do_behind(lambda: None)
+            engine.end_client(client.identity)
+            engine.run_after_close(lambda: None)
 
         return undo
 

@@ -181,7 +181,7 @@ def test_a_client_may_die_while_its_memory_is_attached(bench: Bench) -> None:
     """What is opened for it then is closed again."""
     bench.gate.clear()
     registered = bench.register("i")
-    bench.engine.client_gone(b"me")
+    bench.engine.end_client(b"me")
     bench.gate.set()
     assert isinstance(finish(registered), RegisterReply)
     assert bench.engine.registry.instances == {}
@@ -192,7 +192,7 @@ def test_a_client_may_die_while_its_event_is_waited_for(bench: Bench) -> None:
     finish(bench.register("dead"))
     finish(bench.register("other", b"you"))
     stored = bench.store("dead", event=bench.never())
-    bench.engine.client_gone(b"me")
+    bench.engine.end_client(b"me")
     with pytest.raises(UnknownInstance, match="gone"):
         finish(stored)
     running = bench.engine.unregister_kv_cache(

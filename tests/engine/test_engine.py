@@ -130,7 +130,7 @@ def test_a_store_whose_client_dies_is_not_kept(
 
     def gather_and_die(cache: HostCache, *args: Any, **named: Any) -> list[Checksum]:
         made = gather(cache, *args, **named)
-        engine.client_gone(ME.client)
+        engine.end_client(ME.client)
         return made
 
     monkeypatch.setattr(HostCache, "gather", gather_and_die)

@@ -90,7 +90,7 @@ def test_evicted_when_and_for_whom(
         told = why(server, "late")
         assert [*told] == ["missed", "evicted"]
         assert "for engine/greedy" in told["evicted"]
-        assert "s ago, no tier having it" in told["evicted"]
+        assert "s ago; no tier had it" in told["evicted"]
         digits = told["missed"].rpartition(" ")[2]
         by_chunk = why(server, digits[:12])
         assert "for engine/greedy" in by_chunk["evicted"]

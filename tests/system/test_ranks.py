@@ -89,7 +89,7 @@ def test_a_model_lacks_the_ranks_that_are_not_registered(
         with pytest.raises(UnknownModel, match=says):
             client.lookup(session, model, 2, tokens)
 
-    fails("nobody registered")
+    fails("no instance of model")
     workers[0].ask("register", "r0", model, rank=0, world_size=2)
     fails("no instance of rank 1")
     workers[1].ask("register", "r1", model, rank=1, world_size=2)
@@ -97,7 +97,7 @@ def test_a_model_lacks_the_ranks_that_are_not_registered(
     workers[0].ask("unregister_kv_cache", "r0")
     fails("no instance of rank 0")
     workers[1].ask("unregister_kv_cache", "r1")
-    fails("nobody registered")
+    fails("no instance of model")
     with pytest.raises(UnknownModel):
         client.lookup(session, model, 1, tokens)
 

@@ -50,7 +50,7 @@ def test_instances_come_and_go(
     for worker, name in ((first, "x"), (second, "y")):
         worker.ask("unregister_kv_cache", name)
     assert not names(client) & {"x", "y"}
-    with pytest.raises(UnknownModel, match=f"nobody registered model '{model}'"):
+    with pytest.raises(UnknownModel, match=f"no instance of model '{model}'"):
         client.lookup(session, model, 2, list(range(CHUNK)))
 
 

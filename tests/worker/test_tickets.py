@@ -111,7 +111,7 @@ class Tickets(RuleBasedStateMachine):
     def teardown(self) -> None:
         """End both clients and check that nothing is left."""
         for name in "ab":
-            self.engine.client_gone(name)
+            self.engine.end_client(name)
         stats = self.engine.l1.stats()
         assert (stats.num_reserved, stats.num_held, len(self.requests.table)) == (
             0,
@@ -243,7 +243,7 @@ class Tickets(RuleBasedStateMachine):
     @rule(name=names)
     def end_client(self, name: str) -> None:
         """End a client's process, and with it all its tickets."""
-        self.engine.client_gone(name)
+        self.engine.end_client(name)
         gone = [n for n, issued in self.issued.items() if issued.name == name]
         for number in gone:
             del self.issued[number]
@@ -329,7 +329,7 @@ def test_concurrent_requests_respect_the_limit(server: TicketServer, ask: str) -
     with pytest.raises(Overloaded):
         running[-1].finish()
     assert len(server.requests.table) == MAX_TICKETS
-    server.engine.client_gone("a")
+    server.engine.end_client("a")
     stats = server.engine.l1.stats()
     assert (stats.num_reserved, stats.num_held, len(server.requests.table)) == (0, 0, 0)
 

@@ -1,6 +1,6 @@
-"""Why a lookup missed: what left L1 lately, and where lookups first missed.
+"""Explanations of missed lookups: recent removals from L1, misses, expired leases.
 
-Bounded: of each kind the most recent ones are kept, and what is older is not known.
+Bounded: of each kind only the most recent records are kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TypeVar
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import Finding
 from kvcore.storage.chunk import Chunk, DropReason, PartName, Removal
+from kvcore.storage.l1 import L1
 from kvcore.storage.required_parts import RequiredParts
 
-MAX_DEPARTURES = 16_384
+MAX_REMOVALS = 16_384
 MAX_LOOKUPS = 4_096
 HASH_DIGITS = 64
-"""Of a whole chunk hash, in hexadecimal."""
+"""Hexadecimal digits of a whole chunk hash."""
 MIN_KEY_DIGITS = 8
-"""Hexadecimal digits that a chunk may be named by; a request's id may be shorter."""
+"""Fewest hexadecimal digits that name a chunk; a request's id may be shorter."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -29,35 +30,35 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class ChunkRemoval:
-    """A chunk left L1."""
+    """The removal of a chunk from L1."""
 
     at: float
     reason: DropReason
     owner: SessionKey | None
-    """For whom room was made."""
+    """The session whose store evicted it."""
     was_saved: bool
-    """A tier had all of it."""
+    """Whether a tier had all its parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class MissRecord:
-    """A lookup found less than it asked for."""
+    """A lookup that hit fewer chunks than it named."""
 
     at: float
     num_chunks: int
     num_hits: int
     chunk: ChunkHash
-    """The first one that was no hit."""
+    """The first chunk that was no hit."""
     have: tuple[PartName, ...]
-    """Parts of it that were there."""
+    """Its parts that were in L1."""
     lacking: tuple[PartName, ...]
     tiers: str
-    """What became of the attempt to load it: a code of `_TIERS`, or empty."""
+    """Why no tier loaded it: a key of `_TIERS`; empty without tiers."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseExpiry:
-    """A lease ended because its time was up."""
+    """A lease that expired."""
 
     at: float
     num_chunks: int
@@ -73,24 +74,22 @@ _TIERS = {
 
 
 class MissHistory:
-    """Bounded memory of departures, misses and expiries."""
+    """Bounded memory of removeds, misses and expiries."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._departures: OrderedDict[ChunkHash, ChunkRemoval] = OrderedDict()
+        self._removals: OrderedDict[ChunkHash, ChunkRemoval] = OrderedDict()
         self._misses: OrderedDict[SessionKey, MissRecord] = OrderedDict()
         self._expiries: OrderedDict[SessionKey, LeaseExpiry] = OrderedDict()
 
-    # -- taking note ------------------------------------------------------------------
+    # -- records ----------------------------------------------------------------------
 
     def note_removal(self, removal: Removal) -> None:
-        """Note that a chunk left L1."""
+        """Record that a chunk was removed from L1."""
         chunk = removal.chunk
         was_saved = not chunk.ready & ~chunk.saved
-        departure = ChunkRemoval(
-            self._clock(), removal.reason, removal.owner, was_saved
-        )
-        _put(self._departures, chunk.hash, departure, MAX_DEPARTURES)
+        removed = ChunkRemoval(self._clock(), removal.reason, removal.owner, was_saved)
+        _put(self._removals, chunk.hash, removed, MAX_REMOVALS)
 
     def note_miss(
         self,
@@ -101,9 +100,9 @@ class MissHistory:
         needs: RequiredParts,
         tiers: str,
     ) -> None:
-        """Note that of `hashes` only the first `num_hits` were a hit.
+        """Record that of `hashes` only the first `num_hits` were a hit.
 
-        `first` is what L1 knows of the next one.
+        `first` is the next chunk, if L1 has any part of it.
         """
         ready = first.ready if first else 0
         parts = [*first.parts.items()] if first else []
@@ -121,14 +120,28 @@ class MissHistory:
         _put(self._misses, session, miss, MAX_LOOKUPS)
 
     def note_expired(self, session: SessionKey, num_chunks: int, age_s: float) -> None:
-        """Note that a session's lease expired."""
+        """Record that a session's lease expired."""
         expiry = LeaseExpiry(self._clock(), num_chunks, age_s)
         _put(self._expiries, session, expiry, MAX_LOOKUPS)
 
-    # -- answering --------------------------------------------------------------------
+    # -- findings ---------------------------------------------------------------------
+
+    def explain(self, about: str, l1: L1) -> tuple[Finding, ...]:
+        """Return all findings about a request, or a chunk by 8 or more hash digits."""
+        findings = [*self.why_request(about)]
+        if len(about) >= MIN_KEY_DIGITS and not set(about) - set("0123456789abcdef"):
+            findings += self.why_chunk(about)
+            if len(about) == HASH_DIGITS:
+                findings += _list_parts(l1.peek([ChunkHash(bytes.fromhex(about))]))
+        return tuple(findings) or (
+            Finding(
+                "unknown",
+                "no missed lookup and no removed chunk has that name",
+            ),
+        )
 
     def why_request(self, name: str) -> Iterator[Finding]:
-        """Explain a request, named by its id or as ENGINE/REQUEST; latest first."""
+        """Explain a request, named by its id or ENGINE/REQUEST; latest first."""
         for session, miss in reversed([*self._misses.items()]):
             if _is_named(session, name):
                 yield self._describe_miss(session, miss)
@@ -142,10 +155,10 @@ class MissHistory:
                 )
 
     def why_chunk(self, digits: str) -> Iterator[Finding]:
-        """Explain the chunks whose hash begins with these hexadecimal digits."""
-        for key, departure in reversed([*self._departures.items()]):
+        """Explain the chunks whose hashes begin with these hexadecimal digits."""
+        for key, removed in reversed([*self._removals.items()]):
             if key.hex().startswith(digits):
-                yield self._describe_departure(key, departure)
+                yield self._describe_removal(key, removed)
         for session, miss in reversed([*self._misses.items()]):
             if miss.chunk.hex().startswith(digits):
                 yield self._describe_miss(session, miss)
@@ -165,30 +178,30 @@ class MissHistory:
         if miss.have:
             yield from _compare(miss)
             return
-        departure = self._departures.get(miss.chunk)
-        if departure is not None and departure.at <= miss.at:
-            yield self._describe_departure(miss.chunk, departure)
-        elif departure is None:
+        removed = self._removals.get(miss.chunk)
+        if removed is not None and removed.at <= miss.at:
+            yield self._describe_removal(miss.chunk, removed)
+        elif removed is None:
             yield Finding(
                 "never_stored",
-                "not stored since this server started, as far as it remembers",
+                "no record of a store since this server started",
             )
         else:
-            yield Finding("stored_later", "not stored yet then; it was later on")
+            yield Finding("stored_later", "not stored at that time, but later")
 
-    def _describe_departure(self, key: ChunkHash, departure: ChunkRemoval) -> Finding:
+    def _describe_removal(self, key: ChunkHash, removed: ChunkRemoval) -> Finding:
         words = {
             DropReason.EVICTED: "evicted",
             DropReason.CLEARED: "dropped by CLEAR",
-            DropReason.CORRUPT: "dropped, as its bytes were wrong",
+            DropReason.CORRUPT: "dropped: its bytes did not match their checksum",
         }
-        owner = departure.owner
+        owner = removed.owner
         whom = f" for {owner.engine_id}/{owner.request_id}" if owner else ""
-        saved = "" if departure.was_saved else ", no tier having it"
+        saved = "" if removed.was_saved else "; no tier had it"
         return Finding(
-            departure.reason.value,
-            f"chunk {key.hex()[:16]} was {words[departure.reason]}"
-            f"{whom} {self._ago(departure.at)}{saved}",
+            removed.reason.value,
+            f"chunk {key.hex()[:16]} was {words[removed.reason]}"
+            f"{whom} {self._ago(removed.at)}{saved}",
         )
 
     def _ago(self, at: float) -> str:
@@ -196,18 +209,33 @@ class MissHistory:
 
 
 def _compare(miss: MissRecord) -> Iterator[Finding]:
-    """Explain a chunk of which some parts were there and others not."""
+    """Explain a chunk of which L1 had only some parts."""
     have = {(name.rank, name.group): name.layout for name in miss.have}
     for name in miss.lacking:
         what = f"rank {name.rank}'s part of group {name.group}"
         other = have.get((name.rank, name.group))
         if other is None:
-            yield Finding("not_all_ranks", f"{what} was not there")
+            yield Finding("not_all_ranks", f"{what} was not in L1")
         else:
             yield Finding(
                 "other_layout",
-                f"{what} was there in layout {other} only; asked for is {name.layout}",
+                f"{what} was in L1 in layout {other}, the lookup needs {name.layout}",
             )
+
+
+def _list_parts(chunks: Sequence[Chunk | None]) -> list[Finding]:
+    """Describe the parts of a chunk that L1 knows."""
+    return [
+        Finding(
+            "present" if chunk.ready >> number & 1 else "being_written",
+            f"rank {part.name.rank}'s part of group {part.name.group}, layout "
+            f"{part.name.layout}, {part.num_bytes} bytes, {chunk.holds} holds",
+        )
+        for chunk in chunks
+        if chunk is not None
+        for number, part in [*chunk.parts.items()]
+        if part.name is not None
+    ]
 
 
 def _is_named(session: SessionKey, name: str) -> bool:
