@@ -1,4 +1,4 @@
-"""The one host buffer that all parts lie in, and who has which of its pages."""
+"""The host buffer of all parts, and the allocator of its pages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class PageAllocator:
     """Runs of free pages, found by size and merged with their neighbours.
 
     Free runs lie in bins by the bit length of their page count. A request takes the
-    newest run of its own bin if that is large enough, else splits one of the next
-    higher bin that has any (there, every run is large enough), and only gathers
-    several runs, largest first, when no such bin is left. Cost depends on the number
-    of runs handed out, not on the number of pages, parts or free runs.
+    newest run of its own bin if that is large enough, else splits a run of the next
+    higher non-empty bin (where every run is large enough), and gathers several runs,
+    largest first, only if no such bin is left. Cost depends on the number of runs
+    returned, not on the number of pages, parts or free runs.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -39,9 +39,9 @@ class PageAllocator:
             self._insert(0, num_pages)
 
     def allocate(self, count: int) -> list[PageRun] | None:
-        """Take `count` pages (at least 1) in as few runs as are at hand.
+        """Allocate `count` pages (at least 1) in few runs.
 
-        None when fewer than `count` are free: nothing is taken then.
+        Returns None, and allocates nothing, if fewer than `count` are free.
         """
         if count > self.num_free:
             return None
@@ -52,7 +52,7 @@ class PageAllocator:
         return self._gather(count)
 
     def free(self, runs: Iterable[PageRun]) -> None:
-        """Give pages back, each exactly once."""
+        """Free pages, each exactly once."""
         for start, count in runs:
             self.num_free += count
             left = self._start_before.get(start)
@@ -64,10 +64,10 @@ class PageAllocator:
             self._insert(start, count)
 
     def claim(self, runs: Iterable[PageRun]) -> None:
-        """Take runs at their places; for an allocator of which nothing is taken yet.
+        """Allocate given runs; only before any other allocation.
 
         Raises:
-            Internal: they overlap, or there are no such pages.
+            Internal: they overlap or are out of range.
         """
         for start, count in sorted(runs):
             last = self._start_before.get(self.num_pages, self.num_pages)
@@ -82,7 +82,7 @@ class PageAllocator:
                 self._insert(start + count, rest)
 
     def free_runs(self) -> list[PageRun]:
-        """Return every free run, by place; for tests and inspection."""
+        """Return every free run by first page; for tests and inspection."""
         return [PageRun(run) for run in sorted(self._count_at.items())]
 
     def _find(self, count: int) -> int | None:
@@ -130,14 +130,14 @@ class PageAllocator:
 
 
 class Arena:
-    """Shared memory in pages, made and touched once, and owned by this process.
+    """Shared memory in pages, allocated and touched once, owned by this process.
 
-    A `kept` one outlives the process, once `keep` is called: who asks for its name
-    again, and for the same size, gets the same bytes.
+    A `kept` arena outlives the process once `keep` is called: a later run that opens
+    the same name with the same size gets the same bytes.
 
-    Every part starts on a page, so it wastes less than one page. Not thread-safe:
-    L1's lock guards it. The bytes themselves need no lock: they belong to whoever
-    reserved them, or to everyone once they are committed.
+    Every part starts on a page boundary, so it wastes less than one page. Not
+    thread-safe: L1's lock guards it. The bytes need no lock: only the holder of a
+    reservation writes them, and committed bytes do not change.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Arena:
         self._pages = PageAllocator(num_pages)
         earlier = Segment.adopt(self.name, self.total_bytes) if kept else None
         self.was_found = earlier is not None
-        """It is an earlier run's, with the bytes that were left in it."""
+        """Whether it is an earlier run's, with its bytes."""
         self._is_kept = self.was_found
         self._may_keep = kept
         self._segment = earlier or Segment.create(
@@ -174,22 +174,22 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the pages handed out."""
+        """Bytes of the allocated pages."""
         return (self._pages.num_pages - self._pages.num_free) * self.page_bytes
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the pages still to be had."""
+        """Bytes of the free pages."""
         return self._pages.num_free * self.page_bytes
 
     def num_pages_for(self, num_bytes: int) -> int:
-        """Pages that so many bytes take."""
+        """Return the number of pages for `num_bytes`."""
         return -(-num_bytes // self.page_bytes)
 
     def allocate(self, num_bytes: int) -> Allocation | None:
-        """Take room for `num_bytes` (at least 1), in one extent where one is found.
+        """Allocate `num_bytes` (at least 1), in one extent if possible.
 
-        None when there is no room. The last extent is cut to what is needed.
+        Returns None if there is no room. The last extent is cut to the requested size.
         """
         runs = self._pages.allocate(self.num_pages_for(num_bytes))
         if runs is None:
@@ -204,7 +204,7 @@ class Arena:
         return tuple(extents)
 
     def free(self, allocation: Allocation) -> None:
-        """Give an allocation back, exactly once."""
+        """Free an allocation, exactly once."""
         page = self.page_bytes
         self._pages.free(
             PageRun((extent.offset // page, self.num_pages_for(extent.length)))
@@ -212,7 +212,7 @@ class Arena:
         )
 
     def claim(self, allocations: Iterable[Allocation]) -> None:
-        """Take allocations at their places, before any other is made."""
+        """Allocate given extents; only before any other allocation."""
         page = self.page_bytes
         self._pages.claim(
             PageRun((extent.offset // page, self.num_pages_for(extent.length)))
@@ -221,9 +221,9 @@ class Arena:
         )
 
     def keep(self) -> None:
-        """Leave a `kept` arena's name to a later run from now on, closed or killed.
+        """Keep a `kept` arena for a later run from now on.
 
-        Until then a new one goes with `close`, so that a start that fails leaves none.
+        Until then `close` removes a new one, so that a failed start leaves none.
         """
         self._is_kept = self._may_keep
 

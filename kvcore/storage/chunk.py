@@ -1,4 +1,4 @@
-"""A chunk as L1 knows it: its parts, who writes them, how many hold it."""
+"""Chunks in L1: their parts, reservations, holds and removals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kvcore.layout import Fingerprint
 from kvcore.storage.quotas import QuotaAccount
 
 PartId = NewType("PartId", int)
-"""Bit of a part in its chunk's masks; the registry deals them out, one a (rank,
-group, layout fingerprint) of a (model, world size)."""
+"""Bit of a part in its chunk's masks; a keyspace assigns one per (rank, group, layout
+fingerprint)."""
 
 
 class PartKey(msgspec.Struct, frozen=True, order=True):
-    """What a part is called, in every store: equal keys mean equal bytes."""
+    """Key of a part in every store: equal keys mean equal bytes."""
 
     chunk: ChunkHash
     rank: int
@@ -30,12 +30,12 @@ class PartKey(msgspec.Struct, frozen=True, order=True):
     layout: Fingerprint
 
     def __str__(self) -> str:
-        """Render as every store names it; letters, digits and `-`."""
+        """Return the key as text: letters, digits and `-`."""
         return f"{self.chunk.hex()}-{self.rank}-{self.group}-{self.layout}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what `str` renders; raises `BadRequest` for anything else."""
+        """Parse the result of `str`; raise `BadRequest` for anything else."""
         try:
             chunk, rank, group, layout = text.split("-")
             key = cls(
@@ -52,9 +52,9 @@ class PartKey(msgspec.Struct, frozen=True, order=True):
 
 
 class PartName(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a part is beside its chunk's hash; one value for all chunks' parts of it.
+    """Identity of a part except for its chunk's hash; shared by all chunks.
 
-    Equal names and hashes mean equal bytes on every server that ever runs.
+    Equal names and hashes mean equal bytes, on every server and in every run.
     """
 
     model: str
@@ -64,33 +64,33 @@ class PartName(msgspec.Struct, frozen=True, array_like=True, gc=False):
     layout: Fingerprint
 
     def key(self, chunk: ChunkHash) -> PartKey:
-        """Return what tiers call this part of a chunk."""
+        """Return the key of this part of a chunk in tiers."""
         return PartKey(chunk, self.rank, self.group, self.layout)
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):
-    """A chunk's bytes of one rank and group: where they are."""
+    """Location of a chunk's bytes of one rank and group."""
 
     extents: Allocation
     num_bytes: int
     name: PartName | None = None
-    """None keeps it out of tiers and of the journal."""
+    """None excludes it from tiers and the journal."""
     checksum: Checksum = NO_CHECKSUM
 
 
 class Chunk(msgspec.Struct, eq=False, gc=False):
-    """What L1 knows of one chunk. Changed by `L1` alone, under its lock.
+    """State of one chunk. Changed only by `L1`, under its lock.
 
-    Who holds a chunk may read `parts[p]` for every p in `ready` without the lock:
-    those stay as they are until the hold ends.
+    The holder of a chunk may read `parts[p]` for every p in `ready` without the lock:
+    those do not change until the hold ends.
 
-    A Struct, since there may be a million of them: the garbage collector does not
-    see these, nor the dicts that hold them, and a full collection stays short.
+    A Struct because there may be a million of them: the garbage collector tracks
+    neither these nor the dicts that hold them, so a full collection stays short.
     """
 
     hash: ChunkHash
     parts: dict[PartId, Part]
-    """Committed ones and those being written."""
+    """Committed parts and those being written."""
     ready: int = 0
     """Mask of committed parts."""
     reserved: int = 0
@@ -98,13 +98,13 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     holds: int = 0
     """Leases and running copies that read it."""
     listed: bool = False
-    """The eviction policy knows it."""
+    """Whether the eviction policy has it."""
     saved: int = 0
     """Mask of parts that some tier has."""
     dropped: bool = False
-    """Out of the index; its memory is freed with the last hold."""
+    """Whether it left the index; its memory is freed with the last hold."""
     account: QuotaAccount | None = None
-    """Of the space whose quota it counts for."""
+    """The account whose quota it counts for."""
 
 
 class DropReason(Enum):
@@ -113,7 +113,7 @@ class DropReason(Enum):
     EVICTED = "evicted"
     CLEARED = "cleared"
     CORRUPT = "corrupt"
-    """Its bytes were not those of its checksum."""
+    """Its bytes did not match their checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,29 +134,29 @@ Never under L1's lock, and by one thread at a time. It must be short and not rai
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """The right and the duty to write one part, and then to commit or abort it."""
+    """The right to write one part, and the duty to commit or abort it, once."""
 
     index: int
-    """Place in the hashes that were asked for."""
+    """Index in the requested hashes."""
     chunk: Chunk
     part: PartId
     extents: Allocation
     checksum: Checksum = NO_CHECKSUM
-    """Of what was written, where it is wanted; set before commit."""
+    """Checksum of the written bytes, if there is to be one; set before commit."""
     settled: bool = False
-    """Committed or aborted."""
+    """Whether it was committed or aborted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """What became of each chunk that should be written; the three counts add up."""
+    """Outcome of a reservation; the three counts add up to the requested chunks."""
 
     reservations: list[Reservation]
     """In the order of the hashes."""
     num_present: int
-    """There already, or being written by another."""
+    """Chunks whose part is in L1 or being written."""
     num_dropped: int
-    """No room."""
+    """Chunks without room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class L1Stats:
     """Use of L1 at one moment."""
 
     num_chunks: int
-    """Known chunks, those still being written included."""
+    """Chunks in the index, those being written included."""
     num_parts: int
     """Committed parts."""
     num_held: int
@@ -174,14 +174,14 @@ class L1Stats:
     num_evicted: int
     """Chunks evicted so far."""
     num_corrupt: int
-    """Chunks whose bytes were found wrong so far."""
+    """Chunks found corrupt so far."""
     used_bytes: int
     total_bytes: int
     page_bytes: int
 
 
 def used_extents(chunks: Iterable[Chunk]) -> list[Extent]:
-    """Return where the parts of chunks lie, by place; raises `Internal` on overlap."""
+    """Return the extents of chunks by offset; raise `Internal` on overlap."""
     parts = (part for chunk in chunks for part in chunk.parts.values())
     extents = [extent for part in parts for extent in part.extents]
     extents.sort(key=lambda extent: extent.offset)
@@ -192,7 +192,7 @@ def used_extents(chunks: Iterable[Chunk]) -> list[Extent]:
 
 
 def check_chunk(key: ChunkHash, chunk: Chunk) -> None:
-    """Raise `Internal` when a chunk indexed under `key` contradicts itself."""
+    """Raise `Internal` if a chunk indexed under `key` is inconsistent."""
     known = sum(1 << part for part in chunk.parts)
     idle = not (chunk.holds or chunk.reserved)
     wrong = {
@@ -200,12 +200,12 @@ def check_chunk(key: ChunkHash, chunk: Chunk) -> None:
         "without a part": not chunk.parts,
         "with masks unlike its parts": chunk.ready | chunk.reserved != known,
         "with a part ready and reserved": bool(chunk.ready & chunk.reserved),
-        "with fewer than no holds": chunk.holds < 0,
-        "idle but out of eviction's sight": idle and not chunk.listed,
+        "with a negative number of holds": chunk.holds < 0,
+        "idle but unknown to the eviction policy": idle and not chunk.listed,
     }
     for what, is_so in wrong.items():
         if is_so:
             raise Internal(f"a chunk {what}: {chunk}")
     for part in chunk.parts.values():
         if sum(extent.length for extent in part.extents) != part.num_bytes:
-            raise Internal(f"a part's extents are not its size: {part}")
+            raise Internal(f"a part's extents do not add up to its size: {part}")

@@ -1,4 +1,4 @@
-"""The chunks in the arena and all that changes them: L1 without its lock."""
+"""The index of chunks and its changes: L1 without its lock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvcore.storage.quotas import QuotaAccount, Quotas
 
 
 class ChunkTable:
-    """Index, memory, and order of eviction, kept in step. For one thread at a time."""
+    """Index, arena and eviction policy, kept consistent. Not thread-safe."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class ChunkTable:
         """Removed chunks that no callback has been called for."""
         self.closed = False
         self._dropped: set[Chunk] = set()
-        """Out of the index, but still read or written."""
+        """Chunks that left the index and are still read or written."""
         self._num_parts = 0
         self._num_held = 0
         self._num_reserved = 0
@@ -69,18 +69,18 @@ class ChunkTable:
         return chunks
 
     def has(self, key: ChunkHash, part: PartId) -> bool:
-        """Say whether a part is there or being written."""
+        """Return whether a part is committed or being written."""
         chunk = self.index.get(key)
         return chunk is not None and bool((chunk.ready | chunk.reserved) >> part & 1)
 
     def hold_known(self, hashes: Iterable[ChunkHash]) -> list[Chunk]:
-        """Hold and return those that are known."""
+        """Hold and return the chunks that are in the index."""
         chunks = [chunk for chunk in map(self.index.get, hashes) if chunk is not None]
         self.hold(chunks)
         return chunks
 
     def hold(self, chunks: Iterable[Chunk | None]) -> None:
-        """Begin one hold on each."""
+        """Add one hold to each chunk."""
         num_new = 0
         for chunk in chunks:
             if chunk is not None:
@@ -90,7 +90,7 @@ class ChunkTable:
         self._num_held += num_new
 
     def release(self, chunks: Sequence[Chunk | None]) -> None:
-        """End one hold on each, tail to head."""
+        """End one hold on each chunk, tail to head."""
         num_idle = 0
         for chunk in reversed(chunks):
             if chunk is not None:
@@ -104,7 +104,7 @@ class ChunkTable:
         self._num_held -= num_idle
 
     def admit(self, chunk: Chunk) -> None:
-        """Have eviction see a chunk of the index, used or not."""
+        """Give a chunk of the index to the eviction policy."""
         if not self.closed:
             chunk.listed = True
             self.policy.admit(chunk.hash)
@@ -114,7 +114,7 @@ class ChunkTable:
     def account(
         self, name: PartName | None, owner: SessionKey | None
     ) -> QuotaAccount | None:
-        """Find the account of what a session stores; none without a quota for it."""
+        """Return the account of a session's stores; None without a quota."""
         if self.quotas is None or name is None:
             return None
         return self.quotas.account(name.model, owner)
@@ -126,7 +126,7 @@ class ChunkTable:
         place: Part,
         account: QuotaAccount | None = None,
     ) -> Chunk:
-        """Enter a part as being written; a new chunk goes on the account."""
+        """Add a part that is being written; a new chunk is on `account`."""
         chunk = self.index.get(key)
         if chunk is None:
             chunk = self.index[key] = Chunk(key, {}, account=account)
@@ -136,13 +136,13 @@ class ChunkTable:
         return chunk
 
     def place(self, chunk: Chunk, part: PartId, place: Part) -> None:
-        """Note where a part is, on its chunk's account."""
+        """Set a part's location and charge its chunk's account."""
         chunk.parts[part] = place
         if chunk.account is not None:
             chunk.account.used_bytes += place.num_bytes
 
     def commit(self, reservation: Reservation) -> bool:
-        """Make a written part readable; False when it is not to be kept."""
+        """Make a written part readable; return False if it was dropped or settled."""
         if not self._settle(reservation):
             return False
         chunk, part = reservation.chunk, reservation.part
@@ -155,13 +155,13 @@ class ChunkTable:
         return True
 
     def enter(self, chunk: Chunk, part: PartId) -> None:
-        """Count a part as readable."""
+        """Mark a part as readable."""
         chunk.ready |= 1 << part
         self._num_parts += 1
         self.admit(chunk)
 
     def abort(self, reservation: Reservation) -> None:
-        """Give a part back that was not written."""
+        """Free a part that was not written."""
         if not self._settle(reservation):
             return
         chunk = reservation.chunk
@@ -172,7 +172,7 @@ class ChunkTable:
             self.admit(chunk)
 
     def _settle(self, reservation: Reservation) -> bool:
-        """End a reservation; False when there is nothing left to do for it."""
+        """End a reservation; return False if nothing is left to do for it."""
         if reservation.settled:
             return False
         reservation.settled = True
@@ -186,7 +186,7 @@ class ChunkTable:
     # -- room -------------------------------------------------------------------------
 
     def is_crowded(self, count: int, num_bytes: int) -> bool:
-        """Say whether `count` parts of this size make others go."""
+        """Return whether `count` parts of this size cross the watermark."""
         room = count * self.arena.num_pages_for(num_bytes) * self.arena.page_bytes
         return self.arena.used_bytes + room > self._high_bytes
 
@@ -196,7 +196,7 @@ class ChunkTable:
         owner: SessionKey | None,
         account: QuotaAccount | None = None,
     ) -> Allocation | None:
-        """Take room, evicting for it; None when there is no more to evict."""
+        """Allocate, evicting as needed; return None if nothing more can be evicted."""
         if num_bytes > self.arena.total_bytes:
             return None  # Evicting everything would not help.
         extents = self.arena.allocate(num_bytes)
@@ -207,7 +207,7 @@ class ChunkTable:
         return extents
 
     def evict_down(self, max_chunks: int, owner: SessionKey | None) -> bool:
-        """Evict some while the watermark is crossed; say whether to go on."""
+        """Evict up to `max_chunks` above the watermark; return whether more remain."""
         for _ in range(max_chunks):
             if self.arena.used_bytes <= self._high_bytes or not self._evict(owner):
                 return False
@@ -219,7 +219,7 @@ class ChunkTable:
         num_bytes: int = 0,
         account: QuotaAccount | None = None,
     ) -> bool:
-        """Evict a chunk for an owner, on whose account are so many more bytes."""
+        """Evict one chunk for a store of `num_bytes` by an owner and its account."""
         victim = None
         if self.quotas and account is not None and account.is_over(num_bytes):
             victim = self.quotas.evict_from(account, self._evictable)
@@ -230,15 +230,15 @@ class ChunkTable:
 
     def _evictable(self, key: ChunkHash) -> bool:
         chunk = self.index[key]
-        # The policy forgets it either way; the end of what stands in the way
-        # (release, commit, abort) puts it back.
+        # The policy removes it in either case; the end of the hold or write
+        # (release, commit, abort) admits it again.
         chunk.listed = False
         return not (chunk.holds or chunk.reserved)
 
     def drop(
         self, chunk: Chunk, reason: DropReason, owner: SessionKey | None = None
     ) -> None:
-        """Take a chunk out; its memory is freed when nobody reads or writes it."""
+        """Remove a chunk; its memory is freed when it is neither held nor written."""
         self.removals.append(Removal(chunk, reason, owner))
         if self._journal is not None:
             self._journal.note_removed(chunk)
@@ -271,7 +271,7 @@ class ChunkTable:
     # -- the whole --------------------------------------------------------------------
 
     def stats(self) -> L1Stats:
-        """Return the counts, all kept as they change."""
+        """Return the counts, which are updated with each change."""
         return L1Stats(
             num_chunks=len(self.index),
             num_parts=self._num_parts,
@@ -285,13 +285,13 @@ class ChunkTable:
         )
 
     def close(self) -> None:
-        """Forget everything; what comes later changes nothing."""
+        """Empty the index; later calls change nothing."""
         self.closed = True
         self.index.clear()
         self._num_parts = 0
 
     def check(self) -> None:
-        """Raise `Internal` when the state contradicts itself. Walks over everything."""
+        """Raise `Internal` if the state is inconsistent. Visits every chunk."""
         for key, chunk in self.index.items():
             check_chunk(key, chunk)
         chunks = [*self.index.values(), *self._dropped]

@@ -1,9 +1,9 @@
-"""The journal of an arena that outlives its server: what was committed and freed.
+"""Journal of a kept arena: the commits and removals of its parts.
 
-An append-only file of checksummed records. It says where bytes should be, never that
-they are right: each part carries its own checksum, and whoever starts again checks
-the bytes against it. So nothing here is synced, and a record that was lost or torn
-costs a chunk at most. A disk that fails or is full ends the keeping, not the server.
+An append-only file of checksummed records. It tells where bytes are, not that they are
+intact: each part has a checksum, and the next run checks the bytes against it. So the
+file is never synced, and a lost or torn record costs at most a chunk. If the disk fails
+or is full, the journal ends and the server goes on.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 _FRAME = struct.Struct("<IQ")
 VERSION = 1
 SPARE_RECORDS = 16_384
-"""More than twice the live parts and these: the journal is written anew."""
+"""Records beyond twice the live parts after which the journal is compacted."""
 
 
 class JournalOpened(msgspec.Struct, frozen=True, array_like=True, tag="o"):
-    """First record: the arena that it is about."""
+    """First record: the size of its arena."""
 
     version: int
     total_bytes: int
@@ -52,7 +52,7 @@ class PartCommitted(msgspec.Struct, frozen=True, array_like=True, tag="c"):
 
 
 class PartFreed(msgspec.Struct, frozen=True, array_like=True, tag="f"):
-    """A chunk that left, with all its parts."""
+    """A removed chunk, with all its parts."""
 
     chunk: ChunkHash
     num_parts: int
@@ -65,9 +65,9 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 class Journal:
-    """Writes one arena's journal. `note*` under L1's lock, `write` outside of it.
+    """Writer of one arena's journal. `note*` runs under L1's lock, `write` outside it.
 
-    It is written beside an earlier run's until `begin`.
+    Written to a second file until `begin` replaces an earlier run's journal.
     """
 
     def __init__(self, path: Path, opened: JournalOpened) -> None:
@@ -78,17 +78,17 @@ class Journal:
         self._num_records = 0
         self._num_live = 0
         self._ended = False
-        """The disk took no more: what is noted from here on is dropped."""
+        """Whether the disk failed: later records are dropped."""
         self._compaction: threading.Thread | None = None
         self._aside: int | None = None
-        """File of a compaction under way; it gets every record, too."""
+        """File of a running compaction; every record is written to it, too."""
         try:
             self._file = self._create(self._aside_path)
         except OSError as error:
             raise _unusable(path, error) from None
 
     def note(self, chunk: Chunk, part: PartId) -> None:
-        """Note a part that is readable; without name or checksum it is not kept."""
+        """Queue the record of a readable part, if it has a name and a checksum."""
         place = chunk.parts[part]
         if place.name is not None and place.checksum:
             self._noted.append(
@@ -103,11 +103,11 @@ class Journal:
             )
 
     def note_removed(self, chunk: Chunk) -> None:
-        """Note a chunk that left L1."""
+        """Queue the record of a removed chunk."""
         self._noted.append(PartFreed(chunk.hash, chunk.ready.bit_count()))
 
     def write(self) -> bool:
-        """Append what was noted, in its order; True when it is time to compact."""
+        """Append the queued records in order; return whether to compact."""
         if not self._noted:
             return False
         with self._lock:
@@ -137,12 +137,12 @@ class Journal:
                 _write_all(file, data)
 
     def _end(self, error: OSError) -> None:
-        """Leave the journal as it is: what it says is checked by who reads it."""
+        """Stop writing; the next run checks every part that the journal names."""
         self._ended = True
         log.error("keeping L1 in %s ended: %s", self.path, error.strerror)
 
     def begin(self) -> None:
-        """Take the place of an earlier run's journal."""
+        """Replace an earlier run's journal."""
         self.write()
         try:
             self._aside_path.replace(self.path)
@@ -152,10 +152,10 @@ class Journal:
     # -- compaction -------------------------------------------------------------------
 
     def compact(self, note_all: Callable[[], None]) -> None:
-        """Write the journal anew on a thread of its own.
+        """Rewrite the journal on a thread of its own.
 
-        `note_all` notes every part that is readable, and writes; what happens
-        meanwhile goes to both files.
+        `note_all` queues and writes every readable part; records that come meanwhile
+        go to both files.
         """
         with self._lock:
             if self._compaction is not None or self._ended:
@@ -200,7 +200,7 @@ class Journal:
         return file
 
     def close(self) -> None:
-        """Close the file; the last thing that is done with it."""
+        """Finish the compaction, write the queued records and close the file."""
         compaction = self._compaction
         if compaction is not None:
             compaction.join()
@@ -212,10 +212,10 @@ class Journal:
 def read(path: Path, opened: JournalOpened) -> Iterator[PartCommitted | PartFreed]:
     """Yield a journal's records up to the first that is torn.
 
-    Nothing when there is no journal, or it is another arena's.
+    Yields nothing if there is no journal, or if it is another arena's.
 
     Raises:
-        SetupError: there is something, and it cannot be read.
+        SetupError: the file exists and cannot be read.
     """
     try:
         data = path.read_bytes()

@@ -1,9 +1,8 @@
-"""L1: which chunks are in the arena, who writes them, who reads them.
+"""L1: the chunks in the arena, with reservations of writers and holds of readers.
 
-A part is reserved, written outside the lock by whoever reserved it, and then
-committed or aborted. A chunk is there for a reader when every part that the reader
-needs is committed. Parts of a chunk are evicted together, never while the chunk is
-held or written.
+A part is reserved, written outside the lock by the holder of the reservation, and then
+committed or aborted. A reader finds a chunk when every part that it needs is committed.
+Parts of a chunk are evicted together, never while the chunk is held or written.
 """
 
 from __future__ import annotations
@@ -42,18 +41,17 @@ __all__ = [
 ]
 
 RESERVE_CHUNKS = 32
-"""Chunks for which room is made in one go."""
+"""Chunks reserved under one hold of the lock."""
 NOTE_CHUNKS = 128
-"""Chunks written anew to the journal in one go."""
+"""Chunks rewritten to the journal under one hold of the lock."""
 
 
 class L1:
-    """The index of chunks, and the only one who touches the arena's bookkeeping.
+    """The index of chunks, and the only user of the arena's allocator.
 
-    Threads call it as they like; one lock guards all state and nothing slow happens
-    under it. The cost of a call grows with the chunks named in it (and those it
-    evicts), not with the chunks held. With a journal, what a call committed or freed
-    is in it when the call returns.
+    Thread-safe: one lock guards all state, and nothing slow runs under it. The cost of
+    a call grows with the chunks named in it and those it evicts, not with the chunks in
+    L1. With a journal, the commits and removals of a call are in it when it returns.
     """
 
     def __init__(
@@ -87,12 +85,12 @@ class L1:
         owner: SessionKey | None = None,
         prefix: Sequence[ChunkHash] = (),
     ) -> Reserved:
-        """Make room to write one part of each chunk that lacks it.
+        """Reserve `num_bytes` for one part of each chunk that lacks it.
 
-        Evicts others for it, but none of `hashes` nor of their `prefix`, the chunks
-        before them: a suffix without its prefix is no use. For the same reason, once
-        one finds no room, the later ones are dropped too. Every reservation must be
-        committed or aborted, once. Beyond the watermark others go until it is kept.
+        Evicts other chunks as needed, but none of `hashes` or their `prefix`, the
+        chunks before them: a suffix without its prefix is useless. For the same reason,
+        once one chunk finds no room, all later ones are dropped. Every reservation must
+        be committed or aborted, once. Above the watermark, evicts down to it.
         """
         reservations: list[Reservation] = []
         num_present = 0
@@ -104,7 +102,7 @@ class L1:
             account = table.account(name, owner)
             full = table.closed
         for first in range(0, len(hashes), RESERVE_CHUNKS):
-            # Making room takes 5 us a chunk: let lookups have the lock in between.
+            # Making room takes 5 us per chunk: lookups take the lock in between.
             with self._lock:
                 for index in range(first, min(first + RESERVE_CHUNKS, len(hashes))):
                     if table.has(hashes[index], part):
@@ -131,11 +129,11 @@ class L1:
             return self._table.evict_down(RESERVE_CHUNKS, owner)
 
     def commit(self, reservations: Sequence[Reservation], *, hold: bool = False) -> int:
-        """Make written parts readable; return how many.
+        """Make written parts readable; return their number.
 
-        Less than all only when some were settled before, their chunk was found
-        corrupt meanwhile, or L1 was closed. With `hold`, each reservation's chunk is
-        held once and must be given to `release`.
+        Fewer than all only if some were settled before, their chunk was found corrupt
+        meanwhile, or L1 was closed. With `hold`, each reservation's chunk is held once
+        and must be given to `release`.
         """
         num_committed = 0
         with self._lock:
@@ -150,16 +148,16 @@ class L1:
         return num_committed
 
     def abort(self, reservations: Sequence[Reservation]) -> None:
-        """Give parts back that were not written; nobody has seen them."""
+        """Free parts that were not written; no reader has seen them."""
         with self._lock:
             for reservation in reversed(reservations):
                 self._table.abort(reservation)
 
     def restore(self, found: Sequence[PartCommitted]) -> None:
-        """Enter parts whose bytes lie in the arena from an earlier run.
+        """Add parts whose bytes lie in the arena from an earlier run.
 
-        For an empty L1 with a journal, which begins with this. They were checked, do
-        not overlap, and come oldest first.
+        Called once, for an empty L1 with a journal. The parts were checked, do not
+        overlap, and are ordered oldest first.
         """
         with self._lock:
             self._table.arena.claim(part.extents for part in found)
@@ -181,15 +179,15 @@ class L1:
     def present(self, hashes: Sequence[ChunkHash], needs: int) -> list[Chunk]:
         """Return the leading chunks that have all parts of the mask `needs`.
 
-        They may be gone by the time the caller looks: `acquire_leading` holds them.
+        They may be removed at any time: `acquire_leading` holds them.
         """
         with self._lock:
             return self._table.leading(hashes, needs)
 
     def peek(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
-        """Return what is known of each chunk, for callers with rules of their own.
+        """Return each chunk of the index, None for an unknown one; holds nothing.
 
-        None for an unknown one. `ready` may be 0, and may change: `acquire` decides.
+        `ready` may be 0 and may change at any time.
         """
         with self._lock:
             return [*map(self._table.index.get, hashes)]
@@ -209,8 +207,8 @@ class L1:
     ) -> list[Chunk | None] | None:
         """Hold every chunk i with all parts of `needs[i]`, or none at all (None).
 
-        Where `needs[i]` is 0 the chunk is not wanted: that entry is None and nothing
-        is held. The list as it is can be given to `release`, once.
+        Where `needs[i]` is 0 the chunk is not needed: its entry is None and it is not
+        held. The list can be given to `release`, once.
         """
         chunks: list[Chunk | None] = []
         with self._lock:
@@ -224,7 +222,7 @@ class L1:
         return chunks
 
     def hold(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
-        """Hold what is known of each chunk, whatever parts it has; see `release`."""
+        """Hold and return each chunk of the index, with any parts; see `release`."""
         with self._lock:
             chunks = [*map(self._table.index.get, hashes)]
             self._table.hold(chunks)
@@ -236,9 +234,9 @@ class L1:
             self._table.release(chunks)
 
     def touch(self, hashes: Sequence[ChunkHash]) -> None:
-        """Note the use of a request's chunks, from its start on, at its end.
+        """Count a request's use of its chunks; called when the request ends.
 
-        Tail to head, so that leaves are evicted first. Unknown ones are passed over.
+        Tail to head, so that leaves are evicted first. Unknown chunks are skipped.
         """
         with self._lock:
             touch = self._table.policy.touch
@@ -249,7 +247,7 @@ class L1:
                         chunk.listed = True
 
     def mark_saved(self, chunk: Chunk, parts: int) -> None:
-        """Note that some tier has these parts of a chunk, a mask."""
+        """Record that some tier has a mask of parts of a chunk."""
         with self._lock:
             chunk.saved |= parts
 
@@ -262,14 +260,14 @@ class L1:
     # -- the whole --------------------------------------------------------------------
 
     def hashes(self) -> list[ChunkHash]:
-        """Return a copy of the index's keys, 10 ns each."""
+        """Return a copy of the index's keys, at 10 ns each."""
         with self._lock:
             return list(self._table.index)
 
     def drop(self, hashes: Sequence[ChunkHash]) -> int:
-        """Drop the chunks among these that nobody holds or writes; return how many.
+        """Drop those chunks that are neither held nor written; return their number.
 
-        2.5 us a chunk under the lock: callers cut long lists.
+        Takes 2.5 us per chunk under the lock: callers split long lists.
         """
         num_dropped = 0
         with self._lock:
@@ -281,10 +279,10 @@ class L1:
         return num_dropped
 
     def condemn(self, chunk: Chunk) -> bool:
-        """Take out a chunk whose bytes are wrong, though it may be held or written.
+        """Remove a corrupt chunk, even if it is held or written.
 
-        Nobody finds it from here on, and what is being written to it will not be
-        kept; its memory is freed with the last hold. False when it was out before.
+        No reader finds it from now on, and parts being written to it are not kept; its
+        memory is freed with the last hold. Returns False if it was removed before.
         """
         with self._lock:
             known = self._table.index.get(chunk.hash) is chunk
@@ -294,26 +292,26 @@ class L1:
         return known
 
     def stats(self) -> L1Stats:
-        """Return the counts, all kept as they change."""
+        """Return the counts, which are updated with each change."""
         with self._lock:
             return self._table.stats()
 
     def quotas(self) -> tuple[QuotaStatus, ...]:
-        """Describe the spaces with a quota."""
+        """Describe each account with a quota."""
         with self._lock:
             order = self._table.quotas
             return order.status() if order is not None else ()
 
     def close(self) -> None:
-        """Forget everything. What comes later is harmless and finds nothing.
+        """Empty the index. Later calls find and change nothing.
 
-        The arena stays open and is its owner's to close, after the last copy.
+        The arena stays open; its owner closes it after the last copy.
         """
         with self._lock:
             self._table.close()
 
     def check(self) -> None:
-        """Raise `Internal` when the state contradicts itself. Walks over everything."""
+        """Raise `Internal` if the state is inconsistent. Visits every chunk."""
         with self._lock:
             self._table.check()
 

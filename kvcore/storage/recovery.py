@@ -1,4 +1,4 @@
-"""What an earlier run left in a kept arena: found by its journal, and checked."""
+"""Recovery of a kept arena: parts found by its journal and checked."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from kvcore.storage.journal import (
 )
 
 KEPT_PREFIX = "kvkept-"
-"""Of arenas that outlive their server; no other server removes them."""
+"""Prefix of the names of kept arenas; no server removes them as orphans."""
 CHECK_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveredArena:
-    """A journal begun anew, and the parts to enter into L1, oldest first."""
+    """A new journal, and the parts to restore in L1, oldest first."""
 
     journal: Journal
     parts: list[PartCommitted]
     num_lost: int
-    """Parts that were committed and whose bytes are not right any more."""
+    """Committed parts whose bytes do not match their checksum."""
 
 
 def open_arena(l1: L1Config) -> Arena:
-    """Make the arena that the configuration asks for, or find a kept one again.
+    """Create the configured arena, or open a kept one.
 
     Raises:
-        SetupError: there is not enough memory, or another server has it.
+        SetupError: there is not enough memory, or another server uses the arena.
     """
     size, page = int(l1.size), int(l1.page)
     if l1.keep is None:
@@ -50,12 +50,12 @@ def open_arena(l1: L1Config) -> Arena:
 
 
 def arena_name(path: Path) -> str:
-    """Name the segment that a journal at `path` is about."""
+    """Return the name of the segment of a journal at `path`."""
     return KEPT_PREFIX + sha256(str(path.absolute()).encode()).hexdigest()[:16]
 
 
 def recover(path: Path, arena: Arena) -> RecoveredArena:
-    """Read the journal at `path`, check every part's bytes, and begin it anew.
+    """Read the journal at `path`, check every part's bytes, and open a new one.
 
     Raises:
         SetupError: the journal cannot be written.
@@ -72,14 +72,14 @@ def recover(path: Path, arena: Arena) -> RecoveredArena:
 def replay(
     records: Iterable[PartCommitted | PartFreed], arena: Arena
 ) -> Iterable[PartCommitted]:
-    """Return the parts that should be there, oldest first; no two share a page.
+    """Return the parts that the journal names, oldest first; no two share a page.
 
-    Where two claim a page, the earlier one's end was not written down any more.
+    If two claim a page, the removal of the earlier one was not recorded.
     """
     live: dict[tuple[ChunkHash, PartId], PartCommitted] = {}
     by_chunk: dict[ChunkHash, set[PartId]] = {}
     owners: dict[int, PartCommitted] = {}
-    """Of each page, the last who claimed it; what is live no more may be among them."""
+    """The last part that claimed each page; it may have been removed since."""
     for record in records:
         if isinstance(record, PartFreed):
             for part in by_chunk.pop(record.chunk, ()):
@@ -106,7 +106,7 @@ def _pages(extents: Allocation, arena: Arena) -> Iterable[int]:
 
 
 def _fits(part: PartCommitted, arena: Arena) -> bool:
-    """Say whether a record's extents can be the arena's."""
+    """Return whether a record's extents are within the arena and add up."""
     return sum(e.length for e in part.extents) == part.num_bytes and all(
         e.offset >= 0
         and e.length > 0

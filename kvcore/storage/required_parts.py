@@ -1,4 +1,4 @@
-"""What a reader needs of chunks, and how many leading chunks give it."""
+"""Parts that a reader requires of chunks, and the number of chunks that hit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvcore.storage.chunk import PartId, PartName
 
 @dataclass(frozen=True, slots=True)
 class RequiredPart:
-    """One part of each chunk: what it is and how large; with a window, of the last."""
+    """One part of each chunk; with a window, only of the last chunks."""
 
     part: PartId
     name: PartName
@@ -20,7 +20,7 @@ class RequiredPart:
 
 @dataclass(frozen=True, slots=True)
 class RequiredWindow:
-    """Parts of one window's groups: needed in the chunks that it covers only."""
+    """Parts of one window's groups, required only in the chunks that it covers."""
 
     mask: int
     window: int
@@ -28,9 +28,9 @@ class RequiredWindow:
 
 @dataclass(frozen=True, slots=True)
 class RequiredParts:
-    """Parts that a lookup asks for, as masks over a chunk's parts and one by one.
+    """Parts that a lookup requires, as masks and in detail.
 
-    `parts` is the layout to prefetch into: every rank's, every group's.
+    `parts` lists every rank's part of every group, for prefetches.
     """
 
     full: int
@@ -44,11 +44,11 @@ class RequiredParts:
 
 
 def count_hits(masks: Sequence[int], needs: RequiredParts, chunk_size: int) -> int:
-    """Return how many leading chunks are a hit, given each one's mask of parts.
+    """Return how many leading chunks are a hit, given the mask of parts of each.
 
     n chunks are a hit when all n have their full-attention parts and every window
-    group has the parts that cover the last window before token n, on all ranks;
-    older window parts are never read.
+    group has the parts that cover the last window before token n, of all ranks. Older
+    window parts are never read.
     """
     runs = [0] * len(needs.windows)
     best = 0
@@ -67,5 +67,5 @@ def count_hits(masks: Sequence[int], needs: RequiredParts, chunk_size: int) -> i
 
 
 def num_window_chunks(window: int, chunk_size: int) -> int:
-    """Return how many last chunks a window needs."""
+    """Return how many of the last chunks a window covers."""
     return -(-window // chunk_size)
