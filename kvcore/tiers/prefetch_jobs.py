@@ -1,4 +1,4 @@
-"""What prefetch is about: jobs, the parts they wish for, and the loads they share."""
+"""Prefetch jobs, their missing parts, and the loads that they share."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from kvcore.tiers.timer_thread import Timer
 
 
 class JobState(Enum):
-    """How far a job is."""
+    """Progress of a job."""
 
     WAITING = "waiting"
     ASKING = "asking"
     LOADING = "loading"
     DONE = "done"
     REFUSED = "refused"
-    """Too many jobs were under way."""
+    """Too many jobs were in progress."""
     CANCELLED = "cancelled"
 
 
 @dataclass(slots=True, eq=False)
 class PrefetchJob:
-    """One lookup's wish for the chunks that L1 lacks.
+    """One lookup's loads of the chunks missing in L1.
 
-    `future` is done when everything that can be had is in L1, and at the deadline at
-    the latest. What was loaded by then is held until `Prefetcher.settle`.
+    `future` is done when all available parts are in L1, at the latest at the
+    deadline. What was loaded by then is held until `Prefetcher.settle`.
     """
 
     owner: SessionKey
@@ -53,18 +53,18 @@ class PrefetchJob:
     state: JobState = JobState.WAITING
     begun: float = 0.0
     goal: int = 0
-    """Leading chunks of `keys` that L1 and the tiers have, as far as is known."""
+    """Leading chunks of `keys` in L1 and the tiers, as far as is known."""
     tier_failed: bool = False
     num_loaded: int = 0
     num_bytes: int = 0
-    # The coordinator's own:
+    # Of the timer thread only:
     masks: list[int] = field(default_factory=list)
-    """Parts of each chunk that are there or can be loaded."""
-    found: list[WantedPart] = field(default_factory=list)
-    """What tiers have of what L1 lacks."""
+    """Parts of each chunk that are in L1 or in a tier."""
+    found: list[MissingPart] = field(default_factory=list)
+    """Missing parts that a tier has."""
     faulted: bool = False
-    """Something of it could not be loaded since it was planned."""
-    wishes: deque[WantedPart] = field(default_factory=deque)
+    """A part could not be loaded since the last plan."""
+    to_load: deque[MissingPart] = field(default_factory=deque)
     batches: deque[LoadBatch] = field(default_factory=deque)
     num_shared: int = 0
     """Loads of other jobs that this one waits for."""
@@ -74,7 +74,7 @@ class PrefetchJob:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing of it is to be begun any more."""
+        """Whether the job starts no more loads."""
         return self.state in (JobState.DONE, JobState.REFUSED, JobState.CANCELLED)
 
     @property
@@ -93,38 +93,38 @@ class PrefetchJob:
             return ()
         return self.keys[self.goal : self.goal + 1]
 
-    def lacking(self, tier: int) -> list[WantedPart]:
-        """Return what is not known to be anywhere, as wishes of a tier."""
+    def missing_parts(self, tier: int) -> list[MissingPart]:
+        """Return the parts not found so far, to be queried from a tier."""
         return [
-            WantedPart(index, need, tier)
+            MissingPart(index, need, tier)
             for index, mask in enumerate(self.masks)
             for need in self.needs.parts
             if not mask >> need.part & 1
         ]
 
-    def useful(self) -> list[WantedPart]:
-        """Return what the longest hit needs of what was found, in its order."""
-        return [wish for wish in self.found if self._is_read(wish)]
+    def useful(self) -> list[MissingPart]:
+        """Return the found parts that the longest hit needs, in order."""
+        return [part for part in self.found if self._is_read(part)]
 
-    def _is_read(self, wish: WantedPart) -> bool:
-        if wish.need.window is None:
-            return wish.index < self.goal
-        first = self.goal - num_window_chunks(wish.need.window, self.chunk_size)
-        return first <= wish.index < self.goal
+    def _is_read(self, part: MissingPart) -> bool:
+        if part.need.window is None:
+            return part.index < self.goal
+        first = self.goal - num_window_chunks(part.need.window, self.chunk_size)
+        return first <= part.index < self.goal
 
     def aim(self) -> None:
-        """Set the goal by what is there or can be loaded."""
+        """Set the goal from the parts in L1 and in the tiers."""
         self.goal = count_hits(self.masks, self.needs, self.chunk_size)
 
     def fault(self, index: int, part: PartId) -> None:
-        """Note that a part will not come: what follows it is no use."""
+        """Record that a part cannot be loaded, which ends the hit before it."""
         self.masks[index] &= ~(1 << part)
         self.goal = min(self.goal, index)
         self.faulted = True
-        self.wishes.clear()
+        self.to_load.clear()
 
     def status(self, now: float) -> PrefetchStatus:
-        """Describe it."""
+        """Return its description."""
         return PrefetchStatus(
             engine_id=self.owner.engine_id,
             request_id=self.owner.request_id,
@@ -139,8 +139,8 @@ class PrefetchJob:
 
 
 @dataclass(frozen=True, slots=True)
-class WantedPart:
-    """One part of the job's chunk `index`, which a tier has."""
+class MissingPart:
+    """One part of the job's chunk `index`, missing in L1, of `tier`."""
 
     index: int
     need: RequiredPart
@@ -149,19 +149,19 @@ class WantedPart:
 
 @dataclass(slots=True, eq=False)
 class TierLoad:
-    """One part on its way into L1, and the other jobs that wait for it."""
+    """One part being loaded, and the other jobs that wait for it."""
 
-    wish: WantedPart
+    part: MissingPart
     key: ChunkHash
     reservation: Reservation
-    slot: LoadItem
+    item: LoadItem
     is_good: bool = False
     waiting: list[PrefetchJob] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class LoadBatch:
-    """Loads asked of one tier in one go."""
+    """Loads of one call of a tier."""
 
     tier: int
     loads: list[TierLoad]
@@ -169,12 +169,12 @@ class LoadBatch:
     done: bool = False
 
     def check(self, outcomes: Sequence[LoadResult]) -> LoadFaults:
-        """Mark the loads whose bytes are there and right; return what went wrong."""
+        """Mark the loads with correct bytes; return the faults."""
         wrong = []
         num_failed = len(self.loads) - len(outcomes)
         for load, loaded in zip(self.loads, outcomes, strict=False):
             if loaded.outcome is LoadOutcome.DONE:
-                load.is_good = checksum_of(load.slot.buffers) == loaded.checksum
+                load.is_good = checksum_of(load.item.buffers) == loaded.checksum
                 load.reservation.checksum = loaded.checksum
                 if not load.is_good:
                     wrong.append(load)
@@ -185,7 +185,7 @@ class LoadBatch:
 
 @dataclass(frozen=True, slots=True)
 class LoadFaults:
-    """What a batch's loads did not bring, but for what was missing."""
+    """Failed and corrupt loads of a batch; missing ones are not faults."""
 
     wrong: list[TierLoad]
     num_failed: int

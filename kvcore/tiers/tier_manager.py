@@ -1,4 +1,4 @@
-"""What moves between L1 and the tiers: put together, asked, and taken apart here."""
+"""The tiers below an L1, with their prefetch, write-back and timer thread."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def open_tiering(urls: Sequence[str], config: ServerConfig) -> OpenTiering:
 
 
 PROBE_S = 1.0
-"""How often tiers that are not up are probed, though nobody asks them anything."""
+"""Period of probes of tiers that are down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class RunningPrefetch:
 
 
 class TierManager:
-    """Tiers beneath one L1, and the thread that moves chunks between them.
+    """The tiers of one L1, and the thread that schedules transfers between them.
 
     It owns the tiers. See `kvcore.engine.tiering.Tiering`.
     """
@@ -113,12 +113,12 @@ class TierManager:
         self._max_bytes = arena.total_bytes
         for tier in tiers:
             tier.attach(arena.name, arena.array)
-        self._coordinator = coordinator or TimerThread("manager")
+        self._timer_thread = coordinator or TimerThread("manager")
         self.write_back = WriteBack(
             l1,
             arena.array,
             tiers,
-            self._coordinator,
+            self._timer_thread,
             policy=WritePolicy(write_back.policy),
             max_bytes=int(write_back.max_bytes),
             watermark=write_back.watermark,
@@ -128,18 +128,18 @@ class TierManager:
             arena.array,
             tiers,
             self.write_back,
-            self._coordinator,
+            self._timer_thread,
             max_jobs=prefetch.max_jobs,
             max_bytes=int(prefetch.max_bytes),
         )
-        self._coordinator.post(self._probe)
+        self._timer_thread.post(self._probe)
         if coordinator is None:
-            self._coordinator.start()
+            self._timer_thread.start()
 
     @property
     def clock(self) -> Callable[[], float]:
         """What deadlines are measured on."""
-        return self._coordinator.clock
+        return self._timer_thread.clock
 
     def submit_prefetch_task(
         self,
@@ -198,7 +198,7 @@ class TierManager:
         for tier in self._tiers:
             if not tier.health().up:
                 tier.probe()
-        self._coordinator.at(self.clock() + PROBE_S, self._probe)
+        self._timer_thread.at(self.clock() + PROBE_S, self._probe)
 
     def status(self) -> tuple[TierStatus, ...]:
         """Describe the tiers and what waits for them, as far as is known.
@@ -223,11 +223,11 @@ class TierManager:
 
     def close(self) -> None:
         """End every job, the tiers, and the thread; after the last copy."""
-        self._coordinator.post(self.prefetcher.close)
-        self._coordinator.post(self.write_back.close)
+        self._timer_thread.post(self.prefetcher.close)
+        self._timer_thread.post(self.write_back.close)
         with ExitStack() as stack:
             # What the tiers have in hand comes back to the coordinator.
-            stack.callback(self._coordinator.close)
+            stack.callback(self._timer_thread.close)
             for tier in self._tiers:
                 stack.callback(tier.close)
 

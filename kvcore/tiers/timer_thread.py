@@ -1,4 +1,4 @@
-"""One thread that does what it is told, now or at a time, and sleeps in between."""
+"""A thread that runs posted calls in order, and timers at their time."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Call = Callable[[], None]
 
 @dataclass(order=True, slots=True)
 class Timer:
-    """A call at a time; `cancel` takes it back."""
+    """A call scheduled for a time of the clock."""
 
     when: float
     number: int
     call: Call | None = field(compare=False)
 
     def cancel(self) -> None:
-        """Have it not happen."""
+        """Prevent the call."""
         self.call = None
 
 
 class TimerThread:
-    """Runs calls one after another on a thread of its own.
+    """Runs calls one after another on one thread.
 
-    All state of whoever posts here is changed by those calls only, so it needs no
-    lock. A call that raises is logged and the next one runs.
+    State that only these calls change needs no lock. A call that raises is logged, and
+    the next one runs.
     """
 
     def __init__(self, name: str, clock: Callable[[], float] = monotonic) -> None:
@@ -45,22 +45,22 @@ class TimerThread:
         self._thread: Thread | None = None
 
     def start(self) -> None:
-        """Begin to run calls. Without it, `run_due` runs them."""
+        """Start the thread. Without it, `run_due` runs the calls."""
         self._thread = Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
 
     def post(self, call: Call) -> None:
-        """Have a call run soon. Any thread."""
+        """Run a call soon. Any thread."""
         self._calls.put(call)
 
     def at(self, when: float, call: Call) -> Timer:
-        """Have a call run at a time of `clock`. For calls that run here only."""
+        """Run a call at a time of `clock`. Only from calls that run here."""
         timer = Timer(when, next(self._numbers), call)
         heapq.heappush(self._timers, timer)
         return timer
 
     def run_due(self) -> None:
-        """Run what was posted and what is due, in this thread; for tests."""
+        """Run posted calls and due timers in the calling thread; for tests."""
         while True:
             try:
                 call = self._calls.get_nowait()
@@ -71,7 +71,7 @@ class TimerThread:
                 _attempt(call)
 
     def close(self) -> None:
-        """Run what was posted so far, then end the thread; timers are dropped."""
+        """Run the calls posted so far, then end the thread; timers are dropped."""
         if self._thread is None:
             self.run_due()
             return
@@ -96,7 +96,7 @@ class TimerThread:
         return max(0.0, self._timers[0].when - self.clock())
 
     def _run_timer(self) -> bool:
-        """Run the first timer if it is due; say whether there was one."""
+        """Run the first timer if it is due; return whether it was."""
         if not self._timers or self._timers[0].when > self.clock():
             return False
         _attempt(heapq.heappop(self._timers).call)

@@ -1,8 +1,8 @@
-"""Write-back: from L1 to the tiers, behind everybody's back.
+"""Asynchronous writes from L1 to the tiers; never blocks a store.
 
-Each tier has a queue of its own, bounded in bytes. What finds it full is skipped and
-counted: a tier that lags slows nobody. Chunks are held only while a tier reads them.
-Everything here runs on the coordinator's thread, but for `stored`, `used` and `status`.
+Each tier has a queue, bounded in bytes. Parts that do not fit are skipped and counted,
+so a slow tier delays no other. Chunks are held only while a tier reads them. Everything
+here runs on the timer thread, except `stored`, `used` and `status`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from kvcore.tiers.tier import StoreItem, StoreResult, Tier
 from kvcore.tiers.timer_thread import TimerThread
 
 BATCH_BYTES = 16 << 20
-"""Given to a tier in one go."""
+"""Bytes per call of a tier."""
 MAX_BATCHES = 2
-"""With a tier at once: it has the next one when it ends one."""
+"""Calls of one tier in progress: the next is queued when one ends."""
 COMING_CHUNKS = 512
-"""Next victims that are looked at after a store."""
+"""Next eviction victims that are examined after a store."""
 
 
 class WritePolicy(Enum):
@@ -38,12 +38,12 @@ class WritePolicy(Enum):
     ON_SECOND_USE = "on_second_use"
     """Once a lookup has found it."""
     ON_EVICTION = "on_eviction"
-    """Shortly before it would be evicted."""
+    """Shortly before its eviction."""
 
 
 @dataclass(slots=True)
 class WriteBackCounters:
-    """Parts, but for bytes. Each only grows."""
+    """Totals, in parts where the name does not say otherwise."""
 
     parts_written: int = 0
     bytes_written: int = 0
@@ -53,9 +53,9 @@ class WriteBackCounters:
     writes_without_room: int = 0
     """The tier was full."""
     writes_too_late: int = 0
-    """Gone from L1 before their turn came."""
+    """Removed from L1 while they were queued."""
     promotions: int = 0
-    """Offered to a faster tier than the one they were found in."""
+    """Queued for a faster tier than the one they were found in."""
     chunks_evicted_unsaved: int = 0
 
     def as_dict(self) -> dict[str, int]:
@@ -65,7 +65,7 @@ class WriteBackCounters:
 
 @dataclass(frozen=True, slots=True)
 class _QueuedPart:
-    """One part of a chunk that a tier should have."""
+    """One part to write to a tier."""
 
     chunk: ChunkHash
     part: PartId
@@ -74,12 +74,12 @@ class _QueuedPart:
 
 @dataclass(slots=True, eq=False)
 class _WriteQueue:
-    """What waits for one tier, and how much of it the tier has in hand."""
+    """Parts queued for one tier, and those being written to it."""
 
     tier: Tier
     items: deque[_QueuedPart] = field(default_factory=deque)
     known: set[tuple[ChunkHash, PartId]] = field(default_factory=set)
-    """Waiting or in hand."""
+    """Queued or being written."""
     num_bytes: int = 0
     """Of the known ones."""
     num_batches: int = 0
@@ -87,22 +87,22 @@ class _WriteQueue:
 
 @dataclass(frozen=True, slots=True)
 class _WriteBatch:
-    """What a tier has in hand, with the holds on it."""
+    """Parts being written to a tier, with the holds on their chunks."""
 
     items: list[_QueuedPart]
     chunks: list[Chunk]
-    blobs: list[StoreItem]
+    store_items: list[StoreItem]
 
 
 class WriteBack:
-    """One queue a tier, and the policy of what goes there when."""
+    """One queue per tier, and the policy that fills it."""
 
     def __init__(
         self,
         l1: L1,
         arena: Bytes,
         tiers: Sequence[Tier],
-        coordinator: TimerThread,
+        timer_thread: TimerThread,
         *,
         policy: WritePolicy,
         max_bytes: int,
@@ -112,7 +112,7 @@ class WriteBack:
         self._l1 = l1
         self._memory = arena.data
         self._queues = [_WriteQueue(tier) for tier in tiers]
-        self._coordinator = coordinator
+        self._timer_thread = timer_thread
         self._policy = policy
         self._max_bytes = max_bytes
         self._watermark = watermark
@@ -122,19 +122,19 @@ class WriteBack:
     # -- any thread -------------------------------------------------------------------
 
     def stored(self, chunks: Sequence[Chunk]) -> None:
-        """Note that parts of these chunks were committed."""
+        """Apply the policy to chunks of which parts were committed."""
         if self._policy is WritePolicy.WRITE_THROUGH:
-            self._coordinator.post(partial(self._offer, chunks))
+            self._timer_thread.post(partial(self._offer, chunks))
         elif self._policy is WritePolicy.ON_EVICTION and not self._looking:
             self._looking = True
-            self._coordinator.post(self._look_ahead)
+            self._timer_thread.post(self._look_ahead)
 
     def used(self, chunks: Sequence[Chunk]) -> None:
         """Note that a lookup found these chunks."""
         if self._policy is WritePolicy.ON_SECOND_USE:
             unsaved = [chunk for chunk in chunks if chunk.ready & ~chunk.saved]
             if unsaved:
-                self._coordinator.post(partial(self._offer, unsaved))
+                self._timer_thread.post(partial(self._offer, unsaved))
 
     def status(self) -> list[WriteBackStatus]:
         """Describe each tier's queue."""
@@ -148,10 +148,10 @@ class WriteBack:
             for queue in self._queues
         ]
 
-    # -- the coordinator's ------------------------------------------------------------
+    # -- on the timer thread ----------------------------------------------------------
 
     def promote(self, chunk: Chunk, parts: int, tier: int) -> None:
-        """Offer parts that were found in one tier to the faster ones."""
+        """Queue parts found in one tier for the faster ones."""
         for queue in self._queues[:tier]:
             self.counters.promotions += self._put(queue, chunk, parts)
             self._pump(queue)
@@ -163,7 +163,7 @@ class WriteBack:
             self._pump(queue)
 
     def _look_ahead(self) -> None:
-        """Write what will be evicted next, as much as lies above the watermark."""
+        """Write the next eviction victims, as many bytes as exceed the watermark."""
         self._looking = False
         stats = self._l1.stats()
         above = int((1 - self._watermark) * stats.total_bytes)
@@ -178,7 +178,7 @@ class WriteBack:
         self._offer(coming)
 
     def _put(self, queue: _WriteQueue, chunk: Chunk, parts: int) -> int:
-        """Queue the parts of a mask; return how many."""
+        """Queue the parts of a mask; return their number."""
         num_put = 0
         for part, place in [*chunk.parts.items()]:
             known = (chunk.hash, part) in queue.known or place.name is None
@@ -202,16 +202,16 @@ class WriteBack:
         if not batch.items:
             return
         queue.num_batches += 1
-        future = queue.tier.store(batch.blobs)
+        future = queue.tier.store(batch.store_items)
 
         def stored(future: Future[list[StoreResult]]) -> None:
             outcomes = [] if future.exception() else future.result()
-            self._coordinator.post(partial(self._stored, queue, batch, outcomes))
+            self._timer_thread.post(partial(self._stored, queue, batch, outcomes))
 
         future.add_done_callback(stored)
 
     def _hold(self, queue: _WriteQueue, items: Sequence[_QueuedPart]) -> _WriteBatch:
-        """Hold what is still there, and forget the rest."""
+        """Hold the chunks that are still in L1, and drop the other items."""
         chunks = self._l1.hold([item.chunk for item in items])
         batch = _WriteBatch([], [], [])
         for item, chunk in zip(items, chunks, strict=True):
@@ -219,12 +219,12 @@ class WriteBack:
             if chunk is None or place is None or place.name is None:
                 self.counters.writes_too_late += 1
                 self._l1.release([chunk])
-                _forget(queue, item)
+                _drop(queue, item)
                 continue
             batch.items.append(item)
             batch.chunks.append(chunk)
             buffers = buffers_of(self._memory, place.extents)
-            batch.blobs.append(
+            batch.store_items.append(
                 StoreItem(place.name.key(item.chunk), buffers, place.checksum)
             )
         return batch
@@ -239,7 +239,7 @@ class WriteBack:
             self._count(item, stored)
             if stored in (StoreResult.DONE, StoreResult.PRESENT):
                 self._l1.mark_saved(chunk, 1 << item.part)
-            _forget(queue, item)
+            _drop(queue, item)
         self._l1.release(batch.chunks)
         self._pump(queue)
 
@@ -259,15 +259,15 @@ class WriteBack:
             self.counters.chunks_evicted_unsaved += 1
 
     def close(self) -> None:
-        """Begin no more; what the tiers have in hand ends with them."""
+        """Start no more writes; those in progress end with their tiers."""
         for queue in self._queues:
             for item in queue.items:
-                _forget(queue, item)
+                _drop(queue, item)
             queue.items.clear()
 
 
 def _take(items: deque[_QueuedPart]) -> list[_QueuedPart]:
-    """Take a batch from the front, at least one."""
+    """Remove and return a batch from the front, at least one item."""
     taken = [items.popleft()]
     room = BATCH_BYTES - taken[0].num_bytes
     while items and items[0].num_bytes <= room:
@@ -276,7 +276,7 @@ def _take(items: deque[_QueuedPart]) -> list[_QueuedPart]:
     return taken
 
 
-def _forget(queue: _WriteQueue, item: _QueuedPart) -> None:
+def _drop(queue: _WriteQueue, item: _QueuedPart) -> None:
     queue.known.discard((item.chunk, item.part))
     queue.num_bytes -= item.num_bytes
 
