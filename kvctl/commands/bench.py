@@ -196,10 +196,12 @@ def regress(
     Timings are compared with the commit, counts also with results/baselines.
     Exit code 1 for a regression.
     """
-    from kvctl.lab.regression import Plan, markdown
+    from kvctl.lab.config.scenario import find_scenario
+    from kvctl.lab.regression import RegressionCheck, markdown
 
+    scenario = find_scenario(str(scenario))
     folder = out / time.strftime("%Y%m%dT%H%M%S")
-    plan = Plan(
+    plan = RegressionCheck(
         Path.cwd(), base, scenario, repeat, folder, fail_rules.FailRules(fail_on)
     )
     with console.progress("regress") as progress:

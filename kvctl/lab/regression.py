@@ -1,4 +1,4 @@
-"""The working tree against a commit: timings against it, counts against a baseline."""
+"""Regression check: timings against a commit, counts against a baseline."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ FAILING = (CountVerdict.WORSE, CountVerdict.DIFFERS)
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """What was found, and what of it fails."""
+    """A comparison, and the reasons for its failure."""
 
     comparison: Comparison
     of_base: Sequence[str]
-    """Rules that the comparison with the base breaks."""
+    """Violated rules of the comparison with the commit."""
     of_baseline: Sequence[str]
-    """Counts that are not those of the committed baseline."""
+    """Counts that differ from the committed baseline."""
 
     @property
     def failed(self) -> bool:
-        """It must not land."""
+        """Whether the working tree has a regression."""
         return bool(self.of_base or self.of_baseline)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is compared, and where everything goes."""
+class RegressionCheck:
+    """Compares the working tree with a commit in paired runs."""
 
     root: Path
     base: str
@@ -62,27 +62,29 @@ class Plan:
     folder: Path
     gate: FailRules
 
-    def run(self, told: Callable[[float, str], None]) -> Regression:
-        """Install both, play them in turn, judge, and write what people read.
+    def run(self, report_progress: Callable[[float, str], None]) -> Regression:
+        """Install both versions, run them in pairs, and save reports.
 
-        `summary.md`, `junit.xml`, `report.html` and `comparison.json` in the folder,
-        and the runs beside them.
+        The folder gets `summary.md`, `junit.xml`, `report.html`, `comparison.json` and
+        the results of all runs.
 
         Raises:
-            SetupError: there is no such commit, or a run could not begin.
+            SetupError: an unknown commit, or a run could not begin.
         """
-        duel = self._duel(told)
+        run_pair = self._prepare_runs(report_progress)
 
-        def play(number: int) -> Pair:
-            told(number / self.num_pairs, f"pair {number + 1} of {self.num_pairs}")
-            return duel(number)
+        def run_numbered_pair(number: int) -> Pair:
+            share, label = number / self.num_pairs, f"pair {number + 1}"
+            report_progress(share, f"{label} of {self.num_pairs}")
+            return run_pair(number)
 
         make_folder(self.folder)
-        contest = PairedRuns((self._base_label(), "working tree"), self.folder, play)
-        found = contest.run(self.num_pairs)
+        labels = (self._base_label(), "working tree")
+        pairs = PairedRuns(labels, self.folder, run_numbered_pair)
+        found = pairs.run(self.num_pairs)
         found.save(self.folder)
         runs = [
-            one for one in read_results(self.folder / NEW) if _is_of(one, contest.name)
+            one for one in read_results(self.folder / NEW) if _is_of(one, pairs.name)
         ]
         regression = Regression(
             found,
@@ -94,33 +96,35 @@ class Plan:
 
     @property
     def baseline(self) -> Path:
-        """The reviewed result whose counts must repeat."""
+        """Path of the committed result whose counts must be repeated."""
         return self.root / BASELINES / f"{self.scenario.stem}.json"
 
     def _base_label(self) -> str:
-        """Name the commit as it was given, and by what it is."""
+        """Return the commit as it was given, and its hash."""
         commit = CommitInstalls(self.root, self.root).resolve(self.base)
         known = commit.startswith(self.base)
         return commit[:12] if known else f"{self.base} ({commit[:12]})"
 
-    def _duel(self, told: Callable[[float, str], None]) -> InterleavedRuns:
+    def _prepare_runs(
+        self, report_progress: Callable[[float, str], None]
+    ) -> InterleavedRuns:
         scenario = read_scenario(self.scenario)
         installs = CommitInstalls(self.root, self.root / "build" / "regress")
-        told(0.0, f"installing {self.base}")
+        report_progress(0.0, f"installing {self.base}")
         base = installs.commit(self.base)
-        told(0.0, "installing the working tree")
+        report_progress(0.0, "installing the working tree")
         new = installs.working_tree()
-        # Elsewhere, since a Python started here would take what lies here.
-        elsewhere = installs.folder
+        # Another folder: a Python that is started here would import from here.
+        folder = installs.folder
         in_turns = (
             can_interleave(scenario)
             and fit_in_memory(scenario, scenario)
-            and all(supports_interleaving(python, elsewhere) for python in (base, new))
+            and all(supports_interleaving(python, folder) for python in (base, new))
         )
         arguments = [str(self.scenario.resolve())]
         return InterleavedRuns(
-            Command(str(base), arguments, elsewhere),
-            Command(str(new), arguments, elsewhere),
+            Command(str(base), arguments, folder),
+            Command(str(new), arguments, folder),
             in_turns,
         )
 
@@ -144,9 +148,9 @@ def _is_of(result: Result, comparison: str) -> bool:
 
 
 def against_baseline(path: Path, runs: Sequence[Result]) -> list[str]:
-    """Say which counts are not those of the baseline; none: it repeats.
+    """Return a sentence per count that differs from the baseline.
 
-    The machine does not matter: what is counted repeats anywhere.
+    Counts do not depend on the machine.
     """
     if not path.exists():
         return [f"{path} is missing: `make baseline` writes it"]
@@ -163,13 +167,13 @@ def against_baseline(path: Path, runs: Sequence[Result]) -> list[str]:
 
 
 def markdown(regression: Regression) -> str:
-    """Write a summary for a pull request."""
+    """Return a summary for a pull request."""
     lines = [comparison_report.render_markdown(regression.comparison), ""]
     if regression.of_base:
         lines += ["### Regressions", *(f"- {one}" for one in regression.of_base), ""]
     if regression.of_baseline:
-        lines.append("### Counts that are not the baseline's")
+        lines.append("### Counts that differ from the baseline")
         lines += [f"- {one}" for one in regression.of_baseline]
     else:
-        lines.append("All counts are the baseline's.")
+        lines.append("All counts are equal to the baseline.")
     return "\n".join(lines).strip() + "\n"

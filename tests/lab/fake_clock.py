@@ -1,4 +1,4 @@
-"""A clock that tests set."""
+"""A clock that tests control."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvctl.lab.engine.request_pacer import Clock
 
 
 class FakeClock(Clock):
-    """Time that passes only when somebody waits, or when it is told to."""
+    """Time that passes only in waits, or when a test sets it."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -18,7 +18,7 @@ class FakeClock(Clock):
         return self.time
 
     def wait(self, changed: threading.Condition, timeout_s: float | None) -> None:
-        """Let the time pass at once."""
+        """Advance the time immediately."""
         del changed
-        assert timeout_s is not None, "nobody would ever wake this"
+        assert timeout_s is not None, "this wait would never end"
         self.time += timeout_s

@@ -1,4 +1,4 @@
-"""JSON Schemas as they are published."""
+"""Published JSON Schemas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from kvctl.lab.config.scenario import publish
 
 
 def test_docstrings_lose_their_indentation() -> None:
-    """At any depth; a property of that name is no docstring."""
+    """At any depth; a property named `description` is not a docstring."""
     made = {"anyOf": [{"description": "One.\n\n    Two."}], "description": {"a": 1}}
     published = publish(made)
     assert published.pop("$schema")

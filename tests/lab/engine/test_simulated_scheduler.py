@@ -1,4 +1,4 @@
-"""A played engine against a fake server: what is reported equals what was planted."""
+"""A simulated engine with a fake server: reports equal the planted values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FakeServer(KVClient):
         self.clock = clock
         self.num_lookups = 0
         self.latencies: list[float] = []
-        """Of lookups, one each; then as long as always."""
+        """Durations of lookups, from the end; then `LOOKUP_S`."""
         self.stall_at = -1
         self.stall_s = 0.0
         self.fail_at = -1
@@ -47,13 +47,13 @@ class FakeServer(KVClient):
 
     @property
     def chunk_size(self) -> int:
-        """Tokens a chunk."""
+        """Tokens per chunk."""
         return CHUNK
 
     def lookup(  # type: ignore[override]
         self, session: SessionKey, model: str, world_size: int, tokens: Tokens
     ) -> LookupReply:
-        """Take as long as was planted, and find as much."""
+        """Advance the clock by the planted duration; return the planted hits."""
         del session, model, world_size, tokens
         number = self.num_lookups
         self.num_lookups += 1
@@ -67,16 +67,16 @@ class FakeServer(KVClient):
     error: KVError = Internal("planted")
 
     def end_session(self, session: SessionKey) -> None:  # type: ignore[override]
-        """Take note."""
+        """Record the request."""
         self.ended.append(session.request_id)
 
 
 @pytest.fixture
 def rank() -> Iterator[Connection]:
-    """A rank that does at once what it is told, and says how long it took."""
+    """A rank that replies immediately with planted durations."""
     ours, theirs = Pipe()
 
-    def obey() -> None:
+    def reply_to_tasks() -> None:
         decoder = msgspec.msgpack.Decoder(RunRequest)
         try:
             while True:
@@ -86,15 +86,15 @@ def rank() -> Iterator[Connection]:
         except EOFError:
             theirs.close()
 
-    thread = Thread(target=obey)
+    thread = Thread(target=reply_to_tasks)
     thread.start()
     yield ours
     ours.close()
     thread.join(10)
 
 
-def play(scenario: Scenario, server: FakeServer, rank: Connection) -> LoadReport:
-    """Play a scenario with one slot; read its journal."""
+def run(scenario: Scenario, server: FakeServer, rank: Connection) -> LoadReport:
+    """Run a scenario with one slot; return the report of its request log."""
     plan = EnginePlan("", 0, "e", "m", 0, scenario)
     engine = SimulatedScheduler(plan, server, server.clock)
     engine.run_slot([rank])
@@ -105,7 +105,7 @@ def play(scenario: Scenario, server: FakeServer, rank: Connection) -> LoadReport
 
 
 def scenario(num_requests: int, rate: float, **more: object) -> Scenario:
-    """Requests of 64 tokens at even distances."""
+    """Return a scenario with requests of 64 tokens at a constant rate."""
     workload = SharedPrefix(
         num_requests=num_requests, prefix_tokens=63, suffix_tokens=1
     )
@@ -131,7 +131,7 @@ def test_percentiles_are_those_of_the_planted_latencies(rank: Connection) -> Non
     assert (found.tally.tokens_hit, found.tally.tokens_from_tiers) == (6400, 3200)
 
 
-def test_only_who_is_due_at_a_time_can_be_late(rank: Connection) -> None:
+def test_only_open_loops_have_a_lag(rank: Connection) -> None:
     """Beside a closed loop, the lag and the rate are those of the open tenant."""
     server = FakeServer(FakeClock())
     closed = replace(scenario(10, 10), load=ClosedLoop())
@@ -155,7 +155,7 @@ def test_a_stall_counts_for_all_that_were_due_in_it(rank: Connection) -> None:
     """Ten a second, one stalls for 2 s: the next twenty are late by what was left."""
     server = FakeServer(FakeClock())
     server.stall_at, server.stall_s = 10, 2.0
-    report = play(scenario(100, 10, limits=Limits(request_s=0.5)), server, rank)
+    report = run(scenario(100, 10, limits=Limits(request_s=0.5)), server, rank)
     # Due 0.1, 0.2 ... behind it: 1.91, 1.82 ... down by 0.09 each.
     late = [2.0] + [2.0 - 0.09 * n + 0.0 for n in range(1, 23)]
     expected = sum(one > 0.5 for one in late)
@@ -169,10 +169,10 @@ def test_a_stall_counts_for_all_that_were_due_in_it(rank: Connection) -> None:
 
 
 def test_a_planted_error_is_one_failed_request(rank: Connection) -> None:
-    """The others are done."""
+    """The other requests succeed."""
     server = FakeServer(FakeClock())
     server.fail_at = 3
-    report = play(scenario(10, 10), server, rank)
+    report = run(scenario(10, 10), server, rank)
     assert (report.requests, report.failed) == (10, 1)
 
 
@@ -181,7 +181,7 @@ def test_first_tokens_come_after_lookup_retrieve_and_prefill(rank: Connection) -
     server = FakeServer(FakeClock())
     server.hit_tokens = 32
     model = EngineModel(prefill_tokens_per_s=1000, step_s=0.005)
-    report = play(scenario(5, 1, engine=model), server, rank)
+    report = run(scenario(5, 1, engine=model), server, rank)
     planted = LOOKUP_S + RETRIEVE_S + 0.005 + 32 / 1000
     assert report.ttft is not None
     assert report.ttft.p50_s == pytest.approx(planted, rel=0.01)
@@ -195,30 +195,30 @@ def test_hit_rates_of_sessions_are_what_was_planted(rank: Connection) -> None:
     workload = Chat(
         num_sessions=4, turns=2, system_tokens=0, user_tokens=32, answer_tokens=32
     )
-    wanted = Scenario(
+    chat = Scenario(
         ModelConfig("tiny-llama", block_size=16),
         workload,
         load=Poisson(rate=10),
         cache_blocks=64,
     )
-    report = play(wanted, server, rank)
+    report = run(chat, server, rank)
     assert report.sessions is not None
     assert (report.sessions.num_sessions, report.sessions.p50) == (4, 0.5)
     assert report.sessions.first_requests == 1.0
     assert report.sessions.later_requests == pytest.approx(1 / 3)
 
 
-def test_every_request_given_up_ends_its_session(rank: Connection) -> None:
-    """Looked up, computing or decoding: END_SESSION follows, and nothing hangs."""
+def test_aborted_requests_end_their_sessions(rank: Connection) -> None:
+    """Aborted after lookup, in prefill or in decode."""
     server = FakeServer(FakeClock())
     model = EngineModel(abort_share=1.0)
-    report = play(scenario(30, 10, engine=model), server, rank)
+    report = run(scenario(30, 10, engine=model), server, rank)
     assert report.aborted == 30
     assert sorted(server.ended) == sorted(map(str, range(30)))
 
 
 def test_a_crash_in_a_slot_fails_the_run(rank: Connection) -> None:
-    """A defect is never taken for a workload that ended early."""
+    """A defect is not mistaken for the end of the workload."""
     server = FakeServer(FakeClock())
     engine = SimulatedScheduler(EnginePlan("", 0, "e", "m", 0, scenario(3, 10)), server)
     server.clock = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A played rank: what it counts when the server is right, wrong, or gone."""
+"""A simulated rank: its counts with a correct, a faulty, and a lost server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HASHES = b"".join(sha256(bytes([i])).digest() for i in range(3))
 
 
 class FakeClient:
-    """A server of one engine: it keeps what was stored by block contents."""
+    """A server of one rank, which keeps copies of stored blocks."""
 
     chunk_size = CHUNK
     server = None
@@ -39,8 +39,8 @@ class FakeClient:
     def __init__(self) -> None:
         self.rank: SimulatedRank | None = None
         self.kept: list[np.ndarray[Any, Any]] = []
-        self.fails: KVError | None = None
-        self.meddle: Callable[[], None] = lambda: None
+        self.error: KVError | None = None
+        self.after_retrieve: Callable[[], None] = lambda: None
         self.retrieved: list[np.ndarray[Any, Any]] = []
 
     def register_kv_cache(self, _request: object) -> RegisterReply:
@@ -48,14 +48,14 @@ class FakeClient:
         return RegisterReply(("x",), 1000)
 
     def unregister_kv_cache(self, instance_id: str) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def store(
         self, _s: SessionKey, _i: str, start: int, end: int, blocks: Any, _tokens: Any
     ) -> StoreReply:
         """Keep copies of the blocks of each group."""
-        if self.fails:
-            raise self.fails
+        if self.error:
+            raise self.error
         assert self.rank
         views = self.rank.cache.views
         self.kept = [v[ids].copy() for v, ids in zip(views, blocks, strict=True)]
@@ -65,9 +65,9 @@ class FakeClient:
     def retrieve(
         self, _s: SessionKey, _i: str, start: int, end: int, blocks: Any, _tokens: Any
     ) -> RetrieveReply:
-        """Write back what was kept; null blocks are left out."""
-        if self.fails:
-            raise self.fails
+        """Write back the kept blocks, except null blocks."""
+        if self.error:
+            raise self.error
         assert self.rank
         self.retrieved = blocks
         for view, ids, kept in zip(
@@ -75,12 +75,12 @@ class FakeClient:
         ):
             there = ids >= 0
             view[ids[there]] = kept[: len(ids)][there]
-        self.meddle()
+        self.after_retrieve()
         return RetrieveReply(end - start)
 
 
 def make(preset: str) -> tuple[SimulatedRank, FakeClient]:
-    """A rank on a fake server."""
+    """Return a rank with a fake client."""
     scenario = Scenario(ModelConfig(preset), Chat(), cache_blocks=96)
     plan = EnginePlan("", 0, f"test-{os.getpid()}", "m", 0, scenario)
     client = FakeClient()
@@ -90,7 +90,7 @@ def make(preset: str) -> tuple[SimulatedRank, FakeClient]:
 
 
 @pytest.fixture
-def played() -> Iterator[tuple[SimulatedRank, FakeClient]]:
+def rank_and_client() -> Iterator[tuple[SimulatedRank, FakeClient]]:
     """A rank of a small Llama that has stored three chunks."""
     rank, client = make("tiny-llama")
     stored = rank.execute(task(0, 3))
@@ -101,7 +101,7 @@ def played() -> Iterator[tuple[SimulatedRank, FakeClient]]:
 
 
 def task(hit: int, end: int, first_block: int = 0, groups: int = 1) -> RunRequest:
-    """A request of so many chunks, `hit` of them found."""
+    """Return a request of `end` chunks, `hit` of which are found."""
     ids = np.arange(first_block, first_block + end * CHUNK_BLOCKS, dtype=np.int32)
     hashes = HASHES[: end * 32]
     session = SessionKey("e", "r")
@@ -110,11 +110,11 @@ def task(hit: int, end: int, first_block: int = 0, groups: int = 1) -> RunReques
     )
 
 
-def test_right_bytes_are_counted_as_right(
-    played: tuple[SimulatedRank, FakeClient],
+def test_correct_bytes_are_not_counted_as_wrong(
+    rank_and_client: tuple[SimulatedRank, FakeClient],
 ) -> None:
     """Retrieved into other blocks, every byte checks."""
-    rank, _ = played
+    rank, _ = rank_and_client
     found = rank.execute(task(3, 3, first_block=48))
     assert (found.errors, found.tally.bytes_wrong) == ((), 0)
     assert found.tally.retrieve_bytes == 3 * CHUNK * rank.cache.views[0][0].nbytes // 16
@@ -122,32 +122,34 @@ def test_right_bytes_are_counted_as_right(
 
 
 def test_requests_of_less_than_a_chunk_move_nothing(
-    played: tuple[SimulatedRank, FakeClient],
+    rank_and_client: tuple[SimulatedRank, FakeClient],
 ) -> None:
-    """Nothing is copied beside them either, however many there are."""
-    rank, _ = played
+    """There are no plain copies either."""
+    rank, _ = rank_and_client
     for _ in range(2 * COPY_EVERY):
         found = rank.execute(task(0, 0))
         assert (found.errors, found.tally.copy_bytes) == ((), 0)
 
 
-def test_one_wrong_byte_is_counted(played: tuple[SimulatedRank, FakeClient]) -> None:
-    """A byte that changed on its way shows."""
-    rank, client = played
+def test_one_wrong_byte_is_counted(
+    rank_and_client: tuple[SimulatedRank, FakeClient],
+) -> None:
+    """A corrupted byte is detected."""
+    rank, client = rank_and_client
     view = rank.cache.views[0]
 
-    def meddle() -> None:
+    def corrupt() -> None:
         view[50, 0, 1, 3, 1, 0] ^= 0xFF
 
-    client.meddle = meddle
+    client.after_retrieve = corrupt
     assert rank.execute(task(3, 3, first_block=48)).tally.bytes_wrong == 1
 
 
 def test_a_retrieve_that_writes_nothing_is_all_wrong(
-    played: tuple[SimulatedRank, FakeClient],
+    rank_and_client: tuple[SimulatedRank, FakeClient],
 ) -> None:
-    """Even into blocks that held the right bytes before: they were poisoned."""
-    rank, client = played
+    """Also into blocks with the correct bytes, because they are poisoned before."""
+    rank, client = rank_and_client
     client.kept = [kept[:0] for kept in client.kept]
     client.retrieve = lambda *_: RetrieveReply(0)  # type: ignore[method-assign]
     found = rank.execute(task(3, 3))
@@ -155,10 +157,10 @@ def test_a_retrieve_that_writes_nothing_is_all_wrong(
 
 
 def test_a_failed_retrieve_is_an_error_and_all_is_stored(
-    played: tuple[SimulatedRank, FakeClient],
+    rank_and_client: tuple[SimulatedRank, FakeClient],
 ) -> None:
-    """An engine computes what it could not load, and so does this one."""
-    rank, client = played
+    """All chunks are computed, as by an engine, and stored."""
+    rank, client = rank_and_client
 
     def fail(*_: object) -> RetrieveReply:
         raise ChunksMissing("gone")
@@ -169,12 +171,12 @@ def test_a_failed_retrieve_is_an_error_and_all_is_stored(
     assert found.tally.parts_stored == 3
 
 
-def test_a_server_that_is_gone_ends_the_turn(
-    played: tuple[SimulatedRank, FakeClient],
+def test_a_lost_server_ends_the_request(
+    rank_and_client: tuple[SimulatedRank, FakeClient],
 ) -> None:
-    """Nothing more is asked of it; the scheduler is told."""
-    rank, client = played
-    client.fails = Unavailable("gone")
+    """The reply to the scheduler has the reason."""
+    rank, client = rank_and_client
+    client.error = Unavailable("gone")
     found = rank.execute(task(1, 3))
     assert found.unavailable == "gone"
     assert found.durations == {}
@@ -201,10 +203,10 @@ def test_blocks_outside_the_window_are_null() -> None:
         lambda plan, control: scheduler.run(plan, control, []),
     ],
 )
-def test_whoever_fails_after_the_driver_has_gone_ends_in_silence(
+def test_a_failure_after_the_end_of_the_driver_is_silent(
     begin: Callable[[EnginePlan, Connection], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One rank's error ends a run: those that fail beside it have nobody to tell."""
+    """The first failure ends the run; other processes fail without a driver."""
 
     def refuse(*_: object) -> None:
         raise SetupError("no room")
@@ -221,7 +223,7 @@ def test_whoever_fails_after_the_driver_has_gone_ends_in_silence(
 
 
 def test_a_cache_on_a_gpu_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without it is told so in one line, as any wrong scenario is."""
+    """Without it the error is one line, as for any invalid scenario."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "kvctl.lab.rank.gpu_cache", raising=False)
     with pytest.raises(SetupError, match=r"cuda.*torch.*docs/gpu\.md"):

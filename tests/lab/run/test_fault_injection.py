@@ -1,4 +1,4 @@
-"""Faults: when they happen, and what a journal tells of them."""
+"""Fault injection: its schedule, and the effects in a request log."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from tests.lab.fake_clock import FakeClock
 
 
 class RecordingTarget:
-    """Takes note of what it is calls to do."""
+    """Records the calls of its methods."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
     def kill(self) -> FaultNotice | None:
-        """Die; somebody notices a tenth of a second later."""
+        """Record the call; the server notices 0.1 s later."""
         self.calls.append("kill")
         return FaultNotice(noticed_s=2.1)
 
     def terminate(self) -> None:
-        """End."""
+        """Record the call."""
         self.calls.append("terminate")
 
     def suspend(self) -> None:
-        """Stand still."""
+        """Record the call."""
         self.calls.append("suspend")
 
     def resume(self) -> None:
-        """Go on."""
+        """Record the call."""
         self.calls.append("resume")
 
     def start_again(self) -> None:
-        """Come back."""
+        """Record the call."""
         self.calls.append("start_again")
 
 
@@ -52,8 +52,8 @@ class RecordingTarget:
         ("restart", ["terminate", "start_again"]),
     ],
 )
-def test_a_fault_strikes_and_ends_at_its_time(action: str, calls: list[str]) -> None:
-    """Nothing happens before; what was struck is away until it is back."""
+def test_a_fault_is_injected_and_ended_on_time(action: str, calls: list[str]) -> None:
+    """Not before; the fault is active until the process is back."""
     clock, target = FakeClock(), RecordingTarget()
     injector = FaultInjector(0.0, lambda _: target, clock.now)
     injector.schedule(Fault(at_s=2.0, action=action, for_s=0.5))  # type: ignore[arg-type]
@@ -70,8 +70,8 @@ def test_a_fault_strikes_and_ends_at_its_time(action: str, calls: list[str]) -> 
     assert noticed == (2.1 if action == "kill" else None)
 
 
-def journal(*entries: tuple[float, float, Outcome, int]) -> Records:
-    """Requests that begin and end at these times, on these engines."""
+def request_log(*entries: tuple[float, float, Outcome, int]) -> Records:
+    """Return records with these times of begin and end, outcomes and engines."""
     records = np.zeros(len(entries), RECORD)
     for record, (begun, ended, outcome, engine) in zip(records, entries, strict=True):
         record["due_s"] = record["begun_s"] = begun
@@ -81,10 +81,10 @@ def journal(*entries: tuple[float, float, Outcome, int]) -> Records:
     return records
 
 
-def test_a_journal_tells_what_a_fault_did() -> None:
-    """Noticed by the first failure, over with the first that began after it."""
+def test_effects_of_a_fault_on_requests() -> None:
+    """Noticed by the first failure; recovered by a request that began after it."""
     done, failed = Outcome.DONE, Outcome.FAILED
-    records = journal(
+    records = request_log(
         (1.0, 1.1, done, 0),
         (9.95, 10.3, failed, 0),
         (9.99, 11.2, done, 1),
@@ -100,9 +100,9 @@ def test_a_journal_tells_what_a_fault_did() -> None:
     assert (report.hit_rate_before, report.hit_rate_during) == (0.8, 0.2)
 
 
-def test_a_tier_is_back_when_the_server_asks_it_again() -> None:
-    """Requests go on without it: they say nothing of when it is there again."""
-    records = journal((1.0, 1.1, Outcome.DONE, 0), (10.5, 10.6, Outcome.DONE, 0))
+def test_a_tier_recovers_when_the_server_uses_it_again() -> None:
+    """Requests succeed without the tier, and do not show its recovery."""
+    records = request_log((1.0, 1.1, Outcome.DONE, 0), (10.5, 10.6, Outcome.DONE, 0))
     fault = Fault(at_s=10, target="service", service="store")
     notice = FaultNotice(noticed_s=10.2, recovered_s=12.5)
     report = describe(InjectedFault(fault, 10.0, 11.0, notice), 0.0, records)
@@ -116,10 +116,10 @@ def test_a_tier_is_back_when_the_server_asks_it_again() -> None:
     )
 
 
-def test_a_workers_fault_is_calls_of_its_engine() -> None:
-    """Others' requests are not counted."""
+def test_a_worker_fault_affects_its_engine_only() -> None:
+    """Requests of other engines are not counted."""
     failed = Outcome.FAILED
-    records = journal((9.9, 10.1, failed, 0), (9.9, 10.2, failed, 1))
+    records = request_log((9.9, 10.1, failed, 0), (9.9, 10.2, failed, 1))
     fault = Fault(at_s=10, target="worker", engine=1)
     report = describe(InjectedFault(fault, 10.0), 0.0, records)
     assert report.requests_failed == 1
