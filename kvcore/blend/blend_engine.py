@@ -35,8 +35,7 @@ from kvcore.blend.matchers import (
 from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling_hash import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
-from kvcore.copy.block_arrays import TokenRange
-from kvcore.copy.paged_cache import BlockIds
+from kvcore.copy.block_arrays import BlockArray, TokenRange
 from kvcore.engine.engine import Engine
 from kvcore.engine.instance import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
@@ -472,9 +471,9 @@ def _check_slots(instance: Instance, first: int, num_tokens: int) -> None:
         )
 
 
-def slot_rows(starts: Sequence[int], num_tokens: int) -> BlockIds:
+def slot_rows(starts: Sequence[int], num_tokens: int) -> BlockArray:
     """Return the slots of `num_tokens` tokens from each start on, a row per start."""
-    slots: BlockIds = np.arange(num_tokens, dtype=np.int32)
+    slots: BlockArray = np.arange(num_tokens, dtype=np.int32)
     return slots + np.array(starts, np.int32)[:, np.newaxis]
 
 

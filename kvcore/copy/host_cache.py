@@ -1,17 +1,18 @@
-"""Copies between a cache in this host's memory and the arena.
+"""Copies between a paged cache in host memory and the arena.
 
-Two ways, both a few large numpy calls that release the GIL:
+Two methods, both a few large numpy calls that release the GIL:
 
-- by rows: one `take` (or indexed assignment) over the cache seen as rows of a block's
-  bytes, for all planes of a part at once;
-- by runs: one strided copy for each run of consecutive blocks and each group of
-  evenly spaced planes. It can move anything, cut blocks too, and is better where all
-  of a chunk's blocks follow each other in memory.
+- by rows: one `take` (or indexed assignment) over the cache as rows of a block's bytes,
+  for all planes of a part at once;
+- by runs: one strided copy for each run of consecutive blocks and each group of evenly
+  spaced planes. It copies any range, cut blocks included, and is faster where all of
+  a chunk's blocks are consecutive.
 
-One thread does not fill the memory: a large call is shared among a crew, a part each.
-Checksums are made as a part fills, while the CPU's caches have its bytes.
+One thread does not saturate the memory bandwidth: the parts of a large call are shared
+among several threads. Checksums are computed while a part is filled, when its bytes are
+in the CPU's caches.
 
-tests/benchmarks/test_copies.py measures the share of a plain copy that they reach.
+tests/benchmarks/test_copies.py measures these copies against a plain copy.
 """
 
 from __future__ import annotations
@@ -27,28 +28,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.copy.copy_threads import CALLING_THREAD, CopyThreads
-from kvcore.copy.paged_cache import (
-    BlockIds,
-    ChunkSpan,
+from kvcore.copy.block_arrays import (
+    BlockArray,
+    ChunkSpans,
     block_units,
     breaks,
-    checked_blocks,
     coalesce,
 )
+from kvcore.copy.copy_threads import CALLING_THREAD, CopyThreads
 from kvcore.extents import NO_CHECKSUM, Checksum, Extent, checksum_of
 from kvcore.layout import KVLayout
 from kvcore.protocol import NULL_BLOCK
 from kvcore.shm import Bytes
 
 CHECKSUM_STEP = 2 << 20
-"""Bytes added up at a time: still in the caches, and few enough calls for the GIL."""
+"""Bytes per checksum update: they still fit the CPU's caches, and take few calls."""
 _SHARED_RUN = 1 << 20
-"""Parts of this size on that are one run each, as a blend buffer's, are shared: a view
-is copied without the GIL, whatever the direction."""
+"""Bytes. Calls whose parts have at least this size and are one run each, as a blend
+buffer's, use several threads: a view is copied without the GIL in both directions."""
 _NUM_FREE_ROWS = 500
 _MIN_ROW = 4096
-"""Bytes; with fewer in a row, what holds the GIL is soon done."""
+"""Bytes. An assignment of smaller rows holds the GIL only shortly."""
 
 Rows = npt.NDArray[np.void]
 Index = npt.NDArray[np.intp]
@@ -56,22 +56,22 @@ Index = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class _Direction:
-    """One direction. Both functions take the cache's side first."""
+    """Functions of one copy direction; both take the cache's side first."""
 
     view: Callable[[Bytes, Bytes], None]
     rows: Callable[[Rows, Index, Rows], None]
     shared_bytes: int
-    """Parts of this size on are copied without the GIL for most of the time, so that
-    several threads gain by it; with smaller ones they stand in each other's way."""
+    """Parts of at least this size are copied mostly without the GIL, so that several
+    threads are faster; with smaller ones the threads contend for it."""
 
 
 def _take_rows(cache: Rows, index: Index, part: Rows) -> None:
-    # "clip" is the only mode that writes to `out` without a buffer between.
+    # "clip" is the only mode that writes to `out` without an intermediate buffer.
     np.take(cache, index, out=part, mode="clip")
 
 
 def _put_rows(cache: Rows, index: Index, part: Rows) -> None:
-    # numpy keeps the GIL while it assigns fewer rows than this.
+    # numpy holds the GIL while it assigns fewer rows than this.
     split = 1 << max(0, (-(-_NUM_FREE_ROWS // len(index)) - 1).bit_length())
     size = cache.itemsize // split
     if split == 1 or size < _MIN_ROW or cache.itemsize % split:
@@ -85,11 +85,11 @@ _GATHER = _Direction(lambda cache, part: np.copyto(part, cache), _take_rows, 1 <
 _SCATTER = _Direction(np.copyto, _put_rows, _NUM_FREE_ROWS * _MIN_ROW)
 
 
-# How a span is copied. Plain numbers: numpy compares with an enum's member in 2 us.
+# Methods of copying a span. Plain integers: numpy takes 2 us to compare an enum member.
 _ROWS = 0
 _RUNS = 1
 _ONE_RUN = 2
-"""All of its blocks follow each other: nothing has to be looked for."""
+"""All blocks of the chunk are consecutive: the run need not be searched for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,14 @@ class _Planes:
 
 @dataclass(frozen=True, slots=True)
 class _RowPlanes:
-    """Planes that share one row grid: `base[p, 0] + block * step` is a block's row."""
+    """Planes on one row grid: `base[p, 0] + block * step` is the row of a block."""
 
     first: int
     rows: Rows
     base: Index
     step: int
 
-    def index(self, blocks: BlockIds) -> Index:
+    def index(self, blocks: BlockArray) -> Index:
         """Return the rows of whole parts, `[spans, planes x blocks]`."""
         rows = blocks[:, np.newaxis].astype(np.intp) * self.step + self.base
         return rows.reshape(len(blocks), self.base.size * blocks.shape[1])
@@ -118,9 +118,9 @@ class _RowPlanes:
 class HostCache:
     """A `PagedCache` in memory that this process has mapped.
 
-    `handles` are flat arrays, writable, and stay mapped as long as this object is
-    used. Every view into them is checked against their sizes here, once. A large copy
-    is spread over `num_threads`, the calling one among them.
+    `handles` are flat writable arrays that stay mapped as long as this object is used.
+    The constructor checks every view against their sizes. Large copies use
+    `num_threads` threads, including the calling one.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class HostCache:
         num_threads: int = 2,
     ) -> None:
         self.layout = layout
-        self._crew = CopyThreads(num_threads)
+        self._threads = CopyThreads(num_threads)
         part = layout.part
         block_bytes = block_units(layout) * part.unit_bytes
         self._strides = (part.plane_bytes, block_bytes, part.unit_bytes, 1)
@@ -138,20 +138,20 @@ class HostCache:
         self._row_planes = _row_planes(layout, handles)
 
     def close(self) -> None:
-        """End the threads that help; see `PagedCache`."""
-        self._crew.close()
+        """Stop the copy threads; see `PagedCache`."""
+        self._threads.close()
 
     def gather(
-        self, spans: Sequence[ChunkSpan], arena: Bytes, *, checksums: bool = False
+        self, spans: ChunkSpans, arena: Bytes, *, checksums: bool = False
     ) -> list[Checksum]:
         """Copy blocks into parts; see `PagedCache`."""
-        blocks = checked_blocks(self.layout, spans, nulls=False)
-        return self._copy(spans, blocks, arena, _GATHER, checksums=checksums)
+        spans.check(self.layout, nulls=False)
+        return self._copy(spans, arena, _GATHER, checksums=checksums)
 
-    def scatter(self, spans: Sequence[ChunkSpan], arena: Bytes) -> None:
+    def scatter(self, spans: ChunkSpans, arena: Bytes) -> None:
         """Copy parts into blocks; see `PagedCache`."""
-        blocks = checked_blocks(self.layout, spans, nulls=True)
-        self._copy(spans, blocks, arena, _SCATTER)
+        spans.check(self.layout, nulls=True)
+        self._copy(spans, arena, _SCATTER)
 
     def key_views(self) -> Iterator[Bytes]:
         """Yield views of the keys, `[layers, blocks, units, unit bytes]` each.
@@ -165,59 +165,55 @@ class HostCache:
 
     def _copy(
         self,
-        spans: Sequence[ChunkSpan],
-        blocks: BlockIds,
+        spans: ChunkSpans,
         arena: Bytes,
-        copy: _Direction,
+        direction: _Direction,
         *,
         checksums: bool = False,
     ) -> list[Checksum]:
-        ways = self._ways(spans, blocks)
-        way_of = ways.tolist()
-        rows = self._rows(blocks, ways == _ROWS)
+        blocks, tokens = spans.blocks, spans.tokens.tolist()
+        methods = self._methods(spans)
+        method_of = methods.tolist()
+        rows = self._rows(blocks, methods == _ROWS)
         step = CHECKSUM_STEP if checksums else sys.maxsize
         made = [NO_CHECKSUM] * len(spans) if checksums else []
 
-        def move(number: int) -> None:
-            span = spans[number]
-            part = _PartWriter(arena, span.extents, copy, self._strides)
-            if way_of[number] == _ROWS:
+        def copy(number: int) -> None:
+            part = _PartWriter(arena, spans.extents[number], direction, self._strides)
+            if method_of[number] == _ROWS:
                 ends = self._copy_rows(rows[number], part, step)
-            elif way_of[number] == _ONE_RUN:
-                ends = self._copy_one_run(span, part, step)
+            elif method_of[number] == _ONE_RUN:
+                ends = self._copy_one_run(blocks[number], part, step)
             else:
-                ends = self._copy_runs(span, part)
+                first, end = tokens[number]
+                ends = self._copy_runs(blocks[number], first, end, part)
             if checksums:
                 made[number] = checksum_of(part.filled(ends))
             else:
                 deque(ends, maxlen=0)
 
-        in_runs = (ways == _ONE_RUN).all()
-        shared_bytes = _SHARED_RUN if in_runs else copy.shared_bytes
+        in_runs = (methods == _ONE_RUN).all()
+        shared_bytes = _SHARED_RUN if in_runs else direction.shared_bytes
         is_shared = self.layout.part.num_bytes >= shared_bytes
-        (self._crew if is_shared else CALLING_THREAD).each(move, range(len(spans)))
+        (self._threads if is_shared else CALLING_THREAD).each(copy, range(len(spans)))
         return made
 
-    def _ways(
-        self, spans: Sequence[ChunkSpan], blocks: BlockIds
-    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Choose a way for each span; whole parts without a null block go fast."""
-        chunk_size = self.layout.part.chunk_size
-        whole = np.array(
-            [s.first_token == 0 and s.end_token == chunk_size for s in spans], np.bool_
-        )
+    def _methods(self, spans: ChunkSpans) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Choose each span's method; whole parts without a null block are fast."""
+        blocks = spans.blocks
+        whole = (spans.tokens == (0, self.layout.part.chunk_size)).all(axis=1)
         whole &= blocks.min(axis=1) != NULL_BLOCK
         scattered = breaks(blocks).any(axis=1)
-        ways = np.where(whole & ~scattered, _ONE_RUN, _RUNS).astype(np.uint8)
+        methods = np.where(whole & ~scattered, _ONE_RUN, _RUNS).astype(np.uint8)
         if self._row_planes:
             apart = self._row_planes[0].step != 1
-            ways[whole & (scattered | apart)] = _ROWS
-        return ways
+            methods[whole & (scattered | apart)] = _ROWS
+        return methods
 
     def _rows(
-        self, blocks: BlockIds, by_rows: npt.NDArray[np.bool_]
+        self, blocks: BlockArray, by_rows: npt.NDArray[np.bool_]
     ) -> list[tuple[Index, ...]]:
-        """Return each span's rows, one array for each of `_row_planes`, if any."""
+        """Return the row indexes of each span copied by rows, per `_row_planes`."""
         indexes = (planes.index(blocks[by_rows]) for planes in self._row_planes)
         found = zip(*indexes, strict=True)
         return [next(found) if by else () for by in by_rows.tolist()]
@@ -225,7 +221,7 @@ class HostCache:
     def _copy_rows(
         self, indexes: Sequence[Index], part: _PartWriter, step_bytes: int
     ) -> Iterator[int]:
-        """Copy a whole part; yield, a step at a time, how much of it is there."""
+        """Copy a whole part in steps; yield the bytes filled after each."""
         for planes, index in zip(self._row_planes, indexes, strict=True):
             size = planes.rows.itemsize
             offset = planes.first * self._strides[0]
@@ -236,23 +232,25 @@ class HostCache:
                 yield offset
 
     def _copy_one_run(
-        self, span: ChunkSpan, part: _PartWriter, step_bytes: int
+        self, blocks: BlockArray, part: _PartWriter, step_bytes: int
     ) -> Iterator[int]:
         """Copy a whole part of consecutive blocks; yield as `_copy_rows` does."""
         plane_bytes = self._strides[0]
         step = max(1, step_bytes // plane_bytes)
-        blocks = slice(int(span.blocks[0]), int(span.blocks[-1]) + 1)
+        run = slice(int(blocks[0]), int(blocks[-1]) + 1)
         for planes in self._planes:
             for first in range(0, len(planes.view), step):
-                view = planes.view[first : first + step, blocks]
+                view = planes.view[first : first + step, run]
                 offset = (planes.first + first) * plane_bytes
                 part.copy(view, offset)
                 yield offset + len(view) * plane_bytes
 
-    def _copy_runs(self, span: ChunkSpan, part: _PartWriter) -> Iterator[int]:
-        """Copy whatever a span names; yield once, at the end."""
+    def _copy_runs(
+        self, ids: BlockArray, first_token: int, end_token: int, part: _PartWriter
+    ) -> Iterator[int]:
+        """Copy any token range of a chunk; yield once, at the end."""
         plane_bytes, block_bytes, unit_bytes, _ = self._strides
-        for run in coalesce(self.layout, span):
+        for run in coalesce(self.layout, ids, first_token, end_token):
             inside = run.index * block_bytes + run.first * unit_bytes
             blocks = slice(run.block, run.block + run.num_blocks)
             for planes in self._planes:
@@ -262,9 +260,9 @@ class HostCache:
 
 
 class _PartWriter:
-    """One part's bytes, wherever its extents lie, and the direction of the copy.
+    """One part's bytes in its extents, and the direction of the copy.
 
-    `strides` are a part's own: from plane to plane, block, unit, byte.
+    `strides` are those within a part: from plane to plane, block, unit and byte.
     """
 
     __slots__ = ("_arena", "_copy", "_extents", "_starts", "_strides")
@@ -283,7 +281,7 @@ class _PartWriter:
         self._strides = strides
 
     def filled(self, ends: Iterable[int]) -> Iterator[memoryview]:
-        """Yield the part's bytes in order, as far as the latest of `ends`."""
+        """Yield the part's bytes in order, up to each of `ends` in turn."""
         start = 0
         for end in ends:
             while start < end:
@@ -293,9 +291,9 @@ class _PartWriter:
                 start += length
 
     def copy(self, cache: Bytes, offset: int) -> None:
-        """Copy a view, whose axes are the last ones of `[planes, ..., bytes]`.
+        """Copy a view whose axes are the last ones of `[planes, ..., bytes]`.
 
-        What crosses from one extent to the next is taken apart, axis by axis.
+        A view that crosses a border between extents is split, axis by axis.
         """
         strides = self._strides[-cache.ndim :]
         if len(self._extents) == 1:
@@ -317,11 +315,11 @@ class _PartWriter:
             offset += fit * strides[0]
 
     def _place(self, cache: Bytes, offset: int, strides: tuple[int, ...]) -> None:
-        there: Bytes = np.ndarray(cache.shape, np.uint8, self._arena, offset, strides)
-        self._copy.view(cache, there)
+        part: Bytes = np.ndarray(cache.shape, np.uint8, self._arena, offset, strides)
+        self._copy.view(cache, part)
 
     def copy_rows(self, cache: Rows, index: Index, offset: int) -> None:
-        """Copy the indexed rows, which follow each other in the part."""
+        """Copy the indexed rows, which are consecutive in the part."""
         size = cache.itemsize
         if len(self._extents) == 1:
             self._place_rows(cache, index, self._extents[0].offset + offset)
@@ -339,11 +337,11 @@ class _PartWriter:
             offset += fit * size
 
     def _place_rows(self, cache: Rows, index: Index, offset: int) -> None:
-        there = self._arena[offset : offset + len(index) * cache.itemsize]
-        self._copy.rows(cache, index, there.view(cache.dtype))
+        part = self._arena[offset : offset + len(index) * cache.itemsize]
+        self._copy.rows(cache, index, part.view(cache.dtype))
 
     def _from(self, offset: int) -> Extent:
-        """Return the rest of the extent that holds the part's byte `offset`."""
+        """Return the extent from the part's byte `offset` to the extent's end."""
         number = bisect_right(self._starts, offset) - 1
         extent = self._extents[number]
         inside = offset - self._starts[number]
@@ -351,7 +349,7 @@ class _PartWriter:
 
 
 def _even_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_Planes, ...]:
-    """Split the planes where the handle or the distance to the next changes."""
+    """Group planes of one handle that are evenly spaced."""
     names, offsets = layout.plane_handles, layout.plane_offsets.tolist()
     inner = (layout.block_stride, layout.slot_stride, 1)
     shape = (layout.num_blocks, block_units(layout), layout.part.unit_bytes)
@@ -379,7 +377,7 @@ def _even_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_Planes, .
 
 
 def _row_planes(layout: KVLayout, handles: Sequence[Bytes]) -> tuple[_RowPlanes, ...]:
-    """Group neighbouring planes by handle and row grid; () when blocks are no rows."""
+    """Group neighbouring planes by handle and row grid; () if blocks are not rows."""
     units = block_units(layout)
     unit_bytes = layout.part.unit_bytes
     size = units * unit_bytes

@@ -1,193 +1,113 @@
-"""A worker's paged cache seen from the server: what to copy, and who can copy it.
+"""A worker's paged cache, and copies of chunks between caches and the arena.
 
-A plan is a list of spans, each one chunk's part in the arena and the blocks that it
-belongs to. Prefix and blend differ only in how they make that list.
+Prefix and blend requests differ only in how they make chunk spans. The server's copy
+lanes and workers that copy their own caches use the same copier. The caller has
+reserved or held the parts, and commits, aborts or releases them whatever the copy does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from kvcore.errors import BadRequest
-from kvcore.extents import Checksum, Extent
-from kvcore.layout import KVLayout, PartLayout
-from kvcore.protocol import NULL_BLOCK
+from kvcore.copy.block_arrays import BlockArray, ChunkSpans, TokenRange
+from kvcore.extents import Checksum, PartLocation, buffers_of, checksum_of
+from kvcore.layout import KVLayout
 from kvcore.shm import Bytes
 
-BlockIds = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChunkSpan:
-    """Some tokens of one chunk: its part in the arena and its blocks in the cache.
-
-    `extents` hold the whole part in order, whatever range is moved. `blocks` has the
-    chunk's `chunk_size // block_size` ids, -1 for a null block. `first_token` and
-    `end_token` count from the chunk's start.
-    """
-
-    extents: tuple[Extent, ...]
-    blocks: BlockIds
-    first_token: int
-    end_token: int
+PartLocations = Sequence[Sequence[PartLocation]]
+"""Parts to copy, one sequence per cache group."""
 
 
 class PagedCache(Protocol):
-    """One cache group of one instance, wherever its memory is.
+    """One cache group of one instance, in memory of any kind.
 
-    An implementation MUST check every span before the first byte moves, MUST write
-    no byte outside the spans' extents (gather) or outside the units of the named
+    An implementation MUST check every span before it copies the first byte, MUST
+    write no byte outside the spans' extents (gather) or outside the units of the given
     blocks and tokens (scatter), and MUST allow one gather and one scatter at a time
-    from different threads. Bytes are in their place when a call returns. Two spans
-    of one call never share bytes.
+    from different threads. All bytes are copied when a call returns. No two spans of
+    one call share bytes.
     """
 
     layout: KVLayout
 
     def gather(
-        self, spans: Sequence[ChunkSpan], arena: Bytes, *, checksums: bool = False
+        self, spans: ChunkSpans, arena: Bytes, *, checksums: bool = False
     ) -> list[Checksum]:
-        """Copy blocks into parts; return their checksums, if wanted, in order.
+        """Copy blocks into parts; return the parts' checksums in order, if wanted.
 
         Raises:
-            BadRequest: a block id or range that cannot be, or a null block.
+            BadRequest: a block id or token range out of bounds, or a null block.
         """
 
-    def scatter(self, spans: Sequence[ChunkSpan], arena: Bytes) -> None:
-        """Copy parts into blocks, leaving out null blocks.
+    def scatter(self, spans: ChunkSpans, arena: Bytes) -> None:
+        """Copy parts into blocks; null blocks are skipped.
 
         Raises:
-            BadRequest: a block id or range that cannot be.
+            BadRequest: a block id or token range out of bounds.
         """
 
     def close(self) -> None:
-        """Let go of what the copies needed, once all have ended; not of the memory."""
+        """Release the resources of the copies, once all have ended; not the memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRun:
-    """Consecutive blocks, or units of one block: `num_blocks` from id `block` on.
+class ChunkCopier:
+    """Copies into and out of one arena.
 
-    `index` is the first one's place in the chunk; units `first` to `end` of each
-    block are meant.
+    Any thread; one call at a time per cache and direction.
     """
 
-    index: int
-    block: int
-    num_blocks: int
-    first: int
-    end: int
+    def __init__(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> None:
+        self._arena = arena
+        self._chunk_size = chunk_size
+        self._checksums = checksums
 
+    def gather(
+        self,
+        caches: Sequence[PagedCache],
+        blocks: Sequence[BlockArray],
+        places: PartLocations,
+    ) -> list[Checksum]:
+        """Copy whole chunks into parts; return the checksums, group after group.
 
-def check_blocks(layout: KVLayout, blocks: BlockIds) -> None:
-    """Refuse block ids that the cache does not have; -1 is the null block.
+        The list is empty where no checksums are wanted.
+        """
+        checksums: list[Checksum] = []
+        for cache, rows, parts in zip(caches, blocks, places, strict=True):
+            whole = TokenRange(0, len(rows) * self._chunk_size, 0, self._chunk_size)
+            spans = ChunkSpans.of(rows, parts, whole)
+            checksums += cache.gather(spans, self._arena, checksums=self._checksums)
+        return checksums
 
-    Raises:
-        BadRequest: naming the first such id and the limit.
-    """
-    if blocks.size == 0:
-        return
-    if blocks.min() < NULL_BLOCK or blocks.max() >= layout.num_blocks:
-        wrong = (blocks < NULL_BLOCK) | (blocks >= layout.num_blocks)
-        raise BadRequest(
-            f"block {blocks[wrong][0]}: the cache has blocks 0 to "
-            f"{layout.num_blocks - 1}, and {NULL_BLOCK} for none"
+    def find_wrong(self, places: PartLocations) -> list[int]:
+        """Return the indexes of chunks whose bytes do not match their checksum.
+
+        Parts without a checksum pass.
+        """
+        return sorted(
+            {
+                place.index
+                for parts in places
+                for place in parts
+                if place.checksum and self._checksum(place) != place.checksum
+            }
         )
 
+    def _checksum(self, place: PartLocation) -> Checksum:
+        return checksum_of(buffers_of(self._arena.data, place.extents))
 
-def check_range(part: PartLayout, first: int, end: int) -> None:
-    """Refuse a token range whose ends cut through a unit.
-
-    Raises:
-        BadRequest: naming the range and the unit.
-    """
-    if not 0 <= first <= end:
-        raise BadRequest(f"tokens {first} to {end} are no range")
-    if first % part.unit_tokens or end % part.unit_tokens:
-        raise BadRequest(
-            f"tokens {first} to {end}: this cache moves whole blocks of "
-            f"{part.unit_tokens} tokens only ({part.order} order)"
-        )
-
-
-def checked_blocks(
-    layout: KVLayout, spans: Sequence[ChunkSpan], *, nulls: bool
-) -> BlockIds:
-    """Return the block ids `[spans, blocks a chunk]`, once every span can be moved.
-
-    Raises:
-        BadRequest: see `check_blocks` and `check_range`; or a null block where
-            `nulls` does not allow any, or a wrong number of blocks.
-    """
-    chunk_size = layout.part.chunk_size
-    per_chunk = chunk_size // layout.block_size
-    for first, end in {(span.first_token, span.end_token) for span in spans}:
-        check_range(layout.part, first, end)
-        if end > chunk_size:
-            raise BadRequest(f"token {end} of a chunk of {chunk_size}")
-    for span in spans:
-        if len(span.blocks) != per_chunk:
-            raise BadRequest(f"{len(span.blocks)} blocks for a chunk of {per_chunk}")
-    blocks = np.array([span.blocks for span in spans], np.int32)
-    blocks = blocks.reshape(len(spans), per_chunk)
-    check_blocks(layout, blocks)
-    if not nulls and (blocks == NULL_BLOCK).any():
-        raise BadRequest("a null block holds nothing to copy")
-    return blocks
-
-
-def block_units(layout: KVLayout) -> int:
-    """Return how many units, contiguous bytes of one plane, a block has."""
-    return layout.block_size // layout.part.unit_tokens
-
-
-def coalesce(layout: KVLayout, span: ChunkSpan) -> Iterator[BlockRun]:
-    """Yield a span's runs in order: whole blocks together, cut blocks alone.
-
-    Null blocks are left out.
-    """
-    units = block_units(layout)
-    first = span.first_token // layout.part.unit_tokens
-    end = span.end_token // layout.part.unit_tokens
-    lead, tail = -(-first // units), end // units
-    if lead > tail:
-        yield from _cut(span, tail, first % units, end % units)
-        return
-    if first % units:
-        yield from _cut(span, lead - 1, first % units, units)
-    yield from _whole(span.blocks, lead, tail, units)
-    if end % units:
-        yield from _cut(span, tail, 0, end % units)
-
-
-def _cut(span: ChunkSpan, index: int, first: int, end: int) -> Iterator[BlockRun]:
-    block = int(span.blocks[index])
-    if block != NULL_BLOCK:
-        yield BlockRun(index, block, 1, first, end)
-
-
-def _whole(blocks: BlockIds, lead: int, tail: int, units: int) -> Iterator[BlockRun]:
-    if lead == tail:
-        return
-    cuts = [
-        lead,
-        *(np.flatnonzero(breaks(blocks[lead:tail])) + lead + 1).tolist(),
-        tail,
-    ]
-    for index, following in pairwise(cuts):
-        block = int(blocks[index])
-        if block != NULL_BLOCK:
-            yield BlockRun(index, block, following - index, 0, units)
-
-
-def breaks(blocks: BlockIds) -> npt.NDArray[np.bool_]:
-    """Tell, along the last axis, whether a run ends between a block and the next."""
-    before, after = blocks[..., :-1], blocks[..., 1:]
-    broken: npt.NDArray[np.bool_] = (after - before != 1) | (before == NULL_BLOCK)
-    return broken
+    def scatter(
+        self,
+        caches: Sequence[PagedCache],
+        blocks: Sequence[BlockArray],
+        places: PartLocations,
+        tokens: TokenRange,
+    ) -> int:
+        """Copy a token range from parts into blocks; return the bytes copied."""
+        num_bytes = 0
+        for cache, rows, parts in zip(caches, blocks, places, strict=True):
+            spans = ChunkSpans.of(rows, parts, tokens)
+            cache.scatter(spans, self._arena)
+            part_bytes = cache.layout.part.num_bytes
+            num_bytes += spans.num_tokens * part_bytes // self._chunk_size
+        return num_bytes

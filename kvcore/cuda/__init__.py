@@ -18,6 +18,6 @@ def register(extensions: Extensions) -> None:
 
 
 def _open(device: str, arena: Bytes) -> Mapping[type[MemoryHandle], Transport]:
-    from kvcore.cuda.device_choice import open_cuda_transports
+    from kvcore.cuda.ipc import open_cuda_transports
 
     return open_cuda_transports(device, arena)

@@ -1,15 +1,28 @@
-"""How fast a device copies, measured once before its first copy.
+"""Copy rates of a device, measured once, and the copy method that they make fastest.
 
-Some tens of milliseconds of copies, and up to 2 s for the kernels' first compilation,
-which Triton keeps on disk. Processes of one installation take turns: workers that start
-together would find a link of which each has a part, and each compile the same.
+- staged: kernels pack and unpack, and the link carries large copies. The link's own
+  speed whatever the size of the pieces, but it costs kernel launches, a second pass
+  through device memory, and a few SMs during the copy;
+- batched: one call gives all pieces to the copy engines. Nothing is copied twice, but
+  each piece has a cost, so small ones are slow;
+- single: one call per piece, for few pieces that are large.
+
+Pieces are counted after neighbours were merged: contiguous blocks make fewer and larger
+pieces.
+
+Measuring takes some tens of milliseconds of copies, and up to 2 s for the first
+compilation of the kernels, which Triton caches on disk. Processes of one installation
+measure one at a time: workers that start together would share the link's bandwidth
+while they measure it, and each would compile the same kernels.
 """
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from enum import StrEnum
+from math import exp, log
 from statistics import median
 from time import monotonic, perf_counter, sleep
 from typing import IO
@@ -18,9 +31,59 @@ import numpy as np
 
 from kvcore.cuda.copy_plan import I64, PartRows
 from kvcore.cuda.device import Device
-from kvcore.cuda.kernel_launch import Kernels, NoKernels, RowCopy
+from kvcore.cuda.kernels import Kernels, NoKernels, RowCopy
 from kvcore.cuda.staging import StagingBuffer, StagingPool
 from kvcore.status import CopyRates, DeviceRates, PieceRate
+
+KERNEL_PRICE = 1.1
+"""Staging must win by that: kernels take SMs from the model, copy engines do not."""
+
+
+class CopyMethod(StrEnum):
+    """How bytes get from one side to the other."""
+
+    SINGLE = "single"
+    BATCHED = "batched"
+    STAGED = "staged"
+
+
+def choose_method(
+    rates: CopyRates,
+    num_bytes: int,
+    num_pieces: int,
+    *,
+    row_bytes: int,
+    word: int,
+    can_stage: bool = True,
+) -> CopyMethod:
+    """Return the way that ends first.
+
+    `num_pieces` are merged ones; `row_bytes` is what a kernel finds in one place, in
+    words of `word` bytes (rates are for 16).
+    """
+    link = num_bytes / rates.link_bytes_s
+    batched = num_bytes / speed(rates.batched, num_bytes / max(num_pieces, 1))
+    times = {
+        CopyMethod.SINGLE: rates.start_s + max(num_pieces * rates.call_s, link),
+        CopyMethod.BATCHED: rates.start_s + max(batched, link),
+    }
+    if can_stage:
+        kernels = num_bytes / speed(rates.kernels, row_bytes) * 16 / word
+        staged = rates.staged_start_s + max(kernels, link)
+        times[CopyMethod.STAGED] = KERNEL_PRICE * staged
+    return min(times, key=times.__getitem__)
+
+
+def speed(rates: Sequence[PieceRate], piece_bytes: float) -> float:
+    """Return bytes a second for a piece's size.
+
+    Between two sizes that were measured it goes with a power of the size; beyond them
+    it stays.
+    """
+    sizes = [log(rate.piece_bytes) for rate in rates]
+    speeds = [log(rate.bytes_s) for rate in rates]
+    return exp(float(np.interp(log(max(piece_bytes, 1)), sizes, speeds)))
+
 
 BATCHED_BYTES = (4096, 16384, 65536, 262144, 1 << 20)
 ROW_BYTES = (1024, 4096, 32768)

@@ -8,7 +8,7 @@ holds it in rows, each of them some bytes of a plane that lie together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from kvcore.copy.paged_cache import BlockIds, ChunkSpan, block_units
+from kvcore.copy.block_arrays import ChunkSpans, block_units
 from kvcore.layout import KVLayout
 from kvcore.protocol import NULL_BLOCK
 
@@ -143,16 +143,15 @@ def both(a: ByteRanges, b: ByteRanges) -> CopyPieces:
 
 @dataclass(frozen=True, eq=False)
 class CopyPlan:
-    """One gather or scatter: `blocks` `[spans, blocks a chunk]`, checked.
+    """One gather or scatter of spans that were checked.
 
-    `ranges` `[spans, 2]` are first and end byte in every plane of a span's part.
+    `ranges` `[spans, 2]` are the first and end byte in every plane of a span's part.
     """
 
     rows: PartRows
     planes: I64
-    blocks: BlockIds
     ranges: I64
-    spans: Sequence[ChunkSpan]
+    spans: ChunkSpans
     arena: int
     """Address of the arena."""
 
@@ -165,25 +164,18 @@ class CopyPlan:
         layout: KVLayout,
         rows: PartRows,
         planes: I64,
-        spans: Sequence[ChunkSpan],
-        blocks: BlockIds,
+        spans: ChunkSpans,
         arena: int,
     ) -> Self:
-        """Plan spans whose `blocks` are what `checked_blocks` returned of them."""
-        tokens = np.array([(s.first_token, s.end_token) for s in spans], np.int64)
-        ranges = tokens // layout.part.unit_tokens * layout.part.unit_bytes
-        return cls(rows, planes, blocks, ranges.reshape(-1, 2), spans, arena)
+        """Plan the copy of checked spans; `arena` is the arena's address."""
+        ranges = spans.tokens // layout.part.unit_tokens * layout.part.unit_bytes
+        return cls(rows, planes, ranges, spans, arena)
 
     def split(self, max_spans: int) -> Iterator[CopyPlan]:
         """Yield plans of at most so many spans each."""
         for first in range(0, len(self.spans), max_spans):
             some = slice(first, first + max_spans)
-            yield replace(
-                self,
-                blocks=self.blocks[some],
-                ranges=self.ranges[some],
-                spans=self.spans[some],
-            )
+            yield replace(self, ranges=self.ranges[some], spans=self.spans[some])
 
     @property
     def line_bytes(self) -> int:
@@ -233,7 +225,7 @@ class CopyPlan:
 
     @cached_property
     def _whole_extents(self) -> ByteRanges:
-        pairs = [(e.offset, e.length) for s in self.spans for e in s.extents]
+        pairs = [(e.offset, e.length) for part in self.spans.extents for e in part]
         extents = np.array(pairs, np.int64).reshape(-1, 2)
         extents = extents[extents[:, 1] > 0]
         ends = np.cumsum(extents[:, 1])
@@ -249,7 +241,7 @@ class CopyPlan:
         """
         rows = self.rows
         row = np.arange(rows.num_blocks * rows.block_rows)
-        block = np.repeat(self.blocks, rows.block_rows, axis=1).astype(np.int64)
+        block = np.repeat(self.spans.blocks, rows.block_rows, axis=1).astype(np.int64)
         begins = row * rows.row_bytes
         starts = np.maximum(self.ranges[:, :1], begins)
         ends = np.minimum(self.ranges[:, 1:], begins + rows.row_bytes)

@@ -10,7 +10,7 @@ from typing import Protocol
 from kvcore.copy.paged_cache import PagedCache
 from kvcore.cuda.device import Device
 from kvcore.cuda.ipc import DeviceCaches, quietly
-from kvcore.cuda.pinned_memory import PinnedMemory
+from kvcore.cuda.staging import PinnedMemory
 from kvcore.layout import KVLayout
 from kvcore.shm import Bytes
 from kvcore.status import DeviceStatus
@@ -87,7 +87,7 @@ class _PinnedArena:
 
 
 class CudaWorkerMemory:
-    """One instance's memory; see `kvcore.worker.worker_memory.Opened`."""
+    """One instance's memory; see `kvcore.worker.mapped_arena.Opened`."""
 
     def __init__(
         self, caches: tuple[PagedCache, ...], close: Callable[[], None]

@@ -1,36 +1,346 @@
-"""The real device, over NVIDIA's `cuda.bindings.driver`.
+"""NVIDIA's driver through `cuda.bindings.driver`: GPUs, streams, events, errors.
 
-Each GPU's primary context is retained for as long as the process lives; torch uses the
-same one. Every call that needs a context makes it the thread's current one first, and
-takes the thread out of what others capture: an engine that captures a graph meanwhile
-would find its capture broken by our calls, and our calls would fail. The bindings
-release the interpreter's lock in every call.
+Each GPU's primary context is retained until the process exits; torch uses the same
+one. Every call that needs a context first makes it current in the calling thread and
+sets the thread's stream-capture mode to thread-local: otherwise these calls would break
+a graph that an engine captures in another thread, and would fail themselves. The
+bindings release the GIL in every call.
 """
 
 from __future__ import annotations
 
+import ctypes
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable
+from itertools import pairwise
 from threading import Lock, local
 from typing import Any
 from uuid import UUID
 
-from kvcore.cuda.device import ExportedAllocation, Function, OpenedAllocation
-from kvcore.cuda.driver_bindings import (
-    RESULT,
-    check,
-    check_opened,
-    cu,
-    handle_of,
-    named,
+import numpy as np
+
+from kvcore.cuda.device import (
+    HANDLE_BYTES,
+    Addresses,
+    Event,
+    ExportedAllocation,
+    Function,
+    Launch,
+    OpenedAllocation,
 )
-from kvcore.cuda.memcpy_batch import BatchCopy
-from kvcore.cuda.streams import CudaEvent, CudaStream, Pins
 from kvcore.errors import DeviceFailed, HandleError, KVError, SetupError
+
+try:
+    from cuda.bindings import driver as cu
+except ImportError as error:
+    raise SetupError(
+        f"the package cuda-bindings cannot be imported ({error}): "
+        "pip install 'kvctl[gpu]'"
+    ) from None
+
+RESULT = cu.CUresult
+_FOREIGN = {
+    RESULT.CUDA_ERROR_INVALID_VALUE,
+    RESULT.CUDA_ERROR_INVALID_CONTEXT,
+    RESULT.CUDA_ERROR_MAP_FAILED,
+    RESULT.CUDA_ERROR_ALREADY_MAPPED,
+    RESULT.CUDA_ERROR_PEER_ACCESS_UNSUPPORTED,
+    RESULT.CUDA_ERROR_INVALID_HANDLE,
+    RESULT.CUDA_ERROR_NOT_SUPPORTED,
+}
+"""How the driver answers a handle that it cannot open, where nothing is broken."""
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """Return the one value that a driver call gave, a tuple of several, or None.
+
+    Raises:
+        DeviceFailed: what the driver answered instead.
+    """
+    status, *values = result
+    if status != RESULT.CUDA_SUCCESS:
+        raise DeviceFailed(f"{what}: {explain(status)}", status=int(status))
+    if len(values) == 1:
+        return values[0]
+    return tuple(values) if values else None
+
+
+def check_opened(result: tuple[Any, ...], what: str) -> Any:
+    """Return what a handle opened.
+
+    Raises:
+        HandleError: it names nothing that this process can open.
+        DeviceFailed: anything else.
+    """
+    status = result[0]
+    if status in _FOREIGN:
+        raise HandleError(
+            f"{what} of another process cannot be opened: {explain(status)}; that "
+            "process is gone, is this one, or lies in other IPC or pid namespaces"
+        )
+    return check(result, f"opening {what}")
+
+
+def handle_of(made: Any) -> bytes:
+    """Return the bytes of a CUipcMemHandle or CUipcEventHandle.
+
+    By its address: bindings since 13.5 no longer have a field for them.
+    """
+    return ctypes.string_at(int(made.getPtr()), HANDLE_BYTES)
+
+
+def named(empty: Any, handle: bytes) -> Any:
+    """Write a handle's bytes into an empty one of these, and return it.
+
+    Raises:
+        HandleError: not that many bytes.
+    """
+    if len(handle) != HANDLE_BYTES:
+        raise HandleError(f"a handle has {HANDLE_BYTES} bytes, not {len(handle)}")
+    ctypes.memmove(int(empty.getPtr()), handle, HANDLE_BYTES)
+    return empty
+
+
+def explain(status: Any) -> str:
+    """Name a status and say what it means."""
+    _, name = cu.cuGetErrorName(status)
+    _, text = cu.cuGetErrorString(status)
+    known = (name or b"CUDA_ERROR").decode()
+    return f"{known} ({(text or b'unknown').decode()})"
+
+
+VERSIONS = (13000, 12080)
+"""In which the function's signature changed, newest first."""
+_ORDER_STREAM = 1
+_POINTER = ctypes.c_void_p
+_SIZE = ctypes.c_size_t
+_PROTOTYPES = {
+    13000: ctypes.CFUNCTYPE(
+        ctypes.c_int,
+        *(_POINTER, _POINTER, _POINTER, _SIZE),
+        *(_POINTER, _POINTER, _SIZE, _POINTER),
+    ),
+    12080: ctypes.CFUNCTYPE(
+        ctypes.c_int,
+        *(_POINTER, _POINTER, _POINTER, _SIZE),
+        *(_POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
+    ),
+}
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes: sources are read in stream order, nothing else is said."""
+
+    _fields_ = (
+        ("source_order", ctypes.c_int),
+        ("source_location", ctypes.c_int * 2),
+        ("destination_location", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
+
+
+class BatchCopy:
+    """The driver's function. Any thread; ctypes lets go of the interpreter."""
+
+    def __init__(self, address: int, version: int) -> None:
+        self._function: Callable[..., int] = _PROTOTYPES[version](address)
+        self._attributes = _Attributes(source_order=_ORDER_STREAM)
+        self._first = ctypes.c_size_t(0)
+        # The index of the copy that failed, which tells us nothing.
+        self._extra = (None,) if version < 13000 else ()
+
+    @classmethod
+    def find(cls, cu: Any, driver_version: int) -> BatchCopy | None:
+        """Ask a driver for the function; None when it is older than that."""
+        for version in VERSIONS:
+            if driver_version < version:
+                continue
+            status, address, _ = cu.cuGetProcAddress(b"cuMemcpyBatchAsync", version, 0)
+            if status == cu.CUresult.CUDA_SUCCESS and address:
+                return cls(address, version)
+        return None
+
+    def __call__(
+        self,
+        destinations: Addresses,
+        sources: Addresses,
+        sizes: Addresses,
+        stream: int,
+    ) -> int:
+        """Queue the copies; return the driver's status."""
+        return self._function(
+            destinations.ctypes.data,
+            sources.ctypes.data,
+            sizes.ctypes.data,
+            len(sizes),
+            ctypes.addressof(self._attributes),
+            ctypes.addressof(self._first),
+            1,
+            *self._extra,
+            stream,
+        )
+
+
+class CudaEvent:
+    """An `Event` of the driver's."""
+
+    def __init__(self, enter: Callable[[], None], handle: Any) -> None:
+        self._enter = enter
+        self.cu_event = handle
+
+    def is_done(self) -> bool:
+        self._enter()
+        (status,) = cu.cuEventQuery(self.cu_event)
+        if status == RESULT.CUDA_ERROR_NOT_READY:
+            return False
+        check((status,), "work on the GPU")
+        return True
+
+    def wait(self) -> None:
+        self._enter()
+        check(cu.cuEventSynchronize(self.cu_event), "work on the GPU")
+
+    def handle(self) -> bytes:
+        self._enter()
+        handle = check(cu.cuIpcGetEventHandle(self.cu_event), "naming an event")
+        return handle_of(handle)
+
+    def close(self) -> None:
+        self._enter()
+        check(cu.cuEventDestroy(self.cu_event), "closing an event")
+
+
+class CudaStream:
+    """A `Stream` of the driver's."""
+
+    def __init__(
+        self,
+        enter: Callable[[], None],
+        handle: Any,
+        pins: Pins,
+        batch: BatchCopy | None,
+    ) -> None:
+        self._enter = enter
+        self._stream = handle
+        self.handle = int(handle)
+        self._pins = pins
+        self._batch = batch
+
+    def record(self, event: Event) -> None:
+        self._enter()
+        check(cu.cuEventRecord(_own(event), self._stream), "recording an event")
+
+    def wait_for(self, event: Event) -> None:
+        self._enter()
+        flags = cu.CUevent_wait_flags.CU_EVENT_WAIT_DEFAULT
+        waited = cu.cuStreamWaitEvent(self._stream, _own(event), flags)
+        check(waited, "waiting for an event")
+
+    def copy(self, destination: int, source: int, num_bytes: int) -> None:
+        self._enter()
+        for first, size in self._pins.split(destination, source, num_bytes):
+            copied = cu.cuMemcpyAsync(
+                destination + first, source + first, size, self._stream
+            )
+            check(copied, "a copy")
+
+    def copy_many(
+        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+    ) -> None:
+        if self._batch is None:
+            self._copy_each(destinations, sources, sizes)
+            return
+        whole = self._pins.whole(destinations, sources, sizes)
+        if not whole.all():
+            cut = ~whole
+            self._copy_each(destinations[cut], sources[cut], sizes[cut])
+            destinations, sources = destinations[whole], sources[whole]
+            sizes = sizes[whole]
+        if len(sizes):
+            self._enter()
+            status = self._batch(destinations, sources, sizes, self.handle)
+            check((RESULT(status),), "a batch of copies")
+
+    def _copy_each(
+        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+    ) -> None:
+        pieces = (destinations.tolist(), sources.tolist(), sizes.tolist())
+        for destination, source, size in zip(*pieces, strict=True):
+            self.copy(destination, source, size)
+
+    def launch(self, function: Function, launch: Launch) -> None:
+        self._enter()
+        arguments = (tuple(launch.arguments), tuple(launch.types))
+        grid, block = (launch.programs, 1, 1), (launch.warps * 32, 1, 1)
+        shared = launch.shared_bytes
+        launched = cu.cuLaunchKernel(
+            function, *grid, *block, shared, self._stream, arguments, 0
+        )
+        check(launched, "launching a kernel")
+
+    def close(self) -> None:
+        self._enter()
+        check(cu.cuStreamDestroy(self._stream), "closing a stream")
+
+
+class Pins:
+    """Where pinned pieces begin: a driver may refuse one copy across two of them."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._starts: list[int] = []
+        self._borders: Addresses = np.empty(0, np.int64)
+
+    def add(self, address: int) -> None:
+        """Enter a piece."""
+        with self._lock:
+            insort(self._starts, address)
+            self._borders = np.array(self._starts, np.int64)
+
+    def remove(self, address: int) -> None:
+        """Take a piece out."""
+        with self._lock:
+            self._starts.remove(address)
+            self._borders = np.array(self._starts, np.int64)
+
+    def split(
+        self, destination: int, source: int, num_bytes: int
+    ) -> list[tuple[int, int]]:
+        """Cut a copy at the borders that lie in either side: (offset, bytes) each."""
+        starts = self._starts
+        cuts = {0, num_bytes}
+        for address in (destination, source):
+            first = bisect_right(starts, address)
+            end = bisect_left(starts, address + num_bytes)
+            cuts.update(start - address for start in starts[first:end])
+        places = sorted(cuts)
+        return [(at, to - at) for at, to in pairwise(places)]
+
+    def whole(
+        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Say which copies cross no border."""
+        borders = self._borders
+        crossed = np.zeros(len(sizes), np.bool_)
+        for addresses in (destinations, sources):
+            first = np.searchsorted(borders, addresses, "right")
+            crossed |= first != np.searchsorted(borders, addresses + sizes, "left")
+        return ~crossed
+
+
+def _own(event: Event) -> Any:
+    if not isinstance(event, CudaEvent):
+        raise DeviceFailed(f"{event} is no event of the driver's")
+    return event.cu_event
+
 
 MIN_DRIVER_VERSION = 12000
 _NAME_BYTES = 256
 _MAX_STATIC_SHARED_BYTES = 48 << 10
-# The older bindings' first version knows nothing of MIG.
-_uuid_of = getattr(cu, "cuDeviceGetUuid_v2", cu.cuDeviceGetUuid)
+try:
+    _uuid_of = cu.cuDeviceGetUuid_v2
+except AttributeError:  # Newer bindings; in older ones this one ignores MIG.
+    _uuid_of = cu.cuDeviceGetUuid
 
 
 class _Thread(local):

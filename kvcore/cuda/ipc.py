@@ -1,14 +1,15 @@
-"""A worker's GPU memory in the server: exported there, opened here, by CUDA IPC.
+"""GPU memory of workers in the server: exported by the worker, opened here by CUDA IPC.
 
-Handles are the driver's 64 bytes for one allocation; a tensor lies somewhere in it. An
-allocation is opened once, whatever number of instances lie in it, and closed with the
-last. Devices are known by UUID: their numbers differ between processes.
+A handle is the driver's 64 bytes for one allocation; a tensor lies anywhere in it. An
+allocation is opened once, however many instances lie in it, and closed with the last.
+Devices are identified by UUID: their ordinals differ between processes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,14 +19,72 @@ from threading import Lock
 from typing import Any, Protocol
 
 from kvcore.copy.paged_cache import PagedCache
-from kvcore.copy.transport import AttachedMemory
+from kvcore.copy.transport import AttachedMemory, Transport
 from kvcore.cuda.device import Device, Event
-from kvcore.cuda.pinned_memory import PinnedMemory
-from kvcore.errors import BadRequest, DeviceFailed, HandleError, UnknownInstance
+from kvcore.cuda.staging import PinnedMemory
+from kvcore.errors import (
+    BadRequest,
+    DeviceFailed,
+    HandleError,
+    SetupError,
+    UnknownInstance,
+)
 from kvcore.layout import KVLayout
-from kvcore.protocol import CudaIpc
+from kvcore.protocol import CudaIpc, MemoryHandle
 from kvcore.shm import Bytes
 from kvcore.status import DeviceStatus
+
+log = logging.getLogger(__name__)
+
+_DRIVER = "libcuda.so.1"
+
+
+def open_cuda_transports(
+    device: str, arena: Bytes
+) -> Mapping[type[MemoryHandle], Transport]:
+    """Return the transport of GPU memory, or none; page-lock the arena for it.
+
+    Args:
+        device: "cuda", "cpu", or "auto", which uses CUDA where there is a driver and
+            logs why not.
+        arena: all of L1, `[bytes]`.
+
+    Raises:
+        SetupError: "cuda" without a working driver, or the arena cannot be page-locked.
+    """
+    if device == "cpu" or (device == "auto" and not _has_driver()):
+        return {}
+    try:
+        # Imported here: it is slow, and most servers have no GPU.
+        from kvcore.cuda.driver import open_devices
+
+        devices = open_devices()
+    except SetupError as error:
+        if device == "cuda":
+            raise SetupError(f"device = cuda: {error.message}") from None
+        log.warning("device = auto: caches in host memory only: %s", error.message)
+        return {}
+    from kvcore.cuda.ipc import CudaTransport
+
+    try:
+        cuda = CudaTransport(devices, arena)
+    except DeviceFailed as error:
+        raise SetupError(
+            f"device = {device}: {error.message}; make L1 smaller (--l1-size), or "
+            "start with --device cpu for caches in host memory"
+        ) from None
+    log.info("device = %s: %s", device, ", ".join(map(repr, devices)))
+    return {CudaIpc: cuda}
+
+
+def _has_driver() -> bool:
+    """Return whether the driver's library can be loaded, the cheapest check."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
+
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +155,7 @@ def open_caches(device: Device) -> DeviceCaches:
     Where kernels cannot be had, its copies go without, and the log says so.
     """
     from kvcore.cuda.cuda_cache import CudaCaches
-    from kvcore.cuda.kernel_launch import NoKernels, TritonKernels
+    from kvcore.cuda.kernels import NoKernels, TritonKernels
 
     kernels = TritonKernels(device)
     try:

@@ -1,7 +1,7 @@
-"""Device memory that copies pass through: lent by the buffer, never more than a limit.
+"""Page-locked host memory, and the device memory that copies are staged in.
 
-A buffer is two slots, one of which the kernels fill or empty while the copy engine
-works on the other, and a table of what the kernels need to know, with page-locked host
+A staging buffer is two slots, of which the kernels fill or empty one while the copy
+engine works on the other, and a table of the kernels' arguments, with page-locked host
 memory to write it in.
 """
 
@@ -19,6 +19,44 @@ import numpy as np
 from kvcore.cuda.device import Device
 from kvcore.errors import DeviceFailed
 from kvcore.shm import Bytes
+
+PIECE_BYTES = 1 << 30
+"""Registered at once: what fails, fails early, and others get at the driver between."""
+
+
+class PinnedMemory:
+    """Host memory that is page-locked until `close`; its owner keeps it mapped."""
+
+    def __init__(
+        self, device: Device, memory: Bytes, piece_bytes: int = PIECE_BYTES
+    ) -> None:
+        """Page-lock all of `memory`, for every GPU of this process.
+
+        Raises:
+            DeviceFailed: it cannot be, and none of it is.
+        """
+        self._device = device
+        self._pieces: list[int] = []
+        start = memory.ctypes.data
+        try:
+            for offset in range(0, memory.nbytes, piece_bytes):
+                size = min(piece_bytes, memory.nbytes - offset)
+                device.pin(start + offset, size)
+                self._pieces.append(start + offset)
+        except DeviceFailed as error:
+            done = len(self._pieces) * piece_bytes
+            self.close()
+            raise DeviceFailed(
+                f"{memory.nbytes:,} bytes cannot be page-locked, of which {done:,} "
+                f"could: {error.message}",
+                **error.details,
+            ) from None
+
+    def close(self) -> None:
+        """Unlock it, once no copy uses it."""
+        while self._pieces:
+            self._device.unpin(self._pieces.pop())
+
 
 NUM_SLOTS = 2
 

@@ -192,3 +192,6 @@ def _turn(
 upload = triton.jit(_upload, repr=lambda _: "kvcore_upload")
 move = triton.jit(_move, repr=_move_name)
 turn = triton.jit(_turn, repr=_turn_name)
+
+KERNELS = {"upload": upload, "move": move, "turn": turn}
+"""By the name that `kvcore.cuda.kernels` knows them by."""

@@ -23,8 +23,7 @@ from kvcore.copy.block_arrays import (
     storable_chunks,
     target_chunks,
 )
-from kvcore.copy.chunk_copier import ChunkCopier
-from kvcore.copy.paged_cache import PagedCache
+from kvcore.copy.paged_cache import ChunkCopier, PagedCache
 from kvcore.engine.counters import EngineCounters
 from kvcore.engine.instance import Instance
 from kvcore.engine.leases import LeaseNumber, LeaseTable

@@ -50,8 +50,14 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.shm import Segment, populate
-from kvcore.worker.mapped_cache import CopyQueue, MappedCache, Memory, RunningCopies
-from kvcore.worker.worker_memory import HostWorkerMemory, OpenWorkerMemory
+from kvcore.worker.mapped_arena import (
+    CopyQueue,
+    HostWorkerMemory,
+    MappedCache,
+    Memory,
+    OpenWorkerMemory,
+    RunningCopies,
+)
 
 R = TypeVar("R")
 TicketReply = TypeVar("TicketReply", ReserveReply, HoldReply)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from kvcore.copy.host_cache import HostCache
-from kvcore.copy.paged_cache import ChunkSpan
 from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from kvcore.shm import Segment
+from tests.copy.chunk_spans import ChunkSpan, stack_spans
 
 TOTAL = 64 << 20
 BLOCK, CHUNK, LAYERS = 16, 256, 32
@@ -105,8 +105,8 @@ def test_copy(benchmark: Any, way: str, order: str, piece: int, shape: str) -> N
     ]
     cache = HostCache(layout, [mapped(2 * TOTAL)])
     arena = mapped(TOTAL)
-    copy = getattr(cache, way)
-    measure(benchmark, lambda: copy(spans, arena), TOTAL)
+    copy, stacked = getattr(cache, way), stack_spans(spans)
+    measure(benchmark, lambda: copy(stacked, arena), TOTAL)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -123,8 +123,8 @@ def test_split_parts(benchmark: Any, way: str) -> None:
     ]
     cache = HostCache(layout, [mapped(2 * TOTAL)])
     arena = mapped(TOTAL)
-    copy = getattr(cache, way)
-    measure(benchmark, lambda: copy(spans, arena), TOTAL)
+    copy, stacked = getattr(cache, way), stack_spans(spans)
+    measure(benchmark, lambda: copy(stacked, arena), TOTAL)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -139,5 +139,5 @@ def test_small_request(benchmark: Any, way: str) -> None:
     ]
     cache = HostCache(layout, [mapped(1 << 20)])
     arena = mapped(8 * 65536)
-    copy = getattr(cache, way)
-    measure(benchmark, lambda: copy(spans, arena), 8 * part)
+    copy, stacked = getattr(cache, way), stack_spans(spans)
+    measure(benchmark, lambda: copy(stacked, arena), 8 * part)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcore.copy.paged_cache import ChunkSpan, checked_blocks
-from kvcore.cuda.copy_methods import choose_method
+from kvcore.copy.block_arrays import ChunkSpans
+from kvcore.cuda.calibration import choose_method
 from kvcore.cuda.copy_plan import CopyPlan, PartRows
-from kvcore.cuda.copy_streams import loads
+from kvcore.cuda.cuda_cache import loads
 from kvcore.cuda.staging import StagingSizes
 from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
@@ -37,19 +37,18 @@ def layout_of() -> KVLayout:
     return KVLayout.derive(group, [64 * int(np.prod(shape))], 256)
 
 
-def spans_of(layout: KVLayout, count: int, extents: int) -> list[ChunkSpan]:
+def spans_of(layout: KVLayout, count: int, extents: int) -> ChunkSpans:
     """Return scattered chunks, each part in so many pieces of the arena."""
     size = layout.part.num_bytes // extents
     ids = np.random.default_rng(1).permutation(BLOCKS).astype(np.int32)
-    return [
-        ChunkSpan(
-            tuple(Extent((2 * (n * extents + e)) * size, size) for e in range(extents)),
-            ids[16 * n : 16 * n + 16],
-            0,
-            256,
-        )
-        for n in range(count)
-    ]
+    return ChunkSpans(
+        [
+            tuple(Extent((2 * (n * extents + e)) * size, size) for e in range(extents))
+            for n in range(count)
+        ],
+        ids[: 16 * count].reshape(count, 16),
+        np.array([[0, 256]] * count, np.int64),
+    )
 
 
 @pytest.mark.parametrize("extents", [1, 16])
@@ -63,8 +62,8 @@ def test_plan(benchmark: Any, way: str, count: int, extents: int) -> None:
     spans = spans_of(layout, count, extents)
 
     def plan() -> None:
-        blocks = checked_blocks(layout, spans, nulls=False)
-        made = CopyPlan.of(layout, rows, planes, spans, blocks, 1 << 40)
+        spans.check(layout, nulls=False)
+        made = CopyPlan.of(layout, rows, planes, spans, 1 << 40)
         choose_method(rates, made.num_bytes, made.num_pieces, row_bytes=32768, word=16)
         if way == "staged":
             loads(made, StagingSizes().slot_bytes)

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
 
 from kvcore.copy import host_cache as host
+from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.copy.host_cache import HostCache
-from kvcore.copy.paged_cache import ChunkSpan
 from kvcore.errors import BadRequest
 from kvcore.extents import Extent, buffers_of, checksum_of
 from kvcore.layout import DTYPE_BYTES, CacheGroup, KVLayout, TensorView
 from kvcore.protocol import NULL_BLOCK
+from tests.copy.chunk_spans import ChunkSpan, stack_spans
 
 POISON = 0xA5
+NO_SPANS = ChunkSpans([], np.empty((0, 2), np.int32), np.empty((0, 2), np.int64))
+"""Of a cache with two blocks per chunk."""
 GEOMETRIES = {
     # name: (axes, their order in memory, axes that may be padded)
     "kv-outermost": ("KNSHD", "KNSHD", "KNS"),
@@ -199,7 +202,7 @@ def test_gather_is_logical_indexing(move: Move) -> None:
         planes = move.case.addresses(span.blocks.tolist())
         for plane, (handle, here) in enumerate(planes):
             expected[there[plane]] = handles[handle][here[move.case.units(span)]]
-    HostCache(move.case.layout, handles).gather(move.spans, arena)
+    HostCache(move.case.layout, handles).gather(stack_spans(move.spans), arena)
     assert np.array_equal(arena, expected)
     assert all(map(np.array_equal, handles, move.handles()))
 
@@ -223,7 +226,7 @@ def test_scatter_is_logical_assignment(move: Move, data: st.DataObject) -> None:
         planes = move.case.addresses(span.blocks.tolist())
         for plane, (handle, here) in enumerate(planes):
             expected[handle][here[units][real]] = arena[there[plane][real]]
-    HostCache(move.case.layout, handles).scatter(move.spans, arena)
+    HostCache(move.case.layout, handles).scatter(stack_spans(move.spans), arena)
     assert all(map(np.array_equal, handles, expected))
     assert np.array_equal(arena, before)
 
@@ -233,12 +236,12 @@ def test_gather_then_scatter_elsewhere_is_identity(move: Move) -> None:
     """What is gathered from some blocks and scattered into others reads the same."""
     handles, arena = move.handles(), move.arena()
     cache = HostCache(move.case.layout, handles)
-    cache.gather(move.spans, arena)
+    cache.gather(stack_spans(move.spans), arena)
     targets = [
         ChunkSpan(span.extents, blocks, span.first_token, span.end_token)
         for span, blocks in zip(move.spans, move.other_blocks, strict=True)
     ]
-    cache.scatter(targets, arena)
+    cache.scatter(stack_spans(targets), arena)
     for span, blocks in zip(move.spans, move.other_blocks, strict=True):
         old = move.case.addresses(span.blocks.tolist())
         new = move.case.addresses(blocks.tolist())
@@ -262,20 +265,20 @@ def in_small_steps(num_bytes: int) -> Iterator[None]:
 def test_shared_copies_are_plain_ones_with_checksums(move: Move, step: int) -> None:
     """Threads, steps and fine rows change no byte; checksums are the parts' own."""
     handles, arena, plain = move.handles(), move.arena(), move.arena()
-    HostCache(move.case.layout, handles).gather(move.spans, plain)
+    HostCache(move.case.layout, handles).gather(stack_spans(move.spans), plain)
     with in_small_steps(step):
         cache = HostCache(move.case.layout, handles, 3)
-        checksums = cache.gather(move.spans, arena, checksums=True)
+        checksums = cache.gather(stack_spans(move.spans), arena, checksums=True)
         for handle in handles:
             handle[:] = POISON
-        cache.scatter(move.spans, arena)
+        cache.scatter(stack_spans(move.spans), arena)
         cache.close()
     assert np.array_equal(arena, plain)
     assert checksums == [
         checksum_of(buffers_of(arena.data, span.extents)) for span in move.spans
     ]
     there, again = move.arena(), HostCache(move.case.layout, handles)
-    again.gather(move.spans, there)
+    again.gather(stack_spans(move.spans), there)
     assert np.array_equal(there, plain)
 
 
@@ -286,8 +289,8 @@ def test_rows_taken_apart_are_the_same_rows() -> None:
     span = ChunkSpan((Extent(0, arena.size),), np.array([5, 2], np.int32), 0, 32)
     handle, back = np.full(2 * 8 * 16 * 1152, POISON, np.uint8), np.zeros_like(arena)
     with in_small_steps(1):
-        HostCache(layout, [handle]).scatter([span], arena)
-    HostCache(layout, [handle]).gather([span], back)
+        HostCache(layout, [handle]).scatter(stack_spans([span]), arena)
+    HostCache(layout, [handle]).gather(stack_spans([span]), back)
     assert np.array_equal(back, arena)
     others = [0, 1, 3, 4, 6, 7]
     assert (handle.reshape(2, 8, -1)[:, others] == POISON).all()
@@ -299,8 +302,10 @@ def test_checksums_are_made_only_where_they_are_wanted() -> None:
     arena = np.zeros(layout.part.num_bytes, np.uint8)
     span = ChunkSpan((Extent(0, arena.size),), np.array([0, 3], np.int32), 0, 32)
     cache = HostCache(layout, [np.ones(2 * 8 * 16 * 1152, np.uint8)])
-    assert cache.gather([span], arena) == []
-    assert cache.gather([span], arena, checksums=True) == [checksum_of([arena.data])]
+    assert cache.gather(stack_spans([span]), arena) == []
+    assert cache.gather(stack_spans([span]), arena, checksums=True) == [
+        checksum_of([arena.data])
+    ]
 
 
 @settings(max_examples=30)
@@ -328,10 +333,10 @@ def test_layouts_of_other_paging_share_parts(order: list[int], stride: int) -> N
     extents = (Extent(0, arena.size),)
     ids = np.array(order, np.int32)
     HostCache(layouts[0], [wide.reshape(-1)]).gather(
-        [ChunkSpan(extents, ids[:2], 0, 8)], arena
+        stack_spans([ChunkSpan(extents, ids[:2], 0, 8)]), arena
     )
     HostCache(layouts[1], [narrow.reshape(-1)]).scatter(
-        [ChunkSpan(extents, ids[2:6], 0, 8)], arena
+        stack_spans([ChunkSpan(extents, ids[2:6], 0, 8)]), arena
     )
     tokens = as_strided(narrow, (16, 2, 2, 6), (s[0], s[1], 6 + stride, 1))
     got = tokens[ids[2:6]].transpose(1, 0, 2, 3).reshape(2, 8, 6)
@@ -367,10 +372,11 @@ def test_bad_spans_move_nothing(
     size = layout.part.num_bytes
     handles = [np.zeros(math.prod((2, 8, 16, 1152)), np.uint8)]
     arena = np.full(2 * size, POISON, np.uint8)
-    good = ChunkSpan((Extent(0, size),), np.array([0, 3], np.int32), 0, 32)
+    ids = np.array([0, 3][: len(blocks)], np.int32)
+    good = ChunkSpan((Extent(0, size),), ids, 0, 32)
     bad = ChunkSpan((Extent(size, size),), np.array(blocks, np.int32), first, end)
     with pytest.raises(BadRequest, match=message):
-        getattr(HostCache(layout, handles), way)([good, bad], arena)
+        getattr(HostCache(layout, handles), way)(stack_spans([good, bad]), arena)
     assert not handles[0].any()
     assert (arena == POISON).all()
 
@@ -382,7 +388,7 @@ def test_gathering_a_null_block_is_refused() -> None:
     span = ChunkSpan((Extent(0, size),), np.array([2, NULL_BLOCK], np.int32), 0, 32)
     cache = HostCache(layout, [np.zeros(2 * 8 * 16 * 1152, np.uint8)])
     with pytest.raises(BadRequest, match="null block"):
-        cache.gather([span], np.zeros(size, np.uint8))
+        cache.gather(stack_spans([span]), np.zeros(size, np.uint8))
 
 
 def test_block_zero_after_a_null_block_is_written() -> None:
@@ -393,7 +399,7 @@ def test_block_zero_after_a_null_block_is_written() -> None:
     span = ChunkSpan(
         (Extent(0, arena.size),), np.array([NULL_BLOCK, 0], np.int32), 0, 32
     )
-    HostCache(layout, [handle]).scatter([span], arena)
+    HostCache(layout, [handle]).scatter(stack_spans([span]), arena)
     written = handle.reshape(2, 8, -1) == POISON
     assert written[:, 0].all()
     assert not written[:, 1:].any()
@@ -403,7 +409,7 @@ def test_block_zero_after_a_null_block_is_written() -> None:
 def test_no_spans_are_no_work(way: str) -> None:
     """A request whose chunks are all there already copies nothing."""
     handle = np.zeros(2 * 8 * 16 * 1152, np.uint8)
-    getattr(HostCache(latent(8), [handle]), way)([], np.zeros(8, np.uint8))
+    getattr(HostCache(latent(8), [handle]), way)(NO_SPANS, np.zeros(8, np.uint8))
     assert not handle.any()
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
-from kvcore.cuda.copy_methods import CopyMethod
+from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCache, CudaCaches
-from kvcore.cuda.kernel_launch import Kernels
+from kvcore.cuda.kernels import Kernels
 from kvcore.cuda.staging import StagingSizes
 from kvcore.layout import KVLayout
 from kvcore.status import CopyRates, DeviceRates, PieceRate

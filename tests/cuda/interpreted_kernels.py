@@ -13,7 +13,7 @@ from importlib.util import find_spec, module_from_spec
 from typing import Any
 from unittest.mock import patch
 
-from kvcore.cuda.kernel_launch import (
+from kvcore.cuda.kernels import (
     Arguments,
     RotateLaunch,
     RowCopy,
@@ -41,7 +41,7 @@ def run(arguments: Arguments, **constants: int) -> None:
     """Run one launch to its end, with some constants of its own."""
     arguments = replace(arguments, constants={**arguments.constants, **constants})
     values = (*arguments.longs.values(), *arguments.ints.values())
-    program = getattr(programs(), arguments.program)
+    program = programs().KERNELS[arguments.program]
     grid = (int(arguments.constants["programs"]),)
     program[grid](*values, **arguments.constants)
 

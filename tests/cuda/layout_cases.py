@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcore.copy.paged_cache import ChunkSpan
 from kvcore.extents import Extent
 from kvcore.layout import DTYPE_BYTES, CacheGroup, KVLayout, TensorView
 from kvcore.protocol import NULL_BLOCK
+from tests.copy.chunk_spans import ChunkSpan
 from tests.copy.test_host_cache import Case, Move, part_addresses
 
 DTYPES = tuple(DTYPE_BYTES)

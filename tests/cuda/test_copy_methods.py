@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.cuda.copy_methods import CopyMethod, choose_method, speed
+from kvcore.cuda.calibration import CopyMethod, choose_method, speed
 from kvcore.status import PieceRate
 from tests.cuda.cuda_fixture import published
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvcore.copy.paged_cache import checked_blocks
 from kvcore.cuda.copy_plan import ByteRanges, CopyPlan, PartRows, both
-from kvcore.cuda.copy_streams import FIRST_BYTES, GROWTH, cuts, loads
+from kvcore.cuda.cuda_cache import FIRST_BYTES, GROWTH, cuts, loads
+from tests.copy.chunk_spans import stack_spans
 from tests.copy.test_host_cache import Move, moves
 from tests.cuda.layout_cases import LAYOUTS, job
 
@@ -91,8 +91,9 @@ def plan_of(move: Move, word: int | None = None) -> CopyPlan:
     layout = move.case.layout
     planes = layout.plane_offsets + 4096
     rows = PartRows.of(layout, planes)
-    blocks = checked_blocks(layout, move.spans, nulls=True)
-    return CopyPlan.of(layout, rows, planes, move.spans, blocks, 1 << 40)
+    spans = stack_spans(move.spans)
+    spans.check(layout, nulls=True)
+    return CopyPlan.of(layout, rows, planes, spans, 1 << 40)
 
 
 @given(moves(), st.integers(1, 300), st.booleans())

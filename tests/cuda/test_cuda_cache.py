@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from kvcore.blend.key_rotation import BlockRotation, rotate_cached_keys
 from kvcore.copy.host_cache import HostCache
-from kvcore.copy.paged_cache import ChunkSpan
 from kvcore.cuda import calibration as calibrate
-from kvcore.cuda.copy_methods import CopyMethod
+from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCaches
 from kvcore.cuda.staging import StagingSizes
 from kvcore.errors import BadRequest, DeviceFailed, LayoutError
@@ -25,6 +24,7 @@ from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from kvcore.protocol import NULL_BLOCK
 from tests.blend.test_key_rotation import ROPES
+from tests.copy.chunk_spans import ChunkSpan, stack_spans
 from tests.copy.test_host_cache import Move, moves
 from tests.cuda.cuda_fixture import CudaFixture, cuda_fixture, favouring
 from tests.cuda.fake_gpu import FakeDevice, FakeTimeline
@@ -55,9 +55,11 @@ def test_gathers_as_a_host_cache_does(way: CopyMethod, move: Move, seed: int) ->
     one = cuda_fixture(seed, way)
     placed = one.cache(move.case.layout, move.handles())
     expected = move.arena()
-    HostCache(move.case.layout, move.handles()).gather(move.spans, expected)
+    HostCache(move.case.layout, move.handles()).gather(
+        stack_spans(move.spans), expected
+    )
     with one.pinned(move.arena()) as arena:
-        placed.cache.gather(move.spans, arena)
+        placed.cache.gather(stack_spans(move.spans), arena)
         assert np.array_equal(arena, expected)
     assert all(map(np.array_equal, placed.bytes(), move.handles()))
     assert one.is_idle
@@ -73,9 +75,11 @@ def test_scatters_as_a_host_cache_does(
     one = cuda_fixture(seed, way)
     placed = one.cache(move.case.layout, move.handles())
     expected = move.handles()
-    HostCache(move.case.layout, expected).scatter(move.spans, arena_of(move))
+    HostCache(move.case.layout, expected).scatter(
+        stack_spans(move.spans), arena_of(move)
+    )
     with one.pinned(arena_of(move)) as arena:
-        placed.cache.scatter(move.spans, arena)
+        placed.cache.scatter(stack_spans(move.spans), arena)
         assert np.array_equal(arena, arena_of(move))
     assert all(map(np.array_equal, placed.bytes(), expected))
     assert one.is_idle
@@ -96,7 +100,9 @@ def test_two_instances_both_ways_at_once(
         one.device.pin(arena.ctypes.data, arena.size)
     with ThreadPoolExecutor(4) as lanes:
         running = [
-            lanes.submit(getattr(cache.cache, direction), move.spans, arena)
+            lanes.submit(
+                getattr(cache.cache, direction), stack_spans(move.spans), arena
+            )
             for cache, direction, move, arena in zip(
                 placed,
                 ("gather", "gather", "scatter", "scatter"),
@@ -130,7 +136,7 @@ def test_a_device_that_fails_ends_the_call(
     placed = one.cache(move.case.layout, move.handles())
     arena = move.arena()
     one.device.pin(arena.ctypes.data, arena.size)
-    copy = partial(getattr(placed.cache, direction), move.spans, arena)
+    copy = partial(getattr(placed.cache, direction), stack_spans(move.spans), arena)
     with one.caches.staging.buffer():
         pass
     one.device.world.breaks_after = steps
@@ -183,11 +189,11 @@ def test_a_failed_call_leaves_nothing_behind(
     placed = one.cache(move.case.layout, move.handles())
     with one.pinned(arena_of(move)) as arena:
         with pytest.raises(DeviceFailed, match="refused"):
-            getattr(placed.cache, direction)(move.spans, arena)
+            getattr(placed.cache, direction)(stack_spans(move.spans), arena)
         assert one.is_idle
-        placed.cache.scatter(move.spans, arena)
+        placed.cache.scatter(stack_spans(move.spans), arena)
         assert all(map(np.array_equal, placed.bytes(), scattered(move, arena)))
-        placed.cache.gather(move.spans, arena)
+        placed.cache.gather(stack_spans(move.spans), arena)
     placed.cache.close()
     one.caches.close()
     assert one.device.world.streams == []
@@ -238,7 +244,7 @@ def test_bad_spans_move_nothing(direction: str) -> None:
     bad = ChunkSpan((Extent(0, 8),), np.array([1, 2, 3, 24], np.int32), 0, 16)
     with one.pinned(move.arena()) as arena:
         with pytest.raises(BadRequest, match="block 24"):
-            getattr(placed.cache, direction)([*move.spans, bad], arena)
+            getattr(placed.cache, direction)(stack_spans([*move.spans, bad]), arena)
         assert np.array_equal(arena, move.arena())
     assert all(map(np.array_equal, placed.bytes(), move.handles()))
 
@@ -248,8 +254,9 @@ def test_no_spans_are_no_work() -> None:
     one = cuda_fixture(0)
     move = job("block first", "bfloat16", seed=1)
     placed = one.cache(move.case.layout, move.handles())
-    placed.cache.gather([], move.arena())
-    placed.cache.scatter([], move.arena())
+    spans = stack_spans(move.spans)[:0]
+    placed.cache.gather(spans, move.arena())
+    placed.cache.scatter(spans, move.arena())
     assert one.caches.status().copies == {}
     assert one.caches.staging.num_bytes == 0
 
@@ -266,7 +273,7 @@ def test_requests_larger_than_a_table_go_in_turns() -> None:
         one = CudaFixture(device, caches)
         placed = one.cache(move.case.layout, move.handles())
         with one.pinned(move.arena()) as arena:
-            placed.cache.gather(move.spans, arena)
+            placed.cache.gather(stack_spans(move.spans), arena)
             assert np.array_equal(arena, gathered(move))
         assert caches.status().copies == {f"{way}_to_host": 1}
 
@@ -286,7 +293,7 @@ def test_turns_of_a_request_that_move_nothing_are_left_out() -> None:
     one = CudaFixture(device, caches)
     placed = one.cache(move.case.layout, move.handles())
     with one.pinned(move.arena()) as arena:
-        placed.cache.gather(spans, arena)
+        placed.cache.gather(stack_spans(spans), arena)
         assert np.array_equal(arena, expected)
     assert one.is_idle
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcore.cuda.device_choice import open_cuda_transports
-from kvcore.cuda.ipc import open_caches
-from kvcore.cuda.kernel_launch import TritonKernels, compiled, upload_arguments
+from kvcore.cuda.ipc import open_caches, open_cuda_transports
+from kvcore.cuda.kernels import TritonKernels, compiled, upload_arguments
 from kvcore.cuda.staging import FilledBuffer
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 
@@ -155,7 +154,7 @@ def test_memory_without_handles_is_refused_with_its_cure(
 
 def test_an_export_leaves_the_threads_gpu_as_it_was(stub: ctypes.CDLL) -> None:
     """An engine's next tensors lie where it wanted them, also after a refusal."""
-    from kvcore.cuda.driver_bindings import check, cu
+    from kvcore.cuda.driver import check, cu
 
     first, second = open_devices()
     address = first.allocate(4096)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from kvcore.copy.host_transport import TransportTable
-from kvcore.copy.transport import AttachedMemory
+from kvcore.copy.transport import AttachedMemory, TransportTable
 from kvcore.cuda.ipc import MAX_EVENTS, CudaTransport, export
-from kvcore.cuda.pinned_memory import PinnedMemory
+from kvcore.cuda.staging import PinnedMemory
 from kvcore.errors import (
     BadRequest,
     DeadlineExceeded,

@@ -16,7 +16,7 @@ import pytest
 from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotate_cached_keys
 from kvcore.copy.host_cache import HostCache
 from kvcore.cuda.copy_plan import WORDS, PartRows
-from kvcore.cuda.kernel_launch import (
+from kvcore.cuda.kernels import (
     TILES,
     Arguments,
     CompiledKernel,
@@ -32,6 +32,7 @@ from kvcore.cuda.staging import FilledBuffer, StagingSizes
 from kvcore.errors import DeviceFailed
 from kvcore.rope import Rope
 from tests.blend.test_key_rotation import ROPES
+from tests.copy.chunk_spans import stack_spans
 from tests.cuda import numpy_kernels as plain
 from tests.cuda.cuda_fixture import CudaFixture, cuda_fixture
 from tests.cuda.interpreted_kernels import InterpretedKernels, run
@@ -67,12 +68,12 @@ def test_every_layout_and_dtype_byte_for_byte(name: str, dtype: str) -> None:
     one = interpreted(seed=1)
     placed = one.cache(move.case.layout, move.handles())
     with one.pinned(move.arena()) as arena:
-        placed.cache.gather(move.spans, arena)
+        placed.cache.gather(stack_spans(move.spans), arena)
         assert np.array_equal(arena, gathered(move))
     assert all(map(np.array_equal, placed.bytes(), move.handles()))
     move = with_nulls(move)
     with one.pinned(arena_of(move)) as arena:
-        placed.cache.scatter(move.spans, arena)
+        placed.cache.scatter(stack_spans(move.spans), arena)
         expected = scattered(move, arena_of(move))
     assert all(map(np.array_equal, placed.bytes(), expected))
 

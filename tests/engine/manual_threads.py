@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from kvcore.copy.chunk_copier import ChunkCopier
 from kvcore.copy.host_cache import HostCache
+from kvcore.copy.paged_cache import ChunkCopier
 from kvcore.engine.engine import Engine
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.errors import HandleError, KVError, UnknownInstance

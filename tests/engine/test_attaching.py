@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvcore.config import ServerConfig
-from kvcore.copy.host_transport import TransportTable
+from kvcore.copy.transport import TransportTable
 from kvcore.cuda.device import OpenedAllocation
 from kvcore.cuda.ipc import CudaTransport, export
 from kvcore.engine.engine import Engine

@@ -24,11 +24,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvcore.copy.paged_cache import ChunkSpan
-from kvcore.cuda.copy_methods import CopyMethod
+from kvcore.copy.block_arrays import ChunkSpans
+from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCache
 from kvcore.cuda.ipc import open_caches
-from kvcore.cuda.kernel_launch import PROGRAMS
+from kvcore.cuda.kernels import PROGRAMS
 from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from tests.cuda.cuda_fixture import favouring
@@ -56,19 +56,18 @@ def layout_of(piece: int) -> KVLayout:
     return KVLayout.derive(group, [planes * num_blocks * piece], 16 * BLOCKS)
 
 
-def spans_of(layout: KVLayout, first_part: int, *, scattered: bool) -> list[ChunkSpan]:
+def spans_of(layout: KVLayout, first_part: int, *, scattered: bool) -> ChunkSpans:
     """Return chunks in blocks of their own, their parts one after the other."""
     size = layout.part.num_bytes
     ids = np.arange(NUM_CHUNKS * BLOCKS, dtype=np.int32)
     if scattered:
         ids = np.random.default_rng(1).permutation(2 * ids.size)[: ids.size]
     rows = ids.astype(np.int32).reshape(NUM_CHUNKS, BLOCKS)
-    return [
-        ChunkSpan(
-            (Extent((first_part + n) * size, size),), row, 0, layout.part.chunk_size
-        )
-        for n, row in enumerate(rows)
-    ]
+    return ChunkSpans(
+        [(Extent((first_part + n) * size, size),) for n in range(NUM_CHUNKS)],
+        rows,
+        np.array([[0, layout.part.chunk_size]] * NUM_CHUNKS, np.int64),
+    )
 
 
 class Bench:

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 
 from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotate_cached_keys
+from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.copy.host_cache import HostCache
-from kvcore.copy.paged_cache import ChunkSpan
-from kvcore.cuda.copy_methods import CopyMethod
+from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCache, CudaCaches
-from kvcore.cuda.kernel_launch import TritonKernels
+from kvcore.cuda.kernels import TritonKernels
 from kvcore.cuda.staging import StagingSizes
 from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from kvcore.rope import Rope
 from kvcore.status import DeviceRates
 from tests.blend.test_key_rotation import ROPES
+from tests.copy.chunk_spans import stack_spans
 from tests.cuda.cuda_fixture import favouring
 from tests.cuda.layout_cases import (
     DTYPES,
@@ -119,13 +120,13 @@ def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
     cache = bench.place(move.case.layout, move.handles())
     arena = bench.arena[: move.arena_bytes]
     arena[:] = move.arena()
-    cache.gather(move.spans, arena)
+    cache.gather(stack_spans(move.spans), arena)
     assert np.array_equal(arena, gathered(move))
     sizes = move.case.handle_bytes
     assert all(map(np.array_equal, bench.bytes(0, sizes), move.handles()))
     move = with_nulls(move)
     arena[:] = arena_of(move)
-    cache.scatter(move.spans, arena)
+    cache.scatter(stack_spans(move.spans), arena)
     expected = scattered(move, arena_of(move))
     assert all(map(np.array_equal, bench.bytes(0, sizes), expected))
 
@@ -141,7 +142,11 @@ def test_four_lanes_at_once(bench: Bench) -> None:
         arena[:] = arena_of(work) if number % 2 else work.arena()
     with ThreadPoolExecutor(4) as lanes:
         running = [
-            lanes.submit(cache.scatter if number % 2 else cache.gather, w.spans, arena)
+            lanes.submit(
+                cache.scatter if number % 2 else cache.gather,
+                stack_spans(w.spans),
+                arena,
+            )
             for number, (cache, w, arena) in enumerate(
                 zip(caches, works, arenas, strict=True)
             )
@@ -184,8 +189,9 @@ def test_large_chunks_by_buffers_of_full_size(device: Any, way: CopyMethod) -> N
         cache = bench.caches.cache(layout, addresses)
         bench.placed.append((cache, addresses))
         extents = [(Extent(n * part, part),) for n in (1, 0)]
-        spans = [ChunkSpan(e, ids[n], 0, 256) for n, e in enumerate(extents)]
-        back = [ChunkSpan(e, ids[2 + n], 0, 256) for n, e in enumerate(extents)]
+        whole = np.array([[0, 256]] * 2, np.int64)
+        spans = ChunkSpans(extents, ids[:2], whole)
+        back = ChunkSpans(extents, ids[2:4], whole)
         cache.gather(spans, bench.arena)
         expected = np.empty(2 * part, np.uint8)
         HostCache(layout, [handle]).gather(spans, expected)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kvcore.cuda.ipc import Allocations, export, export_tensor
-from kvcore.cuda.pinned_memory import PinnedMemory
+from kvcore.cuda.staging import PinnedMemory
 from kvcore.errors import DeviceFailed, HandleError
 from kvcore.protocol import CudaIpc
 

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcore.client import KVClient
+from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.copy.host_cache import HostCache
-from kvcore.copy.paged_cache import ChunkSpan
 from kvcore.errors import Unavailable
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import Ping, PosixShm, RegisterKVCache
@@ -189,7 +188,7 @@ class WorkerCommands:
         moved = getattr(HostCache, step)
 
         def half(
-            cache: HostCache, spans: Sequence[ChunkSpan], *rest: Any, **options: Any
+            cache: HostCache, spans: ChunkSpans, *rest: Any, **options: Any
         ) -> Any:
             setattr(HostCache, step, moved)
             moved(cache, spans[: len(spans) // 2], *rest, **options)

@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 from kvcore.client.pending_requests import Late, Retry
 from kvcore.client.reconnect import Registration, Told
 from kvcore.config import ServerConfig
-from kvcore.copy.chunk_copier import ChunkCopier
+from kvcore.copy.paged_cache import ChunkCopier
 from kvcore.engine.engine import Engine
 from kvcore.errors import Closed, DeadlineExceeded, KVError, Unavailable
 from kvcore.extents import Checksum
 from kvcore.protocol import Ping, Pong, RegisterReply, Request
 from kvcore.storage.arena import Arena
-from kvcore.worker.mapped_cache import MappedCache
+from kvcore.worker.mapped_arena import MappedCache
 from kvcore.worker.tickets import TicketRequests
 from tests.engine.engine_model import CHUNK, FAR_NS, MAX_TICKETS, PAGE
 from tests.engine.manual_threads import Answers, ManualLoop, Strand, current, pause

@@ -44,8 +44,7 @@ from kvcore.protocol import (
 )
 from kvcore.shm import Bytes, Segment
 from kvcore.worker.copying_client import CopyingClient
-from kvcore.worker.mapped_cache import CopyQueue
-from kvcore.worker.worker_memory import HostWorkerMemory, WorkerMemory
+from kvcore.worker.mapped_arena import CopyQueue, HostWorkerMemory, WorkerMemory
 from tests.client.test_connection import ScriptedServer, scripted_server
 
 __all__ = ["scripted_server"]

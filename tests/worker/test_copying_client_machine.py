@@ -37,8 +37,8 @@ from kvcore.protocol import (
 )
 from kvcore.storage.chunk import Chunk
 from kvcore.worker import copying_client as copying
-from kvcore.worker import mapped_cache as own
-from kvcore.worker.mapped_cache import MappedCache
+from kvcore.worker import mapped_arena as own
+from kvcore.worker.mapped_arena import MappedCache
 from tests.engine.engine_model import (
     CHUNK,
     IDENTS,

@@ -13,7 +13,7 @@ from kvcore.layout import CacheGroup, KVLayout
 from kvcore.protocol import MemoryHandle, PosixShm, RegisterKVCache, RegisterReply
 from kvcore.shm import Bytes, Segment
 from kvcore.worker.copying_client import CopyingClient
-from kvcore.worker.worker_memory import HostWorkerMemory, WorkerMemory
+from kvcore.worker.mapped_arena import HostWorkerMemory, WorkerMemory
 from kvctl.lab.config.model_geometry import (
     BlockGrid,
     Indices,

@@ -1,4 +1,4 @@
-"""A cache that this process copies itself, between its own memory and the arena."""
+"""A worker's mapping of the server's arena, and the caches that it copies itself."""
 
 from __future__ import annotations
 
@@ -6,16 +6,48 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kvcore.copy.block_arrays import TokenRange, read_blocks
-from kvcore.copy.chunk_copier import ChunkCopier, PartLocations
+from kvcore.copy.host_cache import HostCache
+from kvcore.copy.paged_cache import ChunkCopier, PagedCache, PartLocations
 from kvcore.errors import KVError, Unavailable, UnknownInstance
 from kvcore.extents import Checksum
 from kvcore.layout import CacheGroup, KVLayout
 from kvcore.protocol import Retrieve, Store
 from kvcore.shm import Bytes, Segment
-from kvcore.worker.worker_memory import OpenWorkerMemory, WorkerMemory
+
+
+class WorkerMemory(Protocol):
+    """One instance's memory beside one run's arena."""
+
+    @property
+    def caches(self) -> tuple[PagedCache, ...]:
+        """A cache for each group, in order."""
+
+    def close(self) -> None:
+        """Let go of what the copies needed, once all have ended. May block."""
+
+
+OpenWorkerMemory = Callable[[Sequence[KVLayout], Sequence[Any], Bytes], WorkerMemory]
+"""Makes it, of layouts, memory and arena. May take its time: not in a thread that
+serves requests. What it raises, the copies that wait for it raise."""
+
+
+class HostWorkerMemory:
+    """Memory of this process, flat and writable; see `WorkerMemory`."""
+
+    def __init__(
+        self, layouts: Sequence[KVLayout], memory: Sequence[Bytes], arena: Bytes
+    ) -> None:
+        del arena  # Copied to and from as it is.
+        self.caches = tuple(HostCache(layout, memory) for layout in layouts)
+
+    def close(self) -> None:
+        """End the threads that help to copy."""
+        for cache in self.caches:
+            cache.close()
+
 
 R = TypeVar("R")
 
