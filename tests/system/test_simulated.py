@@ -15,7 +15,7 @@ from kvcore.keys import SessionKey
 from kvcore.storage.eviction import POLICIES, make_policy
 from kvctl.lab.config.workload_config import Trace
 from kvctl.lab.traces import trace_reader as reader
-from kvctl.lab.traces.trace_row import TraceRow, make_row
+from kvctl.lab.traces.trace_rows import TraceRow, make_row
 from kvctl.lab.workload.cache_simulation import SimulatedL1, number
 from tests.system.server_fixture import Server
 from tests.system.worker_process import BLOCK, Group, Worker

@@ -1,1 +1,1 @@
-"""Readers of request traces, one module a format."""
+"""Readers of request traces, their profile, and the catalogue of public ones."""

@@ -1,6 +1,6 @@
-"""Azure's and BurstGPT's CSV: when requests came and how long they were.
+"""Azure's and BurstGPT's CSV: arrival times and lengths of requests.
 
-What they shared is not told: a generator decides who continues whose prompt.
+They do not record shared prefixes: a generator selects the prompts to continue.
 Sources: Azure/AzurePublicDataset (Patel et al., Splitwise, ISCA 2024), columns
 `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`; HPMLL/BurstGPT (Wang et al., 2024),
 columns `Timestamp` (s), `Request tokens`, `Response tokens`, `Session ID` in some.
@@ -17,20 +17,19 @@ from pathlib import Path
 import numpy as np
 
 from kvctl.lab.config.workload_config import Reuse
-from kvctl.lab.traces.trace_lines import parse
-from kvctl.lab.traces.trace_row import TraceRow
+from kvctl.lab.traces.trace_rows import TraceRow, parse
 
 BLOCK_SIZE = 64
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 MICROSECOND_DIGITS = 6
 SHOWN_CHARACTERS = 100
-"""Of a header that is none; a line of another format may be a long one."""
+"""Limit of a wrong header in messages; lines of other formats may be long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """One line: when, and how many tokens."""
+    """One line: arrival time and tokens."""
 
     line: int
     arrival_s: float
@@ -41,19 +40,19 @@ class Length:
 def read(
     path: Path, columns: Sequence[str], reuse: Reuse, block_size: int = BLOCK_SIZE
 ) -> Iterator[TraceRow]:
-    """Stream rows whose prompts continue earlier ones as `reuse` says.
+    """Yield rows whose prompts continue earlier ones according to `reuse`.
 
-    Times count from the first line. What is continued is drawn with a fixed seed, so a
-    trace reads the same each time.
+    Times count from the first line. The generator has a fixed seed: a trace always
+    yields the same rows.
 
     Raises:
         SetupError: with file, line number and reason.
     """
-    return _Sharing(reuse, block_size).rows(lengths(path, columns))
+    return _PrefixGenerator(reuse, block_size).rows(lengths(path, columns))
 
 
 def lengths(path: Path, columns: Sequence[str]) -> Iterator[Length]:
-    """Stream the lines; requests without a prompt are left out."""
+    """Yield the lines; requests without a prompt are skipped."""
     places: list[int] = []
     first: list[float] = []
 
@@ -83,7 +82,7 @@ def _places(header: list[str], columns: Sequence[str]) -> list[int]:
 
 
 def _seconds(text: str) -> float:
-    """Read seconds, or a date and time; Azure's have seven digits of a second."""
+    """Parse seconds, or a date and time with up to seven decimals (Azure)."""
     if "-" not in text:
         return float(text)
     whole, _, decimals = text.partition(".")
@@ -91,8 +90,8 @@ def _seconds(text: str) -> float:
     return moment.timestamp() + float(f"0.{decimals[:MICROSECOND_DIGITS] or 0}")
 
 
-class _Sharing:
-    """Makes up block ids. A session's prompt grows: the next turn begins with it."""
+class _PrefixGenerator:
+    """Generates block ids; the prompt of a session begins with its previous one."""
 
     def __init__(self, reuse: Reuse, block_size: int) -> None:
         self._reuse = reuse
@@ -109,7 +108,7 @@ class _Sharing:
                 name, known = str(length.line), self._system(num_blocks)
             else:
                 name, known = self._open.pop(place)
-            ids = known + [self._fresh() for _ in range(num_blocks - len(known))]
+            ids = known + [self._new_id() for _ in range(num_blocks - len(known))]
             self._open.append((name, ids))
             del self._open[: -self._reuse.sessions]
             yield TraceRow(
@@ -123,7 +122,7 @@ class _Sharing:
             )
 
     def _continued(self, num_blocks: int) -> int | None:
-        """Draw one of the open sessions that are shorter than this prompt."""
+        """Return the index of a random session with a shorter prompt, if any."""
         if self._rng.random() >= self._reuse.share:
             return None
         shorter = [
@@ -135,6 +134,6 @@ class _Sharing:
         shared = self._reuse.system_tokens // self._block_size
         return list(range(1, 1 + min(shared, num_blocks)))
 
-    def _fresh(self) -> int:
+    def _new_id(self) -> int:
         self._next_id += 1
         return self._next_id

@@ -1,10 +1,10 @@
 """RAGPulse's folder: requests as lists of contents, and tables of their lengths.
 
-`0_trace.jsonl` has a request a line: `timestamp` (s), `output_length`, `session_id`,
-and `hash_ids` with the contents of each kind in the order of the prompt. Five tables
-say how many tokens a content has. Contents are not chained: a passage is the same
-wherever it stands. Source: flashserve/RAGPulse (Wang et al., 2025), one week of a
-university's question answering. Lines are not in the order of time.
+`0_trace.jsonl` has one request per line: `timestamp` (s), `output_length`,
+`session_id`, and `hash_ids` with the contents of each kind in prompt order. Five tables
+hold the tokens per content. Contents are not chained: a passage is equal at any
+position. Source: flashserve/RAGPulse (Wang et al., 2025), one week of a
+university's question answering. Lines are not ordered by time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from kvcore.errors import SetupError
-from kvctl.lab.traces.trace_lines import parse
+from kvctl.lab.traces.trace_rows import parse
 
 TABLES = {
     "sys_prompt": ("1_sys_prompt", "sys_prompt_id"),
@@ -41,7 +41,7 @@ class _RagPulseLine(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Some tokens that are the same wherever they stand. `id` is unique in a trace."""
+    """Tokens that are equal at any position; `id` is unique in a trace."""
 
     id: int
     num_tokens: int
@@ -49,7 +49,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class RagPulseRow:
-    """One request; its prompt is its contents, one after the other."""
+    """One request; its prompt is the concatenation of its contents."""
 
     line: int
     arrival_s: float
@@ -59,9 +59,7 @@ class RagPulseRow:
 
 
 def read(folder: Path) -> list[RagPulseRow]:
-    """Read a whole trace, in the order of time.
-
-    A file stands for the folder that it lies in.
+    """Return a whole trace, ordered by time; a file stands for its folder.
 
     Raises:
         SetupError: with file, line and reason.
@@ -89,7 +87,11 @@ def read(folder: Path) -> list[RagPulseRow]:
 def _contents(
     ids: Mapping[str, list[int]], lengths: Mapping[str, Mapping[int, int]]
 ) -> Iterator[Content]:
-    """Yield a prompt's contents; `ValueError` names one without a length."""
+    """Yield the contents of a prompt.
+
+    Raises:
+        ValueError: a content has no length.
+    """
     for number, kind in enumerate(TABLES):
         known = lengths[kind]
         for one in ids.get(kind, ()):
@@ -114,5 +116,5 @@ def _read_table(folder: Path, stem: str, key: str) -> dict[int, int]:
 def _find(folder: Path, stem: str) -> Path:
     found = sorted(folder.glob(f"{stem}.jsonl*"))
     if not found:
-        raise SetupError(f"{folder}: no {stem}.jsonl of a RAGPulse trace")
+        raise SetupError(f"{folder}: no {stem}.jsonl; a RAGPulse trace has one")
     return found[0]

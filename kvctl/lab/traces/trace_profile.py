@@ -1,4 +1,4 @@
-"""What a trace holds: requests, times, lengths, and how much could be reused."""
+"""Profile of a trace: requests, times, lengths, possible reuse."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 
 from kvctl.lab.traces import ragpulse_trace as ragpulse
-from kvctl.lab.traces.trace_row import TraceRow
+from kvctl.lab.traces.trace_rows import TraceRow
 
 NUM_BINS = 60
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """Tokens a request."""
+    """Tokens per request."""
 
     total: int
     p50: int
@@ -27,7 +27,7 @@ class Lengths(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """A whole trace. An ideal cache is endless and shared by all."""
+    """Profile of a whole trace. Ideal hit rates are those of one infinite cache."""
 
     num_requests: int
     num_sessions: int
@@ -37,25 +37,25 @@ class Profile(msgspec.Struct, frozen=True):
     prompts: Lengths
     answers: Lengths
     block_sizes: tuple[int, ...]
-    """None where what repeats are contents, of any length: they count as blocks."""
+    """Empty for contents of any length, which count as blocks."""
     num_blocks: int
     num_unique_blocks: int
     ideal_hit_rate: float
-    """Of blocks, the last and partial one of a prompt included."""
+    """Of blocks, including the partial last one of a prompt."""
     ideal_token_hit_rate: float
     arrivals: tuple[int, ...]
-    """Requests in each sixtieth of the span."""
+    """Requests in each of NUM_BINS parts of the span."""
     prompt_lengths: tuple[int, ...]
-    """Requests by the power of two below their tokens, from 1 on."""
+    """Requests by floor(log2(tokens))."""
     hit_rates: tuple[float, ...]
-    """The ideal one in each sixtieth of the requests."""
+    """Ideal hit rate in each of NUM_BINS groups of requests."""
     anywhere_hit_rate: float | None = None
-    """Of contents that an earlier request had at any place; of blocks unknown."""
+    """Share of contents of earlier requests at any position; None for blocks."""
 
 
 @dataclass(slots=True)
 class Profiler:
-    """Reads rows one by one; keeps three numbers a request and each block's id."""
+    """Accumulates rows; keeps five numbers per request and the id of each block."""
 
     _times: array[float] = field(default_factory=lambda: array("d"))
     _prompts: array[int] = field(default_factory=lambda: array("q"))
@@ -66,11 +66,11 @@ class Profiler:
     _sessions: set[str] = field(default_factory=set)
     _block_sizes: set[int] = field(default_factory=set)
     _tokens_hit: int = 0
-    _beginnings: set[bytes] = field(default_factory=set)
+    _prefixes: set[bytes] = field(default_factory=set)
     _num_anywhere: int | None = None
 
     def add(self, row: TraceRow) -> None:
-        """Take one row in."""
+        """Add a row of blocks."""
         ids = row.hash_ids.tolist()
         hit = 0
         for one in ids:
@@ -78,25 +78,25 @@ class Profiler:
                 break
             hit += 1
         self._block_sizes.add(row.block_size)
-        self._note(row, row.num_tokens, ids, hit)
+        self._record(row, row.num_tokens, ids, hit)
         self._tokens_hit += min(hit * row.block_size, row.num_tokens)
 
     def add_contents(self, row: ragpulse.RagPulseRow) -> None:
-        """Take a row in whose contents are not chained: any may stand anywhere."""
+        """Add a row of contents, which may be at any position."""
         ids = [content.id for content in row.contents]
         lengths = [content.num_tokens for content in row.contents]
-        begun, hit = b"", 0
+        prefix, hit = b"", 0
         for place, one in enumerate(ids):
-            begun = sha256(begun + one.to_bytes(8, "little")).digest()
-            if hit == place and begun in self._beginnings:
+            prefix = sha256(prefix + one.to_bytes(8, "little")).digest()
+            if hit == place and prefix in self._prefixes:
                 hit += 1
-            self._beginnings.add(begun)
+            self._prefixes.add(prefix)
         known = sum(one in self._seen for one in ids)
         self._num_anywhere = (self._num_anywhere or 0) + known
-        self._note(row, sum(lengths), ids, hit)
+        self._record(row, sum(lengths), ids, hit)
         self._tokens_hit += sum(lengths[:hit])
 
-    def _note(
+    def _record(
         self,
         row: TraceRow | ragpulse.RagPulseRow,
         num_tokens: int,
@@ -113,7 +113,7 @@ class Profiler:
             self._sessions.add(row.session_id)
 
     def profile(self) -> Profile:
-        """Sum up."""
+        """Return the profile of all rows added."""
         times = np.frombuffer(self._times) if self._times else np.zeros(0)
         prompts = np.array(self._prompts, np.int64)
         num_blocks, num_hits = sum(self._blocks), sum(self._hits)
@@ -142,7 +142,7 @@ class Profiler:
 
 
 def profile(rows: Iterable[TraceRow]) -> Profile:
-    """Read a whole trace, a row at a time."""
+    """Return the profile of a trace of blocks."""
     profiler = Profiler()
     for row in rows:
         profiler.add(row)
@@ -150,7 +150,7 @@ def profile(rows: Iterable[TraceRow]) -> Profile:
 
 
 def profile_contents(rows: Iterable[ragpulse.RagPulseRow]) -> Profile:
-    """Read a whole trace of contents that may stand anywhere."""
+    """Return the profile of a trace of contents."""
     profiler = Profiler()
     for row in rows:
         profiler.add_contents(row)
@@ -184,5 +184,5 @@ def _rates(hits: Sequence[int], blocks: Sequence[int]) -> tuple[float, ...]:
     if not len(hits):
         return ()
     bins = np.arange(len(hits)) * min(NUM_BINS, len(hits)) // len(hits)
-    asked = np.bincount(bins, np.array(blocks))
-    return tuple((np.bincount(bins, np.array(hits)) / np.maximum(asked, 1)).tolist())
+    total = np.bincount(bins, np.array(blocks))
+    return tuple((np.bincount(bins, np.array(hits)) / np.maximum(total, 1)).tolist())

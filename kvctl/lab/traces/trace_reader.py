@@ -1,4 +1,4 @@
-"""Finds out what a trace file is, and reads it."""
+"""Format detection, and the reader of all formats that replay as prefixes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import zstandard
 
 from kvcore.errors import SetupError
 from kvctl.lab.config.workload_config import Trace
-from kvctl.lab.traces import bailian_trace as bailian
+from kvctl.lab.traces import hash_id_jsonl as jsonl
 from kvctl.lab.traces import length_csv as lengths
-from kvctl.lab.traces import mooncake_trace as mooncake
 from kvctl.lab.traces import weka_trace as weka
-from kvctl.lab.traces.trace_lines import raw_lines
-from kvctl.lab.traces.trace_row import TraceRow
+from kvctl.lab.traces.trace_rows import TraceRow, raw_lines
 
 HEAD_BYTES = 4096
 SIGNS = {
@@ -26,14 +24,14 @@ SIGNS = {
     "azure": rb"ContextTokens",
     "burstgpt": rb"Request tokens",
 }
-"""What a file's first bytes hold, most telling first."""
+"""Patterns of a file's first bytes, most specific first."""
 
 
 def detect(path: Path) -> str:
-    """Name a trace's format by what it begins with.
+    """Return the format of a trace, from its first bytes.
 
     Raises:
-        SetupError: it cannot be read, or is none of them.
+        SetupError: the file cannot be read, or has no known format.
     """
     if path.is_dir():
         return "ragpulse" if list(path.glob("0_trace.jsonl*")) else "weka"
@@ -61,18 +59,22 @@ def _head(path: Path) -> bytes:
 
 
 def read(trace: Trace) -> Iterator[TraceRow]:
-    """Stream the rows of a trace of any format.
+    """Yield the rows of a trace.
 
     Raises:
-        SetupError: with file, line and reason.
+        SetupError: with file, line and reason; or the format has no prefixes.
     """
     path = Path(trace.trace or "")
     name = detect(path) if trace.format == "auto" else trace.format
     match name:
         case "mooncake":
-            return mooncake.read(path, trace.block_size or mooncake.BLOCK_SIZE)
+            return jsonl.read_mooncake(
+                path, trace.block_size or jsonl.MOONCAKE_BLOCK_SIZE
+            )
         case "bailian":
-            return bailian.read(path, trace.block_size or bailian.BLOCK_SIZE)
+            return jsonl.read_bailian(
+                path, trace.block_size or jsonl.BAILIAN_BLOCK_SIZE
+            )
         case "weka":
             return weka.read(path)
         case "azure" | "burstgpt":
@@ -81,6 +83,6 @@ def read(trace: Trace) -> Iterator[TraceRow]:
             return lengths.read(path, columns, trace.reuse, size)
         case _:
             raise SetupError(
-                f"{path}: {name} is not replayed as prefixes, but by a workload "
-                "of kind documents (scenarios/rag_blend.toml)"
+                f"{path}: {name} has no prefixes; use a workload of kind documents "
+                "(scenarios/rag_blend.toml)"
             )

@@ -1,9 +1,9 @@
-"""WEKA's per-session JSON: a file is one coding session, subagents nested in it.
+"""WEKA's JSON: one coding session per file, with nested subagents.
 
 A file holds `id`, `block_size`, `hash_id_scope` and `requests` of `t` (s), `in`,
-`out` and `hash_ids`; an entry of type `subagent` holds requests of its own, their
-times from its beginning or from the session's. Ids of scope `local` mean nothing in
-another session. Source: callanjfox/kv-cache-tester, traces/.
+`out` and `hash_ids`; an entry of type `subagent` holds its own requests, with
+times since its start or the session's. Ids of scope `local` are valid within their
+session only. Source: callanjfox/kv-cache-tester, traces/.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import msgspec
 from msgspec import Meta
 
 from kvcore.errors import SetupError
-from kvctl.lab.traces.trace_lines import raw_lines
-from kvctl.lab.traces.trace_row import MIN_BLOCK_SIZE, TraceRow, make_row
+from kvctl.lab.traces.trace_rows import MIN_BLOCK_SIZE, TraceRow, make_row, raw_lines
 
 BLOCK_SIZE = 64
 LOCAL_BITS = 40
-"""Of an id that is local to its session; the session's number lies above."""
+"""Bits of a session-local id; the number of the session is in the higher bits."""
 SUFFIXES = (".json", ".json.gz", ".json.zst")
 
 
@@ -52,9 +51,9 @@ class _Placed:
 
 
 def read(path: Path) -> Iterator[TraceRow]:
-    """Read a session, or a folder of them, all of which begin at time 0.
+    """Yield the rows of a session, or of a folder of sessions that all start at 0.
 
-    Rows come in time's order; a row's line is its place in its session.
+    Rows are ordered by time; `line` is the position in the session.
 
     Raises:
         SetupError: with the file and the reason.
@@ -89,7 +88,7 @@ def _session(path: Path, number: int) -> list[TraceRow]:
 
 
 def _flat(requests: list[_WekaRequest], name: str, begin_s: float) -> Iterator[_Placed]:
-    """Unfold subagents, each of which is a session of its own."""
+    """Yield all requests; each subagent is a separate session."""
     for place, request in enumerate(requests):
         at_s = begin_s + request.t
         if request.type == "subagent":

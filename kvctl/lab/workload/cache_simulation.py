@@ -26,7 +26,7 @@ from kvcore.storage.eviction import POLICIES, EvictionPolicy, make_policy
 from kvctl.console import Table
 from kvctl.lab.config.workload_config import Trace
 from kvctl.lab.traces import trace_reader as reader
-from kvctl.lab.traces.trace_row import TraceRow
+from kvctl.lab.traces.trace_rows import TraceRow
 
 __all__ = [
     "POLICIES",

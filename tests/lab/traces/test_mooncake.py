@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from kvcore.errors import SetupError
-from kvctl.lab.traces.mooncake_trace import block_tokens, read
+from kvctl.lab.traces.hash_id_jsonl import read_mooncake as read
+from kvctl.lab.traces.trace_rows import block_tokens
 
 ROWS = [
     {"timestamp": 0, "input_length": 20, "output_length": 3, "hash_ids": [1, 2, 3]},

@@ -25,7 +25,7 @@ from kvctl.lab.traces import trace_catalogue as catalogue
 from kvctl.lab.traces import trace_reader as reader
 from kvctl.lab.traces.trace_catalogue import PublicTrace
 from kvctl.lab.traces.trace_profile import Profile, profile
-from kvctl.lab.traces.trace_row import TraceRow
+from kvctl.lab.traces.trace_rows import TraceRow
 from tests.cli.test_cli import run_in_process
 
 TRACES = os.environ.get("KVCTL_TRACES")
@@ -191,7 +191,7 @@ def test_a_fetched_trace_is_checked(tmp_path: Path) -> None:
 
     sha256 = "4a1da5e58a4ba5c67ae05b4e2b3ca87b1aba4d3ebfaf1fc7ee8cbfdcf0b6e2b2"
     wrong = PublicTrace("t", "mooncake", "x://t.jsonl", "s", "l", "a", 1, sha256)
-    with pytest.raises(SetupError, match="is not what it was"):
+    with pytest.raises(SetupError, match="has changed"):
         catalogue.fetch(wrong, tmp_path, fetcher)
     assert list(tmp_path.iterdir()) == []
     free = PublicTrace("t", "mooncake", "x://t.jsonl", "s", "l", "a")
@@ -236,7 +236,7 @@ def test_a_trace_is_fetched_over_http(tmp_path: Path, address: str) -> None:
     assert catalogue.sha256_of(path) == right
     assert catalogue.fetch(at("http://127.0.0.1:9/gone.jsonl", right), into) == path
     path.unlink()
-    with pytest.raises(SetupError, match="is not what it was: 5000000 bytes"):
+    with pytest.raises(SetupError, match="has changed: 5000000 bytes"):
         catalogue.fetch(at(f"{address}/whole.jsonl", "0" * 64), into)
     assert list(into.iterdir()) == []
 
