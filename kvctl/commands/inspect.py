@@ -20,7 +20,7 @@ from kvctl import console
 from kvctl.lab.config import model_geometry as geometry
 from kvctl.views import protocol_tables as protocol_view
 from kvctl.views import status_tables as status_view
-from kvctl.views.layout_tables import LayoutPage
+from kvctl.views.layout_tables import LayoutTables
 
 app = typer.Typer(
     add_completion=False,
@@ -109,7 +109,7 @@ def layout(
     if address is not None:
         status = _status(address)
         one = _instance(status, instance)
-        page = LayoutPage(
+        page = LayoutTables(
             name=f"{one.model}, {one.instance_id}",
             groups=one.group_descriptions,
             handle_bytes=_unbounded(one),
@@ -129,9 +129,9 @@ def protocol(
 ) -> None:
     """Show all requests with fields and replies, and the error codes."""
     if markdown:
-        console.line(protocol_view.markdown().rstrip("\n"))
+        console.line(protocol_view.render_markdown().rstrip("\n"))
     else:
-        console.show(*protocol_view.tables())
+        console.show(*protocol_view.build_tables())
 
 
 @app.command()
@@ -265,13 +265,13 @@ def _unbounded(one: InstanceStatus) -> list[int]:
 
 def _preset_page(
     name: str, block_size: int | None, world_size: int, chunk_size: int | None
-) -> LayoutPage:
+) -> LayoutTables:
     shape = geometry.preset(name)
     if block_size is not None:
         shape = msgspec.structs.replace(shape, block_size=block_size)
     chunk_size = chunk_size or DEFAULTS.chunk_size
     cache = shape.groups(chunk_size // shape.block_size or 1, 0, world_size)
-    return LayoutPage(
+    return LayoutTables(
         name=name,
         groups=cache.groups,
         handle_bytes=cache.handle_bytes,

@@ -1,1 +1,1 @@
-"""What `kvctl inspect` shows: values in, tables and lines out."""
+"""Tables of `kvctl inspect`, built from values."""

@@ -1,4 +1,4 @@
-"""A cache layout as tables: its axes, its parts, and the pieces that a copy moves."""
+"""A cache layout as tables: its axes, parts, and the contiguous runs of a copy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutPage:
-    """One rank's cache, as registered, and the chunk size to cut it by."""
+class LayoutTables:
+    """Tables of the registered cache of one rank for a chunk size."""
 
     name: str
     groups: Sequence[CacheGroup]
@@ -22,17 +22,21 @@ class LayoutPage:
     chunk_size: int
 
     def build_tables(self) -> list[Table | str]:
-        """Return what is shown."""
+        """Return tables and lines for `console.show`."""
         layouts = self.layouts()
         return [
             self._groups(),
             self._chunk_parts(layouts),
-            self._pieces(layouts),
+            self._runs(layouts),
             self._total(layouts),
         ]
 
     def layouts(self) -> list[KVLayout]:
-        """Derive each group's layout; `LayoutError` where it cannot be."""
+        """Return the layout of each group.
+
+        Raises:
+            LayoutError: a layout cannot be derived.
+        """
         return [
             KVLayout.derive(group, self.handle_bytes, self.chunk_size)
             for group in self.groups
@@ -53,7 +57,7 @@ class LayoutPage:
             )
             for index, group in enumerate(self.groups)
         )
-        title = f"{self.name}: what a rank registers"
+        title = f"{self.name}: registration of one rank"
         return Table(title, (*columns, ">tensors", ">block"), rows)
 
     def _chunk_parts(self, layouts: Sequence[KVLayout]) -> Table:
@@ -67,21 +71,27 @@ class LayoutPage:
         title = f"parts of a chunk of {self.chunk_size} tokens"
         return Table(title, columns, tuple(rows))
 
-    def _pieces(self, layouts: Sequence[KVLayout]) -> Table:
-        columns = ("group", ">planes", ">piece", ">pieces a part", ">adjacent blocks")
+    def _runs(self, layouts: Sequence[KVLayout]) -> Table:
+        columns = (
+            "group",
+            ">planes",
+            ">run",
+            ">runs per part",
+            ">with adjacent blocks",
+        )
         rows = []
         for index, layout in enumerate(layouts):
-            pieces = Pieces.of(layout)
+            runs = ContiguousRuns.of(layout)
             rows.append(
                 (
                     str(index),
                     str(layout.part.num_planes),
-                    size(pieces.piece_bytes),
-                    str(pieces.num_scattered),
-                    str(pieces.num_adjacent),
+                    size(runs.run_bytes),
+                    str(runs.num_scattered),
+                    str(runs.num_adjacent),
                 )
             )
-        return Table("contiguous runs that a copy moves", columns, tuple(rows))
+        return Table("contiguous runs of a copy", columns, tuple(rows))
 
     def _total(self, layouts: Sequence[KVLayout]) -> str:
         rank_bytes = sum(layout.part.num_bytes for layout in layouts)
@@ -91,23 +101,23 @@ class LayoutPage:
         )
         chunks = GIB // chunk_bytes
         return (
-            f"bytes a chunk: {size(rank_bytes)} a rank, {size(chunk_bytes)} in all "
-            f"(world size {self.world_size}); chunks a GiB: {chunks:,}, which is "
+            f"bytes per chunk: {size(rank_bytes)} per rank, {size(chunk_bytes)} total "
+            f"(world size {self.world_size}); chunks per GiB: {chunks:,}, "
             f"{chunks * self.chunk_size:,} tokens"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """Contiguous runs of one part: no two blocks beside each other, or all of them."""
+class ContiguousRuns:
+    """Contiguous runs of one part, with no adjacent blocks and with all adjacent."""
 
-    piece_bytes: int
+    run_bytes: int
     num_scattered: int
     num_adjacent: int
 
     @classmethod
-    def of(cls, layout: KVLayout) -> Pieces:
-        """Count the runs of a whole part."""
+    def of(cls, layout: KVLayout) -> ContiguousRuns:
+        """Return the runs of a whole part."""
         part = layout.part
         blocks = part.chunk_size // layout.block_size
         units = layout.block_size // part.unit_tokens
@@ -116,8 +126,8 @@ class Pieces:
             return cls(part.unit_bytes, num, num)
         block_bytes = units * part.unit_bytes
         scattered = part.num_planes * blocks
-        touching = layout.block_stride == block_bytes
-        return cls(block_bytes, scattered, part.num_planes if touching else scattered)
+        adjacent = layout.block_stride == block_bytes
+        return cls(block_bytes, scattered, part.num_planes if adjacent else scattered)
 
 
 def _attention(group: CacheGroup) -> str:

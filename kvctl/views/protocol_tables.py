@@ -1,4 +1,4 @@
-"""The protocol as people read it, derived from the requests' declarations alone."""
+"""The protocol as tables and Markdown, derived from the declared requests."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _PLAIN_TYPES = {
 }
 
 
-def tables() -> list[Table]:
-    """Return the requests, then the fields of each, then the errors, for a terminal."""
+def build_tables() -> list[Table]:
+    """Return tables of the requests, the fields of each, and the errors."""
     found = [Table("requests", REQUEST_COLUMNS, _request_rows())]
     for kind in REQUESTS.values():
         found.append(Table(kind.name, FIELD_COLUMNS, _field_rows(kind.request)))
@@ -38,38 +38,38 @@ def tables() -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def markdown() -> str:
+def render_markdown() -> str:
     """Return the page `docs/protocol.md`."""
-    pieces = [
+    sections = [
         "# Protocol",
         "<!-- Written by `make docs` from kvcore/protocol.py; do not edit. -->",
         _doc(protocol),
         _doc(wire),
         f"This is protocol version {protocol.PROTOCOL_VERSION}.",
         "## Requests",
-        _markdown_table(REQUEST_COLUMNS, _request_rows()),
-        *(piece for kind in REQUESTS.values() for piece in _request_section(kind)),
+        _table(REQUEST_COLUMNS, _request_rows()),
+        *(text for kind in REQUESTS.values() for text in _request_section(kind)),
         "## Values",
-        "Structs that requests and replies hold. A struct said to be an array is "
+        "Structs that requests and replies hold. A struct marked as an array is "
         "encoded as an array of its fields in this order, any other as a map.",
-        *(piece for struct in _shared_structs() for piece in _struct_section(struct)),
+        *(text for struct in _shared_structs() for text in _struct_section(struct)),
         "## Errors",
-        "The code stands in the reply's envelope; the body holds `message` and, for "
+        "The envelope of the reply holds the code; the body holds `message` and, for "
         "some, `details`.",
-        _markdown_table(ERROR_COLUMNS, _error_rows()),
+        _table(ERROR_COLUMNS, _error_rows()),
     ]
-    return "\n\n".join(pieces) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _request_section(kind: RequestType) -> Iterator[str]:
     yield f"### {kind.name}"
     yield _doc(kind.request)
     rows = _field_rows(kind.request)
-    yield _markdown_table(FIELD_COLUMNS, rows) if rows else "It has no fields."
+    yield _table(FIELD_COLUMNS, rows) if rows else "It has no fields."
     yield f"Reply `{kind.reply.__name__}`: {_doc(kind.reply)}"
     rows = _field_rows(kind.reply)
     if rows:
-        yield _markdown_table(FIELD_COLUMNS, rows)
+        yield _table(FIELD_COLUMNS, rows)
 
 
 def _struct_section(struct: type[msgspec.Struct]) -> Iterator[str]:
@@ -80,11 +80,11 @@ def _struct_section(struct: type[msgspec.Struct]) -> Iterator[str]:
     if config.tag is not None:
         yield f"Tagged: field `{config.tag_field}` is `{config.tag}`."
     yield _doc(struct)
-    yield _markdown_table(FIELD_COLUMNS, _field_rows(struct))
+    yield _table(FIELD_COLUMNS, _field_rows(struct))
 
 
 def _shared_structs() -> list[type[msgspec.Struct]]:
-    """List the structs inside requests and replies, in the order they are met."""
+    """Return the structs nested in requests and replies, in order of first use."""
     found: dict[type[msgspec.Struct], None] = {}
     for kind in REQUESTS.values():
         for outer in (kind.request, kind.reply):
@@ -190,7 +190,5 @@ def _summary(thing: object) -> str:
     return _doc(thing).partition("\n")[0]
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in lines)
-    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return Table("", tuple(columns), tuple(map(tuple, rows))).markdown()

@@ -1,4 +1,4 @@
-"""A scenario explained, and its JSON Schema for editors."""
+"""A scenario as tables, and the JSON Schema of scenario files."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ _WITH_SIZES: dict[str, type[Options]] = {"server": ServerConfig, "copies": Copie
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of scenario files; docs/scenario.schema.json is it."""
+    """Return the JSON Schema of scenario files, published in docs."""
     kinds = (Scenario, VLLMScenario)
-    told, defs = msgspec.json.schema_components([_without_sizes(one) for one in kinds])
+    schemas, defs = msgspec.json.schema_components(
+        [_without_sizes(one) for one in kinds]
+    )
     for kind in kinds:
         properties = defs[kind.__name__]["properties"]
         for name in properties.keys() & _WITH_SIZES:
             properties[name] = _options_schema(_WITH_SIZES[name])
-    return publish({"anyOf": list(told), "$defs": defs})
+    return publish({"anyOf": list(schemas), "$defs": defs})
 
 
 def _without_sizes(kind: type[Options]) -> type[msgspec.Struct]:
-    """Make a like kind whose options with sizes are any table: msgspec knows none."""
+    """Return an equal struct whose options with sizes are any table."""
     fields: list[Any] = []
     for one in msgspec.structs.fields(kind):
         if one.name in _WITH_SIZES:
@@ -50,7 +52,7 @@ def _without_sizes(kind: type[Options]) -> type[msgspec.Struct]:
 
 
 def _options_schema(kind: type[Options]) -> dict[str, Any]:
-    """Describe options with sizes in them, as `kvctl inspect config` lists them."""
+    """Return the schema of options with sizes, which msgspec cannot derive."""
     root: dict[str, Any] = _table()
     for option in describe(kind):
         *tables, name = option.key.split(".")
@@ -76,17 +78,17 @@ _TYPES: dict[str, dict[str, Any]] = {
     "list": {"type": "array"},
     "size": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]},
 }
-"""By the names that `kvcore.options.type_name` gives."""
+"""Schemas by the names of `kvcore.options.type_name`."""
 
 
 def build_vllm_tables(
     name: str, scenario: VLLMScenario, seed: int
 ) -> Iterator[Table | str]:
-    """Say what a scenario with real engines sends each of them."""
+    """Yield tables and lines of a scenario with real engines."""
     engine, lengths = scenario.vllm, prompt_lengths(scenario, seed)
     yield _headline(name, scenario.question)
     yield Table(
-        "workload, sent to each engine",
+        "workload, for each engine",
         ("kind", ">requests", ">tokens", ">longest", ">answers"),
         (
             (
@@ -99,18 +101,26 @@ def build_vllm_tables(
         ),
     )
     yield f"vLLM in {engine.python or 'this Python'}: {engine.model}"
-    yield f"its options: {' '.join(engine.options) or 'none'}"
+    yield f"vLLM options: {' '.join(engine.options) or 'none'}"
     yield f"L1 {size(int(scenario.server.l1.size))}"
-    yield f"{scenario.concurrency} requests under way"
+    yield f"{scenario.concurrency} concurrent requests"
 
 
 def build_tables(name: str, scenario: Scenario, seed: int) -> Iterator[Table | str]:
-    """Say what a scenario asks, of whom, and how much that is."""
+    """Yield tables and lines of a scenario with simulated engines."""
     yield _headline(name, scenario.question)
     tenants = [_Part(key, one, seed) for key, one in scenario.parts().items()]
     yield Table(
         "engines",
-        ("", "model", ">engines", ">ranks", ">a token", ">a chunk", ">cache a rank"),
+        (
+            "",
+            "model",
+            ">engines",
+            ">ranks",
+            ">per token",
+            ">per chunk",
+            ">cache per rank",
+        ),
         tuple(one.engines_row() for one in tenants),
     )
     yield Table(
@@ -120,12 +130,12 @@ def build_tables(name: str, scenario: Scenario, seed: int) -> Iterator[Table | s
     )
     yield f"L1 {size(int(scenario.server.l1.size))}, {_compare(scenario, tenants)}"
     if scenario.hosts > 1:
-        yield f"hosts: {scenario.hosts}, a server each; engines go round them"
+        yield f"hosts: {scenario.hosts}, one server each; engines assigned round-robin"
     for one in tenants:
         yield f"load of {one.name}: {_load(one)}"
     if scenario.engine is not None:
         given = msgspec.to_builtins(scenario.engine)
-        yield "engines compute: " + ", ".join(f"{k} {v}" for k, v in given.items())
+        yield "engine time model: " + ", ".join(f"{k} {v}" for k, v in given.items())
     if scenario.copies is not None:
         yield f"copies: {_copies(scenario.copies)}"
     for fault in scenario.faults:
@@ -142,7 +152,7 @@ def _kind(workload: Workload) -> str:
 
 
 class _Part:
-    """One tenant, surveyed."""
+    """One tenant and the totals of its workload."""
 
     def __init__(self, name: str, scenario: Scenario, seed: int) -> None:
         self.name = name
@@ -167,7 +177,7 @@ class _Part:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of all ranks; what is replicated counts once."""
+        """Bytes over all ranks; replicated parts count once."""
         scenario, geometry = self.scenario, self.scenario.model.geometry()
         copies = 1 if geometry.latent else scenario.ranks
         token = geometry.token_bytes(scenario.ranks)
@@ -204,15 +214,15 @@ class _Part:
 def _compare(scenario: Scenario, tenants: list[_Part]) -> str:
     needed = sum(one.num_unique * one.chunk_bytes for one in tenants)
     if not needed:
-        return "what the workload needs was not computed"
+        return "the size of the workload was not computed"
     share = int(scenario.server.l1.size) / needed
-    return f"{share:.2f} of what would hold all different chunks, {size(needed)}"
+    return f"{share:.2f} of the size of all unique chunks, {size(needed)}"
 
 
 def _load(part: _Part) -> str:
     load: Load = part.scenario.load
     if isinstance(load, ClosedLoop):
-        text = f"closed, {load.concurrency} requests under way per engine"
+        text = f"closed, {load.concurrency} concurrent requests per engine"
     else:
         last = 0.0
         for due in schedule(
@@ -220,12 +230,12 @@ def _load(part: _Part) -> str:
         ):
             last = due.at_s or 0.0
         given = msgspec.to_builtins(load)
-        text = f"{given['kind']}, the last request due after {last:,.1f} s"
+        text = f"{given['kind']}, last request due after {last:,.1f} s"
     if isinstance(load, Sweep):
         rates = [load.rate * load.factor**step for step in range(load.max_steps)]
         text += f"; steps of {load.step_s:g} s from {rates[0]:g} to {rates[-1]:,.0f}/s"
     if load.max_s is not None:
-        text += f"; none begins after {load.max_s:g} s"
+        text += f"; no request starts after {load.max_s:g} s"
     if load.warmup_requests or load.warmup_s:
         text += f"; warm-up {load.warmup_requests} requests, {load.warmup_s:g} s"
     return text
@@ -233,10 +243,10 @@ def _load(part: _Part) -> str:
 
 def _copies(copies: Copies) -> str:
     call = size(copies.chunk * copies.chunks)
-    beside = ", beside a matrix product" if copies.busy else ""
+    product = ", with a concurrent matrix product" if copies.busy else ""
     return (
-        f"{len(list(copies.settings()))} settings, calls of about {call}, by "
-        f"{max(copies.workers)} workers at most{beside}"
+        f"{len(list(copies.settings()))} settings, calls of about {call}, up to "
+        f"{max(copies.workers)} workers{product}"
     )
 
 

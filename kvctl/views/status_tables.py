@@ -1,4 +1,4 @@
-"""A server's status as tables."""
+"""The status of a server as tables."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from time import time
 
 from kvcore.protocol import StatusReply
 from kvcore.status import (
+    CopyRates,
+    DeviceStatus,
     InstanceStatus,
     L1Status,
     LeaseStatus,
+    PieceRate,
     PrefetchStatus,
     QuotaStatus,
     TicketStatus,
     TierStatus,
 )
-from kvctl.console import Table, bar, plural, size
-from kvctl.views import device_tables as devices
+from kvctl.console import Table, bar, duration, plural, size
 
 
 def build_tables(status: StatusReply) -> list[Table | str]:
-    """Return what is shown of a server, most asked first."""
+    """Return tables and lines for `console.show`."""
     shown: list[Table | str] = [_headline(status), *_memory(status.l1)]
     if status.quotas:
         shown.append(_quotas(status.quotas))
@@ -36,7 +38,7 @@ def build_tables(status: StatusReply) -> list[Table | str]:
         shown.append(_tiers(status.tiers))
         if any(any(tier.counters.values()) for tier in status.tiers):
             shown.append(_tier_counters(status.tiers))
-    shown += devices.build_tables(status.devices)
+    shown += build_device_tables(status.devices)
     shown.append(_counters(status.counters))
     return shown
 
@@ -44,7 +46,7 @@ def build_tables(status: StatusReply) -> list[Table | str]:
 def _headline(status: StatusReply) -> str:
     return (
         f"kvctl {status.version} at {status.address}, pid {status.pid}, "
-        f"up {_duration(status.uptime_s)}: {plural(status.num_clients, 'client')}, "
+        f"up {format_age(status.uptime_s)}: {plural(status.num_clients, 'client')}, "
         f"{plural(len(status.instances), 'instance')}, "
         f"{plural(status.num_sessions, 'session')}, "
         f"{plural(status.num_leases, 'lease')}, chunks of {status.chunk_size} tokens"
@@ -65,7 +67,7 @@ def _quotas(quotas: Sequence[QuotaStatus]) -> Table:
         (one.space, size(one.used_bytes), size(one.max_bytes), _share(one))
         for one in quotas
     )
-    return Table("quotas", ("space", ">used", ">of", ">share"), rows)
+    return Table("quotas", ("space", ">used", ">limit", ">share"), rows)
 
 
 def _share(quota: QuotaStatus) -> str:
@@ -73,7 +75,16 @@ def _share(quota: QuotaStatus) -> str:
 
 
 def _instances(instances: Sequence[InstanceStatus]) -> Table:
-    columns = ("instance", "engine", "model", ">rank", ">pid", ">cache", ">chunk", "by")
+    columns = (
+        "instance",
+        "engine",
+        "model",
+        ">rank",
+        ">pid",
+        ">cache",
+        ">chunk",
+        "copied by",
+    )
     rows = tuple(
         (
             one.instance_id,
@@ -99,15 +110,15 @@ def _leases(leases: Sequence[LeaseStatus], num_leases: int) -> Table:
             lease.request_id,
             lease.model,
             str(lease.num_chunks),
-            _duration(lease.age_s),
-            _duration(lease.expires_in_s),
+            format_age(lease.age_s),
+            format_age(lease.expires_in_s),
             " ".join(map(str, lease.waiting_readers)),
             lease.why,
         )
         for lease in leases
     )
     cut = f" ({len(leases)} of {num_leases})" if num_leases > len(leases) else ""
-    return Table(f"leases{cut}", (*columns, "ranks to read", "why"), rows)
+    return Table(f"leases{cut}", (*columns, "ranks to read", "reason"), rows)
 
 
 def _tickets(tickets: Sequence[TicketStatus], num_tickets: int) -> Table:
@@ -119,7 +130,7 @@ def _tickets(tickets: Sequence[TicketStatus], num_tickets: int) -> Table:
             one.kind,
             str(one.num_parts),
             size(one.num_bytes),
-            _duration(one.age_s),
+            format_age(one.age_s),
         )
         for one in tickets
     )
@@ -138,8 +149,8 @@ def _prefetches(jobs: Sequence[PrefetchStatus], num_jobs: int) -> Table:
             str(job.num_found),
             str(job.num_loaded),
             size(job.num_bytes),
-            _duration(job.age_s),
-            _duration(job.due_in_s),
+            format_age(job.age_s),
+            format_age(job.due_in_s),
         )
         for job in jobs
     )
@@ -148,11 +159,11 @@ def _prefetches(jobs: Sequence[PrefetchStatus], num_jobs: int) -> Table:
 
 
 def _tiers(tiers: Sequence[TierStatus]) -> Table:
-    columns = ("tier", "state", ">used", ">of", ">waiting", ">writing", "last error")
+    columns = ("tier", "state", ">used", ">limit", ">waiting", ">writing", "last error")
     rows = tuple(
         (
             f"{tier.name}\n{tier.url}",
-            f"{'up' if tier.up else 'down'} for {_duration(time() - tier.since)}",
+            f"{'up' if tier.up else 'down'} for {format_age(time() - tier.since)}",
             "" if tier.used_bytes is None else size(tier.used_bytes),
             "" if tier.max_bytes is None else size(tier.max_bytes),
             size(tier.write_back.num_bytes),
@@ -172,7 +183,7 @@ def _tier_counters(tiers: Sequence[TierStatus]) -> Table:
         if any(tier.counters.get(name) for tier in tiers)
     )
     columns = ("counter", *(f">{tier.name}" for tier in tiers))
-    return Table("of the tiers", columns, rows)
+    return Table("tier counters", columns, rows)
 
 
 def _counters(counters: dict[str, int]) -> Table:
@@ -180,9 +191,66 @@ def _counters(counters: dict[str, int]) -> Table:
     return Table("counters", ("counter", ">value"), rows)
 
 
-def _duration(seconds: float) -> str:
+def format_age(seconds: float) -> str:
+    """Return a long duration: `90.2 s`, `5 min`, `3.1 h`."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+# -- GPUs -------------------------------------------------------------------------
+
+
+def build_device_tables(devices: Sequence[DeviceStatus]) -> list[Table | str]:
+    """Return a table of GPUs and one of their measured copy rates; empty without."""
+    return [_devices(devices), _device_rates(devices)] if devices else []
+
+
+def _devices(devices: Sequence[DeviceStatus]) -> Table:
+    columns = ("GPU", "name", ">caches", ">staging", "copies by method")
+    rows = tuple(
+        (
+            one.uuid,
+            one.name,
+            str(one.num_caches),
+            size(one.staging_bytes),
+            "\n".join(f"{name}: {count:,}" for name, count in one.copies.items()),
+        )
+        for one in devices
+    )
+    return Table("GPUs", columns, rows)
+
+
+def _device_rates(devices: Sequence[DeviceStatus]) -> Table:
+    columns = ("GPU", "direction", ">link", ">one copy", ">staged", "batched", "packed")
+    rows = tuple(
+        _rate_row(one.name, direction, rates)
+        for one in devices
+        for direction, rates in (
+            ("to host", one.rates.to_host),
+            ("to device", one.rates.to_device),
+        )
+    )
+    return Table("measured copy rates", columns, rows)
+
+
+def _rate_row(name: str, direction: str, rates: CopyRates) -> tuple[str, ...]:
+    return (
+        name,
+        direction,
+        _speed(rates.link_bytes_s),
+        duration(rates.start_s),
+        duration(rates.staged_start_s) if rates.kernels else "no kernels",
+        _by_size(rates.batched),
+        _by_size(rates.kernels),
+    )
+
+
+def _by_size(rates: Sequence[PieceRate]) -> str:
+    return "\n".join(f"{size(one.piece_bytes)}: {_speed(one.bytes_s)}" for one in rates)
+
+
+def _speed(bytes_s: float) -> str:
+    return f"{bytes_s / 1e9:.1f} GB/s"

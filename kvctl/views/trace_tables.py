@@ -1,8 +1,10 @@
-"""A trace's profile, and the catalogue of public ones, as tables."""
+"""The profile of a trace, and the catalogue of public traces, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from msgspec.structs import astuple
 
 from kvctl.console import Table, size, sparkline
 from kvctl.lab.traces.trace_catalogue import PublicTrace
@@ -10,7 +12,7 @@ from kvctl.lab.traces.trace_profile import Lengths, Profile
 
 
 def build_tables(name: str, format_name: str, profile: Profile) -> list[Table | str]:
-    """Return what is shown of a trace."""
+    """Return tables and lines for `console.show`."""
     return [
         _headline(name, format_name, profile),
         _lengths(profile),
@@ -23,7 +25,7 @@ def _headline(name: str, format_name: str, profile: Profile) -> str:
     sessions = f" in {profile.num_sessions:,} sessions" if profile.num_sessions else ""
     return (
         f"{name}: {format_name}, {profile.num_requests:,} requests{sessions}, "
-        f"{_span(profile.span_s)}, up to {profile.most_at_once} at one time"
+        f"{_span(profile.span_s)}, up to {profile.most_at_once} at the same time"
     )
 
 
@@ -34,24 +36,12 @@ def _span(seconds: float) -> str:
 
 
 def _lengths(profile: Profile) -> Table:
-    rows = (
-        ("prompts", *_of(profile.prompts)),
-        ("answers", *_of(profile.answers)),
-    )
+    rows = (("prompts", *_of(profile.prompts)), ("answers", *_of(profile.answers)))
     return Table("tokens", ("", ">all", ">p50", ">p90", ">p99", ">longest"), rows)
 
 
 def _of(lengths: Lengths) -> tuple[str, ...]:
-    return tuple(
-        f"{value:,}"
-        for value in (
-            lengths.total,
-            lengths.p50,
-            lengths.p90,
-            lengths.p99,
-            lengths.longest,
-        )
-    )
+    return tuple(f"{value:,}" for value in astuple(lengths))
 
 
 def _reuse(profile: Profile) -> Table:
@@ -60,15 +50,15 @@ def _reuse(profile: Profile) -> Table:
     what, label = "blocks", f"blocks of {sizes} tokens"
     if profile.anywhere_hit_rate is not None:
         what = label = "contents"
-        anywhere = (("known at any place", f"{profile.anywhere_hit_rate:.3f}"),)
+        anywhere = (("known at any position", f"{profile.anywhere_hit_rate:.3f}"),)
     rows = (
         (label, f"{profile.num_blocks:,}"),
-        ("different ones", f"{profile.num_unique_blocks:,}"),
+        ("unique", f"{profile.num_unique_blocks:,}"),
         (f"ideal hit rate of {what}", f"{profile.ideal_hit_rate:.3f}"),
         ("ideal hit rate of tokens", f"{profile.ideal_token_hit_rate:.3f}"),
         *anywhere,
     )
-    return Table("reuse, by an endless cache that all share", ("", ">"), rows)
+    return Table("reuse in one infinite cache (upper bound)", ("", ">"), rows)
 
 
 def _plots(profile: Profile) -> list[str]:
@@ -88,11 +78,11 @@ def _plots(profile: Profile) -> list[str]:
 
 
 def _most(values: Sequence[int]) -> str:
-    return f"at most {max(values, default=0):,} in a sixtieth"
+    return f"at most {max(values, default=0):,} per sixtieth of the span"
 
 
 def list_catalogue(traces: Sequence[PublicTrace]) -> list[Table]:
-    """Return the list of public traces, and how to know them."""
+    """Return the public traces, and their checksums."""
     rows = tuple(
         (
             one.name,
@@ -104,7 +94,7 @@ def list_catalogue(traces: Sequence[PublicTrace]) -> list[Table]:
         )
         for one in traces
     )
-    columns = ("trace", "format", "what", "source", "licence", ">size")
+    columns = ("trace", "format", "content", "source", "licence", ">size")
     sums = tuple((one.name, one.sha256 or "unknown") for one in traces)
     return [
         Table("public traces", columns, rows),

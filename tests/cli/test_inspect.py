@@ -22,10 +22,9 @@ from kvcore.wire import REQUESTS
 from kvctl import console
 from kvctl.commands import inspect
 from kvctl.lab.config.model_geometry import PRESETS
-from kvctl.views import device_tables as devices
 from kvctl.views import protocol_tables as protocol
 from kvctl.views import status_tables as status
-from kvctl.views.layout_tables import LayoutPage, Pieces
+from kvctl.views.layout_tables import ContiguousRuns, LayoutTables
 from tests.cuda.cuda_fixture import published
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,12 +32,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_protocol_s_page_is_up_to_date() -> None:
     """`make docs` was run after the last change of a request."""
-    assert (ROOT / "docs/protocol.md").read_text() == protocol.markdown()
+    assert (ROOT / "docs/protocol.md").read_text() == protocol.render_markdown()
 
 
 def test_the_protocol_s_page_names_every_request_and_error() -> None:
     """What is declared is documented, without anybody writing it down."""
-    page = protocol.markdown()
+    page = protocol.render_markdown()
     for kind in REQUESTS.values():
         assert f"### {kind.name}\n" in page
         assert kind.fingerprint in page
@@ -56,26 +55,32 @@ def test_the_protocol_s_tables_are_the_page_s(capsys) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_layout(name: str, capsys) -> None:
-    """Axes, parts, runs, bytes a chunk and chunks a GiB of every known model."""
+    """Axes, parts, runs, bytes per chunk and chunks per GiB of every known model."""
     inspect.layout(preset=name)
     shown = capsys.readouterr().out
-    for word in ("axes", "parts of a chunk", "runs", "bytes a chunk", "chunks a GiB"):
+    for word in (
+        "axes",
+        "parts of a chunk",
+        "runs",
+        "bytes per chunk",
+        "chunks per GiB",
+    ):
         assert word in shown
 
 
 def test_bytes_a_chunk_are_those_of_the_model(capsys) -> None:
     """256 tokens x 32 layers x K and V x 8 heads x 128 x 2 bytes are 32 MiB."""
     inspect.layout(preset="llama-3.1-8b")
-    assert "bytes a chunk: 32.0 MiB a rank" in capsys.readouterr().out
+    assert "bytes per chunk: 32.0 MiB per rank" in capsys.readouterr().out
 
 
 def test_the_pieces_of_a_copy_are_counted() -> None:
     """A block of a plane is a piece; neighbours in memory merge into one."""
     cache = PRESETS["llama-3.1-8b"].groups(64, 0, 1)
-    page = LayoutPage("x", cache.groups, cache.handle_bytes, 1, 256)
+    page = LayoutTables("x", cache.groups, cache.handle_bytes, 1, 256)
     layout = page.layouts()[0]
-    assert Pieces.of(layout) == Pieces(
-        piece_bytes=16 * 8 * 128 * 2, num_scattered=64 * 16, num_adjacent=64
+    assert ContiguousRuns.of(layout) == ContiguousRuns(
+        run_bytes=16 * 8 * 128 * 2, num_scattered=64 * 16, num_adjacent=64
     )
 
 
@@ -147,15 +152,15 @@ def test_gpus_are_shown_with_their_rates(capsys) -> None:
     """What was measured, by direction and size of pieces, and the ways it chose."""
     copies = {"staged_to_host": 1234}
     card = DeviceStatus("GPU-1", "H100", 2, 32 << 20, copies, published())
-    console.show(*devices.build_tables([card]))
+    console.show(*status.build_device_tables([card]))
     shown = capsys.readouterr().out
     for word in (
         "GPU-1", "H100", "32.0 MiB", "staged_to_host: 1,234", "to device", "60 us",
         "54.0 GB/s", "16.0 KiB: 7.0 GB/s",
     ):  # fmt: skip
         assert word in shown
-    assert devices.build_tables([]) == []
-    assert devices.build_tables([card])[0] in status.build_tables(
+    assert status.build_device_tables([]) == []
+    assert status.build_device_tables([card])[0] in status.build_tables(
         replace(STATUS, devices=(card,))
     )
 

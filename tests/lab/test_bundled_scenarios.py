@@ -73,7 +73,10 @@ def test_a_scenario_is_explained() -> None:
     assert "kill rank 0 of engine 1 at 11 s, for 0.5 s" in text
     assert "0.841" in shown(ROOT / "scenarios" / "quickstart.toml")
     busy = shown(ROOT / "scenarios" / "h100_busy.toml")
-    assert "6 settings, calls of about 256.0 MiB, by 1 workers at most, beside" in busy
+    assert (
+        "6 settings, calls of about 256.0 MiB, up to 1 workers, with a concurrent"
+        in busy
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""A workload sent to a real vLLM over HTTP: without the connector, first, and again.
+"""A workload sent to real vLLM engines over HTTP, without and with the connector.
 
-Three engines, one after another, each a new process with an empty cache of its own.
-The second stores what it computes, the third finds it. vLLM's own metrics stand beside
-the server's.
+Three engines run one after another, each a new process with an empty cache: one
+without the connector, one that stores, one that retrieves. The result has vLLM's
+metrics beside the server's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Positive = Annotated[int, Meta(ge=1)]
 
 TINY = "tiny-"
 NUM_SPECIAL = 4
-"""Token ids that a tokenizer keeps for itself; prompts have none of them."""
+"""Token ids reserved for special tokens; prompts do not use them."""
 RESULT_VERSION = 1
 REGISTERED_S = 60.0
 POLL_S = 0.1
@@ -48,26 +48,29 @@ PLAIN, FIRST, SECOND = "without", "first", "second"
 
 
 class EngineConfig(Options, frozen=True):
-    """The vLLM that is served."""
+    """The vLLM engine."""
 
     model: Annotated[
-        str, Meta(description="folder or name; tiny-llama, tiny-mla, tiny-hybrid: made")
+        str,
+        Meta(description="folder or name; tiny-llama, tiny-mla, tiny-hybrid: built"),
     ] = "tiny-llama"
     python: Annotated[
-        str, Meta(description="the Python that vLLM is installed in; empty: this one")
+        str, Meta(description="Python with vLLM installed; empty: this one")
     ] = ""
     vocabulary: Positive = 512
     max_prompt_tokens: Annotated[
-        int, Meta(ge=1, description="longer prompts of a trace are cut")
+        int, Meta(ge=1, description="longer prompts of a trace are truncated")
     ] = 4096
-    options: Annotated[tuple[str, ...], Meta(description="of vLLM's command line")] = ()
+    options: Annotated[
+        tuple[str, ...], Meta(description="options of vLLM's command line")
+    ] = ()
 
 
 class VLLMScenario(Options, frozen=True):
-    """A scenario whose engines are real; its file has a table `vllm`."""
+    """A scenario with real engines; its file has a table `vllm`."""
 
     vllm: EngineConfig
-    question: Annotated[str, Meta(description="what a run of it answers")] = ""
+    question: Annotated[str, Meta(description="the question that a run answers")] = ""
     workload: Workload = Chat(
         num_sessions=16,
         turns=1,
@@ -83,7 +86,7 @@ class VLLMScenario(Options, frozen=True):
 
 
 class VLLMRun(msgspec.Struct, frozen=True):
-    """What one engine did."""
+    """Measurements of one engine."""
 
     name: str
     first_token_ms: Annotated[
@@ -92,19 +95,19 @@ class VLLMRun(msgspec.Struct, frozen=True):
     requests_per_s: float
     prompt_tokens: int
     engine_hit_tokens: Annotated[
-        int, Meta(description="vLLM's: in its own prefix cache")
+        int, Meta(description="vLLM's counter of its prefix cache")
     ]
     external_hit_tokens: Annotated[
-        int, Meta(description="vLLM's: given by the connector")
+        int, Meta(description="vLLM's counter of the connector")
     ]
-    server_hit_tokens: Annotated[int, Meta(description="the server's: found")]
+    server_hit_tokens: Annotated[int, Meta(description="the server's counter")]
     same_as_without: Annotated[
-        int, Meta(description="answers equal to the plain run's")
+        int, Meta(description="answers equal to those without the connector")
     ]
 
 
 class VLLMResult(msgspec.Struct, frozen=True):
-    """One run of a served scenario."""
+    """The result of a scenario with real engines."""
 
     version: int
     name: str
@@ -116,23 +119,23 @@ class VLLMResult(msgspec.Struct, frozen=True):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Say what is wrong: answers that differ, a second engine without a hit."""
+        """Reasons for exit code 1: unequal answers, or no hit in the second engine."""
         found = [
             f"{run.name}: {self.num_requests - run.same_as_without} answers differ"
             for run in self.runs
             if run.same_as_without < self.num_requests
         ]
         if not self.runs[-1].external_hit_tokens:
-            found.append("the second engine found nothing")
+            found.append("the second engine had no hit")
         return tuple(found)
 
     @property
     def num_requests(self) -> int:
-        """Requests that each engine was sent."""
+        """Number of requests per engine."""
         return self.runs[0].same_as_without
 
     def save(self, folder: Path) -> Path:
-        """Write `NAME-STARTED.json` into a folder, made if need be."""
+        """Write `NAME-STARTED.json` into a folder, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}-{self.started}.json"
         text = msgspec.json.format(msgspec.json.encode(self, enc_hook=encode_hook))
@@ -141,19 +144,20 @@ class VLLMResult(msgspec.Struct, frozen=True):
 
 
 def is_served(path: Path) -> bool:
-    """Say whether a scenario file is one of these."""
+    """Return whether a scenario file has a table `vllm`."""
     try:
         return "vllm" in tomllib.loads(path.read_text())
     except (OSError, ValueError):
-        return False  # Whoever reads it in earnest says what is wrong.
+        return False  # The reader of the file reports the error.
 
 
 def read(
     path: Path, overrides: Sequence[str] = (), trace: Path | None = None
 ) -> VLLMScenario:
-    """Read such a file; `SetupError` names file, key and the nearest known one.
+    """Read a scenario file; a trace replaces its workload.
 
-    A trace takes the place of the workload.
+    Raises:
+        SetupError: with file, key and the nearest known key.
     """
     settings = list(overrides)
     if trace is not None:
@@ -162,23 +166,24 @@ def read(
 
 
 def run(
-    name: str, scenario: VLLMScenario, seed: int, told: Callable[[float, str], None]
+    name: str, scenario: VLLMScenario, seed: int, report: Callable[[float, str], None]
 ) -> VLLMResult:
-    """Serve the workload three times; `told` hears how far it is.
+    """Run the workload with three engines; `report` receives progress, 0 to 1.
 
     Raises:
-        SetupError, Unavailable: vLLM or the server could not start, or went away.
+        SetupError: vLLM or the server could not start.
+        Unavailable: vLLM or the server stopped.
     """
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     prompts = _prompts(scenario, seed)
     with tempfile.TemporaryDirectory(prefix="kvlab-") as folder:
-        stage = Stage(scenario, prompts, Path(folder))
+        runner = EngineRunner(scenario, prompts, Path(folder))
         server = LocalServer(scenario.server)
         try:
             runs = []
             for number, which in enumerate((PLAIN, FIRST, SECOND)):
-                told(number / 3, f"vLLM {which}")
-                runs.append(stage.play(which, server.address))
+                report(number / 3, f"vLLM {which}")
+                runs.append(runner.run(which, server.address))
         finally:
             trouble = server.stop()
     if trouble:
@@ -189,20 +194,20 @@ def run(
 
 
 def _prompts(scenario: VLLMScenario, seed: int) -> list[list[int]]:
-    """Make the prompts, in words that the model has."""
+    """Return prompts of tokens in the model's vocabulary."""
     engine = scenario.vllm
-    words = engine.vocabulary - NUM_SPECIAL
+    num_tokens = engine.vocabulary - NUM_SPECIAL
     prompts = []
     for access in _accesses(scenario, seed):
         tokens = access.tokens()[: engine.max_prompt_tokens].astype(np.int64)
-        prompts.append((tokens % words + NUM_SPECIAL).tolist())
+        prompts.append((tokens % num_tokens + NUM_SPECIAL).tolist())
     if not prompts:
         raise SetupError("the workload has no requests")
     return prompts
 
 
 def prompt_lengths(scenario: VLLMScenario, seed: int) -> list[int]:
-    """Count the tokens of each prompt that an engine is sent."""
+    """Return the number of tokens of each prompt."""
     most = scenario.vllm.max_prompt_tokens
     return [min(access.num_tokens, most) for access in _accesses(scenario, seed)]
 
@@ -211,8 +216,8 @@ def _accesses(scenario: VLLMScenario, seed: int) -> Iterator[Access]:
     return islice(accesses(scenario.workload, seed), scenario.max_requests)
 
 
-class Stage:
-    """Engines of one scenario, started one after another."""
+class EngineRunner:
+    """Runs the engines of one scenario, one after another."""
 
     def __init__(
         self, scenario: VLLMScenario, prompts: list[list[int]], folder: Path
@@ -237,16 +242,16 @@ class Stage:
         ]
         made = subprocess.run([*command, str(path)], capture_output=True, text=True)
         if made.returncode:
-            words = made.stderr.strip().splitlines()
-            last = words[-1] if words else made.returncode
+            lines = made.stderr.strip().splitlines()
+            last = lines[-1] if lines else made.returncode
             raise SetupError(
-                f"vllm.model = {model}: {last} (vllm.python names a Python with vLLM; "
-                "`make demo-vllm` makes one)"
+                f"vllm.model = {model}: {last} (set vllm.python to a Python with "
+                "vLLM: `pip install vllm`, or `make demo-vllm` in a clone)"
             )
         return str(path)
 
-    def play(self, name: str, address: str) -> VLLMRun:
-        """Start an engine, send it everything, stop it."""
+    def run(self, name: str, address: str) -> VLLMRun:
+        """Start an engine, send all prompts, and stop it."""
         options = list(self._scenario.vllm.options)
         if name != PLAIN:
             options += ["--kv-transfer-config", transfer_config(address)]
@@ -317,7 +322,7 @@ class Stage:
 
 
 def transfer_config(address: str) -> str:
-    """Return the option of vLLM's that gives an engine the connector, as JSON."""
+    """Return vLLM's `--kv-transfer-config` for the connector, as JSON."""
     return json.dumps(
         {
             "kv_connector": "KVCtlConnector",
@@ -329,7 +334,7 @@ def transfer_config(address: str) -> str:
 
 
 def build_tables(result: VLLMResult) -> list[Table | str]:
-    """Render a result."""
+    """Return tables and lines for `console.show`."""
     rows = tuple(
         (
             run.name,
@@ -345,8 +350,8 @@ def build_tables(result: VLLMResult) -> list[Table | str]:
     )
     columns = (
         "engine", ">first token p50 ms", ">p90 ms", ">requests/s",
-        ">cached: vLLM's own", ">cached: external", ">cached: server's count",
-        ">answers as without",
+        ">cached: vLLM's own", ">cached: external", ">cached: server",
+        ">equal answers",
     )  # fmt: skip
     total = result.runs[0].prompt_tokens
     title = f"{result.name}: {result.num_requests} requests, {total:,} prompt tokens"

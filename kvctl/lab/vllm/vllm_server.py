@@ -1,4 +1,4 @@
-"""A real vLLM API server: its process, requests over HTTP, its own metrics."""
+"""A real vLLM API server: its process, requests over HTTP, and metrics."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ READY_S = 300.0
 POLL_S = 0.2
 STOP_S = 30.0
 ANSWER_S = 600.0
-LAST_WORDS = 500
+LOG_TAIL = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one prompt."""
+    """The completion of one prompt, with its latencies."""
 
     text: str
     first_token_s: float
@@ -35,9 +35,9 @@ class Answer:
 
 
 class VLLMServer:
-    """`vllm.entrypoints.openai.api_server`, ready when this returns.
+    """A process of `vllm.entrypoints.openai.api_server`, ready after construction.
 
-    In a session of its own, so that Ctrl-C at the terminal reaches only who started it.
+    It has its own process session, so that Ctrl-C does not reach it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class VLLMServer:
         give_up = monotonic() + READY_S
         while not self._is_healthy():
             if self._process.poll() is not None:
-                raise SetupError(f"vLLM did not start: {self.last_words()}")
+                raise SetupError(f"vLLM did not start: {self.log_tail()}")
             if monotonic() > give_up:
                 raise Unavailable(f"vLLM was not ready in {READY_S:.0f} s")
             sleep(POLL_S)
@@ -91,10 +91,10 @@ class VLLMServer:
         return f"http://127.0.0.1:{self.port}{path}"
 
     def complete(self, tokens: Sequence[int], num_output: int) -> Answer:
-        """Complete a prompt greedily; times count from the sending.
+        """Complete a prompt greedily; latencies count from sending.
 
         Raises:
-            Unavailable: vLLM refused or went away.
+            Unavailable: vLLM refused the request or stopped.
         """
         body = {
             "model": self._model,
@@ -113,7 +113,7 @@ class VLLMServer:
             connection.close()
 
     def counters(self) -> dict[str, float]:
-        """Return vLLM's own counters, summed over engines, without their prefix."""
+        """Return vLLM's counters, summed over engines, without their prefix."""
         with urlopen(self._url("/metrics"), timeout=10) as reply:
             text = reply.read().decode()
         found: dict[str, float] = {}
@@ -126,17 +126,17 @@ class VLLMServer:
             )
         return found
 
-    def last_words(self) -> str:
-        """Return the end of its log."""
-        return self._log.read_text(errors="replace").strip()[-LAST_WORDS:]
+    def log_tail(self) -> str:
+        """Return the end of the log."""
+        return self._log.read_text(errors="replace").strip()[-LOG_TAIL:]
 
     @property
     def pid(self) -> int:
-        """Its first process, the leader of the others' group."""
+        """Process id of the leader of the process group."""
         return self._process.pid
 
     def wait(self) -> None:
-        """Wait until it has ended; it is killed when that takes too long."""
+        """Wait for the process, and kill it after STOP_S seconds."""
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -144,7 +144,7 @@ class VLLMServer:
             self._process.wait()
 
     def stop(self) -> None:
-        """Stop it with all its processes."""
+        """Stop all its processes."""
         self._signal(signal.SIGINT)
         self.wait()
 
@@ -154,12 +154,12 @@ class VLLMServer:
 
 
 def _stream(connection: HTTPConnection, body: str) -> Answer:
-    begun = perf_counter()
+    start = perf_counter()
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", body, headers)
     reply = connection.getresponse()
     if reply.status != 200:
-        raise ValueError(f"{reply.status}: {reply.read()[:LAST_WORDS].decode()}")
+        raise ValueError(f"{reply.status}: {reply.read()[:LOG_TAIL].decode()}")
     first: float | None = None
     text = []
     for line in reply:
@@ -167,7 +167,7 @@ def _stream(connection: HTTPConnection, body: str) -> Answer:
         if not data or data == "[DONE]":
             continue
         if first is None:
-            first = perf_counter() - begun
+            first = perf_counter() - start
         text.append(json.loads(data)["choices"][0]["text"])
-    total = perf_counter() - begun
+    total = perf_counter() - start
     return Answer("".join(text), first if first is not None else total, total)

@@ -338,6 +338,6 @@ def test_ragpulse_repeats_contents_at_any_place() -> None:
     assert found.ideal_hit_rate == pytest.approx(0.180, abs=0.0005)
     assert found.anywhere_hit_rate == pytest.approx(0.694, abs=0.0005)
     assert (
-        "known at any place"
+        "known at any position"
         in run_in_process("inspect", "trace", f"{TRACES}/ragpulse").stdout
     )
