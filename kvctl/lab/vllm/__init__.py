@@ -1,1 +1,1 @@
-"""A real vLLM in place of the played engines."""
+"""Scenarios with real vLLM engines."""
