@@ -1,8 +1,8 @@
-"""Rotary position embedding: what a model says of it, and its frequencies.
+"""Rotary position embedding: a model's parameters and its frequencies.
 
 A pair (a, b) of a head's elements at position p is the complex number a + ib times
-exp(i p f), f being the pair's frequency (Su et al., RoFormer, 2021). So a key that was
-computed at one position becomes that of another by a rotation alone.
+exp(i p f), f being the pair's frequency (Su et al., RoFormer, 2021). So a rotation
+turns a key of one position into that of another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LinearScaling(msgspec.Struct, frozen=True, tag="linear"):
 
 
 class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
-    """Llama 3.1's: long waves slowed down, short ones kept, a ramp between."""
+    """Llama 3.1's scaling: low frequencies divided, high ones kept, a ramp between."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -38,7 +38,7 @@ class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
 class YarnScaling(msgspec.Struct, frozen=True, tag="yarn"):
     """YaRN's ramp by rotations in the original context (Peng et al., 2023).
 
-    Its factor on attention is a matter of length, which a rotation keeps.
+    Its attention factor scales a key's length, which a rotation preserves.
     """
 
     factor: float
@@ -51,13 +51,13 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """How a model turns its keys. Frequencies MUST NOT depend on a prompt's length."""
+    """Rotation of a model's keys. Frequencies MUST NOT depend on a prompt's length."""
 
     theta: Annotated[float, Meta(description="base of the frequencies")]
     head_dim: Annotated[int, Meta(ge=1, description="elements of a head in the buffer")]
-    rotary_dim: Annotated[int, Meta(ge=2, description="elements of a head that turn")]
+    rotary_dim: Annotated[int, Meta(ge=2, description="elements of a head that rotate")]
     first_dim: Annotated[
-        int, Meta(ge=0, description="the first that turns; MLA: after the latent")
+        int, Meta(ge=0, description="the first that rotates; MLA: after the latent")
     ] = 0
     interleaved: Annotated[
         bool, Meta(description="pairs are neighbours (GPT-J), not halves (NeoX)")
@@ -65,7 +65,7 @@ class Rope(msgspec.Struct, frozen=True):
     scaling: RopeScaling | None = None
 
     def check(self) -> None:
-        """Raise `LayoutError` for what cannot be a rotation."""
+        """Raise `LayoutError` if the parameters describe no rotation."""
         if self.rotary_dim % 2 or self.first_dim + self.rotary_dim > self.head_dim:
             raise LayoutError(
                 f"rope: elements {self.first_dim} to {self.first_dim + self.rotary_dim}"
@@ -76,7 +76,7 @@ class Rope(msgspec.Struct, frozen=True):
             raise LayoutError("rope: theta and scaling's numbers must be positive")
 
     def frequencies(self) -> Frequencies:
-        """Return radians a position of each pair, `[rotary_dim / 2]`."""
+        """Return each pair's radians per position, `[rotary_dim / 2]`."""
         powers = np.arange(0, self.rotary_dim, 2) / self.rotary_dim
         with np.errstate(all="ignore"):
             plain = np.float64(self.theta) ** -powers
@@ -102,7 +102,7 @@ def _yarn(plain: Frequencies, scaling: YarnScaling, theta: float) -> Frequencies
     dim = 2 * plain.size
 
     def pair(rotations: float) -> float:
-        """Return which pair turns so often in the original context."""
+        """Return the pair that completes `rotations` in the original context."""
         wave = scaling.original_max_position / (np.float64(rotations) * 2 * math.pi)
         return float(dim * np.log(wave) / (2 * np.log(theta)))
 
