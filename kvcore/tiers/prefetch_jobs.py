@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -39,7 +39,7 @@ class PrefetchJob:
     """One lookup's loads of the chunks missing in L1.
 
     `future` is done when all available parts are in L1, at the latest at the
-    deadline. What was loaded by then is held until `Prefetcher.settle`.
+    deadline. What was loaded by then is held until `settle`.
     """
 
     owner: SessionKey
@@ -47,8 +47,10 @@ class PrefetchJob:
     needs: RequiredParts
     chunk_size: int
     deadline: float
+    on_settle: Callable[[PrefetchJob], None]
+    on_cancel: Callable[[PrefetchJob], None]
     waited: bool = True
-    """Somebody waits for the future, and settles it; else it ends on its own."""
+    """A lookup waits for the future and settles the job; else it settles itself."""
     future: Future[None] = field(default_factory=Future)
     state: JobState = JobState.WAITING
     begun: float = 0.0
@@ -71,6 +73,14 @@ class PrefetchJob:
     held: list[Chunk | None] = field(default_factory=list)
     settled: bool = False
     timer: Timer | None = None
+
+    def settle(self) -> None:
+        """Release the chunks held for this job; once, after the future."""
+        self.on_settle(self)
+
+    def cancel(self) -> None:
+        """Start no more loads; the future is done soon."""
+        self.on_cancel(self)
 
     @property
     def is_over(self) -> bool:

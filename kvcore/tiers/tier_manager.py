@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from msgspec.structs import asdict
 
@@ -61,37 +59,6 @@ PROBE_S = 1.0
 """Period of probes of tiers that are down."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunningPrefetch:
-    """One prefetch job as the engine sees it; see `PrefetchTask`."""
-
-    prefetcher: Prefetcher
-    job: PrefetchJob
-
-    @property
-    def future(self) -> Future[None]:
-        """The job's future."""
-        return self.job.future
-
-    @property
-    def outcome(self) -> str:
-        """Why no more was loaded."""
-        return self.job.outcome
-
-    @property
-    def missing(self) -> Sequence[ChunkHash]:
-        """The first chunk that every tier said it lacks."""
-        return self.job.missing
-
-    def settle(self) -> None:
-        """Release what was loaded."""
-        self.prefetcher.settle(self.job)
-
-    def cancel(self) -> None:
-        """Load nothing more."""
-        self.prefetcher.cancel(self.job)
-
-
 class TierManager:
     """The tiers of one L1, and the thread that schedules transfers between them.
 
@@ -138,28 +105,8 @@ class TierManager:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """What deadlines are measured on."""
+        """The clock of deadlines, in seconds."""
         return self._timer_thread.clock
-
-    def submit_prefetch_task(
-        self,
-        keys: Sequence[ChunkHash],
-        layout: RequiredParts,
-        *,
-        chunk_size: int,
-        deadline: float,
-        owner: SessionKey,
-        wait: bool,
-    ) -> PrefetchJob:
-        """Begin to load the leading chunks of `keys` that L1 lacks.
-
-        `layout` names every part of them. Whoever waits for the job's future must
-        `settle` the job after it; without `wait` it ends on its own.
-        """
-        most = self._max_bytes // max(layout.chunk_bytes, 1) + 1
-        job = PrefetchJob(owner, keys[:most], layout, chunk_size, deadline, wait)
-        self.prefetcher.submit(job)
-        return job
 
     def prefetch(
         self,
@@ -170,28 +117,35 @@ class TierManager:
         deadline: float,
         owner: SessionKey,
         wait: bool = True,
-    ) -> RunningPrefetch:
-        """Begin a prefetch for the engine; see `Tiering`."""
-        job = self.submit_prefetch_task(
-            hashes,
+    ) -> PrefetchJob:
+        """Load the leading chunks of `hashes` missing in L1; see `Tiering.prefetch`.
+
+        `parts` names every part of a chunk; `deadline` is a time of `clock`.
+        """
+        most = self._max_bytes // max(parts.chunk_bytes, 1) + 1
+        job = PrefetchJob(
+            owner,
+            hashes[:most],
             parts,
-            chunk_size=chunk_size,
-            deadline=deadline,
-            owner=owner,
-            wait=wait,
+            chunk_size,
+            deadline,
+            on_settle=self.prefetcher.settle,
+            on_cancel=self.prefetcher.cancel,
+            waited=wait,
         )
-        return RunningPrefetch(self.prefetcher, job)
+        self.prefetcher.submit(job)
+        return job
 
     def used(self, chunks: Sequence[Chunk]) -> None:
-        """Note that a lookup hit these chunks."""
+        """Apply the write policy to chunks that a lookup hit."""
         self.write_back.used(chunks)
 
     def num_prefetches(self) -> int:
-        """Return the number of prefetch jobs under way."""
+        """Return the number of prefetch jobs in progress."""
         return self.prefetcher.num_jobs
 
     def stored(self, chunks: Sequence[Chunk]) -> None:
-        """Note that parts of these chunks were committed."""
+        """Write back chunks of which parts were committed."""
         self.write_back.stored(chunks)
 
     def _probe(self) -> None:
@@ -201,9 +155,9 @@ class TierManager:
         self._timer_thread.at(self.clock() + PROBE_S, self._probe)
 
     def status(self) -> tuple[TierStatus, ...]:
-        """Describe the tiers and what waits for them, as far as is known.
+        """Describe the tiers and their write queues, as known so far.
 
-        They are asked behind the answer: the next one knows more.
+        Each is probed asynchronously, for the next call.
         """
         for tier in self._tiers:
             tier.probe()
@@ -215,7 +169,7 @@ class TierManager:
         return tuple(self.prefetcher.status(limit))
 
     def counters(self) -> dict[str, int]:
-        """Return everything counted, by name."""
+        """Return all counters by name."""
         return {
             **self.prefetcher.counters.as_dict(),
             **self.write_back.counters.as_dict(),
@@ -226,7 +180,7 @@ class TierManager:
         self._timer_thread.post(self.prefetcher.close)
         self._timer_thread.post(self.write_back.close)
         with ExitStack() as stack:
-            # What the tiers have in hand comes back to the coordinator.
+            # Calls in progress still post their results to the timer thread.
             stack.callback(self._timer_thread.close)
             for tier in self._tiers:
                 stack.callback(tier.close)

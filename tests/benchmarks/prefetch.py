@@ -82,7 +82,7 @@ def prefetch_s(l1: L1, manager: TierManager) -> float:
     wait_for(lambda: l1.stats().num_held == 0)
     l1.drop(HASHES)
     start = time.perf_counter()
-    job = manager.submit_prefetch_task(
+    job = manager.prefetch(
         HASHES,
         NEEDS,
         chunk_size=256,

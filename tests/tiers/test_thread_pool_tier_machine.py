@@ -1,6 +1,6 @@
 """A pooled tier over a store that fails, hangs, loses and lies, with all that uses it.
 
-Threads are played: a rule has the next piece of work done, and the store fails in it or
+Executors are manual: a rule runs the next work item, and the store fails in it or
 not. What hangs takes its time and ends at its deadline.
 """
 
@@ -70,7 +70,7 @@ def blobs_of(hashes: Sequence[ChunkHash], needs: RequiredParts) -> list[StoreIte
     return blobs
 
 
-class Hand:
+class ManualExecutor:
     """An executor whose work is done when a rule says so."""
 
     def __init__(self, *_: object) -> None:
@@ -92,10 +92,10 @@ class Hand:
             self.run_one()
 
 
-class Unreliable(FakeBackend):
+class UnreliableBackend(FakeBackend):
     """Answers so many items well, then meets its fault until that is taken back."""
 
-    def __init__(self, machine: PooledMachine) -> None:
+    def __init__(self, machine: ThreadPoolTierMachine) -> None:
         super().__init__(max_bytes=10**9)
         self.machine = machine
         self.fault: str | None = None
@@ -114,11 +114,11 @@ class Unreliable(FakeBackend):
             self.good -= 1
             return
         if self.fault == "hangs":
-            self.machine.house.now += left
+            self.machine.fixture.now += left
         raise FAULTS[self.fault]()
 
 
-class PooledMachine(RuleBasedStateMachine):
+class ThreadPoolTierMachine(RuleBasedStateMachine):
     """The model: a part is what `content` says, wherever it comes from."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class PooledMachine(RuleBasedStateMachine):
         self.leases: list[list[Chunk]] = []
         clock = SimpleNamespace(monotonic=self.clock, time=time.time)
         self.patches = [
-            mock.patch.object(pooled, "ThreadPoolExecutor", Hand),
+            mock.patch.object(pooled, "ThreadPoolExecutor", ManualExecutor),
             mock.patch.object(pooled, "time", clock),
             mock.patch.object(contract, "time", clock),
         ]
@@ -136,12 +136,12 @@ class PooledMachine(RuleBasedStateMachine):
 
     def clock(self) -> float:
         """Tell the time that rules let go by."""
-        return self.house.now
+        return self.fixture.now
 
     @initialize(policy=st.sampled_from(WRITE_POLICIES), threads=st.integers(1, 3))
     def build(self, policy: str, threads: int) -> None:
         """A store that has not been asked for anything."""
-        self.store = Unreliable(self)
+        self.store = UnreliableBackend(self)
         self.tier = ThreadPoolTier(
             "t",
             "",
@@ -151,7 +151,7 @@ class PooledMachine(RuleBasedStateMachine):
             threads=threads,
             clock=self.clock,
         )
-        self.house = TierFixture(
+        self.fixture = TierFixture(
             num_pages=22,
             policy=policy,
             max_bytes=LOADING_BYTES,
@@ -159,7 +159,7 @@ class PooledMachine(RuleBasedStateMachine):
             max_jobs=3,
             over=[self.tier],
         )
-        self.hands: list[Hand] = [
+        self.executors: list[ManualExecutor] = [
             self.tier._loads,  # type: ignore[list-item]
             self.tier._stores,  # type: ignore[list-item]
             self.tier._queries,  # type: ignore[list-item]
@@ -170,7 +170,7 @@ class PooledMachine(RuleBasedStateMachine):
     @rule(number=numbers, length=lengths)
     def put(self, number: int, length: int) -> None:
         """A worker stores a prompt's chunks."""
-        self.house.store(chain(number, length), PROMPTS[number])
+        self.fixture.store(chain(number, length), PROMPTS[number])
 
     @rule(
         number=numbers,
@@ -189,7 +189,7 @@ class PooledMachine(RuleBasedStateMachine):
             if harm and index == place % len(blobs):
                 record = damaged(record, harm)
             self.store.records.setdefault(blob.key, record)
-        job = self.house.submit(chain(number, length), PROMPTS[number])
+        job = self.fixture.submit(chain(number, length), PROMPTS[number])
         self.jobs.append((job, number))
 
     @precondition(lambda self: any(job.future.done() for job, _ in self.jobs))
@@ -200,17 +200,17 @@ class PooledMachine(RuleBasedStateMachine):
         job, number = data.draw(st.sampled_from(done))
         self.jobs.remove((job, number))
         needs = PROMPTS[number]
-        chunks = self.house.l1.acquire_leading(job.keys, needs.full)
+        chunks = self.fixture.l1.acquire_leading(job.keys, needs.full)
         hit = count_hits([chunk.ready for chunk in chunks], needs, CHUNK_SIZE)
-        self.house.l1.release(chunks[hit:])
+        self.fixture.l1.release(chunks[hit:])
         self.leases.append(chunks[:hit])
-        self.house.settle(job)
+        self.fixture.settle(job)
 
     @precondition(lambda self: self.leases)
     @rule()
     def end_lease(self) -> None:
         """The oldest lease ends."""
-        self.house.l1.release(self.leases.pop(0))
+        self.fixture.l1.release(self.leases.pop(0))
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -218,25 +218,25 @@ class PooledMachine(RuleBasedStateMachine):
         """A session ends."""
         job, number = data.draw(st.sampled_from(self.jobs))
         self.jobs.remove((job, number))
-        self.house.manager.prefetcher.cancel(job)
-        self.house.run()
+        self.fixture.manager.prefetcher.cancel(job)
+        self.fixture.run()
 
     @rule(number=numbers, length=lengths)
     def drop(self, number: int, length: int) -> None:
         """Somebody clears."""
-        self.house.l1.drop(chain(number, length))
+        self.fixture.l1.drop(chain(number, length))
 
     # -- what the store does ----------------------------------------------------------
 
-    @precondition(lambda self: any(hand.waiting for hand in self.hands))
+    @precondition(lambda self: any(executor.waiting for executor in self.executors))
     @rule(data=st.data(), count=st.integers(1, 9))
     def work(self, data: st.DataObject, count: int) -> None:
         """The tier's threads do some of what waits for them."""
         for _ in range(count):
-            busy = [hand for hand in self.hands if hand.waiting]
+            busy = [executor for executor in self.executors if executor.waiting]
             if busy:
                 data.draw(st.sampled_from(busy)).run_one()
-                self.house.run()
+                self.fixture.run()
 
     @rule(fault=st.sampled_from(sorted(FAULTS)), good=st.integers(0, 3))
     def fail(self, fault: str, good: int) -> None:
@@ -273,37 +273,37 @@ class PooledMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([RETRY_S, TIMEOUT_S, 11.0]))
     def wait(self, seconds: float) -> None:
         """Time goes by."""
-        self.house.now += seconds
-        self.house.run()
+        self.fixture.now += seconds
+        self.fixture.run()
 
     # -- what always holds ------------------------------------------------------------
 
     @invariant()
     def l1_is_consistent(self) -> None:
         """No overlap, no lost page, no double release; what is there is right."""
-        self.house.l1.check()
+        self.fixture.l1.check()
         for number, needs in PROMPTS.items():
             for key in chain(number, 6):
-                for chunk in self.house.l1.present([key], needs.full):
+                for chunk in self.fixture.l1.present([key], needs.full):
                     if not chunk.reserved:
-                        self.house.num_present([key], needs)
+                        self.fixture.num_present([key], needs)
 
     @invariant()
     def queues_are_bounded(self) -> None:
         """In bytes that wait to be written, and that are being loaded."""
-        house = self.house
-        [queue] = house.manager.write_back.status()
+        fixture = self.fixture
+        [queue] = fixture.manager.write_back.status()
         assert 0 <= queue.num_bytes <= WRITING_BYTES
         assert queue.num_parts * PART_BYTES == queue.num_bytes
-        assert 0 <= house.manager.prefetcher._num_bytes[0] <= LOADING_BYTES
-        assert house.manager.prefetcher.num_jobs <= 3
+        assert 0 <= fixture.manager.prefetcher._num_bytes[0] <= LOADING_BYTES
+        assert fixture.manager.prefetcher.num_jobs <= 3
 
     @invariant()
     def what_is_late_is_answered(self) -> None:
         """No job keeps its lookup waiting past the deadline."""
-        self.house.run()
+        self.fixture.run()
         for job, _ in self.jobs:
-            assert job.future.done() or job.deadline > self.house.now
+            assert job.future.done() or job.deadline > self.fixture.now
 
     @invariant()
     def it_is_up_or_says_why(self) -> None:
@@ -316,53 +316,55 @@ class PooledMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """All that is to be done now is done."""
-        while any(hand.waiting for hand in self.hands):
-            for hand in self.hands:
-                hand.shutdown()
-            self.house.run()
+        while any(executor.waiting for executor in self.executors):
+            for executor in self.executors:
+                executor.shutdown()
+            self.fixture.run()
 
     def recovers(self) -> None:
         """A store that answers again is found, and served from, without being asked."""
-        house = self.house
+        fixture = self.fixture
         self.store.fault, self.store.max_bytes = None, 10**9
         self.settle()
-        house.now += 16 * RETRY_S
-        house.run()
+        fixture.now += 16 * RETRY_S
+        fixture.run()
         self.settle()
         assert self.tier.health().up
-        house.check_idle()
-        house.l1.drop(house.l1.hashes())
-        assert house.arena.used_bytes == 0
+        fixture.check_idle()
+        fixture.l1.drop(fixture.l1.hashes())
+        assert fixture.arena.used_bytes == 0
         prompt = chain(7, 2)
         stored = self.tier.store(blobs_of(prompt, ONE))
         self.settle()
         assert stored.result() == [StoreResult.DONE] * 2
-        job = house.submit(prompt)
+        job = fixture.submit(prompt)
         self.settle()
-        assert house.num_present(prompt) == 2
-        house.settle(job)
+        assert fixture.num_present(prompt) == 2
+        fixture.settle(job)
 
     def teardown(self) -> None:
         """When all is settled nothing is held, and the tier is up once its store is."""
         try:
-            if hasattr(self, "house"):
+            if hasattr(self, "fixture"):
                 for chunks in self.leases:
-                    self.house.l1.release(chunks)
+                    self.fixture.l1.release(chunks)
                 for job, _ in self.jobs:
-                    self.house.manager.prefetcher.cancel(job)
-                self.house.run()
+                    self.fixture.manager.prefetcher.cancel(job)
+                self.fixture.run()
                 self.recovers()
-                self.house.check_idle()
+                self.fixture.check_idle()
         finally:
-            if hasattr(self, "house"):
-                self.house.manager.close()
-                self.house.arena.close()
+            if hasattr(self, "fixture"):
+                self.fixture.manager.close()
+                self.fixture.arena.close()
             for patch in self.patches:
                 patch.stop()
 
 
-TestPooledMachine = PooledMachine.TestCase
-TestPooledMachine.__doc__ = """Whatever the store does: right bytes or a miss."""
-TestPooledMachine.settings = settings(
+TestThreadPoolTierMachine = ThreadPoolTierMachine.TestCase
+TestThreadPoolTierMachine.__doc__ = (
+    """Whatever the store does: right bytes or a miss."""
+)
+TestThreadPoolTierMachine.settings = settings(
     max_examples=4 * settings().max_examples, stateful_step_count=50
 )

@@ -1,4 +1,4 @@
-"""Prefetch and write-back between L1 and played tiers, step by step."""
+"""Prefetch and write-back between L1 and manual tiers, step by step."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class TierFixture:
     max_jobs: int = 10
     now: float = 0.0
     over: Sequence[Tier] = ()
-    """Instead of played tiers of its own."""
+    """Instead of manual tiers of its own."""
     kept_at: Path | None = None
-    """The journal of an L1 that a later house takes over."""
+    """The journal of an L1 that a later fixture opens."""
     quotas: Mapping[str, int] = field(default_factory=dict)
     tiers: list[ManualTier] = field(init=False)
 
@@ -164,7 +164,7 @@ class TierFixture:
         wait: bool = True,
     ) -> PrefetchJob:
         """Begin a job with ten seconds' time."""
-        job = self.manager.submit_prefetch_task(
+        job = self.manager.prefetch(
             hashes,
             needs,
             chunk_size=CHUNK_SIZE,
@@ -214,346 +214,346 @@ class TierFixture:
 
 
 @pytest.fixture
-def houses() -> Iterator[list[TierFixture]]:
-    """Houses that are idle at the end and then closed."""
+def fixtures() -> Iterator[list[TierFixture]]:
+    """Fixtures that are idle at the end and then closed."""
     made: list[TierFixture] = []
     yield made
-    for house in made:
-        house.answer_all()
-        house.check_idle()
-        house.manager.close()
-        house.arena.close()
+    for fixture in made:
+        fixture.answer_all()
+        fixture.check_idle()
+        fixture.manager.close()
+        fixture.arena.close()
 
 
 @pytest.fixture
-def house(houses: list[TierFixture]) -> TierFixture:
+def fixture(fixtures: list[TierFixture]) -> TierFixture:
     """One with a tier and room for eight parts."""
-    houses.append(TierFixture())
-    return houses[0]
+    fixtures.append(TierFixture())
+    return fixtures[0]
 
 
-def test_the_contiguous_prefix_is_loaded_and_held(house: TierFixture) -> None:
+def test_the_contiguous_prefix_is_loaded_and_held(fixture: TierFixture) -> None:
     """One question, one load; until it is settled nothing can evict it."""
     prompt = chain(1, 4)
-    house.keep(prompt)
-    job = house.submit(prompt)
-    assert [call.kind for call in house.tier.pending] == ["contains"]
-    house.answer_all()
-    assert (house.tier.asked, job.goal, job.state) == (1, 4, JobState.DONE)
-    assert house.num_present(prompt) == 4
-    house.store(chain(2, 8))
-    assert house.num_present(prompt) == 4
-    house.settle(job)
-    assert house.l1.stats().num_held == 0 or house.tier.pending
+    fixture.keep(prompt)
+    job = fixture.submit(prompt)
+    assert [call.kind for call in fixture.tier.pending] == ["contains"]
+    fixture.answer_all()
+    assert (fixture.tier.asked, job.goal, job.state) == (1, 4, JobState.DONE)
+    assert fixture.num_present(prompt) == 4
+    fixture.store(chain(2, 8))
+    assert fixture.num_present(prompt) == 4
+    fixture.settle(job)
+    assert fixture.l1.stats().num_held == 0 or fixture.tier.pending
 
 
-def test_a_gap_loads_nothing_that_cannot_be_used(house: TierFixture) -> None:
+def test_a_gap_loads_nothing_that_cannot_be_used(fixture: TierFixture) -> None:
     """Neither what comes after a missing chunk, nor what lacks a rank."""
     prompt = chain(1, 5)
-    house.keep(prompt[:2], TWO)
-    house.keep(prompt[2:3], ONE)
-    house.keep(prompt[3:], TWO)
-    job = house.submit(prompt, TWO)
-    house.answer_all()
-    assert house.num_present(prompt, TWO) == job.goal == 2
-    assert house.prefetched.parts_prefetched == 4
-    house.settle(job)
+    fixture.keep(prompt[:2], TWO)
+    fixture.keep(prompt[2:3], ONE)
+    fixture.keep(prompt[3:], TWO)
+    job = fixture.submit(prompt, TWO)
+    fixture.answer_all()
+    assert fixture.num_present(prompt, TWO) == job.goal == 2
+    assert fixture.prefetched.parts_prefetched == 4
+    fixture.settle(job)
 
 
-def test_windows_load_only_what_they_cover(house: TierFixture) -> None:
+def test_windows_load_only_what_they_cover(fixture: TierFixture) -> None:
     """Of three chunks the window's part of the first one is left where it is."""
     prompt = chain(1, 3)
-    house.keep(prompt, WINDOWED)
-    job = house.submit(prompt, WINDOWED)
-    house.answer_all()
-    assert [c.ready for c in house.l1.present(prompt, 1)] == [0b01, 0b11, 0b11]
-    house.settle(job)
+    fixture.keep(prompt, WINDOWED)
+    job = fixture.submit(prompt, WINDOWED)
+    fixture.answer_all()
+    assert [c.ready for c in fixture.l1.present(prompt, 1)] == [0b01, 0b11, 0b11]
+    fixture.settle(job)
 
 
-def num_hits(house: TierFixture, prompt: list[ChunkHash]) -> int:
+def num_hits(fixture: TierFixture, prompt: list[ChunkHash]) -> int:
     """Leading chunks that a lookup would find, windows minded."""
-    masks = [c.ready for c in house.l1.present(prompt, WINDOWED.full)]
+    masks = [c.ready for c in fixture.l1.present(prompt, WINDOWED.full)]
     return count_hits(masks, WINDOWED, CHUNK_SIZE)
 
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_after_a_fault_the_shorter_hit_has_its_window(
-    house: TierFixture, group: int
+    fixture: TierFixture, group: int
 ) -> None:
     """A part of the fourth chunk is wrong: three are a hit, with their own window."""
     prompt = chain(1, 4)
-    house.keep(prompt, WINDOWED)
-    house.tier.wrong.add(name(0, group).key(prompt[3]))
-    job = house.submit(prompt, WINDOWED)
-    house.answer_all()
+    fixture.keep(prompt, WINDOWED)
+    fixture.tier.wrong.add(name(0, group).key(prompt[3]))
+    job = fixture.submit(prompt, WINDOWED)
+    fixture.answer_all()
     assert job.state is JobState.DONE
-    assert num_hits(house, prompt) == job.goal == 3
-    house.settle(job)
+    assert num_hits(fixture, prompt) == job.goal == 3
+    fixture.settle(job)
 
 
 def test_without_room_for_all_the_hit_that_fits_has_its_window(
-    house: TierFixture,
+    fixture: TierFixture,
 ) -> None:
     """Of nine parts eight fit: six chunks and the window of the last two of them."""
     prompt = chain(1, 7)
-    house.keep(prompt, WINDOWED)
-    job = house.submit(prompt, WINDOWED)
-    house.answer_all()
-    assert num_hits(house, prompt) == job.goal == 6
-    house.settle(job)
+    fixture.keep(prompt, WINDOWED)
+    job = fixture.submit(prompt, WINDOWED)
+    fixture.answer_all()
+    assert num_hits(fixture, prompt) == job.goal == 6
+    fixture.settle(job)
 
 
-def test_faults_of_every_chunk_end_too(house: TierFixture) -> None:
+def test_faults_of_every_chunk_end_too(fixture: TierFixture) -> None:
     """Wherever a load fails next, the job ends, with nothing."""
     prompt = chain(1, 5)
-    house.keep(prompt, WINDOWED)
-    house.tier.wrong.update(name(0, 1).key(key) for key in prompt)
-    job = house.submit(prompt, WINDOWED)
-    house.answer_all()
+    fixture.keep(prompt, WINDOWED)
+    fixture.tier.wrong.update(name(0, 1).key(key) for key in prompt)
+    job = fixture.submit(prompt, WINDOWED)
+    fixture.answer_all()
     assert job.state is JobState.DONE
-    assert num_hits(house, prompt) == job.goal == 0
-    house.settle(job)
+    assert num_hits(fixture, prompt) == job.goal == 0
+    fixture.settle(job)
 
 
-def test_what_l1_has_after_the_gap_is_used_and_held(house: TierFixture) -> None:
+def test_what_l1_has_after_the_gap_is_used_and_held(fixture: TierFixture) -> None:
     """A chunk that only lacks its prefix is not loaded again, nor evicted meanwhile."""
     prompt = chain(1, 3)
-    house.store(prompt)
-    house.answer_all()
-    house.l1.drop(prompt[:2])
-    job = house.submit(prompt)
-    house.answer_all()
-    assert house.prefetched.parts_prefetched == 2
-    assert house.num_present(prompt) == 3
-    house.settle(job)
+    fixture.store(prompt)
+    fixture.answer_all()
+    fixture.l1.drop(prompt[:2])
+    job = fixture.submit(prompt)
+    fixture.answer_all()
+    assert fixture.prefetched.parts_prefetched == 2
+    assert fixture.num_present(prompt) == 3
+    fixture.settle(job)
 
 
-def test_two_lookups_share_one_load(house: TierFixture) -> None:
+def test_two_lookups_share_one_load(fixture: TierFixture) -> None:
     """The second waits for the first one's load, and holds what it brings."""
     prompt = chain(1, 3)
-    house.keep(prompt)
-    first, second = house.submit(prompt), house.submit(prompt)
-    house.tier.answer(0)
-    house.tier.answer(0)
-    house.run()
-    assert [call.kind for call in house.tier.pending] == ["load"]
-    assert house.prefetched.loads_shared == 3
-    house.answer_all()
+    fixture.keep(prompt)
+    first, second = fixture.submit(prompt), fixture.submit(prompt)
+    fixture.tier.answer(0)
+    fixture.tier.answer(0)
+    fixture.run()
+    assert [call.kind for call in fixture.tier.pending] == ["load"]
+    assert fixture.prefetched.loads_shared == 3
+    fixture.answer_all()
     assert first.future.done()
     assert second.future.done()
-    house.settle(first)
-    assert all(chunk.holds == 1 for chunk in house.l1.present(prompt, 1))
-    house.settle(second)
+    fixture.settle(first)
+    assert all(chunk.holds == 1 for chunk in fixture.l1.present(prompt, 1))
+    fixture.settle(second)
 
 
-def test_what_a_worker_stores_meanwhile_is_held(house: TierFixture) -> None:
+def test_what_a_worker_stores_meanwhile_is_held(fixture: TierFixture) -> None:
     """It was lacking when the job began; eviction leaves it until it is settled."""
     prompt = chain(1, 4)
-    house.keep(prompt)
-    job = house.submit(prompt)
-    house.store(prompt[:2])
-    house.answer_all()
-    house.store(chain(2, 8))
-    house.answer_all()
-    assert house.num_present(prompt) == job.goal == 4
-    house.settle(job)
+    fixture.keep(prompt)
+    job = fixture.submit(prompt)
+    fixture.store(prompt[:2])
+    fixture.answer_all()
+    fixture.store(chain(2, 8))
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == job.goal == 4
+    fixture.settle(job)
 
 
-def test_a_shared_load_that_fails_shortens_both_hits(house: TierFixture) -> None:
+def test_a_shared_load_that_fails_shortens_both_hits(fixture: TierFixture) -> None:
     """Neither says that it has what did not come."""
     prompt = chain(1, 3)
-    house.keep(prompt)
-    house.tier.wrong.add(name(0).key(prompt[1]))
-    jobs = [house.submit(prompt) for _ in range(2)]
-    house.answer_all()
-    assert house.prefetched.loads_shared == 3
+    fixture.keep(prompt)
+    fixture.tier.wrong.add(name(0).key(prompt[1]))
+    jobs = [fixture.submit(prompt) for _ in range(2)]
+    fixture.answer_all()
+    assert fixture.prefetched.loads_shared == 3
     for job in jobs:
         assert (job.state, job.goal) == (JobState.DONE, 1)
-        house.settle(job)
+        fixture.settle(job)
 
 
-def test_wrong_bytes_are_a_miss_and_leave_the_tier(house: TierFixture) -> None:
+def test_wrong_bytes_are_a_miss_and_leave_the_tier(fixture: TierFixture) -> None:
     """The chunks before them are served, those after them not."""
     prompt = chain(1, 4)
-    house.keep(prompt)
+    fixture.keep(prompt)
     bad = name(0).key(prompt[2])
-    house.tier.wrong.add(bad)
-    job = house.submit(prompt)
-    house.answer_all()
-    assert house.num_present(prompt) == 2
-    assert house.prefetched.checksum_mismatches == 1
-    assert bad not in house.tier.kept
-    house.settle(job)
+    fixture.tier.wrong.add(bad)
+    job = fixture.submit(prompt)
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == 2
+    assert fixture.prefetched.checksum_mismatches == 1
+    assert bad not in fixture.tier.kept
+    fixture.settle(job)
 
 
-def test_at_the_deadline_it_answers_and_loads_on(house: TierFixture) -> None:
+def test_at_the_deadline_it_answers_and_loads_on(fixture: TierFixture) -> None:
     """What comes later is there for the next lookup, held by nobody."""
     prompt = chain(1, 2)
-    house.keep(prompt)
-    job = house.submit(prompt)
-    house.tier.answer(0)
-    house.run()
-    house.now = 10.1
-    house.run()
+    fixture.keep(prompt)
+    job = fixture.submit(prompt)
+    fixture.tier.answer(0)
+    fixture.run()
+    fixture.now = 10.1
+    fixture.run()
     assert job.future.done()
-    assert house.prefetched.prefetches_late == 1
-    house.settle(job)
-    house.answer_all()
-    assert house.num_present(prompt) == 2
+    assert fixture.prefetched.prefetches_late == 1
+    fixture.settle(job)
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == 2
 
 
-def test_a_cancelled_job_begins_no_more(house: TierFixture) -> None:
+def test_a_cancelled_job_begins_no_more(fixture: TierFixture) -> None:
     """Its answer is due at once; what is under way ends and stays."""
     prompt = chain(1, 2)
-    house.keep(prompt)
-    job = house.submit(prompt)
-    house.manager.prefetcher.cancel(job)
-    house.run()
+    fixture.keep(prompt)
+    job = fixture.submit(prompt)
+    fixture.manager.prefetcher.cancel(job)
+    fixture.run()
     assert job.future.done()
-    house.answer_all()
-    assert house.num_present(prompt) == 0
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == 0
 
 
-def test_a_failing_tier_is_a_miss(house: TierFixture) -> None:
+def test_a_failing_tier_is_a_miss(fixture: TierFixture) -> None:
     """At the question or at the load; the reservation is given back."""
     prompt = chain(1, 2)
-    house.keep(prompt)
+    fixture.keep(prompt)
     for calls in (1, 2):
-        job = house.submit(prompt)
+        job = fixture.submit(prompt)
         for call in range(calls):
-            house.tier.answer(0, well=call < calls - 1)
-            house.run()
+            fixture.tier.answer(0, well=call < calls - 1)
+            fixture.run()
         assert job.future.done()
-        house.settle(job)
+        fixture.settle(job)
     assert job.tier_failed
-    assert house.l1.stats().used_bytes == 0
+    assert fixture.l1.stats().used_bytes == 0
 
 
-def test_loads_in_flight_are_bounded(houses: list[TierFixture]) -> None:
+def test_loads_in_flight_are_bounded(fixtures: list[TierFixture]) -> None:
     """The rest waits its turn, and jobs over their number are refused."""
-    house = TierFixture(num_pages=64, max_bytes=3 * PART_BYTES, max_jobs=2)
-    houses.append(house)
+    fixture = TierFixture(num_pages=64, max_bytes=3 * PART_BYTES, max_jobs=2)
+    fixtures.append(fixture)
     prompts = [chain(number, 5) for number in range(3)]
     for prompt in prompts:
-        house.keep(prompt)
-    jobs = [house.submit(prompt) for prompt in prompts]
+        fixture.keep(prompt)
+    jobs = [fixture.submit(prompt) for prompt in prompts]
     assert jobs[2].state is JobState.REFUSED
-    house.tier.answer(0)
-    house.tier.answer(0)
-    house.run()
-    assert house.l1.stats().num_reserved == 3
-    house.answer_all()
-    assert [house.num_present(prompt) for prompt in prompts] == [5, 5, 0]
+    fixture.tier.answer(0)
+    fixture.tier.answer(0)
+    fixture.run()
+    assert fixture.l1.stats().num_reserved == 3
+    fixture.answer_all()
+    assert [fixture.num_present(prompt) for prompt in prompts] == [5, 5, 0]
     for job in jobs:
-        house.settle(job)
+        fixture.settle(job)
 
 
-def test_no_more_is_loaded_than_there_is_room_for(house: TierFixture) -> None:
+def test_no_more_is_loaded_than_there_is_room_for(fixture: TierFixture) -> None:
     """The prefix that fits is served; nothing of it goes for the rest."""
     prompt = chain(1, 20)
-    house.keep(prompt)
-    job = house.submit(prompt)
-    house.answer_all()
-    assert house.num_present(prompt) == 8
-    house.settle(job)
+    fixture.keep(prompt)
+    job = fixture.submit(prompt)
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == 8
+    fixture.settle(job)
 
 
-def test_without_waiting_it_ends_on_its_own(house: TierFixture) -> None:
+def test_without_waiting_it_ends_on_its_own(fixture: TierFixture) -> None:
     """Nobody settles it, and nothing stays held."""
     prompt = chain(1, 3)
-    house.keep(prompt)
-    job = house.submit(prompt, wait=False)
-    house.answer_all()
-    assert house.num_present(prompt) == 3
+    fixture.keep(prompt)
+    job = fixture.submit(prompt, wait=False)
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == 3
     assert job.held == []
 
 
 def test_the_second_tier_is_asked_for_the_rest_and_promoted(
-    houses: list[TierFixture],
+    fixtures: list[TierFixture],
 ) -> None:
     """What only a slower tier had is offered to the faster one."""
-    house = TierFixture(num_tiers=2)
-    houses.append(house)
+    fixture = TierFixture(num_tiers=2)
+    fixtures.append(fixture)
     prompt = chain(1, 4)
-    house.keep(prompt[:1])
-    house.keep(prompt[1:3], tier=1)
-    job = house.submit(prompt)
-    house.answer_all()
-    assert house.num_present(prompt) == 3
-    assert set(house.tier.kept) == {name(0).key(key) for key in prompt[:3]}
-    assert house.written.promotions == 2
-    house.settle(job)
+    fixture.keep(prompt[:1])
+    fixture.keep(prompt[1:3], tier=1)
+    job = fixture.submit(prompt)
+    fixture.answer_all()
+    assert fixture.num_present(prompt) == 3
+    assert set(fixture.tier.kept) == {name(0).key(key) for key in prompt[:3]}
+    assert fixture.written.promotions == 2
+    fixture.settle(job)
 
 
-def test_a_store_is_written_through_to_every_tier(houses: list[TierFixture]) -> None:
+def test_a_store_is_written_through_to_every_tier(fixtures: list[TierFixture]) -> None:
     """All parts, once, held only while a tier reads them."""
-    house = TierFixture(num_tiers=2)
-    houses.append(house)
+    fixture = TierFixture(num_tiers=2)
+    fixtures.append(fixture)
     prompt = chain(1, 3)
-    house.store(prompt, TWO)
-    assert house.l1.stats().num_held == 3
-    house.answer_all()
-    for tier in house.tiers:
+    fixture.store(prompt, TWO)
+    assert fixture.l1.stats().num_held == 3
+    fixture.answer_all()
+    for tier in fixture.tiers:
         assert set(tier.kept) == {n.name.key(k) for k in prompt for n in TWO.parts}
-    house.store(prompt, TWO)
-    assert not house.tier.pending
-    assert [chunk.saved for chunk in house.l1.present(prompt, 1)] == [0b11] * 3
+    fixture.store(prompt, TWO)
+    assert not fixture.tier.pending
+    assert [chunk.saved for chunk in fixture.l1.present(prompt, 1)] == [0b11] * 3
 
 
-def test_a_lagging_tier_has_new_work_skipped(houses: list[TierFixture]) -> None:
+def test_a_lagging_tier_has_new_work_skipped(fixtures: list[TierFixture]) -> None:
     """It is counted, and nobody waits for it."""
-    house = TierFixture(num_pages=64, write_bytes=4 * PART_BYTES)
-    houses.append(house)
-    house.store(chain(1, 10))
-    assert house.written.writes_skipped == 6
-    house.answer_all()
-    assert house.written.parts_written == 4
+    fixture = TierFixture(num_pages=64, write_bytes=4 * PART_BYTES)
+    fixtures.append(fixture)
+    fixture.store(chain(1, 10))
+    assert fixture.written.writes_skipped == 6
+    fixture.answer_all()
+    assert fixture.written.parts_written == 4
 
 
-def test_on_second_use_waits_for_a_lookup(houses: list[TierFixture]) -> None:
+def test_on_second_use_waits_for_a_lookup(fixtures: list[TierFixture]) -> None:
     """What is used once never reaches the tier."""
-    house = TierFixture(policy="on_second_use")
-    houses.append(house)
+    fixture = TierFixture(policy="on_second_use")
+    fixtures.append(fixture)
     prompt = chain(1, 2)
-    house.store(prompt)
-    assert not house.tier.pending
-    house.manager.write_back.used(house.l1.present(prompt[:1], 1))
-    house.run()
-    house.answer_all()
-    assert set(house.tier.kept) == {name(0).key(prompt[0])}
+    fixture.store(prompt)
+    assert not fixture.tier.pending
+    fixture.manager.write_back.used(fixture.l1.present(prompt[:1], 1))
+    fixture.run()
+    fixture.answer_all()
+    assert set(fixture.tier.kept) == {name(0).key(prompt[0])}
 
 
-def test_on_eviction_writes_ahead_of_it(houses: list[TierFixture]) -> None:
+def test_on_eviction_writes_ahead_of_it(fixtures: list[TierFixture]) -> None:
     """Above the watermark the next victims are clean before their turn comes."""
-    house = TierFixture(policy="on_eviction")
-    houses.append(house)
-    house.store(chain(1, 3))
-    assert not house.tier.pending
-    house.store(chain(2, 2))
-    house.answer_all()
-    assert set(house.tier.kept) >= {name(0).key(key) for key in chain(1, 3)[1:]}
-    house.store(chain(3, 6))
-    assert house.written.chunks_evicted_unsaved == 0
-    house.store(chain(4, 8))
-    house.answer_all()
-    assert house.written.chunks_evicted_unsaved > 0
+    fixture = TierFixture(policy="on_eviction")
+    fixtures.append(fixture)
+    fixture.store(chain(1, 3))
+    assert not fixture.tier.pending
+    fixture.store(chain(2, 2))
+    fixture.answer_all()
+    assert set(fixture.tier.kept) >= {name(0).key(key) for key in chain(1, 3)[1:]}
+    fixture.store(chain(3, 6))
+    assert fixture.written.chunks_evicted_unsaved == 0
+    fixture.store(chain(4, 8))
+    fixture.answer_all()
+    assert fixture.written.chunks_evicted_unsaved > 0
 
 
 def test_a_tier_that_is_not_up_is_probed_from_the_start(
-    houses: list[TierFixture],
+    fixtures: list[TierFixture],
 ) -> None:
     """Nobody asks for anything; once it is up, it is probed for whom it concerns."""
-    house = TierFixture()
-    houses.append(house)
-    house.tier.up = False
+    fixture = TierFixture()
+    fixtures.append(fixture)
+    fixture.tier.up = False
     for second in range(3):
-        house.now = second
-        house.run()
-        house.run()
-        assert house.tier.probed == second + 1
-    house.tier.up = True
-    house.now += 10
-    house.run()
-    assert house.tier.probed == 3
-    assert house.manager.status()[0].up
-    assert house.tier.probed == 4
+        fixture.now = second
+        fixture.run()
+        fixture.run()
+        assert fixture.tier.probed == second + 1
+    fixture.tier.up = True
+    fixture.now += 10
+    fixture.run()
+    assert fixture.tier.probed == 3
+    assert fixture.manager.status()[0].up
+    assert fixture.tier.probed == 4

@@ -34,8 +34,8 @@ KEPT = [(), (0,), (0,), (1,), (0, 1)]
 """Tiers that were given a prompt before it is asked for."""
 
 
-class ManagerMachine(RuleBasedStateMachine):
-    """Two played tiers; nothing is answered but by a rule."""
+class TierManagerMachine(RuleBasedStateMachine):
+    """Two manual tiers; nothing is answered but by a rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @initialize(policy=st.sampled_from(WRITE_POLICIES))
     def build(self, policy: str) -> None:
         """Write at once, on second use, or ahead of eviction."""
-        self.house = TierFixture(
+        self.fixture = TierFixture(
             num_pages=22, num_tiers=2, policy=policy, max_bytes=500, max_jobs=3
         )
 
@@ -57,7 +57,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(number=numbers, length=lengths)
     def store(self, number: int, length: int) -> None:
         """A worker stores a prompt's chunks."""
-        self.house.store(chain(number, length), PROMPTS[number])
+        self.fixture.store(chain(number, length), PROMPTS[number])
 
     @rule(
         number=numbers, length=lengths, wait=st.booleans(), kept=st.sampled_from(KEPT)
@@ -68,7 +68,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """A scheduler looks up, and maybe waits; tiers mostly have it."""
         for tier in kept:
             self.another_server_stores(number, length, tier)
-        job = self.house.submit(chain(number, length), PROMPTS[number], wait=wait)
+        job = self.fixture.submit(chain(number, length), PROMPTS[number], wait=wait)
         if wait:
             self.jobs.append((job, number))
         else:
@@ -81,26 +81,26 @@ class ManagerMachine(RuleBasedStateMachine):
         done = [each for each in self.jobs if each[0].future.done()]
         job, number = data.draw(st.sampled_from(done))
         needs = PROMPTS[number]
-        chunks = self.house.l1.acquire_leading(job.keys, needs.full)
+        chunks = self.fixture.l1.acquire_leading(job.keys, needs.full)
         hit = count_hits([chunk.ready for chunk in chunks], needs, CHUNK_SIZE)
         complete = job.is_over and job.state.value == "done"
         # Only a lack of time or room, or what was found wrong, makes it less than that.
         excused = (
             job in self.late
             or self.has_condemned
-            or self.house.prefetched.loads_without_room
+            or self.fixture.prefetched.loads_without_room
         )
         assert not complete or excused or hit >= job.goal
-        self.house.l1.release(chunks[hit:])
+        self.fixture.l1.release(chunks[hit:])
         self.leases.append(chunks[:hit])
-        self.house.settle(job)
+        self.fixture.settle(job)
         self.jobs.remove((job, number))
 
     @precondition(lambda self: self.leases)
     @rule()
     def end_lease(self) -> None:
         """The oldest lease ends."""
-        self.house.l1.release(self.leases.pop(0))
+        self.fixture.l1.release(self.leases.pop(0))
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -108,24 +108,24 @@ class ManagerMachine(RuleBasedStateMachine):
         """A session ends, or its client is gone; its late answer settles once more."""
         job, number = data.draw(st.sampled_from(self.jobs))
         self.jobs.remove((job, number))
-        self.house.manager.prefetcher.cancel(job)
-        self.house.run()
-        self.house.settle(job)
+        self.fixture.manager.prefetcher.cancel(job)
+        self.fixture.run()
+        self.fixture.settle(job)
 
     @rule(number=numbers, length=lengths)
     def drop(self, number: int, length: int) -> None:
         """Somebody clears."""
-        self.house.l1.drop(chain(number, length))
+        self.fixture.l1.drop(chain(number, length))
 
     @rule(number=numbers)
     def condemn(self, number: int) -> None:
         """A retrieve finds wrong bytes."""
-        for chunk in self.house.l1.present(chain(number, 1), 1):
-            self.has_condemned |= self.house.l1.condemn(chunk)
+        for chunk in self.fixture.l1.present(chain(number, 1), 1):
+            self.has_condemned |= self.fixture.l1.condemn(chunk)
 
     # -- what tiers do ----------------------------------------------------------------
 
-    @precondition(lambda self: any(tier.pending for tier in self.house.tiers))
+    @precondition(lambda self: any(tier.pending for tier in self.fixture.tiers))
     @rule(
         data=st.data(),
         count=st.integers(1, 5),
@@ -134,24 +134,24 @@ class ManagerMachine(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, count: int, well: bool) -> None:
         """Calls of the tiers end, in any order; the last of them well or not."""
         for left in reversed(range(count)):
-            tiers = [tier for tier in self.house.tiers if tier.pending]
+            tiers = [tier for tier in self.fixture.tiers if tier.pending]
             if not tiers:
                 break
             tier = data.draw(st.sampled_from(tiers))
             place = data.draw(st.integers(0, len(tier.pending) - 1))
             tier.answer(place, well=well or bool(left))
-            self.house.run()
+            self.fixture.run()
 
     @rule(number=numbers, length=lengths, tier=st.integers(0, 1))
     def another_server_stores(self, number: int, length: int, tier: int) -> None:
         """A shared tier has more than we put there."""
-        self.house.keep(chain(number, length), PROMPTS[number], tier)
+        self.fixture.keep(chain(number, length), PROMPTS[number], tier)
 
-    @precondition(lambda self: any(tier.kept for tier in self.house.tiers))
+    @precondition(lambda self: any(tier.kept for tier in self.fixture.tiers))
     @rule(data=st.data(), gone=st.booleans())
     def spoil(self, data: st.DataObject, gone: bool) -> None:
         """A tier evicts a part, or will return other bytes for it."""
-        tier = data.draw(st.sampled_from([t for t in self.house.tiers if t.kept]))
+        tier = data.draw(st.sampled_from([t for t in self.fixture.tiers if t.kept]))
         key = data.draw(st.sampled_from(sorted(tier.kept)))
         if gone:
             del tier.kept[key]
@@ -162,8 +162,8 @@ class ManagerMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         """Time goes by: jobs come to their deadline."""
         waiting = [job for job, _ in self.jobs if not job.future.done()]
-        self.house.now += seconds
-        self.house.run()
+        self.fixture.now += seconds
+        self.fixture.run()
         self.late += [job for job in waiting if job.future.done()]
 
     # -- what always holds ------------------------------------------------------------
@@ -171,7 +171,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @invariant()
     def l1_is_consistent(self) -> None:
         """No overlap, no lost page, no double release."""
-        self.house.l1.check()
+        self.fixture.l1.check()
 
     @invariant()
     def what_is_readable_is_right(self) -> None:
@@ -181,47 +181,47 @@ class ManagerMachine(RuleBasedStateMachine):
                 self._check(key)
 
     def _check(self, key: ChunkHash) -> None:
-        for chunk in self.house.l1.present([key], 0):
+        for chunk in self.fixture.l1.present([key], 0):
             ready = [p for p in chunk.parts if chunk.ready >> p & 1]
             if len(ready) == len(chunk.parts) and ready:
-                self.house.num_present([key], RequiredParts(chunk.ready, ()))
+                self.fixture.num_present([key], RequiredParts(chunk.ready, ()))
 
     @invariant()
     def what_is_late_is_answered(self) -> None:
         """No job keeps its lookup waiting past the deadline."""
         for job, _ in self.jobs:
-            assert job.future.done() or job.deadline > self.house.now
+            assert job.future.done() or job.deadline > self.fixture.now
 
     @invariant()
     def loads_are_bounded(self) -> None:
         """Per tier, and jobs in number."""
-        assert self.house.manager.prefetcher.num_jobs <= 3
-        for loading in self.house.manager.prefetcher._num_bytes:
+        assert self.fixture.manager.prefetcher.num_jobs <= 3
+        for loading in self.fixture.manager.prefetcher._num_bytes:
             assert 0 <= loading <= 500
 
     def teardown(self) -> None:
         """When all is answered and settled, nothing is held and all pages come back."""
-        house = self.house
+        fixture = self.fixture
         try:
-            house.answer_all()
-            house.now += 100
-            house.run()
+            fixture.answer_all()
+            fixture.now += 100
+            fixture.run()
             for job, _ in self.jobs:
-                house.settle(job)
+                fixture.settle(job)
             assert all(job.is_over and not job.held for job in self.unwaited)
             for chunks in self.leases:
-                house.l1.release(chunks)
-            house.answer_all()
-            house.check_idle()
-            house.l1.drop(house.l1.hashes())
-            assert house.arena.used_bytes == 0
+                fixture.l1.release(chunks)
+            fixture.answer_all()
+            fixture.check_idle()
+            fixture.l1.drop(fixture.l1.hashes())
+            assert fixture.arena.used_bytes == 0
         finally:
-            house.manager.close()
-            house.arena.close()
+            fixture.manager.close()
+            fixture.arena.close()
 
 
-TestManagerMachine = ManagerMachine.TestCase
-TestManagerMachine.__doc__ = """Whatever fails, holds and reservations end once."""
-TestManagerMachine.settings = settings(
+TestTierManagerMachine = TierManagerMachine.TestCase
+TestTierManagerMachine.__doc__ = """Whatever fails, holds and reservations end once."""
+TestTierManagerMachine.settings = settings(
     max_examples=8 * settings().max_examples, stateful_step_count=50
 )

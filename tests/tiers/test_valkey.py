@@ -19,7 +19,7 @@ from tests.tiers.store_servers import wait_until
 ROOMY = 32 << 20
 
 
-class Played:
+class FakeValkeyServer:
     """Keeps values as Valkey does, but for the answers that a test gives it."""
 
     def __init__(self, path: Path) -> None:
@@ -75,15 +75,15 @@ class Played:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Played]:
+def store(tmp_path: Path) -> Iterator[FakeValkeyServer]:
     """A server."""
-    played = Played(tmp_path / "socket")
-    yield played
-    played.close()
+    server = FakeValkeyServer(tmp_path / "socket")
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def tier(store: Played, tmp_path: Path) -> Iterator[Tier]:
+def tier(store: FakeValkeyServer, tmp_path: Path) -> Iterator[Tier]:
     """A tier on it."""
     tier = open_tier(f"valkey+unix://{tmp_path}/socket?retry=0.02&timeout=10")
     yield tier
@@ -107,7 +107,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_server_that_takes_no_writes_is_read(
-    store: Played,
+    store: FakeValkeyServer,
     tier: Tier,
     arena: Segment,
     blob: StoreItem,
@@ -130,7 +130,7 @@ def test_a_server_that_takes_no_writes_is_read(
     )
 
 
-def _refused(tier: Tier, blob: StoreItem, store: Played, times: int) -> bool:
+def _refused(tier: Tier, blob: StoreItem, store: FakeValkeyServer, times: int) -> bool:
     assert tier.store([blob]).result() == [StoreResult.FULL]
     return store.asked.count("SET") == 1 + times
 
@@ -147,7 +147,12 @@ def _refused(tier: Tier, blob: StoreItem, store: Played, times: int) -> bool:
 )
 @pytest.mark.parametrize("name", ["EXISTS", "GET", "SET"])
 def test_a_server_that_refuses_is_down_and_says_why(
-    store: Played, tier: Tier, arena: Segment, blob: StoreItem, name: str, refusal: str
+    store: FakeValkeyServer,
+    tier: Tier,
+    arena: Segment,
+    blob: StoreItem,
+    name: str,
+    refusal: str,
 ) -> None:
     """Whatever it was asked, it is a miss, and the connection is as good as before."""
     assert tier.store([blob]).result() == [StoreResult.DONE]
@@ -169,7 +174,7 @@ def test_a_server_that_refuses_is_down_and_says_why(
 
 @pytest.mark.parametrize("wrong", ["short", "long", "empty", "other", "zeros"])
 def test_a_wrong_value_is_removed_and_its_neighbours_come(
-    store: Played, tier: Tier, arena: Segment, blob: StoreItem, wrong: str
+    store: FakeValkeyServer, tier: Tier, arena: Segment, blob: StoreItem, wrong: str
 ) -> None:
     """Of whatever length; the connection still knows where the next value begins."""
     others = [blob_of(n, view(arena, n * PAGE, PAGE)) for n in (0, 2, 3)]
@@ -196,7 +201,7 @@ def test_a_wrong_value_is_removed_and_its_neighbours_come(
 
 @pytest.mark.parametrize("answer", [b":1\r\n", b"+OK\r\n", b"?\r\n", b"$x\r\n"])
 def test_an_answer_of_another_kind_is_a_failure(
-    store: Played, tier: Tier, arena: Segment, blob: StoreItem, answer: bytes
+    store: FakeValkeyServer, tier: Tier, arena: Segment, blob: StoreItem, answer: bytes
 ) -> None:
     """A number for a value, say: no outcome is made up, and it is tried anew."""
     assert tier.store([blob]).result() == [StoreResult.DONE]
