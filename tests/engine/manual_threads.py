@@ -258,14 +258,9 @@ class ManualLoop(EventLoop):
         self._answers = answers
         self._num_asked = 0
         self._on_gone = self._undo(engine)
+        table = {**engine.handlers(), **copies.handlers()}
         self._handlers = {
-            name: self._handler(
-                getattr(
-                    copies if hasattr(copies, name.lower()) else engine, name.lower()
-                )
-            )
-            for name in REQUESTS
-            if hasattr(copies, name.lower()) or hasattr(engine, name.lower())
+            wire_name(kind): self._handler(serve) for kind, serve in table.items()
         }
 
     def _undo(self, engine: Engine) -> Callable[[Client], None]:

@@ -1,4 +1,4 @@
-"""Instances whose memory is attached behind the loop's back, and waits for workers."""
+"""Instances whose memory is attached asynchronously, and waits for worker events."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KEY = SessionKey("e", "r")
 
 @dataclass
 class Bench:
-    """An engine with a GPU, a worker's view of it, and a gate before opening."""
+    """An engine with a fake GPU, a worker's memory, and a gate before it is opened."""
 
     engine: Engine
     worker: FakeDevice
@@ -55,7 +55,7 @@ class Bench:
     def register(
         self, instance_id: str, client: bytes = b"me", **changes: Any
     ) -> DeferredReply | RegisterReply:
-        """Register a cache of the worker's."""
+        """Register the worker's cache."""
         address = self.worker.allocate(CACHE_BYTES)
         handle = export(address, CACHE_BYTES, self.worker)
         facts = {name: getattr(handle, name) for name in handle.__struct_fields__}
@@ -87,7 +87,7 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """An engine and a GPU; at its end nothing is open."""
+    """An engine and a fake GPU; at the end no memory is open."""
     world, gate = FakeTimeline(), Event()
     gate.set()
     worker, server = FakeDevice(world), FakeDevice(world)
@@ -113,7 +113,7 @@ def bench() -> Iterator[Bench]:
 
 
 def settled(steps: Iterator[None]) -> DeferredReply:
-    """Run a request until it runs elsewhere."""
+    """Run a request until it waits for another thread."""
     running = None
     try:
         while True:
@@ -125,7 +125,7 @@ def settled(steps: Iterator[None]) -> DeferredReply:
 
 
 def finish(running: Any) -> Any:
-    """Wait for what runs elsewhere, if it does, and answer as the loop would."""
+    """Wait for a deferred reply and finish it as the loop does."""
     if not isinstance(running, DeferredReply):
         return running
     assert wait([running.future], 20).done
@@ -133,7 +133,7 @@ def finish(running: Any) -> Any:
 
 
 def test_what_is_sent_behind_a_registration_waits_for_it(bench: Bench) -> None:
-    """The instance is known at once; its copies begin when its memory is there."""
+    """The instance is registered at once; copies wait until its memory is attached."""
     bench.gate.clear()
     registered = bench.register("i")
     stored = bench.store("i")
@@ -144,7 +144,7 @@ def test_what_is_sent_behind_a_registration_waits_for_it(bench: Bench) -> None:
 
 
 def test_a_cache_comes_back_as_it_was(bench: Bench) -> None:
-    """Through the opened memory, both ways."""
+    """Stores and retrieves go through the opened memory."""
     finish(bench.register("i"))
     (address,) = bench.worker.allocations
     cache = array_at(address, CACHE_BYTES)
@@ -164,7 +164,7 @@ def test_a_cache_comes_back_as_it_was(bench: Bench) -> None:
 
 
 def test_memory_that_cannot_be_attached_leaves_no_instance(bench: Bench) -> None:
-    """Whoever registered is told, and so is what was sent behind it."""
+    """The registration fails, and so do the requests sent after it."""
     bench.gate.clear()
     registered = bench.register("i", offset=1)
     stored = bench.store("i")
@@ -178,7 +178,7 @@ def test_memory_that_cannot_be_attached_leaves_no_instance(bench: Bench) -> None
 
 
 def test_a_client_may_die_while_its_memory_is_attached(bench: Bench) -> None:
-    """What is opened for it then is closed again."""
+    """Memory that is opened after its end is closed again."""
     bench.gate.clear()
     registered = bench.register("i")
     bench.engine.end_client(b"me")
@@ -188,7 +188,7 @@ def test_a_client_may_die_while_its_memory_is_attached(bench: Bench) -> None:
 
 
 def test_a_client_may_die_while_its_event_is_waited_for(bench: Bench) -> None:
-    """The lane gives up, and the closer goes on to the next instance."""
+    """The lane stops waiting, and the closer continues with the next instance."""
     finish(bench.register("dead"))
     finish(bench.register("other", b"you"))
     stored = bench.store("dead", event=bench.never())
@@ -204,7 +204,7 @@ def test_a_client_may_die_while_its_event_is_waited_for(bench: Bench) -> None:
 
 
 def test_a_deadline_ends_a_wait(bench: Bench) -> None:
-    """A store whose worker's event does not come in time keeps nothing."""
+    """A store whose event is not reached before the deadline is aborted."""
     finish(bench.register("i"))
     with pytest.raises(DeadlineExceeded):
         finish(bench.store("i", deadline_ns=1, event=bench.never()))
@@ -212,7 +212,7 @@ def test_a_deadline_ends_a_wait(bench: Bench) -> None:
 
 
 def test_a_store_reads_what_was_written_before_its_event(bench: Bench) -> None:
-    """The worker's own work runs first, though it was only queued."""
+    """The worker's queued work runs before the copy."""
     finish(bench.register("i"))
     (address,) = bench.worker.allocations
     stream, event = bench.worker.stream(), bench.worker.event(shared=True)

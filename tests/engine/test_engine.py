@@ -1,4 +1,4 @@
-"""The engine's own legs: what comes between the slices of a request."""
+"""Engine handlers: events between the slices of a request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BLOCKS = (memoryview(pack_tokens(range(4))),)
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """An engine with the instance "i" of model "m", hashing a chunk a slice."""
+    """An engine with instance "i" of model "m", hashing one chunk per slice."""
     name = f"kvtest-{os.getpid()}-engine"
     config = ServerConfig(chunk_size=CHUNK, wire=WireConfig(slice_chunks=1))
     arena = Arena(1 << 16, 4096, f"{name}-arena")
@@ -59,7 +59,7 @@ def engine() -> Iterator[Engine]:
 def test_an_instance_may_go_while_its_tokens_are_hashed(
     engine: Engine, kind: type[Store] | type[Retrieve]
 ) -> None:
-    """The request is told so, and the session is left as by any other end."""
+    """The request fails, and its use of the session ends."""
     request = kind(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS)
     steps = (engine.store if kind is Store else engine.retrieve)(request, ME)
     next(steps)
@@ -82,7 +82,7 @@ def test_a_range_that_ends_before_it_begins_is_refused(
 
 
 def test_a_lookup_that_is_dropped_holds_nothing(engine: Engine) -> None:
-    """Its client died between two slices."""
+    """Its client ends between two slices."""
     steps = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
     next(steps)
     steps.close()
@@ -92,7 +92,7 @@ def test_a_lookup_that_is_dropped_holds_nothing(engine: Engine) -> None:
 
 
 def test_a_session_that_ends_in_a_lookup_gets_no_lease(engine: Engine) -> None:
-    """END_SESSION overtook it: what it found is let go."""
+    """The session ends before the reply: the chunks found are released."""
     settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
     engine.end_session(EndSession(KEY), ME)
     steps = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
@@ -107,7 +107,7 @@ def test_a_session_that_ends_in_a_lookup_gets_no_lease(engine: Engine) -> None:
 def test_a_lookup_that_is_overtaken_finds_nothing(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The session's later lookup was answered first, and its lease stays."""
+    """A later lookup of the session was answered first; its lease stays."""
     settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
     monkeypatch.setattr("kvcore.engine.lookups.ACQUIRE_CHUNKS", 1)
     older = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
@@ -125,7 +125,7 @@ def test_a_lookup_that_is_overtaken_finds_nothing(
 def test_a_store_whose_client_dies_is_not_kept(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its reservations are aborted, though the copy itself came to its end."""
+    """Its reservations are aborted, although the copy completed."""
     gather = HostCache.gather
 
     def gather_and_die(cache: HostCache, *args: Any, **named: Any) -> list[Checksum]:
@@ -141,7 +141,7 @@ def test_a_store_whose_client_dies_is_not_kept(
 
 
 def settle(steps: Iterator[None]) -> object:
-    """Run a request to its end."""
+    """Run a request to its end and return the reply."""
     try:
         while True:
             next(steps)
@@ -156,7 +156,7 @@ def settle(steps: Iterator[None]) -> object:
 def test_a_lookup_of_an_ended_session_leaves_the_next_ones_lease(
     engine: Engine,
 ) -> None:
-    """The id was given to another request before the first one's lookup was over."""
+    """The id names another session before the first one's lookup has ended."""
     settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
     engine.end_session(EndSession(KEY), ME)
     steps = engine.lookup(Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS), ME)
@@ -173,7 +173,7 @@ def test_a_lookup_of_an_ended_session_leaves_the_next_ones_lease(
 def test_a_read_counts_for_the_lease_that_it_was_asked_under(
     engine: Engine, ends: bool
 ) -> None:
-    """Not for one of a later lookup, whose reader has yet to come."""
+    """It does not count for the lease of a later lookup."""
     settle(engine.store(Store(KEY, "i", 0, 4 * CHUNK, BLOCKS, tokens=TOKENS), ME))
     lookup = Lookup(KEY, "m", 1, 4 * CHUNK, TOKENS)
     list(engine.lookup(lookup, ME))

@@ -1,4 +1,4 @@
-"""Leases: each ends exactly once, for a reason that the ledger shows."""
+"""Leases: each ends exactly once, counted by its reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANKS = 0b11
 
 @dataclass
 class Clock:
-    """Time that a test sets."""
+    """A clock that tests set."""
 
     now: float = 100.0
 
@@ -39,23 +39,23 @@ class Bench:
         self.table = LeaseTable(self.l1, 10.0, self.clock)
 
     def grant(self, owner: SessionKey, num_chunks: int = 6, client: str = "c") -> None:
-        """Look up and lease, as the engine does."""
+        """Hold and lease chunks, as the engine does."""
         chunks = self.l1.acquire_leading(HASHES[:num_chunks], 1)
         self.table.grant(owner, "model", chunks, RANKS, client)
 
     @property
     def num_held(self) -> int:
-        """Chunks that L1 holds for somebody."""
+        """Return the number of held chunks."""
         return self.l1.stats().num_held
 
     def ended(self) -> dict[str, int]:
-        """Count leases ended, by reason, without the zeros."""
+        """Return the non-zero numbers of ended leases by reason."""
         return {r.value: n for r, n in self.table.num_ended.items() if n}
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """Checks the ledger and L1 at the end."""
+    """A bench; the counts and L1 are checked at the end."""
     arena = Arena(64 * 8, 64)
     bench = Bench(arena)
     yield bench
@@ -66,7 +66,7 @@ def bench() -> Iterator[Bench]:
 
 
 def test_lease_ends_when_every_rank_has_read(bench: Bench) -> None:
-    """The chunks are held until the last reader, then free."""
+    """The chunks are held until the last reader has read."""
     bench.grant(ALICE)
     bench.table.read(ALICE, 0, 6, 0)
     assert (bench.num_held, len(bench.table)) == (6, 1)
@@ -77,7 +77,7 @@ def test_lease_ends_when_every_rank_has_read(bench: Bench) -> None:
 
 
 def test_reads_take_readers_off_a_range(bench: Bench) -> None:
-    """Chunks become free one by one as their last reader comes."""
+    """Each chunk is released when its last reader has read it."""
     bench.grant(ALICE)
     bench.table.read(ALICE, 2, 4, 0)
     bench.table.read(ALICE, 0, 3, 1)
@@ -90,7 +90,7 @@ def test_reads_take_readers_off_a_range(bench: Bench) -> None:
 
 
 def test_free_ends_a_range_for_all_readers(bench: Bench) -> None:
-    """What is released no rank has to read."""
+    """No rank has to read released chunks."""
     bench.grant(ALICE)
     bench.table.free(ALICE, 4, 6)
     bench.table.free(ALICE, 3, 3)
@@ -101,7 +101,7 @@ def test_free_ends_a_range_for_all_readers(bench: Bench) -> None:
 
 
 def test_a_later_lookup_replaces_the_lease(bench: Bench) -> None:
-    """One lease a session; what both cover is never free in between."""
+    """One lease per session; chunks of both are never free in between."""
     bench.grant(ALICE, 6)
     bench.grant(ALICE, 2)
     assert (bench.num_held, len(bench.table)) == (2, 1)
@@ -111,7 +111,7 @@ def test_a_later_lookup_replaces_the_lease(bench: Bench) -> None:
 
 
 def test_leases_of_two_sessions_are_apart(bench: Bench) -> None:
-    """The end of one session leaves the other's hold on the same chunks."""
+    """The end of one session keeps the other's hold on the same chunks."""
     bench.grant(ALICE)
     bench.grant(BOB, 3)
     bench.table.end(ALICE)
@@ -142,7 +142,7 @@ def test_leases_expire_in_order(bench: Bench) -> None:
 
 
 def test_a_client_that_is_gone_takes_its_leases_along(bench: Bench) -> None:
-    """Only those that were granted through it."""
+    """Only the leases that were granted to that client end."""
     bench.grant(ALICE, client="gone")
     bench.grant(BOB, client="stays")
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_a_client_that_is_gone_takes_its_leases_along(bench: Bench) -> None:
 
 
 def test_a_worker_that_is_gone_is_not_waited_for(bench: Bench) -> None:
-    """Its rank goes from its own engine's leases."""
+    """Its rank is removed from its own engine's leases."""
     other = SessionKey("another engine", "alice")
     bench.grant(ALICE)
     bench.grant(other)
@@ -167,7 +167,7 @@ def test_a_worker_that_is_gone_is_not_waited_for(bench: Bench) -> None:
 
 
 def test_a_lease_that_nobody_reads_is_none(bench: Bench) -> None:
-    """Without readers or chunks the hold ends at once and nothing is granted."""
+    """Without readers or chunks the hold ends at once and no lease is granted."""
     bench.table.grant(ALICE, "model", bench.l1.acquire_leading(HASHES, 1), 0, "c")
     bench.table.grant(BOB, "model", [], RANKS, "c")
     assert (bench.num_held, len(bench.table), bench.table.num_granted) == (0, 0, 0)
@@ -185,7 +185,7 @@ def test_chunks_that_are_not_needed_have_a_place_in_a_lease(bench: Bench) -> Non
 
 
 def test_leaves_of_an_ended_lease_go_first(bench: Bench) -> None:
-    """However its chunks were read, the last ones are the first to be evicted."""
+    """In whatever order chunks are read, the last ones are evicted first."""
     bench.grant(ALICE)
     bench.table.read(ALICE, 2, 4, 0)
     others = [ChunkHash(bytes([i])) for i in range(10, 14)]
@@ -197,7 +197,7 @@ def test_leaves_of_an_ended_lease_go_first(bench: Bench) -> None:
 
 
 def test_unknown_sessions_are_no_error(bench: Bench) -> None:
-    """A read or an end that comes after the lease's end finds nothing to do."""
+    """A read or an end after the lease's end does nothing."""
     bench.table.read(BOB, 0, 3, 0)
     bench.table.free(BOB, 0, 3)
     bench.table.end(BOB)
@@ -206,7 +206,7 @@ def test_unknown_sessions_are_no_error(bench: Bench) -> None:
 
 
 def test_status_tells_age_and_is_cut(bench: Bench) -> None:
-    """The oldest leases come first, as many as asked for."""
+    """The oldest leases come first, up to the limit."""
     bench.grant(ALICE)
     bench.clock.now = 103.0
     bench.grant(BOB, 2)

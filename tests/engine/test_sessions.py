@@ -1,4 +1,4 @@
-"""Sessions: tokens in slices, clocks, bounds, and the end under running work."""
+"""Sessions: tokens in slices, expiry, the limit, and ends during running work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = list(range(10 * CHUNK))
 
 @dataclass
 class SessionFixture:
-    """A table of two sessions at most, its clock, and who ended."""
+    """A table of at most two sessions, its clock, and the ended sessions."""
 
     now: float = 0.0
     ended: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class SessionFixture:
         extras: tuple[ExtraKey, ...] = (),
         end: int = 0,
     ) -> int:
-        """Take tokens in to the end; return the number of slices."""
+        """Extend a session to the end; return the number of slices."""
         packed = memoryview(pack_tokens(tokens))
         slices = self.table.extend(session, packed, offset, extras, end)
         return sum(1 for _ in slices)
@@ -59,7 +59,7 @@ def fixture() -> SessionFixture:
 
 
 def hashes(tokens: list[int], extras: tuple[ExtraKey, ...] = ()) -> list[bytes]:
-    """The chain of a prompt, hashed at once."""
+    """Return the hashes of a prompt, computed at once."""
     chain = HashChain(SPACE.seed, CHUNK, extras)
     for _ in chain.extend(pack_tokens(tokens), 1000):
         pass
@@ -67,7 +67,7 @@ def hashes(tokens: list[int], extras: tuple[ExtraKey, ...] = ()) -> list[bytes]:
 
 
 def test_pieces_make_the_same_chain_as_the_whole(fixture: SessionFixture) -> None:
-    """Wherever the pieces are cut, and with a pause after each slice."""
+    """For any split of the tokens, with a pause after each slice."""
     session = fixture.open("a")
     assert fixture.extend(session, TOKENS[:23]) == 2
     fixture.extend(session, TOKENS[23:30], 23)
@@ -78,7 +78,7 @@ def test_pieces_make_the_same_chain_as_the_whole(fixture: SessionFixture) -> Non
 def test_hashing_that_stops_half_way_leaves_a_shorter_chain(
     fixture: SessionFixture,
 ) -> None:
-    """Its client died: the next one goes on from there, with the right tokens."""
+    """Its client ended: the next request continues with the right tokens."""
     session = fixture.open("a")
     odd = TOKENS[: 9 * CHUNK + 3]
     slices = fixture.table.extend(
@@ -95,7 +95,7 @@ def test_hashing_that_stops_half_way_leaves_a_shorter_chain(
 
 
 def test_two_extensions_take_turns(fixture: SessionFixture) -> None:
-    """The second waits for the first, and then finds its tokens there."""
+    """The second request waits for the first and then needs no tokens."""
     session = fixture.open("a")
     packed = memoryview(pack_tokens(TOKENS))
     first = fixture.table.extend(session, packed, 0, (), len(TOKENS))
@@ -112,7 +112,7 @@ def test_two_extensions_take_turns(fixture: SessionFixture) -> None:
 def test_tokens_sent_again_replace_what_followed(
     fixture: SessionFixture, offset: int
 ) -> None:
-    """From a chunk's boundary on."""
+    """Tokens from a chunk boundary replace all that followed it."""
     session = fixture.open("a")
     fixture.extend(session, TOKENS)
     other = [99] * (2 * CHUNK)
@@ -121,7 +121,7 @@ def test_tokens_sent_again_replace_what_followed(
 
 
 def test_extras_belong_to_the_tokens_they_came_with(fixture: SessionFixture) -> None:
-    """Those of hashed tokens start the chain anew; a prompt from 0 on drops them."""
+    """Extras of hashed tokens restart the chain; a prompt from token 0 drops them."""
     session, salt = fixture.open("a"), (ExtraKey(0, b"s"),)
     fixture.extend(session, TOKENS)
     with pytest.raises(TokensNeeded) as needed:
@@ -136,7 +136,7 @@ def test_extras_belong_to_the_tokens_they_came_with(fixture: SessionFixture) -> 
 
 
 def test_an_unused_session_expires(fixture: SessionFixture) -> None:
-    """The oldest use first; one with running work is used."""
+    """The least recently used first; running work counts as use."""
     with fixture.table.use(fixture.open("running")):
         fixture.open("idle")
         fixture.now = 9
@@ -153,7 +153,7 @@ def test_an_unused_session_expires(fixture: SessionFixture) -> None:
 
 
 def test_beyond_the_bound_the_longest_unused_gives_way(fixture: SessionFixture) -> None:
-    """Never one with running work."""
+    """A session with running work is never ended by the limit."""
     with fixture.table.use(fixture.open("a")):
         fixture.open("b")
         fixture.open("c")
@@ -162,7 +162,7 @@ def test_beyond_the_bound_the_longest_unused_gives_way(fixture: SessionFixture) 
 
 
 def test_the_end_waits_for_running_work(fixture: SessionFixture) -> None:
-    """Meanwhile the same id is another session, and stays when the first goes."""
+    """Meanwhile the same id names another session, which stays."""
     old = fixture.open("a")
     with fixture.table.use(old):
         fixture.table.end(old)
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused(
     act: Callable[[SessionFixture, Session], object],
     error: type[Exception],
 ) -> None:
-    """And the session is what it was."""
+    """The session is unchanged."""
     session = fixture.open("a")
     with pytest.raises(error):
         act(fixture, session)

@@ -1,4 +1,4 @@
-"""Who is connected and who still lives, by pidfd or by heartbeat."""
+"""The client table: liveness by pidfd or by heartbeat."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kvcore.server.client_table import MISSED_HEARTBEATS, ClientTable
 HEARTBEAT_S = 5.0
 
 
-class House:
-    """A table with a clock of its own, and what it watches."""
+class ClientTableFixture:
+    """A client table, its clock, and the descriptors that it watches."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,7 +30,7 @@ class House:
     def hello(
         self, pid: int, start: int | None = None, namespace: int | None = None
     ) -> Hello:
-        """What a process would say."""
+        """Return the HELLO of a process."""
         return Hello(
             PROTOCOL_VERSION,
             pid,
@@ -40,29 +40,29 @@ class House:
 
 
 @pytest.fixture
-def house() -> House:
+def fixture() -> ClientTableFixture:
     """An empty table."""
-    return House()
+    return ClientTableFixture()
 
 
-def test_a_process_of_this_namespace_is_watched(house: House) -> None:
-    """Its pidfd tells at once when it ends, and no heartbeat is needed."""
+def test_a_process_of_this_namespace_is_watched(fixture: ClientTableFixture) -> None:
+    """Its pidfd reports its end at once; it needs no heartbeats."""
     process = multiprocessing.get_context("spawn").Process(target=int)
     process.start()
     assert process.pid is not None
-    client = house.table.add(b"c", house.hello(process.pid))
+    client = fixture.table.add(b"c", fixture.hello(process.pid))
     assert client.pidfd is not None
-    assert house.watched == [client.pidfd]
-    assert house.table.by_pidfd(client.pidfd) is client
+    assert fixture.watched == [client.pidfd]
+    assert fixture.table.by_pidfd(client.pidfd) is client
     poll = select.poll()
     poll.register(client.pidfd, select.POLLIN)
     assert poll.poll(30_000)
-    house.now = 1e6
-    assert house.table.silent() == []
-    assert house.table.next_deadline() is None
-    house.table.remove(client)
-    assert house.watched == []
-    assert len(house.table) == 0
+    fixture.now = 1e6
+    assert fixture.table.silent() == []
+    assert fixture.table.next_deadline() is None
+    fixture.table.remove(client)
+    assert fixture.watched == []
+    assert len(fixture.table) == 0
     process.join()
 
 
@@ -78,61 +78,61 @@ def test_a_process_of_this_namespace_is_watched(house: House) -> None:
     ids=["other start", "other namespace", "nobody", "zero", "no pid"],
 )
 def test_any_other_lives_by_its_heartbeats(
-    house: House, pid: int, start: int | None, namespace: int | None
+    fixture: ClientTableFixture, pid: int, start: int | None, namespace: int | None
 ) -> None:
-    """Silent after four were missed; seen again by any request."""
-    client = house.table.add(b"c", house.hello(pid, start, namespace))
+    """It is silent after four missed heartbeats; any request counts as one."""
+    client = fixture.table.add(b"c", fixture.hello(pid, start, namespace))
     assert client.pidfd is None
-    assert house.table.next_deadline() == HEARTBEAT_S
-    house.now = MISSED_HEARTBEATS * HEARTBEAT_S
-    assert house.table.silent() == []
-    house.table.seen(client)
-    house.now += MISSED_HEARTBEATS * HEARTBEAT_S
-    assert house.table.silent() == []
-    house.now += 1
-    assert house.table.silent() == [client]
-    house.table.remove(client)
-    assert house.table.silent() == []
-    assert house.table.next_deadline() is None
+    assert fixture.table.next_deadline() == HEARTBEAT_S
+    fixture.now = MISSED_HEARTBEATS * HEARTBEAT_S
+    assert fixture.table.silent() == []
+    fixture.table.seen(client)
+    fixture.now += MISSED_HEARTBEATS * HEARTBEAT_S
+    assert fixture.table.silent() == []
+    fixture.now += 1
+    assert fixture.table.silent() == [client]
+    fixture.table.remove(client)
+    assert fixture.table.silent() == []
+    assert fixture.table.next_deadline() is None
 
 
-def test_closing_lets_go_of_everyone(house: House) -> None:
-    """And of the descriptors."""
+def test_close_removes_every_client(fixture: ClientTableFixture) -> None:
+    """Its descriptors are closed, too."""
     for n, pid in enumerate((os.getpid(), os.getppid(), os.getpid())):
-        house.table.add(b"%d" % n, house.hello(pid))
-    assert len(house.watched) == 2
-    house.table.close()
-    assert (len(house.table), house.watched) == (0, [])
+        fixture.table.add(b"%d" % n, fixture.hello(pid))
+    assert len(fixture.watched) == 2
+    fixture.table.close()
+    assert (len(fixture.table), fixture.watched) == (0, [])
 
 
-def test_clients_of_one_process_share_a_descriptor(house: House) -> None:
-    """However many it has; it is watched until the last of them is forgotten."""
-    hello = house.hello(os.getpid())
-    clients = [house.table.add(bytes([n]), hello) for n in range(100)]
-    assert len(house.watched) == 1
-    (pidfd,) = house.watched
+def test_clients_of_one_process_share_a_descriptor(fixture: ClientTableFixture) -> None:
+    """The process is watched until its last client is removed."""
+    hello = fixture.hello(os.getpid())
+    clients = [fixture.table.add(bytes([n]), hello) for n in range(100)]
+    assert len(fixture.watched) == 1
+    (pidfd,) = fixture.watched
     for client in clients:
-        assert house.table.by_pidfd(pidfd) is client
-        house.table.remove(client)
-    assert house.watched == []
-    assert house.table.by_pidfd(pidfd) is None
-    again = house.table.add(b"again", hello)
-    assert house.watched == [again.pidfd]
-    house.table.close()
-    assert house.watched == []
+        assert fixture.table.by_pidfd(pidfd) is client
+        fixture.table.remove(client)
+    assert fixture.watched == []
+    assert fixture.table.by_pidfd(pidfd) is None
+    again = fixture.table.add(b"again", hello)
+    assert fixture.watched == [again.pidfd]
+    fixture.table.close()
+    assert fixture.watched == []
 
 
 def test_a_process_has_so_many_clients_and_no_more(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    fixture: ClientTableFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that lives and never says goodbye is told; others are entered."""
+    """The error names the limit; clients of other processes are accepted."""
     monkeypatch.setattr(clients, "MAX_PER_PROCESS", 3)
-    hello = house.hello(os.getpid())
-    known = [house.table.add(bytes([n]), hello) for n in range(3)]
+    hello = fixture.hello(os.getpid())
+    known = [fixture.table.add(bytes([n]), hello) for n in range(3)]
     with pytest.raises(Overloaded, match=f"process {os.getpid()} has 3 clients"):
-        house.table.add(b"more", hello)
-    house.table.add(b"other", house.hello(os.getppid()))
-    house.table.remove(known[0])
-    house.table.add(b"again", hello)
-    assert len(house.table) == 4
-    house.table.close()
+        fixture.table.add(b"more", hello)
+    fixture.table.add(b"other", fixture.hello(os.getppid()))
+    fixture.table.remove(known[0])
+    fixture.table.add(b"again", hello)
+    assert len(fixture.table) == 4
+    fixture.table.close()

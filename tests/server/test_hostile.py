@@ -90,7 +90,7 @@ PACKED += [b"abc", pack_tokens(range(CHUNK)), pack_tokens(range(3 * CHUNK))]
 
 
 def hostile(kind: inspect.Type) -> st.SearchStrategy[Any]:
-    """Build values of a type that its declaration does not forbid, or that it does."""
+    """Return a strategy for values of a type, valid and invalid."""
     if isinstance(kind, inspect.Metadata):
         return hostile(kind.type)
     if isinstance(kind, inspect.StructType):
@@ -115,7 +115,7 @@ def hostile(kind: inspect.Type) -> st.SearchStrategy[Any]:
 
 
 class Whole:
-    """A server that is never run: its loop is handed messages."""
+    """A server whose loop gets messages by calls, without a running thread."""
 
     def __init__(self, folder: Path, engine: str) -> None:
         config = ServerConfig(
@@ -148,26 +148,26 @@ class Whole:
             assert not self.ask(request, identity).code
 
     def greet(self, identity: bytes) -> None:
-        """Say hello."""
+        """Send HELLO."""
         pid = os.getpid()
         hello = Hello(PROTOCOL_VERSION, pid, start_time(pid) or 0, pid_namespace())
         assert not self.ask(hello, identity).code
         self.boot = self.server.boot
 
     def ask(self, request: Request[Any], identity: bytes = b"ours") -> Any:
-        """Have a request served to its end; it is answered once."""
+        """Serve a request to its end; it gets exactly one reply."""
         self.number += 1
         frame = encode_request(request, self.number, self.boot, 0)
         return self.send(identity, frame)
 
     def ask_raw(self, name: str, body: Any) -> Any:
-        """Have a request served whose body may be anything."""
+        """Serve a request with any body."""
         self.number += 1
         envelope = (self.number, name, REQUESTS[name].fingerprint, self.boot, 0, body)
         return self.send(b"ours", msgspec.msgpack.encode(envelope))
 
     def send(self, identity: bytes, frame: bytes) -> Any:
-        """Have a frame served to its end."""
+        """Serve a frame to its end."""
         self.socket.add(identity, frame)
         self.loop._receive()
         while not self.socket.sent:
@@ -182,7 +182,7 @@ class Whole:
         return reply
 
     def close(self) -> None:
-        """Release all."""
+        """Close the server."""
         self.server.close()
         self.segment.unlink()
         self.segment.close()
@@ -192,7 +192,7 @@ class Whole:
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Whole]:
-    """A server of each engine."""
+    """One server per `engine` option."""
     whole = Whole(tmp_path_factory.mktemp("hostile"), request.param)
     yield whole
     whole.close()
@@ -202,7 +202,7 @@ def whole(
 @settings(suppress_health_check=[*HealthCheck])
 @given(data=st.data())
 def test_hostile_values(whole: Whole, kind: RequestType, data: st.DataObject) -> None:
-    """The answer is a result or a short error that is no defect; all goes on after."""
+    """The reply is a result or a short error, never "internal"; the server goes on."""
     whole.greet(b"ours")
     request = data.draw(hostile(inspect.type_info(kind.request)))
     reply = whole.ask(request)
@@ -210,7 +210,7 @@ def test_hostile_values(whole: Whole, kind: RequestType, data: st.DataObject) ->
 
 
 def check(whole: Whole, reply: ReplyEnvelope) -> None:
-    """Hold an answer, and the server behind it, to the contract."""
+    """Check a reply, and that the server still answers."""
     if reply.code:
         error = decode_error(reply.body)
         assert reply.code in ERRORS
@@ -253,7 +253,7 @@ GOOD: list[Request[Any]] = [
 
 
 def paths(body: Any) -> Iterator[tuple[Any, ...]]:
-    """Walk to all that a body consists of."""
+    """Yield the path of every value in a body."""
     items: Any = ()
     if isinstance(body, dict):
         items = body.items()
@@ -280,7 +280,7 @@ values = st.one_of(
 def test_one_hostile_value(
     whole: Whole, good: Request[Any], data: st.DataObject
 ) -> None:
-    """In a request that is right but for that; what was asked before stays."""
+    """One invalid value in a valid request is refused; earlier state stays."""
     whole.greet(b"ours")
     body = msgspec.to_builtins(good, builtin_types=(bytes, memoryview))
     for _ in range(data.draw(st.integers(1, 2))):
@@ -321,7 +321,7 @@ LONG = "x\x1b" * 500
     ids=["ranks", "another model's session", "session", "dtype"],
 )  # fmt: skip
 def test_an_error_is_short(whole: Whole, request_: Request[Any], code: str) -> None:
-    """However much there is to be said, or was sent."""
+    """Error messages stay short, however long the invalid value is."""
     handles = (Private(NUM_BYTES),)
     for rank, world_size, model in ((0, 1, "m2"), (1, 4096, "m")):
         name = f"{model}-{world_size}"

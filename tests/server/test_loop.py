@@ -1,4 +1,4 @@
-"""The socket loop, against a played socket."""
+"""The event loop, over a fake socket."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Frame:
 
 
 class ScriptedSocket:
-    """A ROUTER that has received messages and takes answers."""
+    """A fake ROUTER socket with received messages and sent replies."""
 
     def __init__(self) -> None:
         self.frames: deque[Frame] = deque()
         self.sent: list[bytes] = []
 
     def add(self, *message: bytes) -> None:
-        """Have a message received."""
+        """Queue a received message."""
         last = len(message) - 1
         self.frames += [Frame(part, at < last) for at, part in enumerate(message)]
 
@@ -47,7 +47,7 @@ class ScriptedSocket:
 
 
 def test_a_message_of_many_frames_is_dropped_in_turns() -> None:
-    """It is answered once; others are served between its pieces, and then after it."""
+    """It gets one error; other requests are served between its frames and after it."""
     socket = ScriptedSocket()
     table = ClientTable(1, list[int]().append, list[int]().remove)
     loop = EventLoop(socket, BootToken(1), table, 8)  # type: ignore[arg-type]

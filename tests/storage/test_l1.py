@@ -1,4 +1,4 @@
-"""L1: what is written becomes readable as a whole, and what is read stays."""
+"""L1: parts become readable at commit, and held chunks stay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chain(name: str, length: int) -> list[ChunkHash]:
 
 
 def store(l1: L1, hashes: Sequence[ChunkHash], part: PartId = RANK0) -> int:
-    """Reserve and commit a page for each chunk; return how many."""
+    """Reserve and commit a page for each chunk; return their number."""
     return l1.commit(l1.reserve(hashes, part, PAGE).reservations)
 
 
@@ -75,7 +75,7 @@ def test_chunk_is_present_when_all_needed_parts_are(l1: L1) -> None:
 
 
 def test_second_writer_finds_parts_present(l1: L1) -> None:
-    """What is there, or being written, is not reserved again."""
+    """A part that is committed or being written is not reserved again."""
     first = l1.reserve(chain("a", 2), RANK0, PAGE)
     second = l1.reserve(chain("a", 3), RANK0, PAGE)
     assert (second.num_present, second.num_dropped) == (2, 0)
@@ -86,7 +86,7 @@ def test_second_writer_finds_parts_present(l1: L1) -> None:
 
 
 def test_aborted_parts_vanish(l1: L1) -> None:
-    """An abort gives the room back, and a chunk without parts is forgotten."""
+    """An abort frees the room, and a chunk without parts leaves the index."""
     store(l1, chain("a", 1), RANK1)
     l1.abort(l1.reserve(chain("a", 3), RANK0, 100).reservations)
     stats = l1.stats()
@@ -106,7 +106,7 @@ def test_settling_twice_is_harmless(l1: L1) -> None:
 
 
 def test_room_is_made_by_evicting_leaves_first(l1: L1) -> None:
-    """The chunk that goes is the last one of the prompt used longest ago."""
+    """The evicted chunk is the last one of the least recently used prompt."""
     store(l1, chain("old", 4))
     store(l1, chain("new", 4))
     store(l1, chain("x", 2))
@@ -126,7 +126,7 @@ def test_touched_prompts_stay(l1: L1) -> None:
 
 
 def test_parts_of_a_chunk_go_together(l1: L1) -> None:
-    """Eviction leaves no half of a chunk."""
+    """Eviction removes all parts of a chunk."""
     for part in (RANK0, RANK1):
         store(l1, chain("a", 4), part)
     store(l1, chain("b", 1))
@@ -149,7 +149,7 @@ def test_own_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
 
 
 def test_held_and_reserved_chunks_are_never_victims(l1: L1) -> None:
-    """A full L1 of chunks in use takes nothing in, and gives way afterwards."""
+    """An L1 full of held chunks stores nothing, and evicts after the holds end."""
     store(l1, chain("a", 4))
     held = l1.acquire_leading(chain("a", 4), 1)
     writing = l1.reserve(chain("b", 4), RANK0, PAGE)
@@ -187,7 +187,7 @@ def test_chunk_that_a_second_rank_writes_is_no_victim(l1: L1, end: str) -> None:
 
 
 def test_impossible_part_evicts_nothing(l1: L1) -> None:
-    """A part larger than the arena is dropped and costs nobody's chunks."""
+    """A part larger than the arena is dropped and evicts nothing."""
     store(l1, chain("a", 8))
     assert l1.reserve(chain("b", 1), RANK0, 9 * PAGE).num_dropped == 1
     assert l1.stats().num_chunks == 8
@@ -221,7 +221,7 @@ def test_peek_shows_what_is_known(l1: L1) -> None:
 
 
 def test_clear_keeps_what_is_used(l1: L1) -> None:
-    """Held chunks and those being written stay; all else goes and comes back free."""
+    """Held and reserved chunks stay; all others are dropped and freed."""
     store(l1, chain("a", 4))
     held = l1.acquire_leading(chain("a", 1), 1)
     writing = l1.reserve(chain("b", 1), RANK0, PAGE)
@@ -250,7 +250,7 @@ def test_closed_l1_is_harmless(arena: Arena) -> None:
 
 
 def test_check_sees_a_contradiction(l1: L1) -> None:
-    """The tests' own judge notices a mask that lies."""
+    """`check` finds a wrong mask."""
     store(l1, chain("a", 1))
     (chunk,) = l1.present(chain("a", 1), 1)
     chunk.ready = 3
@@ -261,7 +261,7 @@ def test_check_sees_a_contradiction(l1: L1) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), max_size=30))
 def test_what_remains_of_a_prompt_is_its_prefix(uses: list[tuple[str, int]]) -> None:
-    """However prompts are stored and used, evictions take their leaves first."""
+    """In whatever order prompts are used, their leaves are evicted first."""
     arena = Arena(8 * PAGE, PAGE)
     try:
         l1 = L1(arena, LRU())
@@ -285,7 +285,7 @@ class Traffic:
         self.wrong: list[Chunk] = []
 
     def run(self, num_threads: int) -> None:
-        """Work until every thread has done its turns."""
+        """Run every thread to its end."""
         threads = [
             threading.Thread(target=self._work, args=(random.Random(seed),))
             for seed in range(num_threads)
@@ -330,7 +330,7 @@ def test_readers_see_whole_parts_beside_writers_and_eviction(arena: Arena) -> No
 
 
 def test_watchers_hear_of_every_chunk_that_leaves(l1: L1) -> None:
-    """With why, and for whom room was made."""
+    """With the reason and the owner of the evicting store."""
     heard: list[tuple[bytes, str, object]] = []
     l1.on_removed(
         lambda one: heard.append((one.chunk.hash, one.reason.value, one.owner))
@@ -350,7 +350,7 @@ def test_watchers_hear_of_every_chunk_that_leaves(l1: L1) -> None:
 
 
 def test_a_condemned_chunk_keeps_its_memory_until_its_last_hold_ends(l1: L1) -> None:
-    """Nobody finds it, and a reader's bytes do not become another's."""
+    """No reader finds it, and the pages of a held chunk are not reused."""
     [held] = store_and_hold(l1, "a")
     writing = l1.reserve(chain("a", 1), RANK1, PAGE).reservations
     assert l1.condemn(held)
@@ -363,7 +363,7 @@ def test_a_condemned_chunk_keeps_its_memory_until_its_last_hold_ends(l1: L1) -> 
 
 
 def test_a_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
-    """Though it is the oldest that is there."""
+    """Although it is the least recently used."""
     store(l1, chain("a", 4))
     store(l1, chain("b", 4))
     prompt = chain("a", 8)
@@ -373,7 +373,7 @@ def test_a_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
 
 
 def test_commit_can_hold_what_it_makes_readable(l1: L1) -> None:
-    """No eviction comes in between."""
+    """No eviction happens in between."""
     [held] = store_and_hold(l1, "a")
     assert held.holds == 1
     l1.release([held])

@@ -1,4 +1,4 @@
-"""Quotas and the watermark: who loses chunks, and when."""
+"""Quotas and the watermark: whose chunks are evicted, and when."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Shelf:
         model: str = "other",
         by: int = 1,
     ) -> int:
-        """Store a prompt, `by` chunks at a time; return how many chunks found room."""
+        """Store a prompt, `by` chunks at a time; return the number of stored chunks."""
         part = PartName(model, 1, 0, 0, Fingerprint("f"))
         hashes, owner, stored = prompt(name, length), SessionKey(salt, name), 0
         for first in range(0, length, by):
@@ -67,11 +67,11 @@ class Shelf:
         return stored
 
     def has(self, name: str) -> int:
-        """Count a prompt's chunks that are there."""
+        """Return the number of a prompt's chunks in L1."""
         return sum(found is not None for found in self.l1.peek(prompt(name, 10)))
 
     def used(self) -> dict[str, int]:
-        """What the spaces have, in chunks."""
+        """Return the use of each account, in chunks."""
         assert isinstance(self.order, Quotas)
         return {q.space: q.used_bytes // PAGE for q in self.order.status()}
 
@@ -85,14 +85,14 @@ def shelf(request: pytest.FixtureRequest) -> Iterator[Shelf]:
 
 
 def test_room_that_nobody_needs_is_anyones(shelf: Shelf) -> None:
-    """A space may have more than its quota while there is room."""
+    """An account may exceed its quota while there is room."""
     assert shelf.store("x", 6, salt="a") == 6
     assert shelf.used() == {"salt:a": 6, "model:m": 0}
 
 
 @pytest.mark.parametrize("by", [1, 8])
 def test_what_is_over_goes_first(shelf: Shelf, by: int) -> None:
-    """Another's need takes from the space over its quota, down to it."""
+    """Stores of others evict from an account over its quota, down to it."""
     shelf.store("old", 3)
     shelf.store("x", 6, salt="a")
     assert shelf.store("new", 4, by=by) == 4
@@ -101,7 +101,7 @@ def test_what_is_over_goes_first(shelf: Shelf, by: int) -> None:
 
 @pytest.mark.parametrize("by", [1, 3])
 def test_a_space_at_its_quota_pays_itself(shelf: Shelf, by: int) -> None:
-    """What it asks for beyond it is taken from its own, not from others."""
+    """A store beyond the quota evicts the account's own chunks."""
     shelf.store("old", 7)
     shelf.store("x", 3, salt="a")
     assert shelf.store("y", 3, salt="a", by=by) == 3
@@ -109,7 +109,7 @@ def test_a_space_at_its_quota_pays_itself(shelf: Shelf, by: int) -> None:
 
 
 def test_a_space_over_its_quota_pays_before_one_further_over(shelf: Shelf) -> None:
-    """Its own need comes out of its own, however much another has."""
+    """Its stores evict its own chunks, even if another account has more."""
     shelf.store("x", 6, model="m")
     shelf.store("y", 4, salt="a")
     assert shelf.store("z", 1, salt="a") == 1
@@ -117,7 +117,7 @@ def test_a_space_over_its_quota_pays_before_one_further_over(shelf: Shelf) -> No
 
 
 def test_below_its_quota_a_space_is_like_any_other(shelf: Shelf) -> None:
-    """Room for it comes out of everything, by the policy alone."""
+    """Its stores evict by the policy alone, from all chunks."""
     shelf.store("old", 10)
     assert shelf.store("x", 3, salt="a") == 3
     assert (shelf.has("old"), shelf.used()["salt:a"]) == (7, 3)
@@ -133,7 +133,7 @@ def test_a_salts_chunks_are_not_on_the_models_account(shelf: Shelf) -> None:
 
 
 def test_held_chunks_of_a_space_over_its_quota_stay(shelf: Shelf) -> None:
-    """Where its own are held, others go; what was passed over can go later."""
+    """If its own chunks are held, others are evicted; skipped ones can go later."""
     shelf.store("old", 4)
     shelf.store("x", 6, salt="a")
     held = shelf.l1.acquire_leading(prompt("x", 6), 1)
@@ -156,7 +156,7 @@ def test_what_is_aborted_is_not_counted(shelf: Shelf) -> None:
 
 
 def test_what_is_coming_begins_with_who_is_over(shelf: Shelf) -> None:
-    """Write-back learns first of those that quotas will take."""
+    """`coming` lists the chunks of accounts over quota first."""
     shelf.store("old", 4)
     shelf.store("x", 5, salt="a")
     coming = shelf.l1.coming(3)
@@ -165,7 +165,7 @@ def test_what_is_coming_begins_with_who_is_over(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_store_beyond_the_watermark_evicts_down_to_it(policy: str) -> None:
-    """Others' chunks go, as many as keep it; the request's own stay."""
+    """Other chunks are evicted down to the watermark; the request's own stay."""
     shelf = Shelf(policy, {}, 0.8)
     shelf.store("old", 8)
     assert shelf.has("old") == 8
