@@ -1,4 +1,4 @@
-"""Two sides of results: counts exactly, timings by the spread of their runs."""
+"""Comparison of results: counts exactly, timings by the spread of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN = result_of(RawMeasurements("planted", SCENARIO, 0))
 
 
 def run(lookup_s: float, store_s: float = 1.0, **counts: int) -> Result:
-    """A run in which every call of an operation took this long."""
+    """Return a run in which all calls of an operation took equally long."""
     seconds = {"lookup": lookup_s, "store": store_s}
     return replace(
         PLAIN,
@@ -37,12 +37,12 @@ def run(lookup_s: float, store_s: float = 1.0, **counts: int) -> Result:
 
 
 def runs(median_s: float, number: int = 12, **counts: int) -> list[Result]:
-    """Runs that spread by some percent."""
-    wobble = 0.02 * np.cos(np.arange(number) * 2.4)
-    return [run(median_s * float(np.exp(one)), **counts) for one in wobble]
+    """Return runs whose durations vary by a few percent."""
+    noise = 0.02 * np.cos(np.arange(number) * 2.4)
+    return [run(median_s * float(np.exp(one)), **counts) for one in noise]
 
 
-def test_a_slower_side_is_worse_and_fails_the_gate() -> None:
+def test_a_slower_side_is_a_regression() -> None:
     """A tenth slower in lookups: worse there, the same elsewhere, counts the same."""
     found = compare(runs(1.0), runs(1.1))
     effect = found.timings["lookup"].effect
@@ -82,7 +82,7 @@ def test_a_faster_side_is_better_and_passes() -> None:
 def test_counts_are_compared_exactly(
     name: str, base: Sequence[int], new: Sequence[int], verdict: CountVerdict
 ) -> None:
-    """Where they repeat any difference counts, where not what is out of range."""
+    """Any difference of constant counts; otherwise values outside the range."""
     ours = [run(1.0, **{name: value}) for value in base]
     theirs = [run(1.0, **{name: value}) for value in new]
     found = compare(ours, theirs)
@@ -92,7 +92,7 @@ def test_counts_are_compared_exactly(
 
 
 def test_other_settings_may_store_other_amounts() -> None:
-    """They are named; what differs then is no failure, what is worse is."""
+    """With other settings, a count that differs passes, and a worse one fails."""
     larger = replace(SCENARIO, cache_blocks=2048)
     base = [run(1.0, stored_bytes=1, chunks_hit=3)] * 2
     new = [replace(run(1.0, stored_bytes=2, chunks_hit=2), scenario=larger)] * 2
@@ -102,15 +102,15 @@ def test_other_settings_may_store_other_amounts() -> None:
 
 
 def test_other_work_has_other_counts() -> None:
-    """Of sides that were asked different things only errors and the like compare."""
+    """For different workloads, only counts that must be zero are compared."""
     other = replace(SCENARIO, workload=Chat(turns=9))
     new = [replace(run(1.0, chunks_hit=99), scenario=other)] * 2
     found = compare(runs(1.0), new)
     assert found.counts.keys() == {"errors", "bytes_wrong", "leases_leaked"}
 
 
-def test_unlike_machines_are_refused_unless_told() -> None:
-    """The error says what differs and which flag goes on."""
+def test_different_machines_are_refused_by_default() -> None:
+    """The error names the difference and the flag that allows it."""
     elsewhere = replace(PLAIN.environment, cpu="another", num_cores=1)
     theirs = [replace(one, environment=elsewhere) for one in runs(1.0)]
     with pytest.raises(SetupError, match=r"cpu: .* and another; .*--anyway"):
@@ -120,25 +120,25 @@ def test_unlike_machines_are_refused_unless_told() -> None:
 
 @pytest.mark.parametrize("rule", ["lookup", "lookup>5", "faster", "lookup > x%"])
 def test_a_wrong_rule_says_what_rules_are(rule: str) -> None:
-    """Wrong use, before anything is played."""
+    """Wrong usage is an error before any run."""
     with pytest.raises(SetupError, match="rules for a regression"):
         FailRules(rule)
 
 
 def test_a_rule_for_an_unknown_operation_names_the_known() -> None:
-    """Only the comparison knows which there are."""
+    """The error lists the compared operations."""
     with pytest.raises(SetupError, match="unknown operation; known are lookup, store"):
         FailRules("lokup>5%").find_regressions(compare(runs(1.0), runs(1.0)))
 
 
-def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
-    """A machine that slows down hides nothing; saved runs read back to the same."""
+def test_paired_runs_are_compared_in_pairs(tmp_path: Path) -> None:
+    """Drift of the machine hides no difference; saved runs compare equally."""
     drift = np.geomspace(1.0, 3.0, 24).tolist()
 
-    def play(number: int) -> Pair:
+    def run_pair(number: int) -> Pair:
         return Pair(run(drift[number]), run(drift[number] * 1.1))
 
-    found = PairedRuns(("a", "b"), tmp_path, play).run(24)
+    found = PairedRuns(("a", "b"), tmp_path, run_pair).run(24)
     assert found.in_pairs
     assert "to interleave them" in found.notes[0]
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
@@ -150,24 +150,24 @@ def test_a_contest_s_runs_are_judged_in_pairs(tmp_path: Path) -> None:
     assert found.save(tmp_path).exists()
 
 
-def test_turns_are_compared_one_by_one(tmp_path: Path) -> None:
-    """Where runs took turns, a pair's figure is the middle of its turns' ratios."""
+def test_interleaved_turns_are_compared_pairwise(tmp_path: Path) -> None:
+    """The ratio of an interleaved pair is the median over its turns."""
     turns = (1.0, 5.0, 2.0, None)
 
-    def play(number: int) -> Pair:
+    def run_pair(number: int) -> Pair:
         slower = tuple(one and one * 1.1 for one in turns)
-        # The runs' own medians say the opposite.
+        # The medians of the runs have the opposite ratio.
         base = replace(run(2.0), turns={"lookup": turns})
         return Pair(base, replace(run(1.0), turns={"lookup": slower}))
 
-    found = PairedRuns(("a", "b"), tmp_path, play).run(12)
+    found = PairedRuns(("a", "b"), tmp_path, run_pair).run(12)
     assert found.timings["lookup"].effect.ratio == pytest.approx(1.1)
     assert not any("to interleave them" in note for note in found.notes)
     assert found.timings["lookup"].effect.verdict is Verdict.WORSE
 
 
-def test_an_interrupted_contest_judges_what_it_has(tmp_path: Path) -> None:
-    """The pair under way is left out; with no pair at all there is nothing to judge."""
+def test_interrupted_pairs_are_dropped(tmp_path: Path) -> None:
+    """The complete pairs are compared; without one it is an error."""
     cut = Pair(run(1.0), replace(run(1.0), interrupted=True))
     whole = Pair(run(1.0), run(1.0))
     found = PairedRuns(("a", "b"), tmp_path, lambda number: (whole, cut)[number]).run(
@@ -178,18 +178,18 @@ def test_an_interrupted_contest_judges_what_it_has(tmp_path: Path) -> None:
         PairedRuns(("a", "b"), tmp_path, lambda _: cut).run(10)
 
 
-def test_a_pair_interrupted_before_its_load_loses_no_other(tmp_path: Path) -> None:
-    """What was complete by then is judged."""
+def test_interrupt_before_a_load_keeps_complete_pairs(tmp_path: Path) -> None:
+    """Complete pairs are compared."""
 
-    def play(number: int) -> Pair:
+    def run_pair(number: int) -> Pair:
         if number:
             raise KeyboardInterrupt
         return Pair(run(1.0), run(1.0))
 
-    assert PairedRuns(("a", "b"), tmp_path, play).run(10).base.num_runs == 1
+    assert PairedRuns(("a", "b"), tmp_path, run_pair).run(10).base.num_runs == 1
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    """Nothing to compare is wrong use."""
+    """A folder without results is wrong usage."""
     with pytest.raises(SetupError, match="no results"):
         read_results(tmp_path)

@@ -1,4 +1,4 @@
-"""Planted changes over recorded noise: what a comparison finds, and what it does not.
+"""Detection rate of known slowdowns in recorded noise, and the false-alarm rate.
 
 `noise.json` holds pairs of runs of two equal systems on a busy machine. A trial draws
 pairs of it, swaps sides at random, makes one operation slower, and compares.
@@ -27,7 +27,7 @@ from kvctl.lab.run.raw_measurements import RawMeasurements
 RECORDED = Path(__file__).with_name("noise.json")
 GAPS: dict[str, list[float]] = msgspec.json.decode(RECORDED.read_bytes())["gaps"]
 NUM_PAIRS = 20
-"""Of `make regress`."""
+"""As in `make regress`."""
 SLOWER = 1.1
 
 ONCE = summarise(np.array([1.0]))
@@ -39,7 +39,7 @@ PLAIN = replace(
 
 
 def trials(number: int, planted: str | None) -> Iterator[Comparison]:
-    """Compare so many times, one operation slower where one is named."""
+    """Yield comparisons, with one operation slower if named."""
     rng = np.random.default_rng(5)
     for _ in range(number):
         drawn = rng.choice(len(GAPS["request"]), NUM_PAIRS, replace=False)
@@ -65,16 +65,16 @@ def _run(side: str, place: int, ratios: dict[str, float]) -> Result:
 
 
 def found(comparison: Comparison, name: str) -> bool:
-    """Say whether an operation was judged worse."""
+    """Return whether an operation is significantly worse."""
     return comparison.timings[name].effect.verdict is Verdict.WORSE
 
 
 def alarmed(comparison: Comparison) -> bool:
-    """Say whether any was."""
+    """Return whether any operation is significantly worse."""
     return any(found(comparison, name) for name in comparison.timings)
 
 
-def test_a_tenth_is_found_and_nothing_is_not() -> None:
+def test_slowdowns_are_found_without_false_alarms() -> None:
     """Twenty trials each: slower requests are found, equal systems rarely alarm."""
     assert sum(found(one, "request") for one in trials(20, "request")) >= 19
     assert sum(map(alarmed, trials(20, None))) <= 1
@@ -89,5 +89,5 @@ def test_a_tenth_is_found_in_95_of_100(name: str) -> None:
 
 @pytest.mark.soak
 def test_equal_systems_alarm_in_at_most_5_of_100() -> None:
-    """With all operations asked about at once."""
+    """With all operations tested together."""
     assert sum(map(alarmed, trials(100, None))) <= 5

@@ -1,4 +1,4 @@
-"""Simulated hosts: a server each, and what one found that another had stored."""
+"""Simulated hosts: one server each, and hits on chunks that other hosts stored."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def scenario(folder: Path, *settings: str) -> Scenario:
 
 
 def report(host: int, hit: int, heads: list[int]) -> EngineReport:
-    """Of an engine that asked for ten chunks."""
+    """Return the report of an engine that looked up ten chunks."""
     packed = b"".join(head.to_bytes(8, "big") for head in heads)
     return EngineReport(
         Tally(chunks=10, chunks_hit=hit), LatencySamples(), packed, host=host
     )
 
 
-def test_hits_beyond_an_endless_cache_of_its_own_are_others() -> None:
-    """Ten chunks asked, four different ones: six hits need nobody else."""
+def test_hits_beyond_an_infinite_own_cache_are_from_others() -> None:
+    """Ten chunks with four unique ones: six hits need no other host."""
     reports = [report(0, 6, [1, 2, 3, 4]), report(1, 9, [1, 2, 3, 4])]
     own, other = report_hosts(reports, [{}, {"bytes_prefetched": 7}])
     assert (own.chunks_hit_alone, own.chunks_hit_from_others) == (6, 0)
@@ -60,8 +60,8 @@ def test_hits_beyond_an_endless_cache_of_its_own_are_others() -> None:
     assert (own.tier_bytes, other.tier_bytes) == (0, 7)
 
 
-def test_what_a_host_asked_for_before_the_measurement_is_its_own() -> None:
-    """A chunk of its warm-up may be hit without help; one of another's may not."""
+def test_warm_up_chunks_of_a_host_are_its_own() -> None:
+    """Chunks of a host's warm-up can be hit without other hosts."""
     reports = [
         replace(report(0, 10, [1, 2]), warm_heads=(1).to_bytes(8, "big")),
         report(1, 10, [1, 2]),
@@ -71,7 +71,7 @@ def test_what_a_host_asked_for_before_the_measurement_is_its_own() -> None:
 
 
 def test_hosts_share_nothing_without_a_tier(tmp_path: Path) -> None:
-    """Each host's engine asks its own server, and misses what only the other has."""
+    """Each engine uses its own server and misses chunks of the other host."""
     result = run("hosts", scenario(tmp_path), 0, None)
     assert not result.problems
     first, second = result.hosts
@@ -96,9 +96,9 @@ def test_hosts_share_nothing_without_a_tier(tmp_path: Path) -> None:
         ([], "tcp://127.0.0.1:1", "hosts"),
     ],
 )
-def test_what_hosts_cannot_be_is_refused(
+def test_invalid_hosts_are_refused(
     tmp_path: Path, settings: list[str], address: str | None, word: str
 ) -> None:
-    """More hosts than engines, faults, a server that was started elsewhere."""
+    """More hosts than engines, faults, an external server."""
     with pytest.raises(SetupError, match=word):
         run("hosts", scenario(tmp_path, *settings), 0, address)

@@ -1,4 +1,4 @@
-"""How near calls came to what the machine can do."""
+"""How close calls came to the ceilings of the machine."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ALONE = IsolatedTimings(
 
 
 def shares(result: Result) -> dict[str, float]:
-    """What was reached, by call."""
+    """Return the share of the ceiling by call."""
     return {one.name: one.share for one in list_ceiling_shares(result)}
 
 
-def test_a_copy_is_held_against_a_copy_and_a_round_trip() -> None:
+def test_ceiling_of_a_copy_is_a_copy_and_a_round_trip() -> None:
     """1 MB in 0.5 ms, where a plain copy takes 0.1 ms and a bare trip as long: 40 %."""
     found = shares(replace(summarise(evidence(engine(b"a"))), alone=ALONE))
     assert found["store, alone"] == pytest.approx(0.4)
@@ -38,8 +38,8 @@ def test_a_copy_is_held_against_a_copy_and_a_round_trip() -> None:
     assert found["lookup, alone"] == pytest.approx(0.5)
 
 
-def test_under_load_copies_are_held_against_copies_beside_them() -> None:
-    """2 GB/s of 10; what was not measured is left out."""
+def test_ceiling_under_load_is_a_concurrent_copy() -> None:
+    """2 GB/s of 10; calls without a measurement are omitted."""
     found = shares(summarise(evidence(engine(b"a"))))
     assert found["store, under load"] == pytest.approx(0.2)
     assert found.keys() == {"store, under load", "lookup, under load"}

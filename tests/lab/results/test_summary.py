@@ -1,4 +1,4 @@
-"""From planted reports to a result: counts, rates, problems, and the file."""
+"""Results of fabricated reports: counts, rates, problems, and the saved file."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def evidence(*reports: EngineReport, limits: Limits | None = None) -> RawMeasure
     )
 
 
-def test_rates_stand_beside_those_of_an_endless_cache() -> None:
-    """20 chunks asked for, 5 different ones: an endless cache would miss 5."""
+def test_rates_beside_those_of_an_infinite_cache() -> None:
+    """20 chunks, 5 unique: an infinite cache misses 5."""
     one = engine(b"a", b"b", b"c", chunks_hit=6, tokens_hit=1536)
     two = engine(b"c", b"d", b"e", chunks_hit=4, tokens_hit=1024)
     result = summarise(evidence(one, two))
@@ -76,8 +76,8 @@ def test_hits_are_split_between_memory_and_tiers() -> None:
     assert "from tier 1: file 0.188 (2.9 KiB loaded)" in rendered(result)
 
 
-def test_a_long_run_shows_its_beginning_beside_its_end() -> None:
-    """Twenty points: the first two are told beside the last two; memory likewise."""
+def test_a_long_run_shows_its_first_and_last_tenth() -> None:
+    """Twenty points: means of the first two and the last two; memory likewise."""
     points = tuple(
         SeriesPoint(
             0.5 * (at + 1), {"requests": at, "tokens": 10, "tokens_hit": at // 2}, {}
@@ -116,7 +116,7 @@ def test_wrong_bytes_and_errors_are_problems(counts: dict[str, int], says: str) 
 
 
 def test_leaks_failures_and_missed_limits_are_problems() -> None:
-    """What a process or a lease did wrong, and what a scenario demanded."""
+    """Failed processes, leaked leases and missed limits of the scenario."""
     found = evidence(engine(b"a", b"b"), limits=Limits(min_hit_rate=0.5))
     found.leases_leaked = 1
     leaked, missed = summarise(found).problems
@@ -129,8 +129,8 @@ def test_leaks_failures_and_missed_limits_are_problems() -> None:
 
 
 @pytest.mark.parametrize("failure", [None, "the server ended early"])
-def test_a_run_that_was_cut_has_no_hit_rate_to_reach(failure: str | None) -> None:
-    """Interrupted, or ended by a death: what was measured so far stands."""
+def test_an_incomplete_run_has_no_minimum_hit_rate(failure: str | None) -> None:
+    """Interrupted, or stopped by a failure."""
     found = evidence(engine(b"a"), limits=Limits(min_share_of_ideal=0.9))
     found.interrupted = failure is None
     found.failures += [failure] if failure else []

@@ -171,7 +171,7 @@ def test_a_ragpulse_file_stands_for_its_folder(tmp_path: Path) -> None:
     assert ragpulse.read(path) == ragpulse.read(tmp_path)
 
 
-def test_a_profile_counts_what_an_endless_cache_would_find(tmp_path: Path) -> None:
+def test_a_profile_counts_hits_of_an_infinite_cache(tmp_path: Path) -> None:
     """Nine blocks, seven different: two of nine hit."""
     path = tmp_path / "b.jsonl"
     path.write_text(BAILIAN)

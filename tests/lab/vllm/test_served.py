@@ -1,4 +1,4 @@
-"""Scenarios with real engines; a script stands in for the engine itself."""
+"""Scenarios with real engines, with a fake vLLM server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.cli.test_cli import run_in_process
 ROOT = Path(__file__).resolve().parents[3]
 SCENARIO = ROOT / "scenarios" / "vllm.toml"
 
-STAND_IN = """\
+FAKE_SERVER = """\
 import json, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -54,8 +54,8 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-def stand_in(folder: Path, text: str) -> str:
-    """Write what is started in place of a Python with vLLM."""
+def fake_python(folder: Path, text: str) -> str:
+    """Write an executable that replaces a Python with vLLM."""
     script, start = folder / "engine.py", folder / "python"
     script.write_text(text)
     start.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
@@ -103,9 +103,9 @@ def test_it_is_explained_without_vllm(tmp_path: Path) -> None:
     )
 
 
-def test_an_engine_is_asked_over_http(tmp_path: Path) -> None:
+def test_requests_over_http(tmp_path: Path) -> None:
     """Answers are joined, refusals raise, counters are summed over engines."""
-    python = stand_in(tmp_path, STAND_IN)
+    python = fake_python(tmp_path, FAKE_SERVER)
     server = VLLMServer(python, "model", ["--dtype=float32"], tmp_path / "log")
     try:
         answer = server.complete([5, 6], 2)
@@ -120,7 +120,7 @@ def test_an_engine_is_asked_over_http(tmp_path: Path) -> None:
 
 def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
     """With its last words."""
-    python = stand_in(tmp_path, "raise SystemExit('no such model')")
+    python = fake_python(tmp_path, "raise SystemExit('no such model')")
     with pytest.raises(SetupError, match="no such model"):
         VLLMServer(python, "model", [], tmp_path / "log")
     with pytest.raises(SetupError, match="/nowhere"):
