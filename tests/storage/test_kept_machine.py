@@ -22,13 +22,13 @@ from kvcore.shm import SHM_DIR
 from kvcore.storage import journal
 from kvcore.storage.recovery import arena_name
 from tests.tiers.test_tier_manager import TierFixture, chain
-from tests.tiers.test_tier_manager_machine import PROMPTS, ManagerMachine
+from tests.tiers.test_tier_manager_machine import PROMPTS, TierManagerMachine
 
 SPARE_RECORDS = 12
 """So that the journal is written anew now and then."""
 
 
-class KeptMachine(ManagerMachine):
+class KeptMachine(TierManagerMachine):
     """The model: what is readable when a server ends is what the next one has."""
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class KeptMachine(ManagerMachine):
 
     def open(self, now: float) -> None:
         """The next server begins, over the same tiers."""
-        self.house = TierFixture(
+        self.fixture = TierFixture(
             num_pages=22,
             num_tiers=2,
             policy=self.policy,
             max_bytes=500,
             max_jobs=3,
             now=now,
-            over=self.house.over if now else (),
+            over=self.fixture.over if now else (),
             kept_at=self.path,
             quotas=self.quotas,
         )
@@ -63,7 +63,7 @@ class KeptMachine(ManagerMachine):
     def store_of_tenant(self, number: int, length: int) -> None:
         """A worker stores a prompt's chunks on the tenant's account."""
         owner = SessionKey("e", "tenant")
-        self.house.store(chain(number, length), PROMPTS[number], owner)
+        self.fixture.store(chain(number, length), PROMPTS[number], owner)
 
     # -- the end of a server ----------------------------------------------------------
 
@@ -71,8 +71,8 @@ class KeptMachine(ManagerMachine):
     def stop(self) -> None:
         """A server ends well: all that was readable is there again."""
         before = self.readable()
-        self.house.manager.close()
-        self.house.l1.close()
+        self.fixture.manager.close()
+        self.fixture.l1.close()
         self.end()
         assert self.readable() == before
 
@@ -80,7 +80,7 @@ class KeptMachine(ManagerMachine):
     def kill(self) -> None:
         """A server is killed: the same, and what was under way is lost."""
         before = self.readable()
-        for tier in self.house.tiers:
+        for tier in self.fixture.tiers:
             tier.pending.clear()
         self.end()
         assert self.readable() == before
@@ -89,7 +89,7 @@ class KeptMachine(ManagerMachine):
     def harm(self, harm: str, place: float) -> None:
         """What a killed server left is not whole; what the next one has is right."""
         before = self.readable()
-        for tier in self.house.tiers:
+        for tier in self.fixture.tiers:
             tier.pending.clear()
         self.close()
         segment = SHM_DIR / arena_name(self.path)
@@ -101,7 +101,7 @@ class KeptMachine(ManagerMachine):
             with segment.open("r+b") as file:
                 file.seek(int(place * segment.stat().st_size))
                 file.write(b"\xff")
-        self.open(self.house.now + 1)
+        self.open(self.fixture.now + 1)
         after = self.readable()
         # A cut may bring back what had gone: the invariants say that it is right.
         assert harm == "cut" or set(after) <= set(before)
@@ -109,7 +109,7 @@ class KeptMachine(ManagerMachine):
     def end(self) -> None:
         """One server ends, the next begins."""
         self.close()
-        self.open(self.house.now + 1)
+        self.open(self.fixture.now + 1)
 
     def close(self) -> None:
         """Nobody has anything of a server that has ended but what it kept.
@@ -120,23 +120,23 @@ class KeptMachine(ManagerMachine):
         self.jobs.clear()
         self.unwaited.clear()
         self.leases.clear()
-        earlier, self.path = self.path, self.path.with_name(f"{self.house.now}")
+        earlier, self.path = self.path, self.path.with_name(f"{self.fixture.now}")
         shutil.copy(earlier, self.path)
         shutil.copy(SHM_DIR / arena_name(earlier), SHM_DIR / arena_name(self.path))
         self.leave()
 
     def leave(self) -> None:
         """Remove what a server kept."""
-        self.house.journal.close()
-        self.house.arena.close()
-        (SHM_DIR / self.house.arena.name).unlink(missing_ok=True)
+        self.fixture.journal.close()
+        self.fixture.arena.close()
+        (SHM_DIR / self.fixture.arena.name).unlink(missing_ok=True)
 
     def readable(self) -> dict[ChunkHash, int]:
         """Return the parts of each chunk that can be read."""
         [*chunks] = (
             chunk
             for number in PROMPTS
-            for chunk in self.house.l1.peek(chain(number, 6))
+            for chunk in self.fixture.l1.peek(chain(number, 6))
             if chunk is not None and chunk.ready
         )
         return {chunk.hash: chunk.ready for chunk in chunks}
@@ -146,7 +146,7 @@ class KeptMachine(ManagerMachine):
     @invariant()
     def accounts_add_up(self) -> None:
         """Each has the bytes of its chunks' parts."""
-        table = self.house.l1._table
+        table = self.fixture.l1._table
         assert table.quotas is not None
         chunks = [*table.index.values(), *table._dropped]
         for account in table.quotas._accounts.values():
