@@ -1,4 +1,4 @@
-"""Threads that share one large copy with the lane that it runs on."""
+"""Threads that share one large copy with the thread that makes it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class CopyThreads:
-    """`num_threads` at one copy, the caller's own among them.
+    """`num_threads` threads for one copy, including the calling one.
 
-    Nobody waits for a helper that has not begun: whoever is free takes the next item,
-    and a caller whose helpers are busy elsewhere does all of it.
+    Each free thread takes the next item. The caller never waits for a helper that has
+    not started: if all are busy, it does every item.
     """
 
     def __init__(self, num_threads: int = 1, name: str = "copy") -> None:
@@ -21,10 +21,10 @@ class CopyThreads:
         self._pool = ThreadPoolExecutor(max(1, self._num_helpers), name)
 
     def each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
-        """Do `work` once for every item, in any order; return when all is done.
+        """Call `work` once per item, in any order; return when all are done.
 
         Raises:
-            Exception: what `work` raised; no thread is at it any more.
+            Exception: what `work` raised, after every thread has stopped.
         """
         todo = [*items]
         # Taking the next of a list's iterator is one step under the GIL.
@@ -39,16 +39,15 @@ class CopyThreads:
         try:
             take()
         finally:
-            # All of them are waited for before any is heard: one may fail while
-            # another still copies.
+            # Wait for all before raising: one may fail while another still copies.
             errors = [h.exception() for h in helpers if not h.cancel()]
         for error in filter(None, errors):
             raise error
 
     def close(self) -> None:
-        """End the threads; no copy is under way."""
+        """Stop the threads; no copy is running."""
         self._pool.shutdown()
 
 
 CALLING_THREAD = CopyThreads()
-"""The caller's thread and no other."""
+"""Runs everything in the calling thread."""

@@ -31,7 +31,7 @@ class AttachedMemory(Protocol):
         """Handle of the event that `record` records; empty where there is none."""
 
     def wait(self, event: bytes, check: Callable[[], None]) -> None:
-        """Block until what the worker recorded has ended; now and then `check`.
+        """Block until the worker's event is reached; call `check` at intervals.
 
         Raises:
             UnknownInstance: `abandon` was called.
@@ -39,36 +39,36 @@ class AttachedMemory(Protocol):
         """
 
     def record(self) -> None:
-        """Put our event behind all copies so far, for the worker to wait on."""
+        """Record this process's event after all copies so far."""
 
     def abandon(self) -> None:
-        """The worker is gone: nothing waits for it any more. Any thread."""
+        """End all waits for the worker, which is gone. Any thread."""
 
     def close(self) -> None:
-        """Let go of the memory, once all copies have ended. May block."""
+        """Release the memory, after all copies have ended. May block."""
 
 
 class Transport(Protocol):
-    """What reaches one kind of memory."""
+    """Attaches one kind of memory."""
 
     def attach(
         self, handles: Sequence[Any], layouts: Sequence[KVLayout]
     ) -> Future[AttachedMemory]:
-        """Reach an instance's memory. Never blocks: what takes long, goes on behind.
+        """Attach an instance's memory. Never blocks: slow work runs on another thread.
 
         Raises:
-            HandleError: at once or by the future.
+            HandleError: the memory cannot be attached; raised here or by the future.
         """
 
     def devices(self) -> tuple[DeviceStatus, ...]:
         """Describe the GPUs in use."""
 
     def close(self) -> None:
-        """Let go of what all instances share, once all of them are closed."""
+        """Release what all instances share, after all of them are closed."""
 
 
 class TransportTable:
-    """All that this process has, by kind of handle."""
+    """The transports of this process, by kind of handle."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class TransportTable:
     def attach(
         self, handles: Sequence[MemoryHandle], layouts: Sequence[KVLayout]
     ) -> Future[AttachedMemory]:
-        """Reach an instance's memory; see `Transport`."""
+        """Attach an instance's memory; see `Transport`."""
         kinds = {type(handle) for handle in handles} or {PosixShm}
         if len(kinds) > 1:
             raise HandleError("handles: an instance's memory is all of one kind")
@@ -108,7 +108,7 @@ class TransportTable:
 
 
 class HostTransport:
-    """Caches in POSIX shared memory, a large copy spread over `copy_threads`."""
+    """Caches in POSIX shared memory; large copies use `copy_threads` threads."""
 
     def __init__(self, copy_threads: int) -> None:
         self._copy_threads = copy_threads
@@ -157,13 +157,13 @@ class HostMemory:
             raise
 
     def wait(self, event: bytes, check: Callable[[], None]) -> None:
-        """Do nothing: a host's store is visible once the request has arrived."""
+        """Do nothing: host memory is written before the request arrives."""
 
     def record(self) -> None:
         """Do nothing; see `wait`."""
 
     def abandon(self) -> None:
-        """Do nothing: nobody ever waits."""
+        """Do nothing: `wait` never blocks."""
 
     def close(self) -> None:
         """Unmap the segments."""
@@ -175,7 +175,7 @@ class HostMemory:
 
 
 class PrivateTransport:
-    """Memory that its worker keeps to itself: nothing here ever reaches it."""
+    """Memory that only its worker can access; the worker copies it."""
 
     def attach(
         self, handles: Sequence[Private], layouts: Sequence[KVLayout]

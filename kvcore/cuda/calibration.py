@@ -36,11 +36,11 @@ from kvcore.cuda.staging import StagingBuffer, StagingPool
 from kvcore.status import CopyRates, DeviceRates, PieceRate
 
 KERNEL_PRICE = 1.1
-"""Staging must win by that: kernels take SMs from the model, copy engines do not."""
+"""Factor on staged times: kernels take SMs from the model, copy engines do not."""
 
 
 class CopyMethod(StrEnum):
-    """How bytes get from one side to the other."""
+    """How the bytes of a call are copied."""
 
     SINGLE = "single"
     BATCHED = "batched"
@@ -56,9 +56,9 @@ def choose_method(
     word: int,
     can_stage: bool = True,
 ) -> CopyMethod:
-    """Return the way that ends first.
+    """Return the method that is expected to end first.
 
-    `num_pieces` are merged ones; `row_bytes` is what a kernel finds in one place, in
+    `num_pieces` counts merged pieces; `row_bytes` is a kernel's contiguous row, in
     words of `word` bytes (rates are for 16).
     """
     link = num_bytes / rates.link_bytes_s
@@ -75,10 +75,9 @@ def choose_method(
 
 
 def speed(rates: Sequence[PieceRate], piece_bytes: float) -> float:
-    """Return bytes a second for a piece's size.
+    """Return the rate, in bytes per second, for a piece's size.
 
-    Between two sizes that were measured it goes with a power of the size; beyond them
-    it stays.
+    Interpolated between measured sizes on logarithmic scales, constant beyond them.
     """
     sizes = [log(rate.piece_bytes) for rate in rates]
     speeds = [log(rate.bytes_s) for rate in rates]
@@ -88,7 +87,7 @@ def speed(rates: Sequence[PieceRate], piece_bytes: float) -> float:
 BATCHED_BYTES = (4096, 16384, 65536, 262144, 1 << 20)
 ROW_BYTES = (1024, 4096, 32768)
 MAX_PIECES = 1024
-"""Of a batch that is timed."""
+"""In one timed batch."""
 SMALL_BYTES = 4096
 NUM_CALLS = 64
 REPEATS = 3
@@ -96,7 +95,7 @@ TURN_S, TURN_PAUSE_S = 10.0, 0.01
 
 
 def measure(device: Device, kernels: Kernels, staging: StagingPool) -> DeviceRates:
-    """Time copies of both directions on memory of our own, and every way."""
+    """Time every copy method in both directions, on memory allocated for it."""
     begun = perf_counter()
     slot_bytes = staging.sizes.slot_bytes
     with _turn(), staging.buffer() as buffer, _host(device, slot_bytes) as host:
@@ -108,7 +107,7 @@ def measure(device: Device, kernels: Kernels, staging: StagingPool) -> DeviceRat
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Wait until no other process measures, but not for one that hangs."""
+    """Wait until no other process measures, for `TURN_S` seconds at most."""
     give_up = monotonic() + TURN_S
     with open(__file__, "rb") as ours:
         while not _locked(ours) and monotonic() < give_up:
@@ -117,7 +116,7 @@ def _turn() -> Iterator[None]:
 
 
 def _locked(file: IO[bytes]) -> bool:
-    """Say whether a file is ours alone; true where files have no locks."""
+    """Return whether this process has the lock; true where files have no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,7 +136,7 @@ def _host(device: Device, num_bytes: int) -> Iterator[int]:
 
 
 class _Bench:
-    """One slot plays the cache, the other one staging."""
+    """Copies with one slot in the role of the cache, the other as staging."""
 
     def __init__(
         self, device: Device, kernels: Kernels, buffer: StagingBuffer, host: int
@@ -152,12 +151,12 @@ class _Bench:
         self._noise = np.random.default_rng(0)
 
     def close(self) -> None:
-        """Let go of stream and event."""
+        """Destroy stream and event."""
         self._stream.close()
         self._event.close()
 
     def rates(self, *, to_host: bool) -> CopyRates:
-        """Measure one direction; no kernels' figures where there are none."""
+        """Measure one direction; without kernels, their rates stay empty."""
         has_kernels = not isinstance(self._kernels, NoKernels)
         sides = (self._host, self._cache) if to_host else (self._cache, self._host)
         start_s = self._timed(lambda: self._stream.copy(*sides, SMALL_BYTES))

@@ -44,7 +44,7 @@ FIRST_BYTES = 4 << 20
 GROWTH = 3
 """From one slot's bytes to the next, until slots are full: kernels are faster."""
 FEW = 4
-"""Copies that are cheaper one by one than as a batch."""
+"""Number of copies up to which single calls are faster than a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class LaunchLoad:
 
 
 class CopyStream:
-    """What both directions have; one call at a time.
+    """Copies of one direction of one cache; one call at a time.
 
     A call returns, or raises `DeviceFailed`, when none of its work is left on the
     device; only one that has failed for good may still have what it will never run.
@@ -77,7 +77,7 @@ class CopyStream:
         self._copied = [device.event() for _ in range(NUM_SLOTS)]
 
     def close(self) -> None:
-        """Let go of stream and events. No call is under way."""
+        """Destroy stream and events. No call is running."""
         self._copies.close()
         for event in (*self._packed, *self._copied):
             event.close()
@@ -112,7 +112,7 @@ class CopyStream:
 
     @contextmanager
     def _all_done(self) -> Iterator[None]:
-        """Leave nothing on the device when a call fails half way."""
+        """Wait for queued work to end when a call fails."""
         try:
             yield
         except BaseException:
@@ -125,12 +125,12 @@ class CopyStream:
 
 
 class GatherStream(CopyStream):
-    """From a cache to the arena."""
+    """Copies from a cache to the arena."""
 
     direction = "to_host"
 
     def staged(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
-        """Pack a slot while the other one is carried across."""
+        """Pack one slot while the other is copied to the host."""
         with self._all_done():
             table = self._upload(plan, buffer)
             slot = 0
@@ -148,18 +148,18 @@ class GatherStream(CopyStream):
             self._copied[slot].wait()
 
     def direct(self, plan: CopyPlan, way: CopyMethod) -> None:
-        """Copy pieces as they are."""
+        """Copy pieces without staging."""
         pieces = plan.pieces
         self._directly(pieces.there, pieces.here, pieces.sizes, way)
 
 
 class ScatterStream(CopyStream):
-    """From the arena to a cache."""
+    """Copies from the arena to a cache."""
 
     direction = "to_device"
 
     def staged(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
-        """Carry a slot across while the other one is unpacked."""
+        """Copy one slot to the device while the other is unpacked."""
         with self._all_done():
             table = self._upload(plan, buffer)
             todo = loads(plan, buffer.sizes.slot_bytes, backwards=True)
@@ -178,14 +178,14 @@ class ScatterStream(CopyStream):
             self._packed[slot].wait()
 
     def direct(self, plan: CopyPlan, way: CopyMethod) -> None:
-        """Copy pieces as they are."""
+        """Copy pieces without staging."""
         pieces = plan.pieces
         self._directly(pieces.here, pieces.there, pieces.sizes, way)
 
     def turn(
         self, keys: DeviceKeys, turns: Sequence[BlockRotation], buffer: StagingBuffer
     ) -> None:
-        """Turn keys; `keys.max_turns` at most."""
+        """Rotate keys; `keys.max_turns` rotations at most."""
         with self._all_done():
             table = buffer.write(keys.arrays(turns))
             self._kernels.upload(self._launches, table)
@@ -287,7 +287,7 @@ class CudaCaches:
         return cache
 
     def close(self) -> None:
-        """Give device memory and streams back. All caches are closed."""
+        """Free device memory and streams, after all caches are closed."""
         self.staging.close()
         self.gathers.close()
         self.scatters.close()
@@ -303,7 +303,7 @@ class CudaCaches:
             self._num_copies[f"{way}_{direction}"] += 1
 
     def status(self) -> DeviceStatus:
-        """Return what is shown of the device."""
+        """Describe the device and its caches. Any thread."""
         with self._lock:
             return DeviceStatus(
                 uuid=self.device.uuid,
@@ -318,10 +318,9 @@ class CudaCaches:
 class CudaCache:
     """A `PagedCache` in a device's memory.
 
-    `gather` and `scatter` return when the bytes are there. The arena MUST be
-    page-locked, and what the worker wrote to its cache MUST have been written: whoever
-    calls has waited for the worker's event. `DeviceFailed` says that the device could
-    not do it; nothing of the call is left on it then.
+    `gather` and `scatter` return when all bytes are copied. The arena MUST be
+    page-locked, and the caller MUST have waited for the worker's event. After
+    `DeviceFailed`, no work of the call is left on the device.
     """
 
     def __init__(
@@ -336,7 +335,7 @@ class CudaCache:
         self._scatters = ScatterStream(shared.device, shared.kernels, shared.scatters)
 
     def close(self) -> None:
-        """Let go of the lanes. No call is under way."""
+        """Destroy the streams. No call is running."""
         self._gathers.close()
         self._scatters.close()
         self._shared.closed_one()
@@ -401,7 +400,7 @@ class CudaCache:
 
     @property
     def _max_spans(self) -> int:
-        """Spans that a buffer's table has room for."""
+        """Number of spans that fit a buffer's table."""
         table_bytes = self._shared.staging.sizes.table_bytes
         room = table_bytes - rounded(self._planes.nbytes) - rounded(1)
         return room // (

@@ -1,4 +1,4 @@
-"""A worker's own memory on a GPU, beside an arena page-locked in its own process."""
+"""GPU memory of a worker that copies itself, with a page-locked arena mapping."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DeviceMemory(Protocol):
 
 
 class DeviceWorkerMemory:
-    """One GPU of a process that copies itself: what its instances there share.
+    """GPU memory of a worker that copies: what its instances on one GPU share.
 
     `open` is for `CopyingClient.register_kv_cache`. The memory stays the caller's, and
     so do `caches`, which are closed after the last instance.

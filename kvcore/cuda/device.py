@@ -1,7 +1,7 @@
-"""What the copies ask of a GPU: contracts, with a driver or a test's fake behind them.
+"""Interfaces of a GPU, its streams and events, for the driver and for test fakes.
 
 Addresses are integers in one address space: device memory, page-locked host memory
-and what other processes exported are told apart by the driver alone. Nothing here
+and what other processes exported are distinguished by the driver only. Nothing here
 imports CUDA; `driver.py` does.
 """
 
@@ -17,18 +17,18 @@ import numpy as np
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
 Integer = type[c_int32] | type[c_int64]
-"""How wide a kernel's argument is."""
+"""Type of a kernel's argument."""
 
 HANDLE_BYTES = 64
 """Of an IPC handle to memory or to an event (CU_IPC_HANDLE_SIZE)."""
 
 Function = NewType("Function", int)
-"""A kernel that was loaded, the driver's CUfunction."""
+"""A loaded kernel: the driver's CUfunction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is run: `programs` blocks of `warps` x 32 threads."""
+    """One launch of a kernel: `programs` blocks of `warps` x 32 threads."""
 
     programs: int
     warps: int
@@ -44,19 +44,19 @@ class Event(Protocol):
     """
 
     def is_done(self) -> bool:
-        """Say whether all work before its last record has ended."""
+        """Return whether all work before its last record has ended."""
 
     def wait(self) -> None:
-        """Block until `is_done`, without holding the interpreter.
+        """Block until `is_done`, without holding the GIL.
 
         Never for another process's event: one that died may never reach it.
         """
 
     def handle(self) -> bytes:
-        """Name it for another process; only an event made with `shared=True`."""
+        """Return its IPC handle; only for an event made with `shared=True`."""
 
     def close(self) -> None:
-        """Let go of it. Work that waits for it is not disturbed."""
+        """Destroy it. Work that waits for it is not affected."""
 
 
 class Stream(Protocol):
@@ -71,7 +71,7 @@ class Stream(Protocol):
         """The driver's CUstream, for launches by others."""
 
     def record(self, event: Event) -> None:
-        """Put an event behind all work so far."""
+        """Record an event after all work so far."""
 
     def wait_for(self, event: Event) -> None:
         """Hold all later work until what the event recorded last has ended."""
@@ -88,12 +88,12 @@ class Stream(Protocol):
         """Run a kernel."""
 
     def close(self) -> None:
-        """Let go of it, once its work has ended."""
+        """Destroy it, after its work has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedAllocation:
-    """One of our allocations for another process, and where in it an address lies."""
+    """IPC handle of an allocation of this process, and an address's offset in it."""
 
     handle: bytes
     offset: int
@@ -120,11 +120,11 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """What the maker calls it."""
+        """Product name."""
 
     @property
     def ordinal(self) -> int:
-        """Its number in this process alone."""
+        """Its number in this process."""
 
     @property
     def compute_capability(self) -> int:
@@ -134,9 +134,9 @@ class Device(Protocol):
         """Load a kernel for as long as the process lives."""
 
     def stream(self, *, urgent: bool = False) -> Stream:
-        """Make a stream that waits for no other.
+        """Return a new non-blocking stream.
 
-        Kernels of an urgent one get in beside those of others that fill the GPU.
+        Kernels of an urgent one are scheduled before those of other streams.
         """
 
     def event(self, *, shared: bool = False) -> Event:
@@ -146,35 +146,35 @@ class Device(Protocol):
         """Open another process's event; raises `HandleError` for none."""
 
     def allocate(self, num_bytes: int) -> int:
-        """Take memory of the device; raises `DeviceFailed` when there is none."""
+        """Allocate device memory; raises `DeviceFailed` when there is none."""
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` gave."""
+        """Free memory of `allocate`."""
 
     def allocate_host(self, num_bytes: int) -> int:
-        """Take page-locked host memory."""
+        """Allocate page-locked host memory."""
 
     def free_host(self, address: int) -> None:
-        """Give back what `allocate_host` gave."""
+        """Free memory of `allocate_host`."""
 
     def pin(self, address: int, num_bytes: int) -> None:
         """Page-lock host memory, for all devices of this process."""
 
     def unpin(self, address: int) -> None:
-        """Undo the `pin` of that address, before the memory is unmapped."""
+        """Unlock memory of `pin`, before it is unmapped."""
 
     def export(self, address: int) -> ExportedAllocation:
-        """Name the allocation around an address of this device for other processes.
+        """Return the IPC handle of the allocation that contains an address.
 
         Raises:
-            HandleError: it is of a kind that has no name, saying which and the cure.
+            HandleError: memory without an IPC handle; the message names the cure.
         """
 
     def open(self, handle: bytes) -> OpenedAllocation:
         """Map another process's allocation.
 
         Raises:
-            HandleError: nobody has exported it, or its process is gone.
+            HandleError: no process exported it, or that process is gone.
         """
 
     def close_handle(self, address: int) -> None:

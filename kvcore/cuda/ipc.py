@@ -90,22 +90,22 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 500e-6
-"""Between two looks at a worker's event: they double from the first to the longest."""
+"""Pauses between polls of a worker's event: doubled from the first to the longest."""
 MAX_EVENTS = 256
-"""Of one instance: a worker uses its events again."""
+"""Per instance: a worker reuses its events."""
 
 
 # -- the worker's side ---------------------------------------------------------------
 
 
 def export(address: int, num_bytes: int, device: Device) -> CudaIpc:
-    """Name device memory of this process for the server.
+    """Return a handle by which the server opens device memory of this process.
 
-    The memory stays as it is until the server has forgotten the instance.
+    The memory must stay allocated until the instance is unregistered.
 
     Raises:
-        HandleError: it is no memory of this device, reaches past its allocation, or is
-            of a kind that CUDA IPC cannot share, named with its cure.
+        HandleError: not memory of this device, longer than its allocation, or of a
+            kind that CUDA IPC cannot share; the message names the cure.
     """
     exported = device.export(address)
     if exported.offset + num_bytes > exported.allocation_bytes:
@@ -117,7 +117,7 @@ def export(address: int, num_bytes: int, device: Device) -> CudaIpc:
 
 
 def export_tensor(tensor: Any) -> CudaIpc:
-    """Name the whole storage of a `torch.Tensor` on a GPU; see `export`.
+    """Return a handle of the whole storage of a `torch.Tensor`; see `export`.
 
     Views' offsets count from the storage's first byte.
     """
@@ -137,7 +137,7 @@ def _own_devices() -> Sequence[Device]:
 
 
 class DeviceCaches(Protocol):
-    """What the caches of one device share: staging, kernels, how to copy what."""
+    """What the caches of one device share: staging, kernels and copy rates."""
 
     def cache(self, layout: KVLayout, addresses: Sequence[int]) -> PagedCache:
         """Make a cache; `addresses` are those of its handles' first bytes."""
@@ -146,13 +146,13 @@ class DeviceCaches(Protocol):
         """Describe the device and its caches. Any thread."""
 
     def close(self) -> None:
-        """Let go of it, once all caches are closed."""
+        """Release it, after all caches are closed."""
 
 
 def open_caches(device: Device) -> DeviceCaches:
-    """Make what the caches of a device share.
+    """Return what the caches of a device share.
 
-    Where kernels cannot be had, its copies go without, and the log says so.
+    Without working kernels, copies use the copy engines only; a warning is logged.
     """
     from kvcore.cuda.cuda_cache import CudaCaches
     from kvcore.cuda.kernels import NoKernels, TritonKernels
@@ -170,8 +170,8 @@ def open_caches(device: Device) -> DeviceCaches:
 class CudaTransport:
     """Caches in the memory of this process's GPUs, with the arena page-locked.
 
-    Attaching runs on a thread of its own: the first use of a GPU takes a third of a
-    second, and opening a handle may wait for its work.
+    Attaching runs on a separate thread: the first use of a GPU takes a third of a
+    second, and opening a handle can wait for the GPU.
     """
 
     def __init__(
@@ -204,11 +204,11 @@ class CudaTransport:
         return self._attacher.submit(self._attach, device, handles, layouts)
 
     def devices(self) -> tuple[DeviceStatus, ...]:
-        """Describe the GPUs that caches lie in, or have."""
+        """Describe the GPUs that hold caches, or have held any."""
         return tuple(caches.status() for caches in [*self._caches.values()])
 
     def close(self) -> None:
-        """Unlock the arena and let go of the GPUs."""
+        """Unlock the arena and release the GPUs."""
         self._attacher.shutdown(wait=True)
         for caches in self._caches.values():
             quietly(caches.close)
@@ -229,7 +229,7 @@ class CudaTransport:
             return CudaMemory(device, tuple(made), stack)
 
     def _open(self, stack: ExitStack, device: Device, handle: CudaIpc) -> int:
-        """Return where a handle's first byte is; `stack` will close it."""
+        """Return the address of a handle's first byte; `stack` closes the handle."""
         allocation = self._allocations.open(device, handle.handle)
         stack.callback(self._allocations.close, allocation)
         if handle.offset + handle.length > allocation.num_bytes:
@@ -244,7 +244,7 @@ class CudaTransport:
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """Another process's allocation, mapped here for all who lie in it."""
+    """Another process's allocation, mapped here once for all instances in it."""
 
     device: Device
     handle: bytes
@@ -254,7 +254,7 @@ class Allocation:
 
 
 class Allocations:
-    """What is open, each once. Any thread."""
+    """Open allocations, each mapped once. Any thread."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -264,7 +264,7 @@ class Allocations:
         return len(self._open)
 
     def open(self, device: Device, handle: bytes) -> Allocation:
-        """Open an allocation, or count one more who uses it; raises `HandleError`."""
+        """Open an allocation, or count one more user; raises `HandleError`."""
         with self._lock:
             known = self._open.get((device.uuid, handle))
             if known is not None:
@@ -276,7 +276,7 @@ class Allocations:
             return made
 
     def close(self, allocation: Allocation) -> None:
-        """Close it if nobody else uses it."""
+        """Drop one user; unmap the allocation after the last."""
         with self._lock:
             allocation.num_users -= 1
             if allocation.num_users:
@@ -291,7 +291,7 @@ class CudaMemory:
     def __init__(
         self, device: Device, caches: tuple[PagedCache, ...], stack: ExitStack
     ) -> None:
-        """Take over what `stack` holds, if nothing fails."""
+        """Take ownership of what `stack` holds, unless this raises."""
         self.caches = caches
         self._device = device
         self._is_abandoned = Flag()
@@ -305,10 +305,10 @@ class CudaMemory:
         self._stack = stack.pop_all()
 
     def wait(self, event: bytes, check: Callable[[], None]) -> None:
-        """Look at the worker's event until it is done.
+        """Poll the worker's event until it is reached.
 
-        From here, and not on a stream: the event of a process that died may never be
-        reached, and a stream that waits for it could not be given up.
+        The host polls: the event of a dead process may never be reached, and a wait
+        in a stream could not be cancelled.
         """
         if not event:
             return
@@ -321,15 +321,15 @@ class CudaMemory:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def record(self) -> None:
-        """Record our event; the copies so far have ended."""
+        """Record the instance's event; the copies so far have ended."""
         self._stream.record(self._recorded)
 
     def abandon(self) -> None:
-        """Wake who waits for the worker, to give up."""
+        """End all waits for the worker."""
         self._is_abandoned.set()
 
     def close(self) -> None:
-        """Close caches, events and handles; a broken GPU changes nothing of that."""
+        """Close caches, events and handles, also of a GPU that failed."""
         self.caches = ()
         self._stack.close()
 
@@ -348,7 +348,7 @@ class CudaMemory:
 
 
 def quietly(close: Callable[[], None]) -> None:
-    """Close something, and go on when the device fails, as it then has before."""
+    """Call `close`; log a `DeviceFailed` instead of raising it."""
     try:
         close()
     except DeviceFailed as error:

@@ -33,7 +33,7 @@ class PinnedMemory:
         """Page-lock all of `memory`, for every GPU of this process.
 
         Raises:
-            DeviceFailed: it cannot be, and none of it is.
+            DeviceFailed: it cannot be page-locked; none of it stays locked.
         """
         self._device = device
         self._pieces: list[int] = []
@@ -53,7 +53,7 @@ class PinnedMemory:
             ) from None
 
     def close(self) -> None:
-        """Unlock it, once no copy uses it."""
+        """Unlock it, after the last copy."""
         while self._pieces:
             self._device.unpin(self._pieces.pop())
 
@@ -63,7 +63,7 @@ NUM_SLOTS = 2
 
 @dataclass(frozen=True, slots=True)
 class StagingSizes:
-    """How large the buffers of a device are, and how many; at most 256 MiB in all."""
+    """Sizes and number of a device's staging buffers; at most 256 MiB in all."""
 
     slot_bytes: int = (16 << 20) - (256 << 10)
     table_bytes: int = 512 << 10
@@ -85,7 +85,7 @@ class StagingBuffer:
     sizes: StagingSizes
 
     def write(self, arrays: Sequence[np.ndarray[Any, Any]]) -> FilledBuffer:
-        """Write arrays where they can be uploaded from; `table_bytes` must do."""
+        """Write arrays into the host table; they MUST fit `table_bytes`."""
         memory: Bytes = np.ctypeslib.as_array(
             (ctypes.c_uint8 * self.sizes.table_bytes).from_address(self.host_table)
         )
@@ -101,7 +101,7 @@ class StagingBuffer:
 
 @dataclass(frozen=True, slots=True)
 class FilledBuffer:
-    """A table on the host, and where it and each of its arrays go on the device."""
+    """A table on the host, and the device addresses of it and of each of its arrays."""
 
     on_device: int
     on_host: int
@@ -110,12 +110,12 @@ class FilledBuffer:
 
 
 def rounded(num_bytes: int) -> int:
-    """Round up to where a table's next array may begin."""
+    """Round up to the alignment of a table's arrays, 16 bytes."""
     return -(-num_bytes // 16) * 16
 
 
 class StagingPool:
-    """The buffers of one device. Any thread may borrow one; who finds none waits."""
+    """The buffers of one device. Any thread borrows one, waiting if none is free."""
 
     def __init__(self, device: Device, sizes: StagingSizes) -> None:
         self.sizes = sizes
@@ -127,15 +127,15 @@ class StagingPool:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory that is taken so far."""
+        """Device memory allocated so far."""
         return len(self._made) * self.sizes.buffer_bytes
 
     @contextmanager
     def buffer(self) -> Iterator[StagingBuffer]:
-        """Lend a buffer; its work MUST have ended when it comes back.
+        """Borrow a buffer; its work MUST have ended when the context ends.
 
         Raises:
-            DeviceFailed: the device has no memory for a single one.
+            DeviceFailed: the device has no memory for any buffer.
         """
         with self._changed:
             while not self._free and not self._grow():
@@ -149,7 +149,7 @@ class StagingPool:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Give all memory back. Nothing is lent any more."""
+        """Free all memory, after the last buffer is returned."""
         for buffer in self._made:
             self._device.free(buffer.table)
             self._device.free_host(buffer.host_table)
@@ -157,7 +157,7 @@ class StagingPool:
         self._free.clear()
 
     def _grow(self) -> bool:
-        """Make one more, if there may be and the device has room for it."""
+        """Allocate one more buffer, if the limit and the device's memory allow it."""
         if self._is_full or len(self._made) == self.sizes.max_buffers:
             return False
         try:

@@ -26,7 +26,7 @@ class WorkerMemory(Protocol):
         """A cache for each group, in order."""
 
     def close(self) -> None:
-        """Let go of what the copies needed, once all have ended. May block."""
+        """Release the resources of the copies, after all have ended. May block."""
 
 
 OpenWorkerMemory = Callable[[Sequence[KVLayout], Sequence[Any], Bytes], WorkerMemory]
@@ -40,11 +40,11 @@ class HostWorkerMemory:
     def __init__(
         self, layouts: Sequence[KVLayout], memory: Sequence[Bytes], arena: Bytes
     ) -> None:
-        del arena  # Copied to and from as it is.
+        del arena  # Needs no preparation.
         self.caches = tuple(HostCache(layout, memory) for layout in layouts)
 
     def close(self) -> None:
-        """End the threads that help to copy."""
+        """Stop the copy threads."""
         for cache in self.caches:
             cache.close()
 
@@ -56,7 +56,7 @@ Memory = Sequence[Any]
 
 
 class MappedArena:
-    """A cache beside the arena of one run of the server, until its last copy."""
+    """A cache and the arena of one server run, until the last copy between them."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class MappedArena:
         )
 
     def copy(self) -> AbstractContextManager[None]:
-        """Keep it open for one copy; `Unavailable` when it is closed."""
+        """Return a context that keeps it open; `Unavailable` when it is closed."""
         return self._copies.one()
 
     def gather(self, request: Store, places: PartLocations) -> list[Checksum]:
@@ -86,7 +86,7 @@ class MappedArena:
         return self._mover.gather(self._opened.caches, blocks, places)
 
     def find_wrong(self, places: PartLocations) -> list[int]:
-        """Return which chunks are not as they were stored, where that is asked."""
+        """Return the indexes of chunks whose bytes do not match their checksum."""
         return self._mover.find_wrong(places)
 
     def scatter(self, request: Retrieve, places: PartLocations) -> int:
@@ -99,7 +99,7 @@ class MappedArena:
         return self._mover.scatter(self._opened.caches, blocks, places, tokens)
 
     def close(self) -> None:
-        """Wait for copies under way, and let go."""
+        """Wait for running copies, then release the memory."""
         self._copies.close()
         self._opened.close()
 
@@ -113,10 +113,10 @@ class CopyQueue:
         self._is_closed = False
 
     def submit(self, copy: Callable[[], R]) -> Future[R]:
-        """Have a copy made on the thread, which takes its turn."""
+        """Make a copy on the queue's thread."""
         try:
             return self._lane.submit(copy)
-        except RuntimeError:  # Shut down: whoever found it here lost a race.
+        except RuntimeError:  # Shut down by another thread.
             raise UnknownInstance("unregistered before it was submitted") from None
 
     @contextmanager
@@ -146,7 +146,7 @@ class RunningCopies:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Be one of them."""
+        """Count one running copy; raises `error` once closed."""
         with self._changed:
             if self._is_closed:
                 raise self._error(self._why)
@@ -159,7 +159,7 @@ class RunningCopies:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Let nobody begin, and wait for those who have."""
+        """Refuse new copies, and wait for the running ones."""
         with self._changed:
             self._is_closed = True
             self._changed.wait_for(lambda: not self._count)
@@ -168,8 +168,8 @@ class RunningCopies:
 class MappedCache:
     """Memory of this process that was registered as private.
 
-    It meets one run of the server after the other, on a thread of its own: to
-    page-lock an arena, and to wait for the last copy before another, takes its time.
+    A separate thread attaches it to one server run after the other: page-locking an
+    arena and waiting for the last copy to the previous one are slow.
     """
 
     def __init__(
@@ -189,10 +189,10 @@ class MappedCache:
         self.retrieves = CopyQueue(f"retrieve-{instance_id[:40]}")
 
     def map(self, arena: Segment, chunk_size: int, *, checksums: bool) -> None:
-        """Meet a run of the server, whose chunks may be of another size.
+        """Attach to a server run, whose chunk size may differ.
 
         Raises:
-            UnknownInstance: it was closed meanwhile.
+            UnknownInstance: the cache was closed meanwhile.
         """
         try:
             self.unmap()
@@ -210,13 +210,13 @@ class MappedCache:
         return MappedArena(opened, layouts, arena, chunk_size, checksums=checksums)
 
     def unmap(self) -> None:
-        """Let go of the arena, behind the copies under way. Never blocks."""
+        """Release the arena after the running copies. Never blocks."""
         mapped, self._mapped = self._mapped, None
         if mapped is not None:
             self._mapper.submit(_close, mapped)
 
     def mapped(self, arena: str) -> MappedArena:
-        """Return the arena that places were handed out of.
+        """Return the mapping of the arena with this name.
 
         Raises:
             Unavailable: that run of the server is gone.
@@ -227,13 +227,13 @@ class MappedCache:
         return mapped.result()
 
     def wait(self) -> None:
-        """Wait for what `map` began, and raise what came of it."""
+        """Wait until `map` has ended; raises what it raised."""
         mapped = self._mapped
         if mapped is not None:
             mapped.result()
 
     def close(self) -> None:
-        """Wait for copies under way; no other begins."""
+        """Refuse new copies, wait for the running ones, and release the arena."""
         self.stores.close()
         self.retrieves.close()
         self.unmap()
