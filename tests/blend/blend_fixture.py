@@ -1,4 +1,4 @@
-"""A blend engine in one process, whose every step a test takes when it wants to."""
+"""In-process blend engine whose every step is taken by the test."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class BlendFixture:
     ) -> None:
         self._stack = ExitStack()
         self.keep = keep
-        """What outlives a server: "", its "index", or "l1" too."""
+        """What is kept across a restart: "", the "index", or "l1" too."""
         folder = self._stack.enter_context(TemporaryDirectory()) if keep else ""
         self.config = ServerConfig(
             chunk_size=SIZE,
@@ -112,12 +112,12 @@ class BlendFixture:
         self.now = 0.0
         self.world_size = world_size
         self.texts: dict[ChunkHash, Text] = {}
-        """What any stored chunk is of."""
+        """The text of every chunk that may be stored."""
         self.restored: set[ChunkHash] = set()
-        """In L1 since before the server: on nobody's account but the model's."""
+        """In L1 since before the restart: charged to no salt, only to the model."""
         self.operations: list[Operation] = []
         self.on_step: Callable[[Operation], None] = lambda _: None
-        """Told after every step of a request."""
+        """Called after every step of a request."""
         self.buffers: dict[int, Segment] = {}
         self.tiers = [ManualTier(f"t{i}") for i in range(num_tiers)]
         self._name = f"kvtest-{os.getpid()}-blend-{next(_numbers)}"
@@ -135,7 +135,7 @@ class BlendFixture:
             self.register(rank)
 
     def _start(self) -> None:
-        """Start a server, on what an earlier one left."""
+        """Start a server with what an earlier one kept."""
         keep = self.config.l1.keep
         kept = keep is not None
         size = self._num_pages * PART_BYTES
@@ -156,7 +156,7 @@ class BlendFixture:
         self.restored = {*self.l1.hashes()}
 
     def open_tiering(self, l1: L1, arena: Arena) -> TierManager:
-        """Put the tiers behind L1, with a thread that tests drive."""
+        """Open the tiers behind L1 with a manual timer thread."""
         return TierManager(
             l1,
             arena,
@@ -167,28 +167,28 @@ class BlendFixture:
         )
 
     def _stop(self) -> None:
-        """Have a server end, whatever is under way."""
+        """Stop the server with requests under way."""
         self.engine.close()
         self.blend.close()
         self.arena.close()
-        # What it began to ask as it ended is of its memory, not of its successor's.
+        # Loads that it began refer to its memory, not to its successor's.
         for tier in self.tiers:
             tier.close()
 
     def restart(self) -> None:
-        """End the server and start the next; nobody gets an answer, tiers stay."""
+        """Stop the server and start the next; no request is answered, tiers remain."""
         for operation in self.operations:
             if operation.steps is not None:
                 operation.steps.close()
         self.operations.clear()
         if self.keep == "l1":
-            # Views of it that are still about would hold it, as a living server does.
+            # Live views of the arena would keep its lock, as a running server does.
             fcntl.flock(self.arena._segment._lock, fcntl.LOCK_UN)
         self._stop()
         self._start()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Stop the server and remove its memory."""
         self._stop()
         if self.keep == "l1":
             (SHM_DIR / self.arena.name).unlink()
@@ -198,18 +198,18 @@ class BlendFixture:
             segment.close()
 
     def now_ns(self) -> int:
-        """Return the played clock's time as deadlines have it."""
+        """Return the manual clock's time in the deadlines' unit."""
         return FAR_NS + int(self.now * 1e9)
 
-    # -- registration -----------------------------------------------------------------
+    # -- registration ------------------------------------------------------------------
 
     def caller(self, client: str, deadline: float = 0.0) -> RequestContext:
-        """A client: "s", the scheduler, or "w0" and "w1"."""
+        """Return the context of client "s", the scheduler, or "w0" or "w1"."""
         deadline_ns = FAR_NS + int(deadline * 1e9) if deadline else 0
         return RequestContext(client, os.getpid(), deadline_ns)
 
     def register(self, rank: int) -> Instance:
-        """Register a rank's buffer, in place of what is there."""
+        """Register a rank's buffer in place of an earlier one."""
         segment = self.buffers[rank]
         request = CBRegisterKVCache(
             f"i{rank}",
@@ -230,24 +230,24 @@ class BlendFixture:
         return instance
 
     def instance(self, rank: int) -> Instance | None:
-        """A rank's instance, if it is registered."""
+        """Return a rank's instance if it is registered."""
         return self.engine.registry.instances.get(f"i{rank}")
 
     def buffer(self, rank: int) -> Buffer:
-        """A rank's buffer."""
+        """Return a rank's buffer."""
         array: Buffer = self.buffers[rank].array.reshape(SHAPE)
         return array
 
     def await_closed(self) -> None:
-        """Wait until the buffers that went are unmapped and their copies dropped."""
+        """Wait until removed buffers are unmapped and their copies dropped."""
         closed = Event()
         self.engine.run_after_close(closed.set)
         assert closed.wait(20)
 
-    # -- requests ---------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------
 
     def begin(self, handler: Callable[..., Any], operation: Operation) -> Operation:
-        """Begin a request, of which nothing is done yet."""
+        """Begin a request without taking a step of it."""
         caller = self.caller(operation.client, operation.deadline)
 
         def steps() -> Generator[None, None, Any]:
@@ -258,7 +258,7 @@ class BlendFixture:
         return operation
 
     def space(self, salt: str) -> DocumentSpace:
-        """The documents of a salt."""
+        """Return the document space of a salt."""
         return DocumentSpace(MODEL, self.world_size, SIZE, extras_of(salt))
 
     def hashes(
@@ -275,14 +275,14 @@ class BlendFixture:
         return chain.hashes
 
     def learn(self, tokens: Sequence[int], salt: str, *, is_document: bool) -> None:
-        """Note what chunks that may be stored will be of."""
+        """Record the texts of chunks that may be stored."""
         hashes = self.hashes(tokens, salt, is_document=is_document)
         for number, key in enumerate(hashes, 1):
             text = Text(is_document, salt, tuple(tokens[: number * SIZE]))
             assert self.texts.setdefault(key, text) == text
 
     def advance(self, operation: Operation) -> None:
-        """Take one step of a request: a slice, its copy, a tier's answer, its end."""
+        """Take one step of a request: a slice, its copy, a tier's reply, its end."""
         try:
             self._advance(operation)
         except KVError as error:
@@ -296,7 +296,7 @@ class BlendFixture:
             if operation.running.future.done():
                 self._end(operation, operation.running.finish())
             else:
-                self._further(operation)
+                self._advance_copy(operation)
             return
         try:
             next(operation.steps)
@@ -314,8 +314,8 @@ class BlendFixture:
         operation.is_over = True
         self.operations.remove(operation)
 
-    def _further(self, operation: Operation) -> None:
-        """Bring on what a request waits for."""
+    def _advance_copy(self, operation: Operation) -> None:
+        """Take a step of what a request waits for."""
         lanes = self._lanes(operation)
         if lanes:
             self.copy(*lanes[0])
@@ -340,7 +340,7 @@ class BlendFixture:
         return lanes
 
     def copy(self, instance: Instance, lane: ManualLane) -> None:
-        """Make the first copy of a lane, and look at every byte of the buffer."""
+        """Make the first copy of a lane and check every byte of the buffer."""
         future, call, (*args, named) = lane.queue.pop(0)
         if not future.set_running_or_notify_cancel():
             return
@@ -362,7 +362,7 @@ class BlendFixture:
             before = written
             buffer[:] = written
         late = 0 < operation.deadline < self.now
-        missing = not late and not is_store and not self.are_there(hashes, instance)
+        missing = not late and not is_store and not self.are_present(hashes, instance)
         try:
             future.set_result(call(*args, **named))
         except KVError as error:
@@ -375,20 +375,20 @@ class BlendFixture:
     def distance(
         self, request: CBRetrievePreComputed, number: int, key: ChunkHash, slot: int
     ) -> int:
-        """How far a chunk's keys turn: from its document, or as its caller says."""
+        """Return how far a chunk's keys move: by its document, or its match."""
         if request.matches:
             old_start = request.matches[number].old_start
         else:
             old_start = len(self.texts[key].tokens) - SIZE
         return slot - request.offset - old_start
 
-    def are_there(self, hashes: Sequence[ChunkHash], instance: Instance) -> bool:
-        """Say whether L1 has a rank's part of every chunk."""
+    def are_present(self, hashes: Sequence[ChunkHash], instance: Instance) -> bool:
+        """Return whether L1 has a rank's part of every chunk."""
         bit = 1 << instance.groups[0].part
         return all(chunk and chunk.ready & bit for chunk in self.l1.peek(hashes))
 
     def drive(self, operation: Operation) -> None:
-        """Take a request to its end; others go on when it may wait for them."""
+        """Run a request to its end; others advance when it may wait for them."""
         for number in count(1):
             if operation.is_over:
                 return
@@ -400,13 +400,13 @@ class BlendFixture:
                     self.advance(other)
 
     def finish_all(self) -> None:
-        """Have everything that is under way end."""
+        """Run every request to its end."""
         while self.operations:
             self.drive(self.operations[0])
         self.answer_tiers()
 
     def answer_tiers(self) -> None:
-        """Have tiers answer all that they are operation."""
+        """Answer every request to the tiers."""
         self.coordinator.run_due()
         while any(tier.pending for tier in self.tiers):
             for tier in self.tiers:
@@ -414,12 +414,12 @@ class BlendFixture:
             self.coordinator.run_due()
 
     def needs(self) -> int:
-        """The mask of all ranks' parts; 0 while not all are registered."""
+        """Return the mask of all ranks' parts; 0 while not all are registered."""
         if any(self.instance(rank) is None for rank in range(self.world_size)):
             return 0
         return self.engine.registry.lookup(MODEL, self.world_size)[1].full
 
-    # -- what always holds ------------------------------------------------------------
+    # -- invariants --------------------------------------------------------------------
 
     def check(self) -> None:
         """L1 is consistent, and each byte in it is of its chunk and rank."""
@@ -437,11 +437,11 @@ class BlendFixture:
                     data = self.arena.array[extent.offset :][: extent.length]
                     assert part.name is not None
                     assert data.tobytes() == kv(key, part.name.rank).tobytes()
-        told = {each.space: each.used_bytes for each in self.l1.quotas()}
-        assert told == used
+        reported = {each.space: each.used_bytes for each in self.l1.quotas()}
+        assert reported == used
 
     def charge(self, key: ChunkHash, chunk: Chunk, used: dict[str, int]) -> None:
-        """Add a chunk to what its space uses; a document's is its salt's."""
+        """Add a chunk to its account's use; a document's account is its salt's."""
         accounts = {id(a): n for n, a in self.accounts().items()}
         name = accounts.get(id(chunk.account))
         if name is not None:
@@ -453,6 +453,6 @@ class BlendFixture:
             assert name == (own[0] if own else None)
 
     def accounts(self) -> dict[str, QuotaAccount]:
-        """The spaces that have a quota."""
+        """Return the accounts that have a quota."""
         order = self.l1._table.quotas
         return order._accounts if order is not None else {}

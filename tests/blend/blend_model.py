@@ -1,4 +1,4 @@
-"""What the machine of documents is about: chunks, their right bytes, requests."""
+"""Model of the blend state machine: chunks, their expected bytes, requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvcore.keys import ChunkHash, ExtraKey, pack_tokens
 from kvcore.rope import Rope
 
 SIZE = 4
-"""Tokens a chunk."""
+"""Tokens per chunk."""
 SLOTS = 64
 SHAPE = (2, 2, SLOTS, 4)
 """Of the bytes of a buffer: a token's are two numbers of float16, which are a pair."""
@@ -31,18 +31,18 @@ START, END = 8, 9
 
 Buffer = npt.NDArray[np.uint8]
 FAR_NS = 10**18
-"""The played clock is ahead of the real one: no deadline on it passes by itself."""
+"""The manual clock is ahead of the real one, so no deadline passes in real time."""
 
 
 def kv(key: ChunkHash, rank: int) -> Buffer:
-    """The KV of a chunk on a rank, `[2, 2, SIZE, 4]`: of this chunk and no other."""
+    """Return the unique KV of a chunk on a rank, `[2, 2, SIZE, 4]`."""
     data = blake2b(key + bytes([rank]), digest_size=PART_BYTES).digest()
-    # Numbers all: none is infinite, none becomes so by a turn.
+    # Finite numbers that remain finite when rotated.
     return np.frombuffer(data, np.uint8).reshape(2, 2, SIZE, 4) & 0x3F
 
 
 def turned(keys: Buffer, distance: int) -> Buffer:
-    """Turn keys, `[2, SIZE, 4]`, by so many positions; the pair's frequency is 1."""
+    """Rotate keys, `[2, SIZE, 4]`, by `distance` positions at frequency 1."""
     pairs = keys.view(np.float16).astype(np.float64)
     a, b = pairs[..., 0], pairs[..., 1]
     cos, sin = math.cos(distance), math.sin(distance)
@@ -52,7 +52,7 @@ def turned(keys: Buffer, distance: int) -> Buffer:
 
 @dataclass(frozen=True)
 class Text:
-    """A chunk of a document, or of a prompt in the normal space, from its start on."""
+    """Tokens of a document or a prompt, from its start to the end of a chunk."""
 
     is_document: bool
     salt: str
@@ -60,25 +60,25 @@ class Text:
 
 
 def extras_of(salt: str, image: int | None = None) -> tuple[ExtraKey, ...]:
-    """Material of a whole prompt, and of an image in it."""
+    """Return the extras of a prompt with a salt, and of an image in it."""
     extras = [ExtraKey(0, b'["salt", "%s"]' % salt.encode())] if salt else []
     return (*extras, *([ExtraKey(image, b"image")] if image is not None else []))
 
 
 def packed(tokens: Sequence[int]) -> memoryview:
-    """Tokens as the wire has them."""
+    """Return tokens as packed on the wire."""
     return memoryview(pack_tokens(np.array(tokens, np.uint32)))
 
 
 @dataclass(eq=False)
 class Operation:
-    """A request under way."""
+    """A request under way, and its result."""
 
     kind: str
     client: str
     steps: Generator[None, None, Any] | None
     tokens: tuple[int, ...] = ()
-    """Of the prompt, as far as it is searched."""
+    """The prompt's tokens that are searched."""
     salt: str = ""
     session: Any = None
     instance: Instance | None = None
@@ -86,11 +86,11 @@ class Operation:
     deadline: float = 0.0
     running: DeferredReply | None = None
     copied: Sequence[ChunkHash] = ()
-    """What its copy reads or writes."""
+    """Chunks that its copy reads or writes."""
     lease: Any = None
-    """Under which it reads."""
+    """The model's lease that it reads under."""
     reply: Any = None
     error: KVError | None = None
     is_over: bool = False
     is_void: bool = False
-    """Its session ended or looked up anew, or its client is gone."""
+    """Its session ended or looked up again, or its client is gone."""

@@ -1,4 +1,4 @@
-"""Lanes and a thread of tiers that do what a test says, when it says so."""
+"""Lanes and a timer thread whose work runs when the test calls for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvcore.tiers.timer_thread import Call, Timer, TimerThread
 
 @dataclass
 class ManualLane:
-    """Copies of one direction, each made when the test says so."""
+    """Copies of one direction, each run by the test."""
 
     queue: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = field(
         default_factory=list
@@ -31,7 +31,7 @@ class ManualLane:
         return future
 
     def shutdown(self, **_: bool) -> None:
-        """Drop what is queued; nothing runs meanwhile."""
+        """Cancel queued copies; none is running."""
         for future, _, _ in self.queue:
             future.cancel()
             future.set_running_or_notify_cancel()
@@ -39,7 +39,7 @@ class ManualLane:
 
 
 class SteppedClock(TimerThread):
-    """Runs what was posted when told; no call of it may fail."""
+    """Runs posted calls in `run_due`; collects their errors."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         super().__init__(name, lambda: clock() + self.ahead)
@@ -47,25 +47,25 @@ class SteppedClock(TimerThread):
         self.ahead = 0.0
 
     def start(self) -> None:
-        """Begin no thread."""
+        """Start no thread."""
 
     def post(self, call: Call) -> None:
-        """Have a call run at the next `run_due`."""
+        """Run a call at the next `run_due`."""
         super().post(lambda: self._try(call))
 
     def at(self, when: float, call: Call) -> Timer:
-        """Have a call run at the first `run_due` after a time."""
+        """Run a call at the first `run_due` after a time."""
         return super().at(when, lambda: self._try(call))
 
     def _try(self, call: Call) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - told when the test looks
+        except Exception as error:  # noqa: BLE001 - the test checks `errors`
             self.errors.append(error)
 
 
 def small_steps() -> ExitStack:
-    """Have the engine yield where only longer prompts would make it."""
+    """Reduce step sizes, so that short prompts make the engine yield."""
     stack = ExitStack()
     for place, name, number in (
         (matchers, "MATCH_STEP", 2),

@@ -1,4 +1,4 @@
-"""What comes between the steps of a blend request."""
+"""Events between the steps of a blend request."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def put(fixture: BlendFixture, tokens: tuple[int, ...]) -> None:
 
 
 def look_up(fixture: BlendFixture, tokens: tuple[int, ...]) -> Operation:
-    """Begin a lookup of documents, and leave it in its midst."""
+    """Begin a document lookup and take its first step."""
     return begin(fixture, CBLookupPreComputed(KEY, MODEL, 1, packed(tokens)))
 
 
 def found(fixture: BlendFixture, tokens: tuple[int, ...]) -> CBLookupReply:
-    """Look documents up."""
+    """Return the reply of a document lookup."""
     operation = look_up(fixture, tokens)
     fixture.drive(operation)
     reply: CBLookupReply = operation.reply
@@ -78,13 +78,13 @@ def found(fixture: BlendFixture, tokens: tuple[int, ...]) -> CBLookupReply:
 
 
 def leased(fixture: BlendFixture) -> int:
-    """Count the chunks of documents that the session holds."""
+    """Return the number of document chunks leased to the session."""
     lease = fixture.engine.leases._leases.get(document_lease_owner(KEY))
     return sum(run.end - run.start for run in lease.runs) if lease else 0
 
 
 def save(fixture: BlendFixture) -> None:
-    """Have tiers write all, and L1 forget it."""
+    """Write everything to the tiers and drop it from L1."""
     fixture.answer_tiers()
     fixture.l1.drop(fixture.l1.hashes())
 
@@ -92,7 +92,7 @@ def save(fixture: BlendFixture) -> None:
 def test_a_final_store_of_nothing_stores_nothing(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """An empty range is answered as by a normal store."""
+    """An empty range gets the reply of a normal store."""
     fixture = build()
     operation = begin(fixture, CBStoreFinal(KEY, "i0", 0, 0, 0, packed(ONE)), "w0")
     fixture.drive(operation)
@@ -107,18 +107,18 @@ def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
     [match, _] = found(fixture, ONE).matches
     for tokens, left in ((TWO, 1), (ONE, 2)):
         late = begin(fixture, CBRetrievePreComputed(KEY, "i0", 0, (), (match,)), "w0")
-        told = found(fixture, tokens)
+        reply = found(fixture, tokens)
         fixture.drive(late)
         assert leased(fixture) == left
-    again = CBRetrievePreComputed(KEY, "i0", 0, (), told.matches)
+    again = CBRetrievePreComputed(KEY, "i0", 0, (), reply.matches)
     fixture.drive(begin(fixture, again, "w0"))
     assert leased(fixture) == 0
 
 
-def test_a_chunk_that_was_not_told_is_under_no_lease(
+def test_a_chunk_that_no_lookup_found_is_under_no_lease(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """A worker names it for a place where another was found."""
+    """A worker names it for a position where the lookup found another."""
     fixture = build()
     [other] = found(fixture, TWO).matches
     assert found(fixture, ONE).num_tokens == len(ONE)

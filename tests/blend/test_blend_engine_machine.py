@@ -1,7 +1,7 @@
-"""Documents and prefixes in any order, every request a step at a time.
+"""State machine of blend requests, interleaved step by step.
 
-Nothing of a request happens but by a rule: its slices, its copy, a tier's answer and
-its end come in any order, with evictions, ended sessions and lost workers in between.
+Rules alone advance requests: slices, copies, tier replies and ends come in any order,
+between evictions, ended sessions and lost workers.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ HANDLERS = {
 
 @dataclass
 class Lease:
-    """Who still has to read what of a session's documents."""
+    """The ranks that have yet to read each of a session's matches."""
 
     found: FoundDocuments
     client: str
@@ -161,7 +161,7 @@ class BlendMachine(RuleBasedStateMachine):
         for tokens in first:
             self.put(tokens, "", 0, None, RANKS[self.fixture.world_size][0], now=True)
 
-    # -- what engines ask -------------------------------------------------------------
+    # -- requests of engines -----------------------------------------------------------
 
     @rule(
         data=st.data(),
@@ -270,7 +270,7 @@ class BlendMachine(RuleBasedStateMachine):
         again: bool,
         rotate_keys: bool,
     ) -> None:
-        """A worker reads what its session was told, in ranges or chunk by chunk."""
+        """A worker reads its session's lookup result, in ranges or chunk by chunk."""
         key = data.draw(st.sampled_from(sorted(self.known, key=str)))
         found = self.known[key]
         rank = data.draw(st.integers(0, self.fixture.world_size - 1))
@@ -324,7 +324,7 @@ class BlendMachine(RuleBasedStateMachine):
         rotate_keys: bool,
         wait_s: float,
     ) -> None:
-        """A worker names chunks that it was never told, there or not."""
+        """A worker names chunks of no lookup, present or not."""
         known = sorted(self.fixture.texts)
         hashes = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
         starts = data.draw(
@@ -364,7 +364,7 @@ class BlendMachine(RuleBasedStateMachine):
             "retrieve_prefix", request, now, wait_s=wait_s, rank=rank, session=key
         )
 
-    # -- what else happens ------------------------------------------------------------
+    # -- other events ------------------------------------------------------------------
 
     @precondition(lambda self: self.fixture.operations)
     @rule(data=st.data(), steps=st.integers(1, 4))
@@ -390,7 +390,7 @@ class BlendMachine(RuleBasedStateMachine):
         getattr(self, what)(data)
 
     def unregister(self, data: st.DataObject) -> None:
-        """A buffer goes, mostly to come again; what is queued for it is told so."""
+        """A buffer is unregistered, usually to return; its queued copies fail."""
         rank = data.draw(st.integers(0, self.fixture.world_size - 1))
         request = CBUnregisterKVCache(f"i{rank}")
         try:
@@ -496,7 +496,7 @@ class BlendMachine(RuleBasedStateMachine):
         else:
             tier.wrong.add(key)
 
-    # -- the model --------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------
 
     def prompt(self, data: st.DataObject) -> Tokens:
         """Draw a prompt: glue, documents, and pieces of them."""
@@ -669,7 +669,7 @@ class BlendMachine(RuleBasedStateMachine):
                 lease.waiting[number].discard(rank)
 
     def is_searched(self) -> bool:
-        """Say whether a lookup finds what L1 has, and nothing else."""
+        """Return whether a lookup finds exactly what L1 has."""
         fixture = self.fixture
         fixture.blend.index.candidates(np.zeros(0, np.uint64))
         if fixture.tiers and (
@@ -693,16 +693,16 @@ class BlendMachine(RuleBasedStateMachine):
         search = separated if self.matcher == "separated" else anywhere
         return [*search(tokens, there)]
 
-    # -- what always holds ------------------------------------------------------------
+    # -- invariants --------------------------------------------------------------------
 
     @invariant()
     def all_is_as_it_was_stored(self) -> None:
-        """L1 is consistent, and so is every byte in it."""
+        """L1 is consistent, and every byte in it is the stored one."""
         self.fixture.check()
 
     @invariant()
     def leased_is_there(self) -> None:
-        """What a session was told stays for who has not read it."""
+        """Leased chunks remain until every rank has read them."""
         table = self.fixture.engine.leases._leases
         needs = self.fixture.needs()
         for key, lease in list(self.leases.items()):

@@ -1,4 +1,4 @@
-"""The index of documents: what is entered is found, what has left is not."""
+"""The document index: added entries are found, removed ones are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS = (0, 1, 2**63, 2**64 - 1)
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """An index beside a dict, with few keys and digests so that many are shared."""
+    """An index compared with a dict; few keys and digests, so many collide."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,9 +98,9 @@ class IndexMachine(RuleBasedStateMachine):
     def all_are_found(self) -> None:
         """Every entered chunk, and no other, is found under its key and digest."""
         keys = {key for key, _ in self.known.values()}
-        asked = np.array([*KEYS, 77], np.uint64)
-        places = self.index.candidates(asked).tolist()
-        assert keys <= {int(asked[place]) for place in places}
+        probed = np.array([*KEYS, 77], np.uint64)
+        places = self.index.candidates(probed).tolist()
+        assert keys <= {int(probed[place]) for place in places}
         for key, digest in {*self.known.values(), (77, b"same"), (1, b"none")}:
             found = {entry.hash for entry in self.index.find(key, digest)}
             expected = {h for h, kd in self.known.items() if kd == (key, digest)}

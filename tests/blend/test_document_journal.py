@@ -1,4 +1,4 @@
-"""Entries in their file: kept, blanked, torn, full, and another's."""
+"""The document journal: records kept, blanked and torn, disks full, files in use."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_keeping_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is told once; entries go on without it, and what was kept is there later."""
+    """One error is logged; entries work without the file; earlier records remain."""
     path = tmp_path / "kept"
     entries = filled(path, 2)
     kept = DocumentJournal(path, CHUNK)

@@ -1,4 +1,4 @@
-"""Conversions of keys, against numpy's own."""
+"""Float conversions of keys, compared with numpy's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turning keys, against plain trigonometry in double precision."""
+"""Key rotation, compared with trigonometry in double precision."""
 
 from __future__ import annotations
 

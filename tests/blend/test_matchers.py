@@ -1,4 +1,4 @@
-"""Matching against a brute-force search of everything that is stored."""
+"""Matchers, compared with a brute-force search of all stored documents."""
 
 from __future__ import annotations
 

@@ -38,15 +38,15 @@ KEY = SessionKey("engine", "reader")
 
 
 @dataclass
-class House:
-    """A server, a worker with buffer "a", and a client that plays the scheduler."""
+class BlendServer:
+    """A server, a worker with buffer "a", and a client that acts as the scheduler."""
 
     server: Server
     worker: Worker
     client: KVClient
 
     def look_up(self, text: list[int], key: SessionKey = KEY) -> CBLookupReply:
-        """Look documents up."""
+        """Return the reply of a document lookup."""
         return BlendClient(self.client).lookup_pre_computed(key, MODEL, 1, text)
 
     def read(self, found: CBLookupReply, key: SessionKey = KEY) -> Values:
@@ -59,11 +59,11 @@ class House:
         return slots
 
     def await_written(self, num_parts: int) -> None:
-        """Wait until so many parts are in tiers, and L1 may evict them."""
+        """Wait until tiers have `num_parts` parts and L1 may evict them."""
         wait_until(lambda: written(self.client) == num_parts and is_idle(self.client))
 
-    def push_out(self, prompt: Prompt) -> None:
-        """Fill L1 with another document, and wait until that may go, too."""
+    def evict_all(self, prompt: Prompt) -> None:
+        """Fill L1 with another document, and wait until it may be evicted."""
         num_parts = written(self.client)
         put(self.worker, prompt(SMALL_CHUNKS * CHUNK), 99)
         if self.client.status().tiers:
@@ -75,14 +75,14 @@ class House:
 
 
 @contextmanager
-def housed(server: Server) -> Iterator[House]:
-    """Make a fixture of a running server; nothing may be held at its end."""
+def serve_blend(server: Server) -> Iterator[BlendServer]:
+    """Connect a worker and a client to a running server."""
     worker = Worker(server.address, BlendWorkerCommands)
     try:
         worker.answer()
         worker.ask("register_buffer", "a", MODEL)
         with connected(server) as client:
-            yield House(server, worker, client)
+            yield BlendServer(server, worker, client)
     finally:
         worker.close()
 
@@ -94,7 +94,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def tier_of(folder: Path) -> tuple[str, ...]:
-    """Options of a server with that tier."""
+    """Return the options of a server with that tier."""
     return ("--tier", f"file://{folder}?retry=0.05")
 
 
@@ -110,11 +110,11 @@ def test_documents_that_only_a_tier_has_are_found_and_loaded(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
     """Two documents that left L1, in another order between glue, byte for byte."""
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
+    with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         one, two = prompt(3 * CHUNK), prompt(2 * CHUNK)
         of_one, of_two = put(fixture.worker, one, 1), put(fixture.worker, two, 2)
         fixture.await_written(5)
-        fixture.push_out(prompt)
+        fixture.evict_all(prompt)
         assert fixture.count("chunks_evicted") == 5
         text = [*prompt(7), *two, *prompt(9), *one]
         found = fixture.look_up(text)
@@ -134,11 +134,11 @@ def test_a_document_half_in_l1_is_one_range(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
     """Only what is missing is loaded, wherever in the document that is."""
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
+    with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         tokens = prompt(5 * CHUNK)
         values = put(fixture.worker, tokens, 1)
         fixture.await_written(5)
-        fixture.push_out(prompt)
+        fixture.evict_all(prompt)
         fixture.read(fixture.look_up([*prompt(3), *tokens[2 * CHUNK : 4 * CHUNK]]))
         assert fixture.count("parts_prefetched") == 2
         found = fixture.look_up([*prompt(4), *tokens])
@@ -151,14 +151,14 @@ def test_a_chunk_that_is_nowhere_is_no_longer_matched(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
     """What the tier has lost is asked for once; the document's rest is still found."""
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
+    with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         tokens = prompt(3 * CHUNK)
         put(fixture.worker, tokens, 1)
         fixture.await_written(3)
-        fixture.push_out(prompt)
+        fixture.evict_all(prompt)
         lost = fixture.look_up(tokens).matches[1].hash
         fixture.client.end_session(KEY)
-        fixture.push_out(prompt)
+        fixture.evict_all(prompt)
         known = fixture.count("document_chunks")
         next(folder.glob(f"??/{lost.hex()}-*")).unlink()
         assert where(fixture.look_up(tokens)) == [(0, CHUNK)]
@@ -175,10 +175,10 @@ def test_without_a_tier_an_evicted_chunk_is_no_longer_matched(
     serve: Serve, prompt: Prompt
 ) -> None:
     """The index has what L1 has."""
-    with housed(serve(*BLEND, *SMALL)) as fixture:
+    with serve_blend(serve(*BLEND, *SMALL)) as fixture:
         tokens = prompt(3 * CHUNK)
         put(fixture.worker, tokens, 1)
-        fixture.push_out(prompt)
+        fixture.evict_all(prompt)
         assert fixture.look_up(tokens) == CBLookupReply((), (), 0)
         assert fixture.count("document_chunks") == SMALL_CHUNKS
 
@@ -227,7 +227,7 @@ def test_a_salts_documents_are_at_its_quotas_expense(
     """A tenant over its quota evicts its own documents, not those of others."""
     salted = (ExtraKey(0, b'["salt", "greedy"]'),)
     quota = ("--set", 'l1.quotas={"salt:greedy" = "16KiB"}')
-    with housed(serve(*BLEND, *SMALL, *quota)) as fixture:
+    with serve_blend(serve(*BLEND, *SMALL, *quota)) as fixture:
         ours = prompt(3 * CHUNK)
         put(fixture.worker, ours, 1)
         for _ in range(2 * SMALL_CHUNKS):
@@ -243,12 +243,12 @@ def test_known_chunks_in_tiers_are_bounded(
 ) -> None:
     """Beyond the limit the longest unused are not known any more."""
     limit = ("--set", "blend.max_tier_chunks=3")
-    with housed(serve(*BLEND, *SMALL, *tier_of(folder), *limit)) as fixture:
+    with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder), *limit)) as fixture:
         old, new = prompt(2 * CHUNK), prompt(3 * CHUNK)
         put(fixture.worker, old, 1)
         put(fixture.worker, new, 2)
         fixture.await_written(5)
-        fixture.push_out(prompt)
+        fixture.evict_all(prompt)
         assert not fixture.look_up(old).matches
         assert len(fixture.look_up(new).matches) == 3
         fixture.client.end_session(KEY)
@@ -259,14 +259,14 @@ def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
 ) -> None:
     """What L1 has of a document is served meanwhile, the rest when it is back."""
     options = (*BLEND, *tier_of(folder), "--set", f"blend.keep={folder}.documents")
-    with housed(serve(*options)) as fixture:
+    with serve_blend(serve(*options)) as fixture:
         tokens = prompt(3 * CHUNK)
         values = put(fixture.worker, tokens, 1)
         fixture.await_written(3)
     assert fixture.server.stop() == 0
     taken = os.open(folder / ".lock", os.O_RDWR)
     fcntl.flock(taken, fcntl.LOCK_EX)
-    with housed(fixture.server.again()) as fixture:
+    with serve_blend(fixture.server.again()) as fixture:
         assert fixture.count("document_chunks") == 3
         fixture.worker.ask("write", "a", 0, values[:, :, :CHUNK])
         fixture.worker.ask("blend", "store_pre_computed", "a", 0, tokens[:CHUNK])
@@ -297,12 +297,12 @@ def test_a_killed_server_with_a_tier_finds_documents_again(
         options += ["--set", f"blend.keep={folder}.documents"]
     else:
         options += ["--set", "blend.start=[[7]]"]
-    with housed(serve(*options)) as fixture:
+    with serve_blend(serve(*options)) as fixture:
         one, two = prompt(2 * CHUNK + 3), prompt(3 * CHUNK)
         of_one, of_two = put(fixture.worker, one, 1), put(fixture.worker, two, 2)
         fixture.await_written(5)
     fixture.server.kill()
-    with housed(fixture.server.again()) as fixture:
+    with serve_blend(fixture.server.again()) as fixture:
         text = [*prompt(7), 7, *two, 7, *one]
         found = fixture.look_up(text)
         after = 8 + 3 * CHUNK + 1
@@ -323,7 +323,7 @@ def test_a_killed_server_with_a_kept_l1_finds_documents_again(
     known: list[tuple[list[int], Values]] = []
     text = prompt(2 * CHUNK)
     for run in range(3):
-        with housed(server) as fixture:
+        with serve_blend(server) as fixture:
             for tokens, values in known:
                 found = fixture.look_up([*prompt(5), *tokens])
                 assert where(found) == [(5, 5 + 2 * CHUNK)]
@@ -337,7 +337,7 @@ def test_a_killed_server_with_a_kept_l1_finds_documents_again(
             fixture.worker.ask("blend", "store_final", KEY, "a", 0, 0, len(text), text)
         server.kill()
         server = server.again()
-    with housed(server) as fixture:
+    with serve_blend(server) as fixture:
         assert fixture.count("document_chunks") == 2 * len(known)
     server.close()
 
@@ -348,12 +348,12 @@ def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
     """Without its memory a document is stored anew."""
     server = serve(*BLEND, "--set", f"l1.keep={journal}")
     tokens = prompt(2 * CHUNK)
-    with housed(server) as fixture:
+    with serve_blend(server) as fixture:
         put(fixture.worker, tokens, 1)
     assert server.stop() == 0
     (SHM_DIR / arena_name(journal)).unlink()
     again = server.again()
-    with housed(again) as fixture:
+    with serve_blend(again) as fixture:
         assert fixture.look_up(tokens) == CBLookupReply((), (), 0)
         assert fixture.count("document_chunks") == 0
         put(fixture.worker, tokens, 1)
@@ -381,7 +381,7 @@ def test_another_servers_document_is_found_where_a_paragraph_begins(
     """Of two with one tier each finds what the other stored, beside its own."""
     marks = ("--set", f"blend.matcher={matcher}", "--set", "blend.start=[[7]]")
     options = [*BLEND, "--tier", valkey.url, *marks]
-    with housed(serve(*options)) as here, housed(serve(*options)) as there:
+    with serve_blend(serve(*options)) as here, serve_blend(serve(*options)) as there:
         one, two = prompt(3 * CHUNK), prompt(2 * CHUNK)
         of_one, of_two = put(here.worker, one, 1), put(there.worker, two, 2)
         here.await_written(3)
@@ -403,15 +403,15 @@ def test_a_document_that_no_index_knows_is_found_where_a_paragraph_begins(
     """An earlier server's, in its tier: by marks, and not without."""
     options = [*BLEND, *tier_of(folder)]
     tokens = prompt(2 * CHUNK)
-    with housed(server := serve(*options)) as fixture:
+    with serve_blend(server := serve(*options)) as fixture:
         values = put(fixture.worker, tokens, 1)
         fixture.await_written(2)
     server.close()
     text = [*prompt(4), 7, *tokens]
-    with housed(server := serve(*options)) as fixture:
+    with serve_blend(server := serve(*options)) as fixture:
         assert fixture.look_up(text) == CBLookupReply((), (), 0)
     server.close()
-    with housed(serve(*options, "--set", "blend.start=[[7]]")) as fixture:
+    with serve_blend(serve(*options, "--set", "blend.start=[[7]]")) as fixture:
         found = fixture.look_up(text)
         assert where(found) == [(5, 5 + 2 * CHUNK)]
         assert np.array_equal(fixture.read(found)[:, :, 5 : 5 + 2 * CHUNK], values)
@@ -425,7 +425,7 @@ def test_all_paragraphs_are_asked_for_before_any_is_waited_for(
     deadline = ("--set", "prefetch.deadline_s=60")
     with closing(Hanging()) as hanging:
         tier = ("--tier", f"valkey://127.0.0.1:{hanging.port}?timeout=5")
-        with housed(serve(*BLEND, *tier, *options, *deadline)) as fixture:
+        with serve_blend(serve(*BLEND, *tier, *options, *deadline)) as fixture:
             text = [token for _ in range(5) for token in (7, *prompt(2 * CHUNK))]
             blend = BlendClient(fixture.client)
             waiting = blend.submit_lookup_pre_computed(KEY, MODEL, 1, text)
