@@ -1,8 +1,8 @@
-"""Who is connected, and whether they still live.
+"""Connected clients and their liveness.
 
-ZeroMQ does not say that a peer died. A client in the same pid namespace is watched
-through a pidfd, which becomes readable the moment its process ends; any other sends
-heartbeats and counts as dead after four of them are missed.
+ZeroMQ does not report that a peer ended. A client in the same pid namespace is watched
+through a pidfd, which becomes readable when its process ends; any other client sends
+heartbeats and counts as ended after four missed ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvcore.protocol import Hello
 MISSED_HEARTBEATS = 4
 
 MAX_PER_PROCESS = 1024
-"""A process that lives and forgets to say goodbye fills no more of the table."""
+"""Limit of clients per process, for one that opens many and never says goodbye."""
 
 
 @dataclass(slots=True)
@@ -32,12 +32,12 @@ class Client:
     pidfd: int | None
     last_seen: float
     num_running: int = 0
-    """Requests taken and not yet answered."""
+    """Requests received and not answered."""
 
 
 @dataclass(slots=True)
 class WatchedProcess:
-    """A process, and its clients: however many come and go, one descriptor."""
+    """A process and its clients, which share one pidfd."""
 
     process: tuple[int, int]
     pidfd: int
@@ -77,15 +77,15 @@ class ClientTable:
         return next(iter(watched.clients.values())) if watched else None
 
     def seen(self, client: Client) -> None:
-        """Note a sign of life of a client that cannot be watched."""
+        """Record a sign of life of a client without a pidfd."""
         if client.pidfd is None:
             client.last_seen = self._clock()
 
     def add(self, identity: bytes, hello: Hello) -> Client:
-        """Enter a client and watch its process if that can be done.
+        """Add a client and watch its process if possible.
 
         Raises:
-            Overloaded: its process has all that it may have.
+            Overloaded: its process has `MAX_PER_PROCESS` clients.
         """
         watched = self._watched(hello)
         if watched is not None and len(watched.clients) >= MAX_PER_PROCESS:
@@ -133,7 +133,7 @@ class ClientTable:
         return None
 
     def remove(self, client: Client) -> None:
-        """Forget a client and stop watching it."""
+        """Remove a client; stop watching its process after the last one."""
         self._clients.pop(client.identity, None)
         if client.pidfd is None:
             self._num_unwatched -= 1
@@ -157,10 +157,10 @@ class ClientTable:
         ]
 
     def next_deadline(self) -> float | None:
-        """Return when to look for silent clients again; None when all are watched."""
+        """Return when to check for silent clients again; None if all are watched."""
         return self._clock() + self._heartbeat_s if self._num_unwatched else None
 
     def close(self) -> None:
-        """Forget everyone."""
+        """Remove every client."""
         for client in list(self._clients.values()):
             self.remove(client)

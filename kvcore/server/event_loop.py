@@ -1,9 +1,9 @@
-"""The socket loop: one thread that receives, serves short requests, and answers.
+"""The event loop: one thread that receives, serves short requests, and replies.
 
-Nothing in it blocks. Handlers that hash or look up much are generators and run one
-slice at a time between receives; copies run elsewhere and come back as finished
-futures through an eventfd. It sleeps in one poll over the socket, that eventfd and
-the pidfds of the clients, until the next of them or the next deadline.
+Nothing in it blocks. Handlers with much to hash or look up are generators and run one
+slice at a time between receives; copies run on other threads and report finished
+futures through an eventfd. The loop sleeps in one poll over the socket, that eventfd
+and the clients' pidfds, until one is ready or the next deadline.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Handler = Callable[[Any, Client, int], Any]
 
 
 MAX_SKIPPED = 256
-"""Frames dropped before others are served, in 0.1 ms."""
+"""Frames dropped per poll, in 0.1 ms; then other requests are served."""
 
 
 @dataclass(slots=True)
 class RequestTask:
-    """A request being served, and where its reply goes."""
+    """A request being served, and the client that its reply goes to."""
 
     client: Client
     request_id: int
@@ -65,7 +65,7 @@ class RequestTask:
 
 
 class EventLoop:
-    """Serves the requests that `handlers` name, for clients that said hello."""
+    """Serves the requests in `handlers`, for clients that sent HELLO."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class EventLoop:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
-        # The rest of a message that was refused is still to be read.
+        # The remaining frames of a refused message are still to be read.
         self._is_skipping = False
         self._stopping = False
         self.num_requests = 0
@@ -101,8 +101,8 @@ class EventLoop:
     ) -> None:
         """Run until `stop`.
 
-        `upkeep` ends what is past its time and says when to look again, None when
-        there is nothing to wait for; nothing that begins is due within `upkeep_s`.
+        `upkeep` ends what has expired and returns when to call it again, None if
+        nothing can expire; nothing that begins later expires within `upkeep_s`.
         """
         self._handlers = handlers
         self._on_gone = on_gone
@@ -119,8 +119,8 @@ class EventLoop:
                 if source is self._socket:
                     self._receive()
                 else:
-                    self._look_around()
-                # What begins now cannot be due before this, but before all else.
+                    self._handle_events()
+                # What begins now may expire then, and not earlier.
                 look_again = min(look_again, monotonic() + upkeep_s)
             self._step()
 
@@ -130,7 +130,7 @@ class EventLoop:
         os.eventfd_write(self._wake, 1)
 
     def watch(self, fd: int) -> None:
-        """Have a pidfd wake the loop."""
+        """Wake the loop when a pidfd is ready."""
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
@@ -138,7 +138,7 @@ class EventLoop:
         self._epoll.unregister(fd)
 
     def close(self) -> None:
-        """Release what the loop itself made; not the socket."""
+        """Close the loop's own descriptors; not the socket."""
         self._epoll.close()
         os.close(self._wake)
 
@@ -152,9 +152,9 @@ class EventLoop:
     # -- receiving ----------------------------------------------------------------
 
     def _receive(self) -> None:
-        """Take in one message.
+        """Receive one message.
 
-        Whether there is another, the next poll says more cheaply than a refusal.
+        The next poll tells more cheaply than EAGAIN whether there is another.
         """
         if self._is_skipping:
             self._skip()
@@ -169,9 +169,9 @@ class EventLoop:
         self._serve_message(identity, frame)
 
     def _skip(self) -> None:
-        """Drop frames that no request has, a few in a turn.
+        """Drop surplus frames of a message, up to `MAX_SKIPPED` per poll.
 
-        Only one frame's size is bounded, and not their number.
+        Only the size of a frame is limited, not the number of frames.
         """
         for _ in range(MAX_SKIPPED):
             if not self._socket.recv(zmq.NOBLOCK, copy=False).more:
@@ -201,7 +201,7 @@ class EventLoop:
     def _admit(
         self, identity: bytes, envelope: RequestEnvelope, request: Request[Any]
     ) -> Client:
-        """Return whose request this is; a hello makes a client."""
+        """Return the client of a request; HELLO adds it."""
         client = self._clients.get(identity)
         if isinstance(request, Hello):
             if client is not None and client.pid == request.pid:
@@ -209,7 +209,7 @@ class EventLoop:
             if client is not None:
                 self._gone(client)
             return self._clients.add(identity, request)
-        # Who leaves may have said hello and not waited for the boot token.
+        # GOODBYE may follow HELLO before the client has the boot token.
         is_of_this_run = envelope.boot == self._boot or isinstance(request, Goodbye)
         if client is None or not is_of_this_run:
             raise StaleBoot("not a client of this run of the server: say hello first")
@@ -234,7 +234,7 @@ class EventLoop:
             if kind.request.is_void_late and 0 < deadline < monotonic_ns():
                 raise DeadlineExceeded("the deadline had passed on arrival")
             result = self._handlers[kind.name](request, client, deadline)
-        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+        except Exception as error:  # noqa: BLE001 - becomes an error reply
             self._fail(task, error)
             return
         if isinstance(result, Generator):
@@ -246,7 +246,7 @@ class EventLoop:
     # -- serving ------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Run one slice of one request, so that a receive comes between any two."""
+        """Run one slice of one request; a receive comes between any two."""
         if self._sliced:
             self._advance(self._sliced.popleft())
 
@@ -258,7 +258,7 @@ class EventLoop:
         except StopIteration as stop:
             task.steps = None
             self._settle(task, stop.value)
-        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+        except Exception as error:  # noqa: BLE001 - becomes an error reply
             task.steps = None
             self._fail(task, error)
         else:
@@ -278,8 +278,8 @@ class EventLoop:
 
         result.future.add_done_callback(done)
 
-    def _look_around(self) -> None:
-        """Take in finished work and dead clients."""
+    def _handle_events(self) -> None:
+        """Handle finished work and ended clients."""
         for fd, _ in self._epoll.poll(0):
             if fd == self._wake:
                 os.eventfd_read(self._wake)
@@ -290,20 +290,20 @@ class EventLoop:
         self.finish()
 
     def finish(self) -> None:
-        """Answer the requests whose work on other threads has ended."""
+        """Reply to the requests whose work on other threads has ended."""
         while self._finished:
             task = self._finished.popleft()
             if task.running is None:
                 continue
             try:
                 reply = task.running.finish()
-            except Exception as error:  # noqa: BLE001 - answered, whatever it is
+            except Exception as error:  # noqa: BLE001 - becomes an error reply
                 self._fail(task, error)
             else:
                 self._reply(task, reply)
 
     def drop(self, client: Client) -> None:
-        """Forget a client: its slices end here, its running work is not answered."""
+        """Remove a client: its slices end here, its running work gets no reply."""
         for task in [task for task in self._sliced if task.client is client]:
             self._sliced.remove(task)
             if task.steps is not None:
@@ -315,17 +315,17 @@ class EventLoop:
         self._on_gone(client)
 
     def expire_silent(self) -> None:
-        """Give up on unwatched clients that no longer send heartbeats."""
+        """End unwatched clients that no longer send heartbeats."""
         for client in self._clients.silent():
             log.info("client %s (%s) fell silent", client.pid, client.label)
             self._gone(client)
 
-    # -- answering ----------------------------------------------------------------
+    # -- replies ------------------------------------------------------------------
 
     def _reply(self, task: RequestTask, reply: msgspec.Struct) -> None:
         try:
             frame = encode_reply(task.request_id, reply)
-        except Exception as error:  # noqa: BLE001 - answered, whatever it is
+        except Exception as error:  # noqa: BLE001 - becomes an error reply
             self._fail(task, error)
             return
         task.client.num_running -= 1
@@ -343,9 +343,9 @@ class EventLoop:
         self._send(identity, encode_error(request_id, error))
 
     def _send(self, identity: bytes, frame: bytes) -> None:
-        """Send without waiting; a client that does not read loses it.
+        """Send without waiting; a client that does not read loses the reply.
 
-        One that has left waits for nothing: it is not counted.
+        A reply to a client that has left is not counted as lost.
         """
         try:
             self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)

@@ -174,7 +174,7 @@ class Whole:
             self.loop._step()
             if not self.loop._sliced and not self.socket.sent:
                 self.loop._epoll.poll(20)
-                self.loop._look_around()
+                self.loop._handle_events()
         assert len(self.socket.sent) == 2
         reply = decode_reply(self.socket.sent.pop())
         assert self.socket.sent.pop() == identity
