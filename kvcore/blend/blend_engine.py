@@ -340,7 +340,7 @@ class BlendEngine(_BlendService):
     ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
         """Find and lease the documents of a prompt that all ranks have."""
         keyspace, _ = self.engine.registry.lookup(request.model, request.world_size)
-        session = self.engine.sessions.open(request.session, keyspace)
+        session = self.engine.sessions.open(request.session, keyspace, context.client)
         tokens = read_tokens(request.tokens, request.extras)
         space = self._space(request.model, request.world_size, request.extras)
 
@@ -363,7 +363,9 @@ class BlendEngine(_BlendService):
         instance = self._buffer(request.instance_id, context)
         if request.ranges and request.matches:
             raise BadRequest("give ranges or matches, not both")
-        session = self.engine.sessions.open(request.session, instance.space)
+        session = self.engine.sessions.open(
+            request.session, instance.space, context.client
+        )
         matches: Sequence[CBMatch] = request.matches
         if request.ranges:
             matches = yield from self._matches_of_ranges(session, request, context)

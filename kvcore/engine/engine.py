@@ -237,6 +237,8 @@ class Engine:
         for hook in self.hooks.client_end:
             hook(client)
         self.leases.end_client(client)
+        for key in self.sessions.of_client(client):
+            self._end_session(key)
 
     def run_after_close(self, call: Callable[[], object]) -> None:
         """Run a call on the closer thread, after the closes that are queued now."""
@@ -299,7 +301,7 @@ class Engine:
         """Count and lease the leading chunks that all ranks have stored."""
         space, needs = self.registry.lookup(request.model, request.world_size)
         num_chunks = request.end // self.chunk_size
-        session = self.sessions.open(request.session, space)
+        session = self.sessions.open(request.session, space, context.client)
         with ExitStack() as session_use:
             session_use.enter_context(self.sessions.use(session))
             yield from self.sessions.extend(
@@ -328,12 +330,15 @@ class Engine:
 
     def end_session(self, request: EndSession, context: RequestContext) -> Done:
         """End a session's leases now, and the session after its running work."""
+        self._end_session(request.session)
+        return Done()
+
+    def _end_session(self, key: SessionKey) -> None:
         for hook in self.hooks.session_end:
-            hook(request.session)
-        session = self.sessions.find(request.session)
+            hook(key)
+        session = self.sessions.find(key)
         if session is not None:
             self.sessions.end(session)
-        return Done()
 
     def _on_session_end(self, session: Session) -> None:
         self.counters.sessions_ended += 1

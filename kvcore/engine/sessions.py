@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -23,6 +23,8 @@ class Session:
     space: Keyspace
     chain: HashChain
     last_used: float
+    client: Hashable
+    """Who opened it: the session ends with this client."""
     num_running: int = 0
     extending: bool = False
     num_lookups: int = 0
@@ -63,8 +65,11 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def open(self, key: SessionKey, space: Keyspace) -> Session:
-        """Return a session; create it if it is not known.
+    def open(self, key: SessionKey, space: Keyspace, client: Hashable) -> Session:
+        """Return a session; an unknown one is created, and ends with `client`.
+
+        So a killed engine leaves no tokens behind, which its successor would store
+        another prompt's KV under when it uses the request id again.
 
         Raises:
             BadRequest: it is known for another model or world size.
@@ -74,7 +79,7 @@ class SessionTable:
         if session is None or session.ended:
             self._make_room()
             chain = HashChain(space.seed, self._chunk_size)
-            session = Session(key, space, chain, now)
+            session = Session(key, space, chain, now, client)
             self._sessions[key] = session
         elif session.space is not space:
             raise BadRequest(
@@ -177,6 +182,10 @@ class SessionTable:
             session.num_running -= 1
             if session.ended and not session.num_running:
                 self._drop(session)
+
+    def of_client(self, client: Hashable) -> list[SessionKey]:
+        """Return the keys of the sessions that a client opened."""
+        return [key for key, each in self._sessions.items() if each.client == client]
 
     def expire(self) -> None:
         """End the sessions that no request has used for `idle_s`."""

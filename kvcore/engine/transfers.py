@@ -219,7 +219,7 @@ class Transfers:
         blocks: tuple[BlockArray, ...],
         end: int,
     ) -> Generator[None, None, TransferPlan]:
-        session = self._sessions.open(request.session, instance.space)
+        session = self._sessions.open(request.session, instance.space, instance.client)
         with ExitStack() as use:
             use.enter_context(self._sessions.use(session))
             yield from self._sessions.extend(

@@ -157,7 +157,7 @@ class ConnectorWorker:
         return self._client() is not None
 
     @property
-    def num_under_way(self) -> int:
+    def num_in_progress(self) -> int:
         """Loads and stores that have not ended."""
         return len(self._flights)
 

@@ -36,7 +36,7 @@ class SessionFixture:
 
     def open(self, name: str) -> Session:
         """Open a session."""
-        return self.table.open(SessionKey("e", name), SPACE)
+        return self.table.open(SessionKey("e", name), SPACE, "client")
 
     def extend(
         self,
@@ -184,7 +184,9 @@ def test_the_end_waits_for_running_work(fixture: SessionFixture) -> None:
             BadRequest,
         ),
         (
-            lambda fixture, s: fixture.table.open(s.key, Keyspace("o", 1, SPACE.seed)),
+            lambda fixture, s: fixture.table.open(
+                s.key, Keyspace("o", 1, SPACE.seed), "client"
+            ),
             BadRequest,
         ),
     ],

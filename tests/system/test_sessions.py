@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.protocol import Lookup
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server_fixture import CHUNK
+from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.worker_process import Worker
 
 driver = both_drivers
@@ -208,3 +212,35 @@ def test_an_image_may_come_with_later_tokens(
     found = client.lookup(later, model, 1, tokens, known=2 * CHUNK, extras=cat)
     assert found.num_chunks == 3
     client.end_session(later)
+
+
+LOOK_UP_AND_DIE = """
+import os, sys
+from kvcore.client import KVClient
+from kvcore.keys import SessionKey
+address, engine, request, model, *tokens = sys.argv[1:]
+KVClient(address).lookup(SessionKey(engine, request), model, 1, [*map(int, tokens)])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_engines_tokens_end_with_it(
+    server: Server,
+    worker: Worker,
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """A successor that reuses the request id stores under its own prompt's hashes."""
+    old, new = prompt(2 * CHUNK), prompt(2 * CHUNK)
+    gone = server.log.read_text().count("is gone")
+    names = [session.engine_id, session.request_id, model]
+    arguments = [server.address, *names, *map(str, old)]
+    killed = subprocess.run([sys.executable, "-c", LOOK_UP_AND_DIE, *arguments])
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: server.log.read_text().count("is gone") > gone)
+    stored = worker.ask("store", session, "a", 0, len(new), [ONE + TWO], new)
+    assert stored.num_stored == 2
+    assert num_hit(client, model, old) == 0
+    assert num_hit(client, model, new) == 2
