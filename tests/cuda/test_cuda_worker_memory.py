@@ -131,7 +131,7 @@ def test_a_worker_copies_its_gpu_s_cache_itself(server: Server) -> None:
         assert len(own._pinned) == 1
         server.kill()
         wait_until(lambda: not own._pinned)
-        run = server.again()
+        run = server.restart()
         wait_until(lambda: client.status().instances)
         move("second")
         client.unregister_kv_cache("gpu")

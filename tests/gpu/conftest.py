@@ -17,7 +17,7 @@ from tests.system.worker_process import Worker, WorkerCommands
 
 __all__ = ["client", "model", "prompt", "serve", "session"]
 
-Hire = Callable[[], Worker]
+StartWorker = Callable[[], Worker]
 
 
 @pytest.fixture(scope="session")
@@ -59,20 +59,22 @@ def told() -> type[WorkerCommands]:
 
 
 @pytest.fixture(scope="module")
-def hire(server: Server, told: type[WorkerCommands]) -> Iterator[Hire]:
+def start_worker(
+    server: Server, commands: type[WorkerCommands]
+) -> Iterator[StartWorker]:
     """Start a worker of the module's server, on the first GPU."""
     with ExitStack() as stack:
 
         def start() -> Worker:
             worker = Worker(server.address, told)
             stack.callback(worker.close)
-            worker.answer()
+            worker.receive()
             return worker
 
         yield start
 
 
 @pytest.fixture(scope="module")
-def workers(hire: Hire) -> list[Worker]:
+def workers(start_worker: StartWorker) -> list[Worker]:
     """Two workers of the module's server."""
-    return [hire() for _ in range(2)]
+    return [start_worker() for _ in range(2)]

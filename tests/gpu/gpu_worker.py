@@ -14,7 +14,7 @@ import numpy as np
 from kvcore.cuda.ipc import export
 from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache, RegisterReply
-from tests.system.worker_process import PLAIN, Cache, Group, WorkerCommands, _numbers
+from tests.system.worker_process import PLAIN, Cache, Group, WorkerCommands, _counter
 
 
 class GpuCache(Cache):
@@ -76,7 +76,7 @@ class GpuWorkerCommands(WorkerCommands):
         number: int = 0,
     ) -> RegisterReply:
         """Allocate a cache on GPU `number` and register it."""
-        name = f"{self.name}-{next(_numbers)}"
+        name = f"{self.name}-{next(_counter)}"
         earlier = self.caches.get(instance_id)
         cache = GpuCache(self.devices[number], name, groups, num_blocks)
         self.caches[instance_id] = cache

@@ -7,7 +7,7 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-from tests.gpu.conftest import Hire
+from tests.gpu.conftest import StartWorker
 from tests.gpu.torch_gpu_worker import LAYERS, TorchWorkerCommands
 from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK
@@ -32,19 +32,19 @@ def test_a_tensor_comes_to_another_process(
     """Random bfloat16 through L1 into other blocks; the rest is left alone."""
     first, second = workers
     tokens = prompt(CHUNK)
-    first.ask("register", "a", model)
-    second.ask("register", "b", model)
-    first.ask("fill", "a", FROM)
-    reply = first.ask("store_now", session, "a", CHUNK, FROM, tokens)
+    first.call("register", "a", model)
+    second.call("register", "b", model)
+    first.call("fill", "a", FROM)
+    reply = first.call("store_now", session, "a", CHUNK, FROM, tokens)
     assert reply.num_stored == 1
-    second.ask("poison", "b", list(range(64)))
-    second.ask("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
+    second.call("poison", "b", list(range(64)))
+    second.call("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
     for sent, got in zip(
-        first.ask("sums", "a", FROM), second.ask("sums", "b", INTO), strict=True
+        first.call("sums", "a", FROM), second.call("sums", "b", INTO), strict=True
     ):
         assert np.array_equal(sent, got)
     others = sorted(set(range(64)) - set(INTO))
-    assert all((layer == -7).all() for layer in second.ask("sums", "b", others))
+    assert all((layer == -7).all() for layer in second.call("sums", "b", others))
 
 
 @pytest.mark.card
@@ -58,13 +58,13 @@ def test_a_store_waits_for_the_kernel_that_writes(
     """What was only queued when the request was sent is what is stored."""
     first, second = workers
     tokens = prompt(CHUNK)
-    first.ask("register", "a", model)
-    second.ask("register", "b", model)
-    reply, was_early = first.ask("store_late", session, "a", CHUNK, FROM, tokens)
+    first.call("register", "a", model)
+    second.call("register", "b", model)
+    reply, was_early = first.call("store_late", session, "a", CHUNK, FROM, tokens)
     assert was_early, "the kernel did not last: the test shows nothing"
     assert reply.num_stored == 1
-    second.ask("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
-    got = second.ask("sums", "b", INTO)
+    second.call("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
+    got = second.call("sums", "b", INTO)
     assert [set(layer.reshape(-1)) for layer in got] == [
         {float(layer + 1)} for layer in range(LAYERS)
     ]
@@ -74,17 +74,17 @@ def test_a_store_waits_for_the_kernel_that_writes(
 def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
     """A thousand instances, registered and unregistered."""
     worker = workers[0]
-    worker.ask("cycle", "c", model, 20)
-    before = worker.ask("free_bytes")
+    worker.call("cycle", "c", model, 20)
+    before = worker.call("free_bytes")
     for _ in range(10):
-        worker.ask("cycle", "c", model, 100)
-    assert before - worker.ask("free_bytes") < GROWTH_BYTES
+        worker.call("cycle", "c", model, 100)
+    assert before - worker.call("free_bytes") < GROWTH_BYTES
 
 
 @pytest.mark.card
 def test_expandable_segments_are_refused_by_name(
-    hire: Hire, monkeypatch: pytest.MonkeyPatch
+    start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker is told which setting to change."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    assert "expandable_segments:False" in hire().ask("export_virtual")
+    assert "expandable_segments:False" in start_worker().call("export_virtual")

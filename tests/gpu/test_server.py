@@ -11,7 +11,7 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.errors import DeadlineExceeded, HandleError
 from kvcore.keys import SessionKey
-from tests.gpu.conftest import Hire
+from tests.gpu.conftest import StartWorker
 from tests.gpu.gpu_worker import GpuWorkerCommands
 from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK, Server, wait_until
@@ -44,22 +44,22 @@ def test_one_workers_blocks_are_anothers(
     first, second = workers
     tokens = prompt(SIZE)
     lists = [FROM] * len(groups)
-    first.ask("register", "a", model, groups)
-    second.ask("register", "b", model, groups)
-    first.ask("fill", "a", FROM)
-    expected = [first.ask("read", "a", FROM, n) for n in range(len(groups))]
-    reply = first.ask("store", session, "a", 0, SIZE, lists, tokens)
+    first.call("register", "a", model, groups)
+    second.call("register", "b", model, groups)
+    first.call("fill", "a", FROM)
+    expected = [first.call("read", "a", FROM, n) for n in range(len(groups))]
+    reply = first.call("store", session, "a", 0, SIZE, lists, tokens)
     assert reply.num_stored == 4 * len(groups)
-    second.ask("poison", "b", list(range(64)))
+    second.call("poison", "b", list(range(64)))
     assert client.lookup(session, model, 1, tokens).num_tokens == SIZE
     lists = [INTO] * len(groups)
-    reply = second.ask("retrieve", session, "b", 0, SIZE, lists)
+    reply = second.call("retrieve", session, "b", 0, SIZE, lists)
     assert reply.num_tokens == SIZE
     assert len(reply.event) == 64
     others = sorted(set(range(64)) - set(INTO))
     for n, blocks in enumerate(expected):
-        assert (second.ask("read", "b", INTO, n) == blocks).all()
-        assert (second.ask("read", "b", others, n) == POISON).all()
+        assert (second.call("read", "b", INTO, n) == blocks).all()
+        assert (second.call("read", "b", others, n) == POISON).all()
 
 
 def test_single_tokens_are_skipped(
@@ -68,16 +68,16 @@ def test_single_tokens_are_skipped(
     """The first tokens stay unwritten, in the middle of a block."""
     first, second = workers
     tokens = prompt(CHUNK)
-    first.ask("register", "a", model)
-    second.ask("register", "b", model)
-    first.ask("fill", "a", FROM[:4])
-    expected = first.ask("read", "a", FROM[:4])
-    first.ask("store", session, "a", 0, CHUNK, [FROM[:4]], tokens)
-    second.ask("poison", "b", INTO[:4])
-    second.ask(
+    first.call("register", "a", model)
+    second.call("register", "b", model)
+    first.call("fill", "a", FROM[:4])
+    expected = first.call("read", "a", FROM[:4])
+    first.call("store", session, "a", 0, CHUNK, [FROM[:4]], tokens)
+    second.call("poison", "b", INTO[:4])
+    second.call(
         "retrieve", session, "b", 0, CHUNK, [INTO[:4]], tokens, skip_first_n_tokens=21
     )
-    got = second.ask("read", "b", INTO[:4])
+    got = second.call("read", "b", INTO[:4])
     # [blocks, L, K, slots, D]
     assert (got[0] == POISON).all()
     assert (got[1][..., :5, :] == POISON).all()
@@ -94,11 +94,11 @@ def test_a_store_comes_after_the_workers_event(
 ) -> None:
     """An event that was reached is no hindrance, again and again."""
     worker = workers[0]
-    worker.ask("register", "a", model)
+    worker.call("register", "a", model)
     for _ in range(3):
         tokens = prompt(CHUNK)
         key = SessionKey("engine", f"event-{tokens[0]}")
-        reply = worker.ask("store_behind", 20, key, "a", CHUNK, FROM[:4], tokens)
+        reply = worker.call("store_behind", 20, key, "a", CHUNK, FROM[:4], tokens)
         assert reply.num_stored == 1
         client.end_session(key)
 
@@ -113,20 +113,20 @@ def test_a_copy_is_not_begun_before_its_event(
 ) -> None:
     """A store whose event is not reached by its deadline keeps nothing."""
     worker = workers[0]
-    worker.ask("register", "a", model)
-    worker.ask("hold", held=True)
+    worker.call("register", "a", model)
+    worker.call("hold", held=True)
     tokens = prompt(CHUNK)
     with pytest.raises(DeadlineExceeded):
-        worker.ask("store_behind", 0.2, session, "a", CHUNK, FROM[:4], tokens)
-    worker.ask("hold", held=False)
+        worker.call("store_behind", 0.2, session, "a", CHUNK, FROM[:4], tokens)
+    worker.call("hold", held=False)
     assert client.lookup(session, model, 1, tokens).num_chunks == 0
-    reply = worker.ask("store_behind", 20, session, "a", CHUNK, FROM[:4], tokens)
+    reply = worker.call("store_behind", 20, session, "a", CHUNK, FROM[:4], tokens)
     assert reply.num_stored == 1
 
 
 def test_a_worker_that_dies_before_its_event_is_let_go(
     stub: None,
-    hire: Hire,
+    start_worker: StartWorker,
     workers: list[Worker],
     client: KVClient,
     model: str,
@@ -134,21 +134,21 @@ def test_a_worker_that_dies_before_its_event_is_let_go(
     prompt: Prompt,
 ) -> None:
     """Its copies are void, its memory is closed, and others are served meanwhile."""
-    victim, other = hire(), workers[0]
+    victim, other = start_worker(), workers[0]
     tokens = prompt(CHUNK)
-    victim.ask("register", "v", model)
-    victim.ask("hold", held=True)
-    victim.tell("store_behind", 20, session, "v", CHUNK, FROM[:4], tokens)
-    other.ask("register", "o", model)
+    victim.call("register", "v", model)
+    victim.call("hold", held=True)
+    victim.send("store_behind", 20, session, "v", CHUNK, FROM[:4], tokens)
+    other.call("register", "o", model)
     victim.kill()
     wait_until(lambda: "v" not in {i.instance_id for i in client.status().instances})
-    assert other.ask("store", session, "o", 0, CHUNK, [FROM[:4]], tokens).num_stored
+    assert other.call("store", session, "o", 0, CHUNK, [FROM[:4]], tokens).num_stored
     # The closer, which is one thread, has let go of the dead worker.
-    other.ask("unregister_kv_cache", "o")
+    other.call("unregister_kv_cache", "o")
 
 
 def test_a_worker_killed_in_a_copy_leaves_nothing_half_written(
-    hire: Hire,
+    start_worker: StartWorker,
     workers: list[Worker],
     client: KVClient,
     model: str,
@@ -156,23 +156,23 @@ def test_a_worker_killed_in_a_copy_leaves_nothing_half_written(
     prompt: Prompt,
 ) -> None:
     """What it stored is there wholly or not at all; others go on."""
-    victim, other = hire(), workers[0]
+    victim, other = start_worker(), workers[0]
     tokens = prompt(4 * CHUNK)
     blocks = list(range(16))
-    victim.ask("register", "v", model, LARGE, num_blocks=16)
-    other.ask("register", "o", model, LARGE, num_blocks=16)
-    victim.ask("fill", "v", blocks)
-    expected = victim.ask("read", "v", blocks)
-    victim.ask("begin", "s", "submit_store", session, "v", 0, SIZE, [blocks], tokens)
+    victim.call("register", "v", model, LARGE, num_blocks=16)
+    other.call("register", "o", model, LARGE, num_blocks=16)
+    victim.call("fill", "v", blocks)
+    expected = victim.call("read", "v", blocks)
+    victim.call("begin", "s", "submit_store", session, "v", 0, SIZE, [blocks], tokens)
     victim.kill()
     wait_until(lambda: "v" not in {i.instance_id for i in client.status().instances})
     wait_until(lambda: client.status().l1.num_reserved == 0)
     found = client.lookup(session, model, 1, tokens).num_chunks
     assert found in (0, 4)
     if found:
-        other.ask("retrieve", session, "o", 0, SIZE, [blocks])
-        assert (other.ask("read", "o", blocks) == expected).all()
-    other.ask("unregister_kv_cache", "o")
+        other.call("retrieve", session, "o", 0, SIZE, [blocks])
+        assert (other.call("read", "o", blocks) == expected).all()
+    other.call("unregister_kv_cache", "o")
 
 
 def test_what_is_forged_is_refused(
@@ -180,14 +180,14 @@ def test_what_is_forged_is_refused(
 ) -> None:
     """Ranges past the allocation, GPUs of others, handles of nobody."""
     worker = workers[0]
-    worker.ask("register", "a", model)
+    worker.call("register", "a", model)
     far = {"offset": 1 << 40}
     nobody = {"handle": bytes(64)}
     elsewhere = {"device": "GPU-00000000-0000-0000-0000-000000000000"}
     for changes in (far, nobody, elsewhere):
         with pytest.raises(HandleError):
-            worker.ask("register_as", "a", model, **changes)
-    worker.ask("register_as", "a", model)
+            worker.call("register_as", "a", model, **changes)
+    worker.call("register_as", "a", model)
 
 
 def test_every_gpu_has_its_caches(
@@ -200,14 +200,14 @@ def test_every_gpu_has_its_caches(
     """Of one worker on each GPU in turn, all share the chunks."""
     worker, tokens = workers[0], prompt(CHUNK)
     for number in range(len(devices)):
-        worker.ask("register", f"gpu-{number}", model, number=number)
-    worker.ask("fill", "gpu-0", FROM[:4])
-    expected = worker.ask("read", "gpu-0", FROM[:4])
-    worker.ask("store", session, "gpu-0", 0, CHUNK, [FROM[:4]], tokens)
+        worker.call("register", f"gpu-{number}", model, number=number)
+    worker.call("fill", "gpu-0", FROM[:4])
+    expected = worker.call("read", "gpu-0", FROM[:4])
+    worker.call("store", session, "gpu-0", 0, CHUNK, [FROM[:4]], tokens)
     last = f"gpu-{len(devices) - 1}"
-    worker.ask("poison", last, INTO[:4])
-    worker.ask("retrieve", session, last, 0, CHUNK, [INTO[:4]])
-    assert (worker.ask("read", last, INTO[:4]) == expected).all()
+    worker.call("poison", last, INTO[:4])
+    worker.call("retrieve", session, last, 0, CHUNK, [INTO[:4]])
+    assert (worker.call("read", last, INTO[:4]) == expected).all()
 
 
 def test_the_server_may_number_gpus_otherwise(
@@ -223,12 +223,12 @@ def test_the_server_may_number_gpus_otherwise(
     monkeypatch.delenv("STUB_REVERSED")
     worker = Worker(server.address, GpuWorkerCommands)
     try:
-        worker.answer()
-        worker.ask("register", "a", model)
+        worker.receive()
+        worker.call("register", "a", model)
         key = SessionKey("engine", "reversed")
-        reply = worker.ask("store", key, "a", 0, CHUNK, [FROM[:4]], prompt(CHUNK))
+        reply = worker.call("store", key, "a", 0, CHUNK, [FROM[:4]], prompt(CHUNK))
         assert reply.num_stored == 1
-        (seen,) = worker.ask("status").devices
+        (seen,) = worker.call("status").devices
         assert (seen.uuid, seen.name) == (
             "GPU-10101010-1010-1010-1010-101010101010",
             "Stub 0",
@@ -244,11 +244,11 @@ def test_a_thousand_registrations_leave_nothing(
 ) -> None:
     """The server has as many descriptors and threads as before."""
     worker = workers[0]
-    worker.ask("register", "c", model, num_blocks=4096)
-    worker.ask("cycle", "c", model, 10)
+    worker.call("register", "c", model, num_blocks=4096)
+    worker.call("cycle", "c", model, 10)
     before = used(server)
     for _ in range(10):
-        worker.ask("cycle", "c", model, 100)
+        worker.call("cycle", "c", model, 100)
     assert used(server) == before
     assert "c" not in {i.instance_id for i in client.status().instances}
 
@@ -270,17 +270,17 @@ def test_a_killed_server_is_met_again(
     worker = Worker(server.address, GpuWorkerCommands)
     key, tokens = SessionKey("engine", "again"), prompt(CHUNK)
     try:
-        worker.answer()
-        worker.ask("register", "a", model)
-        worker.ask("fill", "a", FROM[:4])
+        worker.receive()
+        worker.call("register", "a", model)
+        worker.call("fill", "a", FROM[:4])
         server.kill()
-        server = server.again()
-        wait_until(lambda: not worker.ask("is_unavailable"))
-        worker.ask("store", key, "a", 0, CHUNK, [FROM[:4]], tokens)
-        expected = worker.ask("read", "a", FROM[:4])
-        worker.ask("poison", "a", INTO[:4])
-        worker.ask("retrieve", key, "a", 0, CHUNK, [INTO[:4]])
-        assert np.array_equal(worker.ask("read", "a", INTO[:4]), expected)
+        server = server.restart()
+        wait_until(lambda: not worker.call("is_server_gone"))
+        worker.call("store", key, "a", 0, CHUNK, [FROM[:4]], tokens)
+        expected = worker.call("read", "a", FROM[:4])
+        worker.call("poison", "a", INTO[:4])
+        worker.call("retrieve", key, "a", 0, CHUNK, [INTO[:4]])
+        assert np.array_equal(worker.call("read", "a", INTO[:4]), expected)
     finally:
         worker.close()
         server.close()

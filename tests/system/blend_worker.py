@@ -19,7 +19,7 @@ from tests.system.worker_process import POISON, WorkerCommands
 SHAPE = (2, 2, 1024, 32)
 """Of a buffer of uint8, whose chunks are like those of `worker.PLAIN`."""
 
-_numbers = itertools.count()
+_counter = itertools.count()
 
 
 class BlendWorkerCommands(WorkerCommands):
@@ -45,7 +45,7 @@ class BlendWorkerCommands(WorkerCommands):
     ) -> Any:
         """Allocate a poisoned buffer, `missing` bytes too small, and register it."""
         size = math.prod(shape) * DTYPE_BYTES.get(dtype, 1)
-        name = f"{self.name}-buffer-{next(_numbers)}"
+        name = f"{self.name}-buffer-{next(_counter)}"
         segment = Segment.create(name, max(size, 1), touch=True)
         segment.array[:] = POISON
         request = CBRegisterKVCache(

@@ -15,7 +15,7 @@ from tests.system.server_fixture import Server
 from tests.system.worker_process import Worker
 
 Prompt = Callable[[int], list[int]]
-_numbers = itertools.count()
+_counter = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def both_drivers(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def hire(driver: str) -> Iterator[Callable[[str], Worker]]:
+def start_worker(driver: str) -> Iterator[Callable[[str], Worker]]:
     """Start a worker of a server; `answer` once before the first `ask`."""
     with ExitStack() as stack:
 
@@ -75,24 +75,24 @@ def hire(driver: str) -> Iterator[Callable[[str], Worker]]:
 
 
 @pytest.fixture(scope="module")
-def workers(server: Server, hire: Callable[[str], Worker]) -> list[Worker]:
+def workers(server: Server, start_worker: Callable[[str], Worker]) -> list[Worker]:
     """Two workers of the module's server."""
-    both = [hire(server.address) for _ in range(2)]
+    both = [start_worker(server.address) for _ in range(2)]
     for worker in both:
-        worker.answer()
+        worker.receive()
     return both
 
 
 @pytest.fixture
 def model() -> str:
     """A model that no other test has chunks of."""
-    return f"model-{next(_numbers)}"
+    return f"model-{next(_counter)}"
 
 
 @pytest.fixture
 def session(client: KVClient) -> Iterator[SessionKey]:
     """A session that no other test knows; after its end nothing may be held."""
-    key = SessionKey("engine", f"request-{next(_numbers)}")
+    key = SessionKey("engine", f"request-{next(_counter)}")
     yield key
     client.end_session(key)
     status = client.status()
@@ -105,7 +105,7 @@ def prompt() -> Prompt:
     """Make a prompt of so many tokens, unlike any other."""
 
     def make(num_tokens: int) -> list[int]:
-        rng = np.random.default_rng(next(_numbers))
+        rng = np.random.default_rng(next(_counter))
         return rng.integers(0, 1 << 31, num_tokens).tolist()
 
     return make

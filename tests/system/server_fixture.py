@@ -1,4 +1,4 @@
-"""A real `kvctl serve` for tests, and ways to wait for what it comes to."""
+"""A real `kvctl serve` process for tests, and a wait for conditions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
+from tests.system.fork_server import ForkedCommand
+
 CHUNK = 64
 """Tokens a chunk of these servers, four blocks."""
 
@@ -18,39 +20,54 @@ OPTIONS = ("--l1-size", "8MiB", "--chunk-size", str(CHUNK), "--set", "l1.page=4K
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Ask until it is so, at most so long."""
+    """Poll a condition until it is true.
+
+    Raises:
+        AssertionError: it is still false after `seconds`.
+    """
     deadline = monotonic() + seconds
     pause = threading.Event()
     while not condition():
-        assert monotonic() < deadline, "it did not come to be so"
+        assert monotonic() < deadline, f"still false after {seconds} s"
         pause.wait(0.005)
 
 
 class Server:
-    """A `kvctl serve` process, ready when this returns."""
+    """A `kvctl serve` process, ready when the constructor returns.
+
+    It is forked from a process that has imported the server. A `program` other than
+    `-m kvctl`, or a `prefix` such as `ip netns exec NAME`, starts a new interpreter.
+    """
 
     def __init__(
         self,
         folder: Path,
         *options: str,
         address: str = "tcp://127.0.0.1:0",
-        inside: Sequence[str] = (),
-        program: Sequence[str] = ("-m", "kvctl"),
+        prefix: Sequence[str] = (),
+        program: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.options = options
         self.log = folder / f"stderr-{len(list(folder.iterdir()))}"
         ready = folder / "ready"
-        self.inside = inside
-        command = [
-            *inside,  # Replaced by what it runs, as `ip netns exec` is.
-            *(sys.executable, *program, "serve", "--address", address),
-            *("--ready-file", str(ready), *OPTIONS, *options),
-        ]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True
-            )
+        self.prefix = prefix
+        arguments = (
+            *("serve", "--address", address, "--ready-file", str(ready)),
+            *(*OPTIONS, *options),
+        )
+        self.process: ForkedCommand | subprocess.Popen[str]
+        if prefix or program:
+            program = program or ("-m", "kvctl")
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    [*prefix, sys.executable, *program, *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        else:
+            self.process = ForkedCommand(arguments, self.log)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         self.process.stdout.close()
@@ -62,45 +79,51 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Its process id."""
         return self.process.pid
 
     @property
     def segments(self) -> list[str]:
-        """What it has in /dev/shm."""
+        """The names of its segments in /dev/shm."""
         return [
             n for n in os.listdir("/dev/shm") if n.startswith(f"kvcore-{self.pid}-")
         ]
 
     def pause(self) -> None:
-        """SIGSTOP it, and wait until it stands still."""
+        """Send SIGSTOP and wait until the process is stopped."""
         self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+        wait_until(lambda: _process_state(self.pid) == "T")
 
     def resume(self) -> None:
-        """SIGCONT it."""
+        """Send SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to stop; return its exit code."""
+        """Send a signal; return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(20)
 
     def kill(self) -> None:
-        """SIGKILL it."""
+        """Send SIGKILL and wait for the end of the process."""
         self.process.kill()
         self.process.wait()
 
-    def again(self) -> Server:
-        """Start another run at the same address."""
-        where = {"address": self.address, "inside": self.inside}
-        return Server(self.folder, *self.options, **where)
+    def restart(self) -> Server:
+        """Start another process with the same address and options."""
+        return Server(
+            self.folder, *self.options, address=self.address, prefix=self.prefix
+        )
 
     def close(self) -> None:
-        """End it if it lives; whatever came, it must not have logged a defect."""
+        """Stop the process if it runs; its log must hold no traceback."""
         if self.process.poll() is None:
             self.resume()
             assert self.stop() == 0
             assert not self.segments
         log = self.log.read_text()
         assert "Traceback" not in log, log
+
+
+def _process_state(pid: int) -> str:
+    """Return the state letter of /proc/PID/stat."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -66,7 +66,7 @@ def workers(server: Server) -> Iterator[list[Worker]]:
     """Two workers with buffers."""
     both = [Worker(server.address, BlendWorkerCommands) for _ in range(2)]
     for worker in both:
-        worker.answer()
+        worker.receive()
     yield both
     for worker in both:
         worker.close()
@@ -76,11 +76,11 @@ def workers(server: Server) -> Iterator[list[Worker]]:
 def pair(workers: list[Worker], model: str) -> Iterator[tuple[Worker, Worker]]:
     """Two workers with a buffer each of one model, instances "a" and "b"."""
     first, second = workers
-    first.ask("register_buffer", "a", model)
-    second.ask("register_buffer", "b", model)
+    first.call("register_buffer", "a", model)
+    second.call("register_buffer", "b", model)
     yield first, second
-    first.ask("blend", "unregister", "a")
-    second.ask("blend", "unregister", "b")
+    first.call("blend", "unregister", "a")
+    second.call("blend", "unregister", "b")
 
 
 def fresh(num_tokens: int, seed: int) -> Values:
@@ -92,8 +92,8 @@ def fresh(num_tokens: int, seed: int) -> Values:
 def put(worker: Worker, tokens: list[int], seed: int, offset: int = 0) -> Values:
     """Compute a document's KV in buffer "a" and store it; return the KV."""
     values = fresh(len(tokens), seed)
-    worker.ask("write", "a", offset, values)
-    worker.ask("blend", "store_pre_computed", "a", offset, tokens)
+    worker.call("write", "a", offset, values)
+    worker.call("blend", "store_pre_computed", "a", offset, tokens)
     return values
 
 
@@ -133,12 +133,12 @@ def test_a_buffer_is_registered_and_forgotten(
     workers: list[Worker], client: KVClient, model: str
 ) -> None:
     """It is listed with its layout, and gone when it was unregistered."""
-    reply = workers[0].ask("register_buffer", "a", model)
+    reply = workers[0].call("register_buffer", "a", model)
     assert reply.chunk_bytes == math.prod(SHAPE) // SLOTS * CHUNK
     (listed,) = client.status().instances
     assert (listed.instance_id, listed.model, listed.rank) == ("a", model, 0)
     assert listed.group_fingerprints == reply.fingerprints
-    workers[0].ask("blend", "unregister", "a")
+    workers[0].call("blend", "unregister", "a")
     assert client.status().instances == ()
 
 
@@ -147,12 +147,12 @@ def test_several_buffers_of_several_workers(
 ) -> None:
     """Instances are apart; an id belongs to its worker while that lives."""
     first, second = pair
-    first.ask("register_buffer", "c", model, shape=(2, 2, CHUNK, 32))
+    first.call("register_buffer", "c", model, shape=(2, 2, CHUNK, 32))
     assert {i.instance_id for i in client.status().instances} == {"a", "b", "c"}
     with pytest.raises(UnknownInstance, match="'c'"):
-        second.ask("blend", "unregister", "c")
-    first.ask("blend", "unregister", "c")
-    first.ask("register_buffer", "a", model)
+        second.call("blend", "unregister", "c")
+    first.call("blend", "unregister", "c")
+    first.call("register_buffer", "a", model)
     assert {i.instance_id for i in client.status().instances} == {"a", "b"}
 
 
@@ -169,19 +169,19 @@ def test_an_unknown_instance_is_a_clear_answer(
         ("store_final", key, "nobody", 0, 0, 0),
     ):
         with pytest.raises(UnknownInstance, match="'nobody'"):
-            first.ask("blend", method, *arguments)
+            first.call("blend", method, *arguments)
     put(first, prompt(CHUNK), 1)
 
 
 def test_a_paged_cache_is_no_buffer(pair: tuple[Worker, Worker], model: str) -> None:
     """Blend requests name it; the cache stays registered."""
     first, _ = pair
-    first.ask("register", "paged", model)
+    first.call("register", "paged", model)
     with pytest.raises(UnknownInstance, match="'paged' is a paged cache"):
-        first.ask("blend", "unregister", "paged")
+        first.call("blend", "unregister", "paged")
     with pytest.raises(UnknownInstance, match="'paged' is a paged cache"):
-        first.ask("blend", "store_pre_computed", "paged", 0, [1])
-    first.ask("unregister_kv_cache", "paged")
+        first.call("blend", "store_pre_computed", "paged", 0, [1])
+    first.call("unregister_kv_cache", "paged")
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_a_buffer_that_cannot_be_is_refused(
 ) -> None:
     """Each wrong field is named, and nothing is registered."""
     with pytest.raises(error, match=says):
-        workers[0].ask("register_buffer", "wrong", model, **options)
+        workers[0].call("register_buffer", "wrong", model, **options)
     with pytest.raises(UnknownInstance):
-        workers[0].ask("blend", "unregister", "wrong")
+        workers[0].call("blend", "unregister", "wrong")
 
 
 def test_a_buffer_that_its_worker_keeps_to_itself_is_refused(
@@ -220,7 +220,7 @@ def test_a_buffer_larger_than_its_memory_is_refused(
     """The shape is held against the handle."""
     first, _ = pair
     with pytest.raises(LayoutError, match="ends at byte"):
-        first.ask("register_buffer", "short", model, missing=1)
+        first.call("register_buffer", "short", model, missing=1)
 
 
 def test_opaque_pages_and_a_buffer_of_one_model_are_refused(
@@ -229,7 +229,7 @@ def test_opaque_pages_and_a_buffer_of_one_model_are_refused(
     """Chunks of pages mean something else: both layouts are named."""
     first, _ = pair
     with pytest.raises(LayoutConflict, match=r"page .* token "):
-        first.ask("register", "pages", model, PAGES)
+        first.call("register", "pages", model, PAGES)
 
 
 # -- stores ---------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_whole_chunks_are_stored(
     """A partial tail, or a document shorter than a chunk, is left out."""
     first, _ = pair
     tokens = prompt(num_tokens)
-    stored = first.ask("blend", "store_pre_computed", "a", 5, tokens)
+    stored = first.call("blend", "store_pre_computed", "a", 5, tokens)
     assert (stored.num_stored, stored.num_dropped) == (chunks, 0)
 
 
@@ -262,13 +262,15 @@ def test_storing_twice_changes_nothing(
     tokens = prompt(2 * CHUNK)
     values = put(first, tokens, 1)
     chunks = client.status().counters["document_chunks"]
-    first.ask("write", "a", 0, fresh(2 * CHUNK, 2))
-    stored = first.ask("blend", "store_pre_computed", "a", 0, tokens)
+    first.call("write", "a", 0, fresh(2 * CHUNK, 2))
+    stored = first.call("blend", "store_pre_computed", "a", 0, tokens)
     assert (stored.num_stored, stored.num_present) == (0, 2)
     assert client.status().counters["document_chunks"] == chunks
     found = blend.lookup_pre_computed(session, model, 1, tokens)
-    second.ask("blend", "retrieve_pre_computed", session, "b", 0, matches=found.matches)
-    assert np.array_equal(second.ask("read_slots", "b", 0, 2 * CHUNK), values)
+    second.call(
+        "blend", "retrieve_pre_computed", session, "b", 0, matches=found.matches
+    )
+    assert np.array_equal(second.call("read_slots", "b", 0, 2 * CHUNK), values)
 
 
 def test_slots_that_the_buffer_lacks_are_refused(
@@ -284,9 +286,9 @@ def test_slots_that_the_buffer_lacks_are_refused(
         ("store_final", session, "a", offset, 0, 2 * CHUNK, tokens),
     ):
         with pytest.raises(BadRequest, match=f"the buffer has {SLOTS}"):
-            first.ask("blend", method, *arguments)
+            first.call("blend", method, *arguments)
     with pytest.raises(BadRequest, match=f"the buffer has {SLOTS}"):
-        first.ask(
+        first.call(
             "blend", "retrieve_pre_computed", session, "a", offset, matches=[match]
         )
 
@@ -392,7 +394,7 @@ def test_documents_and_prefixes_are_apart(
     put(first, document, 1)
     assert client.lookup(session, model, 1, document).num_chunks == 0
     other = SessionKey("e", "apart")
-    first.ask("blend", "store_final", other, "a", 0, 0, len(text), text)
+    first.call("blend", "store_final", other, "a", 0, 0, len(text), text)
     assert blend.lookup_pre_computed(session, model, 1, text).num_tokens == 0
     client.end_session(other)
     found = client.lookup(session, model, 1, text)
@@ -421,24 +423,24 @@ def test_tenants_never_see_each_others_documents(
         found = blend.lookup_pre_computed(session, model, 1, text, extras=extras)
         assert found == CBLookupReply((), (), 0)
         truth[extras] = values = fresh(2 * CHUNK, seed)
-        first.ask("write", "a", 0, values)
-        first.ask("blend", "store_pre_computed", "a", 0, tokens, extras=extras)
+        first.call("write", "a", 0, values)
+        first.call("blend", "store_pre_computed", "a", 0, tokens, extras=extras)
     for extras, values in truth.items():
         found = blend.lookup_pre_computed(session, model, 1, text, extras=extras)
         assert where(found) == [(9, 9 + 2 * CHUNK)]
-        second.ask(
+        second.call(
             "blend", "retrieve_pre_computed", session, "b", 0, ranges=found.ranges
         )
-        read = second.ask("read_slots", "b", 9, 9 + 2 * CHUNK)
+        read = second.call("read_slots", "b", 9, 9 + 2 * CHUNK)
         assert np.array_equal(read, values)
         client.end_session(session)
-        second.ask(  # Found anew, from the prompt and its extras.
+        second.call(  # Found anew, from the prompt and its extras.
             *("blend", "retrieve_pre_computed", session, "b", 50),
             ranges=found.ranges,
             tokens=text,
             extras=extras,
         )
-        read = second.ask("read_slots", "b", 59, 59 + 2 * CHUNK)
+        read = second.call("read_slots", "b", 59, 59 + 2 * CHUNK)
         assert np.array_equal(read, values)
         client.end_session(session)
 
@@ -454,7 +456,7 @@ def test_material_in_the_middle_ends_what_is_stored_and_found(
     first, _ = pair
     tokens = prompt(3 * CHUNK)
     image = (ExtraKey(2 * CHUNK + 5, b"image"),)
-    stored = first.ask(
+    stored = first.call(
         "blend", "store_pre_computed", "a", 0, tokens, extras=(*SALTS[0], *image)
     )
     assert stored.num_stored == 2
@@ -476,17 +478,17 @@ def test_a_hash_of_another_model_reaches_nothing(
 ) -> None:
     """A match is the caller's word: its chunk must be of the buffer's own layout."""
     first, second = pair
-    first.ask("register_buffer", "c", f"{model}-other")
+    first.call("register_buffer", "c", f"{model}-other")
     tokens = prompt(CHUNK)
-    first.ask("blend", "store_pre_computed", "c", 0, tokens)
+    first.call("blend", "store_pre_computed", "c", 0, tokens)
     found = blend.lookup_pre_computed(session, f"{model}-other", 1, tokens)
     other = SessionKey("e", "other")
     with pytest.raises(BadRequest, match="of another model"):
-        second.ask(
+        second.call(
             "blend", "retrieve_pre_computed", other, "b", 0, matches=found.matches
         )
-    assert (second.ask("read_slots", "b", 0, SLOTS) == POISON).all()
-    first.ask("blend", "unregister", "c")
+    assert (second.call("read_slots", "b", 0, SLOTS) == POISON).all()
+    first.call("blend", "unregister", "c")
 
 
 def test_every_rank_must_have_stored(
@@ -498,20 +500,20 @@ def test_every_rank_must_have_stored(
 ) -> None:
     """With two ranks a chunk counts when both have stored it."""
     for rank, (worker, name) in enumerate(zip(workers, "ab", strict=True)):
-        worker.ask("register_buffer", name, model, rank=rank, world_size=2)
+        worker.call("register_buffer", name, model, rank=rank, world_size=2)
     tokens = prompt(2 * CHUNK)
-    workers[0].ask("blend", "store_pre_computed", "a", 0, tokens)
+    workers[0].call("blend", "store_pre_computed", "a", 0, tokens)
     assert not blend.lookup_pre_computed(session, model, 2, tokens).matches
-    workers[1].ask("blend", "store_pre_computed", "b", 0, tokens[:CHUNK])
+    workers[1].call("blend", "store_pre_computed", "b", 0, tokens[:CHUNK])
     found = blend.lookup_pre_computed(session, model, 2, tokens)
     assert where(found) == [(0, CHUNK)]
     for worker, name in zip(workers, "ab", strict=True):
-        worker.ask(
+        worker.call(
             "blend", "retrieve_pre_computed", session, name, 0, ranges=found.ranges
         )
     assert blend.client.status().num_leases == 0
     for worker, name in zip(workers, "ab", strict=True):
-        worker.ask("blend", "unregister", name)
+        worker.call("blend", "unregister", name)
 
 
 def test_a_chunk_that_was_dropped_is_no_longer_found(
@@ -550,7 +552,7 @@ def test_eviction_takes_documents_out_of_the_index(
     evicted = client.status().counters["chunks_evicted"]
     size = 15 * CHUNK
     for _ in range((8 << 20) // (size * 128) + 2):
-        first.ask("blend", "store_pre_computed", "a", 0, prompt(size))
+        first.call("blend", "store_pre_computed", "a", 0, prompt(size))
     status = client.status()
     assert status.counters["chunks_evicted"] > evicted
     assert status.counters["document_chunks"] <= status.l1.num_chunks
@@ -581,12 +583,12 @@ def test_ranges_land_at_their_places_and_nothing_else_changes(
     expected[:, :, offset + 11 : offset + 11 + CHUNK] = of_two
     expected[:, :, after : after + 2 * CHUNK] = of_one
     for what in ({"ranges": found.ranges}, {"matches": found.matches[::-1]}):
-        second.ask("poison_all", "b")
-        retrieved = second.ask(
+        second.call("poison_all", "b")
+        retrieved = second.call(
             "blend", "retrieve_pre_computed", session, "b", offset, **what
         )
         assert retrieved.num_tokens == 3 * CHUNK
-        assert np.array_equal(second.ask("read_slots", "b", 0, SLOTS), expected)
+        assert np.array_equal(second.call("read_slots", "b", 0, SLOTS), expected)
 
 
 def test_a_retrieve_ends_the_lease_when_all_was_read(
@@ -604,13 +606,13 @@ def test_a_retrieve_ends_the_lease_when_all_was_read(
     put(first, two, 2)
     text = [*one, *prompt(3), *two]
     writer = SessionKey("e", "writer")
-    first.ask("blend", "store_final", writer, "a", 0, 0, len(text), text)
+    first.call("blend", "store_final", writer, "a", 0, 0, len(text), text)
     client.end_session(writer)
     assert client.lookup(session, model, 1, text).num_chunks == 2
     found = blend.lookup_pre_computed(session, model, 1, text)
     assert client.status().num_leases == 2
     for left, wanted in zip((2, 1), found.ranges, strict=True):
-        second.ask("blend", "retrieve_pre_computed", session, "b", 0, ranges=[wanted])
+        second.call("blend", "retrieve_pre_computed", session, "b", 0, ranges=[wanted])
         assert client.status().num_leases == left
     client.end_session(session)
     assert client.status().num_leases == 0
@@ -632,7 +634,7 @@ def test_one_missing_chunk_fails_the_whole_retrieve(
     held = client.status().l1.num_leased
     missing = CBMatch(0, 5 * CHUNK, b"m" * 32)
     with pytest.raises(ChunksMissing):
-        second.ask(
+        second.call(
             "blend",
             "retrieve_pre_computed",
             session,
@@ -642,8 +644,8 @@ def test_one_missing_chunk_fails_the_whole_retrieve(
         )
     ranges = [CBRange(0, 3 * CHUNK)]
     with pytest.raises(ChunksMissing, match=f"at token {2 * CHUNK} of range 0"):
-        second.ask("blend", "retrieve_pre_computed", session, "b", 0, ranges=ranges)
-    assert (second.ask("read_slots", "b", 0, SLOTS) == POISON).all()
+        second.call("blend", "retrieve_pre_computed", session, "b", 0, ranges=ranges)
+    assert (second.call("read_slots", "b", 0, SLOTS) == POISON).all()
     assert client.status().l1.num_leased == held
 
 
@@ -667,7 +669,7 @@ def test_a_retrieve_that_cannot_be_is_refused(
 ) -> None:
     """What is wrong is said; nothing is written."""
     with pytest.raises(BadRequest, match=says):
-        pair[0].ask("blend", "retrieve_pre_computed", session, "a", 0, **what)
+        pair[0].call("blend", "retrieve_pre_computed", session, "a", 0, **what)
 
 
 def test_ranges_of_a_forgotten_lookup_need_the_prompt(
@@ -683,11 +685,11 @@ def test_ranges_of_a_forgotten_lookup_need_the_prompt(
     text = [*prompt(4), *tokens]
     ranges = [CBRange(4, 4 + 2 * CHUNK)]
     with pytest.raises(TokensNeeded):
-        second.ask("blend", "retrieve_pre_computed", session, "b", 0, ranges=ranges)
-    second.ask(
+        second.call("blend", "retrieve_pre_computed", session, "b", 0, ranges=ranges)
+    second.call(
         "blend", "retrieve_pre_computed", session, "b", 0, ranges=ranges, tokens=text
     )
-    assert np.array_equal(second.ask("read_slots", "b", 4, 4 + 2 * CHUNK), values)
+    assert np.array_equal(second.call("read_slots", "b", 4, 4 + 2 * CHUNK), values)
     client.end_session(session)
 
 
@@ -695,7 +697,7 @@ def test_nothing_is_a_retrieve_of_nothing(
     pair: tuple[Worker, Worker], session: SessionKey
 ) -> None:
     """No ranges and no matches: nothing is written."""
-    reply = pair[0].ask("blend", "retrieve_pre_computed", session, "a", 0)
+    reply = pair[0].call("blend", "retrieve_pre_computed", session, "a", 0)
     assert reply.num_tokens == 0
 
 
@@ -714,7 +716,7 @@ def test_what_comes_too_late_does_nothing(
     found = blend.lookup_pre_computed(session, model, 1, tokens)
     server.pause()
     other = prompt(CHUNK)
-    second.tell(
+    second.send(
         "blend",
         "retrieve_pre_computed",
         session,
@@ -724,11 +726,11 @@ def test_what_comes_too_late_does_nothing(
         timeout_s=0.05,
     )
     with pytest.raises(DeadlineExceeded):
-        first.ask("blend", "store_pre_computed", "a", 0, other, timeout_s=0.05)
+        first.call("blend", "store_pre_computed", "a", 0, other, timeout_s=0.05)
     server.resume()
     with pytest.raises(DeadlineExceeded):
-        second.answer()
-    assert (second.ask("read_slots", "b", 0, SLOTS) == POISON).all()
+        second.receive()
+    assert (second.call("read_slots", "b", 0, SLOTS) == POISON).all()
     late = SessionKey("e", "late")
     assert not blend.lookup_pre_computed(late, model, 1, other).matches
 
@@ -744,8 +746,8 @@ def test_a_killed_worker_leaves_nothing(
 ) -> None:
     """Its buffer goes and its reads are waited for no more; documents stay."""
     third = Worker(server.address, BlendWorkerCommands)
-    third.answer()
-    third.ask("register_buffer", "killed", model)
+    third.receive()
+    third.call("register_buffer", "killed", model)
     tokens = prompt(CHUNK)
     put(pair[0], tokens, 1)
     blend.lookup_pre_computed(session, model, 1, tokens)
@@ -770,17 +772,17 @@ def test_keys_turn_when_asked_to(
     worker = workers[0]
     rope = Rope(theta=1e4, head_dim=8, rotary_dim=8)
     shape = (2, 2, 4 * CHUNK, 16)
-    worker.ask("register_buffer", "a", model, shape=shape, dtype="float32", rope=rope)
+    worker.call("register_buffer", "a", model, shape=shape, dtype="float32", rope=rope)
     rng = np.random.default_rng(3)
     values = rng.normal(size=(2, 2, 2 * CHUNK, 16)).astype(np.float32)
     tokens = prompt(2 * CHUNK)
-    worker.ask("write", "a", 0, values)
-    worker.ask("blend", "store_pre_computed", "a", 0, tokens)
+    worker.call("write", "a", 0, values)
+    worker.call("blend", "store_pre_computed", "a", 0, tokens)
     text = [*prompt(21), *tokens]
     found = blend.lookup_pre_computed(session, model, 1, text)
     for rotate_keys in (False, True):
-        worker.ask("poison_all", "a")
-        worker.ask(
+        worker.call("poison_all", "a")
+        worker.call(
             "blend",
             "retrieve_pre_computed",
             session,
@@ -790,12 +792,12 @@ def test_keys_turn_when_asked_to(
             rotate_keys=rotate_keys,
         )
         expected = turned(values, rope, 21) if rotate_keys else values
-        actual = worker.ask("read_slots", "a", 51, 51 + 2 * CHUNK)
+        actual = worker.call("read_slots", "a", 51, 51 + 2 * CHUNK)
         assert np.allclose(actual[0], expected[0], rtol=0, atol=1e-6)
         assert np.array_equal(actual[1], values[1])
-        rest = worker.ask("read_slots", "a", 0, 51)
+        rest = worker.call("read_slots", "a", 0, 51)
         assert (rest.view(np.uint8) == POISON).all()
-    worker.ask("blend", "unregister", "a")
+    worker.call("blend", "unregister", "a")
 
 
 def turned(values: npt.NDArray[np.float32], rope: Rope, distance: int) -> npt.NDArray:
@@ -821,23 +823,23 @@ def test_a_final_store_is_seen_by_normal_lookups(
     first, second = pair
     tokens = prompt(2 * CHUNK + 5)
     values = fresh(2 * CHUNK, 9)
-    first.ask("write", "a", 40, values)
+    first.call("write", "a", 40, values)
     writer = SessionKey("e", "final")
-    stored = first.ask("blend", "store_final", writer, "a", 40, 0, CHUNK, tokens)
+    stored = first.call("blend", "store_final", writer, "a", 40, 0, CHUNK, tokens)
     assert (stored.num_stored, stored.num_dropped) == (1, 0)
-    stored = first.ask(
+    stored = first.call(
         "blend", "store_final", writer, "a", 40, CHUNK, len(tokens), tokens
     )
     assert stored.num_stored == 1
     client.end_session(writer)
-    second.ask("register", "paged", model, PLAIN)
+    second.call("register", "paged", model, PLAIN)
     assert client.lookup(session, model, 1, tokens).num_chunks == 2
     blocks = list(range(20, 20 + 2 * CHUNK // BLOCK))
-    second.ask("retrieve", session, "paged", 0, 2 * CHUNK, [blocks])
-    read = second.ask("read", "paged", blocks)  # [blocks, L, K, S, D]
+    second.call("retrieve", session, "paged", 0, 2 * CHUNK, [blocks])
+    read = second.call("read", "paged", blocks)  # [blocks, L, K, S, D]
     layers = np.moveaxis(read, 0, 2).reshape(2, 2, 2 * CHUNK, 32)
     assert np.array_equal(layers.swapaxes(0, 1), values)
-    second.ask("unregister_kv_cache", "paged")
+    second.call("unregister_kv_cache", "paged")
 
 
 def test_the_example_of_the_documents_runs(server: Server) -> None:
@@ -883,8 +885,8 @@ def test_paragraphs_are_looked_up_each_on_its_own(
 ) -> None:
     """Many paragraphs: the stored ones, as far as they are stored, in order."""
     worker = Worker(separated.address, BlendWorkerCommands)
-    worker.answer()
-    worker.ask("register_buffer", "a", "m")
+    worker.receive()
+    worker.call("register_buffer", "a", "m")
     documents = [prompt(size) for size in (2 * CHUNK, CHUNK + 9, CHUNK - 1, 3 * CHUNK)]
     values = [put(worker, tokens, seed) for seed, tokens in enumerate(documents)]
     text, starts = prompt(13), []
@@ -903,13 +905,13 @@ def test_paragraphs_are_looked_up_each_on_its_own(
             if chunks[number]
         ]
         assert where(found) == expected
-        worker.ask("poison_all", "a")
-        worker.ask(
+        worker.call("poison_all", "a")
+        worker.call(
             "blend", "retrieve_pre_computed", session, "a", 0, ranges=found.ranges
         )
         for start, number in zip(starts, order, strict=True):
             end = start + chunks[number] * CHUNK
-            read = worker.ask("read_slots", "a", start, end)
+            read = worker.call("read_slots", "a", start, end)
             assert np.array_equal(read, values[number][:, :, : end - start])
         assert client.status().num_leases == 0
         client.end_session(session)

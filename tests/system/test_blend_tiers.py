@@ -51,10 +51,10 @@ class BlendServer:
 
     def read(self, found: CBLookupReply, key: SessionKey = KEY) -> Values:
         """Retrieve what was found into a poisoned buffer, and return the buffer."""
-        self.worker.ask("poison_all", "a")
+        self.worker.call("poison_all", "a")
         ranges = found.ranges
-        self.worker.ask("blend", "retrieve_pre_computed", key, "a", 0, ranges=ranges)
-        slots: Values = self.worker.ask("read_slots", "a", 0, 1024)
+        self.worker.call("blend", "retrieve_pre_computed", key, "a", 0, ranges=ranges)
+        slots: Values = self.worker.call("read_slots", "a", 0, 1024)
         self.client.end_session(key)
         return slots
 
@@ -79,8 +79,8 @@ def serve_blend(server: Server) -> Iterator[BlendServer]:
     """Connect a worker and a client to a running server."""
     worker = Worker(server.address, BlendWorkerCommands)
     try:
-        worker.answer()
-        worker.ask("register_buffer", "a", MODEL)
+        worker.receive()
+        worker.call("register_buffer", "a", MODEL)
         with connected(server) as client:
             yield BlendServer(server, worker, client)
     finally:
@@ -195,19 +195,19 @@ def test_both_ranks_parts_come_from_the_tier(
         blend = BlendClient(client)
         truth = []
         for rank, worker in enumerate(workers):
-            worker.answer()
-            worker.ask("register_buffer", "ab"[rank], model, rank=rank, world_size=2)
+            worker.receive()
+            worker.call("register_buffer", "ab"[rank], model, rank=rank, world_size=2)
             truth.append(fresh(2 * CHUNK, rank))
-            worker.ask("write", "ab"[rank], 0, truth[rank])
-            worker.ask("blend", "store_pre_computed", "ab"[rank], 0, tokens)
+            worker.call("write", "ab"[rank], 0, truth[rank])
+            worker.call("blend", "store_pre_computed", "ab"[rank], 0, tokens)
         wait_until(lambda: written(client) == 4 and is_idle(client))
         client.clear()
         found = blend.lookup_pre_computed(KEY, model, 2, [*prompt(3), *tokens])
         assert where(found) == [(3, 3 + 2 * CHUNK)]
         for rank, worker in enumerate(workers):
             name, ranges = "ab"[rank], found.ranges
-            worker.ask("blend", "retrieve_pre_computed", KEY, name, 0, ranges=ranges)
-            read = worker.ask("read_slots", name, 3, 3 + 2 * CHUNK)
+            worker.call("blend", "retrieve_pre_computed", KEY, name, 0, ranges=ranges)
+            read = worker.call("read_slots", name, 3, 3 + 2 * CHUNK)
             assert np.array_equal(read, truth[rank])
         client.end_session(KEY)
         client.clear()
@@ -231,7 +231,7 @@ def test_a_salts_documents_are_at_its_quotas_expense(
         ours = prompt(3 * CHUNK)
         put(fixture.worker, ours, 1)
         for _ in range(2 * SMALL_CHUNKS):
-            fixture.worker.ask(
+            fixture.worker.call(
                 *("blend", "store_pre_computed", "a", 0, prompt(CHUNK)), extras=salted
             )
         assert where(fixture.look_up(ours)) == [(0, 3 * CHUNK)]
@@ -266,10 +266,10 @@ def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
     assert fixture.server.stop() == 0
     taken = os.open(folder / ".lock", os.O_RDWR)
     fcntl.flock(taken, fcntl.LOCK_EX)
-    with serve_blend(fixture.server.again()) as fixture:
+    with serve_blend(fixture.server.restart()) as fixture:
         assert fixture.count("document_chunks") == 3
-        fixture.worker.ask("write", "a", 0, values[:, :, :CHUNK])
-        fixture.worker.ask("blend", "store_pre_computed", "a", 0, tokens[:CHUNK])
+        fixture.worker.call("write", "a", 0, values[:, :, :CHUNK])
+        fixture.worker.call("blend", "store_pre_computed", "a", 0, tokens[:CHUNK])
         assert where(fixture.look_up(tokens)) == [(0, CHUNK)]
         assert fixture.count("document_chunks") == 3
         fixture.client.end_session(KEY)
@@ -302,7 +302,7 @@ def test_a_killed_server_with_a_tier_finds_documents_again(
         of_one, of_two = put(fixture.worker, one, 1), put(fixture.worker, two, 2)
         fixture.await_written(5)
     fixture.server.kill()
-    with serve_blend(fixture.server.again()) as fixture:
+    with serve_blend(fixture.server.restart()) as fixture:
         text = [*prompt(7), 7, *two, 7, *one]
         found = fixture.look_up(text)
         after = 8 + 3 * CHUNK + 1
@@ -334,9 +334,9 @@ def test_a_killed_server_with_a_kept_l1_finds_documents_again(
             for number in range(2):
                 tokens = prompt(2 * CHUNK)
                 known.append((tokens, put(fixture.worker, tokens, 10 * run + number)))
-            fixture.worker.ask("blend", "store_final", KEY, "a", 0, 0, len(text), text)
+            fixture.worker.call("blend", "store_final", KEY, "a", 0, 0, len(text), text)
         server.kill()
-        server = server.again()
+        server = server.restart()
     with serve_blend(server) as fixture:
         assert fixture.count("document_chunks") == 2 * len(known)
     server.close()
@@ -352,7 +352,7 @@ def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
         put(fixture.worker, tokens, 1)
     assert server.stop() == 0
     (SHM_DIR / arena_name(journal)).unlink()
-    again = server.again()
+    again = server.restart()
     with serve_blend(again) as fixture:
         assert fixture.look_up(tokens) == CBLookupReply((), (), 0)
         assert fixture.count("document_chunks") == 0

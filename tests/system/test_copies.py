@@ -21,10 +21,10 @@ PER_CHUNK = CHUNK // BLOCK
 def pair(workers: list[Worker], model: str) -> tuple[Worker, Worker]:
     """Two workers with a cache each of one model, instances "a" and "b"."""
     first, second = workers
-    first.ask("register", "a", model)
-    second.ask("register", "b", model)
-    first.ask("fill", "a", list(range(64)))
-    second.ask("poison", "b", list(range(64)))
+    first.call("register", "a", model)
+    second.call("register", "b", model)
+    first.call("fill", "a", list(range(64)))
+    second.call("poison", "b", list(range(64)))
     return first, second
 
 
@@ -41,16 +41,16 @@ def test_bytes_reach_another_process_in_other_blocks(
     source = [5, 3, 9, 1, 20, 21, 22, 23, 40, 2, 41, 4]
     target = [63, 0, 62, 1, 10, 12, 11, 13, 30, 31, 32, 33]
     assert client.lookup(session, model, 1, tokens).num_chunks == 0
-    stored = first.ask("store", session, "a", 0, len(tokens), [source])
+    stored = first.call("store", session, "a", 0, len(tokens), [source])
     assert (stored.num_stored, stored.num_present, stored.num_dropped) == (3, 0, 0)
     reader = SessionKey("other", "reader")
     assert client.lookup(reader, model, 1, tokens).num_tokens == len(tokens)
-    written = second.ask("retrieve", reader, "b", 0, len(tokens), [target])
+    written = second.call("retrieve", reader, "b", 0, len(tokens), [target])
     assert written.num_tokens == len(tokens)
-    expected = first.ask("read", "a", source)
-    assert np.array_equal(second.ask("read", "b", target), expected)
+    expected = first.call("read", "a", source)
+    assert np.array_equal(second.call("read", "b", target), expected)
     rest = [b for b in range(64) if b not in target]
-    assert (second.ask("read", "b", rest) == POISON).all()
+    assert (second.call("read", "b", rest) == POISON).all()
     client.end_session(reader)
 
 
@@ -60,8 +60,8 @@ def test_a_store_again_finds_its_chunks_present(
     """The first bytes stay; nothing is copied twice."""
     first, second = pair
     tokens, blocks = prompt(2 * CHUNK), list(range(8))
-    first.ask("store", session, "a", 0, len(tokens), [blocks], tokens)
-    again = second.ask("store", session, "b", 0, len(tokens), [blocks], tokens)
+    first.call("store", session, "a", 0, len(tokens), [blocks], tokens)
+    again = second.call("store", session, "b", 0, len(tokens), [blocks], tokens)
     assert (again.num_stored, again.num_present) == (0, 2)
 
 
@@ -76,10 +76,10 @@ def test_the_end_of_a_store_that_fills_no_chunk_is_left_out(
     first, _ = pair
     tokens = prompt(CHUNK + 40)
     blocks = list(range(7))
-    stored = first.ask("store", session, "a", 0, len(tokens), [blocks], tokens)
+    stored = first.call("store", session, "a", 0, len(tokens), [blocks], tokens)
     assert stored.num_stored == 1
     assert client.lookup(session, model, 1, tokens).num_tokens == CHUNK
-    short = first.ask("store", session, "a", CHUNK, CHUNK + 40, [[4, 5, 6]])
+    short = first.call("store", session, "a", CHUNK, CHUNK + 40, [[4, 5, 6]])
     assert (short.num_stored, short.num_present, short.num_dropped) == (0, 0, 0)
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_copied_is_refused_by_name(
     tokens, blocks = prompt(2 * CHUNK), list(range(8))
 
     def ask(start: int, blocks: list[list[int]]) -> None:
-        first.ask(method, session, "a", start, len(tokens), blocks, tokens)
+        first.call(method, session, "a", start, len(tokens), blocks, tokens)
 
     with pytest.raises(BadRequest, match="multiple of the chunk size"):
         ask(16, [blocks])
@@ -117,7 +117,7 @@ def test_a_null_block_leaves_its_chunk_out_of_a_store(
     first, _ = pair
     tokens = prompt(2 * CHUNK)
     blocks = [0, 1, 2, 3, 4, -1, 6, 7]
-    stored = first.ask("store", session, "a", 0, len(tokens), [blocks], tokens)
+    stored = first.call("store", session, "a", 0, len(tokens), [blocks], tokens)
     assert (stored.num_stored, stored.num_dropped) == (1, 1)
     assert client.lookup(session, model, 1, tokens).num_chunks == 1
 
@@ -134,9 +134,9 @@ def test_skipped_tokens_stay_as_they_are(
     """skip_first_n_tokens counts tokens, not blocks."""
     first, second = pair
     tokens, blocks = prompt(2 * CHUNK), list(range(8))
-    first.ask("store", session, "a", 0, len(tokens), [blocks], tokens)
+    first.call("store", session, "a", 0, len(tokens), [blocks], tokens)
     client.lookup(session, model, 1, tokens)
-    written = second.ask(
+    written = second.call(
         "retrieve",
         session,
         "b",
@@ -148,7 +148,7 @@ def test_skipped_tokens_stay_as_they_are(
     assert written.num_tokens == len(tokens) - skip
     # [blocks, L, K, slots, D] as [tokens, L, K, D]
     expected, found = (
-        np.moveaxis(worker.ask("read", name, blocks), 3, 1).reshape(-1, 2, 2, 32)
+        np.moveaxis(worker.call("read", name, blocks), 3, 1).reshape(-1, 2, 2, 32)
         for worker, name in ((first, "a"), (second, "b"))
     )
     assert (found[:skip] == POISON).all()
@@ -166,13 +166,13 @@ def test_a_retrieve_that_lacks_a_chunk_writes_nothing(
     """One missing in the middle fails the whole, and nothing stays held."""
     first, second = pair
     tokens, blocks = prompt(3 * CHUNK), list(range(12))
-    first.ask("store", session, "a", 0, CHUNK, [blocks[:4]], tokens)
-    last = first.ask("store", session, "a", 2 * CHUNK, 3 * CHUNK, [blocks[8:]], tokens)
+    first.call("store", session, "a", 0, CHUNK, [blocks[:4]], tokens)
+    last = first.call("store", session, "a", 2 * CHUNK, 3 * CHUNK, [blocks[8:]], tokens)
     assert last.num_stored == 1
     assert client.lookup(session, model, 1, tokens).num_chunks == 1
     with pytest.raises(ChunksMissing):
-        second.ask("retrieve", session, "b", 0, 3 * CHUNK, [blocks], tokens)
-    assert (second.ask("read", "b", list(range(64))) == POISON).all()
+        second.call("retrieve", session, "b", 0, 3 * CHUNK, [blocks], tokens)
+    assert (second.call("read", "b", list(range(64))) == POISON).all()
     client.end_session(session)
     status = client.status()
     assert (status.num_leases, status.l1.num_leased) == (0, 0)
@@ -189,10 +189,10 @@ def test_one_worker_holds_several_instances(
     worker = workers[0]
     tokens, blocks = prompt(CHUNK), list(range(4))
     for name in ("one", "two"):
-        worker.ask("register", name, model)
-        worker.ask("fill", name, blocks, seed=ord(name[0]))
-    worker.ask("store", session, "one", 0, CHUNK, [blocks], tokens)
+        worker.call("register", name, model)
+        worker.call("fill", name, blocks, seed=ord(name[0]))
+    worker.call("store", session, "one", 0, CHUNK, [blocks], tokens)
     client.lookup(session, model, 1, tokens)
-    worker.ask("retrieve", session, "two", 0, CHUNK, [blocks])
-    one, two = (worker.ask("read", name, blocks) for name in ("one", "two"))
+    worker.call("retrieve", session, "two", 0, CHUNK, [blocks])
+    one, two = (worker.call("read", name, blocks) for name in ("one", "two"))
     assert np.array_equal(one, two)

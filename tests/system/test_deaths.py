@@ -31,12 +31,12 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 
 
 def test_what_the_dead_left_is_removed(
-    server: Server, hire: Callable[[str], Worker]
+    server: Server, start_worker: Callable[[str], Worker]
 ) -> None:
     """A segment whose owner is gone has its name until a client's death."""
     left = SHM_DIR / f"kvcore-left-{os.getpid()}"
-    victim = hire(server.address)
-    victim.answer()
+    victim = start_worker(server.address)
+    victim.receive()
     left.touch(0o600)
     victim.kill()
     wait_until(lambda: not left.exists())
@@ -48,7 +48,9 @@ def store_and_be_killed(
     """Have a worker store, each prompt a request, and kill it at the first one."""
     client.clear()
     for n, (key, tokens) in enumerate(zip(REQUESTS, prompts, strict=True)):
-        victim.ask("begin", str(n), "submit_store", key, "v", 0, SIZE, [BLOCKS], tokens)
+        victim.call(
+            "begin", str(n), "submit_store", key, "v", 0, SIZE, [BLOCKS], tokens
+        )
     wait_until(lambda: client.status().l1.num_chunks > 0)
     victim.kill()
 
@@ -56,22 +58,22 @@ def store_and_be_killed(
 def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
     server: Server,
     client: KVClient,
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     model: str,
     prompt: Prompt,
 ) -> None:
     """Each of its requests is there wholly or not at all; others go on."""
-    victim, other = hire(server.address), hire(server.address)
-    victim.answer()
-    other.answer()
-    victim.ask("register", "v", model, LARGE, num_blocks=32)
-    other.ask("register", "o", model, LARGE, num_blocks=32)
-    victim.ask("fill", "v", BLOCKS[:4])
-    expected = victim.ask("read", "v", BLOCKS[:4])
+    victim, other = start_worker(server.address), start_worker(server.address)
+    victim.receive()
+    other.receive()
+    victim.call("register", "v", model, LARGE, num_blocks=32)
+    other.call("register", "o", model, LARGE, num_blocks=32)
+    victim.call("fill", "v", BLOCKS[:4])
+    expected = victim.call("read", "v", BLOCKS[:4])
     prompts = [prompt(SIZE) for _ in REQUESTS]
     # Every chunk holds the same bytes, so that any other byte shows.
     for first in range(4, len(BLOCKS), 4):
-        victim.ask("copy", "v", BLOCKS[:4], BLOCKS[first : first + 4])
+        victim.call("copy", "v", BLOCKS[:4], BLOCKS[first : first + 4])
 
     store_and_be_killed(client, victim, prompts)
 
@@ -82,17 +84,17 @@ def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
         assert found in (0, NUM_CHUNKS)
         if not found:
             continue
-        other.ask("poison", "o", BLOCKS)
-        other.ask("retrieve", key, "o", 0, SIZE, [BLOCKS])
+        other.call("poison", "o", BLOCKS)
+        other.call("retrieve", key, "o", 0, SIZE, [BLOCKS])
         for first in range(0, len(BLOCKS), 4):
-            read = other.ask("read", "o", BLOCKS[first : first + 4])
+            read = other.call("read", "o", BLOCKS[first : first + 4])
             assert (read == expected).all()
     for key in REQUESTS:
         client.end_session(key)
     assert client.status().l1.num_leased == 0
     assert client.status().num_sessions == 0
     fresh = prompt(CHUNK)
-    stored = other.ask("store", REQUESTS[0], "o", 0, CHUNK, [BLOCKS[:4]], fresh)
+    stored = other.call("store", REQUESTS[0], "o", 0, CHUNK, [BLOCKS[:4]], fresh)
     assert stored.num_stored == 1
     client.end_session(REQUESTS[0])
 
@@ -100,18 +102,18 @@ def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
 def test_the_end_of_a_session_does_not_stop_its_store(
     server: Server,
     client: KVClient,
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     model: str,
     prompt: Prompt,
 ) -> None:
     """The copy under way ends well; then the session's hashes are gone."""
-    worker, key, tokens = hire(server.address), REQUESTS[0], prompt(SIZE)
-    worker.answer()
-    worker.ask("register", "w", model, LARGE, num_blocks=32)
-    worker.ask("begin", "s", "submit_store", key, "w", 0, SIZE, [BLOCKS], tokens)
-    wait_until(lambda: worker.ask("is_done", "s") or is_copying(client))
+    worker, key, tokens = start_worker(server.address), REQUESTS[0], prompt(SIZE)
+    worker.receive()
+    worker.call("register", "w", model, LARGE, num_blocks=32)
+    worker.call("begin", "s", "submit_store", key, "w", 0, SIZE, [BLOCKS], tokens)
+    wait_until(lambda: worker.call("is_done", "s") or is_copying(client))
     client.end_session(key)
-    assert worker.ask("result", "s").num_stored == NUM_CHUNKS
+    assert worker.call("result", "s").num_stored == NUM_CHUNKS
     assert client.status().num_sessions == 0
     assert client.lookup(key, model, 1, tokens).num_chunks == NUM_CHUNKS
     client.end_session(key)
@@ -125,34 +127,34 @@ def is_copying(client: KVClient) -> bool:
 def test_a_lease_does_not_wait_for_a_killed_worker(
     server: Server,
     client: KVClient,
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     model: str,
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
     """Of two ranks one is killed: the lease waits for the other alone."""
-    ranks = [hire(server.address) for _ in range(2)]
+    ranks = [start_worker(server.address) for _ in range(2)]
     tokens = prompt(CHUNK)
     for rank, worker in enumerate(ranks):
-        worker.answer()
-        worker.ask("register", f"r{rank}", model, rank=rank, world_size=2)
-        worker.ask("store", session, f"r{rank}", 0, CHUNK, [BLOCKS[:4]], tokens)
+        worker.receive()
+        worker.call("register", f"r{rank}", model, rank=rank, world_size=2)
+        worker.call("store", session, f"r{rank}", 0, CHUNK, [BLOCKS[:4]], tokens)
     assert client.lookup(session, model, 2, tokens).num_chunks == 1
     assert client.status().leases[0].waiting_readers == (0, 1)
     ranks[1].kill()
     wait_until(lambda: client.status().leases[0].waiting_readers == (0,))
-    ranks[0].ask("retrieve", session, "r0", 0, CHUNK, [BLOCKS[:4]])
+    ranks[0].call("retrieve", session, "r0", 0, CHUNK, [BLOCKS[:4]])
     assert client.status().num_leases == 0
 
 
 def test_an_id_is_free_when_its_process_is_gone(
-    server: Server, client: KVClient, hire: Callable[[str], Worker], model: str
+    server: Server, client: KVClient, start_worker: Callable[[str], Worker], model: str
 ) -> None:
     """A worker that was killed is replaced by one of the same instance id."""
-    first, second = hire(server.address), hire(server.address)
-    first.answer()
-    second.answer()
-    first.ask("register", "phoenix", model)
+    first, second = start_worker(server.address), start_worker(server.address)
+    first.receive()
+    second.receive()
+    first.call("register", "phoenix", model)
     first.kill()
     wait_until(lambda: not any(i.model == model for i in client.status().instances))
-    second.ask("register", "phoenix", model)
+    second.call("register", "phoenix", model)

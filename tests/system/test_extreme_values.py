@@ -91,18 +91,18 @@ def raw(server: Server) -> Iterator[Raw]:
     with opened(server.address) as raw:
         assert not raw.hello().code
         yield raw
-        raw.ask(Goodbye())
+        raw.call(Goodbye())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_extreme_value_is_refused(server: Server, raw: Raw, name: str) -> None:
     """The request gets an error; a ping and the status still work."""
     case = CASES[name]
-    reply = raw.ask(case.request)
+    reply = raw.call(case.request)
     assert reply.code == case.code, decode_error(reply.body).message
     assert len(decode_error(reply.body).message) < 400
-    assert not raw.ask(Ping()).code
-    assert not raw.ask(Status()).code
+    assert not raw.call(Ping()).code
+    assert not raw.call(Status()).code
     assert server.process.poll() is None
 
 
@@ -127,7 +127,7 @@ def test_a_process_name_that_is_not_utf_8_is_accepted(server: Server) -> None:
         assert begun is not None
         with opened(server.address) as raw:
             hello = Hello(PROTOCOL_VERSION, child.pid, begun, pid_namespace(), "x")
-            assert not raw.ask(hello).code
+            assert not raw.call(hello).code
             child.kill()
         assert server.process.poll() is None
 
@@ -139,7 +139,7 @@ def test_a_label_cannot_forge_log_lines(serve: Callable[..., Server]) -> None:
     with subprocess.Popen(["sleep", "60"]) as child, opened(server.address) as raw:
         start = start_time(child.pid) or 0
         hello = Hello(PROTOCOL_VERSION, child.pid, start, pid_namespace(), forged)
-        assert not raw.ask(hello).code
+        assert not raw.call(hello).code
         child.kill()
         wait_until(lambda: "is gone" in server.log.read_text())
     server.close()

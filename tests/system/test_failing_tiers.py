@@ -16,7 +16,13 @@ from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK, Server, wait_until
-from tests.system.test_tiers import blocks_of, connected, counter, staff, written
+from tests.system.test_tiers import (
+    chunk_blocks,
+    connected,
+    counter,
+    start_workers,
+    written,
+)
 from tests.system.worker_process import PLAIN, Worker
 
 DEADLINE_S = 0.5
@@ -57,7 +63,7 @@ def hanging() -> Iterator[Hanging]:
 
 def test_a_hanging_tier_is_a_miss_within_the_deadline(
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     prompt: Prompt,
     model: str,
     hanging: Hanging,
@@ -70,10 +76,10 @@ def test_a_hanging_tier_is_a_miss_within_the_deadline(
         f"prefetch.deadline_s={DEADLINE_S}",
     )
     with connected(server) as client:
-        [worker] = staff(hire, server, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, server, model, PLAIN, 1)
         known = prompt(2 * CHUNK)
         stored = SessionKey("engine", "stored")
-        worker.ask("store", stored, "i0", 0, len(known), [blocks_of(2)], known)
+        worker.call("store", stored, "i0", 0, len(known), [chunk_blocks(2)], known)
         waiting = client.submit_lookup(
             SessionKey("engine", "missing"), model, 1, prompt(2 * CHUNK)
         )
@@ -94,7 +100,7 @@ def test_a_hanging_tier_is_a_miss_within_the_deadline(
 
 def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     prompt: Prompt,
     model: str,
     hanging: Hanging,
@@ -107,10 +113,10 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
         "prefetch.deadline_s=60",
     )
     with connected(server) as client:
-        [worker] = staff(hire, server, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, server, model, PLAIN, 1)
         tokens = prompt(3 * CHUNK)
         session = SessionKey("engine", "hasty")
-        worker.ask("store", session, "i0", 0, CHUNK, [blocks_of(1)], tokens[:CHUNK])
+        worker.call("store", session, "i0", 0, CHUNK, [chunk_blocks(1)], tokens[:CHUNK])
         assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 1
         # The answer does not wait for the job to begin, either.
         wait_until(lambda: client.status().prefetches)
@@ -122,7 +128,7 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
 
 def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     prompt: Prompt,
     model: str,
     tmp_path: Path,
@@ -135,15 +141,15 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
     lost, known = prompt(2 * CHUNK), prompt(CHUNK)
     first = serve(*tier)
     with connected(first) as client:
-        [worker] = staff(hire, first, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, first, model, PLAIN, 1)
         session = SessionKey("engine", "writer")
-        worker.ask("store", session, "i0", 0, len(lost), [blocks_of(2)], lost)
+        worker.call("store", session, "i0", 0, len(lost), [chunk_blocks(2)], lost)
         client.end_session(session)
         wait_until(lambda: written(client) == 2)
     assert first.stop() == 0
     second = serve(*tier, "--set", f"prefetch.deadline_s={DEADLINE_S}")
     with connected(second) as client:
-        [worker] = staff(hire, second, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, second, model, PLAIN, 1)
         pipes = sorted((tmp_path / "tier").glob("[0-9a-f][0-9a-f]/*"))
         size = sum(path.stat().st_size for path in pipes)
         wait_until(lambda: client.status().tiers[0].used_bytes == size)
@@ -154,7 +160,7 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
         waiting = client.submit_lookup(session, model, 1, lost)
         wait_until(lambda: client.status().l1.num_reserved == 2)
         hit = SessionKey("engine", "hit")
-        worker.ask("store", hit, "i0", 0, CHUNK, [blocks_of(1)], known)
+        worker.call("store", hit, "i0", 0, CHUNK, [chunk_blocks(1)], known)
         assert waiting.result(10).num_chunks == 0
         assert counter(client, "prefetches_late") == 1
         assert client.lookup(hit, model, 1, known).num_chunks == 1
@@ -169,7 +175,7 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
 
 def test_a_session_that_ends_does_not_wait_for_its_tier(
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     prompt: Prompt,
     model: str,
     hanging: Hanging,
@@ -182,7 +188,7 @@ def test_a_session_that_ends_does_not_wait_for_its_tier(
         "prefetch.deadline_s=60",
     )
     with connected(server) as client:
-        staff(hire, server, model, PLAIN, 1)
+        start_workers(start_worker, server, model, PLAIN, 1)
         session = SessionKey("engine", "ends")
         waiting = client.submit_lookup(session, model, 1, prompt(2 * CHUNK))
         wait_until(lambda: client.status().num_prefetches == 1)
@@ -199,7 +205,7 @@ def test_a_session_that_ends_does_not_wait_for_its_tier(
 
 def test_a_tier_that_is_gone_is_a_miss_at_once(
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     prompt: Prompt,
     model: str,
     hanging: Hanging,
@@ -208,7 +214,7 @@ def test_a_tier_that_is_gone_is_a_miss_at_once(
     hanging.close()
     server = serve("--tier", f"valkey://127.0.0.1:{hanging.port}?retry=30")
     with connected(server) as client:
-        staff(hire, server, model, PLAIN, 1)
+        start_workers(start_worker, server, model, PLAIN, 1)
         session = SessionKey("engine", "gone")
         assert client.lookup(session, model, 1, prompt(CHUNK)).num_chunks == 0
         [tier] = client.status().tiers

@@ -80,7 +80,7 @@ class Raw:
         assert len(frames) == 1
         return decode_reply(frames[0])
 
-    def ask(self, request: Request[Any], request_id: int = 1) -> ReplyEnvelope:
+    def call(self, request: Request[Any], request_id: int = 1) -> ReplyEnvelope:
         """Send a well-formed request."""
         self.send(encode_request(request, request_id, self.boot, 0))
         return self.receive()
@@ -90,7 +90,7 @@ class Raw:
         pid = os.getpid()
         start, namespace = start_time(pid) or 0, pid_namespace()
         hello = Hello(PROTOCOL_VERSION, pid, start, namespace, "raw")
-        reply = self.ask(msgspec.structs.replace(hello, **changes))
+        reply = self.call(msgspec.structs.replace(hello, **changes))
         if not reply.code:
             told = msgspec.msgpack.decode(reply.body, type=HelloReply)
             self.boot = told.boot
@@ -184,9 +184,9 @@ def test_a_request_of_another_run_is_stale(raw: Raw) -> None:
     raw.hello()
     good = raw.boot
     raw.boot = BootToken(good ^ 1)
-    assert raw.ask(Ping(), 77).code == "stale_boot"
+    assert raw.call(Ping(), 77).code == "stale_boot"
     raw.boot = good
-    assert raw.ask(Ping(), 78).code == ""
+    assert raw.call(Ping(), 78).code == ""
 
 
 @pytest.mark.parametrize("pid", [0, -1, 1 << 22, 1 << 31, 1 << 40, (1 << 64) - 1])
@@ -196,7 +196,7 @@ def test_a_pid_that_cannot_be_is_not_watched(
     """Such a client counts by its heartbeats, and the server serves on."""
     told = msgspec.msgpack.decode(raw.hello(pid=pid).body, type=HelloReply)
     assert not told.watched
-    assert raw.ask(Ping()).code == ""
+    assert raw.call(Ping()).code == ""
     client.ping()
 
 
@@ -211,7 +211,7 @@ def test_another_protocol_version_is_refused(
         reply = other.hello(protocol_version=99)
         assert reply.code == "bad_request"
         assert "99" in decode_error(reply.body).message
-        assert other.ask(Ping()).code == "stale_boot"
+        assert other.call(Ping()).code == "stale_boot"
     assert client.status().num_clients == before + 1
 
 
@@ -245,7 +245,7 @@ def test_fields_that_cannot_be_are_refused(
         (Lookup(key, "m" * 2000, 1, 64, none), "bad_request"),
         (Status(2**63), ""),
     ):
-        assert raw.ask(request).code == code, request
+        assert raw.call(request).code == code, request
     for store, code in (
         (Store(key, registered, 0, 2**63, (none,)), "bad_request"),
         (Store(key, registered, 2**63, 2**63, (none,)), ""),
@@ -291,7 +291,7 @@ def test_too_many_requests_at_once_are_told(
     assert [codes[n] for n in range(1, MAX_REQUESTS + 1)] == [""] * MAX_REQUESTS
     assert "overloaded" in codes.values()
     assert set(codes.values()) == {"", "overloaded"}
-    assert raw.ask(Ping()).code == ""
+    assert raw.call(Ping()).code == ""
     for n in range(1, asked + 1):
         client.end_session(SessionKey("e", f"r{n}"))
 

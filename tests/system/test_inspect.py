@@ -15,11 +15,11 @@ from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_failing_tiers import Hanging
 from tests.system.test_ranks import HYBRID
-from tests.system.test_tiers import SMALL, blocks_of, connected, staff
+from tests.system.test_tiers import SMALL, chunk_blocks, connected, start_workers
 from tests.system.worker_process import PLAIN, Worker
 
 Serve = Callable[..., Server]
-Hire = Callable[[str], Worker]
+StartWorker = Callable[[str], Worker]
 ENGINE = "engine"
 
 
@@ -44,9 +44,9 @@ def store(
     **options: object,
 ) -> None:
     """Store a prompt from the first blocks."""
-    blocks = [blocks_of(len(tokens) // CHUNK)]
+    blocks = [chunk_blocks(len(tokens) // CHUNK)]
     session = SessionKey(ENGINE, name)
-    worker.ask("store", session, instance, 0, len(tokens), blocks, tokens, **options)
+    worker.call("store", session, instance, 0, len(tokens), blocks, tokens, **options)
 
 
 def missed(client: KVClient, name: str, model: str, tokens: list[int]) -> int:
@@ -57,11 +57,13 @@ def missed(client: KVClient, name: str, model: str, tokens: list[int]) -> int:
     return found
 
 
-def test_never_stored(serve: Serve, hire: Hire, prompt: Prompt, model: str) -> None:
+def test_never_stored(
+    serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
+) -> None:
     """A miss names the first chunk that was no hit; a name that is none is unknown."""
     server = serve()
     with connected(server) as client:
-        [worker] = staff(hire, server, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, server, model, PLAIN, 1)
         tokens = prompt(3 * CHUNK)
         store(worker, "writer", tokens[:CHUNK])
         assert missed(client, "cold", model, tokens) == 1
@@ -76,12 +78,12 @@ def test_never_stored(serve: Serve, hire: Hire, prompt: Prompt, model: str) -> N
 
 
 def test_evicted_when_and_for_whom(
-    serve: Serve, hire: Hire, prompt: Prompt, model: str
+    serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
     """By the request that missed, and by digits of the chunk; saved by no tier."""
     server = serve(*SMALL)
     with connected(server) as client:
-        [worker] = staff(hire, server, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, server, model, PLAIN, 1)
         old, new = prompt(4 * CHUNK), prompt(8 * CHUNK)
         for name, tokens in (("writer", old), ("greedy", new)):
             store(worker, name, tokens)
@@ -96,11 +98,13 @@ def test_evicted_when_and_for_whom(
         assert "for engine/greedy" in by_chunk["evicted"]
 
 
-def test_cleared(serve: Serve, hire: Hire, prompt: Prompt, model: str) -> None:
+def test_cleared(
+    serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
+) -> None:
     """What CLEAR dropped says so; what is there again says which parts."""
     server = serve()
     with connected(server) as client:
-        [worker] = staff(hire, server, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, server, model, PLAIN, 1)
         tokens = prompt(CHUNK)
         store(worker, "writer", tokens)
         client.end_session(SessionKey(ENGINE, "writer"))
@@ -115,12 +119,12 @@ def test_cleared(serve: Serve, hire: Hire, prompt: Prompt, model: str) -> None:
 
 
 def test_not_all_ranks_other_layout_and_expired(
-    serve: Serve, hire: Hire, prompt: Prompt, model: str
+    serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
     """Of two ranks one has stored; then both lay out otherwise; a lease ran out."""
     server = serve("--set", "sessions.lease_s=0.3")
     with connected(server) as client:
-        workers = staff(hire, server, model, PLAIN, 2)
+        workers = start_workers(start_worker, server, model, PLAIN, 2)
         tokens, key = prompt(2 * CHUNK), SessionKey(ENGINE, "half")
         store(workers[0], "half", tokens)
         assert client.lookup(key, model, 2, tokens).num_chunks == 0
@@ -133,9 +137,9 @@ def test_not_all_ranks_other_layout_and_expired(
         client.end_session(key)
 
         for rank, worker in enumerate(workers):
-            worker.ask("unregister_kv_cache", f"i{rank}")
+            worker.call("unregister_kv_cache", f"i{rank}")
         for rank, worker in enumerate(workers):
-            worker.ask(
+            worker.call(
                 "register", f"i{rank}", model, HYBRID[1:], rank=rank, world_size=2
             )
         other = SessionKey(ENGINE, "wider")
@@ -145,7 +149,7 @@ def test_not_all_ranks_other_layout_and_expired(
 
 
 def test_a_tier_that_failed_was_late_or_had_nothing(
-    serve: Serve, hire: Hire, prompt: Prompt, model: str, tmp_path: Path
+    serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str, tmp_path: Path
 ) -> None:
     """Three servers' tiers: one refuses, one hangs past the deadline, one is empty."""
     hanging = Hanging()
@@ -159,7 +163,7 @@ def test_a_tier_that_failed_was_late_or_had_nothing(
         for code, options in expected.items():
             server = serve(*options)
             with connected(server) as client:
-                staff(hire, server, model, PLAIN, 1)
+                start_workers(start_worker, server, model, PLAIN, 1)
                 assert missed(client, "cold", model, prompt(CHUNK)) == 0
                 assert [*why(server, "cold")] == ["missed", code, "never_stored"]
     finally:
@@ -176,7 +180,7 @@ def hanging() -> Iterator[Hanging]:
 
 def test_a_server_s_tables_show_what_is_under_way(
     serve: Serve,
-    hire: Hire,
+    start_worker: StartWorker,
     prompt: Prompt,
     model: str,
     tmp_path: Path,
@@ -190,7 +194,7 @@ def test_a_server_s_tables_show_what_is_under_way(
         *("--set", 'l1.quotas={"salt:tenant"="1MiB"}'),
     )
     with connected(server) as client:
-        [worker] = staff(hire, server, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, server, model, PLAIN, 1)
         tokens = prompt(2 * CHUNK)
         extras = (ExtraKey(0, b'["salt", "tenant"]'),)
         store(worker, "held", tokens, extras=extras)

@@ -145,7 +145,7 @@ def crash_and_check(
     known: list[int] = []
     for run in range(3):
         known += kill_under_load(server, rng.randint(1, 12), first=run * 10**4)
-        server = server.again()
+        server = server.restart()
         recent = known[-40:]
         with registered(server.address, "reader") as (client, cache):
             found = count_served(client, cache, recent)

@@ -29,7 +29,7 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 @pytest.fixture
 def worker(workers: list[Worker], model: str) -> Worker:
     """A worker with the instance "a" of the model."""
-    workers[0].ask("register", "a", model)
+    workers[0].call("register", "a", model)
     return workers[0]
 
 
@@ -37,7 +37,7 @@ def worker(workers: list[Worker], model: str) -> Worker:
 def stored(worker: Worker, session: SessionKey, prompt: Prompt) -> list[int]:
     """A prompt whose four chunks are there."""
     tokens = prompt(NUM_CHUNKS * CHUNK)
-    worker.ask("store", session, "a", 0, len(tokens), [BLOCKS], tokens)
+    worker.call("store", session, "a", 0, len(tokens), [BLOCKS], tokens)
     return tokens
 
 
@@ -61,8 +61,8 @@ def flood(worker: Worker, prompt: Prompt) -> int:
     """Store as many chunks as L1 has room for; return how many found no room."""
     tokens = prompt(16 * CHUNK)
     key = SessionKey("engine", "flood")
-    reply = worker.ask("store", key, "a", 0, len(tokens), [[*range(64)]], tokens)
-    worker.ask("end_session", key)
+    reply = worker.call("store", key, "a", 0, len(tokens), [[*range(64)]], tokens)
+    worker.call("end_session", key)
     return int(reply.num_dropped)
 
 
@@ -129,7 +129,7 @@ def test_leased_chunks_are_never_evicted(
     """A flood takes all room but theirs, and theirs once the lease has ended."""
     client.lookup(session, model, 1, stored)
     assert flood(worker, prompt) == NUM_CHUNKS
-    worker.ask("retrieve", session, "a", 0, len(stored), [BLOCKS])
+    worker.call("retrieve", session, "a", 0, len(stored), [BLOCKS])
     assert client.status().num_leases == 0
     assert flood(worker, prompt) == 0
     assert client.lookup(session, model, 1, stored).num_chunks == 0
@@ -145,10 +145,10 @@ def test_the_leaves_go_first(
     """With room for some of a prompt, it is its beginning that stays."""
     client.clear()
     tokens = prompt(14 * CHUNK)
-    worker.ask("store", session, "a", 0, len(tokens), [[*range(56)]], tokens)
+    worker.call("store", session, "a", 0, len(tokens), [[*range(56)]], tokens)
     key = SessionKey("engine", "more")
-    worker.ask("store", key, "a", 0, 5 * CHUNK, [[*range(20)]], prompt(5 * CHUNK))
-    worker.ask("end_session", key)
+    worker.call("store", key, "a", 0, 5 * CHUNK, [[*range(20)]], prompt(5 * CHUNK))
+    worker.call("end_session", key)
     assert client.lookup(session, model, 1, tokens).num_chunks == 11
 
 
@@ -157,14 +157,14 @@ def test_a_killed_scheduler_leaves_no_lease(
     client: KVClient,
     model: str,
     server: Server,
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
 ) -> None:
     """Its process ends, so do its leases."""
     before = ended(client)
-    scheduler = hire(server.address)
-    scheduler.answer()
+    scheduler = start_worker(server.address)
+    scheduler.receive()
     key = SessionKey("engine", "killed")
-    assert scheduler.ask("lookup", key, model, 1, stored).num_chunks == NUM_CHUNKS
+    assert scheduler.call("lookup", key, model, 1, stored).num_chunks == NUM_CHUNKS
     assert client.status().num_leases == 1
     scheduler.kill()
     wait_until(lambda: client.status().num_leases == 0)
@@ -203,12 +203,12 @@ def brief(serve: Callable[..., Server]) -> Iterator[Server]:
 
 
 def test_a_lease_that_nobody_reads_expires(
-    brief: Server, hire: Callable[[str], Worker], prompt: Prompt
+    brief: Server, start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
     """In time, although the session that it belongs to goes on."""
-    worker = hire(brief.address)
-    worker.answer()
-    worker.ask("register", "a", "m")
+    worker = start_worker(brief.address)
+    worker.receive()
+    worker.call("register", "a", "m")
     tokens = prompt(CHUNK)
     key = SessionKey("engine", "slow")
     with KVClient(brief.address) as client:
@@ -217,9 +217,9 @@ def test_a_lease_that_nobody_reads_expires(
         # Long enough for the server to have looked ahead to the session's end.
         began = client.ping().monotonic_ns
         wait_until(lambda: client.ping().monotonic_ns - began > 3e8)
-        worker.ask("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]])
+        worker.call("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]])
         assert client.lookup(key, "m", 1, tokens).num_chunks == 1
         wait_until(lambda: client.status().num_leases == 0, seconds=10)
         assert ends(client, before)["expired"] == 1
         assert client.status().num_sessions == 1
-        worker.ask("retrieve", key, "a", 0, CHUNK, [[0, 1, 2, 3]])
+        worker.call("retrieve", key, "a", 0, CHUNK, [[0, 1, 2, 3]])

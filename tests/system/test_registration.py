@@ -40,15 +40,15 @@ def test_instances_come_and_go(
 ) -> None:
     """Registered ones are listed with what they are; unregistered ones are not."""
     first, second = workers
-    reply = first.ask("register", "x", model, rank=0, world_size=2)
-    second.ask("register", "y", model, rank=1, world_size=2)
+    reply = first.call("register", "x", model, rank=0, world_size=2)
+    second.call("register", "y", model, rank=1, world_size=2)
     assert reply.chunk_bytes == 2 * 2 * CHUNK * 32
     listed = {i.instance_id: i for i in client.status().instances}
     assert (listed["x"].model, listed["x"].rank, listed["y"].rank) == (model, 0, 1)
     assert listed["x"].pid == first.process.pid
     assert listed["x"].chunk_bytes == reply.chunk_bytes
     for worker, name in ((first, "x"), (second, "y")):
-        worker.ask("unregister_kv_cache", name)
+        worker.call("unregister_kv_cache", name)
     assert not names(client) & {"x", "y"}
     with pytest.raises(UnknownModel, match=f"no instance of model '{model}'"):
         client.lookup(session, model, 2, list(range(CHUNK)))
@@ -57,9 +57,9 @@ def test_instances_come_and_go(
 def test_an_unknown_instance_is_named(workers: list[Worker]) -> None:
     """Whether to unregister or to store."""
     with pytest.raises(UnknownInstance, match="'nobody'"):
-        workers[0].ask("unregister_kv_cache", "nobody")
+        workers[0].call("unregister_kv_cache", "nobody")
     with pytest.raises(UnknownInstance, match="'nobody'"):
-        workers[0].ask("store", SessionKey("e", "r"), "nobody", 0, 0, [[]])
+        workers[0].call("store", SessionKey("e", "r"), "nobody", 0, 0, [[]])
 
 
 def test_another_clients_instance_is_not_ones_own(
@@ -67,11 +67,11 @@ def test_another_clients_instance_is_not_ones_own(
 ) -> None:
     """Its id is refused while its process lives; nor can others use or end it."""
     first, second = workers
-    first.ask("register", "mine", model)
+    first.call("register", "mine", model)
     with pytest.raises(InstanceExists, match=rf"process {first.process.pid}"):
-        second.ask("register", "mine", model)
+        second.call("register", "mine", model)
     with pytest.raises(UnknownInstance):
-        second.ask("unregister_kv_cache", "mine")
+        second.call("unregister_kv_cache", "mine")
 
 
 def test_registering_again_replaces(
@@ -83,17 +83,17 @@ def test_registering_again_replaces(
 ) -> None:
     """The new cache is the one that is read, alone it may have another layout."""
     worker, tokens = workers[0], prompt(CHUNK)
-    worker.ask("register", "again", model)
-    worker.ask("register", "again", model, WIDER)
+    worker.call("register", "again", model)
+    worker.call("register", "again", model, WIDER)
     assert [i.chunk_bytes for i in client.status().instances if i.model == model] == [
         2 * 2 * CHUNK * 48
     ]
-    worker.ask("fill", "again", [0, 1, 2, 3])
-    expected = worker.ask("read", "again", [0, 1, 2, 3])
-    worker.ask("store", session, "again", 0, CHUNK, [[0, 1, 2, 3]], tokens)
-    worker.ask("poison", "again", [4, 5, 6, 7])
-    worker.ask("retrieve", session, "again", 0, CHUNK, [[4, 5, 6, 7]])
-    assert np.array_equal(worker.ask("read", "again", [4, 5, 6, 7]), expected)
+    worker.call("fill", "again", [0, 1, 2, 3])
+    expected = worker.call("read", "again", [0, 1, 2, 3])
+    worker.call("store", session, "again", 0, CHUNK, [[0, 1, 2, 3]], tokens)
+    worker.call("poison", "again", [4, 5, 6, 7])
+    worker.call("retrieve", session, "again", 0, CHUNK, [[4, 5, 6, 7]])
+    assert np.array_equal(worker.call("read", "again", [4, 5, 6, 7]), expected)
 
 
 def test_a_later_layout_never_reaches_old_bytes(
@@ -105,10 +105,10 @@ def test_a_later_layout_never_reaches_old_bytes(
 ) -> None:
     """The same tokens stored under another layout are a miss."""
     worker, tokens = workers[0], prompt(CHUNK)
-    worker.ask("register", "old", model)
-    worker.ask("store", session, "old", 0, CHUNK, [[0, 1, 2, 3]], tokens)
+    worker.call("register", "old", model)
+    worker.call("store", session, "old", 0, CHUNK, [[0, 1, 2, 3]], tokens)
     assert client.lookup(session, model, 1, tokens).num_chunks == 1
-    worker.ask("register", "old", model, WIDER)
+    worker.call("register", "old", model, WIDER)
     assert client.lookup(session, model, 1, tokens).num_chunks == 0
 
 
@@ -117,17 +117,17 @@ def test_a_layout_that_disagrees_is_refused_with_both_named(
 ) -> None:
     """While an instance of that rank lives, all its chunks are laid out alike."""
     first, second = workers
-    first.ask("register", "one", model)
+    first.call("register", "one", model)
     with pytest.raises(LayoutConflict) as refused:
-        second.ask("register", "two", model, WIDER)
+        second.call("register", "two", model, WIDER)
     fingerprints = [
         i.group_fingerprints[0] for i in client.status().instances if i.model == model
     ]
     assert len(fingerprints) == 1
     assert fingerprints[0] in refused.value.message
     assert refused.value.message.count("#") == 2
-    first.ask("unregister_kv_cache", "one")
-    second.ask("register", "two", model, WIDER)
+    first.call("unregister_kv_cache", "one")
+    second.call("register", "two", model, WIDER)
 
 
 def test_paging_may_differ_where_chunks_agree(
@@ -140,14 +140,14 @@ def test_paging_may_differ_where_chunks_agree(
     """Another order of axes and number of blocks still reads the same tokens."""
     first, second = workers
     tokens, blocks = prompt(CHUNK), [3, 1, 2, 0]
-    first.ask("register", "layers-first", model)
-    second.ask("register", "blocks-first", model, OTHERWISE_PAGED, num_blocks=7)
-    first.ask("fill", "layers-first", blocks)
-    first.ask("store", session, "layers-first", 0, CHUNK, [blocks], tokens)
+    first.call("register", "layers-first", model)
+    second.call("register", "blocks-first", model, OTHERWISE_PAGED, num_blocks=7)
+    first.call("fill", "layers-first", blocks)
+    first.call("store", session, "layers-first", 0, CHUNK, [blocks], tokens)
     client.lookup(session, model, 1, tokens)
-    second.ask("retrieve", session, "blocks-first", 0, CHUNK, [blocks])
-    one = first.ask("read", "layers-first", blocks)  # [N, L, K, S, D]
-    two = second.ask("read", "blocks-first", blocks)  # [N, K, L, S, D]
+    second.call("retrieve", session, "blocks-first", 0, CHUNK, [blocks])
+    one = first.call("read", "layers-first", blocks)  # [N, L, K, S, D]
+    two = second.call("read", "blocks-first", blocks)  # [N, K, L, S, D]
     assert np.array_equal(one, two.swapaxes(1, 2))
 
 

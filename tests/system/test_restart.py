@@ -27,12 +27,12 @@ def old(serve: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-def worker(old: Server, hire: Callable[[str], Worker]) -> Worker:
+def worker(old: Server, start_worker: Callable[[str], Worker]) -> Worker:
     """A worker with the instance "a" of model "m"."""
-    worker = hire(old.address)
-    worker.answer()
-    worker.ask("register", "a", "m")
-    worker.ask("fill", "a", ONE)
+    worker = start_worker(old.address)
+    worker.receive()
+    worker.call("register", "a", "m")
+    worker.call("fill", "a", ONE)
     return worker
 
 
@@ -49,7 +49,7 @@ def again(old: Server) -> Iterator[Callable[[], Server]]:
     runs: list[Server] = []
 
     def start() -> Server:
-        runs.append(old.again())
+        runs.append(old.restart())
         return runs[-1]
 
     yield start
@@ -74,7 +74,7 @@ def test_all_goes_on_by_itself(
 ) -> None:
     """An idle worker registers again; lookups, stores and retrieves work again."""
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
-    worker.ask("store", key, "a", 0, CHUNK, [ONE], tokens)
+    worker.call("store", key, "a", 0, CHUNK, [ONE], tokens)
     assert is_found(scheduler, key, tokens, 1)
     old.kill()
     assert old.segments
@@ -83,10 +83,10 @@ def test_all_goes_on_by_itself(
     wait_until(lambda: [i.instance_id for i in scheduler.status().instances] == ["a"])
     assert scheduler.server.pid == run.pid
     assert is_found(scheduler, key, tokens, 0)
-    worker.ask("store", key, "a", 0, CHUNK, [ONE], tokens)
+    worker.call("store", key, "a", 0, CHUNK, [ONE], tokens)
     assert is_found(scheduler, key, tokens, 1)
-    worker.ask("retrieve", key, "a", 0, CHUNK, [[4, 5, 6, 7]])
-    one, two = (worker.ask("read", "a", blocks) for blocks in (ONE, [4, 5, 6, 7]))
+    worker.call("retrieve", key, "a", 0, CHUNK, [[4, 5, 6, 7]])
+    one, two = (worker.call("read", "a", blocks) for blocks in (ONE, [4, 5, 6, 7]))
     assert np.array_equal(one, two)
 
 
@@ -95,20 +95,20 @@ def test_what_a_killed_server_was_asked_is_unavailable(
 ) -> None:
     """At once, retrieves too: a dead process writes no more."""
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
-    worker.ask("store", key, "a", 0, CHUNK, [ONE], tokens)
+    worker.call("store", key, "a", 0, CHUNK, [ONE], tokens)
     scheduler.lookup(key, "m", 1, tokens)
     old.pause()
     lookup = scheduler.submit_lookup(key, "m", 1, tokens)
     for method in ("store", "retrieve"):
-        worker.ask("begin", method, f"submit_{method}", key, "a", 0, CHUNK, [ONE])
+        worker.call("begin", method, f"submit_{method}", key, "a", 0, CHUNK, [ONE])
     wait_until(lambda: "1 pending" in repr(scheduler._connection))
-    wait_until(lambda: "2 pending" in worker.ask("state"))
+    wait_until(lambda: "2 pending" in worker.call("state"))
     assert not lookup.done()
     old.kill()
     for asked in (
         lambda: lookup.result(20),
-        lambda: worker.ask("result", "store"),
-        lambda: worker.ask("result", "retrieve"),
+        lambda: worker.call("result", "store"),
+        lambda: worker.call("result", "retrieve"),
     ):
         with pytest.raises(Unavailable, match=f"process {old.pid}.* is gone"):
             asked()
@@ -125,13 +125,13 @@ def test_what_is_asked_meanwhile_is_served_by_the_next_run(
     old.kill()
     wait_until(lambda: is_gone(scheduler))
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
-    wait_until(lambda: worker.ask("is_unavailable"))
-    worker.ask("begin", "s", "submit_store", key, "a", 0, CHUNK, [ONE], tokens)
+    wait_until(lambda: worker.call("is_server_gone"))
+    worker.call("begin", "s", "submit_store", key, "a", 0, CHUNK, [ONE], tokens)
     ping = scheduler.submit(Ping())
     assert not ping.done()
-    assert not worker.ask("is_done", "s")
+    assert not worker.call("is_done", "s")
     again()
-    assert worker.ask("result", "s").num_stored == 1
+    assert worker.call("result", "s").num_stored == 1
     ping.result(20)
     wait_until(lambda: is_found(scheduler, key, tokens, 1))
 
@@ -150,13 +150,13 @@ def test_what_is_asked_of_nobody_ends_at_its_deadline(
     """Retrieves too: what was never sent writes nowhere."""
     old.kill()
     wait_until(lambda: is_gone(scheduler))
-    wait_until(lambda: worker.ask("is_unavailable"))
+    wait_until(lambda: worker.call("is_server_gone"))
     key = SessionKey("engine", "r")
     with pytest.raises(Unavailable, match="no server answers"):
         scheduler.submit(EndSession(key), 0.1).result(20)
     for method in ("store", "retrieve"):
         with pytest.raises(Unavailable, match="no server answers"):
-            worker.ask(method, key, "a", 0, CHUNK, [ONE], timeout_s=0.1)
+            worker.call(method, key, "a", 0, CHUNK, [ONE], timeout_s=0.1)
 
 
 def test_requests_in_the_queue_find_the_next_run(

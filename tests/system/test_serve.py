@@ -63,20 +63,20 @@ def is_unavailable(client: KVClient) -> bool:
 @pytest.mark.parametrize("number", STOPS)
 def test_it_stops_cleanly_in_the_middle_of_copies(
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     prompt: Prompt,
     number: int,
 ) -> None:
     """The running copy ends, the queued ones do not begin, each client is told."""
     server = serve("--l1-size", "192MiB", "--set", "l1.page=64KiB")
-    worker = hire(server.address)
-    worker.answer()
-    worker.ask("register", "a", "m", LARGE, num_blocks=32)
+    worker = start_worker(server.address)
+    worker.receive()
+    worker.call("register", "a", "m", LARGE, num_blocks=32)
     size, blocks = 8 * CHUNK, list(range(32))
     with KVClient(server.address) as client:
         for n in "123":
             key = SessionKey("engine", n)
-            worker.ask(
+            worker.call(
                 "begin", n, "submit_store", key, "a", 0, size, [blocks], prompt(size)
             )
         wait_until(lambda: client.status().l1.num_chunks > 0)
@@ -84,7 +84,7 @@ def test_it_stops_cleanly_in_the_middle_of_copies(
     assert not server.segments
     for n in "123":
         with suppress(Unavailable, UnknownInstance):
-            assert worker.ask("result", n).num_stored == 8
+            assert worker.call("result", n).num_stored == 8
     server.close()
 
 
@@ -167,13 +167,13 @@ def test_a_dead_servers_memory_is_removed(serve: Callable[..., Server]) -> None:
 
 
 def test_two_servers_share_nothing(
-    serve: Callable[..., Server], hire: Callable[[str], Worker], prompt: Prompt
+    serve: Callable[..., Server], start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
     """A client of one knows nothing of the other's instances."""
     one, two = serve(), serve()
-    worker = hire(one.address)
-    worker.answer()
-    worker.ask("register", "a", "m")
+    worker = start_worker(one.address)
+    worker.receive()
+    worker.call("register", "a", "m")
     with KVClient(two.address) as client:
         assert client.status().instances == ()
     for server in (one, two):
@@ -196,17 +196,17 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def test_metrics_are_served(
-    serve: Callable[..., Server], hire: Callable[[str], Worker], prompt: Prompt
+    serve: Callable[..., Server], start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
     """Prometheus text with what STATUS counts, on this host only."""
     port = free_port()
     server = serve("--metrics-port", str(port))
-    worker = hire(server.address)
-    worker.answer()
+    worker = start_worker(server.address)
+    worker.receive()
     assert scrape(port)["kvcore_stores_total"] == 0
-    worker.ask("register", "a", "m")
+    worker.call("register", "a", "m")
     key = SessionKey("engine", "r")
-    worker.ask("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]], prompt(CHUNK))
+    worker.call("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]], prompt(CHUNK))
     found = scrape(port)
     assert found["kvcore_stores_total"] == 1
     assert found["kvcore_bytes_stored_total"] == 2 * 2 * CHUNK * 32

@@ -28,8 +28,8 @@ TWO = [4, 5, 6, 7]
 def worker(workers: list[Worker], model: str) -> Worker:
     """A worker with the instance "a" of the model, filled."""
     worker = workers[0]
-    worker.ask("register", "a", model)
-    worker.ask("fill", "a", list(range(64)))
+    worker.call("register", "a", model)
+    worker.call("fill", "a", list(range(64)))
     return worker
 
 
@@ -52,7 +52,7 @@ def test_a_worker_without_tokens_uses_the_schedulers(
     """They share the session, on sockets of their own."""
     tokens = prompt(2 * CHUNK)
     client.lookup(session, model, 1, tokens)
-    stored = worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO])
+    stored = worker.call("store", session, "a", 0, len(tokens), [ONE + TWO])
     assert stored.num_stored == 2
 
 
@@ -62,13 +62,13 @@ def test_tokens_that_nobody_sent_are_asked_for(
     """The error says from where; a client that has them sends them by itself."""
     tokens = prompt(2 * CHUNK)
     with pytest.raises(TokensNeeded) as needed:
-        worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO])
+        worker.call("store", session, "a", 0, len(tokens), [ONE + TWO])
     assert needed.value.details == {"have": 0}
     client.lookup(session, model, 1, tokens[: CHUNK + 1])
     with pytest.raises(TokensNeeded) as needed:
-        worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO])
+        worker.call("store", session, "a", 0, len(tokens), [ONE + TWO])
     assert needed.value.details == {"have": CHUNK + 1}
-    worker.ask("store", session, "a", 0, len(tokens), [ONE + TWO], tokens)
+    worker.call("store", session, "a", 0, len(tokens), [ONE + TWO], tokens)
     assert num_hit(client, model, tokens) == 2
 
 
@@ -79,7 +79,7 @@ def test_a_session_is_extended_where_it_ended(
     tokens = prompt(3 * CHUNK)
     client.lookup(session, model, 1, tokens[: CHUNK + 7])
     client.lookup(session, model, 1, tokens, known=CHUNK + 7)
-    worker.ask("store", session, "a", 0, len(tokens), [list(range(12))])
+    worker.call("store", session, "a", 0, len(tokens), [list(range(12))])
     assert num_hit(client, model, tokens) == 3
 
 
@@ -107,11 +107,11 @@ def test_a_new_lookup_replaces_the_prompt(
     """A request id used for other tokens never reaches the old prompt's chunks."""
     old, new = prompt(2 * CHUNK), prompt(2 * CHUNK)
     client.lookup(session, model, 1, old)
-    worker.ask("store", session, "a", 0, len(old), [ONE + TWO])
+    worker.call("store", session, "a", 0, len(old), [ONE + TWO])
     assert client.lookup(session, model, 1, old).num_chunks == 2
     assert client.lookup(session, model, 1, new).num_chunks == 0
     with pytest.raises(ChunksMissing):
-        worker.ask("retrieve", session, "a", 0, len(new), [ONE + TWO])
+        worker.call("retrieve", session, "a", 0, len(new), [ONE + TWO])
     mixed = old[:CHUNK] + new[CHUNK:]
     assert client.lookup(session, model, 1, mixed).num_chunks == 1
 
@@ -122,15 +122,15 @@ def test_one_request_id_in_two_engines_is_two_sessions(
     """Neither sees the other's tokens, nor ends its lease."""
     first, second = (SessionKey(f"engine-{n}", "the-same") for n in (1, 2))
     one, two = prompt(CHUNK), prompt(CHUNK)
-    worker.ask("store", first, "a", 0, CHUNK, [ONE], one)
-    worker.ask("store", second, "a", 0, CHUNK, [TWO], two)
+    worker.call("store", first, "a", 0, CHUNK, [ONE], one)
+    worker.call("store", second, "a", 0, CHUNK, [TWO], two)
     for key, tokens in ((first, one), (second, two)):
         assert client.lookup(key, model, 1, tokens).num_chunks == 1
     client.end_session(first)
     assert [lease.engine_id for lease in client.status().leases] == ["engine-2"]
-    worker.ask("retrieve", second, "a", 0, CHUNK, [[8, 9, 10, 11]])
-    expected = worker.ask("read", "a", TWO)
-    assert np.array_equal(worker.ask("read", "a", [8, 9, 10, 11]), expected)
+    worker.call("retrieve", second, "a", 0, CHUNK, [[8, 9, 10, 11]])
+    expected = worker.call("read", "a", TWO)
+    assert np.array_equal(worker.call("read", "a", [8, 9, 10, 11]), expected)
     client.end_session(second)
 
 
@@ -140,7 +140,7 @@ def test_a_session_is_about_one_model(
     """Using it for another is refused, with both named."""
     tokens = prompt(CHUNK)
     client.lookup(session, model, 1, tokens)
-    worker.ask("register", "other", f"{model}-other")
+    worker.call("register", "other", f"{model}-other")
     with pytest.raises(BadRequest, match=f"'{model}'.*'{model}-other'"):
         client.lookup(session, f"{model}-other", 1, tokens)
 
@@ -154,8 +154,8 @@ def test_a_store_may_come_after_its_sessions_end(
     client.end_session(session)
     assert client.status().num_sessions == 0
     with pytest.raises(TokensNeeded):
-        worker.ask("store", session, "a", 0, CHUNK, [ONE])
-    worker.ask("store", session, "a", 0, CHUNK, [ONE], tokens)
+        worker.call("store", session, "a", 0, CHUNK, [ONE])
+    worker.call("store", session, "a", 0, CHUNK, [ONE], tokens)
     assert num_hit(client, model, tokens) == 1
     client.end_session(session)
     assert client.status().num_sessions == 0
@@ -170,7 +170,7 @@ def test_a_salt_keeps_chunks_apart(
     """The same tokens with another salt, or none, are a miss."""
     tokens = prompt(CHUNK)
     client.lookup(session, model, 1, tokens, extras=(SALT,))
-    worker.ask("store", session, "a", 0, CHUNK, [ONE])
+    worker.call("store", session, "a", 0, CHUNK, [ONE])
     assert num_hit(client, model, tokens, (SALT,)) == 1
     assert num_hit(client, model, tokens) == 0
     assert num_hit(client, model, tokens, (ExtraKey(0, b"tenant-2"),)) == 0
@@ -181,7 +181,7 @@ def test_a_prompt_sent_anew_brings_its_own_salt(
 ) -> None:
     """A request id used again without a salt does not read under the last one's."""
     tokens = prompt(CHUNK)
-    worker.ask("store", session, "a", 0, CHUNK, [ONE], tokens, extras=(SALT,))
+    worker.call("store", session, "a", 0, CHUNK, [ONE], tokens, extras=(SALT,))
     assert client.lookup(session, model, 1, tokens, extras=(SALT,)).num_chunks == 1
     assert client.lookup(session, model, 1, tokens).num_chunks == 0
 
@@ -192,7 +192,7 @@ def test_an_image_changes_what_follows_it_only(
     """Chunks before it are shared between images; its own and later ones are not."""
     tokens, blocks = prompt(3 * CHUNK), list(range(12))
     cat, dog = (ExtraKey(CHUNK + 5, kind) for kind in (b"cat", b"dog"))
-    worker.ask("store", session, "a", 0, len(tokens), [blocks], tokens, extras=(cat,))
+    worker.call("store", session, "a", 0, len(tokens), [blocks], tokens, extras=(cat,))
     assert num_hit(client, model, tokens, (cat,)) == 3
     assert num_hit(client, model, tokens, (dog,)) == 1
     assert num_hit(client, model, tokens) == 1
@@ -206,7 +206,7 @@ def test_an_image_may_come_with_later_tokens(
     """Extras of tokens that are still to come extend a session like the tokens do."""
     tokens, blocks = prompt(3 * CHUNK), list(range(12))
     cat = (ExtraKey(2 * CHUNK, b"cat"),)
-    worker.ask("store", session, "a", 0, len(tokens), [blocks], tokens, extras=cat)
+    worker.call("store", session, "a", 0, len(tokens), [blocks], tokens, extras=cat)
     later = SessionKey("engine", "later")
     client.lookup(later, model, 1, tokens[: 2 * CHUNK])
     found = client.lookup(later, model, 1, tokens, known=2 * CHUNK, extras=cat)

@@ -65,7 +65,7 @@ def served(
 ) -> list[int]:
     """Play requests one at a time; return the chunks that each lookup found."""
     longest = max(row.num_tokens for row in rows)
-    worker.ask("register", "a", model, SMALL, num_blocks=longest // BLOCK)
+    worker.call("register", "a", model, SMALL, num_blocks=longest // BLOCK)
     hits = []
     for row in rows:
         session, tokens = SessionKey("engine", str(row.line)), row.tokens()
@@ -73,9 +73,9 @@ def served(
         blocks = list(range(row.num_tokens // BLOCK))
         split = found.num_tokens // BLOCK
         if split:
-            worker.ask("retrieve", session, "a", 0, found.num_tokens, [blocks[:split]])
+            worker.call("retrieve", session, "a", 0, found.num_tokens, [blocks[:split]])
         if found.num_tokens < row.num_tokens:
-            worker.ask(
+            worker.call(
                 *("store", session, "a", found.num_tokens, row.num_tokens),
                 [blocks[split:]],
             )
@@ -89,7 +89,7 @@ def compare(
     policy: str,
     capacity: int,
     serve: Callable[..., Server],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
 ) -> None:
     """Play rows against a server with room for so many chunks, and simulate it."""
     options = {
@@ -98,8 +98,8 @@ def compare(
         "--set": f"l1.eviction={policy}",
     }
     server = serve(*(str(part) for option in options.items() for part in option))
-    worker = hire(server.address)
-    worker.answer()
+    worker = start_worker(server.address)
+    worker.receive()
     with KVClient(server.address, label="test", timeout_s=20) as client:
         hits = served(rows, worker, client, "model")
         evicted = client.status().counters["chunks_evicted"]
@@ -110,10 +110,10 @@ def compare(
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_generated_trace_hits_as_simulated(
-    policy: str, serve: Callable[..., Server], hire: Callable[[str], Worker]
+    policy: str, serve: Callable[..., Server], start_worker: Callable[[str], Worker]
 ) -> None:
     """Every request finds what the simulation says, through many evictions."""
-    compare(generated(64), policy, 60, serve, hire)
+    compare(generated(64), policy, 60, serve, start_worker)
 
 
 @pytest.mark.skipif(
@@ -121,10 +121,10 @@ def test_a_generated_trace_hits_as_simulated(
 )
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_cut_of_a_real_trace_hits_as_simulated(
-    policy: str, serve: Callable[..., Server], hire: Callable[[str], Worker]
+    policy: str, serve: Callable[..., Server], start_worker: Callable[[str], Worker]
 ) -> None:
     """The same over the first requests of a real trace."""
     path = Path(TRACES or "", "mooncake_conversation.jsonl.zst")
     rows = reader.read(Trace(trace=str(path)))
     cut = full_blocks(list(islice(rows, REAL_ROWS)))
-    compare(cut, policy, number("cut", cut).num_unique // 10, serve, hire)
+    compare(cut, policy, number("cut", cut).num_unique // 10, serve, start_worker)

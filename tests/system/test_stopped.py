@@ -36,8 +36,8 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 def worker(workers: list[Worker], model: str) -> Worker:
     """A worker with a large cache "a" of the model, filled."""
     worker = workers[0]
-    worker.ask("register", "a", model, LARGE, num_blocks=len(BLOCKS))
-    worker.ask("fill", "a", BLOCKS)
+    worker.call("register", "a", model, LARGE, num_blocks=len(BLOCKS))
+    worker.call("fill", "a", BLOCKS)
     return worker
 
 
@@ -62,10 +62,10 @@ def test_a_store_that_was_not_begun_is_void_when_late(
     client.lookup(session, model, 1, tokens)
     stopped()
     with pytest.raises(DeadlineExceeded):
-        worker.ask("store", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.2)
-    worker.ask("poison", "a", BLOCKS)
+        worker.call("store", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.2)
+    worker.call("poison", "a", BLOCKS)
     server.resume()
-    worker.ask("ping")
+    worker.call("ping")
     assert client.lookup(session, model, 1, tokens).num_chunks == 0
 
 
@@ -86,24 +86,26 @@ def test_a_copy_that_stood_still_is_not_kept(
     """
     tokens = prompt(SIZE)
     client.lookup(session, model, 1, tokens)
-    before = worker.ask("digest", "a", BLOCKS)
+    before = worker.call("digest", "a", BLOCKS)
     options = {"timeout_s": 0.5}
-    worker.ask("begin", "s", "submit_store", session, "a", 0, SIZE, [BLOCKS], **options)
-    wait_until(lambda: worker.ask("is_done", "s") or is_copying(client))
+    worker.call(
+        "begin", "s", "submit_store", session, "a", 0, SIZE, [BLOCKS], **options
+    )
+    wait_until(lambda: worker.call("is_done", "s") or is_copying(client))
     stopped()
     was_late = False
     try:
-        worker.ask("result", "s")
+        worker.call("result", "s")
     except DeadlineExceeded:
         was_late = True
-    worker.ask("poison", "a", BLOCKS)
+    worker.call("poison", "a", BLOCKS)
     server.resume()
     wait_until(lambda: not is_copying(client))
     found = client.lookup(session, model, 1, tokens).num_chunks
     assert found == NUM_CHUNKS or (was_late and found == 0)
     if found:
-        worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS])
-        assert worker.ask("digest", "a", BLOCKS) == before
+        worker.call("retrieve", session, "a", 0, SIZE, [BLOCKS])
+        assert worker.call("digest", "a", BLOCKS) == before
 
 
 def is_copying(client: KVClient) -> bool:
@@ -125,12 +127,12 @@ def test_a_retrieve_is_not_done_before_the_server_is(
     if driver == "worker":
         pytest.skip("its blocks are the worker's own: see test_tickets.py")
     tokens = prompt(SIZE)
-    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
-    expected = worker.ask("digest", "a", BLOCKS)
-    worker.ask("poison", "a", BLOCKS)
+    worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    expected = worker.call("digest", "a", BLOCKS)
+    worker.call("poison", "a", BLOCKS)
     client.lookup(session, model, 1, tokens)
     stopped()
-    worker.ask(
+    worker.call(
         "begin",
         "r",
         "submit_retrieve",
@@ -144,13 +146,13 @@ def test_a_retrieve_is_not_done_before_the_server_is(
     with pytest.raises(DeadlineExceeded):
         # Sent later and due later: had the retrieve ended by its deadline, it would
         # have done so before this.
-        worker.ask("due", 0.4)
-    assert not worker.ask("is_done", "r")
+        worker.call("due", 0.4)
+    assert not worker.call("is_done", "r")
     server.resume()
     with pytest.raises(DeadlineExceeded, match="on arrival"):
-        worker.ask("result", "r")
-    worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS])
-    assert worker.ask("digest", "a", BLOCKS) == expected
+        worker.call("result", "r")
+    worker.call("retrieve", session, "a", 0, SIZE, [BLOCKS])
+    assert worker.call("digest", "a", BLOCKS) == expected
 
 
 def test_a_retrieve_stopped_while_it_writes_ends_right(
@@ -164,11 +166,11 @@ def test_a_retrieve_stopped_while_it_writes_ends_right(
 ) -> None:
     """It began in time, so it may end late; until then nobody reuses its blocks."""
     tokens = prompt(SIZE)
-    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
-    expected = worker.ask("digest", "a", BLOCKS)
-    worker.ask("poison", "a", BLOCKS)
+    worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    expected = worker.call("digest", "a", BLOCKS)
+    worker.call("poison", "a", BLOCKS)
     client.lookup(session, model, 1, tokens)
-    worker.ask(
+    worker.call(
         "begin",
         "r",
         "submit_retrieve",
@@ -179,13 +181,13 @@ def test_a_retrieve_stopped_while_it_writes_ends_right(
         [BLOCKS],
         timeout_s=1,
     )
-    wait_until(lambda: worker.ask("is_done", "r") or worker.ask("differs", "a", 0))
+    wait_until(lambda: worker.call("is_done", "r") or worker.call("differs", "a", 0))
     stopped()
     with pytest.raises(DeadlineExceeded):
-        worker.ask("due", 1.1)
+        worker.call("due", 1.1)
     server.resume()
-    assert worker.ask("result", "r").num_tokens == SIZE
-    assert worker.ask("digest", "a", BLOCKS) == expected
+    assert worker.call("result", "r").num_tokens == SIZE
+    assert worker.call("digest", "a", BLOCKS) == expected
 
 
 def test_other_requests_end_at_their_deadline_and_work_again(
@@ -193,18 +195,18 @@ def test_other_requests_end_at_their_deadline_and_work_again(
 ) -> None:
     """Nobody waits longer than it said, and nobody has to connect again."""
     other = workers[1]
-    other.ask("register", "b", model)
+    other.call("register", "b", model)
     stopped()
     for _ in range(3):
         with pytest.raises(DeadlineExceeded):
-            other.ask("due", 0.05)
+            other.call("due", 0.05)
     server.resume()
-    other.ask("ping")
+    other.call("ping")
     tokens, key = list(range(CHUNK)), SessionKey("engine", "after")
-    other.ask("fill", "b", [0, 1, 2, 3])
-    other.ask("store", key, "b", 0, CHUNK, [[0, 1, 2, 3]], tokens)
-    assert other.ask("lookup", key, model, 1, tokens).num_chunks == 1
-    other.ask("retrieve", key, "b", 0, CHUNK, [[4, 5, 6, 7]])
-    one, two = (other.ask("read", "b", blocks) for blocks in ([0, 1], [4, 5]))
+    other.call("fill", "b", [0, 1, 2, 3])
+    other.call("store", key, "b", 0, CHUNK, [[0, 1, 2, 3]], tokens)
+    assert other.call("lookup", key, model, 1, tokens).num_chunks == 1
+    other.call("retrieve", key, "b", 0, CHUNK, [[4, 5, 6, 7]])
+    one, two = (other.call("read", "b", blocks) for blocks in ([0, 1], [4, 5]))
     assert np.array_equal(one, two)
-    other.ask("end_session", key)
+    other.call("end_session", key)

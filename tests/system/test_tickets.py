@@ -235,8 +235,8 @@ def pair(workers: list[Worker], model: str, client: KVClient) -> list[Worker]:
     """Two workers with a large cache each of the model, "a" filled."""
     client.clear()
     for worker, name in zip(workers, "ab", strict=True):
-        worker.ask("register", name, model, LARGE, num_blocks=len(BLOCKS))
-    workers[0].ask("fill", "a", BLOCKS)
+        worker.call("register", name, model, LARGE, num_blocks=len(BLOCKS))
+    workers[0].call("fill", "a", BLOCKS)
     return workers
 
 
@@ -255,32 +255,32 @@ def test_a_stopped_worker_keeps_its_pages_and_nothing_else(
     first, second = pair
     slow, key = SessionKey("engine", "slow"), SessionKey("engine", "quick")
     tokens, others = prompt(SIZE), prompt(12 * CHUNK)
-    first.ask("hold_still", "gather")
-    first.ask(
+    first.call("pause_copy", "gather")
+    first.call(
         "begin", "s", "submit_store", slow, "a", 0, SIZE, [BLOCKS], tokens,
         timeout_s=0.5,
     )  # fmt: skip
-    wait_until(lambda: first.ask("stands_still"))
+    wait_until(lambda: first.call("is_copy_paused"))
     freeze(first)
     try:
         assert [shown.kind for shown in client.status().tickets] == ["reserved"]
-        second.ask("fill", "b", BLOCKS, seed=7)
-        written = second.ask("digest", "b", BLOCKS)
-        stored = second.ask("store", key, "b", 0, 12 * CHUNK, [BLOCKS * 3], others)
+        second.call("fill", "b", BLOCKS, seed=7)
+        written = second.call("digest", "b", BLOCKS)
+        stored = second.call("store", key, "b", 0, 12 * CHUNK, [BLOCKS * 3], others)
         assert (stored.num_stored, stored.num_dropped) == (8, 4)
         wait_until(lambda: client.status().tickets[0].age_s > 0.6)
         assert state(client)[:2] == (1, NUM_CHUNKS)
     finally:
         os.kill(first.process.pid or 0, signal.SIGCONT)
-    first.ask("go_on")
+    first.call("resume_copy")
     with pytest.raises(DeadlineExceeded, match="nothing was kept"):
-        first.ask("result", "s")
+        first.call("result", "s")
     wait_until(lambda: state(client)[:2] == (0, 0))
     assert client.lookup(slow, model, 1, tokens).num_chunks == 0
     for start in (0, 4 * CHUNK):
-        second.ask("poison", "b", BLOCKS)
-        second.ask("retrieve", key, "b", start, start + SIZE, [BLOCKS], others)
-        assert second.ask("digest", "b", BLOCKS) == written
+        second.call("poison", "b", BLOCKS)
+        second.call("retrieve", key, "b", start, start + SIZE, [BLOCKS], others)
+        assert second.call("digest", "b", BLOCKS) == written
     for session in (slow, key):
         client.end_session(session)
 
@@ -295,15 +295,15 @@ def test_a_retrieve_that_has_not_begun_ends_in_time(
 ) -> None:
     """Its server stands still, but the worker alone writes, and knows it has not."""
     worker, tokens = pair[0], prompt(SIZE)
-    worker.ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
-    worker.ask("poison", "a", BLOCKS)
+    worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    worker.call("poison", "a", BLOCKS)
     client.lookup(session, model, 1, tokens)
-    poisoned = worker.ask("digest", "a", BLOCKS)
+    poisoned = worker.call("digest", "a", BLOCKS)
     server.pause()
     try:
         with pytest.raises(DeadlineExceeded):
-            worker.ask("retrieve", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.1)
-        assert worker.ask("digest", "a", BLOCKS) == poisoned
+            worker.call("retrieve", session, "a", 0, SIZE, [BLOCKS], timeout_s=0.1)
+        assert worker.call("digest", "a", BLOCKS) == poisoned
     finally:
         server.resume()
 
@@ -311,7 +311,7 @@ def test_a_retrieve_that_has_not_begun_ends_in_time(
 @pytest.mark.parametrize("step", ["gather", "scatter"])
 def test_the_death_of_a_worker_ends_its_tickets(
     pair: list[Worker],
-    hire: Callable[[str], Worker],
+    start_worker: Callable[[str], Worker],
     server: Server,
     client: KVClient,
     model: str,
@@ -322,88 +322,88 @@ def test_the_death_of_a_worker_ends_its_tickets(
     """Killed in the middle of a copy: what it reserved or held is free again."""
     tokens = prompt(SIZE)
     if step == "scatter":
-        pair[0].ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
-    victim = hire(server.address)
-    victim.answer()
-    victim.ask("register", "v", model, LARGE, num_blocks=len(BLOCKS))
-    victim.ask("hold_still", step)
+        pair[0].call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    victim = start_worker(server.address)
+    victim.receive()
+    victim.call("register", "v", model, LARGE, num_blocks=len(BLOCKS))
+    victim.call("pause_copy", step)
     method = "submit_store" if step == "gather" else "submit_retrieve"
-    victim.ask("begin", "c", method, session, "v", 0, SIZE, [BLOCKS], tokens)
-    wait_until(lambda: victim.ask("stands_still"))
+    victim.call("begin", "c", method, session, "v", 0, SIZE, [BLOCKS], tokens)
+    wait_until(lambda: victim.call("is_copy_paused"))
     busy = (1, NUM_CHUNKS, 0) if step == "gather" else (1, 0, NUM_CHUNKS)
     assert state(client) == busy
     victim.kill()
     wait_until(lambda: state(client) == (0, 0, 0))
     assert client.status().num_sessions == 1
-    stored = pair[0].ask("store", session, "a", 0, SIZE, [BLOCKS], tokens)
+    stored = pair[0].call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
     assert stored.num_stored == (NUM_CHUNKS if step == "gather" else 0)
 
 
 def test_the_memory_of_a_killed_server_is_let_go(
-    serve: Callable[..., Server], hire: Callable[[str], Worker]
+    serve: Callable[..., Server], start_worker: Callable[[str], Worker]
 ) -> None:
     """By an idle worker, at once: the next run of the server needs the room."""
     server = serve()
-    worker = hire(server.address)
-    worker.answer()
-    worker.ask("register", "a", "m")
+    worker = start_worker(server.address)
+    worker.receive()
+    worker.call("register", "a", "m")
     maps = Path(f"/proc/{worker.process.pid}/maps")
     [name] = server.segments
     assert name in maps.read_text()
     server.kill()
     wait_until(lambda: name not in maps.read_text())
-    run = server.again()
+    run = server.restart()
     wait_until(lambda: run.segments[0] in maps.read_text())
-    worker.ask("fill", "a", [0, 1, 2, 3])
+    worker.call("fill", "a", [0, 1, 2, 3])
     key = SessionKey("engine", "next")
-    assert worker.ask("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]], [1] * CHUNK)
-    worker.ask("unregister_kv_cache", "a")
+    assert worker.call("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]], [1] * CHUNK)
+    worker.call("unregister_kv_cache", "a")
     run.close()
 
 
 def test_a_kept_arena_is_not_handed_out(
-    serve: Callable[..., Server], hire: Callable[[str], Worker], tmp_path: Path
+    serve: Callable[..., Server], start_worker: Callable[[str], Worker], tmp_path: Path
 ) -> None:
     """Its next server could meet a worker that still writes."""
     journal = tmp_path / "journal"
     server = serve("--set", f"l1.keep={journal}")
-    worker = hire(server.address)
-    worker.answer()
+    worker = start_worker(server.address)
+    worker.receive()
     with pytest.raises(BadRequest, match=r"with l1\.keep the server copies"):
-        worker.ask("register", "a", "m")
+        worker.call("register", "a", "m")
     server.close()
     (SHM_DIR / arena_name(journal)).unlink()
 
 
 def test_wrong_bytes_are_found_by_the_worker(
-    serve: Callable[..., Server], hire: Callable[[str], Worker], prompt: Prompt
+    serve: Callable[..., Server], start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
     """With l1.verify it checks what it reads, and the chunk is taken out."""
     server = serve("--set", "l1.verify=true")
-    worker, key = hire(server.address), SessionKey("engine", "r")
-    worker.answer()
-    worker.ask("register", "a", "m")
-    worker.ask("fill", "a", BLOCKS)
+    worker, key = start_worker(server.address), SessionKey("engine", "r")
+    worker.receive()
+    worker.call("register", "a", "m")
+    worker.call("fill", "a", BLOCKS)
     tokens = prompt(2 * CHUNK)
-    worker.ask("store", key, "a", 0, 2 * CHUNK, [BLOCKS[:8]], tokens)
-    assert worker.ask("retrieve", key, "a", 0, 2 * CHUNK, [BLOCKS[8:]]).num_tokens
-    one, two = (worker.ask("digest", "a", b) for b in (BLOCKS[:8], BLOCKS[8:]))
+    worker.call("store", key, "a", 0, 2 * CHUNK, [BLOCKS[:8]], tokens)
+    assert worker.call("retrieve", key, "a", 0, 2 * CHUNK, [BLOCKS[8:]]).num_tokens
+    one, two = (worker.call("digest", "a", b) for b in (BLOCKS[:8], BLOCKS[8:]))
     assert one == two
     [name] = server.segments
     with (SHM_DIR / name).open("r+b") as memory:
         arena = memory.read()
-        place = arena.index(worker.ask("read", "a", [4])[0, 0, 0].tobytes())
+        place = arena.index(worker.call("read", "a", [4])[0, 0, 0].tobytes())
         memory.seek(place)
         memory.write(bytes([arena[place] ^ 1]))
-    worker.ask("poison", "a", BLOCKS[8:])
+    worker.call("poison", "a", BLOCKS[8:])
     with pytest.raises(ChunksMissing, match="found wrong"):
-        worker.ask("retrieve", key, "a", 0, 2 * CHUNK, [BLOCKS[8:]])
-    assert (worker.ask("read", "a", BLOCKS[8:]) == POISON).all()
+        worker.call("retrieve", key, "a", 0, 2 * CHUNK, [BLOCKS[8:]])
+    assert (worker.call("read", "a", BLOCKS[8:]) == POISON).all()
     with KVClient(server.address) as client:
         wait_until(lambda: client.status().counters["chunks_corrupt"] == 1)
         assert client.lookup(key, "m", 1, tokens).num_chunks == 1
         client.end_session(key)
         assert state(client) == (0, 0, 0)
     with suppress(KVError):
-        worker.ask("unregister_kv_cache", "a")
+        worker.call("unregister_kv_cache", "a")
     server.close()

@@ -21,7 +21,7 @@ SMALL = ("--l1-size", "64KiB")
 """Room for sixteen pages: eight chunks of one plain rank."""
 
 Serve = Callable[..., Server]
-Hire = Callable[[str], Worker]
+StartWorker = Callable[[str], Worker]
 
 
 @pytest.fixture
@@ -56,20 +56,24 @@ def written(client: KVClient) -> int:
     return sum(tier.counters["stored"] for tier in client.status().tiers)
 
 
-def blocks_of(num_chunks: int, first: int = 0) -> list[int]:
+def chunk_blocks(num_chunks: int, first: int = 0) -> list[int]:
     """Blocks of so many chunks."""
     return list(range(first * PER_CHUNK, (first + num_chunks) * PER_CHUNK))
 
 
-def staff(
-    hire: Hire, server: Server, model: str, groups: tuple[Group, ...], ranks: int
+def start_workers(
+    start_worker: StartWorker,
+    server: Server,
+    model: str,
+    groups: tuple[Group, ...],
+    ranks: int,
 ) -> list[Worker]:
     """A worker a rank, each with its own bytes."""
-    workers = [hire(server.address) for _ in range(ranks)]
+    workers = [start_worker(server.address) for _ in range(ranks)]
     for rank, worker in enumerate(workers):
-        worker.answer()
-        worker.ask("register", f"i{rank}", model, groups, rank=rank, world_size=ranks)
-        worker.ask("fill", f"i{rank}", list(range(64)), 7 + rank)
+        worker.receive()
+        worker.call("register", f"i{rank}", model, groups, rank=rank, world_size=ranks)
+        worker.call("fill", f"i{rank}", list(range(64)), 7 + rank)
     return workers
 
 
@@ -77,7 +81,7 @@ def staff(
 @pytest.mark.parametrize("groups", [PLAIN, HYBRID], ids=["plain", "hybrid"])
 def test_a_later_server_serves_what_an_earlier_one_stored(
     serve: Serve,
-    hire: Hire,
+    start_worker: StartWorker,
     prompt: Prompt,
     tier: str,
     model: str,
@@ -85,17 +89,17 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
     groups: tuple[Group, ...],
 ) -> None:
     """All ranks, all groups, byte for byte, in blocks of the reader's choice."""
-    tokens, stored = prompt(5 * CHUNK), blocks_of(5)
+    tokens, stored = prompt(5 * CHUNK), chunk_blocks(5)
     first = serve("--tier", tier)
     truth = []
     with connected(first) as client:
-        workers = staff(hire, first, model, groups, ranks)
+        workers = start_workers(start_worker, first, model, groups, ranks)
         session = SessionKey("engine", "writer")
         for rank, worker in enumerate(workers):
             lists = [stored] * len(groups)
-            worker.ask("store", session, f"i{rank}", 0, len(tokens), lists, tokens)
+            worker.call("store", session, f"i{rank}", 0, len(tokens), lists, tokens)
             truth.append(
-                [worker.ask("read", f"i{rank}", stored, g) for g in range(len(groups))]
+                [worker.call("read", f"i{rank}", stored, g) for g in range(len(groups))]
             )
         client.end_session(session)
         wait_until(lambda: written(client) == 5 * ranks * len(groups))
@@ -105,21 +109,21 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
 
     second = serve("--tier", tier)
     with connected(second) as client:
-        workers = staff(hire, second, model, groups, ranks)
+        workers = start_workers(start_worker, second, model, groups, ranks)
         session = SessionKey("engine", "reader")
         found = client.lookup(session, model, ranks, tokens)
         assert (found.num_chunks, found.num_from_tiers) == (5, 5)
         again = client.lookup(SessionKey("engine", "again"), model, ranks, tokens)
         assert (again.num_chunks, again.num_from_tiers) == (5, 0)
         client.end_session(SessionKey("engine", "again"))
-        target = blocks_of(5, first=8)
+        target = chunk_blocks(5, first=8)
         for rank, worker in enumerate(workers):
-            worker.ask("poison", f"i{rank}", target)
+            worker.call("poison", f"i{rank}", target)
             lists = [masked(target, group, 5) for group in groups]
-            worker.ask("retrieve", session, f"i{rank}", 0, len(tokens), lists)
+            worker.call("retrieve", session, f"i{rank}", 0, len(tokens), lists)
             for g, ids in enumerate(lists):
                 there = [i for i, block in enumerate(ids) if block >= 0]
-                seen = worker.ask("read", f"i{rank}", [ids[i] for i in there], g)
+                seen = worker.call("read", f"i{rank}", [ids[i] for i in there], g)
                 assert np.array_equal(seen, truth[rank][g][there])
         client.end_session(session)
         loaded = sum(window_chunks(group, 5) for group in groups) * ranks
@@ -127,23 +131,23 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
 
 
 def test_a_lookup_that_does_not_wait_prefetches_behind(
-    serve: Serve, hire: Hire, prompt: Prompt, tier: str, model: str
+    serve: Serve, start_worker: StartWorker, prompt: Prompt, tier: str, model: str
 ) -> None:
     """The first answer has nothing; a later lookup finds all of it in memory."""
     tokens = prompt(4 * CHUNK)
     first = serve("--tier", tier)
     with connected(first) as client:
-        [worker] = staff(hire, first, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, first, model, PLAIN, 1)
         session = SessionKey("engine", "writer")
-        worker.ask("store", session, "i0", 0, len(tokens), [blocks_of(4)], tokens)
-        truth = worker.ask("read", "i0", blocks_of(4))
+        worker.call("store", session, "i0", 0, len(tokens), [chunk_blocks(4)], tokens)
+        truth = worker.call("read", "i0", chunk_blocks(4))
         client.end_session(session)
         wait_until(lambda: written(client) == 4)
     assert first.stop() == 0
 
     second = serve("--tier", tier)
     with connected(second) as client:
-        [worker] = staff(hire, second, model, PLAIN, 1)
+        [worker] = start_workers(start_worker, second, model, PLAIN, 1)
         session = SessionKey("engine", "reader")
         assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 0
         wait_until(lambda: counter(client, "parts_prefetched") == 4)
@@ -151,8 +155,12 @@ def test_a_lookup_that_does_not_wait_prefetches_behind(
         assert client.status().l1.num_leased == 0
         assert client.lookup(session, model, 1, tokens, wait=False).num_chunks == 4
         assert counter(client, "prefetches") == 1
-        worker.ask("retrieve", session, "i0", 0, len(tokens), [blocks_of(4, first=4)])
-        assert np.array_equal(worker.ask("read", "i0", blocks_of(4, first=4)), truth)
+        worker.call(
+            "retrieve", session, "i0", 0, len(tokens), [chunk_blocks(4, first=4)]
+        )
+        assert np.array_equal(
+            worker.call("read", "i0", chunk_blocks(4, first=4)), truth
+        )
         client.end_session(session)
 
 

@@ -25,14 +25,20 @@ from kvcore.keys import SessionKey
 from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK, Server, wait_until
-from tests.system.test_tiers import blocks_of, connected, counter, staff, written
+from tests.system.test_tiers import (
+    chunk_blocks,
+    connected,
+    counter,
+    start_workers,
+    written,
+)
 from tests.system.worker_process import PLAIN, Worker
 from tests.tiers.store_servers import ProcessEngine, free_port
 
 pytestmark = pytest.mark.tiers
 
 RANKS = 2
-_numbers = itertools.count()
+_counter = itertools.count()
 
 
 @dataclass
@@ -66,7 +72,7 @@ def wire(names: list[str]) -> list[Host]:
 def hosts() -> Iterator[list[Host]]:
     """Two of them."""
     with ExitStack() as stack:
-        names = [f"kv-{os.getpid()}-{next(_numbers)}" for _ in range(2)]
+        names = [f"kv-{os.getpid()}-{next(_counter)}" for _ in range(2)]
         try:
             if shutil.which("ip") is None:
                 raise OSError("no iproute2")
@@ -134,13 +140,13 @@ def store(
     workers: list[Worker], client: KVClient, tokens: list[int]
 ) -> list[np.ndarray]:
     """Store a prompt from every rank; return the bytes of each."""
-    blocks = blocks_of(len(tokens) // CHUNK)
-    session = SessionKey("engine", f"writer-{next(_numbers)}")
+    blocks = chunk_blocks(len(tokens) // CHUNK)
+    session = SessionKey("engine", f"writer-{next(_counter)}")
     truth = []
     for rank, worker in enumerate(workers):
         name = f"i{rank}"
-        worker.ask("store", session, name, 0, len(tokens), [blocks], tokens)
-        truth.append(worker.ask("read", name, blocks))
+        worker.call("store", session, name, 0, len(tokens), [blocks], tokens)
+        truth.append(worker.call("read", name, blocks))
     client.end_session(session)
     return truth
 
@@ -158,15 +164,15 @@ def check_served(
     truth: list[np.ndarray],
 ) -> None:
     """Look a prompt up, retrieve it on every rank, compare each byte."""
-    session = SessionKey("engine", f"reader-{next(_numbers)}")
+    session = SessionKey("engine", f"reader-{next(_counter)}")
     num_chunks = len(tokens) // CHUNK
     assert client.lookup(session, model, RANKS, tokens).num_chunks == num_chunks
-    blocks = blocks_of(num_chunks, first=8)
+    blocks = chunk_blocks(num_chunks, first=8)
     for rank, worker in enumerate(workers):
         name = f"i{rank}"
-        worker.ask("poison", name, blocks)
-        worker.ask("retrieve", session, name, 0, len(tokens), [blocks])
-        assert np.array_equal(worker.ask("read", name, blocks), truth[rank])
+        worker.call("poison", name, blocks)
+        worker.call("retrieve", session, name, 0, len(tokens), [blocks])
+        assert np.array_equal(worker.call("read", name, blocks), truth[rank])
     client.end_session(session)
 
 
@@ -179,19 +185,25 @@ def servers(
         serve(
             *master.tier(host),
             address=f"ipc://{tmp_path}/server-{number}",
-            inside=host.inside,
+            prefix=host.inside,
         )
         for number, host in enumerate(hosts)
     ]
 
 
 def test_what_one_host_stored_the_other_serves(
-    servers: list[Server], hire: Callable[[str], Worker], prompt: Prompt, model: str
+    servers: list[Server],
+    start_worker: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
 ) -> None:
     """Both ways, all ranks, byte for byte; nothing of it was ever stored there."""
     with connected(servers[0]) as here, connected(servers[1]) as there:
         clients = [here, there]
-        teams = [staff(hire, server, model, PLAIN, RANKS) for server in servers]
+        teams = [
+            start_workers(start_worker, server, model, PLAIN, RANKS)
+            for server in servers
+        ]
         for source, target in ((0, 1), (1, 0)):
             tokens = prompt(5 * CHUNK)
             truth = store(teams[source], clients[source], tokens)
@@ -205,26 +217,29 @@ def test_what_one_host_stored_the_other_serves(
 
 
 def test_a_host_that_dies_takes_only_what_it_held(
-    servers: list[Server], hire: Callable[[str], Worker], prompt: Prompt, model: str
+    servers: list[Server],
+    start_worker: Callable[[str], Worker],
+    prompt: Prompt,
+    model: str,
 ) -> None:
     """Its memory in the store is lost: a miss there, never an error or wrong bytes."""
     lost, own = prompt(5 * CHUNK), prompt(3 * CHUNK)
     dying, living = servers
     with KVClient(dying.address, label="test", timeout_s=20) as client:
-        workers = staff(hire, dying, model, PLAIN, RANKS)
+        workers = start_workers(start_worker, dying, model, PLAIN, RANKS)
         truth = store(workers, client, lost)
         await_written(client, 5 * RANKS)
         dying.kill()
         # As the next start does, maybe of a server of another test.
         remove_dead(f"{SEGMENT_PREFIX}{dying.pid}-")
     with connected(living) as client:
-        workers = staff(hire, living, model, PLAIN, RANKS)
+        workers = start_workers(start_worker, living, model, PLAIN, RANKS)
         session = SessionKey("engine", "bereft")
         found = client.lookup(session, model, RANKS, lost).num_chunks
-        blocks = blocks_of(found)
+        blocks = chunk_blocks(found)
         for rank, worker in enumerate(workers if found else []):
-            worker.ask("retrieve", session, f"i{rank}", 0, found * CHUNK, [blocks])
-            seen = worker.ask("read", f"i{rank}", blocks)
+            worker.call("retrieve", session, f"i{rank}", 0, found * CHUNK, [blocks])
+            seen = worker.call("read", f"i{rank}", blocks)
             assert np.array_equal(seen, truth[rank][: len(blocks)])
         client.end_session(session)
         check_served(workers, client, model, own, store(workers, client, own))

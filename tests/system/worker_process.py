@@ -1,13 +1,12 @@
 """A worker process for tests: a cache in shared memory, a client, and a pipe.
 
-It does what it is told: a method of its own, or one of its client's, by name.
+It runs commands by name: a method of `WorkerCommands`, or one of its client.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import os
 import threading
 from concurrent.futures import Future
@@ -27,14 +26,15 @@ from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import Ping, PosixShm, RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.worker.copying_client import CopyingClient
+from tests.system.fork_server import fork_server, run_with_environment
 
 BLOCK = 16
 """Tokens a block of every cache here."""
 
 POISON = 0xA5
-ANSWER_S = 50
+REPLY_S = 50
 
-_numbers = itertools.count()
+_counter = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Cache:
 
 
 class WorkerCommands:
-    """What a worker process can be told to do."""
+    """The commands of a worker process."""
 
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
         kind = CopyingClient if driver == "worker" else KVClient
@@ -127,7 +127,7 @@ class WorkerCommands:
     ) -> Any:
         """Allocate a cache and register it, in place of the instance's earlier one."""
         is_own = isinstance(self.client, CopyingClient)
-        name = None if is_own else f"{self.name}-{next(_numbers)}"
+        name = None if is_own else f"{self.name}-{next(_counter)}"
         cache = Cache(name, groups, num_blocks)
         request = RegisterKVCache(
             instance_id,
@@ -183,7 +183,7 @@ class WorkerCommands:
         """Say whether a poisoned block has been written to."""
         return any((v[block] != POISON).any() for v in self.caches[instance_id].views)
 
-    def hold_still(self, step: str) -> None:
+    def pause_copy(self, step: str) -> None:
         """Have the next copy stand still half-way, until `go_on`."""
         moved = getattr(HostCache, step)
 
@@ -193,16 +193,16 @@ class WorkerCommands:
             setattr(HostCache, step, moved)
             moved(cache, spans[: len(spans) // 2], *rest, **options)
             self.half_way.set()
-            self.whole.wait(ANSWER_S)
+            self.whole.wait(REPLY_S)
             return moved(cache, spans, *rest, **options)
 
         setattr(HostCache, step, half)
 
-    def stands_still(self) -> bool:
+    def is_copy_paused(self) -> bool:
         """Say whether a copy has come half-way."""
         return self.half_way.is_set()
 
-    def go_on(self) -> None:
+    def resume_copy(self) -> None:
         """Let it go on."""
         self.whole.set()
 
@@ -231,7 +231,7 @@ class WorkerCommands:
 
     def result(self, key: str) -> Any:
         """Wait for a kept future."""
-        return self.futures.pop(key).result(ANSWER_S)
+        return self.futures.pop(key).result(REPLY_S)
 
     def close(self) -> None:
         """Say goodbye and remove the caches."""
@@ -240,23 +240,24 @@ class WorkerCommands:
             cache.close()
 
 
-def _obey(
+def _run_commands(
     kind: type[WorkerCommands], address: str, name: str, driver: str, pipe: Connection
 ) -> None:
-    told = kind(address, name, driver)
+    """Run the commands that come through a pipe until the pipe is closed."""
+    commands = kind(address, name, driver)
     pipe.send((True, os.getpid()))
     while True:
         try:
             method, args, options = pipe.recv()
         except EOFError:
             break
-        own = getattr(told, method, None)
+        own = getattr(commands, method, None)
         try:
-            answer = (own or getattr(told.client, method))(*args, **options)
-            pipe.send((True, answer))
-        except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            result = (own or getattr(commands.client, method))(*args, **options)
+            pipe.send((True, result))
+        except Exception as error:  # noqa: BLE001 - raised again by `Worker.receive`
             pipe.send((False, error))
-    told.close()
+    commands.close()
 
 
 class Worker:
@@ -265,42 +266,45 @@ class Worker:
     def __init__(
         self,
         address: str,
-        told: type[WorkerCommands] = WorkerCommands,
+        commands: type[WorkerCommands] = WorkerCommands,
         driver: str = "server",
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = f"kvtest-{os.getpid()}-{next(_numbers)}"
-        self._pipe, theirs = context.Pipe()
+        context = fork_server()
+        self.name = f"kvtest-{os.getpid()}-{next(_counter)}"
+        self._pipe, other_end = context.Pipe()
+        arguments = (commands, address, self.name, driver, other_end)
         self.process = context.Process(
-            target=_obey, args=(told, address, self.name, driver, theirs)
+            target=run_with_environment,
+            args=(dict(os.environ), _run_commands, *arguments),
+            daemon=True,
         )
         self.process.start()
-        theirs.close()
+        other_end.close()
 
-    def ask(self, method: str, *args: Any, **options: Any) -> Any:
-        """Have it done; returns what it returned and raises what it raised."""
-        self.tell(method, *args, **options)
-        return self.answer()
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """Run a command in the worker; return its result or raise its error."""
+        self.send(method, *args, **options)
+        return self.receive()
 
-    def tell(self, method: str, *args: Any, **options: Any) -> None:
-        """Have it begun; `answer` waits for the end."""
+    def send(self, method: str, *args: Any, **options: Any) -> None:
+        """Start a command; `receive` waits for its result."""
         self._pipe.send((method, args, options))
 
-    def answer(self) -> Any:
-        """Wait for what was told."""
-        assert self._pipe.poll(ANSWER_S), "the worker does not answer"
-        is_well, answer = self._pipe.recv()
-        if is_well:
-            return answer
-        raise answer
+    def receive(self) -> Any:
+        """Return the result of the oldest command; the first is the process id."""
+        assert self._pipe.poll(REPLY_S), "the worker does not reply"
+        succeeded, result = self._pipe.recv()
+        if succeeded:
+            return result
+        raise result
 
     def kill(self) -> None:
-        """End it without a word, by SIGKILL."""
+        """Send SIGKILL and wait for the end of the process."""
         self.process.kill()
         self.process.join()
 
     def close(self) -> None:
-        """End it if it lives, and remove what it left."""
+        """End the process if it runs, and remove the segments it left."""
         self._pipe.close()
         self.process.join(20)
         with suppress(ValueError):

@@ -62,7 +62,7 @@ def test_without_a_server_everything_is_computed(
             )
             assert not plan.stores
         wait_until(lambda: len(warnings_of(caplog, "no KV cache for now")) == 2)
-        following = server.again()
+        following = server.restart()
         try:
             engine.connect()
             request = request_of(2 * CHUNK)
@@ -88,7 +88,7 @@ def test_a_killed_server_fails_loads_and_is_found_again(
     engine.step()
     assert engine.settle().failed == {repeat.request_id}
     assert not engine.pool.held
-    following = server.again()
+    following = server.restart()
     try:
         wait_until(lambda: is_shared(engine, request_of))
     finally:

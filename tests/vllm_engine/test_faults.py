@@ -30,7 +30,7 @@ def test_an_engine_outlives_its_servers(serve: Serve, start: Start) -> None:
     assert ask_in_turn(engine, prompts) == absent
     assert engine.words.count("no KV cache for now") == 2
 
-    server = server.again()
+    server = server.restart()
     engine.ask("connect")
     assert ask_in_turn(engine, prompts) == absent
     found = {"tokens": absent["tokens"], "cached": [5 * CHUNK] * 4}
@@ -46,7 +46,7 @@ def test_an_engine_outlives_its_servers(serve: Serve, start: Start) -> None:
     assert_blocks_are_back(engine)
     assert ask_in_turn(engine, prompts) == absent
 
-    server = server.again()
+    server = server.restart()
     try:
         engine.ask("connect")
         assert ask_in_turn(engine, prompts) == absent

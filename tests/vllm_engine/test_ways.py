@@ -150,7 +150,7 @@ def test_a_file_tier_outlives_the_server(
     with KVClient(server.address) as client:
         wait_until(lambda: _is_written(client))
     server.stop()
-    server = server.again()
+    server = server.restart()
     try:
         second = start(address=server.address)
         warm = ask_in_turn(second, prompts)
