@@ -214,7 +214,7 @@ class WorkerCommands:
         """Return the connection's own report."""
         return repr(self.client._connection)
 
-    def is_unavailable(self) -> bool:
+    def is_server_gone(self) -> bool:
         """Say whether the client knows that its server is gone."""
         try:
             return not self.client.server
