@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from kvcore.protocol import RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.recovery import arena_name
 from tests.cli.test_cli import kvctl
+from tests.system.fork_server import fork_server
 from tests.system.server_fixture import CHUNK, Server
 from tests.system.worker_process import BLOCK, PLAIN, Cache
 
@@ -94,7 +94,7 @@ def kill_under_load(server: Server, num_stores: int, first: int) -> list[int]:
 
     `num_stores` prompts are awaited from the first one before.
     """
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     loaders = [
         context.Process(target=store_on, args=(server.address, first + 10**7 * i, said))
