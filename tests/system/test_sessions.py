@@ -240,7 +240,7 @@ def test_a_killed_engines_tokens_end_with_it(
     killed = subprocess.run([sys.executable, "-c", LOOK_UP_AND_DIE, *arguments])
     assert killed.returncode == -signal.SIGKILL
     wait_until(lambda: server.log.read_text().count("is gone") > gone)
-    stored = worker.ask("store", session, "a", 0, len(new), [ONE + TWO], new)
+    stored = worker.call("store", session, "a", 0, len(new), [ONE + TWO], new)
     assert stored.num_stored == 2
     assert num_hit(client, model, old) == 0
     assert num_hit(client, model, new) == 2
