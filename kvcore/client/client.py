@@ -1,13 +1,14 @@
-"""The typed client: what an engine's scheduler and workers ask of the server."""
+"""Typed client of one server: the requests of an engine's scheduler and workers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeVar
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from kvcore.client.connection import Connection
 from kvcore.client.pending_requests import Retry
@@ -38,22 +39,175 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 
+P = ParamSpec("P")
 R = TypeVar("R")
-TokenRequest = Store | Retrieve | Lookup
-"""Requests that carry tokens."""
 
 BlockLists = Sequence[Sequence[int] | np.ndarray[Any, np.dtype[np.integer]]]
-"""Block ids, one list a cache group, from the request's first token on."""
+"""Block ids, one list per cache group, from token `start` on."""
+
+
+class PreparedRequest(NamedTuple, Generic[R]):
+    """Arguments of `KVClient.call` and `KVClient.submit`: `client.call(*prepared)`."""
+
+    request: Request[R]
+    timeout_s: float | None = None
+    retry: Retry | None = None
+
+
+def prepare_store(
+    session: SessionKey,
+    instance_id: str,
+    start: int,
+    end: int,
+    blocks: BlockLists,
+    tokens: Tokens | None = None,
+    *,
+    extras: tuple[ExtraKey, ...] = (),
+    event: bytes = b"",
+    timeout_s: float | None = None,
+) -> PreparedRequest[StoreReply]:
+    """Store the whole chunks of tokens [start, end) of a session.
+
+    Args:
+        session: the request whose tokens these are.
+        instance_id: a registered cache of this client.
+        start: first token; a multiple of the chunk size.
+        end: token after the last one.
+        blocks: one list of block ids per cache group, from token `start` on. The
+            server reads the blocks until the request ends.
+        tokens: the session's token ids from its first one, to send what the server
+            lacks. None: the server knows them from a lookup.
+        extras: hash material beside the tokens.
+        event: IPC handle of a CUDA event that the copy waits for; empty for none.
+        timeout_s: seconds until the deadline; None takes the client's.
+
+    Raises:
+        TokensNeeded, UnknownInstance, DeadlineExceeded, Unavailable and others of
+        `kvcore.errors`. A chunk for which there is no room is counted, not an error.
+    """
+    request = Store(
+        session,
+        instance_id,
+        start,
+        end,
+        _pack_blocks(blocks),
+        extras=extras,
+        event=event,
+    )
+    return PreparedRequest(request, timeout_s, resend(request, tokens))
+
+
+def prepare_retrieve(
+    session: SessionKey,
+    instance_id: str,
+    start: int,
+    end: int,
+    blocks: BlockLists,
+    tokens: Tokens | None = None,
+    *,
+    skip_first_n_tokens: int = 0,
+    extras: tuple[ExtraKey, ...] = (),
+    event: bytes = b"",
+    timeout_s: float | None = None,
+) -> PreparedRequest[RetrieveReply]:
+    """Copy the chunks of tokens [start, end) into blocks: all of them or none.
+
+    Arguments as for a store, and `skip_first_n_tokens`: tokens after `start` whose
+    slots stay unwritten. The blocks belong to the server until the request ends: the
+    deadline stops the server from starting late, and never ends the request early.
+
+    Raises:
+        ChunksMissing: a chunk is not there; nothing was written.
+    """
+    request = Retrieve(
+        session,
+        instance_id,
+        start,
+        end,
+        _pack_blocks(blocks),
+        skip_first_n_tokens,
+        extras=extras,
+        event=event,
+    )
+    return PreparedRequest(request, timeout_s, resend(request, tokens))
+
+
+def prepare_lookup(
+    session: SessionKey,
+    model: str,
+    world_size: int,
+    tokens: Tokens,
+    *,
+    known: int = 0,
+    extras: tuple[ExtraKey, ...] = (),
+    wait: bool = True,
+    timeout_s: float | None = None,
+) -> PreparedRequest[LookupReply]:
+    """Count the leading chunks of `tokens` that all ranks have, and lease them.
+
+    Args:
+        session: the request that asks; its earlier lease ends.
+        model: model name as registered, with its revision.
+        world_size: number of ranks of the model.
+        tokens: the session's token ids from its first one.
+        known: number of leading tokens that the server has from an earlier lookup.
+        extras: hash material beside the tokens.
+        wait: whether to wait for chunks that the tiers have. If not, the reply counts
+            what is in L1; the rest is loaded for a later lookup of the session.
+        timeout_s: seconds until the deadline; None takes the client's.
+
+    Raises:
+        UnknownModel: not every rank of the model is registered.
+    """
+    request = Lookup(
+        session,
+        model,
+        world_size,
+        len(tokens),
+        view_tokens(tokens[known:] if known else tokens),
+        known,
+        extras,
+        wait,
+    )
+    return PreparedRequest(request, timeout_s, resend(request, tokens))
+
+
+def calling(
+    prepare: Callable[P, PreparedRequest[R]],
+) -> Callable[Concatenate[KVClient, P], R]:
+    """Return a client method that sends what `prepare` returns and waits."""
+
+    @wraps(prepare)
+    def call(client: KVClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return client.call(*prepare(*args, **kwargs))
+
+    return call
+
+
+def submitting(
+    prepare: Callable[P, PreparedRequest[R]],
+) -> Callable[Concatenate[KVClient, P], Future[R]]:
+    """Return a client method that submits what `prepare` returns."""
+
+    @wraps(prepare)
+    def submit(client: KVClient, /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        request, timeout_s, retry = prepare(*args, **kwargs)
+        return client.submit(_own_tokens(request), timeout_s, retry)
+
+    return submit
 
 
 class KVClient:
-    """One client of one server; any thread may use it.
+    """Client of one server. Thread-safe.
 
-    `submit_*` never waits for the network and returns a future, the plain name waits.
-    Every request has a deadline of `timeout_s` unless given its own. Tokens are those
-    of the whole session from its first one. A lookup sends them from `known` on; a
-    store or retrieve sends none at first, since the scheduler's lookup did, and what
-    the server then says it lacks. A request id is used again only after END_SESSION.
+    `store`, `retrieve`, `lookup`, `end_session` and `free_lookup_locks` wait for the
+    reply. Their `submit_` forms take the same arguments, never wait for the network
+    and return a future. `call` and `submit` send any request of `kvcore.protocol`.
+
+    Every request has a deadline of `timeout_s` seconds unless given its own. `tokens`
+    are those of the whole session from its first one. A store or retrieve sends none
+    at first, since the scheduler's lookup did, and then what the server says it lacks.
+    A request id is used again only after its session ended.
 
     Raises:
         Unavailable: no server answers within `timeout_s`.
@@ -73,26 +227,26 @@ class KVClient:
 
     @property
     def server(self) -> HelloReply:
-        """What the server said of itself when last met.
+        """The last reply to the handshake: the server's identity and limits.
 
         Raises:
-            Unavailable: it is gone and no other has answered yet.
+            Unavailable: the server is gone and no other has answered yet.
         """
         peer = self._connection.runs.peer
         if peer is None:
-            raise Unavailable(f"no server at {self.address} just now")
+            raise Unavailable(f"no server answers at {self.address}")
         return peer.hello
 
     @property
     def chunk_size(self) -> int:
-        """Tokens a chunk."""
+        """Tokens per chunk."""
         return self.server.chunk_size
 
     def close(self) -> None:
-        """Say goodbye: the server forgets this client's instances and leases."""
+        """Close the connection: its registrations and leases end. Idempotent."""
         self._connection.close()
 
-    def __enter__(self) -> KVClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -104,7 +258,7 @@ class KVClient:
         timeout_s: float | None = None,
         retry: Retry | None = None,
     ) -> R:
-        """Send any declared request and wait for its reply."""
+        """Send a request and wait for its reply; `retry` may answer an error."""
         return self._connection.call(request, timeout_s or self.timeout_s, retry)
 
     def submit(
@@ -113,244 +267,79 @@ class KVClient:
         timeout_s: float | None = None,
         retry: Retry | None = None,
     ) -> Future[R]:
-        """Send any declared request."""
+        """Send a request without waiting; the future ends with reply or error."""
         return self._connection.submit(request, timeout_s or self.timeout_s, retry)
 
     def call_all(
         self, requests: Sequence[Request[Any]], timeout_s: float | None = None
     ) -> list[Any]:
-        """Send requests at once, in order, and wait for all of their replies."""
+        """Send requests at once, in order, and return their replies in that order."""
         return self._connection.call_all(requests, timeout_s or self.timeout_s)
 
-    # -- a worker's -----------------------------------------------------------------
+    # -- requests of a worker ---------------------------------------------------------
 
     def register_kv_cache(self, request: Registration) -> RegisterReply:
-        """Register a cache or a buffer, now and with every later run of the server."""
+        """Register a cache or a buffer, now and after every restart of the server."""
         return self._connection.register(request, self.timeout_s)
 
     def unregister_kv_cache(self, instance_id: str) -> Done:
-        """Forget a cache; when this returns the server has unmapped it."""
+        """Unregister a cache; on return the server has unmapped it."""
         return self.unregister(UnregisterKVCache(instance_id))
 
     def unregister(self, request: UnregisterKVCache | CBUnregisterKVCache) -> Done:
-        """Forget a cache or a buffer, and that it was to be registered again."""
+        """Unregister a cache or a buffer, and do not restore it after a restart."""
         self._connection.runs.forget(request.instance_id)
         return self.call(request)
 
-    def submit_store(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> Future[StoreReply]:
-        """Store the whole chunks of [start, end); the blocks are read until it ends.
+    store = calling(prepare_store)
+    submit_store = submitting(prepare_store)
+    retrieve = calling(prepare_retrieve)
+    submit_retrieve = submitting(prepare_retrieve)
 
-        After the worker's CUDA event whose IPC handle is `event`.
-        """
-        request = _store(session, instance_id, start, end, blocks, extras, event)
-        return self._submit_tokens(request, tokens, timeout_s)
+    # -- requests of a scheduler ------------------------------------------------------
 
-    def store(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-        *,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> StoreReply:
-        """Store and wait: what this returned can be read by anyone."""
-        request = _store(session, instance_id, start, end, blocks, extras, event)
-        return self._call_tokens(request, tokens, timeout_s)
-
-    def submit_retrieve(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-        *,
-        skip_first_n_tokens: int = 0,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> Future[RetrieveReply]:
-        """Retrieve [start, end) into blocks, which are the server's until it ends.
-
-        After the worker's CUDA event whose IPC handle is `event`. The deadline makes
-        the server refuse to begin late; it never ends the future.
-        """
-        request = Retrieve(
-            session,
-            instance_id,
-            start,
-            end,
-            _pack(blocks),
-            skip_first_n_tokens,
-            extras=extras,
-            event=event,
-        )
-        return self._submit_tokens(request, tokens, timeout_s)
-
-    def retrieve(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-        *,
-        skip_first_n_tokens: int = 0,
-        extras: tuple[ExtraKey, ...] = (),
-        event: bytes = b"",
-        timeout_s: float | None = None,
-    ) -> RetrieveReply:
-        """Retrieve and wait, as long as the server lives and has not answered."""
-        request = Retrieve(
-            session,
-            instance_id,
-            start,
-            end,
-            _pack(blocks),
-            skip_first_n_tokens,
-            extras=extras,
-            event=event,
-        )
-        return self._call_tokens(request, tokens, timeout_s)
-
-    # -- a scheduler's --------------------------------------------------------------
-
-    def submit_lookup(
-        self,
-        session: SessionKey,
-        model: str,
-        world_size: int,
-        tokens: Tokens,
-        *,
-        known: int = 0,
-        extras: tuple[ExtraKey, ...] = (),
-        wait: bool = True,
-        timeout_s: float | None = None,
-    ) -> Future[LookupReply]:
-        """Count and lease the leading chunks of `tokens` that are there.
-
-        Without `wait` those that are in L1 now; what tiers have of the rest is loaded
-        behind the answer, for a later lookup, until the session ends.
-        """
-        # Sent later, when the caller may have changed its array.
-        kept = tokens.copy() if isinstance(tokens, np.ndarray) else tokens
-        request = _lookup(session, model, world_size, kept, known, extras, wait=wait)
-        return self._submit_tokens(request, tokens, timeout_s)
-
-    def lookup(
-        self,
-        session: SessionKey,
-        model: str,
-        world_size: int,
-        tokens: Tokens,
-        *,
-        known: int = 0,
-        extras: tuple[ExtraKey, ...] = (),
-        wait: bool = True,
-        timeout_s: float | None = None,
-    ) -> LookupReply:
-        """Look up, and return the answer; `wait` as for `submit_lookup`."""
-        request = _lookup(session, model, world_size, tokens, known, extras, wait=wait)
-        return self._call_tokens(request, tokens, timeout_s)
+    lookup = calling(prepare_lookup)
+    submit_lookup = submitting(prepare_lookup)
 
     def free_lookup_locks(self, session: SessionKey, start: int, end: int) -> Done:
-        """End the lease on [start, end), for all ranks."""
+        """End the session's lease on tokens [start, end), for all ranks."""
         return self.call(FreeLookupLocks(session, start, end))
 
     def submit_free_lookup_locks(
         self, session: SessionKey, start: int, end: int
     ) -> Future[Done]:
-        """End the lease on [start, end) without waiting."""
+        """End the session's lease on tokens [start, end) without waiting."""
         return self.submit(FreeLookupLocks(session, start, end))
 
     def end_session(self, session: SessionKey) -> Done:
-        """End the session's leases and forget its tokens."""
+        """End the session's leases and discard its tokens."""
         return self.call(EndSession(session))
 
     def submit_end_session(self, session: SessionKey) -> Future[Done]:
         """End a session without waiting."""
         return self.submit(EndSession(session))
 
-    # -- control --------------------------------------------------------------------
+    # -- control ----------------------------------------------------------------------
 
     def ping(self) -> Pong:
-        """One round trip."""
+        """Return the server's clock after one round trip."""
         return self.call(Ping())
 
     def get_chunk_size(self) -> int:
-        """Ask for the tokens a chunk."""
+        """Ask the server for its number of tokens per chunk."""
         return self.call(GetChunkSize()).chunk_size
 
     def clear(self) -> Cleared:
-        """Drop every chunk that nobody reads or writes."""
+        """Remove every chunk that is neither leased nor being read or written."""
         return self.call(Clear())
 
     def status(self, max_leases: int = 100) -> StatusReply:
-        """Look inside the server."""
+        """Return the server's state, with at most `max_leases` entries per list."""
         return self.call(Status(max_leases))
-
-    # -- tokens ---------------------------------------------------------------------
-
-    def _submit_tokens(
-        self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
-    ) -> Future[R]:
-        return self.submit(request, timeout_s, resend(request, tokens))
-
-    def _call_tokens(
-        self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
-    ) -> R:
-        return self.call(request, timeout_s, resend(request, tokens))
-
-
-def _store(
-    session: SessionKey,
-    instance_id: str,
-    start: int,
-    end: int,
-    blocks: BlockLists,
-    extras: tuple[ExtraKey, ...],
-    event: bytes,
-) -> Store:
-    packed = _pack(blocks)
-    return Store(session, instance_id, start, end, packed, extras=extras, event=event)
-
-
-def _lookup(
-    session: SessionKey,
-    model: str,
-    world_size: int,
-    tokens: Tokens,
-    known: int,
-    extras: tuple[ExtraKey, ...],
-    *,
-    wait: bool,
-) -> Lookup:
-    packed = view_tokens(tokens[known:] if known else tokens)
-    end = len(tokens)
-    return Lookup(session, model, world_size, end, packed, known, extras, wait)
 
 
 def resend(request: Request[R], tokens: Tokens | None) -> Retry | None:
-    """Answer `TokensNeeded` with the tokens from where the server says it ends."""
+    """Answer `TokensNeeded` with the tokens from where the server's end."""
     if tokens is None:
         return None
 
@@ -359,13 +348,20 @@ def resend(request: Request[R], tokens: Tokens | None) -> Retry | None:
         if not isinstance(error, TokensNeeded) or have >= len(tokens):
             return None
         packed = memoryview(pack_tokens(tokens[have:]))
-        again: Request[R] = msgspec.structs.replace(
-            request, tokens=packed, token_offset=have
-        )
+        again: Request[R] = replace(request, tokens=packed, token_offset=have)
         return again
 
     return retry
 
 
-def _pack(blocks: BlockLists) -> tuple[memoryview, ...]:
+def _own_tokens(request: Request[R]) -> Request[R]:
+    """Copy a lookup's tokens: the caller may change its array before it is sent."""
+    if not isinstance(request, Lookup):
+        return request
+    lookup: Any = request
+    owned: Request[R] = replace(lookup, tokens=memoryview(bytes(lookup.tokens)))
+    return owned
+
+
+def _pack_blocks(blocks: BlockLists) -> tuple[memoryview, ...]:
     return tuple(memoryview(np.asarray(ids, dtype="<i4").tobytes()) for ids in blocks)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from kvcore.client.client import KVClient, resend
+from kvcore.client.client import KVClient
 from kvcore.client.pending_requests import Retry
 from kvcore.client.reconnect import Registration
 from kvcore.errors import (
@@ -28,7 +28,6 @@ from kvcore.errors import (
     KVError,
     UnknownTicket,
 )
-from kvcore.keys import Tokens
 from kvcore.protocol import (
     Abort,
     CBRegisterKVCache,
@@ -187,25 +186,33 @@ class CopyingClient(KVClient):
 
     # -- copies -------------------------------------------------------------------
 
-    def _submit_tokens(
-        self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
+    def submit(
+        self,
+        request: Request[R],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
     ) -> Future[R]:
-        copying = self._copying(request, tokens, timeout_s)
+        """Send a request, or copy for it on the thread of its direction."""
+        copying = self._copying(request, timeout_s, retry)
         if copying is None:
-            return super()._submit_tokens(request, tokens, timeout_s)
+            return super().submit(request, timeout_s, retry)
         return copying.direction.submit(copying.run)
 
-    def _call_tokens(
-        self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
+    def call(
+        self,
+        request: Request[R],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
     ) -> R:
-        copying = self._copying(request, tokens, timeout_s)
+        """Send a request, or copy for it, and wait."""
+        copying = self._copying(request, timeout_s, retry)
         if copying is None:
-            return super()._call_tokens(request, tokens, timeout_s)
+            return super().call(request, timeout_s, retry)
         result: R = copying.run()
         return result
 
     def _copying(
-        self, request: Request[R], tokens: Tokens | None, timeout_s: float | None
+        self, request: Request[R], timeout_s: float | None, retry: Retry | None
     ) -> _RunningCopy | None:
         """Return what is to be done here; None for what the server does."""
         if not isinstance(request, Store | Retrieve):
@@ -217,17 +224,17 @@ class CopyingClient(KVClient):
             raise BadRequest("event: who copies itself waits for it before it asks")
         deadline_ns = monotonic_ns() + int((timeout_s or self.timeout_s) * 1e9)
         if isinstance(request, Store):
-            run = partial(self._store, own, request, tokens, deadline_ns)
+            run = partial(self._store, own, request, retry, deadline_ns)
             return _RunningCopy(own.stores, run)
         return _RunningCopy(
-            own.retrieves, partial(self._retrieve, own, request, tokens, deadline_ns)
+            own.retrieves, partial(self._retrieve, own, request, retry, deadline_ns)
         )
 
     def _store(
-        self, own: MappedCache, store: Store, tokens: Tokens | None, deadline_ns: int
+        self, own: MappedCache, store: Store, retry: Retry | None, deadline_ns: int
     ) -> StoreReply:
         with own.stores.turn():
-            again = _wrapped(Reserve, resend(store, tokens))
+            again = _wrapped(Reserve, retry)
             reply = self._ask(Reserve(store), again, deadline_ns, Abort)
             if reply.ticket is None:
                 return StoreReply(0, reply.num_present, reply.num_dropped)
@@ -247,11 +254,11 @@ class CopyingClient(KVClient):
         self,
         own: MappedCache,
         retrieve: Retrieve,
-        tokens: Tokens | None,
+        retry: Retry | None,
         deadline_ns: int,
     ) -> RetrieveReply:
         with own.retrieves.turn():
-            again = _wrapped(Hold, resend(retrieve, tokens))
+            again = _wrapped(Hold, retry)
             reply = self._ask(Hold(retrieve), again, deadline_ns, Release)
             if reply.ticket is None:
                 return RetrieveReply(0)
