@@ -1,3 +1,165 @@
-"""The KV-cache server's library: values, storage, transports, engine, wire."""
+"""KV-cache server for LLM inference: its client, and what describes a cache to it.
 
-__version__ = "0.1.0"
+The names of `__all__` are the public API; docs/library.md explains them. They are
+imported on first use, so that `import kvcore` is cheap. Modules of the package are
+internal unless docs/library.md names them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcore.blend.blend_client import BlendClient
+    from kvcore.client.client import KVClient
+    from kvcore.config import ServerConfig
+    from kvcore.errors import (
+        BadRequest,
+        ChunksMissing,
+        Closed,
+        DeadlineExceeded,
+        DeviceFailed,
+        HandleError,
+        InstanceExists,
+        Internal,
+        KVError,
+        LayoutConflict,
+        LayoutError,
+        Overloaded,
+        RequestError,
+        RequestMismatch,
+        ServerError,
+        SetupError,
+        StaleBoot,
+        StateError,
+        TokensNeeded,
+        TooLarge,
+        Unavailable,
+        UnknownInstance,
+        UnknownModel,
+        UnknownRequest,
+        UnknownTicket,
+    )
+    from kvcore.keys import ExtraKey, SessionKey
+    from kvcore.layout import CacheGroup, TensorView, token_buffer
+    from kvcore.protocol import (
+        CBRegisterKVCache,
+        CudaIpc,
+        LookupReply,
+        PosixShm,
+        Private,
+        RegisterKVCache,
+        RetrieveReply,
+        StatusReply,
+        StoreReply,
+    )
+    from kvcore.rope import Rope
+    from kvcore.server.application import run as run_server
+    from kvcore.shm import Segment
+    from kvcore.storage.eviction import EvictionPolicy, register_policy
+    from kvcore.tiers.tier_url import register_tier
+    from kvcore.worker.copying_client import CopyingClient
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "BadRequest",
+    "BlendClient",
+    "CBRegisterKVCache",
+    "CacheGroup",
+    "ChunksMissing",
+    "Closed",
+    "CopyingClient",
+    "CudaIpc",
+    "DeadlineExceeded",
+    "DeviceFailed",
+    "EvictionPolicy",
+    "ExtraKey",
+    "HandleError",
+    "InstanceExists",
+    "Internal",
+    "KVClient",
+    "KVError",
+    "LayoutConflict",
+    "LayoutError",
+    "LookupReply",
+    "Overloaded",
+    "PosixShm",
+    "Private",
+    "RegisterKVCache",
+    "RequestError",
+    "RequestMismatch",
+    "RetrieveReply",
+    "Rope",
+    "Segment",
+    "ServerConfig",
+    "ServerError",
+    "SessionKey",
+    "SetupError",
+    "StaleBoot",
+    "StateError",
+    "StatusReply",
+    "StoreReply",
+    "TensorView",
+    "TokensNeeded",
+    "TooLarge",
+    "Unavailable",
+    "UnknownInstance",
+    "UnknownModel",
+    "UnknownRequest",
+    "UnknownTicket",
+    "__version__",
+    "register_policy",
+    "register_tier",
+    "run_server",
+    "token_buffer",
+]
+
+_MODULES = {
+    "BlendClient": "kvcore.blend.blend_client",
+    "CopyingClient": "kvcore.worker.copying_client",
+    "EvictionPolicy": "kvcore.storage.eviction",
+    "KVClient": "kvcore.client.client",
+    "Rope": "kvcore.rope",
+    "Segment": "kvcore.shm",
+    "ServerConfig": "kvcore.config",
+    "register_policy": "kvcore.storage.eviction",
+    "register_tier": "kvcore.tiers.tier_url",
+    **dict.fromkeys(("ExtraKey", "SessionKey"), "kvcore.keys"),
+    **dict.fromkeys(("CacheGroup", "TensorView", "token_buffer"), "kvcore.layout"),
+    **dict.fromkeys(
+        (
+            "CBRegisterKVCache",
+            "CudaIpc",
+            "LookupReply",
+            "PosixShm",
+            "Private",
+            "RegisterKVCache",
+            "RetrieveReply",
+            "StatusReply",
+            "StoreReply",
+        ),
+        "kvcore.protocol",
+    ),
+}
+"""Module of each public name that is not an error."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name == "run_server":
+        from kvcore.server.application import run
+
+        found: Any = run
+    elif name in __all__:
+        module = import_module(_MODULES.get(name, "kvcore.errors"))
+        found = vars(module)[name]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
