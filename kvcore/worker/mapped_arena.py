@@ -210,10 +210,18 @@ class MappedCache:
         return MappedArena(opened, layouts, arena, chunk_size, checksums=checksums)
 
     def unmap(self) -> None:
-        """Release the arena after the running copies. Never blocks."""
+        """Release the arena after the running copies.
+
+        Blocks only while the interpreter exits or after `close`: no thread takes work
+        then, so the calling one waits.
+        """
         mapped, self._mapped = self._mapped, None
-        if mapped is not None:
+        if mapped is None:
+            return
+        try:
             self._mapper.submit(_close, mapped)
+        except RuntimeError:
+            _close(mapped)
 
     def mapped(self, arena: str) -> MappedArena:
         """Return the mapping of the arena with this name.

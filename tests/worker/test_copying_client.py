@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed, wait
 from threading import Event
@@ -265,3 +267,30 @@ def test_a_direction_that_closed_takes_no_more() -> None:
     direction.close()
     with pytest.raises(UnknownInstance, match="before it was submitted"):
         direction.submit(lambda: None)
+
+
+CLOSES_AT_EXIT = """
+import atexit, sys
+import numpy as np
+from kvcore.protocol import RegisterKVCache
+from kvcore.worker.copying_client import CopyingClient
+from tests.worker.test_copying_client import GROUP, PART
+
+client = CopyingClient(sys.argv[1], timeout_s=20)
+atexit.register(client.close)
+request = RegisterKVCache("i", "e", "m", 1, 0, (), (GROUP,))
+client.register_kv_cache(request, (np.zeros(PART, np.uint8),))
+"""
+
+
+def test_a_client_can_be_closed_while_the_interpreter_exits(
+    scripted_server: ScriptedServer, client: CopyingClient
+) -> None:
+    """No thread starts any more then: the arena is released in the calling thread."""
+    child = subprocess.run(
+        [sys.executable, "-c", CLOSES_AT_EXIT, scripted_server.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (child.returncode, child.stderr) == (0, "")
