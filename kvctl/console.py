@@ -7,6 +7,7 @@ and progress is redrawn; elsewhere both are plain lines without colour.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,13 +189,16 @@ def save_svg(path: Path, title: str, *parts: Table | str) -> None:
     Raises:
         SetupError: the file cannot be written.
     """
+    from rich._export_format import CONSOLE_SVG_FORMAT
     from rich.console import Console
 
+    # No fonts from elsewhere: the picture works offline and asks no other host.
+    style = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     with Path(os.devnull).open("w") as sink:
         console = Console(record=True, width=SVG_WIDTH, file=sink)
         for part in parts:
             console.print(_drawn(part, console.width), highlight=False)
-        picture = console.export_svg(title=title)
+        picture = console.export_svg(title=title, code_format=style)
     write_text(path, picture)
 
 
