@@ -26,6 +26,7 @@ CORE = (
         "kvcore.protocol",
         "kvcore.wire",
         "kvcore.process",
+        "kvcore.private_file",
         "kvcore.shm",
     ),
     ("kvcore.copy",),

@@ -32,6 +32,7 @@ from kvcore.blend.rolling_hash import Hashes
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
+from kvcore.private_file import open_private
 
 log = logging.getLogger(__name__)
 
@@ -242,10 +243,9 @@ class DocumentJournal:
         self._path = path
         self._free: list[int] = []
         self._num_slots = 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._fd: int | None = None
         try:
-            self._fd = os.open(path, flags, 0o600)
+            self._fd = open_private(path, os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.base = self._read_base(self._fd, chunk_size)
         except OSError as error:

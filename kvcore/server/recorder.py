@@ -10,6 +10,7 @@ prompts share. Tokens are not written and cannot be recovered from the hashes.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -18,6 +19,7 @@ import msgspec
 
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash
+from kvcore.private_file import open_private
 from kvcore.protocol import Lookup
 
 log = logging.getLogger(__name__)
@@ -56,9 +58,10 @@ class Recorder:
         self._begun: float | None = None
         self._encoder = msgspec.json.Encoder()
         try:
-            self._file = path.open("wb", buffering=0)
+            file = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         except OSError as error:
             raise SetupError(f"record = {path}: {error.strerror}") from None
+        self._file = os.fdopen(file, "wb", buffering=0)
 
     def add(self, request: Lookup, hashes: Sequence[ChunkHash]) -> None:
         """Write a lookup; a full disk ends the recording, not the server."""

@@ -22,6 +22,7 @@ import xxhash
 from kvcore.errors import SetupError
 from kvcore.extents import Allocation, Checksum
 from kvcore.keys import ChunkHash
+from kvcore.private_file import open_private
 from kvcore.storage.chunk import Chunk, PartId, PartName
 
 log = logging.getLogger(__name__)
@@ -190,8 +191,7 @@ class Journal:
             os.close(aside)
 
     def _create(self, path: Path) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        file = os.open(path, flags, 0o600)
+        file = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             _write_all(file, _frame(self._opened))
         except OSError:
@@ -218,7 +218,8 @@ def read(path: Path, opened: JournalOpened) -> Iterator[PartCommitted | PartFree
         SetupError: the file exists and cannot be read.
     """
     try:
-        data = path.read_bytes()
+        with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
+            data = file.read()
     except FileNotFoundError:
         return
     except OSError as error:

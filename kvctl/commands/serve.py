@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.options import describe, flag_name, load
+from kvcore.private_file import open_private
 from kvctl import console
 
 app = typer.Typer(add_completion=False)
@@ -90,7 +92,7 @@ def _run(options: ServerConfig) -> None:
 
     def on_ready(bound: str) -> None:
         if ready is not None:
-            _write_ready_file(ready, bound)
+            write_ready_file(ready, bound)
         console.line(f"kvctl: ready at {bound} ({summary})")
 
     # A killed server leaves its file, and this one is not ready yet.
@@ -101,14 +103,21 @@ def _run(options: ServerConfig) -> None:
         _remove(ready)
 
 
-def _write_ready_file(path: Path, bound: str) -> None:
-    """Write the address atomically."""
+def write_ready_file(path: Path, bound: str) -> None:
+    """Write the address atomically, for this user alone.
+
+    Raises:
+        SetupError: the file cannot be written.
+    """
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(f"{bound}\n")
+        with os.fdopen(
+            open_private(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w"
+        ) as file:
+            file.write(f"{bound}\n")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        _remove(part)
         raise SetupError(f"ready_file = {path}: {error.strerror}") from None
 
 
