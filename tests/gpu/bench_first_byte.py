@@ -31,19 +31,19 @@ L1 = ("--l1-size", "320MiB")
 
 def run(address: str) -> dict[str, float]:
     """Store the chunks, then look up and retrieve."""
-    told = GpuWorkerCommands(address, "first-byte")
+    commands = GpuWorkerCommands(address, "first-byte")
     try:
         num_blocks = NUM_CHUNKS * CHUNK // BLOCK
         tokens = np.random.default_rng(0).integers(1 << 31, size=NUM_CHUNKS * CHUNK)
         tokens = tokens.astype(np.uint32)
         blocks = np.random.default_rng(1).permutation(num_blocks).astype(np.int32)
-        told.register("a", "model", GROUPS, num_blocks=num_blocks)
+        commands.register("a", "model", GROUPS, num_blocks=num_blocks)
         first = SessionKey("engine", "store")
-        stored = told.client.store(first, "a", 0, len(tokens), [blocks], tokens)
-        told.client.end_session(first)
-        taken = [_round(told, number, tokens, blocks) for number in range(ROUNDS)]
+        stored = commands.client.store(first, "a", 0, len(tokens), [blocks], tokens)
+        commands.client.end_session(first)
+        taken = [_round(commands, number, tokens, blocks) for number in range(ROUNDS)]
     finally:
-        told.close()
+        commands.close()
     looked_up, whole = zip(*taken[WARM_UP_ROUNDS:], strict=True)
     return {
         "chunks": stored.num_stored,
@@ -54,16 +54,16 @@ def run(address: str) -> dict[str, float]:
 
 
 def _round(
-    told: GpuWorkerCommands, number: int, tokens: np.ndarray, blocks: np.ndarray
+    commands: GpuWorkerCommands, number: int, tokens: np.ndarray, blocks: np.ndarray
 ) -> tuple[float, float]:
     session = SessionKey("engine", f"round {number}")
     begun = perf_counter()
-    found = told.client.lookup(session, "model", 1, tokens)
+    found = commands.client.lookup(session, "model", 1, tokens)
     looked_up = perf_counter() - begun
-    told.client.retrieve(session, "a", 0, CHUNK, [blocks[: CHUNK // BLOCK]])
+    commands.client.retrieve(session, "a", 0, CHUNK, [blocks[: CHUNK // BLOCK]])
     whole = perf_counter() - begun
     assert found.num_chunks == NUM_CHUNKS
-    told.client.end_session(session)
+    commands.client.end_session(session)
     return looked_up, whole
 
 

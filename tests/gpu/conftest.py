@@ -53,8 +53,8 @@ def server(serve: Callable[..., Server], devices: tuple[Any, ...]) -> Iterator[S
 
 
 @pytest.fixture(scope="module")
-def told() -> type[WorkerCommands]:
-    """What the module's workers can be told to do."""
+def commands() -> type[WorkerCommands]:
+    """Commands of the module's workers."""
     return GpuWorkerCommands
 
 
@@ -66,7 +66,7 @@ def start_worker(
     with ExitStack() as stack:
 
         def start() -> Worker:
-            worker = Worker(server.address, told)
+            worker = Worker(server.address, commands)
             stack.callback(worker.close)
             worker.receive()
             return worker

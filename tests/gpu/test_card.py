@@ -21,7 +21,7 @@ GROWTH_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="module")
-def told() -> type[WorkerCommands]:
+def commands() -> type[WorkerCommands]:
     """Workers with torch."""
     return TorchWorkerCommands
 
@@ -85,6 +85,6 @@ def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
 def test_expandable_segments_are_refused_by_name(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker is told which setting to change."""
+    """The error names the setting to change."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     assert "expandable_segments:False" in start_worker().call("export_virtual")
