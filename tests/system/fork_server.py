@@ -33,7 +33,8 @@ def fork_server() -> ForkServerContext:
     """Return the context that forks processes from the one with `PRELOAD` imported."""
     context = get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD])
-    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
 
