@@ -12,8 +12,8 @@ def open_private(path: Path, flags: int) -> int:
     """Open a file, or create it with O_CREAT, and set its mode to 0600.
 
     The umask does not matter. A symbolic link is refused: in a shared folder another
-    user may have put it there.
-    What is not a regular file, a FIFO for one, keeps its mode. Returns a descriptor.
+    user may have put it there. What is not a regular file, a FIFO for one, keeps its
+    mode. Returns a descriptor.
 
     Raises:
         OSError: the path is a symbolic link or another user's file, or cannot be

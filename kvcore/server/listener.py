@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket as sockets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ def bind(address: str, wire: WireConfig) -> Iterator[Listener]:
     """Bind a ROUTER socket; close it and its context at the end.
 
     Raises:
-        SetupError: another server has that address, or it cannot be bound.
+        SetupError: another server has that address, a file that is no socket is at its
+            path, or it cannot be bound.
     """
     if address.startswith("ipc://"):
-        _refuse_served(address)
+        _check_path(address)
     context = zmq.Context(io_threads=1)
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
@@ -66,11 +68,22 @@ def _remove_file(address: str) -> None:
         Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
-def _refuse_served(address: str) -> None:
-    """Raise `SetupError` if a server listens there: ZeroMQ would take over its file."""
+def _check_path(address: str) -> None:
+    """Check that ZeroMQ may remove what is at the path of a Unix socket.
+
+    Raises:
+        SetupError: a server listens there, or it is not a socket.
+    """
     path = Path(address.removeprefix("ipc://"))
-    if not path.exists():
-        return
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # No such file, or bind says what is wrong.
+    if not stat.S_ISSOCK(mode):
+        raise SetupError(
+            f"cannot serve at {address}: {path} exists and is not a socket; "
+            "remove it or choose another path"
+        )
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise SetupError(f"cannot serve at {address}: Address already in use")

@@ -139,6 +139,20 @@ def test_a_second_server_at_an_address_is_refused(serve: Serve) -> None:
         client.ping()
 
 
+def test_a_file_at_the_path_of_a_unix_socket_is_kept(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Only a socket may be taken over; the error names the path."""
+    path = tmp_path / "thesis.txt"
+    path.write_text("precious")
+    server = serve("--address", f"ipc://{path}")
+    _, err = server.communicate(timeout=STOP_S)
+    assert server.returncode == 2
+    assert f"{path} exists and is not a socket" in err
+    assert err.count("\n") == 1
+    assert path.read_text() == "precious"
+
+
 def test_a_ready_file_that_cannot_be_written_is_an_error(serve: Serve) -> None:
     """The server stops and leaves nothing in /dev/shm."""
     server = serve("--port", "0", "--ready-file", "/nowhere/address")
