@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import wraps
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from msgspec.structs import replace
 
-from kvcore.client.client import KVClient, resend
+from kvcore.client.client import KVClient, PreparedRequest, calling, resend, submitting
 from kvcore.client.pending_requests import Retry
 from kvcore.errors import KVError, TokensNeeded
 from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens, view_tokens
@@ -30,17 +28,6 @@ from kvcore.protocol import (
     StoreReply,
 )
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class BlendCall(NamedTuple, Generic[R]):
-    """Arguments of `KVClient.call` and `KVClient.submit`."""
-
-    request: Request[R]
-    timeout_s: float | None = None
-    retry: Retry | None = None
-
 
 def prepare_store_pre_computed(
     instance_id: str,
@@ -50,7 +37,7 @@ def prepare_store_pre_computed(
     extras: tuple[ExtraKey, ...] = (),
     event: bytes = b"",
     timeout_s: float | None = None,
-) -> BlendCall[StoreReply]:
+) -> PreparedRequest[StoreReply]:
     """Store a document's whole chunks. After the reply lookups find them.
 
     Args:
@@ -64,7 +51,7 @@ def prepare_store_pre_computed(
     """
     packed = view_tokens(tokens)
     request = CBStorePreComputed(instance_id, offset, packed, extras, event)
-    return BlendCall(request, timeout_s)
+    return PreparedRequest(request, timeout_s)
 
 
 def prepare_retrieve_pre_computed(
@@ -79,11 +66,11 @@ def prepare_retrieve_pre_computed(
     extras: tuple[ExtraKey, ...] = (),
     event: bytes = b"",
     timeout_s: float | None = None,
-) -> BlendCall[RetrieveReply]:
+) -> PreparedRequest[RetrieveReply]:
     """Copy ranges or matches of a lookup to their places in a buffer: all or none.
 
     Args:
-        session: the session whose lookup found them.
+        session: the session whose lookup returned the ranges or matches.
         instance_id: a registered buffer of this client.
         offset: the slot of the prompt's first token. The target slots belong to the
             server until the request ends: the deadline stops the server from starting
@@ -108,7 +95,7 @@ def prepare_retrieve_pre_computed(
         rotate_keys,
         event=event,
     )
-    return BlendCall(request, timeout_s, _resend_prompt(request, tokens, extras))
+    return PreparedRequest(request, timeout_s, _resend_prompt(request, tokens, extras))
 
 
 def prepare_store_final(
@@ -122,7 +109,7 @@ def prepare_store_final(
     extras: tuple[ExtraKey, ...] = (),
     event: bytes = b"",
     timeout_s: float | None = None,
-) -> BlendCall[StoreReply]:
+) -> PreparedRequest[StoreReply]:
     """Store the whole chunks of tokens [start, end) of a prompt for normal lookups.
 
     `offset` is the slot of the prompt's first token; other arguments as for a store of
@@ -131,7 +118,7 @@ def prepare_store_final(
     request = CBStoreFinal(
         session, instance_id, offset, start, end, extras=extras, event=event
     )
-    return BlendCall(request, timeout_s, resend(request, tokens))
+    return PreparedRequest(request, timeout_s, resend(request, tokens))
 
 
 def prepare_lookup_pre_computed(
@@ -142,7 +129,7 @@ def prepare_lookup_pre_computed(
     *,
     extras: tuple[ExtraKey, ...] = (),
     timeout_s: float | None = None,
-) -> BlendCall[CBLookupReply]:
+) -> PreparedRequest[CBLookupReply]:
     """Find stored documents in a prompt, and lease them to the session's ranks.
 
     Raises:
@@ -150,33 +137,7 @@ def prepare_lookup_pre_computed(
     """
     packed = view_tokens(tokens)
     request = CBLookupPreComputed(session, model, world_size, packed, extras)
-    return BlendCall(request, timeout_s)
-
-
-def _calling(
-    prepare: Callable[P, BlendCall[R]],
-) -> Callable[Concatenate[BlendClient, P], R]:
-    """Return a method that sends what `prepare` returns and waits for the reply."""
-
-    @wraps(prepare)
-    def call(blend: BlendClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return blend.client.call(*prepare(*args, **kwargs))
-
-    return call
-
-
-def _submitting(
-    prepare: Callable[P, BlendCall[R]],
-) -> Callable[Concatenate[BlendClient, P], Future[R]]:
-    """Return a method that submits what `prepare` returns, with tokens of its own."""
-
-    @wraps(prepare)
-    def submit(blend: BlendClient, /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        request, timeout_s, retry = prepare(*args, **kwargs)
-        # It is sent later, when the caller may have changed its array.
-        return blend.client.submit(_copy_tokens(request), timeout_s, retry)
-
-    return submit
+    return PreparedRequest(request, timeout_s)
 
 
 class BlendClient:
@@ -189,6 +150,8 @@ class BlendClient:
 
     def __init__(self, client: KVClient) -> None:
         self.client = client
+        self.call = client.call
+        self.submit = client.submit
 
     def register(self, request: CBRegisterKVCache) -> RegisterReply:
         """Register a buffer, now and after every restart of the server."""
@@ -198,22 +161,14 @@ class BlendClient:
         """Unregister a buffer; on return the server has unmapped it."""
         return self.client.unregister(CBUnregisterKVCache(instance_id))
 
-    store_pre_computed = _calling(prepare_store_pre_computed)
-    submit_store_pre_computed = _submitting(prepare_store_pre_computed)
-    retrieve_pre_computed = _calling(prepare_retrieve_pre_computed)
-    submit_retrieve_pre_computed = _submitting(prepare_retrieve_pre_computed)
-    store_final = _calling(prepare_store_final)
-    submit_store_final = _submitting(prepare_store_final)
-    lookup_pre_computed = _calling(prepare_lookup_pre_computed)
-    submit_lookup_pre_computed = _submitting(prepare_lookup_pre_computed)
-
-
-def _copy_tokens(request: Request[R]) -> Request[R]:
-    if not isinstance(request, (CBStorePreComputed, CBLookupPreComputed)):
-        return request
-    tokens: Any = request
-    copied: Request[R] = replace(tokens, tokens=memoryview(bytes(tokens.tokens)))
-    return copied
+    store_pre_computed = calling(prepare_store_pre_computed)
+    submit_store_pre_computed = submitting(prepare_store_pre_computed)
+    retrieve_pre_computed = calling(prepare_retrieve_pre_computed)
+    submit_retrieve_pre_computed = submitting(prepare_retrieve_pre_computed)
+    store_final = calling(prepare_store_final)
+    submit_store_final = submitting(prepare_store_final)
+    lookup_pre_computed = calling(prepare_lookup_pre_computed)
+    submit_lookup_pre_computed = submitting(prepare_lookup_pre_computed)
 
 
 def _resend_prompt(

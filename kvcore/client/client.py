@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import wraps
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeVar
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+)
 
 import numpy as np
 from msgspec.structs import replace
@@ -16,6 +25,8 @@ from kvcore.client.reconnect import Registration
 from kvcore.errors import KVError, TokensNeeded, Unavailable
 from kvcore.keys import ExtraKey, SessionKey, Tokens, pack_tokens, view_tokens
 from kvcore.protocol import (
+    CBLookupPreComputed,
+    CBStorePreComputed,
     CBUnregisterKVCache,
     Clear,
     Cleared,
@@ -172,13 +183,33 @@ def prepare_lookup(
     return PreparedRequest(request, timeout_s, resend(request, tokens))
 
 
+class Sender(Protocol):
+    """What `calling` and `submitting` need of the class that gets the methods."""
+
+    def call(
+        self,
+        request: Request[R],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+    ) -> R:
+        """Send a request and wait for its reply."""
+
+    def submit(
+        self,
+        request: Request[R],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+    ) -> Future[R]:
+        """Send a request without waiting."""
+
+
 def calling(
     prepare: Callable[P, PreparedRequest[R]],
-) -> Callable[Concatenate[KVClient, P], R]:
+) -> Callable[Concatenate[Sender, P], R]:
     """Return a client method that sends what `prepare` returns and waits."""
 
     @wraps(prepare)
-    def call(client: KVClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(client: Sender, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return client.call(*prepare(*args, **kwargs))
 
     return call
@@ -186,11 +217,11 @@ def calling(
 
 def submitting(
     prepare: Callable[P, PreparedRequest[R]],
-) -> Callable[Concatenate[KVClient, P], Future[R]]:
+) -> Callable[Concatenate[Sender, P], Future[R]]:
     """Return a client method that submits what `prepare` returns."""
 
     @wraps(prepare)
-    def submit(client: KVClient, /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+    def submit(client: Sender, /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         request, timeout_s, retry = prepare(*args, **kwargs)
         return client.submit(_own_tokens(request), timeout_s, retry)
 
@@ -355,11 +386,11 @@ def resend(request: Request[R], tokens: Tokens | None) -> Retry | None:
 
 
 def _own_tokens(request: Request[R]) -> Request[R]:
-    """Copy a lookup's tokens: the caller may change its array before it is sent."""
-    if not isinstance(request, Lookup):
+    """Copy the caller's tokens, which it may change before the request is sent."""
+    if not isinstance(request, Lookup | CBLookupPreComputed | CBStorePreComputed):
         return request
-    lookup: Any = request
-    owned: Request[R] = replace(lookup, tokens=memoryview(bytes(lookup.tokens)))
+    viewing: Any = request
+    owned: Request[R] = replace(viewing, tokens=memoryview(bytes(viewing.tokens)))
     return owned
 
 
