@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +23,13 @@ from kvcore.storage.journal import (
     read,
 )
 
+log = logging.getLogger(__name__)
+
 KEPT_PREFIX = "kvkept-"
 """Prefix of the names of kept arenas; no server removes them as orphans."""
 CHECK_THREADS = 4
+MAX_PART_ID = 1 << 16
+"""A bit of every chunk's masks: 16 parts of each of the most ranks that a model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,10 @@ def replay(
 ) -> Iterable[PartCommitted]:
     """Return the parts that the journal names, oldest first; no two share a page.
 
-    If two claim a page, the removal of the earlier one was not recorded.
+    If two claim a page, the removal of the earlier one was not recorded. Records that
+    no server writes are skipped with a warning.
     """
+    num_wrong = 0
     live: dict[tuple[ChunkHash, PartId], PartCommitted] = {}
     by_chunk: dict[ChunkHash, set[PartId]] = {}
     owners: dict[int, PartCommitted] = {}
@@ -86,6 +93,7 @@ def replay(
                 live.pop((record.chunk, part), None)
             continue
         if not _fits(record, arena):
+            num_wrong += 1
             continue
         key = (record.chunk, record.part)
         for page in _pages(record.extents, arena):
@@ -96,6 +104,8 @@ def replay(
         live.pop(key, None)
         live[key] = record
         by_chunk.setdefault(record.chunk, set()).add(record.part)
+    if num_wrong:
+        log.warning("skipped %d wrong record(s) of the journal of L1", num_wrong)
     return live.values()
 
 
@@ -106,14 +116,21 @@ def _pages(extents: Allocation, arena: Arena) -> Iterable[int]:
 
 
 def _fits(part: PartCommitted, arena: Arena) -> bool:
-    """Return whether a record's extents are within the arena and add up."""
-    return sum(e.length for e in part.extents) == part.num_bytes and all(
+    """Return whether a record's part number and extents can be right.
+
+    The extents are within the arena, disjoint and add up.
+    """
+    within = sum(e.length for e in part.extents) == part.num_bytes and all(
         e.offset >= 0
         and e.length > 0
         and e.offset % arena.page_bytes == 0
         and e.offset + e.length <= arena.total_bytes
         for e in part.extents
     )
+    if not within or not 0 <= part.part < MAX_PART_ID:
+        return False
+    pages = [*_pages(part.extents, arena)]
+    return len(set(pages)) == len(pages)
 
 
 def _is_right(part: PartCommitted, memory: memoryview) -> bool:

@@ -172,6 +172,44 @@ def test_a_later_owner_of_a_page_is_believed(path: Path) -> None:
         assert list(replay([part(1, 7, 8)], arena)) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "name", "extents"),
+    [
+        (-1, NAMES[1], (Extent(PAGE, PAGE),)),
+        (1 << 40, NAMES[1], (Extent(PAGE, PAGE),)),
+        (PARTS[1], NAMES[1], (Extent(PAGE, PAGE), Extent(PAGE, PAGE))),
+    ],
+    ids=["negative", "huge", "pages twice"],
+)
+def test_a_wrong_record_is_skipped(
+    path: Path,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    name: PartName,
+    extents: tuple[Extent, ...],
+) -> None:
+    """A record with a right checksum that no server writes does not stop the start."""
+    with kept(path) as arena:
+        l1 = start(path, arena)
+        store(l1, arena, 1)
+        record = PartCommitted(
+            key(2),
+            PartId(number),
+            name,
+            extents,
+            sum(extent.length for extent in extents),
+            checksum_of(buffers_of(arena.array.data, extents)),
+        )
+    with path.open("ab") as file:
+        file.write(journals._frame(record))
+    with kept(path) as arena:
+        l1 = start(path, arena)
+        assert there(l1, 1) == [True]
+        assert l1.stats().num_chunks == 1
+        store(l1, arena, 3)
+    assert "skipped 1 wrong record" in caplog.text
+
+
 def test_a_chunk_that_came_back_has_all_its_parts(path: Path) -> None:
     """What it had before it left is forgotten, wherever its new parts lie."""
     with kept(path) as arena:
