@@ -429,10 +429,12 @@ class BlendEngine(_BlendService):
     def _check_matches(
         self, matches: Sequence[CBMatch], instance: Instance, offset: int
     ) -> None:
+        # Before the array, which holds 63 bits: the wire's integers have 64.
+        last = max(match.start for match in matches)
+        _check_slots(instance, offset + last, self.chunk_size)
         starts = np.sort(np.array([match.start for match in matches], np.int64))
         if (np.diff(starts) < self.chunk_size).any():
             raise BadRequest("two of the chunks would be written to the same slots")
-        _check_slots(instance, offset + int(starts[-1]), self.chunk_size)
         if any(len(match.hash) != HASH_BYTES for match in matches):
             raise BadRequest(f"a chunk's hash has {HASH_BYTES} bytes")
         # A part's number means something else in another model, and the caller chose

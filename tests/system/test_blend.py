@@ -662,6 +662,8 @@ def test_one_missing_chunk_fails_the_whole_retrieve(
             "ranges or matches, not both",
         ),
         ({"matches": [CBMatch(0, 0, bytes(32))], "rotate_keys": True}, "without rope"),
+        ({"matches": [CBMatch(0, 2**63, bytes(32))]}, "the buffer has"),
+        ({"matches": [CBMatch(0, 2**64 - 1, bytes(32))]}, "the buffer has"),
     ],
 )
 def test_a_retrieve_that_cannot_be_is_refused(
