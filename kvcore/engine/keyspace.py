@@ -29,6 +29,8 @@ class Keyspace:
     world_size: int
     seed: ChunkHash
     bits: dict[tuple[int, int, str], PartId] = field(default_factory=dict)
+    next_id: int = 0
+    """Above every id in `bits`."""
     ranks: dict[int, _RankLayouts] = field(default_factory=dict)
     needs: RequiredParts | None = None
     """Parts that a lookup needs; None until every rank is registered."""
@@ -40,12 +42,14 @@ class Keyspace:
         so bytes of another layout are another part.
         """
         return tuple(
-            self.bits.setdefault(
-                (0 if layout.replicated else rank, group, layout.fingerprint),
-                PartId(max(self.bits.values(), default=-1) + 1),
-            )
+            self._part_id((0 if layout.replicated else rank, group, layout.fingerprint))
             for group, layout in enumerate(layouts)
         )
+
+    def _part_id(self, key: tuple[int, int, str]) -> PartId:
+        part = self.bits.setdefault(key, PartId(self.next_id))
+        self.next_id = max(self.next_id, part + 1)
+        return part
 
     def part_name(self, rank: int, group: int, layout: PartLayout) -> PartName:
         """Return the name of a rank's part of a group in tiers and the journal."""
@@ -55,6 +59,7 @@ class Keyspace:
     def restore(self, name: PartName, part: PartId) -> None:
         """Give a part the id that it had in an earlier run."""
         self.bits[name.rank, name.group, name.layout] = part
+        self.next_id = max(self.next_id, part + 1)
 
     def missing_ranks(self) -> list[int]:
         """Return the ranks without an instance."""
