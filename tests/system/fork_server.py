@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 from kvctl.cli import main
@@ -79,6 +81,17 @@ class ForkedCommand:
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `kvctl ARGUMENTS` in a forked process until its end, for up to 30 s."""
+    with TemporaryDirectory() as folder:
+        log = Path(folder, "stderr")
+        command = ForkedCommand(arguments, log)
+        with command.stdout:
+            out = command.stdout.read()
+        code = command.wait(30)
+        return subprocess.CompletedProcess(arguments, code, out, log.read_text())
 
 
 def run_with_environment(

@@ -92,7 +92,7 @@ class Server:
     def pause(self) -> None:
         """Send SIGSTOP and wait until the process is stopped."""
         self.process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: _process_state(self.pid) == "T")
+        wait_until(lambda: process_state(self.pid) == "T")
 
     def resume(self) -> None:
         """Send SIGCONT."""
@@ -124,6 +124,6 @@ class Server:
         assert "Traceback" not in log, log
 
 
-def _process_state(pid: int) -> str:
+def process_state(pid: int) -> str:
     """Return the state letter of /proc/PID/stat."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

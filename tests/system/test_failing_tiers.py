@@ -61,6 +61,7 @@ def hanging() -> Iterator[Hanging]:
     store.close()
 
 
+@pytest.mark.long
 def test_a_hanging_tier_is_a_miss_within_the_deadline(
     serve: Callable[..., Server],
     start_worker: Callable[[str], Worker],
@@ -126,6 +127,7 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
         assert counter(client, "prefetches_late") == 0
 
 
+@pytest.mark.long
 def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
     serve: Callable[..., Server],
     start_worker: Callable[[str], Worker],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from kvctl.lab import runner as driver
 from kvctl.lab.config.scenario import read
 
@@ -42,6 +44,7 @@ for_s = 0.1
 """
 
 
+@pytest.mark.long
 def test_a_run_goes_on_after_deaths(tmp_path: Path) -> None:
     """Both are noticed and recovered from; no byte is wrong, no lease leaks."""
     path = tmp_path / "s.toml"

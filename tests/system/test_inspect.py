@@ -10,7 +10,7 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import ExtraKey, SessionKey
-from tests.cli.test_cli import kvctl
+from tests.cli.test_cli import run_in_process
 from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.test_failing_tiers import Hanging
@@ -26,10 +26,10 @@ ENGINE = "engine"
 def why(server: Server, about: str) -> dict[str, str]:
     """What the command tells, message by code, as JSON and in its table."""
     asked = ("inspect", "why", about, "--server", server.address)
-    told = kvctl(*asked, "--json")
+    told = run_in_process(*asked, "--json")
     assert told.returncode == 0, told.stderr
     findings = json.loads(told.stdout)["findings"]
-    shown = kvctl(*asked).stdout
+    shown = run_in_process(*asked).stdout
     assert f"why {about}" in shown
     for finding in findings:
         assert finding["code"] in shown
@@ -148,6 +148,7 @@ def test_not_all_ranks_other_layout_and_expired(
         assert "in layout" in why(server, "wider")["other_layout"]
 
 
+@pytest.mark.long
 def test_a_tier_that_failed_was_late_or_had_nothing(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str, tmp_path: Path
 ) -> None:
@@ -205,7 +206,7 @@ def test_a_server_s_tables_show_what_is_under_way(
         wait_until(lambda: client.status().num_prefetches == 1)
         wait_until(lambda: not client.status().tiers[1].up)
 
-        shown = kvctl("inspect", "server", "--server", server.address).stdout
+        shown = run_in_process("inspect", "server", "--server", server.address).stdout
         rows = {
             line.split()[0]: line.split() for line in shown.splitlines() if line.strip()
         }

@@ -19,8 +19,7 @@ from kvcore.keys import SessionKey
 from kvcore.protocol import RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.recovery import arena_name
-from tests.cli.test_cli import kvctl
-from tests.system.fork_server import fork_server
+from tests.system.fork_server import fork_server, run_command
 from tests.system.server_fixture import CHUNK, Server
 from tests.system.worker_process import BLOCK, PLAIN, Cache
 
@@ -155,6 +154,7 @@ def crash_and_check(
     server.close()
 
 
+@pytest.mark.long
 def test_a_killed_server_serves_what_it_had_committed(
     serve: Serve, journal: Path
 ) -> None:
@@ -189,8 +189,8 @@ def test_a_clean_stop_keeps_it_too(serve: Serve, journal: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "more"),
     [
-        ("nowhere", ()),
-        (".", ("--tier", "nothing://")),
+        pytest.param("nowhere", (), marks=pytest.mark.long),
+        pytest.param(".", ("--tier", "nothing://"), marks=pytest.mark.long),
         (".", ("--ready-file", "/nowhere/ready")),
     ],
 )
@@ -199,7 +199,7 @@ def test_a_start_that_fails_keeps_nothing(
 ) -> None:
     """No journal, no such tier, no ready file: exit code 2, and no memory taken."""
     path = journal.parent / folder / journal.name
-    done = kvctl("serve", "--port", "0", "--set", f"l1.keep={path}", *more)
+    done = run_command("serve", "--port", "0", "--set", f"l1.keep={path}", *more)
     assert done.returncode == 2
     assert not (SHM_DIR / arena_name(path)).exists()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from kvctl.lab import runner as driver
 from kvctl.lab.config.scenario import Scenario, read
 
@@ -36,6 +38,7 @@ def scenario(folder: Path, *settings: str) -> Scenario:
     return read(path, settings)
 
 
+@pytest.mark.long
 def test_a_recording_replays_to_the_same_hits(tmp_path: Path) -> None:
     """Hashes only, in Mooncake's format; evictions and all come out the same."""
     recorded = tmp_path / "r.jsonl"

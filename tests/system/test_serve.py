@@ -18,20 +18,19 @@ from kvcore.client import KVClient
 from kvcore.errors import KVError, Unavailable, UnknownInstance
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
+from tests.system.fork_server import run_command
 from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.system.worker_process import LARGE, Worker
 
 STOPS = [signal.SIGINT, signal.SIGTERM]
+LONG = pytest.mark.long
 
 
 def refused(*options: str) -> str:
     """Start a server that cannot start; return its one line on stderr."""
-    # A warning, since it may tell of a dead server whose memory it removed.
+    # At level info it may log that it removed a dead server's memory.
     quiet = ("--log-level", "warning")
-    command = [sys.executable, "-m", "kvctl", "serve", *quiet, *options]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=30, check=False
-    )
+    ended = run_command("serve", *quiet, *options)
     assert ended.returncode == 2, ended
     assert ended.stdout == ""
     lines = ended.stderr.splitlines()
@@ -60,7 +59,9 @@ def is_unavailable(client: KVClient) -> bool:
         return True
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=LONG), signal.SIGTERM]
+)
 def test_it_stops_cleanly_in_the_middle_of_copies(
     serve: Callable[..., Server],
     start_worker: Callable[[str], Worker],
@@ -138,10 +139,14 @@ def test_it_serves_at_a_unix_socket(
     ("options", "says"),
     [
         (("--l1-size", "100TiB"), "make it smaller"),
-        (("--set", "l1.eviction=no-such"), "no-such"),
+        pytest.param(("--set", "l1.eviction=no-such"), "no-such", marks=LONG),
         (("--address", "tcp://192.0.2.1:0", "--l1-size", "1MiB"), "192.0.2.1"),
         (("--address", "ipc:///no/such/folder/s", "--l1-size", "1MiB"), "/no/such"),
-        (("--address", "ipc:///tmp/" + "s" * 200, "--l1-size", "1MiB"), "sss"),
+        pytest.param(
+            ("--address", "ipc:///tmp/" + "s" * 200, "--l1-size", "1MiB"),
+            "sss",
+            marks=LONG,
+        ),
         (("--ready-file", "/no/such/folder/ready", "--l1-size", "1MiB"), "ready_file"),
     ],
 )

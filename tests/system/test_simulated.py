@@ -108,7 +108,13 @@ def compare(
     assert sum(hits)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(
+    "policy",
+    [
+        name if name == "lru" else pytest.param(name, marks=pytest.mark.long)
+        for name in sorted(POLICIES)
+    ],
+)
 def test_a_generated_trace_hits_as_simulated(
     policy: str, serve: Callable[..., Server], start_worker: Callable[[str], Worker]
 ) -> None:

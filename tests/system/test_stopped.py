@@ -69,7 +69,9 @@ def test_a_store_that_was_not_begun_is_void_when_late(
     assert client.lookup(session, model, 1, tokens).num_chunks == 0
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))]
+)
 def test_a_copy_that_stood_still_is_not_kept(
     worker: Worker,
     server: Server,

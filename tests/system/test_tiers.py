@@ -77,8 +77,15 @@ def start_workers(
     return workers
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("groups", [PLAIN, HYBRID], ids=["plain", "hybrid"])
+@pytest.mark.parametrize(
+    ("groups", "ranks"),
+    [
+        pytest.param(PLAIN, 1, id="plain-1"),
+        pytest.param(PLAIN, 2, id="plain-2", marks=pytest.mark.long),
+        pytest.param(HYBRID, 1, id="hybrid-1", marks=pytest.mark.long),
+        pytest.param(HYBRID, 2, id="hybrid-2"),
+    ],
+)
 def test_a_later_server_serves_what_an_earlier_one_stored(
     serve: Serve,
     start_worker: StartWorker,
