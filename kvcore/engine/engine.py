@@ -143,6 +143,9 @@ class Engine:
         )
         # Closing an instance waits for its running copies; the loop must not.
         self._closer = ThreadPoolExecutor(1, "closer")
+        # Starts its thread: later the process may have no more threads to start, and
+        # the loop must still end a client.
+        self._closer.submit(int)
         self._transports = transports or TransportTable()
 
     def handlers(self) -> dict[type[Request[Any]], Handler]:

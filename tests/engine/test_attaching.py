@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -226,3 +226,24 @@ def test_a_store_reads_what_was_written_before_its_event(bench: Bench) -> None:
     retrieve = Retrieve(KEY, "i", 0, 2 * CHUNK, BLOCKS, tokens=TOKENS)
     finish(settled(bench.engine.retrieve(retrieve, RequestContext(b"me", os.getpid()))))
     assert (array_at(address, CACHE_BYTES).reshape(4, 128)[[0, 2]] == 7).all()
+
+
+def test_a_client_ends_where_no_thread_can_be_started(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own work needs no new thread, whatever limits their number."""
+    reply = bench.register("i")
+    if isinstance(reply, DeferredReply):
+        wait([reply.future])
+        reply.finish()
+
+    def refuse(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", refuse)
+        bench.engine.end_client(b"me")
+        closed = Event()
+        bench.engine.run_after_close(closed.set)
+        assert closed.wait(20)
+    assert not bench.engine.registry.instances
