@@ -51,13 +51,13 @@ def client(server: Server) -> Iterator[KVClient]:
 
 @pytest.fixture(scope="module")
 def driver() -> str:
-    """Who copies; `both_drivers` in a module that is about both."""
+    """Which side copies; `both_drivers` in a module that tests both."""
     return "server"
 
 
 @pytest.fixture(scope="module", params=["server", "worker"])
 def both_drivers(request: pytest.FixtureRequest) -> str:
-    """Each in turn: to be a module's `driver`."""
+    """Both sides in turn, for use as a module's `driver`."""
     return str(request.param)
 
 

@@ -14,7 +14,7 @@ from time import monotonic
 from tests.system.fork_server import ForkedCommand
 
 CHUNK = 64
-"""Tokens a chunk of these servers, four blocks."""
+"""Tokens per chunk of these servers, four blocks."""
 
 OPTIONS = ("--l1-size", "8MiB", "--chunk-size", str(CHUNK), "--set", "l1.page=4KiB")
 

@@ -1,4 +1,4 @@
-"""Workers that are killed or sessions that end in a copy, and what others see."""
+"""Workers killed and sessions ended during a copy, and their effect on others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUESTS = [SessionKey("engine", f"large-{n}") for n in range(4)]
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Server]) -> Iterator[Server]:
-    """A server with room for a few copies that last: 64 MiB each."""
+    """A server with room for a few slow copies of 64 MiB each."""
     server = serve("--l1-size", "320MiB", "--set", "l1.page=64KiB")
     yield server
     server.close()
@@ -62,7 +62,7 @@ def test_a_worker_killed_in_a_store_leaves_nothing_half_written(
     model: str,
     prompt: Prompt,
 ) -> None:
-    """Each of its requests is there wholly or not at all; others go on."""
+    """Each of its requests is stored whole or not at all; other workers continue."""
     victim, other = start_worker(server.address), start_worker(server.address)
     victim.receive()
     other.receive()
@@ -120,7 +120,7 @@ def test_the_end_of_a_session_does_not_stop_its_store(
 
 
 def is_copying(client: KVClient) -> bool:
-    """Whether a part is being written."""
+    """Return whether a part is being written."""
     return client.status().l1.num_reserved > 0
 
 

@@ -1,4 +1,4 @@
-"""A tier that dies or hangs under load: misses in time, and nobody else is slowed."""
+"""Tiers that fail or hang: misses in time, and other requests are not slowed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEADLINE_S = 0.5
 
 
 class Hanging:
-    """Accepts connections of a Valkey client and never says a word."""
+    """A Valkey server that accepts connections and never replies."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ class Hanging:
                 self.accepted.append(self.listener.accept()[0])
 
     def close(self) -> None:
-        """Let every client see the end."""
+        """Close every connection."""
         with suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.thread.join()
@@ -106,7 +106,7 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
     model: str,
     hanging: Hanging,
 ) -> None:
-    """What L1 has now; the tier is still being asked when the answer is there."""
+    """What L1 has now; the tier has not answered when the reply arrives."""
     server = serve(
         "--tier",
         f"valkey://127.0.0.1:{hanging.port}?timeout=10",
@@ -135,9 +135,9 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
     model: str,
     tmp_path: Path,
 ) -> None:
-    """Reads that the kernel keeps hold their room only; the rest of it is served.
+    """Reads that hang keep only their reserved room; other requests are served.
 
-    A pipe in a file's place, which nobody writes to, is a read without an end.
+    A read of a pipe that no process writes to never ends.
     """
     tier = ("--tier", f"file://{tmp_path}/tier?timeout=2")
     lost, known = prompt(2 * CHUNK), prompt(CHUNK)
@@ -224,10 +224,10 @@ def test_a_tier_that_is_gone_is_a_miss_at_once(
         assert tier.last_error
 
 
-def test_a_tier_is_shown_as_it_is_though_nobody_asks_it(
+def test_a_tier_s_state_is_shown_without_requests(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    """Not there at the start, there later: the server is ready, and tells both."""
+    """Absent at start and present later: the server is ready and reports both."""
     folder = tmp_path / "tier"
     folder.write_text("in the way")
     server = serve("--tier", f"file://{folder}?retry=0.1")

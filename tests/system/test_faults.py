@@ -45,7 +45,7 @@ for_s = 0.1
 
 
 @pytest.mark.long
-def test_a_run_goes_on_after_deaths(tmp_path: Path) -> None:
+def test_a_run_continues_after_deaths(tmp_path: Path) -> None:
     """Both are noticed and recovered from; no byte is wrong, no lease leaks."""
     path = tmp_path / "s.toml"
     path.write_text(SCENARIO)

@@ -1,4 +1,4 @@
-"""Frames of every kind from raw sockets: answered or dropped, and the server serves."""
+"""Malformed frames from raw sockets: answered or dropped; the server serves on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ pack = msgspec.msgpack.encode
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Server]) -> Iterator[Server]:
-    """A server with narrow bounds, and slices that last."""
+    """A server with low limits and short slices."""
     server = serve(
         *("--set", f"wire.max_message={MAX_MESSAGE}"),
         *("--set", f"wire.max_requests_per_client={MAX_REQUESTS}"),
@@ -60,7 +60,7 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 
 
 class Raw:
-    """A socket that sends what it is told."""
+    """A socket that sends any frames."""
 
     def __init__(self, address: str) -> None:
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
@@ -86,14 +86,13 @@ class Raw:
         return self.receive()
 
     def hello(self, **changes: int) -> ReplyEnvelope:
-        """Become a client."""
+        """Send HELLO; after an error the boot token is unchanged."""
         pid = os.getpid()
         start, namespace = start_time(pid) or 0, pid_namespace()
         hello = Hello(PROTOCOL_VERSION, pid, start, namespace, "raw")
         reply = self.call(msgspec.structs.replace(hello, **changes))
         if not reply.code:
-            told = msgspec.msgpack.decode(reply.body, type=HelloReply)
-            self.boot = told.boot
+            self.boot = msgspec.msgpack.decode(reply.body, type=HelloReply).boot
         return reply
 
 
@@ -167,7 +166,7 @@ def test_random_bytes_do_not_end_it(raw: Raw, client: KVClient) -> None:
     raw.hello()
     rng = random.Random(2)
     request = Lookup(
-        SessionKey("e", "r"), "nobody's", 1, 64, memoryview(pack_tokens(range(64)))
+        SessionKey("e", "r"), "unknown", 1, 64, memoryview(pack_tokens(range(64)))
     )
     good = encode_request(request, 1, raw.boot, 0)
     for _ in range(500):
@@ -194,8 +193,8 @@ def test_a_pid_that_cannot_be_is_not_watched(
     raw: Raw, client: KVClient, pid: int
 ) -> None:
     """Such a client counts by its heartbeats, and the server serves on."""
-    told = msgspec.msgpack.decode(raw.hello(pid=pid).body, type=HelloReply)
-    assert not told.watched
+    hello = msgspec.msgpack.decode(raw.hello(pid=pid).body, type=HelloReply)
+    assert not hello.watched
     assert raw.call(Ping()).code == ""
     client.ping()
 
@@ -203,7 +202,7 @@ def test_a_pid_that_cannot_be_is_not_watched(
 def test_another_protocol_version_is_refused(
     server: Server, raw: Raw, client: KVClient
 ) -> None:
-    """Both are named; such a client is none, even if it was one before."""
+    """The error names both; the client is dropped, even if it was known before."""
     before = client.status().num_clients
     raw.hello()
     assert client.status().num_clients == before + 1
@@ -260,7 +259,7 @@ def test_fields_that_cannot_be_are_refused(
 def test_a_message_that_is_too_long(
     registered: str, server: Server, client: KVClient
 ) -> None:
-    """The client says so itself; who sends it all the same is cut off."""
+    """The client refuses to send it; a sender that does is disconnected."""
     with pytest.raises(TooLarge, match=f"at most {MAX_MESSAGE}"):
         client.lookup(SessionKey("e", "r"), "m", 1, list(range(MAX_MESSAGE // 4)))
     with opened(server.address) as raw:
@@ -275,28 +274,32 @@ def test_a_message_that_is_too_long(
         assert raw.hello().code == ""
 
 
-def test_too_many_requests_at_once_are_told(
+def test_too_many_requests_at_once_are_overloaded(
     registered: str, server: Server, raw: Raw, client: KVClient
 ) -> None:
-    """Beyond the bound of unanswered ones; those within it are served."""
+    """Those beyond the limit of pending requests fail; the others are served."""
     raw.hello()
     packed = memoryview(pack_tokens(range(200 * CHUNK)))
-    asked = 2 * MAX_REQUESTS  # As many replies as the server keeps for a client.
-    for n in range(1, asked + 1):
+    num_requests = 2 * MAX_REQUESTS  # As many replies as the server keeps for a client.
+    for n in range(1, num_requests + 1):
         key = SessionKey("e", f"r{n}")
         request = Lookup(key, "m", 1, 200 * CHUNK, packed)
         raw.send(encode_request(request, n, raw.boot, 0))
-    codes = {reply.id: reply.code for reply in (raw.receive() for _ in range(asked))}
-    assert set(codes) == set(range(1, asked + 1))
+    codes = {
+        reply.id: reply.code for reply in (raw.receive() for _ in range(num_requests))
+    }
+    assert set(codes) == set(range(1, num_requests + 1))
     assert [codes[n] for n in range(1, MAX_REQUESTS + 1)] == [""] * MAX_REQUESTS
     assert "overloaded" in codes.values()
     assert set(codes.values()) == {"", "overloaded"}
     assert raw.call(Ping()).code == ""
-    for n in range(1, asked + 1):
+    for n in range(1, num_requests + 1):
         client.end_session(SessionKey("e", f"r{n}"))
 
 
-def test_who_never_reads_hurts_nobody_else(raw: Raw, client: KVClient) -> None:
+def test_a_client_that_never_reads_does_not_block_others(
+    raw: Raw, client: KVClient
+) -> None:
     """Its replies are lost once its queues are full; others are answered."""
     raw.hello()
     before = client.status().counters["replies_lost"]

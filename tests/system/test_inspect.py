@@ -24,12 +24,12 @@ ENGINE = "engine"
 
 
 def why(server: Server, about: str) -> dict[str, str]:
-    """What the command tells, message by code, as JSON and in its table."""
-    asked = ("inspect", "why", about, "--server", server.address)
-    told = run_in_process(*asked, "--json")
-    assert told.returncode == 0, told.stderr
-    findings = json.loads(told.stdout)["findings"]
-    shown = run_in_process(*asked).stdout
+    """Return the findings of `kvctl inspect why` by code; its table has each code."""
+    arguments = ("inspect", "why", about, "--server", server.address)
+    done = run_in_process(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    findings = json.loads(done.stdout)["findings"]
+    shown = run_in_process(*arguments).stdout
     assert f"why {about}" in shown
     for finding in findings:
         assert finding["code"] in shown
@@ -50,7 +50,7 @@ def store(
 
 
 def missed(client: KVClient, name: str, model: str, tokens: list[int]) -> int:
-    """Look up on one rank, end the session; return what was found."""
+    """Look up on one rank, end the session; return the number of chunks found."""
     session = SessionKey(ENGINE, name)
     found = client.lookup(session, model, 1, tokens).num_chunks
     client.end_session(session)
@@ -67,17 +67,17 @@ def test_never_stored(
         tokens = prompt(3 * CHUNK)
         store(worker, "writer", tokens[:CHUNK])
         assert missed(client, "cold", model, tokens) == 1
-        told = why(server, "engine/cold")
-        assert [*told] == ["missed", "never_stored"]
-        assert "lookup engine/cold" in told["missed"]
-        assert "1 of 3 chunks" in told["missed"]
-        digits = told["missed"].rpartition(" ")[2]
+        findings = why(server, "engine/cold")
+        assert [*findings] == ["missed", "never_stored"]
+        assert "lookup engine/cold" in findings["missed"]
+        assert "1 of 3 chunks" in findings["missed"]
+        digits = findings["missed"].rpartition(" ")[2]
         assert why(server, digits)["missed"].endswith(digits)
-        assert [*why(server, "nobody")] == ["unknown"]
+        assert [*why(server, "no-such")] == ["unknown"]
         client.end_session(SessionKey(ENGINE, "writer"))
 
 
-def test_evicted_when_and_for_whom(
+def test_evicted_names_the_time_and_the_evicting_request(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
     """By the request that missed, and by digits of the chunk; saved by no tier."""
@@ -89,11 +89,11 @@ def test_evicted_when_and_for_whom(
             store(worker, name, tokens)
             client.end_session(SessionKey(ENGINE, name))
         assert missed(client, "late", model, old) == 0
-        told = why(server, "late")
-        assert [*told] == ["missed", "evicted"]
-        assert "for engine/greedy" in told["evicted"]
-        assert "s ago; no tier had it" in told["evicted"]
-        digits = told["missed"].rpartition(" ")[2]
+        findings = why(server, "late")
+        assert [*findings] == ["missed", "evicted"]
+        assert "for engine/greedy" in findings["evicted"]
+        assert "s ago; no tier had it" in findings["evicted"]
+        digits = findings["missed"].rpartition(" ")[2]
         by_chunk = why(server, digits[:12])
         assert "for engine/greedy" in by_chunk["evicted"]
 
@@ -110,9 +110,9 @@ def test_cleared(
         client.end_session(SessionKey(ENGINE, "writer"))
         client.clear()
         assert missed(client, "bereft", model, tokens) == 0
-        told = why(server, "bereft")
-        assert "dropped by CLEAR" in told["cleared"]
-        digits = told["missed"].rpartition(" ")[2]
+        findings = why(server, "bereft")
+        assert "dropped by CLEAR" in findings["cleared"]
+        digits = findings["missed"].rpartition(" ")[2]
         store(worker, "again", tokens)
         assert "rank 0's part of group 0" in why(server, digits)["present"]
         client.end_session(SessionKey(ENGINE, "again"))
@@ -156,7 +156,7 @@ def test_a_tier_that_failed_was_late_or_had_nothing(
     hanging = Hanging()
     silent = f"valkey://127.0.0.1:{hanging.port}?timeout=3"
     expected = {
-        "tier_failed": ("--tier", f"valkey+unix://{tmp_path}/nobody"),
+        "tier_failed": ("--tier", f"valkey+unix://{tmp_path}/absent"),
         "tier_late": ("--tier", silent, "--set", "prefetch.deadline_s=0.2"),
         "tier_missing": ("--tier", f"file://{tmp_path}/tier"),
     }
@@ -190,7 +190,7 @@ def test_a_server_s_tables_show_what_is_under_way(
     """Leases, prefetch jobs, tiers and what waits for them, quotas."""
     server = serve(
         *("--tier", f"valkey://:secret@127.0.0.1:{hanging.port}?timeout=8&name=slow"),
-        *("--tier", f"valkey+unix://{tmp_path}/nobody?name=gone&retry=30"),
+        *("--tier", f"valkey+unix://{tmp_path}/absent?name=gone&retry=30"),
         *("--set", "prefetch.deadline_s=60"),
         *("--set", 'l1.quotas={"salt:tenant"="1MiB"}'),
     )

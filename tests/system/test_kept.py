@@ -26,7 +26,7 @@ from tests.system.worker_process import BLOCK, PLAIN, Cache
 PER_CHUNK = CHUNK // BLOCK
 MODEL = "kept"
 NUM_CHUNKS = 4
-"""Of each prompt."""
+"""Chunks per prompt."""
 
 Serve = Callable[..., Server]
 
@@ -40,12 +40,12 @@ def journal(tmp_path: Path) -> Iterator[Path]:
 
 
 def tokens_of(number: int) -> npt.NDArray[np.uint32]:
-    """The prompt of a number."""
+    """Return the tokens of a prompt."""
     return np.full(NUM_CHUNKS * CHUNK, number, np.uint32)
 
 
 def bytes_of(number: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """The blocks of a prompt."""
+    """Return the bytes of a prompt's blocks."""
     return np.random.default_rng(number).integers(0, 256, shape, np.uint8)
 
 
@@ -65,8 +65,8 @@ def registered(address: str, name: str) -> Iterator[tuple[KVClient, Cache]]:
         cache.close()
 
 
-def store_on(address: str, first: int, said: Connection) -> None:
-    """Store prompt after prompt until the server is gone, saying which are stored."""
+def store_on(address: str, first: int, sent: Connection) -> None:
+    """Store prompts until the server is gone; send the number of each stored one."""
     with suppress(KVError), registered(address, f"w{first}") as (client, cache):
         blocks = [list(range(NUM_CHUNKS * PER_CHUNK))]
         view = cache.views[0]
@@ -77,38 +77,40 @@ def store_on(address: str, first: int, said: Connection) -> None:
             client.store(
                 session, f"w{first}", 0, len(tokens), blocks, tokens, timeout_s=2
             )
-            said.send(number)
+            sent.send(number)
             client.submit_end_session(session)
 
 
-def hear(heard: Connection) -> Iterator[int]:
-    """What a loader said before it ended."""
+def receive_all(pipe: Connection) -> Iterator[int]:
+    """Yield the numbers that a loader sent before it ended."""
     with suppress(EOFError):
         while True:
-            yield heard.recv()
+            yield pipe.recv()
 
 
 def kill_under_load(server: Server, num_stores: int, first: int) -> list[int]:
-    """Have two processes store, and kill the server in between; return what they had.
+    """Kill the server while two processes store; return the stored prompts.
 
     `num_stores` prompts are awaited from the first one before.
     """
     context = fork_server()
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     loaders = [
-        context.Process(target=store_on, args=(server.address, first + 10**7 * i, said))
-        for i, (_, said) in enumerate(pipes)
+        context.Process(
+            target=store_on, args=(server.address, first + 10**7 * i, writer)
+        )
+        for i, (_, writer) in enumerate(pipes)
     ]
-    for loader, (_, said) in zip(loaders, pipes, strict=True):
+    for loader, (_, writer) in zip(loaders, pipes, strict=True):
         loader.start()
-        said.close()
-    heard = pipes[0][0]
-    # Both are at it: a client that is only connecting would wait for a server.
+        writer.close()
+    first_pipe = pipes[0][0]
+    # Both have connected: a client that still connects would wait for a server.
     stored = [pipe.recv() for pipe, _ in pipes]
-    stored += [heard.recv() for _ in range(num_stores)]
+    stored += [first_pipe.recv() for _ in range(num_stores)]
     server.kill()
     for loader, (pipe, _) in zip(loaders, pipes, strict=True):
-        stored += hear(pipe)
+        stored += receive_all(pipe)
         loader.join(20)
         assert loader.exitcode == 0
     return stored
@@ -170,8 +172,8 @@ def test_many_killed_servers(serve: Serve, journal: Path, seed: int) -> None:
     crash_and_check(serve, journal, random.Random(seed), evicts=seed % 2 == 0)
 
 
-def test_a_clean_stop_keeps_it_too(serve: Serve, journal: Path) -> None:
-    """And the option is what decides: without it nothing is left."""
+def test_a_clean_stop_keeps_chunks(serve: Serve, journal: Path) -> None:
+    """A server stopped with SIGTERM keeps its chunks for the next one."""
     options = ("--set", f"l1.keep={journal}")
     first = serve(*options)
     with registered(first.address, "reader") as (client, cache):

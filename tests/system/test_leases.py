@@ -1,4 +1,4 @@
-"""What a lookup found stays until it is read, freed, ended, expired or replaced."""
+"""Leases on found chunks, until read, freed, ended, expired or replaced."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def worker(workers: list[Worker], model: str) -> Worker:
 
 @pytest.fixture
 def stored(worker: Worker, session: SessionKey, prompt: Prompt) -> list[int]:
-    """A prompt whose four chunks are there."""
+    """A prompt whose four chunks are stored."""
     tokens = prompt(NUM_CHUNKS * CHUNK)
     worker.call("store", session, "a", 0, len(tokens), [BLOCKS], tokens)
     return tokens
 
 
 def ended(client: KVClient) -> dict[str, int]:
-    """How many leases ended, and why."""
+    """Return the number of ended leases by reason."""
     counters = client.status().counters
     return {
         name.removeprefix("leases_"): count
@@ -52,7 +52,7 @@ def ended(client: KVClient) -> dict[str, int]:
 
 
 def ends(client: KVClient, before: dict[str, int]) -> dict[str, int]:
-    """What ended since."""
+    """Return the leases that ended since, by reason."""
     now = ended(client)
     return {why: now[why] - before[why] for why in now if now[why] != before[why]}
 
@@ -176,7 +176,7 @@ def test_a_killed_scheduler_leaves_no_lease(
 def test_clear_leaves_what_is_leased(
     stored: list[int], client: KVClient, model: str, session: SessionKey
 ) -> None:
-    """And says how much; what nobody reads goes."""
+    """Its reply counts the leased chunks; those without a lease are removed."""
     client.clear()
     assert client.lookup(session, model, 1, stored).num_chunks == 0
     assert client.status().l1.used_bytes == 0
@@ -196,16 +196,16 @@ def test_clear_says_what_it_kept(
 
 @pytest.fixture(scope="module")
 def brief(serve: Callable[..., Server]) -> Iterator[Server]:
-    """A server whose leases last a moment, and its sessions for long."""
+    """A server with short leases and long sessions."""
     server = serve("--set", "sessions.lease_s=0.2")
     yield server
     server.close()
 
 
-def test_a_lease_that_nobody_reads_expires(
+def test_an_unread_lease_expires(
     brief: Server, start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
-    """In time, although the session that it belongs to goes on."""
+    """It expires in time, although its session continues."""
     worker = start_worker(brief.address)
     worker.receive()
     worker.call("register", "a", "m")

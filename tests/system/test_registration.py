@@ -1,4 +1,4 @@
-"""Who may register what, and what becomes of it."""
+"""Registration of KV caches: what is accepted, replaced, refused and removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHERWISE_PAGED = (Group("NKLSD", (0, 2, 2, BLOCK, 32)),)
 
 
 def names(client: KVClient) -> set[str]:
-    """The instances that the server knows."""
+    """Return the instances that the server knows."""
     return {instance.instance_id for instance in client.status().instances}
 
 
@@ -56,10 +56,10 @@ def test_instances_come_and_go(
 
 def test_an_unknown_instance_is_named(workers: list[Worker]) -> None:
     """Whether to unregister or to store."""
-    with pytest.raises(UnknownInstance, match="'nobody'"):
-        workers[0].call("unregister_kv_cache", "nobody")
-    with pytest.raises(UnknownInstance, match="'nobody'"):
-        workers[0].call("store", SessionKey("e", "r"), "nobody", 0, 0, [[]])
+    with pytest.raises(UnknownInstance, match="'unknown'"):
+        workers[0].call("unregister_kv_cache", "unknown")
+    with pytest.raises(UnknownInstance, match="'unknown'"):
+        workers[0].call("store", SessionKey("e", "r"), "unknown", 0, 0, [[]])
 
 
 def test_another_clients_instance_is_not_ones_own(
@@ -182,16 +182,16 @@ def test_memory_that_cannot_be_is_refused(
     """Larger than its segment, missing, no name, no such rank: each says which."""
     name = f"kvtest-{model}"
     with Segment.create(name, 4096, touch=False):
-        asked = RegisterKVCache(
+        request = RegisterKVCache(
             "bad", "e", model, 1, 0, (PosixShm(name, 0, 512),), (GROUP,)
         )
-        asked = msgspec.structs.replace(asked, **changes)
+        request = msgspec.structs.replace(request, **changes)
         named = tuple(
             msgspec.structs.replace(h, name=name) if h.name == "NAME" else h
-            for h in asked.handles
+            for h in request.handles
         )
         with pytest.raises(error, match=says):
-            client.register_kv_cache(msgspec.structs.replace(asked, handles=named))
+            client.register_kv_cache(msgspec.structs.replace(request, handles=named))
     assert "bad" not in names(client)
 
 
@@ -215,7 +215,7 @@ def test_a_client_that_closes_leaves_nothing(
 def test_a_client_that_has_left_loses_no_reply(
     server: Server, client: KVClient
 ) -> None:
-    """Nobody waits for the answer to a goodbye; the counter is of those that wait."""
+    """A goodbye has no waiting client; the counter is for replies with one."""
     before = client.status().counters
     clients = [KVClient(server.address) for _ in range(8)]
     server.pause()

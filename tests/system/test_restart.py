@@ -1,4 +1,4 @@
-"""A server that is killed and started again at its address, under its clients."""
+"""Reconnection of clients to a server killed and restarted at its address."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE = [0, 1, 2, 3]
 
 @pytest.fixture
 def old(serve: Callable[..., Server]) -> Server:
-    """A server of the test's own."""
+    """A server for one test."""
     return serve()
 
 
@@ -38,14 +38,14 @@ def worker(old: Server, start_worker: Callable[[str], Worker]) -> Worker:
 
 @pytest.fixture
 def scheduler(old: Server) -> Iterator[KVClient]:
-    """A client that looks up."""
+    """A client for lookups."""
     with KVClient(old.address, timeout_s=20) as client:
         yield client
 
 
 @pytest.fixture
 def again(old: Server) -> Iterator[Callable[[], Server]]:
-    """Start the next run."""
+    """Return a function that restarts the server."""
     runs: list[Server] = []
 
     def start() -> Server:
@@ -58,21 +58,21 @@ def again(old: Server) -> Iterator[Callable[[], Server]]:
 
 
 def is_found(client: KVClient, key: SessionKey, tokens: list[int], chunks: int) -> bool:
-    """Whether a lookup of model "m" is answered so; not while nobody registered."""
+    """Return whether a lookup of model "m" finds `chunks`; False if none registered."""
     try:
         return client.lookup(key, "m", 1, tokens).num_chunks == chunks
     except UnknownModel:
         return False
 
 
-def test_all_goes_on_by_itself(
+def test_clients_reconnect_and_register_again(
     old: Server,
     worker: Worker,
     scheduler: KVClient,
     again: Callable[[], Server],
     prompt: Prompt,
 ) -> None:
-    """An idle worker registers again; lookups, stores and retrieves work again."""
+    """Idle workers register again; lookups, stores and retrieves work again."""
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
     worker.call("store", key, "a", 0, CHUNK, [ONE], tokens)
     assert is_found(scheduler, key, tokens, 1)
@@ -90,10 +90,10 @@ def test_all_goes_on_by_itself(
     assert np.array_equal(one, two)
 
 
-def test_what_a_killed_server_was_asked_is_unavailable(
+def test_requests_pending_at_a_killed_server_are_unavailable(
     old: Server, worker: Worker, scheduler: KVClient, prompt: Prompt
 ) -> None:
-    """At once, retrieves too: a dead process writes no more."""
+    """They fail at once, retrieves too: a dead process writes no more."""
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
     worker.call("store", key, "a", 0, CHUNK, [ONE], tokens)
     scheduler.lookup(key, "m", 1, tokens)
@@ -105,23 +105,23 @@ def test_what_a_killed_server_was_asked_is_unavailable(
     wait_until(lambda: "2 pending" in worker.call("state"))
     assert not lookup.done()
     old.kill()
-    for asked in (
+    for wait_for_reply in (
         lambda: lookup.result(20),
         lambda: worker.call("result", "store"),
         lambda: worker.call("result", "retrieve"),
     ):
         with pytest.raises(Unavailable, match=f"process {old.pid}.* is gone"):
-            asked()
+            wait_for_reply()
 
 
-def test_what_is_asked_meanwhile_is_served_by_the_next_run(
+def test_requests_sent_while_it_is_down_are_served_by_the_next_run(
     old: Server,
     worker: Worker,
     scheduler: KVClient,
     again: Callable[[], Server],
     prompt: Prompt,
 ) -> None:
-    """It waits for the next run, behind the registration."""
+    """They wait for the next run and follow the registration."""
     old.kill()
     wait_until(lambda: is_gone(scheduler))
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
@@ -137,17 +137,17 @@ def test_what_is_asked_meanwhile_is_served_by_the_next_run(
 
 
 def is_gone(client: KVClient) -> bool:
-    """Whether the client has noticed."""
+    """Return whether the client knows that its server is gone."""
     try:
         return client.server is None
     except Unavailable:
         return True
 
 
-def test_what_is_asked_of_nobody_ends_at_its_deadline(
+def test_requests_without_a_server_end_at_their_deadline(
     old: Server, worker: Worker, scheduler: KVClient
 ) -> None:
-    """Retrieves too: what was never sent writes nowhere."""
+    """Retrieves too: a request that was never sent writes nothing."""
     old.kill()
     wait_until(lambda: is_gone(scheduler))
     wait_until(lambda: worker.call("is_server_gone"))
@@ -166,23 +166,23 @@ def test_requests_in_the_queue_find_the_next_run(
     again: Callable[[], Server],
     prompt: Prompt,
 ) -> None:
-    """Of many that were under way each has one end, and new ones are served."""
+    """Each of many pending requests ends once, and new ones are served."""
     key, tokens = SessionKey("engine", "r"), prompt(CHUNK)
     scheduler.lookup(key, "m", 1, tokens)
-    asked = []
+    futures = []
 
-    def ask() -> None:
-        asked.extend(scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(100))
+    def submit_lookups() -> None:
+        futures.extend(scheduler.submit_lookup(key, "m", 1, tokens) for _ in range(100))
 
     old.pause()
-    ask()
+    submit_lookups()
     wait_until(lambda: "100 pending" in repr(scheduler._connection))
     old.kill()
-    ask()
+    submit_lookups()
     wait_until(lambda: is_gone(scheduler))
-    ask()
+    submit_lookups()
     again()
-    ends = [future.exception(20) for future in asked]
+    ends = [future.exception(20) for future in futures]
     allowed = (Unavailable, UnknownModel)
     assert all(end is None or isinstance(end, allowed) for end in ends)
     assert all(isinstance(end, Unavailable) for end in ends[:100])
@@ -190,8 +190,8 @@ def test_requests_in_the_queue_find_the_next_run(
     wait_until(lambda: is_found(scheduler, key, tokens, 0))
 
 
-def test_a_client_needs_a_server_to_begin_with(old: Server) -> None:
-    """Within its timeout, and says where."""
+def test_a_client_cannot_start_without_a_server(old: Server) -> None:
+    """It raises within its timeout and names the address."""
     old.kill()
     with pytest.raises(KVError, match=old.address):
         KVClient(old.address, timeout_s=0.1)

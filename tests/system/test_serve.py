@@ -52,7 +52,7 @@ def test_it_stops_cleanly(serve: Callable[..., Server], number: int) -> None:
 
 
 def is_unavailable(client: KVClient) -> bool:
-    """Whether the client knows that its server is gone."""
+    """Return whether the client knows that its server is gone."""
     try:
         return not client.server
     except KVError:
@@ -68,7 +68,7 @@ def test_it_stops_cleanly_in_the_middle_of_copies(
     prompt: Prompt,
     number: int,
 ) -> None:
-    """The running copy ends, the queued ones do not begin, each client is told."""
+    """The running copy ends, queued ones do not begin, each client gets an error."""
     server = serve("--l1-size", "192MiB", "--set", "l1.page=64KiB")
     worker = start_worker(server.address)
     worker.receive()
@@ -90,7 +90,7 @@ def test_it_stops_cleanly_in_the_middle_of_copies(
 
 
 def test_signals_after_the_first_change_nothing(serve: Callable[..., Server]) -> None:
-    """An impatient user does not make it leave its memory behind."""
+    """Repeated signals do not leave its memory behind."""
     server = serve()
     for _ in range(3):
         for number in STOPS:
@@ -112,7 +112,7 @@ def test_a_port_that_is_taken_is_refused(serve: Callable[..., Server]) -> None:
 def test_it_serves_at_a_unix_socket(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    """A second one is refused there; the file goes at the end, or is taken over."""
+    """A second server is refused there; a stop removes the socket file."""
     path = tmp_path / "server.sock"
     address = f"ipc://{path}"
     server = serve(address=address)
@@ -159,7 +159,7 @@ def test_what_does_not_allow_to_start_is_one_line(
 
 
 def test_a_dead_servers_memory_is_removed(serve: Callable[..., Server]) -> None:
-    """By the next that starts, not that of a living one."""
+    """The next server to start removes it, but not a running server's."""
     dead, living = serve(), serve()
     dead.kill()
     assert dead.segments
@@ -186,7 +186,7 @@ def test_two_servers_share_nothing(
 
 
 def free_port() -> int:
-    """A port that was free just now."""
+    """Return a port that was free just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

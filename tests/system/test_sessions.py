@@ -1,4 +1,4 @@
-"""Tokens sent once, requests that overtake each other, ids used twice, salts."""
+"""Sessions: tokens sent once, requests out of order, reused ids, salts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def num_hit(
     tokens: list[int],
     extras: tuple[ExtraKey, ...] = (),
 ) -> int:
-    """Chunks that a session of its own finds."""
+    """Return the number of chunks that a new session finds."""
     key = SessionKey("probe", "probe")
     found = client.lookup(key, model, 1, tokens, extras=extras).num_chunks
     client.end_session(key)
@@ -49,17 +49,17 @@ def num_hit(
 def test_a_worker_without_tokens_uses_the_schedulers(
     worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """They share the session, on sockets of their own."""
+    """They share the session over separate sockets."""
     tokens = prompt(2 * CHUNK)
     client.lookup(session, model, 1, tokens)
     stored = worker.call("store", session, "a", 0, len(tokens), [ONE + TWO])
     assert stored.num_stored == 2
 
 
-def test_tokens_that_nobody_sent_are_asked_for(
+def test_tokens_that_were_not_sent_are_requested(
     worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """The error says from where; a client that has them sends them by itself."""
+    """The error names the first missing token; a client that has them sends them."""
     tokens = prompt(2 * CHUNK)
     with pytest.raises(TokensNeeded) as needed:
         worker.call("store", session, "a", 0, len(tokens), [ONE + TWO])
@@ -83,10 +83,10 @@ def test_a_session_is_extended_where_it_ended(
     assert num_hit(client, model, tokens) == 3
 
 
-def test_a_gap_or_a_cut_in_the_tokens_is_told(
+def test_a_gap_or_a_cut_in_the_tokens_is_an_error(
     client: KVClient, worker: Worker, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """A client that claims more than the server knows sends the rest by itself."""
+    """A client that claims more than the server knows sends the rest automatically."""
     tokens = prompt(3 * CHUNK)
     assert client.lookup(session, model, 1, tokens, known=CHUNK).num_chunks == 0
     packed = memoryview(pack_tokens(tokens))
@@ -148,7 +148,7 @@ def test_a_session_is_about_one_model(
 def test_a_store_may_come_after_its_sessions_end(
     worker: Worker, client: KVClient, model: str, prompt: Prompt
 ) -> None:
-    """Overtaken, it asks for the tokens, and what it stores is there for all."""
+    """It requests the tokens again, and all clients find its chunks."""
     session, tokens = SessionKey("engine", "overtaken"), prompt(CHUNK)
     client.lookup(session, model, 1, tokens)
     client.end_session(session)

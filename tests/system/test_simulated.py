@@ -1,4 +1,4 @@
-"""Simulated hits are served hits, block for block."""
+"""Simulated hits equal a server's hits, block for block."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def simulated(rows: list[TraceRow], policy: str, capacity: int) -> list[int]:
 def served(
     rows: list[TraceRow], worker: Worker, client: KVClient, model: str
 ) -> list[int]:
-    """Play requests one at a time; return the chunks that each lookup found."""
+    """Send requests one at a time; return the chunks that each lookup found."""
     longest = max(row.num_tokens for row in rows)
     worker.call("register", "a", model, SMALL, num_blocks=longest // BLOCK)
     hits = []
@@ -91,7 +91,7 @@ def compare(
     serve: Callable[..., Server],
     start_worker: Callable[[str], Worker],
 ) -> None:
-    """Play rows against a server with room for so many chunks, and simulate it."""
+    """Replay rows on a server with room for `capacity` chunks, and simulate it."""
     options = {
         "--chunk-size": rows[0].block_size,
         "--l1-size": f"{capacity * PAGE}B",

@@ -1,4 +1,4 @@
-"""A server that stands still past deadlines and goes on: a late copy corrupts nothing.
+"""Requests to a server that is stopped past their deadlines, then continued.
 
 SIGSTOP is what a swapped-out, frozen or debugged process looks like to its clients.
 """
@@ -26,7 +26,7 @@ BLOCKS = list(range(4 * NUM_CHUNKS))
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Server]) -> Iterator[Server]:
-    """A server with room for a few copies that last: 64 MiB each."""
+    """A server with room for a few slow copies of 64 MiB each."""
     server = serve("--l1-size", "320MiB", "--set", "l1.page=64KiB")
     yield server
     server.close()
@@ -43,7 +43,7 @@ def worker(workers: list[Worker], model: str) -> Worker:
 
 @pytest.fixture
 def stopped(server: Server) -> Iterator[Callable[[], None]]:
-    """Stop the server; it goes on at the end of the test at the latest."""
+    """Return a function that stops the server; the end of the test continues it."""
     yield server.pause
     server.resume()
 
@@ -57,7 +57,7 @@ def test_a_store_that_was_not_begun_is_void_when_late(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Its blocks are the engine's again, who may write others' tokens into them."""
+    """The engine may already have reused its blocks for other tokens."""
     tokens = prompt(SIZE)
     client.lookup(session, model, 1, tokens)
     stopped()
@@ -72,7 +72,7 @@ def test_a_store_that_was_not_begun_is_void_when_late(
 @pytest.mark.parametrize(
     "part", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))]
 )
-def test_a_copy_that_stood_still_is_not_kept(
+def test_a_copy_stopped_past_its_deadline_is_not_kept(
     worker: Worker,
     server: Server,
     stopped: Callable[[], None],
@@ -111,7 +111,7 @@ def test_a_copy_that_stood_still_is_not_kept(
 
 
 def is_copying(client: KVClient) -> bool:
-    """Whether a part is being written."""
+    """Return whether a part is being written."""
     return client.status().l1.num_reserved > 0
 
 
@@ -125,7 +125,7 @@ def test_a_retrieve_is_not_done_before_the_server_is(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Past its deadline its blocks are still the server's; its answer ends that."""
+    """Past the deadline the server still owns its blocks, until its reply."""
     if driver == "worker":
         pytest.skip("its blocks are the worker's own: see test_tickets.py")
     tokens = prompt(SIZE)
@@ -166,7 +166,7 @@ def test_a_retrieve_stopped_while_it_writes_ends_right(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """It began in time, so it may end late; until then nobody reuses its blocks."""
+    """It began in time, so it may end late; until then its blocks are not reused."""
     tokens = prompt(SIZE)
     worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
     expected = worker.call("digest", "a", BLOCKS)
@@ -195,7 +195,7 @@ def test_a_retrieve_stopped_while_it_writes_ends_right(
 def test_other_requests_end_at_their_deadline_and_work_again(
     server: Server, stopped: Callable[[], None], workers: list[Worker], model: str
 ) -> None:
-    """Nobody waits longer than it said, and nobody has to connect again."""
+    """No request waits past its deadline, and no client must connect again."""
     other = workers[1]
     other.call("register", "b", model)
     stopped()

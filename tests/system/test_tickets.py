@@ -1,4 +1,4 @@
-"""Workers that copy themselves: what they were handed, and what ends it."""
+"""Tickets of workers that copy: their pages, and what ends them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BLOCKS = list(range(4 * NUM_CHUNKS))
 
 @pytest.fixture(scope="module")
 def driver() -> str:
-    """Workers that copy themselves."""
+    """Select workers that copy."""
     return "worker"
 
 
@@ -58,18 +58,18 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 
 
 def pack(blocks: list[int]) -> tuple[memoryview]:
-    """Block ids as the wire has them."""
+    """Return block ids in their wire form."""
     return (memoryview(np.array(blocks, "<i4").tobytes()),)
 
 
 def pack_tokens(tokens: list[int]) -> memoryview:
-    """Tokens as the wire has them."""
+    """Return tokens in their wire form."""
     return memoryview(np.array(tokens, "<u4").tobytes())
 
 
 @pytest.fixture
 def private(client: KVClient, model: str) -> Iterator[str]:
-    """An instance of the test's own client, which asks by hand."""
+    """An instance of the test's client, which sends the requests."""
     cache = Cache(None, PLAIN, 64)
     handles = (Private(cache.memory.nbytes),)
     name = f"own-{model}"
@@ -81,21 +81,21 @@ def private(client: KVClient, model: str) -> Iterator[str]:
 
 
 def reserve(name: str, session: SessionKey, tokens: list[int]) -> Reserve:
-    """Ask for room for all chunks of a prompt."""
+    """Reserve pages for all chunks of a prompt."""
     packed = pack_tokens(tokens)
     blocks = pack(BLOCKS[: len(tokens) // 16])
     return Reserve(Store(session, name, 0, len(tokens), blocks, packed))
 
 
 def hold(name: str, session: SessionKey, tokens: list[int]) -> Hold:
-    """Ask for all chunks of a prompt."""
+    """Hold all chunks of a prompt."""
     packed = pack_tokens(tokens)
     blocks = pack(BLOCKS[: len(tokens) // 16])
     return Hold(Retrieve(session, name, 0, len(tokens), blocks, 0, packed))
 
 
 def state(client: KVClient) -> tuple[int, int, int]:
-    """Tickets, parts being written and chunks held."""
+    """Return the numbers of tickets, parts being written and chunks held."""
     status = client.status()
     return (status.num_tickets, status.l1.num_reserved, status.l1.num_leased)
 
@@ -103,7 +103,7 @@ def state(client: KVClient) -> tuple[int, int, int]:
 def test_a_ticket_ends_once(
     client: KVClient, private: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """By commit, abort or release; after that, and for others, it is unknown."""
+    """Commit, abort or release ends it; then, and to other clients, it is unknown."""
     tokens = prompt(2 * CHUNK)
     reserved = client.call(reserve(private, session, tokens))
     assert state(client) == (1, 2, 0)
@@ -146,7 +146,7 @@ def test_only_a_read_takes_the_rank_off_the_lease(
 def test_what_is_there_needs_no_ticket(
     client: KVClient, private: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """Nor does what is being written by another, or nothing at all."""
+    """Nor does a part that another client writes, or an empty store."""
     tokens = prompt(CHUNK)
     first = client.call(reserve(private, session, tokens))
     again = client.call(reserve(private, session, tokens))
@@ -166,9 +166,9 @@ def test_each_driver_has_its_requests(
     prompt: Prompt,
 ) -> None:
     """STORE of a private instance is refused, and RESERVE of another."""
-    asked = reserve(private, session, prompt(CHUNK)).store
+    store = reserve(private, session, prompt(CHUNK)).store
     with pytest.raises(BadRequest, match="is private: its worker copies"):
-        client.call(asked)
+        client.call(store)
     cache = Cache(f"kvtest-{os.getpid()}-shared", PLAIN, 64)
     client.register_kv_cache(
         RegisterKVCache("s", "engine", model, 1, 0, cache.handles, cache.groups)
@@ -189,7 +189,7 @@ def test_each_driver_has_its_requests(
 def test_a_reservation_outlives_its_instance_but_is_not_kept(
     client: KVClient, private: str, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """Its pages stay its own until it is ended; then nothing of it is there."""
+    """It keeps its pages until it ends; then none of its chunks is found."""
     tokens = prompt(CHUNK)
     reserved = client.call(reserve(private, session, tokens))
     cache = Cache(None, PLAIN, 64)
@@ -232,7 +232,7 @@ def test_a_client_that_ends_nothing_gets_no_more(
 
 @pytest.fixture
 def pair(workers: list[Worker], model: str, client: KVClient) -> list[Worker]:
-    """Two workers with a large cache each of the model, "a" filled."""
+    """Two workers with a large cache of the model each, "a" filled."""
     client.clear()
     for worker, name in zip(workers, "ab", strict=True):
         worker.call("register", name, model, LARGE, num_blocks=len(BLOCKS))
@@ -251,7 +251,7 @@ def freeze(worker: Worker) -> None:
 def test_a_stopped_worker_keeps_its_pages_and_nothing_else(
     pair: list[Worker], client: KVClient, model: str, prompt: Prompt
 ) -> None:
-    """Late, it writes where nobody else does; then it aborts, and all goes on."""
+    """Late, it writes only its reserved pages, then aborts; others continue."""
     first, second = pair
     slow, key = SessionKey("engine", "slow"), SessionKey("engine", "quick")
     tokens, others = prompt(SIZE), prompt(12 * CHUNK)
@@ -293,7 +293,7 @@ def test_a_retrieve_that_has_not_begun_ends_in_time(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Its server stands still, but the worker alone writes, and knows it has not."""
+    """Its server is stopped, but only the worker writes, and it has not begun."""
     worker, tokens = pair[0], prompt(SIZE)
     worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
     worker.call("poison", "a", BLOCKS)
@@ -319,7 +319,7 @@ def test_the_death_of_a_worker_ends_its_tickets(
     prompt: Prompt,
     step: str,
 ) -> None:
-    """Killed in the middle of a copy: what it reserved or held is free again."""
+    """Killed in the middle of a copy: its reserved or held pages are free again."""
     tokens = prompt(SIZE)
     if step == "scatter":
         pair[0].call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
@@ -340,10 +340,10 @@ def test_the_death_of_a_worker_ends_its_tickets(
     assert stored.num_stored == (NUM_CHUNKS if step == "gather" else 0)
 
 
-def test_the_memory_of_a_killed_server_is_let_go(
+def test_the_memory_of_a_killed_server_is_unmapped(
     serve: Callable[..., Server], start_worker: Callable[[str], Worker]
 ) -> None:
-    """By an idle worker, at once: the next run of the server needs the room."""
+    """Idle workers unmap it at once: the server's next run needs the memory."""
     server = serve()
     worker = start_worker(server.address)
     worker.receive()
@@ -362,7 +362,7 @@ def test_the_memory_of_a_killed_server_is_let_go(
     run.close()
 
 
-def test_a_kept_arena_is_not_handed_out(
+def test_a_kept_arena_is_not_shared_with_workers(
     serve: Callable[..., Server], start_worker: Callable[[str], Worker], tmp_path: Path
 ) -> None:
     """Its next server could meet a worker that still writes."""
@@ -379,7 +379,7 @@ def test_a_kept_arena_is_not_handed_out(
 def test_wrong_bytes_are_found_by_the_worker(
     serve: Callable[..., Server], start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
-    """With l1.verify it checks what it reads, and the chunk is taken out."""
+    """With l1.verify a retrieve checks its bytes, and a wrong chunk is removed."""
     server = serve("--set", "l1.verify=true")
     worker, key = start_worker(server.address), SessionKey("engine", "r")
     worker.receive()

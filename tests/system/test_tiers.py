@@ -1,4 +1,4 @@
-"""Servers with a file tier beneath them: what one stored, a later one serves."""
+"""A file tier across servers: chunks of one server are loaded by a later one."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ StartWorker = Callable[[str], Worker]
 
 @pytest.fixture
 def tier(tmp_path: Path) -> str:
-    """A file tier of its own."""
+    """The URL of a new file tier."""
     return f"file://{tmp_path}/tier"
 
 
 @contextmanager
 def connected(server: Server) -> Iterator[KVClient]:
-    """A client that leaves nothing held."""
+    """A client; at its end the server must hold nothing for it."""
     with KVClient(server.address, label="test", timeout_s=20) as client:
         yield client
         wait_until(lambda: is_idle(client))
 
 
 def is_idle(client: KVClient) -> bool:
-    """Say whether nobody holds or moves anything."""
+    """Return whether no chunk is leased, reserved, loaded or written."""
     status = client.status()
     writing = sum(tier.write_back.num_parts for tier in status.tiers)
     held = (status.num_leases, status.l1.num_leased, status.l1.num_reserved)
@@ -47,17 +47,17 @@ def is_idle(client: KVClient) -> bool:
 
 
 def counter(client: KVClient, name: str) -> int:
-    """One of the server's counters."""
+    """Return one of the server's counters."""
     return client.status().counters[name]
 
 
 def written(client: KVClient) -> int:
-    """Parts that reached the tiers."""
+    """Return the number of parts written to the tiers."""
     return sum(tier.counters["stored"] for tier in client.status().tiers)
 
 
 def chunk_blocks(num_chunks: int, first: int = 0) -> list[int]:
-    """Blocks of so many chunks."""
+    """Return the block ids of `num_chunks` chunks."""
     return list(range(first * PER_CHUNK, (first + num_chunks) * PER_CHUNK))
 
 
@@ -68,7 +68,7 @@ def start_workers(
     groups: tuple[Group, ...],
     ranks: int,
 ) -> list[Worker]:
-    """A worker a rank, each with its own bytes."""
+    """One worker per rank, each with its own bytes."""
     workers = [start_worker(server.address) for _ in range(ranks)]
     for rank, worker in enumerate(workers):
         worker.receive()

@@ -43,7 +43,7 @@ _counter = itertools.count()
 
 @dataclass
 class Host:
-    """Where processes of one host run."""
+    """A host: its address and the command prefix of its processes."""
 
     ip: str
     inside: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ def wire(names: list[str]) -> list[Host]:
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two of them."""
+    """The two hosts."""
     with ExitStack() as stack:
         names = [f"kv-{os.getpid()}-{next(_counter)}" for _ in range(2)]
         try:
@@ -107,13 +107,13 @@ class Master(ProcessEngine):
         ]
 
     def ready(self) -> bool:
-        """Somebody listens on its port, in its own network."""
+        """Return whether its port is open in its network namespace."""
         table = Path(f"/proc/{self._pid()}/net/tcp").read_text().splitlines()[1:]
         sockets = [line.split()[1:4:2] for line in table]
         return any(s.endswith(f":{self.port:04X}") and at == "0A" for s, at in sockets)
 
     def damage(self, *_: Any) -> None:
-        """Nobody asks."""
+        """No test here damages a value."""
         raise NotImplementedError
 
     def tier(self, host: Host) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class Master(ProcessEngine):
 
 @pytest.fixture
 def master(tmp_path: Path, hosts: list[Host]) -> Iterator[Master]:
-    """On the first host."""
+    """A Mooncake master on the first host."""
     master = Master(tmp_path, hosts[0])
     try:
         master.start()
@@ -180,7 +180,7 @@ def check_served(
 def servers(
     serve: Callable[..., Server], hosts: list[Host], master: Master, tmp_path: Path
 ) -> list[Server]:
-    """One a host."""
+    """One server per host."""
     return [
         serve(
             *master.tier(host),

@@ -29,7 +29,7 @@ from kvcore.worker.copying_client import CopyingClient
 from tests.system.fork_server import fork_server, run_with_environment
 
 BLOCK = 16
-"""Tokens a block of every cache here."""
+"""Tokens per block of every cache here."""
 
 POISON = 0xA5
 REPLY_S = 50
@@ -50,13 +50,13 @@ class Group:
 
 PLAIN = (Group(),)
 LARGE = (Group(shape=(2, 2, 0, BLOCK, 1 << 15)),)
-"""2 MiB a block: copies that last."""
+"""2 MiB per block, so that copies are slow."""
 MLA = (Group("LNSD", (2, 0, BLOCK, 32), replicated=True),)
 PAGES = (Group("LNP", (2, 0, 1024), kind="pages"),)
 
 
 class Cache:
-    """Groups one after the other in one segment, or in memory of the process's own."""
+    """Cache groups one after the other, in a shared segment or in private memory."""
 
     def __init__(
         self, name: str | None, groups: tuple[Group, ...], num_blocks: int
@@ -180,7 +180,7 @@ class WorkerCommands:
             view[target] = view[source]
 
     def differs(self, instance_id: str, block: int) -> bool:
-        """Say whether a poisoned block has been written to."""
+        """Return whether a poisoned block has been written to."""
         return any((v[block] != POISON).any() for v in self.caches[instance_id].views)
 
     def pause_copy(self, step: str) -> None:
@@ -199,11 +199,11 @@ class WorkerCommands:
         setattr(HostCache, step, half)
 
     def is_copy_paused(self) -> bool:
-        """Say whether a copy has come half-way."""
+        """Return whether a copy has come half-way."""
         return self.half_way.is_set()
 
     def resume_copy(self) -> None:
-        """Let it go on."""
+        """Continue the paused copy."""
         self.whole.set()
 
     def due(self, timeout_s: float) -> None:
@@ -215,7 +215,7 @@ class WorkerCommands:
         return repr(self.client._connection)
 
     def is_server_gone(self) -> bool:
-        """Say whether the client knows that its server is gone."""
+        """Return whether the client knows that its server is gone."""
         try:
             return not self.client.server
         except Unavailable:
@@ -226,7 +226,7 @@ class WorkerCommands:
         self.futures[key] = getattr(self.client, method)(*args, **options)
 
     def is_done(self, key: str) -> bool:
-        """Say whether a kept future is done."""
+        """Return whether a kept future is done."""
         return self.futures[key].done()
 
     def result(self, key: str) -> Any:
@@ -234,7 +234,7 @@ class WorkerCommands:
         return self.futures.pop(key).result(REPLY_S)
 
     def close(self) -> None:
-        """Say goodbye and remove the caches."""
+        """Close the client and remove the caches."""
         self.client.close()
         for cache in self.caches.values():
             cache.close()
