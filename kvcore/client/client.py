@@ -263,10 +263,10 @@ class KVClient:
         Raises:
             Unavailable: the server is gone and no other has answered yet.
         """
-        peer = self._connection.runs.peer
-        if peer is None:
+        server = self._connection.reconnect.server
+        if server is None:
             raise Unavailable(f"no server answers at {self.address}")
-        return peer.hello
+        return server.hello
 
     @property
     def chunk_size(self) -> int:
@@ -319,7 +319,7 @@ class KVClient:
 
     def unregister(self, request: UnregisterKVCache | CBUnregisterKVCache) -> Done:
         """Unregister a cache or a buffer, and do not restore it after a restart."""
-        self._connection.runs.forget(request.instance_id)
+        self._connection.reconnect.remove_registration(request.instance_id)
         return self.call(request)
 
     store = calling(prepare_store)

@@ -1,13 +1,21 @@
-"""One connection to a server: requests go out, each gets its one answer.
+"""Connection to one server: sends requests and matches each reply to its request.
 
-The socket belongs to whoever holds `_io`. A short call takes it, sends, waits for its
-own answer and hands it back: no other thread takes part, which is worth 50 us a call
-(docs/performance.md). While futures are outstanding the connection's own thread holds
-it; a call that finds it taken queues its frame and wakes the holder.
+A ZeroMQ socket must not be used by two threads at once. `_socket_lock` decides which
+thread uses it:
 
-A server that was replaced refuses what was meant for its predecessor.
-`ReconnectPolicy` then repeats the handshake and the registrations, and the refused
-requests are sent once more; callers see nothing of it but the time it took.
+1. A call takes the lock if it is free, sends its request, waits for the reply in the
+   calling thread and releases the lock. No other thread takes part, which saves 50 us
+   per call (docs/performance.md).
+2. When it releases the lock, and requests of others or timers remain, it wakes the
+   background thread, which takes the lock and serves the socket while any request is
+   pending.
+3. A call that finds the lock taken, and every `submit`, appends its request to the
+   outbox and writes to an eventfd. The thread that holds the lock polls that eventfd
+   along with the socket, and sends the request.
+
+A restarted server rejects requests that carry its predecessor's boot token.
+`ReconnectPolicy` then repeats the handshake and the registrations, and the rejected
+requests are sent again. Callers only notice the delay.
 """
 
 from __future__ import annotations
@@ -29,12 +37,12 @@ import zmq
 
 from kvcore.client.pending_requests import (
     NEVER_NS,
-    Late,
+    OnLateReply,
     PendingRequest,
     PendingTable,
     Retry,
 )
-from kvcore.client.reconnect import ReconnectPolicy, Registration, Told
+from kvcore.client.reconnect import OnRegistered, ReconnectPolicy, Registration
 from kvcore.errors import (
     BadRequest,
     Closed,
@@ -53,21 +61,21 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 MAX_RECEIVES = 256
-"""Frames read before the deadlines are looked at, however many come."""
+"""Frames read at most between two checks of the deadlines."""
 
 MAX_SENDS = 4
-"""Times that one request is sent before its error counts: an endless loop ends."""
+"""Sends of one request at most; then its error is final."""
 
 
 class Connection:
-    """A DEALER socket, the requests under way on it, and one thread to serve them."""
+    """A DEALER socket, its pending requests, and a background thread to serve them."""
 
     def __init__(self, address: str, label: str) -> None:
         self._address = address
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
-        # Chosen here so that it stays the same when TCP reconnects.
+        # Set explicitly so that it stays the same when TCP reconnects.
         self._socket.setsockopt(zmq.ROUTING_ID, b"k" + secrets.token_bytes(15))
         try:
             self._socket.connect(address)
@@ -78,260 +86,278 @@ class Connection:
                 f"{address}: {error.strerror}; an address is like tcp://HOST:PORT "
                 "or ipc://PATH"
             ) from None
-        self._io = threading.Lock()
-        # Held to submit and to begin to close, so that nothing is submitted later.
-        self._gate = threading.Lock()
+        self._socket_lock = threading.Lock()
+        # Held to submit and to start closing: no request is submitted afterwards.
+        self._submit_lock = threading.Lock()
         self._ids = count(1)
         self._outbox: deque[PendingRequest] = deque()
-        self._posted = PendingTable()
+        self._pending = PendingTable()
         self._closed = False
-        # The thread of the call that holds `_io`, 0 when it is the connection's own.
-        self._caller = 0
+        # The calling thread that holds `_socket_lock`; 0 for none.
+        self._calling_thread_id = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
-        self.runs = ReconnectPolicy(
-            address, label, self._post, self._posted, self._epoll
+        self.reconnect = ReconnectPolicy(
+            address, label, self._send_now, self._pending, self._epoll
         )
         self._sources: list[tuple[Any, int]] = [
             (self._socket, zmq.POLLIN),
             (self._epoll.fileno(), zmq.POLLIN),
         ]
-        self._sleeps_until_ns = NEVER_NS
-        self._thread = threading.Thread(target=self._serve, name="kvcore", daemon=True)
+        self._wake_at_ns = NEVER_NS
+        self._thread = threading.Thread(
+            target=self._run_background_thread, name="kvcore", daemon=True
+        )
         self._thread.start()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"boot {self.runs.boot:x}"
-        return f"<Connection {self._address} {state}, {len(self._posted)} pending>"
+        state = "closed" if self._closed else f"boot {self.reconnect.boot:x}"
+        return f"<Connection {self._address} {state}, {len(self._pending)} pending>"
 
-    # -- for callers ----------------------------------------------------------------
+    # -- any thread -----------------------------------------------------------------
 
     def submit(
         self,
         request: Request[R],
         timeout_s: float,
         retry: Retry | None = None,
-        late: Late | None = None,
+        on_late_reply: OnLateReply | None = None,
     ) -> Future[R]:
-        """Send a request soon; never waits for the network.
+        """Send a request without waiting for the network.
 
-        The future ends with the reply or the error that the server named, with
-        `DeadlineExceeded` after `timeout_s` (a retrieve's does not: its blocks belong
-        to the server until it answers or is gone), or with `Unavailable` when the
-        server dies. Its callbacks run on the thread that holds the socket and must not
-        wait for other requests; they may close the connection. `late` is given a reply
-        that comes after the deadline.
+        Its callbacks run on the thread that holds the socket and must not wait for
+        other requests; they may close the connection.
+
+        Args:
+            request: the request.
+            timeout_s: seconds until the deadline.
+            retry: returns the request to send in place of a failed one, or None.
+            on_late_reply: called with a reply that arrives after the deadline.
+
+        Raises (through the future):
+            DeadlineExceeded: no reply in time. Never for a retrieve: its blocks belong
+                to the server until it replies or its process ends.
+            Unavailable: the server's process ended.
+            KVError: the error that the server replied.
         """
-        return self._queue(_make(request, timeout_s, retry, late))
+        return self._enqueue(_new_pending(request, timeout_s, retry, on_late_reply))
 
     def call(
         self,
         request: Request[R],
         timeout_s: float,
         retry: Retry | None = None,
-        late: Late | None = None,
+        on_late_reply: OnLateReply | None = None,
     ) -> R:
-        """Send a request and wait for its answer; errors as for `submit`."""
-        result: R = self._ask(_make(request, timeout_s, retry, late))
+        """Send a request and wait for its reply. See `submit`."""
+        result: R = self._send_and_wait(
+            _new_pending(request, timeout_s, retry, on_late_reply)
+        )
         return result
 
     def register(
-        self, request: Registration, timeout_s: float, told: Told | None = None
+        self,
+        request: Registration,
+        timeout_s: float,
+        on_registered: OnRegistered | None = None,
     ) -> RegisterReply:
-        """Register now, and again whenever another run of the server is met.
+        """Register now, and again with every restarted server.
 
-        `told` is given every reply, this one before it is returned. What it raises
-        this time is raised here.
+        `on_registered` is called with every reply, with the first one before this
+        method returns. An exception of that first call is raised here.
         """
-        pending = _make(request, timeout_s)
-        pending.taken = partial(self.runs.remember, request, told)
-        reply: RegisterReply = self._ask(pending)
+        pending = _new_pending(request, timeout_s)
+        pending.on_reply = partial(
+            self.reconnect.add_registration, request, on_registered
+        )
+        reply: RegisterReply = self._send_and_wait(pending)
         return reply
 
     def call_all(self, requests: Sequence[Request[Any]], timeout_s: float) -> list[Any]:
-        """Send requests at once and wait for all answers; raises the first error.
+        """Send requests at once and wait for all replies; raises the first error.
 
-        They are served in this order, in about the time of one.
+        The server handles them in this order, in about the time of one.
         """
-        if not self._io.acquire(blocking=False):
+        if not self._socket_lock.acquire(blocking=False):
             futures = [self.submit(request, timeout_s) for request in requests]
             return [future.result() for future in futures]
         try:
-            pendings = [_make(request, timeout_s) for request in requests]
-            self._carry(
+            pendings = [_new_pending(request, timeout_s) for request in requests]
+            self._exchange(
                 pendings, lambda: self._closed or all(p.is_done for p in pendings)
             )
         finally:
-            self._io.release()
+            self._socket_lock.release()
         return [pending.result() for pending in pendings]
 
     def close(self) -> None:
-        """Say goodbye; what is unanswered ends with `Closed`. Idempotent.
+        """Send a goodbye and fail pending requests with `Closed`. Idempotent.
 
-        A future's callback does not wait for that: it would wait for itself.
+        Waits for the background thread, except when called on a thread that serves
+        the socket (in a future's callback).
         """
-        with self._gate:
+        with self._submit_lock:
             if not self._closed:
                 self._closed = True
                 os.eventfd_write(self._wake, 1)
-        if not self.is_served_here:
+        if not self.is_serving_thread:
             self._thread.join()
 
     @property
-    def is_served_here(self) -> bool:
-        """Whether this thread serves the socket: it must not wait for an answer."""
-        return threading.get_ident() in (self._caller, self._thread.ident)
+    def is_serving_thread(self) -> bool:
+        """Whether the current thread serves the socket, and so must not wait."""
+        return threading.get_ident() in (self._calling_thread_id, self._thread.ident)
 
-    def _queue(self, pending: PendingRequest) -> Future[Any]:
-        with self._gate:
+    def _enqueue(self, pending: PendingRequest) -> Future[Any]:
+        with self._submit_lock:
             self._check_open()
-            future = pending.promise()
+            future = pending.create_future()
             self._outbox.append(pending)
             os.eventfd_write(self._wake, 1)
         return future
 
-    def _ask(self, pending: PendingRequest) -> Any:
-        if not self._io.acquire(blocking=False):
-            return self._queue(pending).result()
+    def _send_and_wait(self, pending: PendingRequest) -> Any:
+        if not self._socket_lock.acquire(blocking=False):
+            return self._enqueue(pending).result()
         try:
-            self._carry((pending,), lambda: pending.is_done or self._closed)
+            self._exchange((pending,), lambda: pending.is_done or self._closed)
         finally:
-            self._io.release()
+            self._socket_lock.release()
         return pending.result()
 
-    def _carry(
+    def _exchange(
         self, pendings: Sequence[PendingRequest], done: Callable[[], bool]
     ) -> None:
-        """Send requests and serve the socket until `done`; for who holds `_io`."""
+        """Send requests and serve the socket until `done`; requires `_socket_lock`."""
         self._check_open()
-        self._caller = threading.get_ident()
+        self._calling_thread_id = threading.get_ident()
         try:
             for pending in pendings:
                 self._transmit(pending)
-            self._drive(done)
+            self._poll_until(done)
         finally:
             if self._closed:
                 for pending in pendings:
                     pending.fail(_closed())
-            self._hand_over()
-            self._caller = 0
+            self._hand_over_socket()
+            self._calling_thread_id = 0
 
     def _check_open(self) -> None:
         if self._closed:
             raise _closed()
 
-    def _hand_over(self) -> None:
-        """Leave what is still under way to the connection's thread.
+    def _hand_over_socket(self) -> None:
+        """Wake the background thread if pending requests or timers remain.
 
-        It may have missed why it was woken, since this one took the wake-up; and it
-        may sleep for longer than it now should.
+        This thread may have consumed its wake-up, and a timer may be due before the
+        background thread's poll ends.
         """
-        sleeps_too_long = self.runs.due_ns < self._sleeps_until_ns
+        sleeps_too_long = self.reconnect.next_timer_ns < self._wake_at_ns
         if self._closed or self._is_busy or sleeps_too_long:
             os.eventfd_write(self._wake, 1)
 
-    # -- the connection's thread ----------------------------------------------------
+    # -- background thread ----------------------------------------------------------
 
-    def _serve(self) -> None:
-        """Sleep until there is something for this thread, then take the socket."""
+    def _run_background_thread(self) -> None:
+        """Wait for a wake-up, a timer or a process exit; then serve the socket."""
         try:
             while not self._closed:
-                self._epoll.poll(_seconds_until(self._sleeps_until_ns))
-                with self._io:
-                    # Here, since `_drive` does not look when there is nothing to do:
-                    # an idle client would never see that its server died.
-                    self._look_around()
-                    self.runs.tick(monotonic_ns())
-                    self._drive(lambda: self._closed or not self._is_busy)
-                    self._sleeps_until_ns = self.runs.due_ns
+                self._epoll.poll(_seconds_until(self._wake_at_ns))
+                with self._socket_lock:
+                    # `_poll_until` returns at once when nothing is pending; an idle
+                    # client must still notice that its server's process ended.
+                    self._handle_epoll_events()
+                    self.reconnect.run_timers(monotonic_ns())
+                    self._poll_until(lambda: self._closed or not self._is_busy)
+                    self._wake_at_ns = self.reconnect.next_timer_ns
         finally:
-            with self._gate:
+            with self._submit_lock:
                 self._closed = True
-            with self._io:
-                self._release()
+            with self._socket_lock:
+                self._shut_down()
 
     @property
     def _is_busy(self) -> bool:
-        return bool(self._posted or self._outbox or self.runs.waiting)
+        return bool(self._pending or self._outbox or self.reconnect.waiting)
 
-    def _release(self) -> None:
-        """End what is unanswered, and give back all that was opened."""
-        is_known = self.runs.is_known
-        self._posted.fail(_closed())
-        for queue in (self._outbox, self.runs.waiting):
+    def _shut_down(self) -> None:
+        """Fail pending requests and release all resources."""
+        needs_goodbye = self.reconnect.needs_goodbye
+        self._pending.fail(_closed())
+        for queue in (self._outbox, self.reconnect.waiting):
             while queue:
                 queue.popleft().fail(_closed())
-        if is_known:
-            self._post(PendingRequest(Goodbye(), 0))
+        if needs_goodbye:
+            self._send_now(PendingRequest(Goodbye(), 0))
         self._socket.close()
         self._context.term()
-        self.runs.close()
+        self.reconnect.close()
         self._epoll.close()
         os.close(self._wake)
 
-    # -- whoever holds the socket ---------------------------------------------------
+    # -- the thread that holds the socket -------------------------------------------
 
-    def _drive(self, done: Callable[[], bool]) -> None:
-        """Send, receive and expire until `done`."""
+    def _poll_until(self, done: Callable[[], bool]) -> None:
+        """Send, receive and handle timers until `done`."""
         while True:
             while self._outbox:
                 self._transmit(self._outbox.popleft())
             if done():
                 return
-            due_ns = min(self._posted.earliest_ns, self.runs.due_ns)
+            due_ns = min(self._pending.next_deadline_ns, self.reconnect.next_timer_ns)
             for source, _ in zmq.zmq_poll(self._sources, _milliseconds_until(due_ns)):
                 if source is self._socket:
                     self._receive()
                 else:
-                    self._look_around()
+                    self._handle_epoll_events()
             now = monotonic_ns()
-            self._posted.expire(now)
-            self.runs.tick(now)
+            self._pending.expire(now)
+            self.reconnect.run_timers(now)
 
-    def _look_around(self) -> None:
+    def _handle_epoll_events(self) -> None:
         for fd, _ in self._epoll.poll(0):
             if fd == self._wake:
                 os.eventfd_read(self._wake)
             else:
-                self.runs.gone(fd)
+                self.reconnect.handle_exit(fd)
 
     def _transmit(self, pending: PendingRequest) -> None:
-        """Send to the run that is there, or have it wait for one."""
-        if self.runs.boot == NO_BOOT:
-            self.runs.wait(pending)
+        """Send a request, or queue it until the handshake has completed."""
+        if self.reconnect.boot == NO_BOOT:
+            self.reconnect.enqueue(pending)
         else:
-            self._post(pending)
+            self._send_now(pending)
 
-    def _post(self, pending: PendingRequest) -> None:
-        """Send now, met or not; what cannot be sent has failed."""
+    def _send_now(self, pending: PendingRequest) -> None:
+        """Send regardless of the handshake; fail the request if it cannot be sent."""
         pending.id = next(self._ids)
-        pending.boot = self.runs.boot
+        pending.boot = self.reconnect.boot
         pending.num_sends += 1
         try:
-            self._send(pending)
+            self._write_frame(pending)
         except Exception as error:  # noqa: BLE001 - the future carries it
-            self._posted.by_id.pop(pending.id, None)
+            self._pending.by_id.pop(pending.id, None)
             pending.fail(error)
 
-    def _send(self, pending: PendingRequest) -> None:
+    def _write_frame(self, pending: PendingRequest) -> None:
         frame = encode_request(
             pending.request, pending.id, pending.boot, pending.deadline_ns
         )
-        peer = self.runs.peer
-        if peer is not None and len(frame) > peer.hello.max_message_bytes:
+        server = self.reconnect.server
+        if server is not None and len(frame) > server.hello.max_message_bytes:
             raise TooLarge(
-                f"a request of {len(frame)} bytes; the server reads at most "
-                f"{peer.hello.max_message_bytes}"
+                f"a request of {len(frame)} bytes; the server accepts at most "
+                f"{server.hello.max_message_bytes}"
             )
-        self._posted.add(pending)
+        self._pending.add(pending)
         try:
             self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             if not pending.request.ends_work:
                 raise Overloaded("too many requests are waiting to be sent") from None
-            # The server must hear of it: sent when the queue has moved.
-            self._posted.set_aside(pending)
+            # It releases server resources: sent once the queue has room.
+            self._pending.defer(pending)
 
     def _receive(self) -> None:
         for _ in range(MAX_RECEIVES):
@@ -339,25 +365,25 @@ class Connection:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take(frame)
-            for _ in range(len(self._posted.unsent)):
-                self._transmit(self._posted.unsent.popleft())
-            if not self._posted:
+            self._handle_reply(frame)
+            for _ in range(len(self._pending.unsent)):
+                self._transmit(self._pending.unsent.popleft())
+            if not self._pending:
                 return
 
-    def _take(self, frame: bytes) -> None:
+    def _handle_reply(self, frame: bytes) -> None:
         try:
             envelope = decode_reply(frame)
         except BadRequest as error:
-            log.warning("dropped a frame from %s: %s", self._address, error)
+            log.warning("dropped an unreadable frame from %s: %s", self._address, error)
             return
-        pending = self._posted.by_id.pop(envelope.id, None)
+        pending = self._pending.by_id.pop(envelope.id, None)
         if pending is None:
             return
         try:
             if envelope.code:
                 body = decode_error(envelope.body)
-                self._take_error(
+                self._handle_error(
                     pending, from_wire(envelope.code, body.message, body.details)
                 )
             else:
@@ -366,18 +392,20 @@ class Connection:
         except UNREADABLE as error:
             pending.fail(BadRequest(f"reply: {error}"))
 
-    def _take_error(self, pending: PendingRequest, error: KVError) -> None:
+    def _handle_error(self, pending: PendingRequest, error: KVError) -> None:
         if isinstance(error, StaleBoot):
-            self.runs.refused(pending.boot)
-        again = None if pending.is_done else self._again(pending, error)
+            self.reconnect.mark_stale(pending.boot)
+        again = None if pending.is_done else self._next_attempt(pending, error)
         if again is None:
             pending.fail(error)
         else:
             pending.request = again
             self._transmit(pending)
 
-    def _again(self, pending: PendingRequest, error: KVError) -> Request[Any] | None:
-        """Return what to send once more, if anything."""
+    def _next_attempt(
+        self, pending: PendingRequest, error: KVError
+    ) -> Request[Any] | None:
+        """Return the request to send again after an error, or None."""
         if pending.num_sends >= MAX_SENDS:
             return None
         if isinstance(error, StaleBoot):
@@ -385,13 +413,15 @@ class Connection:
         return pending.retry(error) if pending.retry else None
 
 
-def _make(
+def _new_pending(
     request: Request[Any],
     timeout_s: float,
     retry: Retry | None = None,
-    late: Late | None = None,
+    on_late_reply: OnLateReply | None = None,
 ) -> PendingRequest:
-    return PendingRequest(request, monotonic_ns() + int(timeout_s * 1e9), retry, late)
+    return PendingRequest(
+        request, monotonic_ns() + int(timeout_s * 1e9), retry, on_late_reply
+    )
 
 
 def _closed() -> Closed:

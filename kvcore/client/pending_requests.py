@@ -1,4 +1,4 @@
-"""Requests under way, from the first send to the one answer."""
+"""Pending requests, from the first send to the reply, error or deadline."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from kvcore.protocol import NO_BOOT, BootToken, Lane, Request
 NEVER_NS = 2**63 - 1
 
 Retry = Callable[[KVError], Request[Any] | None]
-"""Given an error, returns the request to send in its place, or None to let it be."""
-Late = Callable[[Any], None]
-"""Given a reply that came when nobody waited any more; must not wait for others."""
+"""Takes an error; returns the request to send again, or None if the error is final."""
+OnLateReply = Callable[[Any], None]
+"""Called with a reply that arrived after the deadline; must not block."""
 
 
 class PendingRequest:
-    """A request on its way, and its answer when that has come.
+    """A request and its outcome: a reply or an error.
 
-    Only a request that somebody submitted has a future: for a call, whose thread
-    itself waits at the socket, making and waking one would cost 4 us.
+    Only a submitted request has a future. The thread of a call serves the socket
+    instead; creating and waking a future would cost 4 us per call.
     """
 
     __slots__ = (
         "boot", "deadline_ns", "error", "future", "id", "is_done", "is_restoring",
-        "late", "num_sends", "reply", "request", "retry", "taken",
+        "num_sends", "on_late_reply", "on_reply", "reply", "request", "retry",
     )  # fmt: skip
 
     def __init__(
@@ -35,50 +35,53 @@ class PendingRequest:
         request: Request[Any],
         deadline_ns: int,
         retry: Retry | None = None,
-        late: Late | None = None,
+        on_late_reply: OnLateReply | None = None,
     ) -> None:
         self.request = request
         self.deadline_ns = deadline_ns
         self.retry = retry
-        self.late = late
+        self.on_late_reply = on_late_reply
         self.id = 0
         self.boot = NO_BOOT
         self.num_sends = 0
         self.is_done = False
-        # Every run of the server is told anew, so another never gets this one.
+        # A repeated registration: not sent again when the server restarts, since the
+        # next handshake repeats all registrations.
         self.is_restoring = False
-        # Told of the reply before anything else is received; may refuse it.
-        self.taken: Callable[[Any], None] | None = None
+        # Called with the reply before the next frame is read; its exception fails
+        # the request.
+        self.on_reply: Callable[[Any], None] | None = None
         self.reply: Any = None
         self.error: BaseException | None = None
         self.future: Future[Any] | None = None
 
     @property
-    def expires(self) -> bool:
-        """Whether its deadline ends it once it is sent.
+    def can_expire(self) -> bool:
+        """Whether the deadline fails the request once it is sent.
 
-        Not a retrieve's: until the server answers or is gone it may still write.
+        False for a retrieve: the server may write its blocks until it replies or its
+        process ends.
         """
         if self.is_done or not self.deadline_ns:
             return False
         return self.request.lane is not Lane.RETRIEVE
 
-    def promise(self) -> Future[Any]:
-        """Give it a future, which nobody can cancel: the server may be at it."""
+    def create_future(self) -> Future[Any]:
+        """Attach a future. It cannot be cancelled: the request may be executing."""
         self.future = Future()
         self.future.set_running_or_notify_cancel()
         return self.future
 
     def succeed(self, reply: Any) -> None:
-        """End it with its reply, or hand on what comes when it has ended."""
+        """Complete with the reply; pass a late one to `on_late_reply`."""
         if self.is_done:
-            if self.late is not None:
-                self.late(reply)
+            if self.on_late_reply is not None:
+                self.on_late_reply(reply)
             return
         try:
-            if self.taken is not None:
-                self.taken(reply)
-        except Exception as error:  # noqa: BLE001 - raised to whoever asked
+            if self.on_reply is not None:
+                self.on_reply(reply)
+        except Exception as error:  # noqa: BLE001 - raised to the caller
             self.fail(error)
             return
         self.is_done = True
@@ -87,7 +90,7 @@ class PendingRequest:
             self.future.set_result(reply)
 
     def fail(self, error: BaseException) -> None:
-        """End it with an error, unless it has ended."""
+        """Complete with an error, unless already complete."""
         if self.is_done:
             return
         self.is_done = True
@@ -103,51 +106,53 @@ class PendingRequest:
 
 
 class PendingTable:
-    """What was sent and is not answered. For who holds the socket."""
+    """Requests that were sent and have no reply. Not thread-safe."""
 
     def __init__(self) -> None:
         self.by_id: dict[int, PendingRequest] = {}
         self.unsent: deque[PendingRequest] = deque()
-        """Ends of work that found the socket's queue full."""
-        self.earliest_ns = NEVER_NS
-        """No deadline is before this; answers do not raise it."""
+        """Requests with `ends_work` that did not fit in the socket's queue."""
+        self.next_deadline_ns = NEVER_NS
+        """A lower bound of all deadlines; replies do not raise it."""
 
     def __len__(self) -> int:
         return len(self.by_id) + len(self.unsent)
 
     def add(self, pending: PendingRequest) -> None:
-        """Enter a request that is about to be sent."""
+        """Add a request that is about to be sent."""
         self.by_id[pending.id] = pending
         if pending.deadline_ns:
-            self.earliest_ns = min(self.earliest_ns, pending.deadline_ns)
+            self.next_deadline_ns = min(self.next_deadline_ns, pending.deadline_ns)
 
-    def set_aside(self, pending: PendingRequest) -> None:
-        """Keep what could not be sent just now."""
+    def defer(self, pending: PendingRequest) -> None:
+        """Move a request that could not be sent to `unsent`."""
         del self.by_id[pending.id]
         self.unsent.append(pending)
 
-    def has(self, boot: BootToken) -> bool:
-        """Say whether a run has been asked what it has not answered."""
+    def has_boot(self, boot: BootToken) -> bool:
+        """Return whether the server with this boot token has pending requests."""
         return any(pending.boot == boot for pending in self.by_id.values())
 
     def expire(self, now: int) -> None:
-        """End what is past its deadline, and find the earliest of the rest."""
-        if now < self.earliest_ns:
+        """Fail requests past their deadline and update `next_deadline_ns`."""
+        if now < self.next_deadline_ns:
             return
-        all_posted = [*self.by_id.values(), *self.unsent]
-        late = [p for p in all_posted if p.expires and p.deadline_ns <= now]
-        left = (p.deadline_ns for p in all_posted if p.expires and p.deadline_ns > now)
-        self.earliest_ns = min(left, default=NEVER_NS)
-        for pending in late:
-            # A late reply is handed on by what is still there.
-            if pending.late is None:
+        all_pending = [*self.by_id.values(), *self.unsent]
+        expired = [p for p in all_pending if p.can_expire and p.deadline_ns <= now]
+        remaining = (
+            p.deadline_ns for p in all_pending if p.can_expire and p.deadline_ns > now
+        )
+        self.next_deadline_ns = min(remaining, default=NEVER_NS)
+        for pending in expired:
+            # With `on_late_reply` the entry stays, to receive the late reply.
+            if pending.on_late_reply is None:
                 self.by_id.pop(pending.id, None)
             pending.fail(DeadlineExceeded("no answer before the deadline"))
 
     def fail(self, error: KVError, boot: BootToken | None = None) -> None:
-        """End what one run was asked, or all of them: it can write no more."""
-        all_posted = [*self.by_id.values(), *self.unsent]
-        ended = [p for p in all_posted if boot is None or p.boot == boot]
+        """Fail all requests, or those of the server with this boot token."""
+        all_pending = [*self.by_id.values(), *self.unsent]
+        ended = [p for p in all_pending if boot is None or p.boot == boot]
         for pending in ended:
             self.by_id.pop(pending.id, None)
         self.unsent = deque(p for p in self.unsent if p not in ended)

@@ -1,7 +1,6 @@
-"""The runs of a server, one after the other, as one connection meets them.
+"""Handshake, re-registration, liveness and failover across server restarts.
 
-Each is greeted, told what is registered, watched or shown life, and outlived. What
-cannot be sent before a run is met waits here.
+Requests that are submitted before the handshake has completed wait here.
 """
 
 from __future__ import annotations
@@ -35,167 +34,178 @@ from kvcore.protocol import (
 log = logging.getLogger(__name__)
 
 Registration = RegisterKVCache | CBRegisterKVCache
-Told = Callable[[RegisterReply], object]
-"""Given what a run answered, by the thread that took it in; must not wait."""
+OnRegistered = Callable[[RegisterReply], object]
+"""Called with each reply, by the thread that received it; must not block."""
 
-HELLO_AGAIN_NS = 1_000_000_000
-"""A hello that led nowhere is said again after this, then after twice that."""
+HELLO_RETRY_NS = 1_000_000_000
+"""Back-off before a failed handshake is repeated; doubles with every failure."""
 MAX_DOUBLINGS = 6
-"""ZeroMQ queues what nobody takes, up to a bound: few hellos for a long absence."""
+"""Limits the back-off. ZeroMQ queues the hellos that an absent server does not read."""
 
 
 class ReconnectPolicy:
-    """The run that is met, those outlived, and what each is told.
+    """The current server process, retired ones, and the registrations to restore.
 
-    Whoever holds the socket calls it, but for `remember` and `forget`.
+    Not thread-safe: only the thread that holds the socket calls it.
+    `remove_registration` may be called by any thread.
     """
 
     def __init__(
         self,
         address: str,
         label: str,
-        post: Callable[[PendingRequest], None],
-        posted: PendingTable,
+        send: Callable[[PendingRequest], None],
+        pending: PendingTable,
         epoll: select.epoll,
     ) -> None:
         self._address = address
         self._label = label
-        self._post = post
-        self._posted = posted
+        self._send = send
+        self._pending = pending
         self._epoll = epoll
         self.boot = NO_BOOT
-        """The run that takes requests; `NO_BOOT` before it is met."""
-        self.peer: ServerProcess | None = None
-        self.on_leave: list[Callable[[], None]] = []
-        """Told that a run is gone, by the thread that found out."""
+        """Boot token of the current server; `NO_BOOT` before the handshake."""
+        self.server: ServerProcess | None = None
+        self.on_disconnect: list[Callable[[], None]] = []
+        """Called when a server is gone, by the thread that noticed."""
         self.waiting: deque[PendingRequest] = deque()
-        """To be sent when a run is met."""
-        self._waits_until_ns = NEVER_NS
-        self._registered: dict[str, _Registration] = {}
-        # Runs whose address is another's, while they may still write what was asked.
-        self._outlived: list[ServerProcess] = []
+        """Requests to send once the handshake completes."""
+        self._next_expiry_ns = NEVER_NS
+        self._registered: dict[str, SavedRegistration] = {}
+        # Servers that lost their address to another, with requests still pending: their
+        # processes may still write to blocks.
+        self._retired: list[ServerProcess] = []
         self._hello: PendingRequest | None = None
-        self._num_hellos = 0
-        """Said since a run last took what it was told."""
-        self._said_ns = 0
-        self._hello_ns = NEVER_NS
-        """When the next one is to be said."""
-        self._beat_ns = NEVER_NS
+        self._num_attempts = 0
+        """Hellos sent since the last handshake whose registrations succeeded."""
+        self._last_hello_ns = 0
+        self._next_hello_ns = NEVER_NS
+        """Time of the next scheduled hello."""
+        self._next_heartbeat_ns = NEVER_NS
 
     @property
-    def due_ns(self) -> int:
-        """When `tick` has something to do; not after this."""
-        return min(self._hello_ns, self._beat_ns, self._waits_until_ns)
+    def next_timer_ns(self) -> int:
+        """Time of the next call of `run_timers`, at the latest."""
+        return min(self._next_hello_ns, self._next_heartbeat_ns, self._next_expiry_ns)
 
     @property
-    def is_known(self) -> bool:
-        """Whether a run has this client in its table, or may yet read its hello."""
-        return self.boot != NO_BOOT or self._num_hellos > 0
+    def needs_goodbye(self) -> bool:
+        """Whether a server knows this client or may still read its hello."""
+        return self.boot != NO_BOOT or self._num_attempts > 0
 
-    def wait(self, pending: PendingRequest) -> None:
-        """Keep a request until a run is met."""
+    def enqueue(self, pending: PendingRequest) -> None:
+        """Queue a request until the handshake completes, and start one."""
         self.waiting.append(pending)
         if pending.deadline_ns:
-            self._waits_until_ns = min(self._waits_until_ns, pending.deadline_ns)
-        self._greet()
+            self._next_expiry_ns = min(self._next_expiry_ns, pending.deadline_ns)
+        self._start_handshake()
 
-    def refused(self, boot: BootToken) -> None:
-        """Take in that what was meant for this run is stale."""
+    def mark_stale(self, boot: BootToken) -> None:
+        """Record that the server rejected this boot token: a handshake is needed."""
         if self.boot == boot:
             self.boot = NO_BOOT
 
-    def tick(self, now: int) -> None:
-        """Do what is due: say hello, show life, end what has waited long enough."""
-        if self._hello_ns <= now:
-            self._greet()
-        if self.peer is not None and self._beat_ns <= now:
-            self._beat(now + self.peer.beat_ns)
-        if self._waits_until_ns <= now:
+    def run_timers(self, now: int) -> None:
+        """Send due hellos and heartbeats; fail waiting requests past their deadline."""
+        if self._next_hello_ns <= now:
+            self._start_handshake()
+        if self.server is not None and self._next_heartbeat_ns <= now:
+            self._send_heartbeat(now + self.server.heartbeat_interval_ns)
+        if self._next_expiry_ns <= now:
             self._expire(now)
 
-    def _beat(self, next_ns: int) -> None:
-        self._beat_ns = next_ns
+    def _send_heartbeat(self, next_ns: int) -> None:
+        self._next_heartbeat_ns = next_ns
         if self.boot == NO_BOOT:
-            self._greet()
+            self._start_handshake()
         else:
-            self._post(PendingRequest(Ping(), next_ns))
+            self._send(PendingRequest(Ping(), next_ns))
 
     def _expire(self, now: int) -> None:
-        late = [p for p in self.waiting if 0 < p.deadline_ns <= now]
-        for pending in late:
+        expired = [p for p in self.waiting if 0 < p.deadline_ns <= now]
+        for pending in expired:
             self.waiting.remove(pending)
-        left = (p.deadline_ns for p in self.waiting if p.deadline_ns)
-        self._waits_until_ns = min(left, default=NEVER_NS)
-        for pending in late:
+        remaining = (p.deadline_ns for p in self.waiting if p.deadline_ns)
+        self._next_expiry_ns = min(remaining, default=NEVER_NS)
+        for pending in expired:
             pending.fail(Unavailable(f"no server answers at {self._address}"))
 
     def close(self) -> None:
-        """Watch nobody any more."""
-        for peer in (self.peer, *self._outlived):
-            if peer is not None:
-                peer.close()
+        """Close the pidfds of all servers."""
+        for server in (self.server, *self._retired):
+            if server is not None:
+                server.close()
 
     # -- registrations ----------------------------------------------------------------
 
-    def remember(
-        self, request: Registration, told: Told | None, reply: RegisterReply
+    def add_registration(
+        self,
+        request: Registration,
+        on_registered: OnRegistered | None,
+        reply: RegisterReply,
     ) -> None:
-        """Register this again with every other run; `told` is given each reply.
+        """Repeat a registration with every later server.
 
-        Called with the first one where that is taken in: later, the run that gave it
-        could have gone and the next been met.
+        Called as soon as the first reply is received: a later handshake could
+        otherwise complete before the registration is known, and would not repeat it.
         """
-        self._registered[request.instance_id] = _Registration(request, told)
-        if told is not None:
-            told(reply)
+        self._registered[request.instance_id] = SavedRegistration(
+            request, on_registered
+        )
+        if on_registered is not None:
+            on_registered(reply)
 
-    def forget(self, instance_id: str) -> None:
-        """Register it no more. Any thread."""
+    def remove_registration(self, instance_id: str) -> None:
+        """Stop repeating a registration. Thread-safe."""
         self._registered.pop(instance_id, None)
 
-    def _register_all(self) -> None:
+    def _restore_registrations(self) -> None:
         for registered in list(self._registered.values()):
-            again = PendingRequest(registered.request, 0)
-            again.is_restoring = True
-            again.promise().add_done_callback(partial(self._restored, registered))
-            self._post(again)
+            restoring = PendingRequest(registered.request, 0)
+            restoring.is_restoring = True
+            restoring.create_future().add_done_callback(
+                partial(self._finish_restore, registered)
+            )
+            self._send(restoring)
 
-    def _restored(
-        self, registered: _Registration, future: Future[RegisterReply]
+    def _finish_restore(
+        self, registered: SavedRegistration, future: Future[RegisterReply]
     ) -> None:
-        """Take in another run's reply."""
+        """Handle the reply to a repeated registration."""
         try:
             reply = future.result()
-            if registered.told is not None:
-                registered.told(reply)
-        except StaleBoot:  # Another run is met, and is told anew.
+            if registered.on_registered is not None:
+                registered.on_registered(reply)
+        except StaleBoot:  # The server restarted; the next handshake repeats it.
             if self.boot == NO_BOOT:
-                self._greet()
+                self._start_handshake()
             return
         except Closed:
             return
         except KVError as error:
-            log.warning("could not register again: %s", error)
-        self._num_hellos = 0
+            log.warning("could not restore a registration: %s", error)
+        self._num_attempts = 0
 
-    # -- greeting ---------------------------------------------------------------------
+    # -- handshake --------------------------------------------------------------------
 
-    def _greet(self) -> None:
-        """Say hello, once at a time; `_greeted` goes on.
+    def _start_handshake(self) -> None:
+        """Send a hello unless one is pending; `_finish_handshake` handles the reply.
 
-        From the third in a row that led nowhere on, `tick` says it later: a server may
-        answer every hello, and then call stale what it is told.
+        From the third hello without success on, `run_timers` sends it after a back-off:
+        a server may accept every hello and then reject the registrations as stale.
         """
         if self._hello is not None:
             return
         now = monotonic_ns()
-        self._hello_ns = now
-        if self._num_hellos > 1:
-            self._hello_ns = self._said_ns + _doubled(self._num_hellos - 2)
-        if self._hello_ns <= now:
-            self._say_hello(now)
+        self._next_hello_ns = now
+        if self._num_attempts > 1:
+            self._next_hello_ns = self._last_hello_ns + _back_off_ns(
+                self._num_attempts - 2
+            )
+        if self._next_hello_ns <= now:
+            self._send_hello(now)
 
-    def _say_hello(self, now: int) -> None:
+    def _send_hello(self, now: int) -> None:
         pid = os.getpid()
         hello = Hello(
             protocol_version=PROTOCOL_VERSION,
@@ -204,101 +214,101 @@ class ReconnectPolicy:
             pid_namespace=pid_namespace(),
             label=self._label,
         )
-        self._hello = PendingRequest(hello, now + _doubled(self._num_hellos))
-        self._hello_ns = NEVER_NS
-        self._said_ns = now
-        self._num_hellos += 1
-        self._hello.promise().add_done_callback(self._greeted)
-        self._post(self._hello)
+        self._hello = PendingRequest(hello, now + _back_off_ns(self._num_attempts))
+        self._next_hello_ns = NEVER_NS
+        self._last_hello_ns = now
+        self._num_attempts += 1
+        self._hello.create_future().add_done_callback(self._finish_handshake)
+        self._send(self._hello)
 
-    def _greeted(self, future: Future[HelloReply]) -> None:
+    def _finish_handshake(self, future: Future[HelloReply]) -> None:
         self._hello = None
         error = future.exception()
         if isinstance(error, DeadlineExceeded):
-            # It may have reached a server that died: say it again while it matters.
+            # The server that received it may have died: repeat it while needed.
             if self.waiting or self._registered:
-                self._greet()
+                self._start_handshake()
             return
         if error is not None:
-            self._num_hellos = 0
+            self._num_attempts = 0
             waiting, self.waiting = self.waiting, deque()
             for pending in waiting:
                 pending.fail(error)
             return
-        self._meet(future.result())
-        self._register_all()
+        self._accept(future.result())
+        self._restore_registrations()
         for _ in range(len(self.waiting)):
-            self._post(self.waiting.popleft())
+            self._send(self.waiting.popleft())
 
-    def _meet(self, hello: HelloReply) -> None:
-        """Take up with a run; watch its process if that can be done."""
-        earlier = self.peer
+    def _accept(self, hello: HelloReply) -> None:
+        """Make a server the current one, and watch its process if it is visible."""
+        previous = self.server
         self.boot = hello.boot
         if not self._registered:
-            self._num_hellos = 0
-        if earlier is not None:
-            if earlier.hello.boot == hello.boot:
+            self._num_attempts = 0
+        if previous is not None:
+            if previous.hello.boot == hello.boot:
                 return
-            self._outlive(earlier)
-        self.peer = ServerProcess.meet(hello)
-        self._beat_ns = NEVER_NS
+            self._retire(previous)
+        self.server = ServerProcess.watch(hello)
+        self._next_heartbeat_ns = NEVER_NS
         if not hello.watched:
-            self._beat_ns = monotonic_ns() + self.peer.beat_ns
-        if self.peer.pidfd is not None:
-            self._epoll.register(self.peer.pidfd, select.EPOLLIN)
+            self._next_heartbeat_ns = monotonic_ns() + self.server.heartbeat_interval_ns
+        if self.server.pidfd is not None:
+            self._epoll.register(self.server.pidfd, select.EPOLLIN)
 
-    # -- leaving ----------------------------------------------------------------------
+    # -- failover ---------------------------------------------------------------------
 
-    def _outlive(self, peer: ServerProcess) -> None:
-        """Leave a run whose address is another's; its process may live on."""
-        if peer.pidfd is None:
-            # It cannot be seen: its address is all that there was of it.
-            self._fail_posted(peer)
-        self._leave()
-        if self._posted.has(peer.hello.boot):
-            self._outlived.append(peer)
+    def _retire(self, server: ServerProcess) -> None:
+        """Replace a server that lost its address to another; it may still run."""
+        if server.pidfd is None:
+            # Its process is not visible: losing the address counts as its end.
+            self._fail_pending(server)
+        self._notify_disconnect()
+        if self._pending.has_boot(server.hello.boot):
+            self._retired.append(server)
         else:
-            self._unwatch(peer)
+            self._unwatch(server)
 
-    def gone(self, pidfd: int) -> None:
-        """Take in that a run's process has ended."""
-        peer = self.peer
-        if peer is not None and peer.pidfd == pidfd:
-            self._leave()
-            self._unwatch(peer)
-            self.peer = None
-            self._beat_ns = NEVER_NS
+    def handle_exit(self, pidfd: int) -> None:
+        """Handle the exit of a server's process."""
+        server = self.server
+        if server is not None and server.pidfd == pidfd:
+            self._notify_disconnect()
+            self._unwatch(server)
+            self.server = None
+            self._next_heartbeat_ns = NEVER_NS
             self.boot = NO_BOOT
-            self._fail_posted(peer)
+            self._fail_pending(server)
             if self._registered:
-                self._greet()
+                self._start_handshake()
             return
-        for outlived in [peer for peer in self._outlived if peer.pidfd == pidfd]:
-            self._outlived.remove(outlived)
-            self._unwatch(outlived)
-            self._fail_posted(outlived)
+        for retired in [server for server in self._retired if server.pidfd == pidfd]:
+            self._retired.remove(retired)
+            self._unwatch(retired)
+            self._fail_pending(retired)
 
-    def _fail_posted(self, peer: ServerProcess) -> None:
-        error = Unavailable(f"the server (process {peer.hello.pid}) is gone")
-        self._posted.fail(error, peer.hello.boot)
+    def _fail_pending(self, server: ServerProcess) -> None:
+        error = Unavailable(f"the server (process {server.hello.pid}) is gone")
+        self._pending.fail(error, server.hello.boot)
 
-    def _leave(self) -> None:
-        for told in self.on_leave:
-            told()
+    def _notify_disconnect(self) -> None:
+        for callback in self.on_disconnect:
+            callback()
 
-    def _unwatch(self, peer: ServerProcess) -> None:
-        if peer.pidfd is not None:
-            self._epoll.unregister(peer.pidfd)
-        peer.close()
+    def _unwatch(self, server: ServerProcess) -> None:
+        if server.pidfd is not None:
+            self._epoll.unregister(server.pidfd)
+        server.close()
 
 
 @dataclass(frozen=True, slots=True)
-class _Registration:
-    """What every run of the server is told anew, and who is told what it answered."""
+class SavedRegistration:
+    """A registration to repeat with every server, and the callback for its replies."""
 
     request: Registration
-    told: Told | None
+    on_registered: OnRegistered | None
 
 
-def _doubled(times: int) -> int:
-    return HELLO_AGAIN_NS << min(times, MAX_DOUBLINGS)
+def _back_off_ns(num_failures: int) -> int:
+    return HELLO_RETRY_NS << min(num_failures, MAX_DOUBLINGS)

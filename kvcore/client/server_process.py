@@ -1,4 +1,4 @@
-"""The run of a server that a connection talks to."""
+"""The server process of a connection, and detection of its exit."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from kvcore.protocol import HelloReply
 
 @dataclass(slots=True)
 class ServerProcess:
-    """What the server said of itself, and a pidfd that tells when it dies.
+    """A server's handshake reply, and a pidfd that becomes readable when it exits.
 
-    `pidfd` is None where the server's process cannot be seen: in another pid
-    namespace, or gone already.
+    `pidfd` is None if the process is not visible: it runs in another pid namespace or
+    on another host, or has exited.
     """
 
     hello: HelloReply
     pidfd: int | None
 
     @property
-    def beat_ns(self) -> int:
-        """How often to show life, where the server cannot watch this process."""
+    def heartbeat_interval_ns(self) -> int:
+        """Nanoseconds between heartbeats to a server that cannot watch this process."""
         return int(self.hello.heartbeat_s * 1e9 / 2)
 
     @classmethod
-    def meet(cls, hello: HelloReply) -> ServerProcess:
-        """Watch exactly the process that answered."""
+    def watch(cls, hello: HelloReply) -> ServerProcess:
+        """Open a pidfd of the process that replied; compare its start time."""
         if hello.pid_namespace != pid_namespace():
             return cls(hello, None)
         try:
             pidfd = os.pidfd_open(hello.pid)
-        except (OSError, OverflowError):  # Gone, or no pid at all.
+        except (OSError, OverflowError):  # Exited, or not a valid pid.
             return cls(hello, None)
         if start_time(hello.pid) == hello.pid_start:
             return cls(hello, pidfd)
@@ -40,7 +40,7 @@ class ServerProcess:
         return cls(hello, None)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Close the pidfd."""
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None

@@ -1,7 +1,7 @@
-"""A client that copies its own caches: it asks for room and holds, and no more.
+"""Client that copies between its own caches and the server's arena.
 
-The server's process never touches the cache, so the cache needs no shared memory;
-this process maps the arena instead, once a run of the server.
+The client process maps the arena, once per server process. The server only reserves
+space for stores and holds chunks for retrieves; the caches need no shared memory.
 """
 
 from __future__ import annotations
@@ -63,44 +63,45 @@ TicketReply = TypeVar("TicketReply", ReserveReply, HoldReply)
 
 
 class CopyingClient(KVClient):
-    """A `KVClient` whose process moves the bytes of what it registers with `memory`.
+    """A `KVClient` that copies the caches that it registers with `memory`.
 
-    Calls, replies and errors are the same. An instance that is registered without is
-    copied by the server as ever. `submit_*` copies on a thread a direction of the
-    instance, the plain name in the calling thread; one store and one retrieve of an
-    instance go on at a time.
+    Calls, replies and errors are those of `KVClient`. The server copies instances that
+    are registered without `memory`. `submit_store` and `submit_retrieve` copy on one
+    thread per instance and direction, `store` and `retrieve` in the calling thread. At
+    most one store and one retrieve per instance run at a time.
 
-    A retrieve ends by its deadline when it has not begun to write: its blocks are
-    this process's own. What is closed or unregistered waits for copies under way.
+    A retrieve that has not started to write ends at its deadline, since its blocks
+    belong to this process. `close` and `unregister_kv_cache` wait for running copies.
     """
 
     def __init__(
         self, address: str, *, label: str = "", timeout_s: float = 30.0
     ) -> None:
-        self._own: dict[str, MappedCache] = {}
+        self._caches: dict[str, MappedCache] = {}
         self._arena: Segment | None = None
         self._lock = Lock()
-        self._under_way = RunningCopies("the client was closed", Closed)
+        self._running_copies = RunningCopies("the client was closed", Closed)
         super().__init__(address, label=label, timeout_s=timeout_s)
-        self._connection.runs.on_leave.append(self._unmap)
+        self._connection.reconnect.on_disconnect.append(self._unmap_arena)
 
     def close(self) -> None:
-        """Wait for copies under way, then say goodbye and let go of the arena.
+        """Wait for running copies, close the connection and unmap the arena.
 
-        A future's callback does not wait for the last: who waits for an answer, which
-        that thread takes in, may have a cache's turn.
+        In a future's callback, the unmapping happens in another thread: a cache's lock
+        may be held by a thread that waits for a reply, which only the callback's
+        thread can receive.
         """
-        self._under_way.close()
+        self._running_copies.close()
         super().close()
-        if self._connection.is_served_here:
-            Thread(target=self._forget_all).start()
+        if self._connection.is_serving_thread:
+            Thread(target=self._close_caches).start()
         else:
-            self._forget_all()
+            self._close_caches()
 
-    def _forget_all(self) -> None:
-        for instance_id in list(self._own):
-            self._forget(instance_id)
-        self._unmap()
+    def _close_caches(self) -> None:
+        for instance_id in list(self._caches):
+            self._close_cache(instance_id)
+        self._unmap_arena()
 
     # -- registration -------------------------------------------------------------
 
@@ -108,13 +109,15 @@ class CopyingClient(KVClient):
         self,
         request: Registration,
         memory: Memory = (),
-        open_own: OpenWorkerMemory = HostWorkerMemory,
+        open_memory: OpenWorkerMemory = HostWorkerMemory,
     ) -> RegisterReply:
-        """Register a cache, now and with every later run of the server.
+        """Register a cache, now and after every restart of the server.
 
-        `memory` is what its handles stand for, flat and writable, one for each, and
-        stays the instance's until it is unregistered. `open_own` reaches memory of
-        another kind than the host's.
+        Args:
+            request: the registration; its handles are replaced.
+            memory: one flat, writable buffer per handle, in use until the instance is
+                unregistered. Empty: the server copies, with the request's handles.
+            open_memory: opens memory of another kind than the host's.
         """
         if not memory:
             return super().register_kv_cache(request)
@@ -124,21 +127,21 @@ class CopyingClient(KVClient):
             request, handles=tuple(Private(part.nbytes) for part in memory)
         )
         instance_id = request.instance_id
-        own = MappedCache(instance_id, request.groups, memory, open_own)
+        cache = MappedCache(instance_id, request.groups, memory, open_memory)
         replaced: list[MappedCache | None] = []
 
-        def told(reply: RegisterReply) -> None:
+        def on_registered(reply: RegisterReply) -> None:
             if not replaced:
-                replaced.append(self._own.get(instance_id))
-                self._own[instance_id] = own
-            self._map(own, reply)
+                replaced.append(self._caches.get(instance_id))
+                self._caches[instance_id] = cache
+            self._attach(cache, reply)
 
         try:
-            reply = self._connection.register(private, self.timeout_s, told)
-            own.wait()
+            reply = self._connection.register(private, self.timeout_s, on_registered)
+            cache.wait()
         except BaseException:
             if replaced:
-                with suppress(KVError):  # What is wrong has been said.
+                with suppress(KVError):  # The first error is raised.
                     self.unregister(UnregisterKVCache(instance_id))
             raise
         finally:
@@ -147,39 +150,39 @@ class CopyingClient(KVClient):
         return reply
 
     def unregister(self, request: UnregisterKVCache | CBUnregisterKVCache) -> Done:
-        """Forget a cache or a buffer; its running copies have ended."""
-        self._forget(request.instance_id)
+        """Wait for the running copies of a cache, and unregister it."""
+        self._close_cache(request.instance_id)
         return super().unregister(request)
 
-    def _forget(self, instance_id: str) -> None:
-        own = self._own.pop(instance_id, None)
-        if own is not None:
-            own.close()
+    def _close_cache(self, instance_id: str) -> None:
+        cache = self._caches.pop(instance_id, None)
+        if cache is not None:
+            cache.close()
 
-    def _map(self, own: MappedCache, reply: RegisterReply) -> None:
-        """Map the arena that a run of the server says it has; opened behind."""
+    def _attach(self, cache: MappedCache, reply: RegisterReply) -> None:
+        """Map the arena of a registration's reply; a thread of the cache opens it."""
         handle = reply.arena
         if handle is None:
-            raise BadRequest("the server did not say where its chunks lie")
+            raise BadRequest("the registration's reply names no arena")
         memory = handle.memory
         with self._lock:
             if self._arena is None or self._arena.name != memory.name:
-                self._let_go()
+                self._detach_arena()
                 arena = self._arena = Segment.attach(
                     memory.name, offset=memory.offset, length=memory.length
                 )
                 warming = (arena.array, lambda: self._arena is arena)
                 Thread(target=populate, args=warming, daemon=True).start()
-            own.map(self._arena, self.chunk_size, checksums=handle.checksums)
+            cache.map(self._arena, self.chunk_size, checksums=handle.checksums)
 
-    def _unmap(self) -> None:
+    def _unmap_arena(self) -> None:
         with self._lock:
-            self._let_go()
+            self._detach_arena()
 
-    def _let_go(self) -> None:
-        """A server that is gone has no memory back before its last mapping goes."""
-        for own in list(self._own.values()):
-            own.unmap()
+    def _detach_arena(self) -> None:
+        """Unmap the arena; the system frees its memory with the last mapping."""
+        for cache in list(self._caches.values()):
+            cache.unmap()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -192,11 +195,11 @@ class CopyingClient(KVClient):
         timeout_s: float | None = None,
         retry: Retry | None = None,
     ) -> Future[R]:
-        """Send a request, or copy for it on the thread of its direction."""
-        copying = self._copying(request, timeout_s, retry)
-        if copying is None:
+        """Send a request, or queue a local copy."""
+        copy = self._local_copy(request, timeout_s, retry)
+        if copy is None:
             return super().submit(request, timeout_s, retry)
-        return copying.direction.submit(copying.run)
+        return copy.queue.submit(copy.run)
 
     def call(
         self,
@@ -204,127 +207,137 @@ class CopyingClient(KVClient):
         timeout_s: float | None = None,
         retry: Retry | None = None,
     ) -> R:
-        """Send a request, or copy for it, and wait."""
-        copying = self._copying(request, timeout_s, retry)
-        if copying is None:
+        """Send a request or copy locally, and wait."""
+        copy = self._local_copy(request, timeout_s, retry)
+        if copy is None:
             return super().call(request, timeout_s, retry)
-        result: R = copying.run()
+        result: R = copy.run()
         return result
 
-    def _copying(
+    def _local_copy(
         self, request: Request[R], timeout_s: float | None, retry: Retry | None
-    ) -> _RunningCopy | None:
-        """Return what is to be done here; None for what the server does."""
+    ) -> _LocalCopy | None:
+        """Return the copy that this process makes; None for a request to the server."""
         if not isinstance(request, Store | Retrieve):
             return None
-        own = self._own.get(request.instance_id)
-        if own is None:
+        cache = self._caches.get(request.instance_id)
+        if cache is None:
             return None
         if request.event:
-            raise BadRequest("event: who copies itself waits for it before it asks")
+            raise BadRequest("event: wait for the event before the call")
         deadline_ns = monotonic_ns() + int((timeout_s or self.timeout_s) * 1e9)
         if isinstance(request, Store):
-            run = partial(self._store, own, request, retry, deadline_ns)
-            return _RunningCopy(own.stores, run)
-        return _RunningCopy(
-            own.retrieves, partial(self._retrieve, own, request, retry, deadline_ns)
+            run = partial(self._store, cache, request, retry, deadline_ns)
+            return _LocalCopy(cache.stores, run)
+        return _LocalCopy(
+            cache.retrieves, partial(self._retrieve, cache, request, retry, deadline_ns)
         )
 
     def _store(
-        self, own: MappedCache, store: Store, retry: Retry | None, deadline_ns: int
+        self, cache: MappedCache, store: Store, retry: Retry | None, deadline_ns: int
     ) -> StoreReply:
-        with own.stores.turn():
-            again = _wrapped(Reserve, retry)
-            reply = self._ask(Reserve(store), again, deadline_ns, Abort)
+        with cache.stores.exclusive():
+            retry_ticket = _wrap_retry(Reserve, retry)
+            reply = self._request_ticket(
+                Reserve(store), retry_ticket, deadline_ns, Abort
+            )
             if reply.ticket is None:
                 return StoreReply(0, reply.num_present, reply.num_dropped)
             try:
-                mapped = own.mapped(reply.arena)
-                with self._under_way.one(), mapped.copy():
+                mapped = cache.mapped(reply.arena)
+                with self._running_copies.track(), mapped.copy():
                     checksums = mapped.gather(store, reply.parts)
                 if monotonic_ns() > deadline_ns:
                     raise DeadlineExceeded("the deadline passed; nothing was kept")
             except BaseException:
-                self._tell(Abort(reply.ticket))
+                self._send_end(Abort(reply.ticket))
                 raise
             commit = Commit(reply.ticket, memoryview(b"".join(checksums)))
-            return self._end(commit, own, reply.arena, _left_s(deadline_ns))
+            return self._end_ticket(
+                commit, cache, reply.arena, _remaining_s(deadline_ns)
+            )
 
     def _retrieve(
         self,
-        own: MappedCache,
+        cache: MappedCache,
         retrieve: Retrieve,
         retry: Retry | None,
         deadline_ns: int,
     ) -> RetrieveReply:
-        with own.retrieves.turn():
-            again = _wrapped(Hold, retry)
-            reply = self._ask(Hold(retrieve), again, deadline_ns, Release)
+        with cache.retrieves.exclusive():
+            retry_ticket = _wrap_retry(Hold, retry)
+            reply = self._request_ticket(
+                Hold(retrieve), retry_ticket, deadline_ns, Release
+            )
             if reply.ticket is None:
                 return RetrieveReply(0)
             wrong: list[int] = []
             try:
-                mapped = own.mapped(reply.arena)
-                with self._under_way.one(), mapped.copy():
+                mapped = cache.mapped(reply.arena)
+                with self._running_copies.track(), mapped.copy():
                     wrong = mapped.find_wrong(reply.parts)
                     if wrong:
-                        raise ChunksMissing("a chunk's bytes were found wrong")
+                        raise ChunksMissing("a chunk does not match its checksum")
                     num_bytes = mapped.scatter(retrieve, reply.parts)
             except BaseException:
-                self._tell(Release(reply.ticket, wrong=tuple(wrong)))
+                self._send_end(Release(reply.ticket, wrong=tuple(wrong)))
                 raise
             release = Release(reply.ticket, num_bytes)
-            return self._end(release, own, reply.arena, self.timeout_s)
+            return self._end_ticket(release, cache, reply.arena, self.timeout_s)
 
-    def _ask(
+    def _request_ticket(
         self,
         request: Request[TicketReply],
         retry: Retry | None,
         deadline_ns: int,
         end: Callable[[int], Request[Any]],
     ) -> TicketReply:
-        """Ask for a ticket. One that comes too late is ended at once."""
+        """Request a ticket. One that arrives after the deadline is ended at once."""
 
-        def late(reply: ReserveReply | HoldReply) -> None:
+        def end_late(reply: ReserveReply | HoldReply) -> None:
             if reply.ticket is not None:
-                self._tell(end(reply.ticket))
+                self._send_end(end(reply.ticket))
 
-        return self._connection.call(request, _left_s(deadline_ns), retry, late)
+        return self._connection.call(
+            request, _remaining_s(deadline_ns), retry, end_late
+        )
 
-    def _tell(self, end: Request[Any]) -> None:
-        """Have a ticket ended without waiting for it."""
-        with suppress(Closed):  # Then all have ended.
+    def _send_end(self, end: Request[Any]) -> None:
+        """End a ticket without waiting for the reply."""
+        with suppress(Closed):  # The server ends the tickets of a closed connection.
             self.submit(end)
 
-    def _end(
-        self, end: Request[R], own: MappedCache, arena: str, timeout_s: float
+    def _end_ticket(
+        self, end: Request[R], cache: MappedCache, arena: str, timeout_s: float
     ) -> R:
         try:
             return self.call(end, timeout_s)
         except UnknownTicket:
-            own.mapped(arena)  # Unavailable, if another run of the server said so.
+            cache.mapped(arena)  # Raises Unavailable if the server has restarted.
             raise
 
 
 @dataclass(frozen=True, slots=True)
-class _RunningCopy:
-    """A copy to be made here, and where it waits for its turn."""
+class _LocalCopy:
+    """A copy in this process, and its queue."""
 
-    direction: CopyQueue
+    queue: CopyQueue
     run: Callable[[], Any]
 
 
-def _wrapped(kind: Callable[[Any], Request[Any]], retry: Retry | None) -> Retry | None:
-    """Send again what a request for a ticket is about."""
+def _wrap_retry(
+    kind: Callable[[Any], Request[Any]], retry: Retry | None
+) -> Retry | None:
+    """Return a retry that wraps the repeated request in a ticket request."""
     if retry is None:
         return None
 
-    def again(error: KVError) -> Request[Any] | None:
+    def retry_ticket(error: KVError) -> Request[Any] | None:
         inner = retry(error)
         return None if inner is None else kind(inner)
 
-    return again
+    return retry_ticket
 
 
-def _left_s(deadline_ns: int) -> float:
+def _remaining_s(deadline_ns: int) -> float:
     return (deadline_ns - monotonic_ns()) / 1e9

@@ -1,4 +1,4 @@
-"""A worker's mapping of the server's arena, and the caches that it copies itself."""
+"""A worker's mapping of the server's arena, and the caches that it copies."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from kvcore.shm import Bytes, Segment
 
 
 class WorkerMemory(Protocol):
-    """One instance's memory beside one run's arena."""
+    """One instance's memory, opened for copies to and from one arena."""
 
     @property
     def caches(self) -> tuple[PagedCache, ...]:
-        """A cache for each group, in order."""
+        """One cache per group, in order."""
 
     def close(self) -> None:
-        """Release the resources of the copies, after all have ended. May block."""
+        """Release the resources of the copies. No copy is running. May block."""
 
 
 OpenWorkerMemory = Callable[[Sequence[KVLayout], Sequence[Any], Bytes], WorkerMemory]
-"""Makes it, of layouts, memory and arena. May take its time: not in a thread that
-serves requests. What it raises, the copies that wait for it raise."""
+"""Opens a `WorkerMemory` from layouts, memory and arena. May be slow: never called in a
+thread that serves requests. The copies that wait for it raise its exceptions."""
 
 
 class HostWorkerMemory:
@@ -40,7 +40,7 @@ class HostWorkerMemory:
     def __init__(
         self, layouts: Sequence[KVLayout], memory: Sequence[Bytes], arena: Bytes
     ) -> None:
-        del arena  # Needs no preparation.
+        del arena  # Host memory needs no preparation.
         self.caches = tuple(HostCache(layout, memory) for layout in layouts)
 
     def close(self) -> None:
@@ -52,11 +52,11 @@ class HostWorkerMemory:
 R = TypeVar("R")
 
 Memory = Sequence[Any]
-"""What a registration's handles stand for, in their order; flat bytes on a host."""
+"""The buffers of a registration's handles, in order; flat byte arrays on a host."""
 
 
 class MappedArena:
-    """A cache and the arena of one server run, until the last copy between them."""
+    """A cache and the arena of one server process, open until the last copy."""
 
     def __init__(
         self,
@@ -70,33 +70,37 @@ class MappedArena:
         self._opened = opened
         self._layouts = layouts
         self._chunk_size = chunk_size
-        self._mover = ChunkCopier(arena, chunk_size, checksums=checksums)
+        self._copier = ChunkCopier(arena, chunk_size, checksums=checksums)
         self._copies = RunningCopies(
-            "the server went before its copy began", Unavailable
+            "the server restarted before the copy started", Unavailable
         )
 
     def copy(self) -> AbstractContextManager[None]:
-        """Return a context that keeps it open; `Unavailable` when it is closed."""
-        return self._copies.one()
+        """Return a context that keeps the mapping open.
+
+        Raises:
+            Unavailable: the mapping is closed.
+        """
+        return self._copies.track()
 
     def gather(self, request: Store, places: PartLocations) -> list[Checksum]:
-        """Fill the parts that were reserved for a store."""
+        """Copy a store's blocks to its parts; return one checksum per chunk."""
         tokens = TokenRange.to_store(request.start, request.end, self._chunk_size)
         blocks = read_blocks(self._layouts, request.blocks, tokens)
-        return self._mover.gather(self._opened.caches, blocks, places)
+        return self._copier.gather(self._opened.caches, blocks, places)
 
     def find_wrong(self, places: PartLocations) -> list[int]:
         """Return the indexes of chunks whose bytes do not match their checksum."""
-        return self._mover.find_wrong(places)
+        return self._copier.find_wrong(places)
 
     def scatter(self, request: Retrieve, places: PartLocations) -> int:
-        """Write the parts that are held for a retrieve; return the bytes."""
+        """Copy a retrieve's parts to its blocks; return the number of bytes."""
         skip = request.skip_first_n_tokens
         tokens = TokenRange.to_retrieve(
             request.start, request.end, skip, self._chunk_size
         )
         blocks = read_blocks(self._layouts, request.blocks, tokens)
-        return self._mover.scatter(self._opened.caches, blocks, places, tokens)
+        return self._copier.scatter(self._opened.caches, blocks, places, tokens)
 
     def close(self) -> None:
         """Wait for running copies, then release the memory."""
@@ -105,51 +109,51 @@ class MappedArena:
 
 
 class CopyQueue:
-    """A thread for what was submitted, and one copy at a time whoever makes it."""
+    """Runs submitted copies on one thread, and allows one copy at a time."""
 
     def __init__(self, name: str) -> None:
-        self._lane = ThreadPoolExecutor(1, name)
-        self._turn = Lock()
+        self._executor = ThreadPoolExecutor(1, name)
+        self._lock = Lock()
         self._is_closed = False
 
     def submit(self, copy: Callable[[], R]) -> Future[R]:
-        """Make a copy on the queue's thread."""
+        """Run a copy on the queue's thread."""
         try:
-            return self._lane.submit(copy)
+            return self._executor.submit(copy)
         except RuntimeError:  # Shut down by another thread.
-            raise UnknownInstance("unregistered before it was submitted") from None
+            raise UnknownInstance("unregistered before the submission") from None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for one's turn; `UnknownInstance` when the cache has gone meanwhile."""
-        with self._turn:
+    def exclusive(self) -> Iterator[None]:
+        """Exclude other copies; raises `UnknownInstance` if closed meanwhile."""
+        with self._lock:
             if self._is_closed:
-                raise UnknownInstance("unregistered before the copy's turn came")
+                raise UnknownInstance("unregistered before the copy started")
             yield
 
     def close(self) -> None:
-        """Wait for who has the turn; nobody has another."""
+        """Wait for the running copy and refuse new ones."""
         self._is_closed = True
-        with self._turn:
-            self._lane.shutdown(wait=False)
+        with self._lock:
+            self._executor.shutdown(wait=False)
 
 
 class RunningCopies:
-    """Copies that go on just now; once closed, `error` says `why` there is no other."""
+    """Running copies. Once closed, a new one raises `error(closed_message)`."""
 
-    def __init__(self, why: str, error: type[KVError]) -> None:
-        self._why = why
+    def __init__(self, closed_message: str, error: type[KVError]) -> None:
+        self._closed_message = closed_message
         self._error = error
         self._changed = Condition()
         self._count = 0
         self._is_closed = False
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Count one running copy; raises `error` once closed."""
+    def track(self) -> Iterator[None]:
+        """Count one running copy; raises the error once closed."""
         with self._changed:
             if self._is_closed:
-                raise self._error(self._why)
+                raise self._error(self._closed_message)
             self._count += 1
         try:
             yield
@@ -166,10 +170,10 @@ class RunningCopies:
 
 
 class MappedCache:
-    """Memory of this process that was registered as private.
+    """A registered cache of this process, and its mapping of the current arena.
 
-    A separate thread attaches it to one server run after the other: page-locking an
-    arena and waiting for the last copy to the previous one are slow.
+    A thread of its own opens and closes the mapping after every server restart: both
+    page-locking an arena and waiting for the last copy are slow.
     """
 
     def __init__(
@@ -177,11 +181,11 @@ class MappedCache:
         instance_id: str,
         groups: Sequence[CacheGroup],
         memory: Memory,
-        open_own: OpenWorkerMemory,
+        open_memory: OpenWorkerMemory,
     ) -> None:
         self._groups = groups
         self._memory = memory
-        self._open = open_own
+        self._open_memory = open_memory
         self._arena = ""
         self._mapped: Future[MappedArena] | None = None
         self._mapper = ThreadPoolExecutor(1, f"map-{instance_id[:40]}")
@@ -189,7 +193,7 @@ class MappedCache:
         self.retrieves = CopyQueue(f"retrieve-{instance_id[:40]}")
 
     def map(self, arena: Segment, chunk_size: int, *, checksums: bool) -> None:
-        """Attach to a server run, whose chunk size may differ.
+        """Replace the mapping by one of a new arena, whose chunk size may differ.
 
         Raises:
             UnknownInstance: the cache was closed meanwhile.
@@ -197,23 +201,25 @@ class MappedCache:
         try:
             self.unmap()
             mapped = self._mapper.submit(
-                self._make, arena.array, chunk_size, checksums=checksums
+                self._open_mapping, arena.array, chunk_size, checksums=checksums
             )
         except RuntimeError:  # Shut down.
-            raise UnknownInstance("unregistered before a server was met") from None
+            raise UnknownInstance("unregistered before the arena was mapped") from None
         self._arena, self._mapped = arena.name, mapped
 
-    def _make(self, arena: Bytes, chunk_size: int, *, checksums: bool) -> MappedArena:
+    def _open_mapping(
+        self, arena: Bytes, chunk_size: int, *, checksums: bool
+    ) -> MappedArena:
         sizes = [part.nbytes for part in self._memory]
         layouts = [KVLayout.derive(group, sizes, chunk_size) for group in self._groups]
-        opened = self._open(layouts, self._memory, arena)
+        opened = self._open_memory(layouts, self._memory, arena)
         return MappedArena(opened, layouts, arena, chunk_size, checksums=checksums)
 
     def unmap(self) -> None:
         """Release the arena after the running copies.
 
-        Blocks only while the interpreter exits or after `close`: no thread takes work
-        then, so the calling one waits.
+        Blocks only while the interpreter exits or after `close`, when no thread accepts
+        work.
         """
         mapped, self._mapped = self._mapped, None
         if mapped is None:
@@ -227,15 +233,15 @@ class MappedCache:
         """Return the mapping of the arena with this name.
 
         Raises:
-            Unavailable: that run of the server is gone.
+            Unavailable: the server has restarted.
         """
         mapped = self._mapped
         if mapped is None or self._arena != arena:
-            raise Unavailable("the server went before its copy began")
+            raise Unavailable("the server restarted before the copy started")
         return mapped.result()
 
     def wait(self) -> None:
-        """Wait until `map` has ended; raises what it raised."""
+        """Wait until the mapping is open; raises the exception of `open_memory`."""
         mapped = self._mapped
         if mapped is not None:
             mapped.result()

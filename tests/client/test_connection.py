@@ -1,4 +1,4 @@
-"""A connection against a played server: what real ones do seldom or never."""
+"""Connection against a scripted server: replies that real servers rarely send."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ KEY = SessionKey("e", "r")
 
 
 class ScriptedServer:
-    """A server that runs on a thread and answers as it is told.
+    """A server on a thread whose replies a test sets.
 
-    `answers` maps a request's class to what is answered: a reply, an error, bytes as
-    they are, or None for nothing.
+    `answers` maps a request class to a reply, an error, a raw frame, or None for no
+    reply.
     """
 
     def __init__(self, address: str, *, watched: bool = True) -> None:
@@ -60,16 +60,16 @@ class ScriptedServer:
         self.pid = os.getpid()
         self.boot = BootToken(1)
         self.boots: dict[type[Request[Any]], BootToken] = {}
-        """The run that begins just before the first request of a kind is read."""
+        """Boot tokens that take effect at the first request of a class."""
         self.seen: list[Request[Any]] = []
-        self.news = threading.Condition()
+        self.changed = threading.Condition()
         self.answers: dict[type[Request[Any]], Any] = {
             Ping: Pong(0),
             EndSession: Done(),
             RegisterKVCache: RegisterReply((), 0),
         }
-        self.is_deaf = threading.Event()
-        self._later: deque[list[bytes]] = deque()
+        self.is_paused = threading.Event()
+        self._delayed_replies: deque[list[bytes]] = deque()
         self._unanswered: dict[type[Request[Any]], tuple[bytes, int]] = {}
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -80,9 +80,9 @@ class ScriptedServer:
 
     def _serve(self) -> None:
         while not self._stop.is_set():
-            while self._later:
-                self._socket.send_multipart(self._later.popleft())
-            if self.is_deaf.is_set():
+            while self._delayed_replies:
+                self._socket.send_multipart(self._delayed_replies.popleft())
+            if self.is_paused.is_set():
                 self._stop.wait(0.01)
                 continue
             if not self._socket.poll(20):
@@ -94,12 +94,12 @@ class ScriptedServer:
             if isinstance(request, Hello):
                 answer = self.answers.get(Hello, self.hello())
             elif envelope.boot != self.boot:
-                answer = StaleBoot("of another run")
+                answer = StaleBoot("of another server")
             else:
                 answer = self.answers.get(type(request))
-            with self.news:
+            with self.changed:
                 self.seen.append(request)
-                self.news.notify_all()
+                self.changed.notify_all()
             if answer is None:
                 self._unanswered[type(request)] = (identity, envelope.id)
                 continue
@@ -110,12 +110,12 @@ class ScriptedServer:
             self._socket.send_multipart([identity, answer])
 
     def answer(self, kind: type[Request[Any]], reply: Any) -> None:
-        """Answer, now, the last request of a kind that was not."""
-        identity, number = self._unanswered[kind]
-        self._later.append([identity, encode_reply(number, reply)])
+        """Reply to the last unanswered request of a class."""
+        identity, request_id = self._unanswered[kind]
+        self._delayed_replies.append([identity, encode_reply(request_id, reply)])
 
     def hello(self) -> HelloReply:
-        """What it says of itself."""
+        """Return the handshake reply."""
         return HelloReply(
             protocol_version=PROTOCOL_VERSION,
             boot=self.boot,
@@ -130,19 +130,19 @@ class ScriptedServer:
         )
 
     def wait_for(self, kind: type[Request[Any]], count: int = 1) -> None:
-        """Wait until so many requests of a kind came."""
-        with self.news:
-            is_so = self.news.wait_for(
+        """Wait until `count` requests of a class have arrived."""
+        with self.changed:
+            has_arrived = self.changed.wait_for(
                 lambda: sum(isinstance(s, kind) for s in self.seen) >= count, 20
             )
-        assert is_so, self.names()
+        assert has_arrived, self.names()
 
     def names(self) -> list[str]:
-        """What came, in order."""
+        """Return the class names of the received requests, in order."""
         return [type(request).__name__ for request in self.seen]
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the thread and close the socket."""
         self._stop.set()
         self._thread.join()
         self._socket.close()
@@ -150,23 +150,23 @@ class ScriptedServer:
 
 @pytest.fixture
 def scripted_server(tmp_path: Path) -> Iterator[ScriptedServer]:
-    """A played server."""
-    server = ScriptedServer(f"ipc://{tmp_path}/played")
+    """A scripted server."""
+    server = ScriptedServer(f"ipc://{tmp_path}/scripted")
     yield server
     server.close()
 
 
 @pytest.fixture
-def unwatched(tmp_path: Path) -> Iterator[ScriptedServer]:
-    """A played server of another pid namespace."""
-    server = ScriptedServer(f"ipc://{tmp_path}/unwatched", watched=False)
+def unwatched_server(tmp_path: Path) -> Iterator[ScriptedServer]:
+    """A scripted server in another pid namespace."""
+    server = ScriptedServer(f"ipc://{tmp_path}/unwatched_server", watched=False)
     yield server
     server.close()
 
 
 @pytest.fixture
 def connect() -> Iterator[Callable[[ScriptedServer], KVClient]]:
-    """Connect to a played server."""
+    """Return a function that connects a client to a scripted server."""
     clients: list[KVClient] = []
 
     def start(server: ScriptedServer) -> KVClient:
@@ -178,10 +178,10 @@ def connect() -> Iterator[Callable[[ScriptedServer], KVClient]]:
         client.close()
 
 
-def test_another_run_is_met_in_order(
+def test_a_restarted_server_gets_handshake_registrations_and_request(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """Refused as stale: hello, the registrations, and then the request once more."""
+    """After a stale boot token: hello, registrations, then the request again."""
     client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
     scripted_server.seen.clear()
@@ -196,23 +196,23 @@ def test_another_run_is_met_in_order(
     assert client.server.boot == 2
 
 
-def test_what_was_unregistered_is_not_registered_again(
+def test_a_removed_registration_is_not_restored(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """Only what should be there is restored."""
+    """A restart restores the remaining registrations only."""
     client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
-    client._connection.runs.forget("i")
+    client._connection.reconnect.remove_registration("i")
     scripted_server.seen.clear()
     scripted_server.boot = BootToken(2)
     client.end_session(KEY)
     assert scripted_server.names() == ["EndSession", "Hello", "EndSession"]
 
 
-def test_a_server_that_is_never_content_is_given_up(
+def test_the_number_of_sends_is_limited(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """A request is sent a few times, not for ever."""
+    """A server that rejects every send ends the request with its error."""
     client = connect(scripted_server)
     scripted_server.answers[EndSession] = StaleBoot("never")
     with pytest.raises(StaleBoot, match="never"):
@@ -220,20 +220,22 @@ def test_a_server_that_is_never_content_is_given_up(
     assert scripted_server.names().count("EndSession") == 4
 
 
-def test_a_hello_that_is_refused_is_told(scripted_server: ScriptedServer) -> None:
-    """Where versions differ there is no client."""
-    scripted_server.answers[Hello] = BadRequest("speak otherwise")
-    with pytest.raises(BadRequest, match="speak otherwise"):
+def test_a_rejected_handshake_raises_in_the_constructor(
+    scripted_server: ScriptedServer,
+) -> None:
+    """The error is the one that the server replied."""
+    scripted_server.answers[Hello] = BadRequest("wrong version")
+    with pytest.raises(BadRequest, match="wrong version"):
         KVClient(scripted_server.address, timeout_s=20)
 
 
 @pytest.mark.parametrize("frame", [b"", b"junk", encode_reply(10**6, Done())])
-def test_a_frame_that_answers_nothing_is_dropped(
+def test_an_unmatched_frame_is_dropped(
     scripted_server: ScriptedServer,
     connect: Callable[[ScriptedServer], KVClient],
     frame: bytes,
 ) -> None:
-    """The request that it might have answered ends at its deadline."""
+    """The pending request fails at its deadline."""
     client = connect(scripted_server)
     scripted_server.answers[EndSession] = frame
     with pytest.raises(DeadlineExceeded):
@@ -244,17 +246,17 @@ def test_a_frame_that_answers_nothing_is_dropped(
 def test_a_reply_of_the_wrong_shape_fails_its_request(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """It is not passed on as if it were right."""
+    """The caller gets an error, not the wrong reply."""
     client = connect(scripted_server)
     scripted_server.answers[Ping] = Done()
     with pytest.raises(BadRequest, match="reply"):
         client.ping()
 
 
-def test_closing_ends_what_is_unanswered(
+def test_closing_fails_pending_requests(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """With `Closed`, and with a goodbye to the server; nothing can be asked then."""
+    """They fail with `Closed`, the server gets a goodbye, and new requests fail."""
     client = connect(scripted_server)
     scripted_server.answers[EndSession] = None
     future = client.submit_end_session(KEY)
@@ -268,41 +270,41 @@ def test_closing_ends_what_is_unanswered(
         client.ping()
 
 
-def test_closing_ends_a_call_of_another_thread(
+def test_closing_fails_a_call_of_another_thread(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """Who closes does not wait for what may never be answered."""
+    """`close` does not wait for a reply."""
     client = connect(scripted_server)
     scripted_server.answers[EndSession] = None
-    ends: list[BaseException] = []
+    errors: list[BaseException] = []
 
-    def ask() -> None:
+    def send_requests() -> None:
         try:
             client.end_session(KEY)
         except KVError as error:
-            ends.append(error)
+            errors.append(error)
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=send_requests)
     thread.start()
     scripted_server.wait_for(EndSession)
     client.close()
     thread.join(20)
-    assert [type(end) for end in ends] == [Closed]
+    assert [type(end) for end in errors] == [Closed]
 
 
-def test_closing_amid_calls_leaves_nobody_waiting(
+def test_closing_during_calls_leaves_no_thread_waiting(
     scripted_server: ScriptedServer,
 ) -> None:
-    """However the two meet, both end."""
+    """Both threads end in every interleaving."""
     for _ in range(50):
         client = KVClient(scripted_server.address, timeout_s=20)
 
-        def ask(client: KVClient = client) -> None:
+        def send_requests(client: KVClient = client) -> None:
             with suppress(Closed):
                 while True:
                     client.ping()
 
-        thread = threading.Thread(target=ask)
+        thread = threading.Thread(target=send_requests)
         thread.start()
         client.end_session(KEY)
         client.close()
@@ -310,47 +312,47 @@ def test_closing_amid_calls_leaves_nobody_waiting(
         assert not thread.is_alive()
 
 
-def test_life_is_shown_while_waiting(
-    unwatched: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
+def test_heartbeats_continue_while_a_request_is_pending(
+    unwatched_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """To a server that cannot watch the process: idle, or with a request under way."""
-    client = connect(unwatched)
-    unwatched.wait_for(Ping, 4)
+    """For a server that cannot watch the process, idle clients send them too."""
+    client = connect(unwatched_server)
+    unwatched_server.wait_for(Ping, 4)
     future = client.submit_retrieve(KEY, "i", 0, 64, [[0]])
-    unwatched.wait_for(Retrieve)
-    unwatched.seen.clear()
-    unwatched.wait_for(Ping, 3)
+    unwatched_server.wait_for(Retrieve)
+    unwatched_server.seen.clear()
+    unwatched_server.wait_for(Ping, 3)
     assert not future.done()
 
 
-def test_a_new_run_ends_what_an_unwatched_one_was_asked(
-    unwatched: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
+def test_a_restart_fails_requests_to_an_unwatched_server(
+    unwatched_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """Its address is another's now, so it writes no more: even a retrieve ends."""
-    client = connect(unwatched)
+    """Losing the address counts as its end: even a retrieve fails."""
+    client = connect(unwatched_server)
     future = client.submit_retrieve(KEY, "i", 0, 64, [[0]], timeout_s=0.01)
-    unwatched.wait_for(Retrieve)
-    unwatched.boot = BootToken(2)
+    unwatched_server.wait_for(Retrieve)
+    unwatched_server.boot = BootToken(2)
     with pytest.raises(KVError, match="is gone"):
         future.result(20)
 
 
-def test_any_thread_may_ask(
+def test_threads_share_a_connection(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """Calls from many threads all get their own answers."""
+    """Each call of each thread gets its own reply."""
     client = connect(scripted_server)
     failures: list[BaseException] = []
 
-    def ask() -> None:
+    def send_requests() -> None:
         try:
             for _ in range(50):
                 client.ping()
                 client.submit_end_session(KEY).result(20)
-        except BaseException as error:  # noqa: BLE001 - told below
+        except BaseException as error:  # noqa: BLE001 - asserted below
             failures.append(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=send_requests) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -359,10 +361,10 @@ def test_any_thread_may_ask(
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_what_a_refused_hello_ended_is_never_sent(
+def test_requests_failed_by_a_rejected_handshake_are_not_sent(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """A request that has failed does not come back with the next good hello."""
+    """A failed request is not sent after the next successful handshake."""
     client = connect(scripted_server)
     scripted_server.boot = BootToken(2)
     scripted_server.answers[Hello] = BadRequest("another version")
@@ -371,25 +373,25 @@ def test_what_a_refused_hello_ended_is_never_sent(
     del scripted_server.answers[Hello]
     client.submit(Ping()).result(20)
     client.submit(Ping()).result(20)
-    # Once to the earlier run, which refused it; not again.
+    # Once, to the previous server, which rejected it.
     assert scripted_server.names().count("EndSession") == 1
 
 
-def test_a_callback_may_close(
+def test_a_callback_may_close_the_client(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """On the connection's own thread; what else is unanswered ends."""
+    """On the background thread; the other pending requests fail."""
     client = connect(scripted_server)
     scripted_server.answers[EndSession] = None
     scripted_server.answers[Ping] = None
     ended = client.submit_end_session(KEY)
-    left = client.submit(Ping())
+    unanswered = client.submit(Ping())
     scripted_server.wait_for(Ping, 2)
     ended.add_done_callback(lambda _: client.close())
     scripted_server.answer(EndSession, Done())
     assert ended.result(20) == Done()
     with pytest.raises(Closed):
-        left.result(20)
+        unanswered.result(20)
     client.close()
     assert not client._connection._thread.is_alive()
     assert client._connection._socket.closed
@@ -398,19 +400,19 @@ def test_a_callback_may_close(
 def test_a_callback_may_close_in_another_threads_call(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """The call that served it ends too."""
+    """The call whose thread runs the callback fails too."""
     client = connect(scripted_server)
     scripted_server.answers[EndSession] = None
     scripted_server.answers[Ping] = None
-    ends: list[BaseException] = []
+    errors: list[BaseException] = []
 
-    def ask() -> None:
+    def send_requests() -> None:
         try:
             client.end_session(KEY)
         except KVError as error:
-            ends.append(error)
+            errors.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=send_requests, daemon=True)
     thread.start()
     scripted_server.wait_for(EndSession)
     future = client.submit(Ping())
@@ -421,41 +423,41 @@ def test_a_callback_may_close_in_another_threads_call(
     thread.join(20)
     assert not thread.is_alive()
     client.close()
-    assert [type(end) for end in ends] == [Closed]
+    assert [type(end) for end in errors] == [Closed]
     assert client._connection._socket.closed
 
 
 @pytest.mark.parametrize("name", ["message", "self", "code"])
-def test_an_error_may_have_details_of_any_name(
+def test_error_details_may_have_any_name(
     scripted_server: ScriptedServer,
     connect: Callable[[ScriptedServer], KVClient],
     name: str,
 ) -> None:
-    """The request that it answers fails with it; the connection goes on."""
+    """The request fails with the error; the connection stays usable."""
     client = connect(scripted_server)
-    error = BadRequest("so it is")
+    error = BadRequest("as scripted")
     error.details = {name: 1}
     scripted_server.answers[EndSession] = error
-    with pytest.raises(BadRequest, match="so it is") as raised:
+    with pytest.raises(BadRequest, match="as scripted") as raised:
         client.submit_end_session(KEY).result(20)
     assert raised.value.details == {name: 1}
     client.ping()
 
 
-def test_a_server_of_an_impossible_process_is_not_watched(
+def test_an_invalid_process_id_is_not_watched(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """It is met all the same."""
+    """The handshake succeeds without a pidfd."""
     scripted_server.pid = 1 << 40
     client = connect(scripted_server)
     client.ping()
     assert client.server.pid == 1 << 40
 
 
-def test_a_run_that_was_never_registered_with_is_no_reason_to_register_twice(
+def test_a_restart_during_restoration_registers_once_per_server(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """What was on its way to one run is not sent to the next one besides."""
+    """A registration sent to one server is not sent again to the next one."""
     client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
     scripted_server.boots[RegisterKVCache] = BootToken(3)
@@ -469,10 +471,10 @@ def test_a_run_that_was_never_registered_with_is_no_reason_to_register_twice(
     ]
 
 
-def test_a_run_that_outlives_its_address_is_watched(
+def test_a_replaced_server_is_watched_until_it_exits(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """It may write what it was asked to until its process ends; then that ends."""
+    """Its process may still write, so pending requests fail only at its exit."""
     with Popen(["sleep", "1000"]) as process:
         scripted_server.pid = process.pid
         client = connect(scripted_server)
@@ -489,17 +491,17 @@ def test_a_run_that_outlives_its_address_is_watched(
         client.ping()
 
 
-def test_deadlines_pass_while_nonsense_keeps_coming(
+def test_deadlines_expire_while_stray_replies_arrive(
     scripted_server: ScriptedServer,
     connect: Callable[[ScriptedServer], KVClient],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """However fast it comes: there is always another frame."""
+    """Even if another frame is always ready."""
     client = connect(scripted_server)
-    nonsense = encode_reply(10**6, Done())
-    scripted_server.answers[EndSession] = nonsense
+    stray_reply = encode_reply(10**6, Done())
+    scripted_server.answers[EndSession] = stray_reply
     with monkeypatch.context() as patched:
-        patched.setattr(client._connection._socket, "recv", lambda _: nonsense)
+        patched.setattr(client._connection._socket, "recv", lambda _: stray_reply)
         future = client.submit(EndSession(KEY), 0.05)
         with pytest.raises(DeadlineExceeded):
             future.result(20)

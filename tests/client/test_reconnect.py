@@ -1,4 +1,4 @@
-"""How the runs of a server are met, against a played one."""
+"""Handshake, re-registration and heartbeats, against a scripted server."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from unittest import mock
 
 import pytest
 
-from kvcore.client import KVClient
-from kvcore.client import reconnect as runs
+from kvcore.client import KVClient, reconnect
 from kvcore.client.pending_requests import PendingRequest
 from kvcore.errors import BadRequest, StaleBoot, Unavailable
 from kvcore.protocol import (
@@ -27,19 +26,19 @@ from tests.client.test_connection import (
     ScriptedServer,
     connect,
     scripted_server,
-    unwatched,
+    unwatched_server,
 )
 
-__all__ = ["connect", "scripted_server", "unwatched"]
+__all__ = ["connect", "scripted_server", "unwatched_server"]
 
 
-def test_a_run_that_calls_all_registrations_stale_is_greeted_ever_more_seldom(
+def test_handshakes_back_off_while_registrations_are_rejected(
     scripted_server: ScriptedServer,
     connect: Callable[[ScriptedServer], KVClient],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second hello comes at once, since a run may end just then; a third waits."""
-    monkeypatch.setattr(runs, "HELLO_AGAIN_NS", 3600 * 10**9)
+    """The second hello is sent at once; the third waits for the back-off."""
+    monkeypatch.setattr(reconnect, "HELLO_RETRY_NS", 3600 * 10**9)
     client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
     scripted_server.answers[RegisterKVCache] = StaleBoot("never")
@@ -48,23 +47,23 @@ def test_a_run_that_calls_all_registrations_stale_is_greeted_ever_more_seldom(
     client.end_session(KEY)
     scripted_server.wait_for(RegisterKVCache, 2)
 
-    def ask() -> None:
-        while True:  # Until the last refusal is taken in.
+    def end_session_until_refused() -> None:
+        while True:  # Until the client has read the last rejection.
             client.call(EndSession(KEY), 0.1)
 
     with pytest.raises(Unavailable, match="no server answers"):
-        ask()
+        end_session_until_refused()
     assert scripted_server.names().count("Hello") == 2
     assert scripted_server.names().count("RegisterKVCache") == 2
 
 
-def test_a_greeting_that_was_put_off_is_made_in_time(
+def test_a_delayed_handshake_is_sent_by_the_background_thread(
     scripted_server: ScriptedServer,
     connect: Callable[[ScriptedServer], KVClient],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the connection's thread, also when nobody asks for anything."""
-    monkeypatch.setattr(runs, "HELLO_AGAIN_NS", 20_000_000)
+    """It needs no further request of the caller."""
+    monkeypatch.setattr(reconnect, "HELLO_RETRY_NS", 20_000_000)
     client = connect(scripted_server)
     client.register_kv_cache(RegisterKVCache("i", "e", "m", 1, 0, (), ()))
     scripted_server.answers[RegisterKVCache] = StaleBoot("never")
@@ -77,20 +76,20 @@ def test_a_greeting_that_was_put_off_is_made_in_time(
 
 
 @pytest.mark.parametrize("heartbeat_s", [0.0, -1.0, 1e-300, math.nan, math.inf, 1e30])
-def test_a_heartbeat_that_cannot_be_is_refused(
-    unwatched: ScriptedServer, heartbeat_s: float
+def test_an_invalid_heartbeat_interval_fails_the_handshake(
+    unwatched_server: ScriptedServer, heartbeat_s: float
 ) -> None:
-    """The server is not met, rather than shown life without pause, or never."""
-    unwatched.heartbeat_s = heartbeat_s
+    """The client sends no heartbeat to such a server."""
+    unwatched_server.heartbeat_s = heartbeat_s
     with pytest.raises(BadRequest, match="heartbeat_s"):
-        KVClient(unwatched.address, timeout_s=20)
-    assert "Ping" not in unwatched.names()
+        KVClient(unwatched_server.address, timeout_s=20)
+    assert "Ping" not in unwatched_server.names()
 
 
-def test_what_is_registered_is_known_to_be_so_at_once(
+def test_a_registration_is_saved_before_the_caller_resumes(
     scripted_server: ScriptedServer, connect: Callable[[ScriptedServer], KVClient]
 ) -> None:
-    """A run that is met before the caller goes on is told of it too."""
+    """A server that restarts before the caller resumes gets the registration too."""
     client = connect(scripted_server)
     scripted_server.answers[RegisterKVCache] = None
     request = RegisterKVCache("i", "e", "m", 1, 0, (), ())
@@ -99,33 +98,33 @@ def test_what_is_registered_is_known_to_be_so_at_once(
     def register() -> None:
         replies.append(client.register_kv_cache(request))
 
-    held = threading.Event()
-    taken = PendingRequest.succeed
+    restarted = threading.Event()
+    succeed = PendingRequest.succeed
 
-    def slowly(pending: PendingRequest, reply: Any) -> None:
-        taken(pending, reply)
+    def succeed_and_restart(pending: PendingRequest, reply: Any) -> None:
+        succeed(pending, reply)
         if isinstance(pending.request, RegisterKVCache) and not pending.is_restoring:
-            # Another run is met by who holds the socket, before the caller wakes.
+            # The thread that holds the socket reconnects before the caller wakes.
             scripted_server.boot = BootToken(2)
-            client._connection.runs.refused(BootToken(1))
+            client._connection.reconnect.mark_stale(BootToken(1))
             client._connection._transmit(PendingRequest(EndSession(KEY), 0))
-            held.set()
+            restarted.set()
 
-    with mock.patch.object(PendingRequest, "succeed", slowly):
+    with mock.patch.object(PendingRequest, "succeed", succeed_and_restart):
         thread = threading.Thread(target=register)
         thread.start()
         scripted_server.wait_for(RegisterKVCache)
         scripted_server.answers[RegisterKVCache] = RegisterReply((), 0)
         scripted_server.answer(RegisterKVCache, RegisterReply((), 0))
         thread.join(20)
-    assert held.is_set()
+    assert restarted.is_set()
     scripted_server.wait_for(RegisterKVCache, 2)
 
 
-def test_who_leaves_before_it_was_greeted_says_goodbye(
+def test_closing_during_the_handshake_sends_a_goodbye(
     scripted_server: ScriptedServer,
 ) -> None:
-    """The server may read the hello yet, and would wait for its process to end."""
+    """The server may still read the hello, and would keep the client until it exits."""
     scripted_server.answers[Hello] = None
     with pytest.raises(Unavailable):
         KVClient(scripted_server.address, timeout_s=0.05)

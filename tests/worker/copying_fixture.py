@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from kvcore.client.pending_requests import Late, Retry
-from kvcore.client.reconnect import Registration, Told
+from kvcore.client.pending_requests import OnLateReply, Retry
+from kvcore.client.reconnect import OnRegistered, Registration
 from kvcore.config import ServerConfig
 from kvcore.copy.paged_cache import ChunkCopier
 from kvcore.engine.engine import Engine
@@ -39,14 +39,16 @@ class Message:
     connection: ManualConnection
     request: Request[Any]
     deadline_ns: int
-    late: Late | None = None
+    on_late_reply: OnLateReply | None = None
     future: Future[Any] = field(default_factory=Future)
 
     def end(self, outcome: Any) -> None:
         """Take in the answer, or what is in place of one."""
         if self.future.done():
-            if self.late is not None and not isinstance(outcome, BaseException):
-                self.late(outcome)
+            if self.on_late_reply is not None and not isinstance(
+                outcome, BaseException
+            ):
+                self.on_late_reply(outcome)
         elif isinstance(outcome, BaseException):
             self.future.set_exception(outcome)
         else:
@@ -54,36 +56,36 @@ class Message:
 
 
 class ManualConnection:
-    """Has the calls of a `Connection`; its messages go to the house."""
+    """Has the calls of a `Connection`; its messages go to the fixture."""
 
-    house: ClassVar[CopyingFixture]
-    is_served_here = False
+    fixture: ClassVar[CopyingFixture]
+    is_serving_thread = False
 
     def __init__(self, address: str, _label: str) -> None:
         self.identity = address.encode()
-        self.registered: dict[str, tuple[Registration, Told | None]] = {}
+        self.registered: dict[str, tuple[Registration, OnRegistered | None]] = {}
         self.is_dead = False
         hello = SimpleNamespace(chunk_size=CHUNK)
-        self.runs = SimpleNamespace(
-            peer=SimpleNamespace(hello=hello),
-            on_leave=[],
-            forget=lambda name: self.registered.pop(name, None),
+        self.reconnect = SimpleNamespace(
+            server=SimpleNamespace(hello=hello),
+            on_disconnect=[],
+            remove_registration=lambda name: self.registered.pop(name, None),
         )
-        self.house.connect(self)
+        self.fixture.connect(self)
 
     def submit(
         self,
         request: Request[Any],
         timeout_s: float,
         _retry: Retry | None = None,
-        late: Late | None = None,
+        on_late_reply: OnLateReply | None = None,
     ) -> Future[Any]:
         """Put it on the wire."""
         if self.is_dead:
             raise Closed("the connection was closed")
-        deadline_ns = self.house.now_ns() + int(timeout_s * 1e9)
-        message = Message(self, request, deadline_ns, late)
-        self.house.wire.append(message)
+        deadline_ns = self.fixture.now_ns() + int(timeout_s * 1e9)
+        message = Message(self, request, deadline_ns, on_late_reply)
+        self.fixture.wire.append(message)
         return message.future
 
     def call(
@@ -91,61 +93,64 @@ class ManualConnection:
         request: Request[Any],
         timeout_s: float,
         retry: Retry | None = None,
-        late: Late | None = None,
+        on_late_reply: OnLateReply | None = None,
     ) -> Any:
         """Wait for the answer; a test's own thread has it at once."""
         if isinstance(request, Ping):
             return Pong(0)
-        future = self.submit(request, timeout_s, retry, late)
+        future = self.submit(request, timeout_s, retry, on_late_reply)
         while not future.done():
             if current() is None:
-                self.house.settle()
+                self.fixture.settle()
             else:
-                self.house.pause()
+                self.fixture.pause()
         try:
             return future.result()
         except KVError as error:
             again = retry(error) if retry else None
             if again is None:
                 raise
-            return self.call(again, timeout_s, None, late)
+            return self.call(again, timeout_s, None, on_late_reply)
 
     def register(
-        self, request: Registration, timeout_s: float, told: Told | None = None
+        self,
+        request: Registration,
+        timeout_s: float,
+        on_registered: OnRegistered | None = None,
     ) -> RegisterReply:
         """Register, and again with every other run."""
         reply: RegisterReply = self.call(request, timeout_s)
-        self.registered[request.instance_id] = (request, told)
-        if told is not None:
-            told(reply)
+        self.registered[request.instance_id] = (request, on_registered)
+        if on_registered is not None:
+            on_registered(reply)
         return reply
 
     def close(self) -> None:
         """Say goodbye."""
         if not self.is_dead:
             self.is_dead = True
-            self.house.leave(self)
+            self.fixture.disconnect(self)
 
 
 class PausedCopier(ChunkCopier):
     """Stops before and after every chunk."""
 
-    def gather(self, caches: Any, blocks: Any, places: Any) -> list[Checksum]:
+    def gather(self, caches: Any, blocks: Any, locations: Any) -> list[Checksum]:
         """See `ChunkCopier`."""
-        house, made = ManualConnection.house, []
-        for place in places[0]:
-            house.pause_in_copy()
-            made += super().gather(caches, blocks, ((place,),))
-        house.pause_in_copy()
-        return made
+        fixture, checksums = ManualConnection.fixture, []
+        for location in locations[0]:
+            fixture.pause_in_copy()
+            checksums += super().gather(caches, blocks, ((location,),))
+        fixture.pause_in_copy()
+        return checksums
 
-    def scatter(self, caches: Any, blocks: Any, places: Any, *rest: Any) -> int:
+    def scatter(self, caches: Any, blocks: Any, locations: Any, *rest: Any) -> int:
         """See `ChunkCopier`."""
-        house, num_bytes = ManualConnection.house, 0
-        for place in places[0]:
-            house.pause_in_copy()
-            num_bytes += super().scatter(caches, blocks, ((place,),), *rest)
-        house.pause_in_copy()
+        fixture, num_bytes = ManualConnection.fixture, 0
+        for location in locations[0]:
+            fixture.pause_in_copy()
+            num_bytes += super().scatter(caches, blocks, ((location,),), *rest)
+        fixture.pause_in_copy()
         return num_bytes
 
 
@@ -157,13 +162,13 @@ class CopyingFixture:
         self.num_pages = num_pages
         self.now = 1000.0
         self.wire: deque[Message] = deque()
-        self.flying: dict[int, Message] = {}
+        self.in_flight: dict[int, Message] = {}
         self.connections: list[ManualConnection] = []
         self.killed: set[Strand] = set()
         self.copying: list[Strand] = []
         """Strands in the middle of a copy."""
         self.on_answer: list[Callable[[Message], None]] = []
-        ManualConnection.house = self
+        ManualConnection.fixture = self
         self._begin()
 
     def now_ns(self) -> int:
@@ -202,12 +207,12 @@ class CopyingFixture:
         finally:
             self.copying.remove(strand)
 
-    def mapped(self, own: MappedCache, arena: str, wait: Callable[..., Any]) -> Any:
+    def mapped(self, cache: MappedCache, arena: str, wait: Callable[..., Any]) -> Any:
         """Wait for another arena, which waits for the last copy in the earlier one."""
-        mapped = own._mapped
+        mapped = cache._mapped
         while mapped is not None and not mapped.done() and self.copying:
             self.pause()
-        return wait(own, arena)
+        return wait(cache, arena)
 
     # -- the wire ---------------------------------------------------------------------
 
@@ -216,7 +221,7 @@ class CopyingFixture:
         self.connections.append(connection)
         self.loop.greet(connection.identity)
 
-    def leave(self, connection: ManualConnection) -> None:
+    def disconnect(self, connection: ManualConnection) -> None:
         """Undo what a client that is gone leaves; what it was asking is dropped."""
         self.connections.remove(connection)
         for message in self.messages_of(connection):
@@ -225,15 +230,15 @@ class CopyingFixture:
 
     def messages_of(self, connection: ManualConnection) -> list[Message]:
         """Return what a client has asked and was not answered."""
-        asked = [*self.wire, *self.flying.values()]
+        asked = [*self.wire, *self.in_flight.values()]
         return [message for message in asked if message.connection is connection]
 
     def _drop(self, message: Message) -> None:
         if message in self.wire:
             self.wire.remove(message)
-        for number, flying in [*self.flying.items()]:
-            if flying is message:
-                del self.flying[number]
+        for number, message_in_flight in [*self.in_flight.items()]:
+            if message_in_flight is message:
+                del self.in_flight[number]
         message.end(Closed("the connection was closed"))
 
     def deliver(self, pick: int) -> None:
@@ -246,15 +251,15 @@ class CopyingFixture:
         """Have the server receive a message."""
         self.wire.remove(message)
         number = self.loop.next_id()
-        self.flying[number] = message
+        self.in_flight[number] = message
         sender = message.connection.identity
         self.loop.ask(number, sender, message.request, message.deadline_ns)
 
     def _answered(self, number: int, outcome: Any) -> None:
-        message = self.flying.pop(number, None)
+        message = self.in_flight.pop(number, None)
         if message is not None:
-            for told in self.on_answer:
-                told(message)
+            for callback in self.on_answer:
+                callback(message)
             message.end(outcome)
 
     def settle(self) -> None:
@@ -269,33 +274,36 @@ class CopyingFixture:
 
     def restart(self, keeps: Sequence[bool]) -> None:
         """Another run: what this one had received is lost, the rest sent on, or not."""
-        lost = [*self.flying.values()]
+        lost = [*self.in_flight.values()]
         for at, message in enumerate([*self.wire]):
             if not keeps[at % len(keeps)]:
                 self.wire.remove(message)
                 lost.append(message)
-        self.flying.clear()
+        self.in_flight.clear()
         for connection in self.connections:
-            for left in connection.runs.on_leave:
-                left()
+            for callback in connection.reconnect.on_disconnect:
+                callback()
         self._end()
         for message in lost:
             message.end(Unavailable("the server is gone"))
         self._begin()
         for connection in self.connections:
             self.loop.greet(connection.identity)
-            for request, told in [*connection.registered.values()]:
-                self._restore(connection, request, told)
+            for request, on_registered in [*connection.registered.values()]:
+                self._restore(connection, request, on_registered)
 
     def _restore(
-        self, connection: ManualConnection, request: Registration, told: Told | None
+        self,
+        connection: ManualConnection,
+        request: Registration,
+        on_registered: OnRegistered | None,
     ) -> None:
         message = Message(connection, request, 0)
         number = self.loop.next_id()
-        self.flying[number] = message
+        self.in_flight[number] = message
         self.loop.ask(number, connection.identity, request)
-        if told is not None:
-            told(message.future.result(0))
+        if on_registered is not None:
+            on_registered(message.future.result(0))
 
     def close(self) -> None:
         """End the last run."""

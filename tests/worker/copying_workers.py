@@ -35,10 +35,10 @@ from tests.worker.copying_fixture import Killed, ManualConnection
 
 MODEL = "pair"
 BLOCK = 2
-A_CHUNK = CHUNK // BLOCK
+BLOCKS_PER_CHUNK = CHUNK // BLOCK
 POISON = 255
 
-ENDS = (
+EXPECTED_ERRORS = (
     BadRequest,  # Skips more than there is.
     ChunksMissing,
     DeadlineExceeded,
@@ -48,14 +48,14 @@ ENDS = (
 )
 
 
-def right(prompt: int, chunk: int) -> np.ndarray[Any, Any]:
+def expected_bytes(prompt: int, chunk: int) -> np.ndarray[Any, Any]:
     """The bytes of a prompt's chunk, `[planes, tokens, bytes]`."""
     ident = IDENTS[hashes_of(MODEL, 1, prompt)[chunk]]
     return content(ident, PartOf(0, 0, 0))
 
 
 def key_of(prompt: int) -> SessionKey:
-    """The session that asks for a prompt."""
+    """The session that client for a prompt."""
     return SessionKey("c", f"r{prompt}")
 
 
@@ -78,7 +78,10 @@ class Call:
     def chunks(self) -> list[tuple[int, list[int]]]:
         """Each chunk's place in the prompt, and its blocks."""
         return [
-            (self.start + index, self.blocks[A_CHUNK * index : A_CHUNK * (index + 1)])
+            (
+                self.start + index,
+                self.blocks[BLOCKS_PER_CHUNK * index : BLOCKS_PER_CHUNK * (index + 1)],
+            )
             for index in range(self.end - self.start)
         ]
 
@@ -106,18 +109,18 @@ class Worker:
         """Begin a call if there are blocks for it; say whether there were."""
         taken = {block for other in self.calls.values() for block in other.blocks}
         free = [block for block in range(NUM_BLOCKS) if block not in taken]
-        needed = A_CHUNK * (call.end - call.start)
+        needed = BLOCKS_PER_CHUNK * (call.end - call.start)
         if call.kind in self.calls or len(free) < needed:
             return False
         call.blocks = free[:needed][::-1]
         for chunk, rows in call.chunks:
             self.memory[:, rows] = POISON
             if call.kind == "store":
-                filled = right(call.prompt, chunk)
-                self.memory[:, rows] = filled.reshape(-1, A_CHUNK, BLOCK, 2)
+                filled = expected_bytes(call.prompt, chunk)
+                self.memory[:, rows] = filled.reshape(-1, BLOCKS_PER_CHUNK, BLOCK, 2)
         call.strand = Strand(lambda: self._run(call), call.future)
         self.calls[call.kind] = call
-        self.go_on(call)
+        self.resume(call)
         return True
 
     def _run(self, call: Call) -> None:
@@ -144,7 +147,7 @@ class Worker:
         else:
             call.future.set_result(result)
 
-    def go_on(self, call: Call) -> None:
+    def resume(self, call: Call) -> None:
         """Have a call go on to its next stop."""
         assert call.strand is not None
         call.strand.resume()
@@ -155,13 +158,13 @@ class Worker:
     def check(self, call: Call) -> None:
         """A retrieve that ended well has written all of it; else nothing, or it."""
         error = call.future.exception()
-        assert error is None or isinstance(error, ENDS), error
+        assert error is None or isinstance(error, EXPECTED_ERRORS), error
         if call.kind == "store" or isinstance(error, Killed):
             return
         for chunk, rows in call.chunks:
             found = self.memory[:, rows].reshape(self.memory.shape[0], CHUNK, -1)
-            wanted = right(call.prompt, chunk).copy()
+            expected = expected_bytes(call.prompt, chunk).copy()
             skipped = min(max(call.skip - (chunk - call.start) * CHUNK, 0), CHUNK)
-            wanted[:, :skipped] = POISON
+            expected[:, :skipped] = POISON
             is_untouched = error is not None and (found == POISON).all()
-            assert is_untouched or (found == wanted).all()
+            assert is_untouched or (found == expected).all()

@@ -60,7 +60,7 @@ GROUP = CacheGroup(
     block_size=16,
     tensors=(TensorView(0, 0, (2, 2, 4, 16, 8), (1024, 512, 128, 8, 1)),),
 )
-PLACES = ((PartLocation(0, (Extent(0, PART),)),),)
+LOCATIONS = ((PartLocation(0, (Extent(0, PART),)),),)
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def client(
     scripted_server.answers |= {
         RegisterKVCache: RegisterReply(("",), PART, ArenaHandle(memory, False)),
         UnregisterKVCache: Done(),
-        Reserve: ReserveReply(7, arena.name, PLACES, 0, 0),
-        Hold: HoldReply(8, arena.name, PLACES),
+        Reserve: ReserveReply(7, arena.name, LOCATIONS, 0, 0),
+        Hold: HoldReply(8, arena.name, LOCATIONS),
         Commit: StoreReply(1, 0, 0),
         Abort: Done(),
     }
@@ -103,31 +103,36 @@ def test_what_is_registered_is_private(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
     """The server is told the size of the memory, and nothing of where it is."""
-    [asked] = [one for one in scripted_server.seen if isinstance(one, RegisterKVCache)]
-    assert asked.handles == (Private(PART),)
+    [requests] = [
+        one for one in scripted_server.seen if isinstance(one, RegisterKVCache)
+    ]
+    assert requests.handles == (Private(PART),)
 
 
 @pytest.mark.parametrize(
-    ("method", "ask", "end"), [("store", Reserve, Abort), ("retrieve", Hold, Release)]
+    ("method", "ticket_request", "ending"),
+    [("store", Reserve, Abort), ("retrieve", Hold, Release)],
 )
 def test_a_ticket_that_comes_too_late_is_ended(
     scripted_server: ScriptedServer,
     client: CopyingClient,
     arena: Segment,
     method: str,
-    ask: type[Reserve] | type[Hold],
-    end: type[Abort] | type[Release],
+    ticket_request: type[Reserve] | type[Hold],
+    ending: type[Abort] | type[Release],
 ) -> None:
     """Its caller has given up; the server must not wait for a copy that never is."""
-    scripted_server.answers[ask] = None
+    scripted_server.answers[ticket_request] = None
     with pytest.raises(DeadlineExceeded):
         getattr(client, method)(KEY, "i", 0, CHUNK, BLOCKS, timeout_s=0.05)
     before = arena.array.copy()
-    kind = ReserveReply if ask is Reserve else HoldReply
-    rest = (0, 0) if ask is Reserve else ()
-    scripted_server.answer(ask, kind(9, arena.name, PLACES, *rest))
-    scripted_server.wait_for(end)
-    assert [one.ticket for one in scripted_server.seen if isinstance(one, end)] == [9]
+    kind = ReserveReply if ticket_request is Reserve else HoldReply
+    rest = (0, 0) if ticket_request is Reserve else ()
+    scripted_server.answer(ticket_request, kind(9, arena.name, LOCATIONS, *rest))
+    scripted_server.wait_for(ending)
+    assert [one.ticket for one in scripted_server.seen if isinstance(one, ending)] == [
+        9
+    ]
     assert np.array_equal(arena.array, before)
 
 
@@ -136,8 +141,10 @@ def test_a_store_of_another_run_of_the_server_is_not_copied(
 ) -> None:
     """Its places are of an arena that is not mapped here: nothing is written."""
     before = arena.array.copy()
-    scripted_server.answers[Reserve] = ReserveReply(7, "kvcore-another", PLACES, 0, 0)
-    with pytest.raises(Unavailable, match="went before its copy began"):
+    scripted_server.answers[Reserve] = ReserveReply(
+        7, "kvcore-another", LOCATIONS, 0, 0
+    )
+    with pytest.raises(Unavailable, match="restarted before the copy"):
         client.store(KEY, "i", 0, CHUNK, BLOCKS)
     scripted_server.wait_for(Abort)
     assert np.array_equal(arena.array, before)
@@ -153,12 +160,12 @@ def test_an_end_is_said_however_much_waits_to_be_sent(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
     """The server is told when the queue moves again; other requests are refused."""
-    scripted_server.is_deaf.set()
+    scripted_server.is_paused.set()
     pings = [client.submit(Ping(), 20) for _ in range(5000)]
     errors = (ping.exception() for ping in as_completed(pings, 20))
     assert any(isinstance(error, Overloaded) for error in errors)
     end = client.submit(Abort(7), 20)
-    scripted_server.is_deaf.clear()
+    scripted_server.is_paused.clear()
     assert end.result(20) == Done()
 
 
@@ -166,12 +173,12 @@ def test_an_end_is_said_when_nobody_waits_for_anything(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
     """The queue moves after all deadlines; else the ticket would stay for good."""
-    scripted_server.is_deaf.set()
-    asked = [client.submit(Ping(), 0.2) for _ in range(5000)]
-    asked.append(client.submit(Abort(7), 0.2))
-    wait(asked, 20)
-    assert isinstance(asked[-1].exception(), DeadlineExceeded)
-    scripted_server.is_deaf.clear()
+    scripted_server.is_paused.set()
+    requests = [client.submit(Ping(), 0.2) for _ in range(5000)]
+    requests.append(client.submit(Abort(7), 0.2))
+    wait(requests, 20)
+    assert isinstance(requests[-1].exception(), DeadlineExceeded)
+    scripted_server.is_paused.clear()
     scripted_server.wait_for(Abort)
 
 
@@ -194,17 +201,17 @@ def test_a_callback_may_close_while_a_copy_waits_for_its_answer(
     store = client.submit_store(KEY, "i", 0, CHUNK, BLOCKS)
     scripted_server.wait_for(Reserve)
     ended = client.submit(Ping(), 20)
-    closed = ended_with(ended, client.close)
+    closed = call_when_done(ended, client.close)
     scripted_server.wait_for(Ping, 2)
     scripted_server.answer(Ping, Pong(0))
     assert closed.wait(20)
     with pytest.raises(Closed):
         store.result(20)
     client.close()
-    assert not client._own
+    assert not client._caches
 
 
-def ended_with(future: Future[Any], call: Callable[[], None]) -> Event:
+def call_when_done(future: Future[Any], call: Callable[[], None]) -> Event:
     """Have a future's callback call something, and say when that has returned."""
     returned = Event()
 
@@ -220,19 +227,19 @@ def test_a_run_that_goes_while_a_cache_is_registered_is_let_go(
     scripted_server: ScriptedServer, client: CopyingClient, arena: Segment, cache: Bytes
 ) -> None:
     """Its arena is not kept for a cache that the caller has not been given yet."""
-    leave = client._connection.runs._leave
+    notify_disconnect = client._connection.reconnect._notify_disconnect
     opened = Event()
 
     def slow(*args: Any) -> WorkerMemory:
-        leave()
+        notify_disconnect()
         opened.set()
         return HostWorkerMemory(*args)
 
     request = RegisterKVCache("j", "e", "m", 1, 0, (), (GROUP,))
     client.register_kv_cache(request, (cache,), slow)
     assert opened.is_set()
-    assert client._own["j"]._mapped is None
-    with pytest.raises(Unavailable, match="went before its copy began"):
+    assert client._caches["j"]._mapped is None
+    with pytest.raises(Unavailable, match="restarted before the copy"):
         client.store(KEY, "j", 0, CHUNK, BLOCKS)
 
 
@@ -263,10 +270,10 @@ def test_a_cache_that_cannot_be_opened_is_not_registered(
 
 def test_a_direction_that_closed_takes_no_more() -> None:
     """Its caller found the instance just before it was unregistered."""
-    direction = CopyQueue("test")
-    direction.close()
-    with pytest.raises(UnknownInstance, match="before it was submitted"):
-        direction.submit(lambda: None)
+    queue = CopyQueue("test")
+    queue.close()
+    with pytest.raises(UnknownInstance, match="before the submission"):
+        queue.submit(lambda: None)
 
 
 CLOSES_AT_EXIT = """

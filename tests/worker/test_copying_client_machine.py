@@ -36,8 +36,7 @@ from kvcore.protocol import (
     Release,
 )
 from kvcore.storage.chunk import Chunk
-from kvcore.worker import copying_client as copying
-from kvcore.worker import mapped_arena as own
+from kvcore.worker import copying_client, mapped_arena
 from kvcore.worker.mapped_arena import MappedCache
 from tests.engine.engine_model import (
     CHUNK,
@@ -82,21 +81,21 @@ class CopyingMachine(RuleBasedStateMachine):
             wire=WireConfig(slice_chunks=1),
             sessions=SessionConfig(lease_s=LEASE_S, idle_s=30.0, max_sessions=3),
         )
-        self.house = CopyingFixture(config, num_pages)
+        self.fixture = CopyingFixture(config, num_pages)
         self.ended: list[tuple[ManualConnection, int]] = []
-        self.house.on_answer.append(self.on_answer)
-        self.spoiled: set[int] = set()
+        self.fixture.on_answer.append(self.on_answer)
+        self.corrupted: set[int] = set()
         self.kept: list[Chunk] = []
-        """Those that were spoiled ever, so that no other has their ids."""
-        house, waits = self.house, MappedCache.mapped
+        """Those that were corrupted ever, so that no other has their ids."""
+        fixture, waits = self.fixture, MappedCache.mapped
 
         def mapped(cache: MappedCache, arena: str) -> Any:
-            return house.mapped(cache, arena, waits)
+            return fixture.mapped(cache, arena, waits)
 
         self.patches = [
             mock.patch.object(client_module, "Connection", ManualConnection),
-            mock.patch.object(copying, "monotonic_ns", house.now_ns),
-            mock.patch.object(own, "ChunkCopier", PausedCopier),
+            mock.patch.object(copying_client, "monotonic_ns", fixture.now_ns),
+            mock.patch.object(mapped_arena, "ChunkCopier", PausedCopier),
             mock.patch.object(MappedCache, "mapped", mapped),
         ]
         for patch in self.patches:
@@ -138,99 +137,99 @@ class CopyingMachine(RuleBasedStateMachine):
         end = min(start + num_chunks, MAX_CHUNKS)
         call = Call(kind, prompt, start, end, skip, timeout_s, has_null)
         if worker.begin(call):
-            self.go_far(worker, call, num_steps)
+            self.run_steps(worker, call, num_steps)
 
-    def go_far(self, worker: Worker, call: Call, num_steps: int) -> None:
+    def run_steps(self, worker: Worker, call: Call, num_steps: int) -> None:
         """Have a call go on so often, unless it waits for another's copy to end."""
         for _ in range(num_steps):
-            is_blocked = {*self.house.copying} - {call.strand}
+            is_blocked = {*self.fixture.copying} - {call.strand}
             if is_blocked or call.future.done():
                 return
-            self.house.settle()
-            worker.go_on(call)
+            self.fixture.settle()
+            worker.resume(call)
 
-    @precondition(lambda self: self.house.wire)
+    @precondition(lambda self: self.fixture.wire)
     @rule(pick=picks, times=st.integers(1, 3))
     def deliver(self, pick: int, times: int) -> None:
         """The server receives."""
         for _ in range(times):
-            if self.house.wire:
-                self.house.deliver(pick)
+            if self.fixture.wire:
+                self.fixture.deliver(pick)
 
-    @precondition(lambda self: self.house.flying)
+    @precondition(lambda self: self.fixture.in_flight)
     @rule(times=st.integers(1, 3))
     def slice(self, times: int) -> None:
         """The server goes on with what it has in slices."""
         for _ in range(times):
-            self.house.loop.step()
-        self.house.loop.look_around()
+            self.fixture.loop.step()
+        self.fixture.loop.look_around()
 
-    @precondition(lambda self: self.busy())
+    @precondition(lambda self: self.running_calls())
     @rule(pick=picks, times=st.integers(1, 4))
     def resume(self, pick: int, times: int) -> None:
         """A call goes on."""
         for _ in range(times):
-            busy = self.busy()
+            busy = self.running_calls()
             if busy:
                 worker, call = busy[pick % len(busy)]
-                worker.go_on(call)
+                worker.resume(call)
 
-    def busy(self) -> list[tuple[Worker, Call]]:
+    def running_calls(self) -> list[tuple[Worker, Call]]:
         """Return the calls that have not ended."""
         return [(w, call) for w in self.workers for call in w.calls.values()]
 
-    @precondition(lambda self: self.busy())
+    @precondition(lambda self: self.running_calls())
     @rule(pick=picks)
     def finish(self, pick: int) -> None:
         """A call goes on to its end, and others stay where they are."""
-        worker, call = self.busy()[pick % len(self.busy())]
-        self.go_far(worker, call, 100)
+        worker, call = self.running_calls()[pick % len(self.running_calls())]
+        self.run_steps(worker, call, 100)
 
-    @precondition(lambda self: self.busy())
+    @precondition(lambda self: self.running_calls())
     @rule()
     def drain(self) -> None:
         """Everything comes to its end: no ticket is left."""
-        while self.house.wire or self.busy():
-            self.house.settle()
-            for worker, call in self.busy():
-                worker.go_on(call)
-        self.house.settle()
-        assert len(self.house.copies.table) == 0
-        assert self.house.engine.l1.stats().num_reserved == 0
+        while self.fixture.wire or self.running_calls():
+            self.fixture.settle()
+            for worker, call in self.running_calls():
+                worker.resume(call)
+        self.fixture.settle()
+        assert len(self.fixture.copies.table) == 0
+        assert self.fixture.engine.l1.stats().num_reserved == 0
 
     # -- rules: what comes in between -------------------------------------------------
 
-    @precondition(lambda self: self.busy())
+    @precondition(lambda self: self.running_calls())
     @rule(pick=picks, what=st.sampled_from(["time", "late", "kill", "restart"]))
-    def strike(self, pick: int, what: str) -> None:
+    def inject_fault(self, pick: int, what: str) -> None:
         """Time goes by, a process ends, or a client gives up on an answer."""
-        waiting = [*self.house.wire, *self.house.flying.values()]
+        waiting = [*self.fixture.wire, *self.fixture.in_flight.values()]
         if what == "kill":
-            worker, _ = self.busy()[pick % len(self.busy())]
+            worker, _ = self.running_calls()[pick % len(self.running_calls())]
             self.kill(self.workers.index(worker), pick % 3)
         elif what == "restart":
             self.ended.clear()
-            self.house.restart([bool(pick & 1), bool(pick & 2)])
+            self.fixture.restart([bool(pick & 1), bool(pick & 2)])
         elif what == "late" and waiting:
-            self.house.expire(waiting[pick % len(waiting)])
+            self.fixture.expire(waiting[pick % len(waiting)])
         else:
-            self.house.now += (1.0, 5.0, 11.0, 31.0)[pick % 4]
-            self.house.engine.expire()
+            self.fixture.now += (1.0, 5.0, 11.0, 31.0)[pick % 4]
+            self.fixture.engine.expire()
 
-    def kill(self, at: int, num_heard: int) -> None:
+    def kill(self, at: int, num_delivered: int) -> None:
         """A worker is killed wherever it is; some of what it sent still arrives."""
         worker = self.workers[at]
         connection = worker.connection
         connection.is_dead = True
         for call in [*worker.calls.values()]:
             assert call.strand is not None
-            self.house.killed.add(call.strand)
-            worker.go_on(call)
+            self.fixture.killed.add(call.strand)
+            worker.resume(call)
             assert call.kind not in worker.calls
-        for message in self.house.messages_of(connection)[:num_heard]:
-            if message in self.house.wire:
-                self.house.receive(message)
-        self.house.leave(connection)
+        for message in self.fixture.messages_of(connection)[:num_delivered]:
+            if message in self.fixture.wire:
+                self.fixture.receive(message)
+        self.fixture.disconnect(connection)
         worker.client.close()
         self.workers[at] = Worker(worker.name)
 
@@ -240,7 +239,7 @@ class CopyingMachine(RuleBasedStateMachine):
         what=st.sampled_from(["look up", "look up", "end", "clear"]),
     )
     def ask(self, at: int, prompt: int, what: str) -> None:
-        """A scheduler asks; a request may end whatever is copied for it."""
+        """A scheduler client; a request may end whatever is copied for it."""
         key, end = key_of(prompt), MAX_CHUNKS * CHUNK
         tokens = tokens_of(prompt, 0, end)
         requests = {
@@ -250,29 +249,29 @@ class CopyingMachine(RuleBasedStateMachine):
         }
         self.workers[at].client.submit(requests[what])
 
-    @precondition(lambda self: self.house.config.l1.verify)
+    @precondition(lambda self: self.fixture.config.l1.verify)
     @rule(pick=picks)
-    def spoil(self, pick: int) -> None:
+    def corrupt(self, pick: int) -> None:
         """A byte of a readable chunk changes; its next reader finds out."""
-        l1 = self.house.engine.l1
+        l1 = self.fixture.engine.l1
         chunks = [c for c in l1.peek(l1.hashes()) if c is not None and c.ready]
         if chunks:
             chunk = chunks[pick % len(chunks)]
             for part in chunk.parts.values():
-                self.house.arena.array[part.extents[0].offset] ^= 1
-            self.spoiled ^= {id(chunk)}
+                self.fixture.arena.array[part.extents[0].offset] ^= 1
+            self.corrupted ^= {id(chunk)}
             self.kept.append(chunk)
 
     @precondition(lambda self: self.ended)
     @rule(pick=picks, kind=st.sampled_from([Commit, Abort, Release]))
-    def end_again(self, pick: int, kind: type[Commit | Abort | Release]) -> None:
+    def end_ticket_twice(self, pick: int, kind: type[Commit | Abort | Release]) -> None:
         """What has ended stays so, whoever says it again."""
         connection, number = self.ended[pick % len(self.ended)]
-        asks = self.workers[pick % 2].client
+        client = self.workers[pick % 2].client
         if not connection.is_dead:
-            asks = next(w.client for w in self.workers if w.connection is connection)
-        future = asks.submit(kind(number))
-        self.house.settle()
+            client = next(w.client for w in self.workers if w.connection is connection)
+        future = client.submit(kind(number))
+        self.fixture.settle()
         assert isinstance(future.exception(), UnknownTicket)
 
     @rule(at=workers_at)
@@ -285,20 +284,20 @@ class CopyingMachine(RuleBasedStateMachine):
     # -- what always holds ------------------------------------------------------------
 
     @invariant()
-    def what_is_readable_is_right(self) -> None:
+    def readable_chunks_are_correct(self) -> None:
         """Every byte of it."""
         if not hasattr(self, "workers"):
             return
-        l1 = self.house.engine.l1
+        l1 = self.fixture.engine.l1
         l1.check()
-        hashes = [key for key, ident in IDENTS.items() if is_ours(ident)]
+        hashes = [key for key, ident in IDENTS.items() if is_test_chunk(ident)]
         for key, chunk in zip(hashes, l1.peek(hashes), strict=True):
-            if chunk is None or not chunk.ready or id(chunk) in self.spoiled:
+            if chunk is None or not chunk.ready or id(chunk) in self.corrupted:
                 continue
             for part in chunk.parts.values():
-                data = buffers_of(self.house.arena.array.data, part.extents)
-                wanted = content(IDENTS[key], PartOf(0, 0, 0)).tobytes()
-                assert b"".join(data) == wanted
+                data = buffers_of(self.fixture.arena.array.data, part.extents)
+                expected = content(IDENTS[key], PartOf(0, 0, 0)).tobytes()
+                assert b"".join(data) == expected
 
     def teardown(self) -> None:
         """When everyone has gone, nothing is left."""
@@ -310,24 +309,24 @@ class CopyingMachine(RuleBasedStateMachine):
                 worker.client.close()
             self.check_idle()
         finally:
-            self.house.close()
+            self.fixture.close()
             for patch in self.patches:
                 patch.stop()
 
     def check_idle(self) -> None:
         """Nothing is held, reserved or leased; all pages come back."""
-        engine = self.house.engine
+        engine = self.fixture.engine
         assert all(s.num_running == 0 for s in engine.sessions._sessions.values())
-        self.house.now += 100
+        self.fixture.now += 100
         engine.expire()
         stats = engine.l1.stats()
         assert (stats.num_held, stats.num_reserved) == (0, 0)
         assert (len(engine.sessions), len(engine.leases)) == (0, 0)
         engine.l1.drop(engine.l1.hashes())
-        assert self.house.arena.used_bytes == 0
+        assert self.fixture.arena.used_bytes == 0
 
 
-def is_ours(ident: Ident) -> bool:
+def is_test_chunk(ident: Ident) -> bool:
     """Whether a chunk can be one of this machine's."""
     return (ident.model, ident.world_size) == (MODEL, 1)
 
