@@ -277,7 +277,7 @@ class CopyingClient(KVClient):
                 with self._running_copies.track(), mapped.copy():
                     wrong = mapped.find_wrong(reply.parts)
                     if wrong:
-                        raise ChunksMissing("a chunk does not match its checksum")
+                        raise ChunksMissing("a chunk's bytes were found wrong")
                     num_bytes = mapped.scatter(retrieve, reply.parts)
             except BaseException:
                 self._send_end(Release(reply.ticket, wrong=tuple(wrong)))

@@ -1,7 +1,7 @@
-"""Clients that copy themselves beside a real engine, in one thread's hands.
+"""Copying clients and a real engine, connected by messages that a test delivers.
 
-A call of a client is a strand: it stops where it waits for an answer, and before and
-after every chunk that it copies. Messages wait until a test has them delivered.
+Each client call runs as a strand, which pauses while it waits for a reply and around
+every chunk that it copies.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tests.engine.manual_threads import Answers, ManualLoop, Strand, current, pa
 
 
 class Killed(BaseException):
-    """What a strand of a process that was killed ends with."""
+    """Raised in the strands of a killed process."""
 
 
 @dataclass(eq=False)
 class Message:
-    """A request on the wire, and what became of it."""
+    """A request message and its outcome."""
 
     connection: ManualConnection
     request: Request[Any]
@@ -43,7 +43,7 @@ class Message:
     future: Future[Any] = field(default_factory=Future)
 
     def end(self, outcome: Any) -> None:
-        """Take in the answer, or what is in place of one."""
+        """Complete with a reply or an error; pass a late reply on."""
         if self.future.done():
             if self.on_late_reply is not None and not isinstance(
                 outcome, BaseException
@@ -56,7 +56,7 @@ class Message:
 
 
 class ManualConnection:
-    """Has the calls of a `Connection`; its messages go to the fixture."""
+    """The interface of `Connection`, with messages delivered by the fixture."""
 
     fixture: ClassVar[CopyingFixture]
     is_serving_thread = False
@@ -80,7 +80,7 @@ class ManualConnection:
         _retry: Retry | None = None,
         on_late_reply: OnLateReply | None = None,
     ) -> Future[Any]:
-        """Put it on the wire."""
+        """Send a message."""
         if self.is_dead:
             raise Closed("the connection was closed")
         deadline_ns = self.fixture.now_ns() + int(timeout_s * 1e9)
@@ -95,7 +95,7 @@ class ManualConnection:
         retry: Retry | None = None,
         on_late_reply: OnLateReply | None = None,
     ) -> Any:
-        """Wait for the answer; a test's own thread has it at once."""
+        """Wait for the reply; outside a strand, deliver all messages."""
         if isinstance(request, Ping):
             return Pong(0)
         future = self.submit(request, timeout_s, retry, on_late_reply)
@@ -118,7 +118,7 @@ class ManualConnection:
         timeout_s: float,
         on_registered: OnRegistered | None = None,
     ) -> RegisterReply:
-        """Register, and again with every other run."""
+        """Register, now and after every restart."""
         reply: RegisterReply = self.call(request, timeout_s)
         self.registered[request.instance_id] = (request, on_registered)
         if on_registered is not None:
@@ -126,14 +126,14 @@ class ManualConnection:
         return reply
 
     def close(self) -> None:
-        """Say goodbye."""
+        """Disconnect."""
         if not self.is_dead:
             self.is_dead = True
             self.fixture.disconnect(self)
 
 
 class PausedCopier(ChunkCopier):
-    """Stops before and after every chunk."""
+    """A `ChunkCopier` that pauses before and after every chunk."""
 
     def gather(self, caches: Any, blocks: Any, locations: Any) -> list[Checksum]:
         """See `ChunkCopier`."""
@@ -155,7 +155,7 @@ class PausedCopier(ChunkCopier):
 
 
 class CopyingFixture:
-    """One run of a server after the other, its wire, and a clock."""
+    """Successive server processes, messages in transit and a clock."""
 
     def __init__(self, config: ServerConfig, num_pages: int) -> None:
         self.config = config
@@ -166,13 +166,13 @@ class CopyingFixture:
         self.connections: list[ManualConnection] = []
         self.killed: set[Strand] = set()
         self.copying: list[Strand] = []
-        """Strands in the middle of a copy."""
+        """Strands that are copying."""
         self.on_answer: list[Callable[[Message], None]] = []
         ManualConnection.fixture = self
         self._begin()
 
     def now_ns(self) -> int:
-        """Return the time as deadlines have it."""
+        """Return the time in the clock of deadlines."""
         return FAR_NS + int(self.now * 1e9)
 
     def _begin(self) -> None:
@@ -191,14 +191,14 @@ class CopyingFixture:
     # -- strands ----------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop here; `Killed` if this strand's process has been meanwhile."""
+        """Pause the strand; raise `Killed` if its process was killed meanwhile."""
         pause()
         strand = current()
         if strand in self.killed:
             raise Killed
 
     def pause_in_copy(self) -> None:
-        """Stop while the copy is under way."""
+        """Pause the strand and mark it as copying."""
         strand = current()
         assert strand is not None
         self.copying.append(strand)
@@ -208,28 +208,28 @@ class CopyingFixture:
             self.copying.remove(strand)
 
     def mapped(self, cache: MappedCache, arena: str, wait: Callable[..., Any]) -> Any:
-        """Wait for another arena, which waits for the last copy in the earlier one."""
+        """Pause until the new mapping is open: the last copy must end first."""
         mapped = cache._mapped
         while mapped is not None and not mapped.done() and self.copying:
             self.pause()
         return wait(cache, arena)
 
-    # -- the wire ---------------------------------------------------------------------
+    # -- messages ---------------------------------------------------------------------
 
     def connect(self, connection: ManualConnection) -> None:
-        """Take in a client."""
+        """Connect a client."""
         self.connections.append(connection)
         self.loop.greet(connection.identity)
 
     def disconnect(self, connection: ManualConnection) -> None:
-        """Undo what a client that is gone leaves; what it was asking is dropped."""
+        """Disconnect a client and drop its messages."""
         self.connections.remove(connection)
         for message in self.messages_of(connection):
             self._drop(message)
         self.loop.kill(connection.identity)
 
     def messages_of(self, connection: ManualConnection) -> list[Message]:
-        """Return what a client has asked and was not answered."""
+        """Return a client's unanswered messages."""
         asked = [*self.wire, *self.in_flight.values()]
         return [message for message in asked if message.connection is connection]
 
@@ -242,13 +242,13 @@ class CopyingFixture:
         message.end(Closed("the connection was closed"))
 
     def deliver(self, pick: int) -> None:
-        """Have the server receive some client's first message."""
+        """Deliver the first message of one client."""
         clients = [*dict.fromkeys(message.connection for message in self.wire)]
         sender = clients[pick % len(clients)]
         self.receive(next(m for m in self.wire if m.connection is sender))
 
     def receive(self, message: Message) -> None:
-        """Have the server receive a message."""
+        """Deliver a message."""
         self.wire.remove(message)
         number = self.loop.next_id()
         self.in_flight[number] = message
@@ -263,17 +263,17 @@ class CopyingFixture:
             message.end(outcome)
 
     def settle(self) -> None:
-        """Have all that is on the wire received and answered."""
+        """Deliver all messages and process them."""
         while self.wire or self.loop.step() or self.loop.look_around():
             if self.wire:
                 self.deliver(0)
 
     def expire(self, message: Message) -> None:
-        """Have a client give up on an answer."""
+        """Expire the deadline of a message."""
         message.end(DeadlineExceeded("no answer before the deadline"))
 
     def restart(self, keeps: Sequence[bool]) -> None:
-        """Another run: what this one had received is lost, the rest sent on, or not."""
+        """Restart the server: `keeps` selects the undelivered messages to keep."""
         lost = [*self.in_flight.values()]
         for at, message in enumerate([*self.wire]):
             if not keeps[at % len(keeps)]:
@@ -306,5 +306,5 @@ class CopyingFixture:
             on_registered(message.future.result(0))
 
     def close(self) -> None:
-        """End the last run."""
+        """Close the server."""
         self._end()

@@ -1,4 +1,4 @@
-"""Workers that copy themselves, their caches, and what must be in those."""
+"""Simulated workers with a copying client, and checks of their caches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOCKS_PER_CHUNK = CHUNK // BLOCK
 POISON = 255
 
 EXPECTED_ERRORS = (
-    BadRequest,  # Skips more than there is.
+    BadRequest,  # `skip` exceeds the range.
     ChunksMissing,
     DeadlineExceeded,
     Killed,
@@ -49,19 +49,19 @@ EXPECTED_ERRORS = (
 
 
 def expected_bytes(prompt: int, chunk: int) -> np.ndarray[Any, Any]:
-    """The bytes of a prompt's chunk, `[planes, tokens, bytes]`."""
+    """Return the bytes of a prompt's chunk, `[planes, tokens, bytes]`."""
     ident = IDENTS[hashes_of(MODEL, 1, prompt)[chunk]]
     return content(ident, PartOf(0, 0, 0))
 
 
 def key_of(prompt: int) -> SessionKey:
-    """The session that client for a prompt."""
+    """Return the session of a prompt."""
     return SessionKey("c", f"r{prompt}")
 
 
 @dataclass(eq=False)
 class Call:
-    """A store or a retrieve, as far as it has come."""
+    """A running store or retrieve."""
 
     kind: str
     prompt: int
@@ -76,7 +76,7 @@ class Call:
 
     @property
     def chunks(self) -> list[tuple[int, list[int]]]:
-        """Each chunk's place in the prompt, and its blocks."""
+        """Return the index in the prompt and the blocks of every chunk."""
         return [
             (
                 self.start + index,
@@ -87,7 +87,7 @@ class Call:
 
 
 class Worker:
-    """A process that copies itself, and the calls that it is in, one of a kind."""
+    """A worker process with at most one store and one retrieve."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -100,13 +100,13 @@ class Worker:
         self.register()
 
     def register(self) -> None:
-        """Register the cache, or in place of its earlier self."""
+        """Register the cache, replacing an earlier registration."""
         group = SHAPES[MODEL][0].group(0, BLOCK, 0)
         request = RegisterKVCache(self.name, "c", MODEL, 1, 0, (), (group,))
         self.client.register_kv_cache(request, (self.memory.reshape(-1),))
 
     def begin(self, call: Call) -> bool:
-        """Begin a call if there are blocks for it; say whether there were."""
+        """Start a call; return whether there were enough free blocks."""
         taken = {block for other in self.calls.values() for block in other.blocks}
         free = [block for block in range(NUM_BLOCKS) if block not in taken]
         needed = BLOCKS_PER_CHUNK * (call.end - call.start)
@@ -142,13 +142,13 @@ class Worker:
             )
         except (KVError, Killed) as error:
             call.future.set_exception(error)
-        except BaseException as error:  # noqa: BLE001 - a defect, told in `check`
+        except BaseException as error:  # noqa: BLE001 - a defect, asserted in `check`
             call.future.set_exception(AssertionError(repr(error)))
         else:
             call.future.set_result(result)
 
     def resume(self, call: Call) -> None:
-        """Have a call go on to its next stop."""
+        """Resume a call until its next pause."""
         assert call.strand is not None
         call.strand.resume()
         if call.strand.is_done:
@@ -156,7 +156,7 @@ class Worker:
             self.check(call)
 
     def check(self, call: Call) -> None:
-        """A retrieve that ended well has written all of it; else nothing, or it."""
+        """Assert a valid result, and that a retrieve wrote all bytes or none."""
         error = call.future.exception()
         assert error is None or isinstance(error, EXPECTED_ERRORS), error
         if call.kind == "store" or isinstance(error, Killed):

@@ -1,4 +1,4 @@
-"""A client that copies itself, against a played server."""
+"""Copying client against a scripted server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ LOCATIONS = ((PartLocation(0, (Extent(0, PART),)),),)
 
 @pytest.fixture
 def arena() -> Iterator[Segment]:
-    """Memory with room for two parts."""
+    """An arena of two parts."""
     with Segment.create(f"kvtest-{os.getpid()}-arena", 2 * PART, touch=True) as segment:
         yield segment
 
@@ -80,7 +80,7 @@ def cache() -> Bytes:
 def client(
     scripted_server: ScriptedServer, arena: Segment, cache: Bytes
 ) -> Iterator[CopyingClient]:
-    """A client with the instance "i"."""
+    """A client with a registered instance "i"."""
     memory = PosixShm(arena.name, 0, arena.num_bytes)
     scripted_server.answers |= {
         RegisterKVCache: RegisterReply(("",), PART, ArenaHandle(memory, False)),
@@ -99,10 +99,10 @@ def client(
 BLOCKS = ([0, 1, 2, 3],)
 
 
-def test_what_is_registered_is_private(
+def test_registered_handles_are_private(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """The server is told the size of the memory, and nothing of where it is."""
+    """The server gets the size of the memory, and no handle to it."""
     [requests] = [
         one for one in scripted_server.seen if isinstance(one, RegisterKVCache)
     ]
@@ -113,7 +113,7 @@ def test_what_is_registered_is_private(
     ("method", "ticket_request", "ending"),
     [("store", Reserve, Abort), ("retrieve", Hold, Release)],
 )
-def test_a_ticket_that_comes_too_late_is_ended(
+def test_a_late_ticket_is_ended(
     scripted_server: ScriptedServer,
     client: CopyingClient,
     arena: Segment,
@@ -121,7 +121,7 @@ def test_a_ticket_that_comes_too_late_is_ended(
     ticket_request: type[Reserve] | type[Hold],
     ending: type[Abort] | type[Release],
 ) -> None:
-    """Its caller has given up; the server must not wait for a copy that never is."""
+    """Its caller has failed, so no copy will follow."""
     scripted_server.answers[ticket_request] = None
     with pytest.raises(DeadlineExceeded):
         getattr(client, method)(KEY, "i", 0, CHUNK, BLOCKS, timeout_s=0.05)
@@ -136,10 +136,10 @@ def test_a_ticket_that_comes_too_late_is_ended(
     assert np.array_equal(arena.array, before)
 
 
-def test_a_store_of_another_run_of_the_server_is_not_copied(
+def test_a_store_to_a_restarted_server_is_not_copied(
     scripted_server: ScriptedServer, client: CopyingClient, arena: Segment
 ) -> None:
-    """Its places are of an arena that is not mapped here: nothing is written."""
+    """The locations belong to an unmapped arena: nothing is written."""
     before = arena.array.copy()
     scripted_server.answers[Reserve] = ReserveReply(
         7, "kvcore-another", LOCATIONS, 0, 0
@@ -150,16 +150,16 @@ def test_a_store_of_another_run_of_the_server_is_not_copied(
     assert np.array_equal(arena.array, before)
 
 
-def test_an_event_is_the_worker_s_own_to_wait_for(client: CopyingClient) -> None:
-    """No other process waits for it, so it is not handed on in silence."""
+def test_an_event_is_rejected(client: CopyingClient) -> None:
+    """The event is rejected, since no process would wait for it."""
     with pytest.raises(BadRequest, match="event"):
         client.store(KEY, "i", 0, CHUNK, BLOCKS, event=b"e" * 64)
 
 
-def test_an_end_is_said_however_much_waits_to_be_sent(
+def test_ending_a_ticket_waits_for_a_full_send_queue(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """The server is told when the queue moves again; other requests are refused."""
+    """It is sent once the queue has room; other requests fail."""
     scripted_server.is_paused.set()
     pings = [client.submit(Ping(), 20) for _ in range(5000)]
     errors = (ping.exception() for ping in as_completed(pings, 20))
@@ -169,10 +169,10 @@ def test_an_end_is_said_however_much_waits_to_be_sent(
     assert end.result(20) == Done()
 
 
-def test_an_end_is_said_when_nobody_waits_for_anything(
+def test_ending_a_ticket_is_sent_after_its_deadline(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """The queue moves after all deadlines; else the ticket would stay for good."""
+    """It is sent even after its deadline; else the ticket would leak."""
     scripted_server.is_paused.set()
     requests = [client.submit(Ping(), 0.2) for _ in range(5000)]
     requests.append(client.submit(Abort(7), 0.2))
@@ -182,20 +182,20 @@ def test_an_end_is_said_when_nobody_waits_for_anything(
     scripted_server.wait_for(Abort)
 
 
-def test_a_closed_client_waits_for_its_copy(
+def test_a_closed_client_rejects_copies(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """And is closed for the next one."""
+    """Later copies fail with `Closed`."""
     assert client.submit_store(KEY, "i", 0, CHUNK, BLOCKS).result(20).num_stored == 1
     client.close()
     with pytest.raises(Closed):
         client.store(KEY, "i", 0, CHUNK, BLOCKS)
 
 
-def test_a_callback_may_close_while_a_copy_waits_for_its_answer(
+def test_a_callback_may_close_while_a_copy_waits_for_a_reply(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """The answer would be taken in by the very thread that closes."""
+    """The thread that closes is the one that would receive the reply."""
     scripted_server.answers[Reserve] = None
     scripted_server.answers[Ping] = None
     store = client.submit_store(KEY, "i", 0, CHUNK, BLOCKS)
@@ -212,7 +212,7 @@ def test_a_callback_may_close_while_a_copy_waits_for_its_answer(
 
 
 def call_when_done(future: Future[Any], call: Callable[[], None]) -> Event:
-    """Have a future's callback call something, and say when that has returned."""
+    """Call a function in a future's callback; return an event set after it."""
     returned = Event()
 
     def called(_: Future[Any]) -> None:
@@ -223,10 +223,10 @@ def call_when_done(future: Future[Any], call: Callable[[], None]) -> Event:
     return returned
 
 
-def test_a_run_that_goes_while_a_cache_is_registered_is_let_go(
+def test_a_restart_during_registration_unmaps_the_arena(
     scripted_server: ScriptedServer, client: CopyingClient, arena: Segment, cache: Bytes
 ) -> None:
-    """Its arena is not kept for a cache that the caller has not been given yet."""
+    """Its arena is unmapped even before the registration returns."""
     notify_disconnect = client._connection.reconnect._notify_disconnect
     opened = Event()
 
@@ -246,7 +246,7 @@ def test_a_run_that_goes_while_a_cache_is_registered_is_let_go(
 def test_an_unregistered_cache_is_not_copied(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """The client asks the server, which knows no such instance of this one's."""
+    """The client sends the store to the server, which rejects it."""
     client.unregister_kv_cache("i")
     scripted_server.answers[Store] = UnknownInstance("no instance")
     with pytest.raises(UnknownInstance):
@@ -256,7 +256,7 @@ def test_an_unregistered_cache_is_not_copied(
 def test_a_cache_that_cannot_be_opened_is_not_registered(
     scripted_server: ScriptedServer, client: CopyingClient, cache: Bytes
 ) -> None:
-    """Whatever stands in the way, the server is told, and a copy goes to the server."""
+    """The server gets an unregistration, and other instances still work."""
 
     def broken(*_: object) -> WorkerMemory:
         raise RuntimeError("no such device")
@@ -268,8 +268,8 @@ def test_a_cache_that_cannot_be_opened_is_not_registered(
     assert client.submit_store(KEY, "i", 0, CHUNK, BLOCKS).result(20).num_stored == 1
 
 
-def test_a_direction_that_closed_takes_no_more() -> None:
-    """Its caller found the instance just before it was unregistered."""
+def test_a_closed_copy_queue_rejects_copies() -> None:
+    """A copy submitted after the unregistration fails."""
     queue = CopyQueue("test")
     queue.close()
     with pytest.raises(UnknownInstance, match="before the submission"):
@@ -293,7 +293,7 @@ client.register_kv_cache(request, (np.zeros(PART, np.uint8),))
 def test_a_client_can_be_closed_while_the_interpreter_exits(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """No thread starts any more then: the arena is released in the calling thread."""
+    """Threads cannot start then: the calling thread unmaps the arena."""
     child = subprocess.run(
         [sys.executable, "-c", CLOSES_AT_EXIT, scripted_server.address],
         capture_output=True,

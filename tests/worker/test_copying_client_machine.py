@@ -1,8 +1,8 @@
-"""Workers that copy themselves, in any order of events, beside a simple model.
+"""Copying clients under random events, compared with a simple model.
 
-The client is real, and the engine; only the wire is played. Whatever happens, what is
-readable under a key is what was stored for it, a cache is written by its retrieves
-alone, and nothing stays reserved or held when everyone has gone.
+Client and engine are real; only the connection is simulated. After any events, a
+readable chunk has the bytes that were stored for it, only retrieves write a cache,
+and nothing stays reserved or held when all clients have closed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ workers_at = st.integers(0, 1)
 
 
 class CopyingMachine(RuleBasedStateMachine):
-    """Nothing moves but by a rule."""
+    """Rules drive all clients, messages and the clock."""
 
     @initialize(
         num_pages=st.integers(2, 10),
@@ -86,7 +86,7 @@ class CopyingMachine(RuleBasedStateMachine):
         self.fixture.on_answer.append(self.on_answer)
         self.corrupted: set[int] = set()
         self.kept: list[Chunk] = []
-        """Those that were corrupted ever, so that no other has their ids."""
+        """Keeps corrupted chunks alive, so that their ids stay unique."""
         fixture, waits = self.fixture, MappedCache.mapped
 
         def mapped(cache: MappedCache, arena: str) -> Any:
@@ -103,7 +103,7 @@ class CopyingMachine(RuleBasedStateMachine):
         self.workers = [Worker(f"w{at}") for at in range(2)]
 
     def on_answer(self, message: Message) -> None:
-        """Note the tickets that end."""
+        """Record ended tickets."""
         if isinstance(message.request, Commit | Abort | Release):
             self.ended.append((message.connection, message.request.ticket))
 
@@ -132,7 +132,7 @@ class CopyingMachine(RuleBasedStateMachine):
         has_null: bool,
         num_steps: int,
     ) -> None:
-        """A worker stores or retrieves, and comes as far as it does."""
+        """A worker starts a store or retrieve and runs some steps."""
         worker = self.workers[at]
         end = min(start + num_chunks, MAX_CHUNKS)
         call = Call(kind, prompt, start, end, skip, timeout_s, has_null)
@@ -140,7 +140,7 @@ class CopyingMachine(RuleBasedStateMachine):
             self.run_steps(worker, call, num_steps)
 
     def run_steps(self, worker: Worker, call: Call, num_steps: int) -> None:
-        """Have a call go on so often, unless it waits for another's copy to end."""
+        """Run up to `num_steps` steps, unless another strand is copying."""
         for _ in range(num_steps):
             is_blocked = {*self.fixture.copying} - {call.strand}
             if is_blocked or call.future.done():
@@ -151,7 +151,7 @@ class CopyingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.fixture.wire)
     @rule(pick=picks, times=st.integers(1, 3))
     def deliver(self, pick: int, times: int) -> None:
-        """The server receives."""
+        """The server receives messages."""
         for _ in range(times):
             if self.fixture.wire:
                 self.fixture.deliver(pick)
@@ -159,7 +159,7 @@ class CopyingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.fixture.in_flight)
     @rule(times=st.integers(1, 3))
     def slice(self, times: int) -> None:
-        """The server goes on with what it has in slices."""
+        """The server processes slices."""
         for _ in range(times):
             self.fixture.loop.step()
         self.fixture.loop.look_around()
@@ -167,7 +167,7 @@ class CopyingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running_calls())
     @rule(pick=picks, times=st.integers(1, 4))
     def resume(self, pick: int, times: int) -> None:
-        """A call goes on."""
+        """A call resumes."""
         for _ in range(times):
             busy = self.running_calls()
             if busy:
@@ -175,20 +175,20 @@ class CopyingMachine(RuleBasedStateMachine):
                 worker.resume(call)
 
     def running_calls(self) -> list[tuple[Worker, Call]]:
-        """Return the calls that have not ended."""
+        """Return the running calls."""
         return [(w, call) for w in self.workers for call in w.calls.values()]
 
     @precondition(lambda self: self.running_calls())
     @rule(pick=picks)
     def finish(self, pick: int) -> None:
-        """A call goes on to its end, and others stay where they are."""
+        """One call runs to its end; the others stay paused."""
         worker, call = self.running_calls()[pick % len(self.running_calls())]
         self.run_steps(worker, call, 100)
 
     @precondition(lambda self: self.running_calls())
     @rule()
     def drain(self) -> None:
-        """Everything comes to its end: no ticket is left."""
+        """All calls end and no ticket remains."""
         while self.fixture.wire or self.running_calls():
             self.fixture.settle()
             for worker, call in self.running_calls():
@@ -197,12 +197,12 @@ class CopyingMachine(RuleBasedStateMachine):
         assert len(self.fixture.copies.table) == 0
         assert self.fixture.engine.l1.stats().num_reserved == 0
 
-    # -- rules: what comes in between -------------------------------------------------
+    # -- rules: faults and other requests ---------------------------------------------
 
     @precondition(lambda self: self.running_calls())
     @rule(pick=picks, what=st.sampled_from(["time", "late", "kill", "restart"]))
     def inject_fault(self, pick: int, what: str) -> None:
-        """Time goes by, a process ends, or a client gives up on an answer."""
+        """Advance time, kill a worker, restart the server or expire a request."""
         waiting = [*self.fixture.wire, *self.fixture.in_flight.values()]
         if what == "kill":
             worker, _ = self.running_calls()[pick % len(self.running_calls())]
@@ -217,7 +217,7 @@ class CopyingMachine(RuleBasedStateMachine):
             self.fixture.engine.expire()
 
     def kill(self, at: int, num_delivered: int) -> None:
-        """A worker is killed wherever it is; some of what it sent still arrives."""
+        """Kill a worker; some of its messages still arrive."""
         worker = self.workers[at]
         connection = worker.connection
         connection.is_dead = True
@@ -239,7 +239,7 @@ class CopyingMachine(RuleBasedStateMachine):
         what=st.sampled_from(["look up", "look up", "end", "clear"]),
     )
     def ask(self, at: int, prompt: int, what: str) -> None:
-        """A scheduler client; a request may end whatever is copied for it."""
+        """Send a request of a scheduler or an operator."""
         key, end = key_of(prompt), MAX_CHUNKS * CHUNK
         tokens = tokens_of(prompt, 0, end)
         requests = {
@@ -252,7 +252,7 @@ class CopyingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.fixture.config.l1.verify)
     @rule(pick=picks)
     def corrupt(self, pick: int) -> None:
-        """A byte of a readable chunk changes; its next reader finds out."""
+        """Change a byte of a readable chunk; its next reader detects it."""
         l1 = self.fixture.engine.l1
         chunks = [c for c in l1.peek(l1.hashes()) if c is not None and c.ready]
         if chunks:
@@ -265,7 +265,7 @@ class CopyingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ended)
     @rule(pick=picks, kind=st.sampled_from([Commit, Abort, Release]))
     def end_ticket_twice(self, pick: int, kind: type[Commit | Abort | Release]) -> None:
-        """What has ended stays so, whoever says it again."""
+        """Ending a ticket twice fails with `UnknownTicket`."""
         connection, number = self.ended[pick % len(self.ended)]
         client = self.workers[pick % 2].client
         if not connection.is_dead:
@@ -276,16 +276,16 @@ class CopyingMachine(RuleBasedStateMachine):
 
     @rule(at=workers_at)
     def register_again(self, at: int) -> None:
-        """A cache that is not being copied is replaced."""
+        """Replace a cache that is not being copied."""
         worker = self.workers[at]
         if not worker.calls:
             worker.register()
 
-    # -- what always holds ------------------------------------------------------------
+    # -- invariants -------------------------------------------------------------------
 
     @invariant()
     def readable_chunks_are_correct(self) -> None:
-        """Every byte of it."""
+        """Every readable chunk has the stored bytes."""
         if not hasattr(self, "workers"):
             return
         l1 = self.fixture.engine.l1
@@ -300,7 +300,7 @@ class CopyingMachine(RuleBasedStateMachine):
                 assert b"".join(data) == expected
 
     def teardown(self) -> None:
-        """When everyone has gone, nothing is left."""
+        """Nothing remains after all clients have closed."""
         if not hasattr(self, "workers"):
             return
         try:
@@ -314,7 +314,7 @@ class CopyingMachine(RuleBasedStateMachine):
                 patch.stop()
 
     def check_idle(self) -> None:
-        """Nothing is held, reserved or leased; all pages come back."""
+        """Assert that nothing is held, reserved or leased."""
         engine = self.fixture.engine
         assert all(s.num_running == 0 for s in engine.sessions._sessions.values())
         self.fixture.now += 100
@@ -327,12 +327,12 @@ class CopyingMachine(RuleBasedStateMachine):
 
 
 def is_test_chunk(ident: Ident) -> bool:
-    """Whether a chunk can be one of this machine's."""
+    """Return whether a chunk can be stored by this test."""
     return (ident.model, ident.world_size) == (MODEL, 1)
 
 
 TestCopyingMachine = CopyingMachine.TestCase
-TestCopyingMachine.__doc__ = """Whatever happens, right bytes, and nothing left."""
+"""Correct bytes and no leaks after any events."""
 TestCopyingMachine.settings = settings(
     max_examples=4 * settings().max_examples, stateful_step_count=50
 )
