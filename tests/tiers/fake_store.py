@@ -26,7 +26,7 @@ from tests.tiers.store_servers import Damage, Engine, damaged
 
 
 class FakeBackend(Backend):
-    """A dict; clear `alive` to have it fail, `going` to have it hang."""
+    """Store in a dict; clear `alive` to make it fail, `going` to make it hang."""
 
     batch = 2
 
@@ -114,16 +114,16 @@ class FakeEngine(Engine):
         )
 
     def start(self) -> None:
-        """Answer from here on."""
+        """Accept calls."""
         self.backend.alive.set()
 
     def kill(self) -> None:
-        """Refuse from here on, and forget everything."""
+        """Reject calls and remove all records."""
         self.backend.alive.clear()
         self.backend.records.clear()
 
     def pause(self) -> None:
-        """Hang from here on."""
+        """Block calls until `resume`."""
         self.backend.going.clear()
 
     def resume(self) -> None:

@@ -9,28 +9,28 @@ from kvcore.shm import Segment
 from kvcore.tiers.direct_io import PAGE as DISK_PAGE
 from kvcore.tiers.direct_io import file_bytes
 from kvcore.tiers.tier import LoadItem, LoadOutcome, StoreResult, Tier
-from tests.tiers.part_factory import PAGE, blob_of, key_of, view
+from tests.tiers.part_factory import PAGE, key_of, store_item, view
 
 RECORD = file_bytes(PAGE)
-"""Bytes of each on the disk."""
-ROOMY = 32 << 20
-"""Where in the arena they are loaded to."""
+"""Bytes of each part's file on the disk."""
+LOAD_OFFSET = 32 << 20
+"""Offset in the arena that parts are loaded to."""
 
 
 def store(tier: Tier, arena: Segment, *numbers: int) -> list[StoreResult]:
     """Store parts of one page."""
-    blobs = [blob_of(number, view(arena, number * PAGE, PAGE)) for number in numbers]
+    blobs = [store_item(number, view(arena, number * PAGE, PAGE)) for number in numbers]
     return tier.store(blobs).result()
 
 
-def there(tier: Tier, *numbers: int) -> list[bool]:
-    """Say which parts are there."""
+def contains(tier: Tier, *numbers: int) -> list[bool]:
+    """Return which parts the tier contains."""
     return tier.contains([key_of(number) for number in numbers]).result()
 
 
 def load(tier: Tier, arena: Segment, number: int) -> LoadOutcome:
     """Load a part of one page."""
-    slot = LoadItem(key_of(number), (view(arena, ROOMY, PAGE),))
+    slot = LoadItem(key_of(number), (view(arena, LOAD_OFFSET, PAGE),))
     return tier.load([slot]).result()[0].outcome
 
 
@@ -58,7 +58,7 @@ def _flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-SPOILERS = {
+FILE_DAMAGES = {
     "cut": _cut,
     "empty": _empty,
     "double": _double,
@@ -66,4 +66,4 @@ SPOILERS = {
     "payload": lambda path: _flip(path, DISK_PAGE),
     "put": _empty,
 }
-"""What somebody else did to a file."""
+"""Damage by another process, applied to a part's file."""

@@ -1,4 +1,4 @@
-"""A tier that does what a test says, when the test says so."""
+"""Manual tier: a test decides when and how each call completes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class ManualTier:
             self.answer(0, well=False)
 
     def answer(self, index: int, *, well: bool = True) -> None:
-        """Answer a pending call, as asked or as a tier that is down."""
+        """Complete a pending call, or fail it as an unavailable tier does."""
         call = self.pending.pop(index)
         call.future.set_result(call.answer() if well else call.fail())
 

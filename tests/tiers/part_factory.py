@@ -23,7 +23,7 @@ def view(arena: Segment, offset: int, length: int) -> memoryview:
     return arena.array.data[offset : offset + length]
 
 
-def blob_of(number: int, *buffers: memoryview) -> StoreItem:
+def store_item(number: int, *buffers: memoryview) -> StoreItem:
     """A blob with its checksum."""
     return StoreItem(key_of(number), buffers, checksum_of(buffers))
 

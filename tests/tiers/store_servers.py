@@ -21,7 +21,7 @@ START_S = 30.0
 
 
 class Damage(Enum):
-    """What somebody else did to a stored record."""
+    """Damage by another process to a stored record."""
 
     HALF = "half"
     FOREIGN = "foreign"
@@ -53,7 +53,7 @@ class Engine(ABC):
 
     @abstractmethod
     def kill(self) -> None:
-        """End it at once; nothing that it held has to survive."""
+        """Kill it immediately; its records may be lost."""
 
     @abstractmethod
     def pause(self) -> None:
@@ -61,11 +61,11 @@ class Engine(ABC):
 
     @abstractmethod
     def resume(self) -> None:
-        """Let it go on."""
+        """Resume it."""
 
     @abstractmethod
     def damage(self, key: PartKey, damage: Damage) -> None:
-        """Change what is stored under a key, behind the tier's back."""
+        """Change the stored record of a key without using the tier."""
 
 
 def wait_until(ready: Callable[[], bool], what: str) -> None:
@@ -79,7 +79,7 @@ def wait_until(ready: Callable[[], bool], what: str) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, nor 10000 above it."""
+    """Return a port that is free, as is the port 10000 above it."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as one:
             port: int = one.getsockname()[1]
@@ -88,7 +88,7 @@ def free_port() -> int:
 
 
 def listens(port: int) -> bool:
-    """Say whether somebody accepts connections."""
+    """Return whether a server accepts connections on the port."""
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:
@@ -97,7 +97,7 @@ def listens(port: int) -> bool:
 
 
 class ProcessEngine(Engine):
-    """A store that is a process of ours."""
+    """Store in a child process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,7 +109,7 @@ class ProcessEngine(Engine):
 
     @abstractmethod
     def ready(self) -> bool:
-        """Say whether it answers."""
+        """Return whether the store accepts requests."""
 
     def start(self) -> None:
         """See `Engine.start`."""
@@ -431,7 +431,7 @@ class MooncakeEngine(ProcessEngine):
         self.tell(f"{damage.value} kv:{key}")
 
     def tell(self, line: str) -> None:
-        """Give the owner an order and wait until it has followed."""
+        """Send the owner a command and wait for its reply."""
         if self.owner is None or not self.owner.stdin or not self.owner.stdout:
             raise RuntimeError("not started")
         self.owner.stdin.write(f"{line}\n".encode())

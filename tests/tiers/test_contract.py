@@ -11,7 +11,14 @@ from kvcore.extents import checksum_of
 from kvcore.layout import Fingerprint
 from kvcore.shm import Segment
 from kvcore.tiers.tier import LoadItem, LoadOutcome, LoadResult, StoreResult, Tier
-from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, outcome, view
+from tests.tiers.part_factory import (
+    PAGE,
+    key_of,
+    load_checked,
+    outcome,
+    store_item,
+    view,
+)
 from tests.tiers.store_servers import Damage, Engine, wait_until
 
 ROOMY = 32 << 20
@@ -30,7 +37,9 @@ def test_parts_of_any_size_come_back(
 ) -> None:
     """What is stored from several extents comes back into as many others."""
     offsets = [index * (6 << 20) for index in range(len(sizes))]
-    blob = blob_of(1, *(view(arena, o, s) for o, s in zip(offsets, sizes, strict=True)))
+    blob = store_item(
+        1, *(view(arena, o, s) for o, s in zip(offsets, sizes, strict=True))
+    )
     into = [view(arena, ROOMY + o, s) for o, s in zip(offsets, sizes, strict=True)]
     assert tier.store([blob]).result() == [StoreResult.DONE]
     assert load_checked(tier, blob, *into)
@@ -39,14 +48,14 @@ def test_parts_of_any_size_come_back(
 def test_memory_outside_the_arena_serves_too(tier: Tier, arena: Segment) -> None:
     """Unaligned private memory is stored and filled as well."""
     source, target = bytearray(b"k" * 100_001), bytearray(100_001)
-    blob = blob_of(1, memoryview(source)[1:], view(arena, 3, 500))
+    blob = store_item(1, memoryview(source)[1:], view(arena, 3, 500))
     assert tier.store([blob]).result() == [StoreResult.DONE]
     assert load_checked(tier, blob, memoryview(target)[1:], view(arena, ROOMY + 7, 500))
 
 
 def test_many_parts_in_one_call(tier: Tier, arena: Segment) -> None:
     """Outcomes stand in the order that was asked for, missing ones among them."""
-    blobs = [blob_of(n, view(arena, n * PAGE, PAGE - n)) for n in range(40)]
+    blobs = [store_item(n, view(arena, n * PAGE, PAGE - n)) for n in range(40)]
     assert tier.store(blobs).result() == [StoreResult.DONE] * 40
     found = tier.contains([key_of(n) for n in range(60)]).result()
     assert found == [n < 40 for n in range(60)]
@@ -80,10 +89,10 @@ def test_nothing_asked_is_nothing_answered(tier: Tier) -> None:
 def test_what_is_present_stays(tier: Tier, arena: Segment) -> None:
     """A second store of a key says so and changes nothing."""
     first, second = (
-        blob_of(1, view(arena, 0, PAGE)),
-        blob_of(1, view(arena, PAGE, PAGE)),
+        store_item(1, view(arena, 0, PAGE)),
+        store_item(1, view(arena, PAGE, PAGE)),
     )
-    new = blob_of(2, view(arena, PAGE, PAGE))
+    new = store_item(2, view(arena, PAGE, PAGE))
     assert tier.store([first]).result() == [StoreResult.DONE]
     assert tier.store([second, new]).result() == [StoreResult.PRESENT, StoreResult.DONE]
     assert load_checked(tier, first, view(arena, ROOMY, PAGE))
@@ -91,7 +100,10 @@ def test_what_is_present_stays(tier: Tier, arena: Segment) -> None:
 
 def test_deleted_parts_are_gone(tier: Tier, arena: Segment) -> None:
     """Deleting removes a key, passes over an absent one, and lets it be stored anew."""
-    blob, kept = blob_of(1, view(arena, 0, PAGE)), blob_of(2, view(arena, 0, PAGE))
+    blob, kept = (
+        store_item(1, view(arena, 0, PAGE)),
+        store_item(2, view(arena, 0, PAGE)),
+    )
     tier.store([blob, kept]).result()
     tier.delete([key_of(1), key_of(9)]).result()
     assert tier.contains([key_of(1), key_of(2)]).result() == [False, True]
@@ -101,7 +113,7 @@ def test_deleted_parts_are_gone(tier: Tier, arena: Segment) -> None:
 
 def test_another_layout_is_another_part(tier: Tier, arena: Segment) -> None:
     """Same chunk with another rank or layout is missing."""
-    tier.store([blob_of(1, view(arena, 0, PAGE))]).result()
+    tier.store([store_item(1, view(arena, 0, PAGE))]).result()
     others = [key_of(1, rank=1), key_of(1, layout=Fingerprint("f" * 16))]
     assert tier.contains(others).result() == [False, False]
     for key in others:
@@ -111,7 +123,7 @@ def test_another_layout_is_another_part(tier: Tier, arena: Segment) -> None:
 @pytest.mark.parametrize("size", [PAGE - 1, PAGE + 1, 2 * PAGE])
 def test_another_length_is_rejected(tier: Tier, arena: Segment, size: int) -> None:
     """A record of another length than the slot is removed, and can be stored anew."""
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     tier.store([blob]).result()
     assert outcome(tier, key_of(1), view(arena, ROOMY, size)) is LoadOutcome.REJECTED
     assert tier.health().counters.rejected == 1
@@ -124,7 +136,7 @@ def test_what_is_no_record_is_rejected(
     engine: Engine, tier: Tier, arena: Segment, damage: Damage
 ) -> None:
     """Half a record, or none at all, is removed; its neighbours are served."""
-    blobs = [blob_of(n, view(arena, n * PAGE, PAGE)) for n in range(3)]
+    blobs = [store_item(n, view(arena, n * PAGE, PAGE)) for n in range(3)]
     tier.store(blobs).result()
     engine.damage(key_of(1), damage)
     slots = [
@@ -142,7 +154,7 @@ def test_wrong_bytes_do_not_match_their_checksum(
     engine: Engine, tier: Tier, arena: Segment
 ) -> None:
     """A flipped bit shows; after a delete the part can be stored and served again."""
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     tier.store([blob]).result()
     engine.damage(key_of(1), Damage.BYTES)
     into = view(arena, ROOMY, PAGE)
@@ -159,7 +171,7 @@ def test_down_at_start_then_up(
 ) -> None:
     """A tier opens on a store that is not there, and serves once it is."""
     tier = opened()
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     assert tier.store([blob]).result(END_S) == [StoreResult.FAILED]
     health = tier.health()
     assert (health.up, health.counters.failures) == (False, 1)
@@ -196,7 +208,7 @@ def test_dies_under_load_and_comes_back(
 ) -> None:
     """Calls under way end as outcomes; what was there is a miss; then it serves."""
     size = 1 << 20
-    blobs = [blob_of(n, view(arena, n * size, size)) for n in range(16)]
+    blobs = [store_item(n, view(arena, n * size, size)) for n in range(16)]
     assert set(tier.store(blobs).result()) == {StoreResult.DONE}
     slots = [
         LoadItem(key_of(n), (view(arena, ROOMY + n * size, size),)) for n in range(16)
@@ -222,7 +234,7 @@ def test_dies_under_load_and_comes_back(
     # Not that it is down now: a call that began before may have ended well since.
     assert tier.health().counters.failures
     engine.start()
-    blob = blob_of(99, view(arena, 0, size))
+    blob = store_item(99, view(arena, 0, size))
     wait_until(lambda: tier.store([blob]).result() == [StoreResult.DONE], "up again")
     assert load_checked(tier, blob, view(arena, ROOMY, size))
 
@@ -233,7 +245,7 @@ def test_a_store_that_hangs_fails_in_time(
 ) -> None:
     """Every future ends though the store does not, and no buffer changes later."""
     size = 1 << 20
-    blobs = [blob_of(n, view(arena, n * size, size)) for n in range(8)]
+    blobs = [store_item(n, view(arena, n * size, size)) for n in range(8)]
     assert set(tier.store(blobs).result()) == {StoreResult.DONE}
     engine.pause()
     target = view(arena, ROOMY, 8 * size)
@@ -243,7 +255,7 @@ def test_a_store_that_hangs_fails_in_time(
     ]
     found = tier.contains([b.key for b in blobs])
     loads = tier.load(slots)
-    new = blob_of(9, view(arena, 0, size))
+    new = store_item(9, view(arena, 0, size))
     store = tier.store([new])
     delete = tier.delete([blobs[0].key])
     outcomes = {one.outcome for one in loads.result(END_S)}
@@ -270,7 +282,7 @@ def test_a_full_store_says_so_and_still_serves(
     size = 8 << 20
     assert engine.capacity is not None
     blobs = [
-        blob_of(n, view(arena, 0, size)) for n in range(engine.capacity // size + 4)
+        store_item(n, view(arena, 0, size)) for n in range(engine.capacity // size + 4)
     ]
     outcomes = [tier.store([blob]).result()[0] for blob in blobs]
     assert set(outcomes) <= {StoreResult.DONE, StoreResult.FULL}
@@ -291,7 +303,7 @@ def test_a_full_store_says_so_and_still_serves(
 
 def test_closed_tiers_answer_as_if_down(tier: Tier, arena: Segment) -> None:
     """After close nothing is there, nothing raises, and closing again does nothing."""
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     tier.store([blob]).result()
     under_way = tier.load([LoadItem(blob.key, (view(arena, ROOMY, PAGE),))])
     tier.close()
@@ -306,8 +318,8 @@ def test_closed_tiers_answer_as_if_down(tier: Tier, arena: Segment) -> None:
 
 def test_health_counts_what_happened(tier: Tier, arena: Segment) -> None:
     """Counters tell keys asked and found, parts and bytes moved, and misses."""
-    blob = blob_of(1, view(arena, 0, PAGE))
-    tier.store([blob, blob_of(2, view(arena, 0, 10))]).result()
+    blob = store_item(1, view(arena, 0, PAGE))
+    tier.store([blob, store_item(2, view(arena, 0, 10))]).result()
     tier.store([blob]).result()
     tier.contains([key_of(n) for n in range(5)]).result()
     outcome(tier, key_of(7), view(arena, ROOMY, PAGE))

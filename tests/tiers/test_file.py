@@ -15,8 +15,15 @@ from kvcore.tiers import file_backend as file
 from kvcore.tiers.direct_io import supports_direct_io
 from kvcore.tiers.file_backend import FileIndex
 from kvcore.tiers.tier import LoadOutcome, StoreResult, Tier
-from tests.tiers.file_tier_parts import RECORD, ROOMY, files_in, load, store, there
-from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, view
+from tests.tiers.file_tier_parts import (
+    LOAD_OFFSET,
+    RECORD,
+    contains,
+    files_in,
+    load,
+    store,
+)
+from tests.tiers.part_factory import PAGE, key_of, load_checked, store_item, view
 from tests.tiers.store_servers import wait_until
 
 
@@ -28,7 +35,7 @@ def test_the_least_recently_used_parts_make_room(
     store(tier, arena, 1, 2, 3)
     assert load(tier, arena, 1) is LoadOutcome.DONE
     assert store(tier, arena, 4) == [StoreResult.DONE]
-    assert there(tier, 1, 2, 3, 4) == [True, False, True, True]
+    assert contains(tier, 1, 2, 3, 4) == [True, False, True, True]
     assert files_in(folder) == 3 * RECORD
     assert tier.health().counters.evicted == 1
 
@@ -36,13 +43,13 @@ def test_the_least_recently_used_parts_make_room(
 def test_a_part_larger_than_the_bound_evicts_nothing(
     open_at: Callable[..., Tier], arena: Segment
 ) -> None:
-    """It is FULL, and what was there stays."""
+    """The store returns FULL and the existing parts stay."""
     tier = open_at(2)
     store(tier, arena, 1, 2)
-    assert tier.store([blob_of(9, view(arena, 0, 3 * PAGE))]).result() == [
+    assert tier.store([store_item(9, view(arena, 0, 3 * PAGE))]).result() == [
         StoreResult.FULL
     ]
-    assert there(tier, 1, 2) == [True, True]
+    assert contains(tier, 1, 2) == [True, True]
 
 
 def test_a_restart_finds_what_was_stored(
@@ -50,15 +57,15 @@ def test_a_restart_finds_what_was_stored(
 ) -> None:
     """The next tier on the directory serves its parts, oldest written evicted first."""
     first = open_at(3)
-    blob = blob_of(2, view(arena, 2 * PAGE, PAGE))
+    blob = store_item(2, view(arena, 2 * PAGE, PAGE))
     for number in (1, 2, 3):
         store(first, arena, number)
     first.close()
     second = open_at(3)
-    assert there(second, 1, 2, 3, 4) == [True, True, True, False]
-    assert load_checked(second, blob, view(arena, ROOMY, PAGE))
+    assert contains(second, 1, 2, 3, 4) == [True, True, True, False]
+    assert load_checked(second, blob, view(arena, LOAD_OFFSET, PAGE))
     assert store(second, arena, 3, 4) == [StoreResult.PRESENT, StoreResult.DONE]
-    assert there(second, 1, 3, 4) == [False, True, True]
+    assert contains(second, 1, 3, 4) == [False, True, True]
 
 
 def test_a_restart_with_less_room_removes_the_rest(
@@ -76,7 +83,7 @@ def test_a_restart_with_less_room_removes_the_rest(
 def test_loads_do_not_wait_for_the_index(
     open_at: Callable[..., Tier], arena: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the directory is read, the disk is asked; stores wait."""
+    """Until the directory is indexed, lookups read the disk and stores wait."""
     first = open_at(3)
     store(first, arena, 1)
     first.close()
@@ -89,9 +96,9 @@ def test_loads_do_not_wait_for_the_index(
 
     monkeypatch.setattr(file, "_parts_under", slow)
     second = open_at(3)
-    assert there(second, 1, 2) == [True, False]
+    assert contains(second, 1, 2) == [True, False]
     assert load(second, arena, 1) is LoadOutcome.DONE
-    stored = second.store([blob_of(2, view(arena, 0, PAGE))])
+    stored = second.store([store_item(2, view(arena, 0, PAGE))])
     assert not stored.done()
     go_on.set()
     assert stored.result() == [StoreResult.DONE]
@@ -100,7 +107,7 @@ def test_loads_do_not_wait_for_the_index(
 def test_foreign_files_are_left_alone_and_leftovers_removed(
     open_at: Callable[..., Tier], arena: Segment, folder: Path
 ) -> None:
-    """What an ended server was writing goes; what is no part stays and is no part."""
+    """Incomplete writes are removed; foreign files stay and are not parts."""
     (folder / "incoming").mkdir(parents=True)
     (folder / "incoming" / "1").write_bytes(b"half")
     (folder / "00").mkdir()
@@ -109,20 +116,20 @@ def test_foreign_files_are_left_alone_and_leftovers_removed(
     store(tier, arena, 1, 2)
     assert not (folder / "incoming" / "1").exists()
     assert (folder / "00" / "notes").exists()
-    assert there(tier, 1, 2) == [True, True]
+    assert contains(tier, 1, 2) == [True, True]
 
 
 def test_a_directory_serves_one_server(
     open_at: Callable[..., Tier], arena: Segment
 ) -> None:
-    """A second tier on it is down and says why, until the first has closed."""
+    """A second tier is down, with the reason, until the first has closed."""
     first, second = open_at(2), open_at(2)
     store(first, arena, 1)
     assert store(second, arena, 2) == [StoreResult.FAILED]
     assert "another server" in second.health().last_error
     first.close()
     wait_until(lambda: store(second, arena, 2) == [StoreResult.DONE], "the lock")
-    assert there(second, 1) == [True]
+    assert contains(second, 1) == [True]
 
 
 def test_without_direct_io_it_works_as_well(
@@ -134,9 +141,9 @@ def test_without_direct_io_it_works_as_well(
     try:
         assert supports_direct_io(place) in (True, False)  # Newer tmpfs has it.
         tier = open_at(9, place)
-        blob = blob_of(1, view(arena, 0, PAGE))
+        blob = store_item(1, view(arena, 0, PAGE))
         assert tier.store([blob]).result() == [StoreResult.DONE]
-        assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
+        assert load_checked(tier, blob, view(arena, LOAD_OFFSET, PAGE))
     finally:
         tier.close()
         for path in sorted(place.rglob("*"), reverse=True):
@@ -152,9 +159,11 @@ def test_large_parts_move_in_several_calls(
     monkeypatch.setattr(direct, "_MAX_VECTORS", 2)
     tier = open_at(99)
     pieces = [view(arena, n * PAGE, 8192 + 4096 * (n % 2)) for n in range(7)]
-    blob = blob_of(1, *pieces, view(arena, 8 * PAGE, 5001))
+    blob = store_item(1, *pieces, view(arena, 8 * PAGE, 5001))
     assert tier.store([blob]).result() == [StoreResult.DONE]
-    assert load_checked(tier, blob, view(arena, ROOMY, sum(map(len, blob.buffers))))
+    assert load_checked(
+        tier, blob, view(arena, LOAD_OFFSET, sum(map(len, blob.buffers)))
+    )
 
 
 def test_claims_count_against_the_bound() -> None:
@@ -173,7 +182,7 @@ def test_claims_count_against_the_bound() -> None:
 def test_a_restart_knows_its_parts_whatever_lies_beside(
     open_at: Callable[..., Tier], arena: Segment, folder: Path, kind: str
 ) -> None:
-    """One odd thing in the folder hides no part and counts as none; the bound holds."""
+    """A foreign entry hides no part and is not counted; the size limit holds."""
     first = open_at(3)
     store(first, arena, 1, 2, 3)
     first.close()
@@ -187,8 +196,8 @@ def test_a_restart_knows_its_parts_whatever_lies_beside(
         place.write_bytes(b"mine")
     second = open_at(3)
     assert store(second, arena, 4) == [StoreResult.DONE]
-    assert sum(there(second, 1, 2, 3)) == 2
-    assert there(second, 4, 9) == [True, False]
+    assert sum(contains(second, 1, 2, 3)) == 2
+    assert contains(second, 4, 9) == [True, False]
     assert second.health().counters.evicted == 1
 
 

@@ -1,4 +1,4 @@
-"""The file tier on disks that are full, broken, gone, or not its alone."""
+"""File tier on disks that are full, faulty, removed or shared."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from kvcore.shm import Segment
 from kvcore.tiers import file_backend as file
 from kvcore.tiers.tier import LoadItem, LoadOutcome, StoreResult, Tier
 from kvcore.tiers.tier_url import open_tier
-from tests.tiers.file_tier_parts import RECORD, ROOMY, files_in, load, store, there
-from tests.tiers.part_factory import PAGE, blob_of, key_of, view
+from tests.tiers.file_tier_parts import (
+    LOAD_OFFSET,
+    RECORD,
+    contains,
+    files_in,
+    load,
+    store,
+)
+from tests.tiers.part_factory import PAGE, key_of, store_item, view
 from tests.tiers.store_servers import wait_until
 
 
@@ -38,7 +45,7 @@ def test_a_full_disk_is_full_and_gives_back(
     monkeypatch.setattr(os, "pwritev", full)
     assert store(tier, arena, 3) == [StoreResult.FULL]
     assert list((folder / "incoming").iterdir()) == []
-    assert there(tier, 1, 2, 3) == [False, True, False]
+    assert contains(tier, 1, 2, 3) == [False, True, False]
     assert tier.health().up
 
 
@@ -94,8 +101,8 @@ def test_what_stands_in_a_parts_place_costs_that_part_alone(
     put: Callable[[Path], None],
     when: str,
 ) -> None:
-    """It is a miss and cannot be stored, others are as ever, and the log has a line."""
-    blob = blob_of(ODD, view(arena, 0, PAGE))
+    """That part misses and cannot be stored; others work; it is logged once."""
+    blob = store_item(ODD, view(arena, 0, PAGE))
     part = folder / str(blob.key)[:2] / str(blob.key)
     go_on = threading.Event()
     if when == "before":
@@ -109,7 +116,7 @@ def test_what_stands_in_a_parts_place_costs_that_part_alone(
 
         monkeypatch.setattr(file, "_parts_under", slow)
     tier = open_at(9)
-    there(tier, 1)
+    contains(tier, 1)
     if when == "known":
         assert tier.store([blob]).result() == [StoreResult.DONE]
         part.unlink()
@@ -117,13 +124,13 @@ def test_what_stands_in_a_parts_place_costs_that_part_alone(
     if when != "before":
         put(part)
     for _ in range(2):
-        slot = LoadItem(blob.key, (view(arena, ROOMY, PAGE),))
+        slot = LoadItem(blob.key, (view(arena, LOAD_OFFSET, PAGE),))
         [loaded] = tier.load([slot]).result()
         assert loaded.outcome in (LoadOutcome.MISSING, LoadOutcome.REJECTED)
         go_on.set()
         assert tier.store([blob]).result() == [StoreResult.FAILED]
         tier.delete([blob.key]).result()
-        assert there(tier, ODD) == [False]
+        assert contains(tier, ODD) == [False]
     assert store(tier, arena, 1) == [StoreResult.DONE]
     assert load(tier, arena, 1) is LoadOutcome.DONE
     health = tier.health()
@@ -135,21 +142,21 @@ def test_what_stands_in_a_parts_place_costs_that_part_alone(
 def test_a_folder_that_goes_is_a_tier_that_comes_back(
     open_at: Callable[..., Tier], arena: Segment, folder: Path
 ) -> None:
-    """What it had is missing; it is made anew, and what is stored then is served."""
+    """Old parts miss; the directory is created again and serves new parts."""
     tier = open_at(9)
     store(tier, arena, 1, 2)
     shutil.rmtree(folder)
     assert load(tier, arena, 1) is LoadOutcome.MISSING
     assert store(tier, arena, 3) == [StoreResult.FAILED]
     wait_until(lambda: store(tier, arena, 3) == [StoreResult.DONE], "the folder")
-    assert there(tier, 1, 2, 3) == [False, False, True]
+    assert contains(tier, 1, 2, 3) == [False, False, True]
     assert files_in(folder) == RECORD
 
 
 def test_another_folder_in_its_place_is_noticed(
     open_at: Callable[..., Tier], arena: Segment, folder: Path
 ) -> None:
-    """A disk that was unmounted, say: a probe finds out, and the next one opens it."""
+    """A probe detects the new directory and the next one opens it."""
     tier = open_at(9)
     store(tier, arena, 1)
     folder.rename(folder.with_name("elsewhere"))
@@ -163,7 +170,7 @@ def test_another_folder_in_its_place_is_noticed(
     wait_until(has_failed, "the probe")
     assert "another directory" in tier.health().last_error
     wait_until(lambda: store(tier, arena, 2) == [StoreResult.DONE], "the folder")
-    assert there(tier, 1, 2) == [False, True]
+    assert contains(tier, 1, 2) == [False, True]
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE])
@@ -173,7 +180,7 @@ def test_a_disk_that_takes_no_files_is_down_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
-    """Read-only, broken or gone: what was meant for it fails, and it is tried again."""
+    """Stores fail with the disk's error, and succeed after the back-off."""
     tier = open_at(9)
     store(tier, arena, 1)
 
@@ -185,7 +192,7 @@ def test_a_disk_that_takes_no_files_is_down_and_says_why(
         assert store(tier, arena, 2) == [StoreResult.FAILED]
         assert os.strerror(number) in tier.health().last_error
     wait_until(lambda: store(tier, arena, 2) == [StoreResult.DONE], "back-off")
-    assert there(tier, 1, 2) == [True, True]
+    assert contains(tier, 1, 2) == [True, True]
 
 
 def test_a_folder_that_cannot_be_listed_hides_no_other(
@@ -197,7 +204,7 @@ def test_a_folder_that_cannot_be_listed_hides_no_other(
     """After a restart its parts are not served, those of others are."""
     first = open_at(9)
     store(first, arena, 1, 2)
-    first.store([blob_of(ODD, view(arena, 0, PAGE))]).result()
+    first.store([store_item(ODD, view(arena, 0, PAGE))]).result()
     first.close()
     (folder / "incoming" / "odd").mkdir()
     listing = os.scandir
@@ -210,13 +217,13 @@ def test_a_folder_that_cannot_be_listed_hides_no_other(
     monkeypatch.setattr(file.os, "scandir", refuse)
     second = open_at(9)
     assert store(second, arena, 3) == [StoreResult.DONE]
-    assert there(second, 1, 2, 3, ODD) == [True, True, True, False]
+    assert contains(second, 1, 2, 3, ODD) == [True, True, True, False]
 
 
-def test_a_folder_that_takes_long_to_read_delays_nobody(
+def test_slow_directory_scan_does_not_delay_calls(
     folder: Path, arena: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a failure it is to be read anew: who asks meanwhile is told in time."""
+    """During a scan after a failure, loads fail at their deadline."""
     go_on = threading.Event()
 
     def slow(_: Path) -> Iterator[tuple[float, str, int]]:
@@ -229,7 +236,7 @@ def test_a_folder_that_takes_long_to_read_delays_nobody(
     monkeypatch.setattr(file, "_parts_under", slow)
     tier = open_tier(f"file://{folder}?retry=0.02&timeout=0.2")
     try:
-        there(tier, 1)
+        contains(tier, 1)
         place = folder / str(key_of(1))[:2] / str(key_of(1))
         place.parent.mkdir()
         place.write_bytes(bytes(RECORD))
@@ -238,7 +245,7 @@ def test_a_folder_that_takes_long_to_read_delays_nobody(
             assert load(tier, arena, 1) is LoadOutcome.FAILED
 
         def is_told() -> bool:
-            slot = LoadItem(key_of(1), (view(arena, ROOMY, PAGE),))
+            slot = LoadItem(key_of(1), (view(arena, LOAD_OFFSET, PAGE),))
             assert tier.load([slot]).result(10)[0].outcome is LoadOutcome.FAILED
             return "still being read" in tier.health().last_error
 

@@ -34,7 +34,7 @@ from kvcore.tiers.direct_io import PAGE, file_bytes
 from kvcore.tiers.file_backend import FileBackend
 from kvcore.tiers.thread_pool_tier import ThreadPoolTier
 from kvcore.tiers.tier import LoadItem, LoadOutcome, PartKey, StoreItem, StoreResult
-from tests.tiers.file_tier_parts import SPOILERS
+from tests.tiers.file_tier_parts import FILE_DAMAGES
 from tests.tiers.part_factory import LAYOUT
 
 SIZES = [1, PAGE, PAGE + 1, 3 * PAGE, 2 * PAGE - 1, PAGE, 2 * PAGE, 7]
@@ -68,7 +68,7 @@ def buffers_at(first: int, size: int) -> tuple[memoryview, ...]:
     return (view[first : first + size],)
 
 
-def blob_of(number: int) -> StoreItem:
+def store_item(number: int) -> StoreItem:
     """A part with its checksum."""
     buffers = buffers_at(number * ROOM, SIZES[number])
     return StoreItem(key_of(number), buffers, checksum_of(buffers))
@@ -103,7 +103,7 @@ class FileMachine(RuleBasedStateMachine):
 
     @initialize(pages=st.sampled_from([4, 9, 16, 99]))
     def build(self, pages: int) -> None:
-        """A folder that does not exist yet."""
+        """Open a directory that does not exist yet."""
         self.open(pages, held=False)
 
     def open(self, pages: int, *, held: bool) -> None:
@@ -174,7 +174,7 @@ class FileMachine(RuleBasedStateMachine):
     def store(self, some: list[int]) -> None:
         """Parts are written that are not there; the least recently used make room."""
         is_full = self.now < self.full_until
-        outcomes = self.tier.store([blob_of(number) for number in some]).result()
+        outcomes = self.tier.store([store_item(number) for number in some]).result()
         for number, stored in zip(some, outcomes, strict=True):
             size = file_bytes(SIZES[number])
             if is_full:
@@ -206,7 +206,7 @@ class FileMachine(RuleBasedStateMachine):
         if loaded.outcome is LoadOutcome.DONE:
             if number in self.known:
                 self.known[number] = self.known.pop(number)
-            right = blob_of(number).checksum
+            right = store_item(number).checksum
             assert loaded.checksum == right
             assert (checksum_of(room) == right) == (kept is not None and kept.is_right)
         else:
@@ -214,7 +214,7 @@ class FileMachine(RuleBasedStateMachine):
 
     @rule(some=st.lists(numbers, min_size=1, max_size=2))
     def delete(self, some: list[int]) -> None:
-        """Somebody found wrong bytes."""
+        """Delete parts, as after a checksum mismatch."""
         self.tier.delete([key_of(number) for number in some]).result()
         for number in some:
             self.forget(number)
@@ -234,7 +234,7 @@ class FileMachine(RuleBasedStateMachine):
         if self.now < self.full_until or number in self.known:
             return
         with self.failing("pwritev", errno.ENOSPC):
-            stored = self.tier.store([blob_of(number)]).result()
+            stored = self.tier.store([store_item(number)]).result()
         assert stored == [StoreResult.FULL]
         self.full_until = self.now + RETRY_S
         if size <= self.max_bytes:
@@ -266,7 +266,7 @@ class FileMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.scan_on and self.disk)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
-        """Somebody removes a file while it is in use."""
+        """Another process removes a file while the tier runs."""
         number = data.draw(st.sampled_from(sorted(self.disk)))
         self.path(number).unlink()
         del self.disk[number]
@@ -296,10 +296,10 @@ class FileMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.scan_on)
     @rule(data=st.data(), pages=st.sampled_from([4, 9, 16, 99]), held=st.booleans())
     def restart(self, data: st.DataObject, pages: int, held: bool) -> None:
-        """A server ends; before the next one begins, others have been here."""
+        """Restart the server; other processes change files in between."""
         self.tier.close()
         for number in data.draw(st.lists(numbers, max_size=2, unique=True)):
-            self.spoil(number, data.draw(st.sampled_from(sorted(SPOILERS))))
+            self.spoil(number, data.draw(st.sampled_from(sorted(FILE_DAMAGES))))
         for foreign in data.draw(st.lists(st.sampled_from(FOREIGN), max_size=2)):
             place = self.folder / "tier" / foreign
             if place.parent.is_file():
@@ -323,7 +323,7 @@ class FileMachine(RuleBasedStateMachine):
         elif kept is None:
             return
         else:
-            SPOILERS[how](path)
+            FILE_DAMAGES[how](path)
         size = path.stat().st_size
         is_whole = how == "payload" and (
             kept is None or kept.outcome is LoadOutcome.DONE
@@ -346,9 +346,9 @@ class FileMachine(RuleBasedStateMachine):
     @invariant()
     def it_knows_what_is_there(self) -> None:
         """The index, or while that is made the disk, says what there is."""
-        there = self.tier.contains([key_of(number) for number in NUMBERS]).result()
+        contained = self.tier.contains([key_of(number) for number in NUMBERS]).result()
         known = self.disk if self.scan_on else self.known
-        assert there == [number in known for number in NUMBERS]
+        assert contained == [number in known for number in NUMBERS]
 
     @invariant()
     def the_bound_holds(self) -> None:

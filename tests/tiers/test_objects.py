@@ -1,4 +1,4 @@
-"""What object stores say that only some of them do: full, and not for you."""
+"""Object stores that report full storage or reject credentials."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from kvcore.shm import Segment
 from kvcore.tiers.tier import LoadOutcome, StoreResult
 from kvcore.tiers.tier_url import open_tier
-from tests.tiers.part_factory import PAGE, blob_of, outcome, view
+from tests.tiers.part_factory import PAGE, outcome, store_item, view
 from tests.tiers.store_servers import S3Engine
 
 pytestmark = pytest.mark.tiers
@@ -112,7 +112,7 @@ def test_a_full_store_is_full_and_stays_up(
 ) -> None:
     """FULL is no failure: the tier is asked what it has as before."""
     tier = open_tier(full_store(status, text))
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     assert tier.store([blob]).result() == [StoreResult.FULL]
     assert tier.contains([blob.key]).result() == [False]
     health = tier.health()
@@ -123,9 +123,9 @@ def test_a_full_store_is_full_and_stays_up(
 def test_an_object_of_another_size_is_not_read(
     full_store: Serve, removed: list[str], arena: Segment
 ) -> None:
-    """Somebody's terabyte under a part's name costs no memory, and is removed."""
+    """An object of the wrong size is removed without being read."""
     tier = open_tier(full_store(507, ""))
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     room = view(arena, 32 << 20, PAGE)
     assert outcome(tier, blob.key, room) is LoadOutcome.REJECTED
     assert removed == [str(blob.key)]
@@ -136,12 +136,12 @@ def test_an_object_of_another_size_is_not_read(
 def test_wrong_credentials_are_a_tier_that_is_down(
     tmp_path: Path, arena: Segment
 ) -> None:
-    """It says what the store said, and no secret."""
+    """The error contains the store's status and no secret."""
     engine = S3Engine(tmp_path)
     engine.start()
     try:
         tier = open_tier(engine.url.replace("=secret&", "=wrong-one&"))
-        blob = blob_of(1, view(arena, 0, PAGE))
+        blob = store_item(1, view(arena, 0, PAGE))
         assert tier.store([blob]).result() == [StoreResult.FAILED]
         health = tier.health()
         assert not health.up

@@ -1,4 +1,4 @@
-"""The RESP connection against a server that plays a script."""
+"""RESP connection against a server with scripted replies."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_value_that_ends_early_is_an_error(
 def test_a_refused_password_is_unavailable(
     scripted: Callable[[bytes], ServerAddress],
 ) -> None:
-    """The server's reason is told."""
+    """The error contains the server's reason."""
     target = scripted(b"-WRONGPASS no such user\r\n")
     target = ServerAddress(path=target.path, password="wrong")
     with pytest.raises(Unavailable, match="WRONGPASS"):
@@ -119,7 +119,7 @@ def test_no_answer_ends_at_the_deadline(tmp_path: Path) -> None:
 
 
 def test_a_host_that_has_no_name_is_unavailable() -> None:
-    """What cannot be looked up is a server that cannot be reached."""
+    """A host name that does not resolve is reported as unreachable."""
     with pytest.raises(Unavailable, match="cannot be reached"):
         RespConnection(ServerAddress(host="a..b"), Deadline.after(10))
 

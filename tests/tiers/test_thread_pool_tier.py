@@ -12,7 +12,7 @@ from kvcore.shm import Segment
 from kvcore.tiers.thread_pool_tier import CircuitBreaker
 from kvcore.tiers.tier import LoadItem, LoadOutcome, StoreResult, Tier
 from tests.tiers.fake_store import FakeBackend, FakeEngine
-from tests.tiers.part_factory import PAGE, blob_of, key_of, view
+from tests.tiers.part_factory import PAGE, key_of, store_item, view
 from tests.tiers.store_servers import wait_until
 
 
@@ -44,7 +44,7 @@ def tier(fake: FakeEngine) -> Iterator[Tier]:
 
 
 def test_one_probe_ends_a_back_off() -> None:
-    """Nobody is admitted during the back-off, then one; its success lets all in."""
+    """Back-off admits no call, then one probe; its success admits all."""
     clock = Clock()
     breaker = CircuitBreaker(1.0, 5.0, clock)
     assert breaker.admit()
@@ -96,7 +96,7 @@ def test_questions_do_not_wait_for_transfers(
 ) -> None:
     """A lookup is answered while loads and stores stand."""
     fake.pause()
-    tier.store([blob_of(n, view(arena, 0, PAGE)) for n in range(8)])
+    tier.store([store_item(n, view(arena, 0, PAGE)) for n in range(8)])
     load = tier.load(
         [LoadItem(key_of(n), (view(arena, PAGE, PAGE),)) for n in range(8)]
     )
@@ -109,13 +109,13 @@ def test_questions_do_not_wait_for_transfers(
     assert len(load.result()) == 8
 
 
-def test_standing_in_line_is_not_the_stores_fault(
+def test_expired_queue_time_does_not_trip_the_breaker(
     fake: FakeEngine, tier: Tier, arena: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts whose turn comes after their deadline fail, and the tier stays up."""
+    """Parts dequeued after their deadline fail, and the tier stays up."""
     tier.contains([key_of(1)]).result()
     monkeypatch.setattr(tier, "timeout_s", -1.0)
-    assert tier.store([blob_of(1, view(arena, 0, PAGE))]).result() == [
+    assert tier.store([store_item(1, view(arena, 0, PAGE))]).result() == [
         StoreResult.FAILED
     ]
     health = tier.health()
@@ -128,7 +128,7 @@ def test_a_full_store_is_left_alone_for_a_while(
 ) -> None:
     """After FULL nothing is sent until the back-off is over."""
     fake.backend.max_bytes = 0
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     monotonic = Clock()
     tier._clock = monotonic  # type: ignore[attr-defined]
     assert tier.store([blob]).result() == [StoreResult.FULL]
@@ -158,8 +158,8 @@ def test_a_defect_is_a_failure_and_is_logged(
     assert not tier.health().up
 
 
-def test_a_probe_asks_behind_the_callers_back(fake: FakeEngine, tier: Tier) -> None:
-    """Health tells what is known: nothing at first, and not that the tier is up."""
+def test_probe_is_asynchronous(fake: FakeEngine, tier: Tier) -> None:
+    """Until the first reply, health has no usage and the tier is not up."""
     fake.pause()
     for _ in range(9):
         tier.probe()
@@ -190,7 +190,7 @@ def test_a_batch_fails_only_where_it_broke(
     fake: FakeEngine, tier: Tier, arena: Segment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts done before the store failed are done; the others are failed."""
-    blobs = [blob_of(n, view(arena, 0, PAGE)) for n in range(2)]
+    blobs = [store_item(n, view(arena, 0, PAGE)) for n in range(2)]
     assert set(tier.store(blobs).result()) == {StoreResult.DONE}
     enter = FakeBackend._enter
     calls: list[int] = []
@@ -216,7 +216,7 @@ def test_work_waits_for_a_thread_that_cannot_be_had(
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    blob = blob_of(1, view(arena, 0, PAGE))
+    blob = store_item(1, view(arena, 0, PAGE))
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         first = tier.store([blob])

@@ -1,4 +1,4 @@
-"""A pooled tier over a store that fails, hangs, loses and lies, with all that uses it.
+"""Thread-pool tier over a store with injected faults, and its users.
 
 Executors are manual: a rule runs the next work item, and the store fails in it or
 not. What hangs takes its time and ends at its deadline.
@@ -60,7 +60,7 @@ FAULTS: dict[str, Callable[[], Exception]] = {
 }
 
 
-def blobs_of(hashes: Sequence[ChunkHash], needs: RequiredParts) -> list[StoreItem]:
+def store_items(hashes: Sequence[ChunkHash], needs: RequiredParts) -> list[StoreItem]:
     """All parts of chunks, as they should be."""
     blobs = []
     for key in hashes:
@@ -135,7 +135,7 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
             patch.start()
 
     def clock(self) -> float:
-        """Tell the time that rules let go by."""
+        """Return the time that rules set."""
         return self.fixture.now
 
     @initialize(policy=st.sampled_from(WRITE_POLICIES), threads=st.integers(1, 3))
@@ -183,7 +183,7 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
         self, number: int, length: int, kept: bool, harm: Damage | None, place: int
     ) -> None:
         """A scheduler looks up, and waits; another server may have stored it."""
-        blobs = blobs_of(chain(number, length), PROMPTS[number]) if kept else []
+        blobs = store_items(chain(number, length), PROMPTS[number]) if kept else []
         for index, blob in enumerate(blobs):
             record = b"".join([blob.header(), *blob.buffers])
             if harm and index == place % len(blobs):
@@ -223,7 +223,7 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
 
     @rule(number=numbers, length=lengths)
     def drop(self, number: int, length: int) -> None:
-        """Somebody clears."""
+        """A client clears chunks."""
         self.fixture.l1.drop(chain(number, length))
 
     # -- what the store does ----------------------------------------------------------
@@ -272,7 +272,7 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([RETRY_S, TIMEOUT_S, 11.0]))
     def wait(self, seconds: float) -> None:
-        """Time goes by."""
+        """Advance the clock."""
         self.fixture.now += seconds
         self.fixture.run()
 
@@ -334,7 +334,7 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
         fixture.l1.drop(fixture.l1.hashes())
         assert fixture.arena.used_bytes == 0
         prompt = chain(7, 2)
-        stored = self.tier.store(blobs_of(prompt, ONE))
+        stored = self.tier.store(store_items(prompt, ONE))
         self.settle()
         assert stored.result() == [StoreResult.DONE] * 2
         job = fixture.submit(prompt)
@@ -362,9 +362,7 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
 
 
 TestThreadPoolTierMachine = ThreadPoolTierMachine.TestCase
-TestThreadPoolTierMachine.__doc__ = (
-    """Whatever the store does: right bytes or a miss."""
-)
+TestThreadPoolTierMachine.__doc__ = """Under all faults: correct bytes or a miss."""
 TestThreadPoolTierMachine.settings = settings(
     max_examples=4 * settings().max_examples, stateful_step_count=50
 )

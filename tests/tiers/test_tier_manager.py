@@ -387,7 +387,7 @@ def test_wrong_bytes_are_a_miss_and_leave_the_tier(fixture: TierFixture) -> None
 
 
 def test_at_the_deadline_it_answers_and_loads_on(fixture: TierFixture) -> None:
-    """What comes later is there for the next lookup, held by nobody."""
+    """Parts loaded after the deadline serve the next lookup and are not held."""
     prompt = chain(1, 2)
     fixture.keep(prompt)
     job = fixture.submit(prompt)
@@ -542,7 +542,7 @@ def test_on_eviction_writes_ahead_of_it(fixtures: list[TierFixture]) -> None:
 def test_a_tier_that_is_not_up_is_probed_from_the_start(
     fixtures: list[TierFixture],
 ) -> None:
-    """Nobody asks for anything; once it is up, it is probed for whom it concerns."""
+    """Probes run without requests; once the tier is up, `status` probes it."""
     fixture = TierFixture()
     fixtures.append(fixture)
     fixture.tier.up = False

@@ -114,7 +114,7 @@ class TierManagerMachine(RuleBasedStateMachine):
 
     @rule(number=numbers, length=lengths)
     def drop(self, number: int, length: int) -> None:
-        """Somebody clears."""
+        """A client clears chunks."""
         self.fixture.l1.drop(chain(number, length))
 
     @rule(number=numbers)

@@ -12,7 +12,7 @@ from kvcore.shm import Segment
 from kvcore.tiers.tier import PartKey, StoreResult
 from kvcore.tiers.tier_url import TierOptions, open_tier, register_tier
 from tests.tiers.fake_store import FakeBackend
-from tests.tiers.part_factory import PAGE, blob_of, load_checked, view
+from tests.tiers.part_factory import PAGE, load_checked, store_item, view
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_custom_tier_is_opened_by_its_scheme(arena: Segment) -> None:
     """Its options are decoded and checked; common options, counters and URL apply."""
     register_tier("dict", open_dict, DictOptions)
     tier = open_tier("dict://here?parts=1&name=custom")
-    first, second = (blob_of(n, view(arena, n * PAGE, PAGE)) for n in range(2))
+    first, second = (store_item(n, view(arena, n * PAGE, PAGE)) for n in range(2))
     assert tier.store([first]).result() == [StoreResult.DONE]
     assert tier.store([second]).result() == [StoreResult.FULL]
     assert load_checked(tier, first, view(arena, 32 << 20, PAGE))

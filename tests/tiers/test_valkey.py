@@ -1,4 +1,4 @@
-"""A Valkey server that refuses, redirects and lies."""
+"""Valkey server that rejects, redirects and returns wrong values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import pytest
 from kvcore.shm import Segment
 from kvcore.tiers.tier import LoadOutcome, StoreItem, StoreResult, Tier
 from kvcore.tiers.tier_url import open_tier
-from tests.tiers.part_factory import PAGE, blob_of, key_of, load_checked, outcome, view
+from tests.tiers.part_factory import (
+    PAGE,
+    key_of,
+    load_checked,
+    outcome,
+    store_item,
+    view,
+)
 from tests.tiers.store_servers import wait_until
 
 ROOMY = 32 << 20
@@ -59,8 +66,8 @@ class FakeValkeyServer:
             self.values[words[0]] = words[1]
             return b"+OK\r\n"
         if name == "UNLINK":
-            there = [self.values.pop(word, None) is not None for word in words]
-            return b":%d\r\n" % sum(there)
+            removed = [self.values.pop(word, None) is not None for word in words]
+            return b":%d\r\n" % sum(removed)
         if name == "EXISTS":
             return b":%d\r\n" % (words[0] in self.values)
         value = self.values.get(words[0])
@@ -93,7 +100,7 @@ def tier(store: FakeValkeyServer, tmp_path: Path) -> Iterator[Tier]:
 @pytest.fixture
 def blob(arena: Segment) -> StoreItem:
     """A part."""
-    return blob_of(1, view(arena, 0, PAGE))
+    return store_item(1, view(arena, 0, PAGE))
 
 
 REFUSALS = [
@@ -117,7 +124,7 @@ def test_a_server_that_takes_no_writes_is_read(
     """Stores are FULL for a while, which the log says once; what is there is served."""
     assert tier.store([blob]).result() == [StoreResult.DONE]
     store.answers["SET"] = f"-{refusal}\r\n".encode()
-    new = blob_of(2, view(arena, PAGE, PAGE))
+    new = store_item(2, view(arena, PAGE, PAGE))
     for number in (1, 2):
         wait_until(lambda n=number: _refused(tier, new, store, n), "another try")
     assert load_checked(tier, blob, view(arena, ROOMY, PAGE))
@@ -163,7 +170,7 @@ def test_a_server_that_refuses_is_down_and_says_why(
         room = view(arena, ROOMY, PAGE)
         assert outcome(tier, blob.key, room) is LoadOutcome.FAILED
     else:
-        new = blob_of(2, view(arena, PAGE, PAGE))
+        new = store_item(2, view(arena, PAGE, PAGE))
         assert tier.store([new]).result() == [StoreResult.FAILED]
     assert not tier.health().up
     assert refusal in tier.health().last_error
@@ -177,7 +184,7 @@ def test_a_wrong_value_is_removed_and_its_neighbours_come(
     store: FakeValkeyServer, tier: Tier, arena: Segment, blob: StoreItem, wrong: str
 ) -> None:
     """Of whatever length; the connection still knows where the next value begins."""
-    others = [blob_of(n, view(arena, n * PAGE, PAGE)) for n in (0, 2, 3)]
+    others = [store_item(n, view(arena, n * PAGE, PAGE)) for n in (0, 2, 3)]
     assert tier.store([*others, blob]).result() == [StoreResult.DONE] * 4
     name = str(blob.key).encode()
     right = store.values[name]
