@@ -1,4 +1,8 @@
-"""The server's options, each declared once: its file key, its flag, its help."""
+"""The server's options: file keys, defaults and help.
+
+Every option can be set in a file and by `--set`; `kvctl/commands/serve.py` adds flags
+for the common ones.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +15,35 @@ from kvcore.options import ByteSize, Options, require
 
 
 class L1Config(Options, frozen=True):
-    """Host memory that holds the chunks."""
+    """L1: host memory for chunks."""
 
     size: Annotated[
-        ByteSize, Meta(description="memory for chunks, taken at start from /dev/shm")
+        ByteSize, Meta(description="memory for chunks in /dev/shm, allocated at start")
     ] = ByteSize(1 << 30)
     page: Annotated[
-        ByteSize, Meta(description="unit of allocation; a part wastes less than one")
+        ByteSize, Meta(description="allocation unit; each part wastes less than one")
     ] = ByteSize(64 << 10)
     eviction: Annotated[
-        str, Meta(description="which chunks go first when room is needed")
+        str, Meta(description="order of eviction: lru, lru-uses, s3fifo")
     ] = "lru"
     watermark: Annotated[
         float,
-        Meta(description="a store that leaves more than this share used evicts down"),
+        Meta(description="evict after stores until at most this share is used"),
     ] = 1.0
     quotas: Annotated[
         dict[str, ByteSize],
-        Meta(description="what a `salt:NAME` or `model:NAME` may keep under pressure"),
+        Meta(description="bytes of `salt:NAME` or `model:NAME` safe from eviction"),
     ] = {}
-    verify: Annotated[
-        bool, Meta(description="check the bytes' checksums at every retrieve")
-    ] = False
+    verify: Annotated[bool, Meta(description="verify checksums at every retrieve")] = (
+        False
+    )
     keep: Annotated[
         str | None,
         Meta(description="keep L1 across restarts, with its journal in this file"),
     ] = None
 
     def check(self) -> None:
-        """The size holds at least one page, and pages suit the machine's."""
+        """Require a size of at least one page, and valid page, watermark and quotas."""
         require(
             self.page >= 4096 and self.page & (self.page - 1) == 0,
             "l1.page", self.page, "must be a power of two of at least 4KiB",
@@ -65,23 +69,23 @@ MAX_HEARTBEAT_S = 86_400.0
 
 
 class WireConfig(Options, frozen=True):
-    """Bounds on what clients may ask at once."""
+    """Limits per client."""
 
     max_requests_per_client: Annotated[
-        int, Meta(description="unanswered requests; more are answered `overloaded`")
+        int, Meta(description="requests in progress; more are answered `overloaded`")
     ] = 1024
-    max_message: Annotated[
-        ByteSize, Meta(description="largest request that is read")
-    ] = ByteSize(64 << 20)
+    max_message: Annotated[ByteSize, Meta(description="largest accepted request")] = (
+        ByteSize(64 << 20)
+    )
     slice_chunks: Annotated[
-        int, Meta(description="chunks hashed before others are served")
+        int, Meta(description="chunks hashed before other requests are served")
     ] = 32
     heartbeat_s: Annotated[
-        float, Meta(description="a client that cannot be watched sends this often")
+        float, Meta(description="heartbeat of clients that cannot be watched by pidfd")
     ] = 5.0
 
     def check(self) -> None:
-        """Every bound leaves room for one request."""
+        """Require limits that admit at least one request."""
         requests, slices = self.max_requests_per_client, self.slice_chunks
         require(requests >= 1, "wire.max_requests_per_client", requests, "at least 1")
         require(
@@ -100,20 +104,20 @@ class WireConfig(Options, frozen=True):
 
 
 class SessionConfig(Options, frozen=True):
-    """How long what a request left behind is kept."""
+    """Lifetime of sessions and leases."""
 
     idle_s: Annotated[
-        float, Meta(description="a session without requests is forgotten after this")
+        float, Meta(description="seconds until a session without requests ends")
     ] = 600.0
     lease_s: Annotated[
-        float, Meta(description="chunks found are held for their readers this long")
+        float, Meta(description="seconds that found chunks are leased to a session")
     ] = 60.0
     max_sessions: Annotated[
-        int, Meta(description="the longest idle are forgotten beyond this")
+        int, Meta(description="limit of sessions; the longest idle end first")
     ] = 100_000
 
     def check(self) -> None:
-        """A lease does not outlive its session."""
+        """Require that a lease ends no later than its session."""
         require(self.lease_s > 0, "sessions.lease_s", self.lease_s, "more than 0")
         require(
             self.idle_s >= self.lease_s,
@@ -133,18 +137,17 @@ Patterns = tuple[tuple[int, ...], ...]
 
 
 class BlendConfig(Options, frozen=True):
-    """How `--engine blend` finds documents in a prompt."""
+    """Search for documents in prompts (`--engine blend`)."""
 
     matcher: Annotated[
         Literal["anywhere", "separated"],
         Meta(
-            description="separated: paragraphs between token patterns, each a document "
-            "from its start on; anywhere: at any offset, by their tokens, and in tiers "
-            "such paragraphs, too"
+            description="separated: documents are paragraphs between token patterns; "
+            "anywhere: documents at any offset, and such paragraphs in tiers"
         ),
     ] = "anywhere"
     preset: Annotated[
-        str, Meta(description="patterns of a model family (docs/blend.md); none: own")
+        str, Meta(description="patterns of a model family (docs/blend.md)")
     ] = ""
     start: Annotated[
         Patterns, Meta(description="token ids after which a paragraph begins")
@@ -154,15 +157,15 @@ class BlendConfig(Options, frozen=True):
     ] = ()
     max_tier_chunks: Annotated[
         int,
-        Meta(description="anywhere: chunks known in tiers; the longest unused go"),
+        Meta(description="anywhere: limit of known chunks in tiers, LRU"),
     ] = 1 << 18
     keep: Annotated[
         str | None,
-        Meta(description="anywhere: know documents across restarts, in this file"),
+        Meta(description="anywhere: file that keeps the index across restarts"),
     ] = None
 
     def check(self) -> None:
-        """No pattern is empty, and no preset has patterns beside it."""
+        """Require valid patterns, and a preset or patterns, not both."""
         patterns = [*self.start, *self.end]
         require(all(patterns), "blend.start", self.start, "no pattern may be empty")
         known = all(0 <= token < 1 << 32 for p in patterns for token in p)
@@ -182,20 +185,20 @@ class BlendConfig(Options, frozen=True):
 
 
 class PrefetchConfig(Options, frozen=True):
-    """Loads from tiers on behalf of lookups."""
+    """Loads from tiers within lookups."""
 
     deadline_s: Annotated[
-        float, Meta(description="a lookup answers at the latest after this")
+        float, Meta(description="seconds that a lookup waits for tiers")
     ] = 1.0
     max_jobs: Annotated[
-        int, Meta(description="lookups that load at once; more get what memory has")
+        int, Meta(description="lookups that load at once; others use L1 alone")
     ] = 256
     max_bytes: Annotated[
-        ByteSize, Meta(description="being loaded at once from one tier")
+        ByteSize, Meta(description="bytes loaded at once from one tier")
     ] = ByteSize(128 << 20)
 
     def check(self) -> None:
-        """Something can be loaded, some time."""
+        """Require positive limits."""
         require(
             self.deadline_s > 0, "prefetch.deadline_s", self.deadline_s, "more than 0"
         )
@@ -206,21 +209,21 @@ WRITE_POLICIES = ("write_through", "on_second_use", "on_eviction")
 
 
 class WriteBackConfig(Options, frozen=True):
-    """Writes to tiers behind stores."""
+    """Asynchronous writes from L1 to tiers."""
 
     policy: Annotated[str, Meta(description=f"when: {', '.join(WRITE_POLICIES)}")] = (
         "write_through"
     )
     max_bytes: Annotated[
-        ByteSize, Meta(description="waiting for one tier; more is skipped and counted")
+        ByteSize, Meta(description="queue per tier; more is skipped and counted")
     ] = ByteSize(256 << 20)
     watermark: Annotated[
         float,
-        Meta(description="on_eviction: write ahead when this share of L1 is used"),
+        Meta(description="on_eviction: start to write when this share of L1 is used"),
     ] = 0.8
 
     def check(self) -> None:
-        """The policy is known and the watermark a share."""
+        """Require a known policy and a watermark from 0 to 1."""
         require(
             self.policy in WRITE_POLICIES,
             "write_back.policy", self.policy, f"one of {', '.join(WRITE_POLICIES)}",
@@ -235,27 +238,28 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class ServerConfig(Options, frozen=True):
-    """Everything that `kvctl serve` can be told."""
+    """All options of `kvctl serve`."""
 
     address: Annotated[
         str, Meta(description="tcp://HOST:PORT or ipc://PATH; port 0 takes a free one")
     ] = "tcp://127.0.0.1:5555"
     chunk_size: Annotated[
-        int, Meta(description="tokens a chunk; a multiple of every engine's block size")
+        int,
+        Meta(description="tokens per chunk; a multiple of every engine's block size"),
     ] = 256
     engine: Annotated[
         Literal["prefix", "blend"],
         Meta(description="blend also serves documents at any position (CB_ requests)"),
     ] = "prefix"
     copy_threads: Annotated[
-        int, Meta(description="threads that a large copy in host memory is spread over")
+        int, Meta(description="threads per large copy in host memory")
     ] = 2
     blend: BlendConfig = BlendConfig()
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
         Meta(
-            description="where engines' caches may lie: cuda also in the memory of "
-            "GPUs; auto: cuda where there is a driver; cpu: in host memory only"
+            description="memory of engines' caches: cuda: GPUs and host; auto: cuda if "
+            "there is a driver; cpu: host only"
         ),
     ] = "auto"
     l1: L1Config = L1Config()
@@ -263,30 +267,30 @@ class ServerConfig(Options, frozen=True):
     sessions: SessionConfig = SessionConfig()
     tiers: Annotated[
         tuple[str, ...],
-        Meta(description="URLs of stores beneath L1, in the order they are asked"),
+        Meta(description="URLs of tiers behind L1, in lookup order"),
     ] = ()
     prefetch: PrefetchConfig = PrefetchConfig()
     write_back: WriteBackConfig = WriteBackConfig()
     metrics_port: Annotated[
         int | None,
-        Meta(description="serve Prometheus metrics at this port"),
+        Meta(description="port of Prometheus metrics"),
     ] = None
     metrics_host: Annotated[
-        str, Meta(description="where: 0.0.0.0 for a scraper that is elsewhere")
+        str, Meta(description="address of metrics; 0.0.0.0 for other hosts")
     ] = "127.0.0.1"
     record: Annotated[
         str | None,
-        Meta(description="write every lookup here, hashes only, to be replayed"),
+        Meta(description="file that records lookups as hashes, for replay"),
     ] = None
     ready_file: Annotated[
-        str | None, Meta(description="write the bound address here once serving")
+        str | None, Meta(description="file that receives the bound address")
     ] = None
     log_level: Annotated[
-        str, Meta(description=f"what goes to stderr: {', '.join(LOG_LEVELS)}")
+        str, Meta(description=f"lowest level logged to stderr: {', '.join(LOG_LEVELS)}")
     ] = "info"
 
     def check(self) -> None:
-        """The address can be bound and the chunk size cut into blocks."""
+        """Require a valid address, chunk size, port and log level."""
         require(
             is_address(self.address),
             "address", self.address, "must be tcp://HOST:PORT or ipc://PATH",
@@ -294,7 +298,7 @@ class ServerConfig(Options, frozen=True):
         require(self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
         require(
             self.blend.keep is None or bool(self.l1.keep or self.tiers),
-            "blend.keep", self.blend.keep, "of use with l1.keep or a tier only",
+            "blend.keep", self.blend.keep, "needs l1.keep or a tier",
         )  # fmt: skip
         threads = self.copy_threads
         require(threads >= 1, "copy_threads", threads, "at least 1")
@@ -307,7 +311,7 @@ class ServerConfig(Options, frozen=True):
 
 
 def is_address(text: str) -> bool:
-    """Say whether this is an address that a server can listen on."""
+    """Return whether a server can listen on this address."""
     if text.startswith("ipc://"):
         return len(text) > len("ipc://")
     match = re.fullmatch(r"tcp://(?:[^\s:/]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", text)

@@ -1,15 +1,15 @@
-"""Every error of the server and its clients. A class's code is its name on the wire.
+"""Errors of the server and its clients. A class's code is its name on the wire.
 
 KVError
-├── RequestError                 the request itself is wrong; sending it again is no use
+├── RequestError                 the request is wrong; sending it again is useless
 │   ├── BadRequest               a frame, a field or a value that cannot be accepted
 │   ├── UnknownRequest           no request of that name
 │   ├── RequestMismatch          the two sides declare that request differently
 │   ├── TooLarge                 over the size that the server accepts
-│   ├── LayoutError              a cache description that cannot be right
+│   ├── LayoutError              an impossible cache description
 │   ├── LayoutConflict           another live instance of the model has another layout
 │   ├── HandleError              a memory handle that cannot be attached
-│   ├── UnknownModel             nobody registered the model, or not all of its ranks
+│   ├── UnknownModel             not every rank of the model is registered
 │   ├── UnknownInstance          no such registered cache
 │   ├── UnknownTicket            no such reservation or hold, or it has ended
 │   └── InstanceExists           that instance id is another live client's
@@ -20,11 +20,11 @@ KVError
 │   ├── DeadlineExceeded         the deadline passed before the work was done
 │   └── Overloaded               too many requests under way; try again later
 ├── ServerError
-│   ├── Internal                 a defect of ours; the server's log has the trace
+│   ├── Internal                 a defect of the server; its log has the traceback
 │   ├── DeviceFailed             a GPU or its driver refused or failed
 │   ├── Unavailable              no server answers, or it went away (client side)
 │   └── Closed                   this end was closed
-└── SetupError                   a flag, a file or the machine does not allow to start
+└── SetupError                   a flag, a file or the machine prevents a start
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TooLarge(RequestError, code="too_large"):
 
 
 class LayoutError(RequestError, code="bad_layout"):
-    """A cache description that cannot be right."""
+    """An impossible cache description."""
 
 
 class LayoutConflict(RequestError, code="layout_conflict"):
@@ -86,7 +86,7 @@ class HandleError(RequestError, code="bad_handle"):
 
 
 class UnknownModel(RequestError, code="unknown_model"):
-    """Nobody registered this model with this world size, or not all of its ranks."""
+    """Not every rank of this model with this world size is registered."""
 
 
 class UnknownInstance(RequestError, code="unknown_instance"):
@@ -106,11 +106,11 @@ class StateError(KVError):
 
 
 class StaleBoot(StateError, code="stale_boot"):
-    """Meant for an earlier run of the server; say hello and register again."""
+    """Meant for an earlier run of the server; connect and register again."""
 
 
 class TokensNeeded(StateError, code="tokens_needed"):
-    """The session lacks tokens; `details["have"]` is where to go on from."""
+    """The session lacks tokens; `details["have"]` is the number it has."""
 
 
 class ChunksMissing(StateError, code="chunks_missing"):
@@ -122,15 +122,15 @@ class DeadlineExceeded(StateError, code="deadline_exceeded"):
 
 
 class Overloaded(StateError, code="overloaded"):
-    """Too many requests of this client are under way."""
+    """Too many requests of this client are in progress."""
 
 
 class ServerError(KVError):
-    """The other side failed or is not there."""
+    """The server, its GPU or this client failed or is closed."""
 
 
 class Internal(ServerError, code="internal"):
-    """A defect of the server; its log has the trace."""
+    """A defect of the server; its log has the traceback."""
 
 
 class DeviceFailed(ServerError, code="device_failed"):
@@ -138,7 +138,7 @@ class DeviceFailed(ServerError, code="device_failed"):
 
 
 class Unavailable(ServerError, code="unavailable"):
-    """No server answers, or the one that was asked is gone."""
+    """No server answers, or the server ended during the request."""
 
 
 class Closed(ServerError, code="closed"):
@@ -146,7 +146,7 @@ class Closed(ServerError, code="closed"):
 
 
 class SetupError(KVError, code="setup"):
-    """A flag, a file or the machine does not allow to start. Exit code 2."""
+    """A flag, a file or the machine prevents a start. Exit code 2."""
 
 
 def from_wire(code: str, message: str, details: dict[str, int | str]) -> KVError:

@@ -1,9 +1,9 @@
-"""The protocol: every request declared once, everything else derived from it.
+"""Protocol: the declaration of every request and reply.
 
-A request is a frozen Struct that names its reply type and its lane. Its wire name,
-its fingerprint, the decoder, the client's types, the server's dispatch,
-`docs/protocol.md` and the round-trip tests come from that declaration
-(`kvcore.wire`); adding one changes nothing for the others.
+A request is a frozen Struct that names its reply type. Its wire name, fingerprint and
+decoder (`kvcore.wire`), the client's types, `docs/protocol.md` and the round-trip tests
+derive from it. Its handler is entered in `Engine.handlers` or in those of an optional
+part.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from kvcore.status import (
 PROTOCOL_VERSION = 1
 
 BootToken = NewType("BootToken", int)
-"""Names one run of a server; 63 random bits. 0 where no run is meant."""
+"""Identifies one run of a server: 63 random bits, or 0 for none."""
 
 NO_BOOT = BootToken(0)
 NULL_BLOCK = -1
-"""A block id for 'no block here': an out-of-window position of a cache group."""
+"""Block id of a position without a block: out of a cache group's window."""
 
 
 class Lane(Enum):
@@ -59,9 +59,9 @@ class Request(msgspec.Struct, Generic[ReplyT], frozen=True):
 
     lane: ClassVar[Lane] = Lane.LOOP
     is_void_late: ClassVar[bool] = False
-    """Refused once its deadline has passed; what cleans up is done however late."""
+    """Rejected after the deadline; cleanup requests are always served."""
     ends_work: ClassVar[bool] = False
-    """Taken however many requests of its client are under way."""
+    """Accepted even at the client's limit of requests in progress."""
 
 
 # -- memory handles ---------------------------------------------------------------
@@ -89,20 +89,20 @@ class CudaIpc(msgspec.Struct, frozen=True, tag="cuda_ipc"):
 
 
 class Private(msgspec.Struct, frozen=True, tag="private"):
-    """Memory that its own worker copies; the server knows its size and no more."""
+    """Memory that only its worker accesses; the server knows its size."""
 
     length: NumBytes
 
 
 MemoryHandle = PosixShm | CudaIpc | Private
-"""Union of the kinds of memory that an instance may register."""
+"""Kinds of memory that an instance may register."""
 
 
 # -- requests and replies ---------------------------------------------------------
 
 
 class Done(msgspec.Struct, frozen=True):
-    """It was done; there is nothing to say."""
+    """The request was done; there is nothing to return."""
 
 
 Text = Annotated[str, Meta(max_length=1024)]
@@ -111,19 +111,19 @@ EventHandle = Annotated[
     bytes,
     Meta(
         max_length=64,
-        description="the worker's CUDA IPC event that is waited for; empty: none",
+        description="CUDA IPC event of the worker to wait for; empty: none",
     ),
 ]
 Packed = memoryview
-"""Packed bytes, decoded in place without a copy."""
+"""Packed bytes, decoded without a copy."""
 
 
 class HelloReply(msgspec.Struct, frozen=True):
-    """Who the server is and what it accepts."""
+    """The server's identity and limits."""
 
     protocol_version: int
     boot: BootToken
-    chunk_size: Annotated[int, Meta(ge=1, description="tokens a chunk")]
+    chunk_size: Annotated[int, Meta(ge=1, description="tokens per chunk")]
     hash_algorithm: str
     pid: int
     pid_start: Annotated[int, Meta(description="start time, clock ticks since boot")]
@@ -136,7 +136,7 @@ class HelloReply(msgspec.Struct, frozen=True):
         Meta(
             ge=MIN_HEARTBEAT_S,
             le=MAX_HEARTBEAT_S,
-            description="send at least this often when not watched",
+            description="longest interval between requests of an unwatched client",
         ),
     ]
     max_message_bytes: int
@@ -145,7 +145,7 @@ class HelloReply(msgspec.Struct, frozen=True):
 class Hello(Request[HelloReply], frozen=True):
     """Open a connection. Only this and GOODBYE need no boot token.
 
-    Saying it again from the same process changes nothing.
+    Repeating it from the same process changes nothing.
     """
 
     protocol_version: int
@@ -156,7 +156,7 @@ class Hello(Request[HelloReply], frozen=True):
 
 
 class Goodbye(Request[Done], frozen=True):
-    """Close a connection: what the client registered and leased ends now."""
+    """Close a connection: end the client's registrations, sessions and leases."""
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -166,23 +166,23 @@ class Pong(msgspec.Struct, frozen=True):
 
 
 class Ping(Request[Pong], frozen=True):
-    """Ask whether the server serves; also the heartbeat. Also known as NOOP."""
+    """Return the server's clock; also the heartbeat. NOOP in LMCache."""
 
 
 class ChunkSize(msgspec.Struct, frozen=True):
-    """Tokens a chunk."""
+    """Tokens per chunk."""
 
     chunk_size: int
 
 
 class GetChunkSize(Request[ChunkSize], frozen=True):
-    """Ask for the unit of storing, in tokens."""
+    """Return the number of tokens per chunk."""
 
 
 class ArenaHandle(msgspec.Struct, frozen=True):
-    """The memory that all parts lie in, to be mapped by who copies itself.
+    """The arena that holds all parts, for a worker that copies itself.
 
-    Who maps it can read and write every chunk.
+    Mapping it gives access to every chunk.
     """
 
     memory: PosixShm
@@ -193,21 +193,21 @@ class RegisterReply(msgspec.Struct, frozen=True):
     """The chunk layout that the server derived."""
 
     fingerprints: Annotated[
-        tuple[str, ...], Meta(description="one a cache group, hexadecimal")
+        tuple[str, ...], Meta(description="one per cache group, hexadecimal")
     ]
-    chunk_bytes: Annotated[int, Meta(description="bytes a chunk of this rank")]
+    chunk_bytes: Annotated[int, Meta(description="bytes per chunk of this rank")]
     arena: Annotated[
-        ArenaHandle | None, Meta(description="for a private instance: where parts lie")
+        ArenaHandle | None, Meta(description="arena to map, for a private instance")
     ] = None
 
 
 class RegisterKVCache(Request[RegisterReply], frozen=True):
-    """Register one worker's paged cache. It lives as long as its process.
+    """Register one worker's paged cache, until its process ends.
 
-    Registering the same instance again replaces it. Refused when another live
-    instance of the same model, world size and rank lays out its chunks otherwise.
-    With private handles (all of them or none) its worker copies itself: RESERVE and
-    HOLD in place of STORE and RETRIEVE. For that the server watches its process.
+    Registering an instance again replaces it. Rejected if a live instance of the same
+    model, world size and rank has another chunk layout. With private handles (all or
+    none) the worker copies itself: RESERVE and HOLD replace STORE and RETRIEVE, and
+    the server must be able to watch its process.
     """
 
     instance_id: Text
@@ -220,24 +220,24 @@ class RegisterKVCache(Request[RegisterReply], frozen=True):
 
 
 class UnregisterKVCache(Request[Done], frozen=True):
-    """Forget an instance, once its running copies have ended."""
+    """Unregister an instance after its running copies."""
 
     instance_id: Text
 
 
 class StoreReply(msgspec.Struct, frozen=True):
-    """What became of the chunks, per part of this rank. Readable when this arrives."""
+    """Counts of this rank's parts. Stored parts are readable when this arrives."""
 
     num_stored: int
-    num_present: Annotated[int, Meta(description="there already, or being written")]
-    num_dropped: Annotated[int, Meta(description="no room, or a null block in it")]
+    num_present: Annotated[int, Meta(description="already stored, or being written")]
+    num_dropped: Annotated[int, Meta(description="no room, or a null block")]
 
 
 class Store(Request[StoreReply], frozen=True):
-    """Copy an instance's blocks of the whole chunks in [start, end) into L1.
+    """Copy the whole chunks in [start, end) from an instance's blocks into L1.
 
-    `start` is a multiple of the chunk size; a partial chunk at the end is left out.
-    Aborted when the deadline has passed by the time the copy ends.
+    `start` is a multiple of the chunk size; a partial chunk at the end is skipped.
+    Aborted if the deadline passes before the copy ends.
     """
 
     lane: ClassVar[Lane] = Lane.STORE
@@ -249,28 +249,28 @@ class Store(Request[StoreReply], frozen=True):
     end: Count
     blocks: Annotated[
         tuple[Packed, ...],
-        Meta(description="one a cache group: int32 block ids from token `start` on"),
+        Meta(description="per cache group: int32 block ids from token `start` on"),
     ]
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
-    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    token_offset: Annotated[Count, Meta(description="position of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
     event: EventHandle = b""
 
 
 class RetrieveReply(msgspec.Struct, frozen=True):
-    """The blocks hold the chunks' bytes."""
+    """The range is in the blocks."""
 
     num_tokens: Annotated[int, Meta(description="tokens written")]
     event: Annotated[
-        bytes, Meta(description="CUDA IPC event of ours, recorded behind the copy")
+        bytes, Meta(description="CUDA IPC event of the server, recorded after the copy")
     ] = b""
 
 
 class Retrieve(Request[RetrieveReply], frozen=True):
-    """Copy the chunks in [start, end) from L1 into an instance's blocks, or none.
+    """Copy the chunks in [start, end) from L1 into an instance's blocks: all or none.
 
-    Takes this rank off the session's lease on them. The target blocks belong to the
-    server until it answers or its process is gone, whatever the deadline says.
+    Ends this rank's share of the session's lease on them. The target blocks belong to
+    the server until it replies or its process ends, even past the deadline.
     """
 
     lane: ClassVar[Lane] = Lane.RETRIEVE
@@ -282,34 +282,32 @@ class Retrieve(Request[RetrieveReply], frozen=True):
     end: Count
     blocks: Annotated[
         tuple[Packed, ...],
-        Meta(description="one a cache group: int32 block ids from token `start` on"),
+        Meta(description="per cache group: int32 block ids from token `start` on"),
     ]
     skip_first_n_tokens: Annotated[
-        Count, Meta(description="leave the first tokens after `start` unwritten")
+        Count, Meta(description="tokens after `start` that stay unwritten")
     ] = 0
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
-    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    token_offset: Annotated[Count, Meta(description="position of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
     event: EventHandle = b""
 
 
 class LookupReply(msgspec.Struct, frozen=True):
-    """How much is there for all ranks. It is leased to the session's readers."""
+    """Leading chunks that all ranks have, leased to the session's ranks."""
 
     num_chunks: int
     num_tokens: int
     num_from_tiers: Annotated[
-        int, Meta(description="of the chunks, those that memory lacked at first")
+        int, Meta(description="chunks that were loaded from tiers")
     ] = 0
 
 
 class Lookup(Request[LookupReply], frozen=True):
-    """Count the leading chunks of [0, end) that are present, and lease them.
+    """Count the leading chunks of [0, end) that all ranks have, and lease them.
 
-    What memory lacks and a tier has is loaded first: the reply counts what is there
-    when that is done, or when its time is up. Replaces the session's earlier lease.
-    An error when no instance of the model has registered with this world size, or not
-    every rank.
+    Chunks that only a tier has are loaded first, until the prefetch deadline. Replaces
+    the session's earlier lease. An error unless every rank of the model is registered.
     """
 
     is_void_late: ClassVar[bool] = True
@@ -317,17 +315,17 @@ class Lookup(Request[LookupReply], frozen=True):
     session: SessionKey
     model: Text
     world_size: Annotated[int, Meta(ge=1, le=4096)]
-    end: Annotated[Count, Meta(description="tokens; a partial chunk is not looked up")]
+    end: Annotated[Count, Meta(description="tokens; a partial chunk is ignored")]
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
-    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    token_offset: Annotated[Count, Meta(description="position of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
     wait: Annotated[
-        bool, Meta(description="false: answer at once; what tiers have comes behind")
+        bool, Meta(description="false: reply at once and load from tiers afterwards")
     ] = True
 
 
 class FreeLookupLocks(Request[Done], frozen=True):
-    """End the session's lease on the chunks in [start, end), for all readers."""
+    """End the session's lease on the chunks in [start, end), for all ranks."""
 
     session: SessionKey
     start: Count
@@ -335,24 +333,24 @@ class FreeLookupLocks(Request[Done], frozen=True):
 
 
 class EndSession(Request[Done], frozen=True):
-    """End a session: its leases now, its hashes when its running work has ended."""
+    """End a session: its leases now, its hashes after its running work."""
 
     session: SessionKey
 
 
 class Cleared(msgspec.Struct, frozen=True):
-    """What a clear removed and what it had to leave."""
+    """Chunks removed and kept."""
 
     num_chunks: int
     num_kept: Annotated[int, Meta(description="leased or being written")]
 
 
 class Clear(Request[Cleared], frozen=True):
-    """Drop every chunk that nobody reads or writes."""
+    """Remove every chunk that is neither leased, read nor written."""
 
 
 class StatusReply(msgspec.Struct, frozen=True):
-    """The inside of the server at one moment."""
+    """Snapshot of the server's state."""
 
     version: str
     address: str
@@ -365,48 +363,50 @@ class StatusReply(msgspec.Struct, frozen=True):
     l1: L1Status
     instances: tuple[InstanceStatus, ...]
     leases: tuple[LeaseStatus, ...]
-    num_leases: Annotated[int, Meta(description="all of them; `leases` is cut")]
+    num_leases: Annotated[int, Meta(description="all; `leases` is limited")]
     counters: dict[str, int]
     tickets: tuple[TicketStatus, ...] = ()
-    num_tickets: Annotated[int, Meta(description="all of them; the list is cut")] = 0
+    num_tickets: Annotated[int, Meta(description="all; the list is limited")] = 0
     prefetches: tuple[PrefetchStatus, ...] = ()
-    num_prefetches: Annotated[int, Meta(description="under way; the list is cut")] = 0
+    num_prefetches: Annotated[
+        int, Meta(description="in progress; the list is limited")
+    ] = 0
     tiers: tuple[TierStatus, ...] = ()
     devices: tuple[DeviceStatus, ...] = ()
     quotas: tuple[QuotaStatus, ...] = ()
 
 
 class Status(Request[StatusReply], frozen=True):
-    """Look inside. Costs the server time in proportion to what it lists."""
+    """Return the server's state. Costs time in proportion to the lists."""
 
     max_leases: Count = 100
 
 
 # -- copies that a worker makes itself ---------------------------------------------
 
-Ticket = Annotated[int, Meta(description="what is to be copied; ends exactly once")]
+Ticket = Annotated[int, Meta(description="reservation or hold; ends exactly once")]
 
 
 class ReserveReply(msgspec.Struct, frozen=True):
-    """Parts to write: COMMIT or ABORT ends them, and the end of the worker's process.
+    """Parts to write, until COMMIT, ABORT or the end of the worker's process.
 
-    Nobody else is given their memory before that, whatever the deadline says.
+    Their memory is not reused before that, even past the deadline.
     """
 
     ticket: Annotated[
-        Ticket | None, Meta(description="null where there is nothing to write")
+        Ticket | None, Meta(description="null if there is nothing to write")
     ]
-    arena: Annotated[str, Meta(description="name of the memory that they lie in")]
+    arena: Annotated[str, Meta(description="name of the arena's segment")]
     parts: Annotated[
         tuple[tuple[PartLocation, ...], ...],
-        Meta(description="one list a cache group: index among the chunks, extents"),
+        Meta(description="one list per cache group: index among the chunks, extents"),
     ]
     num_present: int
     num_dropped: int
 
 
 class Reserve(Request[ReserveReply], frozen=True):
-    """Make room for what a STORE of a private instance would copy."""
+    """Reserve the parts that a STORE of a private instance would write."""
 
     is_void_late: ClassVar[bool] = True
 
@@ -414,21 +414,18 @@ class Reserve(Request[ReserveReply], frozen=True):
 
 
 class Commit(Request[StoreReply], frozen=True):
-    """Make written parts readable.
-
-    Aborted when the deadline of its RESERVE has passed.
-    """
+    """Make written parts readable. Aborted after the deadline of its RESERVE."""
 
     ends_work: ClassVar[bool] = True
 
     ticket: Ticket
     checksums: Annotated[
-        Packed, Meta(description="xxh3-128 of each part, in the order of the places")
+        Packed, Meta(description="xxh3-128 of each part, in the order of `parts`")
     ] = memoryview(b"")
 
 
 class Abort(Request[Done], frozen=True):
-    """Give back parts that were reserved; they are not written from here on."""
+    """Release reserved parts, which the worker no longer writes."""
 
     ends_work: ClassVar[bool] = True
 
@@ -436,20 +433,20 @@ class Abort(Request[Done], frozen=True):
 
 
 class HoldReply(msgspec.Struct, frozen=True):
-    """Parts to read: they stay until RELEASE, or the end of the worker's process."""
+    """Parts to read, held until RELEASE or the end of the worker's process."""
 
     ticket: Annotated[
-        Ticket | None, Meta(description="null where there is nothing to read")
+        Ticket | None, Meta(description="null if there is nothing to read")
     ]
-    arena: Annotated[str, Meta(description="name of the memory that they lie in")]
+    arena: Annotated[str, Meta(description="name of the arena's segment")]
     parts: Annotated[
         tuple[tuple[PartLocation, ...], ...],
-        Meta(description="likewise; with checksums where they are to be verified"),
+        Meta(description="as in ReserveReply; with checksums if they must be verified"),
     ]
 
 
 class Hold(Request[HoldReply], frozen=True):
-    """Hold what a RETRIEVE of a private instance would copy, all of it or nothing."""
+    """Hold the parts that a RETRIEVE of a private instance would read: all or none."""
 
     is_void_late: ClassVar[bool] = True
 
@@ -457,16 +454,16 @@ class Hold(Request[HoldReply], frozen=True):
 
 
 class Release(Request[RetrieveReply], frozen=True):
-    """Let go of parts. When they were read, this rank is taken off the lease."""
+    """Release held parts. If they were read, end this rank's share of the lease."""
 
     ends_work: ClassVar[bool] = True
 
     ticket: Ticket
     num_bytes: Annotated[
-        NumBytes | None, Meta(description="copied to blocks; null: it was not read")
+        NumBytes | None, Meta(description="bytes copied to blocks; null: not read")
     ] = None
     wrong: Annotated[
-        tuple[Count, ...], Meta(description="chunks whose bytes were found wrong")
+        tuple[Count, ...], Meta(description="chunks whose checksums did not match")
     ] = ()
 
 
@@ -474,10 +471,10 @@ class Release(Request[RetrieveReply], frozen=True):
 
 
 class CBRegisterKVCache(Request[RegisterReply], frozen=True):
-    """Register one worker's buffer `[K, L, T, D]`, contiguous and token-addressed.
+    """Register one worker's contiguous buffer `[K, L, T, D]`, until its process ends.
 
-    K is 2 (K and V), or 1 with MLA, when every rank holds the same bytes. It lives as
-    long as its process, like a paged cache, and shares chunks with such of its model.
+    K is 2 (K and V), or 1 with MLA, where every rank holds the same bytes. It shares
+    chunks with the paged caches of its model.
     """
 
     instance_id: Text
@@ -488,25 +485,26 @@ class CBRegisterKVCache(Request[RegisterReply], frozen=True):
     handle: MemoryHandle
     shape: Annotated[
         tuple[int, ...],
-        Meta(description="[K, L, T, D]: T tokens, D elements of all heads of a token"),
+        Meta(description="[K, L, T, D]: T tokens, D elements of all heads per token"),
     ]
     dtype: Annotated[str, Meta(max_length=16)]
     rope: Annotated[
-        Rope | None, Meta(description="how keys turn, for retrieves that turn them")
+        Rope | None,
+        Meta(description="rotary embedding, for retrieves that rotate keys"),
     ] = None
 
 
 class CBUnregisterKVCache(Request[Done], frozen=True):
-    """Forget a buffer, once its running copies have ended."""
+    """Unregister a buffer after its running copies."""
 
     instance_id: Text
 
 
 class CBStorePreComputed(Request[StoreReply], frozen=True):
-    """Store a document's whole chunks in the document space.
+    """Store a document's whole chunks, to be found at any position of a prompt.
 
-    Its tokens lie in the buffer from `offset` on, its keys computed at positions from
-    0 on. A partial chunk at its end is left out.
+    Its tokens lie in the buffer from `offset` on; its keys were computed at positions
+    from 0 on. A partial chunk at its end is skipped.
     """
 
     lane: ClassVar[Lane] = Lane.STORE
@@ -514,47 +512,45 @@ class CBStorePreComputed(Request[StoreReply], frozen=True):
 
     instance_id: Text
     offset: Annotated[Count, Meta(description="slot of the document's first token")]
-    tokens: Annotated[Packed, Meta(description="packed uint32 ids, all of them")]
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids of all tokens")]
     extras: Annotated[
         tuple[ExtraKey, ...],
-        Meta(description="at token 0: of the whole; a later one ends the document"),
+        Meta(description="at token 0: for all of it; a later one ends the document"),
     ] = ()
     event: EventHandle = b""
 
 
 class CBRange(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens [start, end) of a prompt: whole chunks of one document, in its order."""
+    """Tokens [start, end) of a prompt that are consecutive chunks of one document."""
 
     start: Count
     end: Count
 
 
 class CBMatch(msgspec.Struct, frozen=True, array_like=True):
-    """One chunk of a document, found in a prompt."""
+    """A document's chunk found in a prompt."""
 
     old_start: Annotated[Count, Meta(description="position in its document")]
     start: Annotated[Count, Meta(description="position in the prompt")]
-    hash: Annotated[bytes, Meta(description="of the chunk, chained from its document")]
+    hash: Annotated[bytes, Meta(description="chunk hash, chained within its document")]
 
 
 class CBLookupReply(msgspec.Struct, frozen=True):
-    """What is there for all ranks, in the prompt's order; nothing overlaps.
+    """Chunks of documents that all ranks have, leased to the session's ranks.
 
-    It is leased to the session's readers.
+    In the prompt's order, without overlap.
     """
 
     ranges: tuple[CBRange, ...]
-    matches: Annotated[
-        tuple[CBMatch, ...], Meta(description="the chunks that the ranges consist of")
-    ]
+    matches: Annotated[tuple[CBMatch, ...], Meta(description="chunks of the ranges")]
     num_tokens: int
 
 
 class CBLookupPreComputed(Request[CBLookupReply], frozen=True):
-    """Find stored documents in a prompt, wherever they stand, and lease them.
+    """Find stored documents at any position of a prompt, and lease them.
 
-    Replaces the session's earlier lease on documents. An error when no instance of
-    the model has registered with this world size, or not every rank.
+    Replaces the session's earlier lease on documents. An error unless every rank of the
+    model is registered.
     """
 
     is_void_late: ClassVar[bool] = True
@@ -562,7 +558,7 @@ class CBLookupPreComputed(Request[CBLookupReply], frozen=True):
     session: SessionKey
     model: Text
     world_size: Annotated[int, Meta(ge=1, le=4096)]
-    tokens: Annotated[Packed, Meta(description="packed uint32 ids, all of them")]
+    tokens: Annotated[Packed, Meta(description="packed uint32 ids of all tokens")]
     extras: Annotated[
         tuple[ExtraKey, ...],
         Meta(description="at token 0: as the documents'; a later one ends the search"),
@@ -570,11 +566,11 @@ class CBLookupPreComputed(Request[CBLookupReply], frozen=True):
 
 
 class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
-    """Copy documents' chunks from L1 to their places in a prompt's buffer, or none.
+    """Copy documents' chunks from L1 to their slots of a prompt: all or none.
 
-    Names either matches, or ranges of the session's last lookup. Takes this rank off
-    the session's lease on them. The target slots belong to the server until it
-    answers or its process is gone, whatever the deadline says.
+    Names either matches, or ranges of the session's last lookup. Ends this rank's share
+    of the session's lease on them. The target slots belong to the server until it
+    replies or its process ends, even past the deadline.
     """
 
     lane: ClassVar[Lane] = Lane.RETRIEVE
@@ -586,22 +582,19 @@ class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
     ranges: tuple[CBRange, ...] = ()
     matches: tuple[CBMatch, ...] = ()
     rotate_keys: Annotated[
-        bool, Meta(description="turn K from old positions to those in the prompt")
+        bool, Meta(description="rotate K from its old positions to those in the prompt")
     ] = False
     tokens: Annotated[
-        Packed, Meta(description="of the whole prompt; ranges are then found anew")
+        Packed, Meta(description="the whole prompt; ranges are then looked up again")
     ] = memoryview(b"")
     extras: Annotated[
-        tuple[ExtraKey, ...], Meta(description="of the prompt, beside its tokens")
+        tuple[ExtraKey, ...], Meta(description="the prompt's extra keys")
     ] = ()
     event: EventHandle = b""
 
 
 class CBStoreFinal(Request[StoreReply], frozen=True):
-    """Store the whole chunks of [start, end) of a prompt in the normal space.
-
-    As STORE, from the slots of a buffer.
-    """
+    """Store the whole chunks of [start, end) of a prompt from a buffer; see STORE."""
 
     lane: ClassVar[Lane] = Lane.STORE
     is_void_late: ClassVar[bool] = True
@@ -612,30 +605,30 @@ class CBStoreFinal(Request[StoreReply], frozen=True):
     start: Count
     end: Count
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
-    token_offset: Annotated[Count, Meta(description="place of tokens[0]")] = 0
+    token_offset: Annotated[Count, Meta(description="position of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
     event: EventHandle = b""
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that is known about a miss."""
+    """One known fact about a miss."""
 
     code: Annotated[
-        str, Meta(description="such as never_stored, evicted, not_all_ranks, expired")
+        str, Meta(description="never_stored, evicted, not_all_ranks, expired, ...")
     ]
     message: str
 
 
 class WhyReply(msgspec.Struct, frozen=True):
-    """All that is known, the most telling first; the server forgets old things."""
+    """Known facts, the most specific first. The server's memory of them is bounded."""
 
     findings: tuple[Finding, ...]
 
 
 class Why(Request[WhyReply], frozen=True):
-    """Ask why a lookup missed, or what became of a chunk."""
+    """Explain why a lookup missed, or what happened to a chunk."""
 
     about: Annotated[
         Text,
-        Meta(description="a request's id, ENGINE/REQUEST, or digits of a chunk's hash"),
+        Meta(description="request id, ENGINE/REQUEST, or digits of a chunk hash"),
     ]

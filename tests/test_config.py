@@ -192,7 +192,7 @@ def test_an_error_names_the_file_the_line_and_the_key(
         ("wire.max_message=1kB", "wire.max_message = 1000B: at least 4KiB"),
         ("sessions.idle_s=1", "sessions.idle_s = 1.0: less than sessions.lease_s"),
         ("metrics_port=-1", "metrics_port = -1: 0 to 65535"),
-        ("blend.keep=f", "blend.keep = 'f': of use with l1.keep or a tier only"),
+        ("blend.keep=f", "blend.keep = 'f': needs l1.keep or a tier"),
         ("blend.max_tier_chunks=0", "blend.max_tier_chunks = 0: at least 1"),
     ],
 )
