@@ -90,7 +90,7 @@ def test_version_is_that_of_the_library() -> None:
 def test_flags_take_their_help_from_the_options() -> None:
     """A flag's help is the description of its option."""
     shown = " ".join(run_in_process("serve", "--help").stdout.replace("│", " ").split())
-    assert "memory for chunks, taken at start from /dev/shm (default 1GiB)" in shown
+    assert "memory for chunks in /dev/shm, allocated at start (default 1GiB)" in shown
 
 
 @pytest.mark.parametrize(
