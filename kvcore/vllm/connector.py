@@ -20,20 +20,20 @@ from vllm.platforms import current_platform
 from kvcore.errors import KVError, SetupError
 from kvcore.keys import ExtraKey
 from kvcore.protocol import RegisterKVCache
-from kvcore.vllm.connector_config import read
+from kvcore.vllm.connector_config import parse_config
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
 from kvcore.vllm.kv_cache_groups import (
     EngineGroup,
+    GroupShape,
     check_engine,
-    describe,
+    describe_caches,
     engine_groups,
 )
 from kvcore.vllm.model_identity import extra_keys, is_cacheable, model_identity
-from kvcore.vllm.request_state import GroupShape, Scheduled
 from kvcore.vllm.server_link import ServerLink
 from kvcore.vllm.shared_cache import PrivateCacheMemory, SharedCacheMemory
-from kvcore.vllm.step_metadata import OpId, StepPlan
+from kvcore.vllm.step_metadata import OpId, ScheduledRequest, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        self._config = read(transfer.kv_connector_extra_config or {})
+        self._config = parse_config(transfer.kv_connector_extra_config or {})
         self._engine_id = str(transfer.engine_id)
         parallel = vllm_config.parallel_config
         self._world_size = (
@@ -124,13 +124,13 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             vllm_config, _platform(), kv_layout
         )
         if role == base.KVConnectorRole.SCHEDULER:
-            self._scheduler = self._scheduler_half()
+            self._scheduler = self._create_scheduler()
         else:
             rank = parallel.rank % self._world_size
             self._worker = ConnectorWorker(self._config, self._engine_id, rank)
             self._rank = rank
 
-    def _scheduler_half(self) -> ConnectorScheduler:
+    def _create_scheduler(self) -> ConnectorScheduler:
         return ConnectorScheduler(
             ServerLink(
                 self._config.address,
@@ -174,7 +174,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
 
     def _registration(self, kv_caches: Mapping[str, torch.Tensor]) -> Registration:
         config = self._vllm_config
-        described = describe(
+        described = describe_caches(
             self._groups,
             kv_caches,
             self._kv_cache_config.num_blocks,
@@ -191,14 +191,17 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             groups=described.groups,
         )
         return Registration(
-            request, described.sources, tuple(self._memory.arrays), self._memory.mark
+            request,
+            described.sources,
+            tuple(self._memory.arrays),
+            self._memory.record_event,
         )
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
         """Begin a step."""
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.learn(connector_metadata.plan)
+            self._worker.add_tokens(connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the step's loads; their requests are in no step until they end."""
@@ -271,7 +274,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         """Say how many tokens can be loaded; None while the lookup is under way."""
         if self._scheduler is None or not is_cacheable(request):
             return 0, False
-        matched = self._scheduler.matched(
+        matched = self._scheduler.get_num_matched_tokens(
             _ConnectorRequest(request), num_computed_tokens
         )
         return matched, bool(matched)
@@ -281,7 +284,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     ) -> None:
         """Order a load into the blocks that were allocated for it."""
         if self._scheduler is not None:
-            self._scheduler.allocated(
+            self._scheduler.update_after_alloc(
                 request.request_id, blocks.get_block_ids(), num_external_tokens
             )
 
@@ -295,7 +298,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         """Take in what ended on the workers."""
         report = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(report, StepReport):
-            self._scheduler.acknowledged(report.acks, report.failed)
+            self._scheduler.acknowledge(report.acks, report.failed)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -309,7 +312,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         """Forget a request. Blocks that are still copied are held by themselves."""
         del block_ids
         if self._scheduler is not None:
-            self._scheduler.finished(request.request_id)
+            self._scheduler.finish(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool:
@@ -323,11 +326,11 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         return self._scheduler is not None and self._scheduler.num_ops > 0
 
 
-def _scheduled(output: Any) -> list[Scheduled]:
+def _scheduled(output: Any) -> list[ScheduledRequest]:
     """Read a step of vLLM's: new requests first, then those that go on."""
     new = output.num_scheduled_tokens
     scheduled = [
-        Scheduled(
+        ScheduledRequest(
             one.req_id, one.num_computed_tokens, new[one.req_id], one.block_ids, True
         )
         for one in output.scheduled_new_reqs
@@ -335,7 +338,7 @@ def _scheduled(output: Any) -> list[Scheduled]:
     cached = output.scheduled_cached_reqs
     for index, req_id in enumerate(cached.req_ids):
         scheduled.append(
-            Scheduled(
+            ScheduledRequest(
                 req_id,
                 cached.num_computed_tokens[index],
                 new[req_id],

@@ -52,7 +52,7 @@ class ConnectorConfig(Options, frozen=True):
             require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
 
 
-def read(extra: Mapping[str, object]) -> ConnectorConfig:
+def parse_config(extra: Mapping[str, object]) -> ConnectorConfig:
     """Read `kv_connector_extra_config`; `SetupError` names the key."""
     try:
         return msgspec.convert(dict(extra), ConnectorConfig)

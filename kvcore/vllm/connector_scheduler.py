@@ -11,29 +11,26 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
+from typing import Protocol
 
 from kvcore.errors import KVError
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
+from kvcore.protocol import LookupReply
 from kvcore.vllm.connector_config import ConnectorConfig
-from kvcore.vllm.request_state import (
-    BlockPool,
-    EngineRequest,
-    GroupShape,
-    Match,
-    PendingOperation,
-    RequestState,
-    Scheduled,
-)
+from kvcore.vllm.kv_cache_groups import GroupShape
 from kvcore.vllm.server_link import ServerLink, ignore
 from kvcore.vllm.step_metadata import (
     GroupBlocks,
     LoadOp,
     OpId,
+    ScheduledRequest,
     StepPlan,
     StoreOp,
-    TokenPiece,
+    TokenUpdate,
     pack_blocks,
     real_blocks,
 )
@@ -41,6 +38,85 @@ from kvcore.vllm.step_metadata import (
 LOOKUP_VALID_S = 20.0
 """An answer that the engine has not used by then is asked for again: the lease on
 what was found may have expired."""
+
+
+class EngineRequest(Protocol):
+    """A request as the engine has it; `tokens` grows while it runs."""
+
+    @property
+    def request_id(self) -> str: ...  # noqa: D102
+    @property
+    def tokens(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def extras(self) -> tuple[ExtraKey, ...]: ...  # noqa: D102
+
+
+class BlockPool(Protocol):
+    """The engine's blocks. Held ones are not given to another request."""
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add a reference to each."""
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Take the reference off again."""
+
+
+@dataclass(slots=True)
+class PendingLookup:
+    """A lookup, from its submission until the engine has used the answer."""
+
+    future: Future[LookupReply]
+    submitted: float
+    num_tokens: int
+    chunk_size: int
+    hit: int = 0
+    is_handled: bool = False
+    """Whether the answer has been taken in."""
+
+    def is_expired(self, valid_s: float) -> bool:
+        """Say whether it was answered and that was long ago."""
+        return self.future.done() and monotonic() - self.submitted > valid_s
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What is known of one request."""
+
+    session: SessionKey
+    tokens: Sequence[int]
+    extras: tuple[ExtraKey, ...]
+    match: PendingLookup | None = None
+    blocks: list[list[int]] = field(default_factory=list)
+    num_stored: int = 0
+    """Tokens that were found or whose store was ordered; whole chunks."""
+    num_sent: int = 0
+    """Tokens that the workers have."""
+    num_looked_up: int = 0
+    """Tokens that the server has, as far as is known."""
+    num_ops: int = 0
+    is_known: bool = False
+    """Whether the server has heard of the session."""
+    load_failed: bool = False
+    finished: bool = False
+
+    def take_blocks(self, one: ScheduledRequest) -> None:
+        """Take in the blocks that a step gave the request."""
+        if one.blocks is None:
+            return
+        if one.replaces or not self.blocks:
+            self.blocks = [list(ids) for ids in one.blocks]
+        else:
+            for known, more in zip(self.blocks, one.blocks, strict=True):
+                known.extend(more)
+
+
+@dataclass(slots=True)
+class PendingOperation:
+    """A load or store that not every rank has acknowledged."""
+
+    state: RequestState
+    held: list[int]
+    num_waiting: int
 
 
 class ConnectorScheduler:
@@ -65,79 +141,81 @@ class ConnectorScheduler:
         self._groups = tuple(groups)
         self.pool = pool
         self._tracked: dict[str, RequestState] = {}
-        self._flights: dict[OpId, PendingOperation] = {}
+        self._operations: dict[OpId, PendingOperation] = {}
         self._ops = count(1)
         self._loads: list[LoadOp] = []
-        self._pieces: list[TokenPiece] = []
+        self._token_updates: list[TokenUpdate] = []
         self._ended: list[str] = []
         self._since_reset: tuple[ExtraKey, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<SchedulerHalf {len(self._tracked)} requests, {self.num_ops} ops>"
+        return f"<ConnectorScheduler {len(self._tracked)} requests, {self.num_ops} ops>"
 
     @property
     def num_ops(self) -> int:
         """Loads and stores under way: the engine needs to go on stepping."""
-        return len(self._flights)
+        return len(self._operations)
 
     # -- finding and loading ----------------------------------------------------------
 
-    def matched(self, request: EngineRequest, num_computed: int) -> int | None:
+    def get_num_matched_tokens(
+        self, request: EngineRequest, num_computed: int
+    ) -> int | None:
         """Say how many tokens after the first `num_computed` can be loaded.
 
         None while that is not known: ask again.
         """
-        tracked = self._track(request)
-        if tracked is None or tracked.load_failed:
+        state = self._track(request)
+        if state is None or state.load_failed:
             return 0
-        match = tracked.match
-        if match is not None and match.is_over(LOOKUP_VALID_S):
+        match = state.match
+        if match is not None and match.is_expired(LOOKUP_VALID_S):
             match = None
         if match is None:
-            match = tracked.match = self._look_up(tracked, num_computed)
+            match = state.match = self._look_up(state, num_computed)
         if match is None:
             return 0
         if not match.future.done():
             return None
-        if not match.is_judged:
+        if not match.is_handled:
             # Once: an error that is told of again makes a server that is well ill.
-            match.is_judged = True
-            match.hit = self._hit(tracked, match)
+            match.is_handled = True
+            match.hit = self._hit(state, match)
         return max(match.hit - num_computed, 0)
 
-    def allocated(
+    def update_after_alloc(
         self, request_id: str, blocks: tuple[list[int], ...], num_external: int
     ) -> None:
         """Load the matched tokens into these blocks, or let go of what was found."""
-        tracked = self._tracked.get(request_id)
-        if tracked is None or tracked.match is None:
+        state = self._tracked.get(request_id)
+        if state is None or state.match is None:
             return
-        match, tracked.match = tracked.match, None
-        tracked.num_stored = match.hit
+        match, state.match = state.match, None
+        state.num_stored = match.hit
         if num_external > 0:
-            self._order_load(tracked, match, match.hit - num_external, blocks)
+            self._plan_load(state, match, match.hit - num_external, blocks)
         else:
-            self._free(tracked, 0, match.hit)
+            self._free(state, 0, match.hit)
 
-    def _order_load(
+    def _plan_load(
         self,
-        tracked: RequestState,
-        match: Match,
+        state: RequestState,
+        match: PendingLookup,
         computed: int,
         blocks: tuple[list[int], ...],
     ) -> None:
         start = computed - computed % match.chunk_size
-        self._free(tracked, 0, start)
+        self._free(state, 0, start)
         packed = tuple(
             pack_blocks(
                 ids[start // group.block_size : -(-match.hit // group.block_size)]
             )
             for group, ids in zip(self._groups, blocks, strict=True)
         )
-        self._tell_tokens(tracked, match.hit)
+        self._send_tokens(state, match.hit)
         load = LoadOp(
             op=OpId(next(self._ops)),
-            request_id=tracked.session.request_id,
+            request_id=state.session.request_id,
             start=start,
             end=match.hit,
             skip=computed - start,
@@ -145,164 +223,165 @@ class ConnectorScheduler:
         )
         self._loads.append(load)
         # The engine itself keeps the blocks of a load until every rank has ended it.
-        self._take_off(load.op, tracked, [])
+        self._start_operation(load.op, state, [])
 
-    def _look_up(self, tracked: RequestState, num_computed: int) -> Match | None:
+    def _look_up(self, state: RequestState, num_computed: int) -> PendingLookup | None:
         server = self._link.server
-        num_tokens = len(tracked.tokens)
+        num_tokens = len(state.tokens)
         if server is None:
             return None
         chunk_size = server.chunk_size
         if num_tokens - num_tokens % chunk_size <= num_computed:
             return None
-        tracked.is_known = True
+        state.is_known = True
         try:
             future = server.client.submit_lookup(
-                tracked.session,
+                state.session,
                 self._model,
                 self._world_size,
-                tracked.tokens[:],
-                known=tracked.num_looked_up,
-                extras=tracked.extras,
+                state.tokens[:],
+                known=state.num_looked_up,
+                extras=state.extras,
                 timeout_s=self._config.lookup_timeout_s,
             )
         except KVError as error:
-            self._link.failed(error)
+            self._link.record_failure(error)
             return None
-        return Match(future, monotonic(), num_tokens, chunk_size)
+        return PendingLookup(future, monotonic(), num_tokens, chunk_size)
 
-    def _hit(self, tracked: RequestState, match: Match) -> int:
+    def _hit(self, state: RequestState, match: PendingLookup) -> int:
         error = match.future.exception()
         if error is not None:
-            self._link.failed(error)
-            tracked.num_looked_up = 0
+            self._link.record_failure(error)
+            state.num_looked_up = 0
             return 0
-        self._link.worked()
-        tracked.num_looked_up = match.num_tokens
+        self._link.record_success()
+        state.num_looked_up = match.num_tokens
         return match.future.result().num_tokens
 
-    def _free(self, tracked: RequestState, start: int, end: int) -> None:
+    def _free(self, state: RequestState, start: int, end: int) -> None:
         client = self._link.last_client
         if client is not None and end > start:
-            freed = client.submit_free_lookup_locks(tracked.session, start, end)
+            freed = client.submit_free_lookup_locks(state.session, start, end)
             freed.add_done_callback(ignore)
 
     # -- each step --------------------------------------------------------------------
 
-    def step(self, scheduled: Iterable[Scheduled]) -> StepPlan:
+    def step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
         """Plan what this step loads, and stores when it has been computed."""
         server = self._link.server
         stores = []
         for one in scheduled:
-            tracked = self._tracked.get(one.request_id)
-            if tracked is None:
+            state = self._tracked.get(one.request_id)
+            if state is None:
                 continue
-            tracked.take_blocks(one)
-            store = self._store(tracked, one, server.chunk_size) if server else None
+            state.take_blocks(one)
+            store = self._store(state, one, server.chunk_size) if server else None
             if store is not None:
                 stores.append(store)
         plan = StepPlan(
-            tuple(self._pieces), tuple(self._loads), tuple(stores), tuple(self._ended)
+            tuple(self._token_updates),
+            tuple(self._loads),
+            tuple(stores),
+            tuple(self._ended),
         )
-        self._pieces.clear()
+        self._token_updates.clear()
         self._loads.clear()
         self._ended.clear()
         return plan
 
     def _store(
-        self, tracked: RequestState, one: Scheduled, chunk_size: int
+        self, state: RequestState, one: ScheduledRequest, chunk_size: int
     ) -> StoreOp | None:
         # Draft tokens, and those that the engine has not seen yet, are not stored.
-        end = min(one.num_computed + one.num_new, len(tracked.tokens))
+        end = min(one.num_computed + one.num_new, len(state.tokens))
         end -= end % chunk_size
         # A replaced server may cut chunks otherwise than the one before it.
-        start = tracked.num_stored - tracked.num_stored % chunk_size
+        start = state.num_stored - state.num_stored % chunk_size
         if end <= start:
             return None
-        tracked.num_stored = end
-        tracked.is_known = True
-        self._tell_tokens(tracked, end)
-        packed = self._blocks_of(tracked, one.num_computed, start, end)
+        state.num_stored = end
+        state.is_known = True
+        self._send_tokens(state, end)
+        packed = self._blocks_of(state, one.num_computed, start, end)
         store = StoreOp(
-            OpId(next(self._ops)), tracked.session.request_id, start, end, packed
+            OpId(next(self._ops)), state.session.request_id, start, end, packed
         )
-        self._take_off(store.op, tracked, real_blocks(packed))
+        self._start_operation(store.op, state, real_blocks(packed))
         return store
 
     def _blocks_of(
-        self, tracked: RequestState, num_computed: int, start: int, end: int
+        self, state: RequestState, num_computed: int, start: int, end: int
     ) -> GroupBlocks:
         """Pack the blocks of [start, end); what windows have left behind is gone."""
         packed = []
-        for group, ids in zip(self._groups, tracked.blocks, strict=True):
+        for group, ids in zip(self._groups, state.blocks, strict=True):
             first, last = start // group.block_size, -(-end // group.block_size)
-            num_gone = max(group.num_gone(num_computed) - first, 0)
-            packed.append(pack_blocks(ids[first:last], num_gone))
+            num_skipped = max(group.num_skipped(num_computed) - first, 0)
+            packed.append(pack_blocks(ids[first:last], num_skipped))
         return tuple(packed)
 
-    def _tell_tokens(self, tracked: RequestState, end: int) -> None:
-        if end <= tracked.num_told:
+    def _send_tokens(self, state: RequestState, end: int) -> None:
+        if end <= state.num_sent:
             return
-        packed = pack_tokens(tracked.tokens[tracked.num_told : end])
-        request_id = tracked.session.request_id
-        self._pieces.append(
-            TokenPiece(request_id, tracked.num_told, packed, tracked.extras)
+        packed = pack_tokens(state.tokens[state.num_sent : end])
+        request_id = state.session.request_id
+        self._token_updates.append(
+            TokenUpdate(request_id, state.num_sent, packed, state.extras)
         )
-        tracked.num_told = end
+        state.num_sent = end
 
-    def _take_off(self, op: OpId, tracked: RequestState, held: list[int]) -> None:
+    def _start_operation(self, op: OpId, state: RequestState, held: list[int]) -> None:
         if self.pool is not None:
             self.pool.hold(held)
-        tracked.num_ops += 1
-        self._flights[op] = PendingOperation(tracked, held, self._world_size)
+        state.num_ops += 1
+        self._operations[op] = PendingOperation(state, held, self._world_size)
 
     # -- ends -------------------------------------------------------------------------
 
-    def acknowledged(
-        self, acks: Mapping[OpId, int], failed: Iterable[str] = ()
-    ) -> None:
+    def acknowledge(self, acks: Mapping[OpId, int], failed: Iterable[str] = ()) -> None:
         """Take in how many ranks have done each op, and whose loads failed."""
         for request_id in failed:
-            tracked = self._tracked.get(request_id)
-            if tracked is not None:
+            state = self._tracked.get(request_id)
+            if state is not None:
                 # Asking again would only find what cannot be loaded.
-                tracked.load_failed = True
-                tracked.num_stored = 0
+                state.load_failed = True
+                state.num_stored = 0
         for op, num_ranks in acks.items():
-            flight = self._flights.get(op)
-            if flight is None:
+            operation = self._operations.get(op)
+            if operation is None:
                 continue
-            flight.num_waiting -= num_ranks
-            if flight.num_waiting <= 0:
-                del self._flights[op]
-                self._land(flight)
+            operation.num_waiting -= num_ranks
+            if operation.num_waiting <= 0:
+                del self._operations[op]
+                self._complete(operation)
 
-    def _land(self, flight: PendingOperation) -> None:
+    def _complete(self, operation: PendingOperation) -> None:
         if self.pool is not None:
-            self.pool.release(flight.held)
-        tracked = flight.tracked
-        tracked.num_ops -= 1
-        if tracked.finished and not tracked.num_ops:
-            self._end(tracked)
+            self.pool.release(operation.held)
+        state = operation.state
+        state.num_ops -= 1
+        if state.finished and not state.num_ops:
+            self._end(state)
 
-    def finished(self, request_id: str) -> None:
+    def finish(self, request_id: str) -> None:
         """Forget a request once nothing of it is under way, and end its session."""
-        tracked = self._tracked.pop(request_id, None)
-        if tracked is None:
+        state = self._tracked.pop(request_id, None)
+        if state is None:
             return
-        tracked.finished = True
-        if not tracked.num_ops:
-            self._end(tracked)
+        state.finished = True
+        if not state.num_ops:
+            self._end(state)
 
-    def _end(self, tracked: RequestState) -> None:
-        if tracked.num_told:
-            self._ended.append(tracked.session.request_id)
+    def _end(self, state: RequestState) -> None:
+        if state.num_sent:
+            self._ended.append(state.session.request_id)
         client = self._link.last_client
-        if tracked.is_known and client is not None:
+        if state.is_known and client is not None:
             try:
-                client.submit_end_session(tracked.session).add_done_callback(ignore)
+                client.submit_end_session(state.session).add_done_callback(ignore)
             except KVError as error:
-                self._link.failed(error)
+                self._link.record_failure(error)
 
     def reset(self) -> None:
         """Find nothing any more of what has been stored, by whomever: weights changed.
@@ -311,29 +390,29 @@ class ConnectorScheduler:
         names its weights. A request under way is left alone until it is preempted.
         """
         for request_id in list(self._tracked):
-            self.finished(request_id)
+            self.finish(request_id)
         self._since_reset = (ExtraKey(0, b"reset" + secrets.token_bytes(16)),)
 
     def close(self) -> None:
-        """End what is tracked and say goodbye."""
+        """End what is state and say goodbye."""
         self._tracked.clear()
         self._link.close()
 
     def _track(self, request: EngineRequest) -> RequestState | None:
         """Return what is known of a request; None while one of its name is ending."""
-        tracked = self._tracked.get(request.request_id)
-        if tracked is None:
+        state = self._tracked.get(request.request_id)
+        if state is None:
             if self._is_ending(request.request_id):
                 return None
             session = SessionKey(self._engine_id, request.request_id)
             extras = (*self._since_reset, *request.extras)
-            tracked = RequestState(session, request.tokens, extras)
-            self._tracked[request.request_id] = tracked
-        return tracked
+            state = RequestState(session, request.tokens, extras)
+            self._tracked[request.request_id] = state
+        return state
 
     def _is_ending(self, request_id: str) -> bool:
         """Say whether the workers still have a finished request's tokens."""
         return request_id in self._ended or any(
-            flight.tracked.session.request_id == request_id
-            for flight in self._flights.values()
+            operation.state.session.request_id == request_id
+            for operation in self._operations.values()
         )

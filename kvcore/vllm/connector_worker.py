@@ -28,7 +28,7 @@ from kvcore.vllm.step_metadata import (
     OpId,
     StepPlan,
     StoreOp,
-    TokenPiece,
+    TokenUpdate,
     real_blocks,
     unpack_blocks,
 )
@@ -48,7 +48,7 @@ class Registration:
     sources: tuple[int, ...]
     memory: tuple[Bytes, ...] = ()
     """Of private handles: what this process copies itself."""
-    mark: Callable[[], bytes] = bytes
+    record_event: Callable[[], bytes] = bytes
     """Says how far the engine's work has come; a copy waits for that."""
 
 
@@ -91,7 +91,7 @@ class ConnectorWorker:
         self._registration: Registration | None = None
         self._link: ServerLink | None = None
         self._tokens: dict[str, _Tokens] = {}
-        self._flights: list[_RunningTransfer] = []
+        self._operations: list[_RunningTransfer] = []
 
     def register(self, registration: Registration) -> None:
         """Register the cache, now or when a server is there, and with each later one.
@@ -119,20 +119,20 @@ class ConnectorWorker:
 
     # -- each step --------------------------------------------------------------------
 
-    def learn(self, plan: StepPlan) -> None:
+    def add_tokens(self, plan: StepPlan) -> None:
         """Take in a plan's tokens; call it before anything else of the plan."""
-        for piece in plan.tokens:
-            self._append(piece)
+        for update in plan.tokens:
+            self._append(update)
 
     def load(self, plan: StepPlan) -> None:
         """Begin a plan's loads."""
-        event = self._mark() if plan.loads else b""
-        self._flights += [self._begin_load(load, event) for load in plan.loads]
+        event = self._record_event() if plan.loads else b""
+        self._operations += [self._begin_load(load, event) for load in plan.loads]
 
     def store(self, plan: StepPlan) -> None:
         """Begin a plan's stores, of blocks that have been computed by now."""
-        event = self._mark() if plan.stores else b""
-        self._flights += [self._begin_store(store, event) for store in plan.stores]
+        event = self._record_event() if plan.stores else b""
+        self._operations += [self._begin_store(store, event) for store in plan.stores]
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Forget the tokens of requests that no later plan names."""
@@ -143,35 +143,35 @@ class ConnectorWorker:
         """Return what has ended, each thing once."""
         collected = Collected()
         under_way = []
-        for flight in self._flights:
-            if flight.future.done():
-                self._land(flight, collected)
+        for operation in self._operations:
+            if operation.future.done():
+                self._complete(operation, collected)
             else:
-                under_way.append(flight)
-        self._flights = under_way
+                under_way.append(operation)
+        self._operations = under_way
         return collected
 
     @property
-    def is_well(self) -> bool:
+    def is_available(self) -> bool:
         """Whether the server knows the cache and answers."""
         return self._client() is not None
 
     @property
     def num_in_progress(self) -> int:
         """Loads and stores that have not ended."""
-        return len(self._flights)
+        return len(self._operations)
 
-    def _append(self, piece: TokenPiece) -> None:
-        packed = np.frombuffer(piece.packed, dtype="<u4")
-        known = self._tokens.get(piece.request_id)
-        if known is not None and piece.offset:
-            packed = np.concatenate((known.packed[: piece.offset], packed))
-        self._tokens[piece.request_id] = _Tokens(packed, piece.extras)
+    def _append(self, update: TokenUpdate) -> None:
+        packed = np.frombuffer(update.packed, dtype="<u4")
+        known = self._tokens.get(update.request_id)
+        if known is not None and update.offset:
+            packed = np.concatenate((known.packed[: update.offset], packed))
+        self._tokens[update.request_id] = _Tokens(packed, update.extras)
 
     def _begin_load(self, load: LoadOp, event: bytes) -> _RunningTransfer:
         client, tokens = self._client(), self._tokens.get(load.request_id)
         if client is None or tokens is None:
-            return _RunningTransfer(load.op, load.request_id, _refused(), load)
+            return _RunningTransfer(load.op, load.request_id, _not_sent(), load)
         future = client.submit_retrieve(
             SessionKey(self._engine_id, load.request_id),
             self._instance_id,
@@ -189,7 +189,7 @@ class ConnectorWorker:
     def _begin_store(self, store: StoreOp, event: bytes) -> _RunningTransfer:
         client, tokens = self._client(), self._tokens.get(store.request_id)
         if client is None or tokens is None:
-            return _RunningTransfer(store.op, store.request_id, _refused())
+            return _RunningTransfer(store.op, store.request_id, _not_sent())
         future = client.submit_store(
             SessionKey(self._engine_id, store.request_id),
             self._instance_id,
@@ -203,8 +203,10 @@ class ConnectorWorker:
         )
         return _RunningTransfer(store.op, store.request_id, future)
 
-    def _mark(self) -> bytes:
-        return self._registration.mark() if self._registration is not None else b""
+    def _record_event(self) -> bytes:
+        return (
+            self._registration.record_event() if self._registration is not None else b""
+        )
 
     def _client(self) -> KVClient | None:
         server = self._link.server if self._link is not None else None
@@ -222,17 +224,17 @@ class ConnectorWorker:
 
     # -- ends -------------------------------------------------------------------------
 
-    def _land(self, flight: _RunningTransfer, collected: Collected) -> None:
-        collected.acks[flight.op] = 1
-        error = flight.future.exception()
+    def _complete(self, operation: _RunningTransfer, collected: Collected) -> None:
+        collected.acks[operation.op] = 1
+        error = operation.future.exception()
         if error is not None and self._link is not None:
-            self._link.failed(error)
-        if flight.load is None:
+            self._link.record_failure(error)
+        if operation.load is None:
             return
-        collected.loaded.add(flight.request_id)
-        if not _is_whole(flight.load, flight.future):
-            collected.failed.add(flight.request_id)
-            collected.failed_blocks.update(_written_blocks(flight.load))
+        collected.loaded.add(operation.request_id)
+        if not _is_complete(operation.load, operation.future):
+            collected.failed.add(operation.request_id)
+            collected.failed_blocks.update(_written_blocks(operation.load))
 
     def close(self) -> None:
         """Say goodbye: the server forgets the cache."""
@@ -240,7 +242,7 @@ class ConnectorWorker:
             self._link.close()
 
 
-def _is_whole(load: LoadOp, future: Reply) -> bool:
+def _is_complete(load: LoadOp, future: Reply) -> bool:
     """Say whether a load wrote all that it was asked for."""
     if future.exception() is not None:
         return False
@@ -262,7 +264,7 @@ def _written_blocks(load: LoadOp) -> list[int]:
     return real_blocks(written)
 
 
-def _refused() -> Reply:
+def _not_sent() -> Reply:
     """Return the outcome of what was never sent."""
     future: Reply = Future()
     future.set_exception(Closed("the cache server is not well just now"))

@@ -41,7 +41,25 @@ class EngineGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class GroupShape:
+    """One cache group of the engine, as the scheduler needs to know it."""
+
+    block_size: int
+    window: int | None = None
+    is_chunked: bool = False
+    """Whether windows begin at multiples of `window`, and do not slide."""
+
+    def num_skipped(self, num_computed: int) -> int:
+        """Count the leading blocks that the engine may have given away by then."""
+        if self.window is None:
+            return 0
+        if self.is_chunked:
+            return num_computed // self.window * self.window // self.block_size
+        return max(num_computed - self.window + 1, 0) // self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDescription:
     """What a worker registers."""
 
     handles: tuple[MemoryHandle, ...]
@@ -105,14 +123,14 @@ def _engine_group(group: Any) -> EngineGroup:
     )
 
 
-def describe(
+def describe_caches(
     groups: Sequence[EngineGroup],
     caches: Mapping[str, Tensor],
     num_blocks: int,
     *,
     share: Callable[[Tensor], MemoryHandle],
     replicate_mla: bool,
-) -> Described:
+) -> CacheDescription:
     """Share the caches' memory and describe their groups.
 
     `share` is called once a storage (`Memory.share`). `replicate_mla` says that every
@@ -122,7 +140,7 @@ def describe(
         LayoutError, HandleError: they cannot be described or shared.
     """
     described = []
-    tables = _Tables(share)
+    tables = _HandleTable(share)
     for source, group in enumerate(groups):
         by_form: dict[_Form, list[TensorView]] = {}
         for tensor in _distinct(
@@ -144,14 +162,14 @@ def describe(
             described.append((cache_group, source))
     if not described:
         raise LayoutError("the engine has no layers with a cache")
-    return Described(
+    return CacheDescription(
         tuple(tables.handles),
         tuple(group for group, _ in described),
         tuple(source for _, source in described),
     )
 
 
-class _Tables:
+class _HandleTable:
     """Handles, one a storage, made when first met."""
 
     def __init__(self, share: Callable[[Tensor], MemoryHandle]) -> None:
@@ -180,7 +198,7 @@ def _distinct(tensors: Any) -> list[Tensor]:
     return list(seen.values())
 
 
-def _views(tensor: Tensor, num_blocks: int, tables: _Tables) -> list[TensorView]:
+def _views(tensor: Tensor, num_blocks: int, tables: _HandleTable) -> list[TensorView]:
     """Describe a layer's tensor, its blocks outermost: one view, or K's and V's."""
     size = tensor.element_size()
     shape = tuple(tensor.shape)

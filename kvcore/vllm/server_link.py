@@ -35,7 +35,7 @@ PROBE_S = 2.0
 REGISTER_S = 30.0
 MAX_PAUSE_S = 30.0
 
-ILLS = (
+SERVER_ERRORS = (
     DeadlineExceeded, RequestMismatch, StaleBoot, Unavailable, UnknownInstance,
     UnknownRequest,
 )  # fmt: skip
@@ -53,7 +53,7 @@ class ServerEndpoint:
 class ServerLink:
     """The client of one half of one engine. Any thread may use it.
 
-    `on_well` is called on the link's own thread each time the server is found well,
+    `on_available` is called on the link's own thread each time the server is found well,
     and may wait for it; what it raises counts as not well.
     """
 
@@ -62,38 +62,38 @@ class ServerLink:
         address: str,
         label: str,
         retry_s: float = 1.0,
-        on_well: Callable[[KVClient], object] | None = None,
+        on_available: Callable[[KVClient], object] | None = None,
         make_client: type[KVClient] = KVClient,
     ) -> None:
         self._address = address
         self._label = label
         self._retry_s = retry_s
-        self._on_well = on_well
+        self._on_available = on_available
         self._make_client = make_client
         self._lock = Lock()
         self._client: KVClient | None = None
-        self._ill = Event()
-        self._ill.set()
+        self._is_down = Event()
+        self._is_down.set()
         self._closed = Event()
         self._warned = False
         self._num_late = 0
-        self._told: set[str] = set()
+        self._logged_codes: set[str] = set()
         self._thread = Thread(target=self._watch, name=f"link-{label}", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<Link {self._address} {'not well' if self._ill.is_set() else 'well'}>"
+        return f"<ServerLink {self._address} {'not well' if self._is_down.is_set() else 'well'}>"
 
     @property
     def server(self) -> ServerEndpoint | None:
         """The server, while it is well."""
         client = self._client
-        if client is None or self._ill.is_set():
+        if client is None or self._is_down.is_set():
             return None
         try:
             return ServerEndpoint(client, client.chunk_size)
         except Unavailable as error:
-            self.failed(error)
+            self.record_failure(error)
             return None
 
     @property
@@ -101,26 +101,26 @@ class ServerLink:
         """The client, well or not, for requests that clean up."""
         return self._client
 
-    def worked(self) -> None:
+    def record_success(self) -> None:
         """Say that a request was answered in time."""
         self._num_late = 0
 
-    def failed(self, error: BaseException) -> None:
+    def record_failure(self, error: BaseException) -> None:
         """Judge a request's error: the server's health, or only that request's."""
         if self._closed.is_set():
             return
-        if not isinstance(error, ILLS):
-            self._tell(error)
+        if not isinstance(error, SERVER_ERRORS):
+            self._log_once(error)
             return
         with self._lock:
             self._num_late += isinstance(error, DeadlineExceeded)
-            self._ill.set()
+            self._is_down.set()
         self._warn(error)
 
     def close(self) -> None:
         """Say goodbye to the server; never waits long for one that is not well."""
         self._closed.set()
-        self._ill.set()
+        self._is_down.set()
         self._thread.join(PROBE_S + 1)
         if self._client is not None and not self._thread.is_alive():
             self._client.close()
@@ -129,7 +129,7 @@ class ServerLink:
 
     def _watch(self) -> None:
         while True:
-            self._ill.wait()
+            self._is_down.wait()
             if self._closed.wait(self._pause_s()):
                 return
             while (error := self._try()) is not None:
@@ -160,12 +160,12 @@ class ServerLink:
                 self._client = client
             else:
                 client.call(Ping(), PROBE_S)
-            if self._on_well is not None:
-                self._on_well(client)
+            if self._on_available is not None:
+                self._on_available(client)
         except KVError as error:
             self._warn(error)
             return error
-        self._ill.clear()
+        self._is_down.clear()
         if self._warned:
             log.warning("the cache server at %s is back", self._address)
             self._warned = False
@@ -181,11 +181,11 @@ class ServerLink:
                 self._address,
             )
 
-    def _tell(self, error: BaseException) -> None:
+    def _log_once(self, error: BaseException) -> None:
         """Tell of each kind of error once; it is the request's, not the server's."""
         code = getattr(error, "code", type(error).__name__)
-        if code not in self._told:
-            self._told.add(code)
+        if code not in self._logged_codes:
+            self._logged_codes.add(code)
             log.warning("a request to the cache server failed: %s", error)
 
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import struct
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +58,31 @@ class Tensor(Protocol):
     def untyped_storage(self) -> Any: ...  # noqa: D102
 
 
+NUM_CUDA_EVENTS = 64
+"""Events per worker, used in rotation. A server keeps at most 256 per worker. If an
+event is recorded again while a copy waits for it, the copy only waits for more work."""
+
+
+class CudaEvents:
+    """Interprocess CUDA events of the current device. Used by one thread.
+
+    Raises:
+        ImportError, RuntimeError: torch or CUDA is not available.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        events = [torch.cuda.Event(interprocess=True) for _ in range(NUM_CUDA_EVENTS)]
+        self._next = cycle([(event, bytes(event.ipc_handle())) for event in events])
+
+    def record(self) -> bytes:
+        """Record an event after all work of the current stream; return its handle."""
+        event, handle = next(self._next)
+        event.record()
+        return handle
+
+
 class SharedCacheMemory:
     """What one worker has shared, until `close`.
 
@@ -69,10 +95,10 @@ class SharedCacheMemory:
 
     def __init__(self) -> None:
         self._claims: list[Claim] = []
-        self._mark: Callable[[], bytes] = bytes
+        self._record_event: Callable[[], bytes] = bytes
 
     def __repr__(self) -> str:
-        return f"<Memory {[claim.name for claim in self._claims]}>"
+        return f"<SharedCacheMemory {[claim.name for claim in self._claims]}>"
 
     def share(self, tensor: Tensor) -> MemoryHandle:
         """Make a tensor's whole storage reachable for the server; return its handle.
@@ -92,12 +118,12 @@ class SharedCacheMemory:
             "memory and on CUDA devices"
         )
 
-    def mark(self) -> bytes:
+    def record_event(self) -> bytes:
         """Say how far the engine's work has come, for a copy to wait for.
 
         A CUDA event's handle; empty for host memory, whose work is done at return.
         """
-        return self._mark()
+        return self._record_event()
 
     def close(self) -> None:
         """Remove the names: nobody can attach any more. Idempotent."""
@@ -109,11 +135,10 @@ class SharedCacheMemory:
         try:
             # Only where there is a GPU: torch with CUDA, and NVIDIA's bindings.
             from kvcore.cuda.ipc import export_tensor
-            from kvcore.vllm.cuda_events import CudaEvents
 
             handle = export_tensor(tensor)
-            if self._mark is bytes:
-                self._mark = CudaEvents().mark
+            if self._record_event is bytes:
+                self._record_event = CudaEvents().record
         except (ImportError, RuntimeError) as error:
             raise HandleError(
                 f"the cache on {tensor.device} cannot be shared: {error}"
@@ -124,12 +149,12 @@ class SharedCacheMemory:
         num_bytes = storage.nbytes()
         remove_dead(SEGMENT_PREFIX)
         if not storage.is_shared():
-            _require_room(num_bytes)
+            _require_free_space(num_bytes)
         made_as = storage._share_filename_cpu_()[1].decode().removeprefix("/")
         name = f"{SEGMENT_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         claim = Claim(made_as, name)
         self._claims.append(claim)
-        _count_in(claim)
+        _add_torch_user(claim)
         return PosixShm(name, TORCH_HEADER_BYTES, num_bytes)
 
 
@@ -160,7 +185,7 @@ class PrivateCacheMemory:
         self._storages.append(storage)
         return Private(num_bytes)
 
-    def mark(self) -> bytes:
+    def record_event(self) -> bytes:
         """Say nothing: the engine's work is done at return."""
         return b""
 
@@ -168,13 +193,13 @@ class PrivateCacheMemory:
         """Do nothing: until the client is closed a copy may be under way."""
 
 
-def _count_in(claim: Claim) -> None:
+def _add_torch_user(claim: Claim) -> None:
     """Be one of torch's users: the last of them removes the name that torch gave."""
     (num_users,) = struct.unpack("<i", os.pread(claim.fd, 4, 0))
     os.pwrite(claim.fd, struct.pack("<i", num_users + 1), 0)
 
 
-def _require_room(num_bytes: int) -> None:
+def _require_free_space(num_bytes: int) -> None:
     """Refuse what does not fit: writing past the end of /dev/shm kills the process."""
     stat = os.statvfs(SHM_DIR)
     free = stat.f_bavail * stat.f_frsize

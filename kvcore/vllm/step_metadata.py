@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NewType
 
 import msgspec
@@ -20,6 +21,18 @@ ENGINE_NULL_BLOCK = 0
 
 GroupBlocks = tuple[bytes, ...]
 """Packed int32 block ids, one a group of the engine, NULL_BLOCK for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request of a step: `num_new` tokens after the `num_computed` first ones."""
+
+    request_id: str
+    num_computed: int
+    num_new: int
+    blocks: tuple[list[int], ...] | None
+    replaces: bool
+    """Whether `blocks` stand in place of those known, not after them."""
 
 
 class LoadOp(msgspec.Struct, frozen=True, array_like=True):
@@ -43,7 +56,7 @@ class StoreOp(msgspec.Struct, frozen=True, array_like=True):
     blocks: GroupBlocks
 
 
-class TokenPiece(msgspec.Struct, frozen=True, array_like=True):
+class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     """More of a request's tokens: packed uint32 from `offset` on, all its extras."""
 
     request_id: str
@@ -55,7 +68,7 @@ class TokenPiece(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One step, for every rank the same."""
 
-    tokens: tuple[TokenPiece, ...] = ()
+    tokens: tuple[TokenUpdate, ...] = ()
     loads: tuple[LoadOp, ...] = ()
     stores: tuple[StoreOp, ...] = ()
     ended: tuple[str, ...] = ()

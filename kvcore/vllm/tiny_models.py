@@ -18,10 +18,10 @@ MAX_TOKENS = 8192
 WINDOW = 128
 """Sliding window of the hybrid model, in tokens."""
 
-LIVELY = 0.15
+LARGE_WEIGHTS = 0.15
 """Deviation of the weights: answers vary, and clearly, so rounding decides no tie."""
 
-CALM = 0.04
+SMALL_WEIGHTS = 0.04
 """The same for MLA: with more, vLLM's CPU kernels for prompts and for single tokens
 differ by more than rounding, so an engine's answer depends on how it was scheduled."""
 
@@ -65,7 +65,7 @@ def _llama() -> Any:
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=False,
-            initializer_range=LIVELY,
+            initializer_range=LARGE_WEIGHTS,
             **_COMMON,
         )
     )
@@ -89,7 +89,7 @@ def _mla() -> Any:
             n_routed_experts=2,  # None has them: the first layers are dense
             first_k_dense_replace=3,
             tie_word_embeddings=False,
-            initializer_range=CALM,
+            initializer_range=SMALL_WEIGHTS,
             **_COMMON,
         )
     )
@@ -108,7 +108,7 @@ def _hybrid() -> Any:
             head_dim=32,
             sliding_window=WINDOW,
             tie_word_embeddings=False,
-            initializer_range=LIVELY,
+            initializer_range=LARGE_WEIGHTS,
             **_COMMON,
         )
     )

@@ -22,12 +22,12 @@ class TorchWorkerCommands(WorkerCommands):
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
         import torch
 
-        from kvcore.vllm.cuda_events import CudaEvents
+        from kvcore.vllm.shared_cache import CudaEvents
 
         super().__init__(address, name, driver)
         self.torch = torch
         self.tensors: dict[str, list[Any]] = {}
-        self.mark = CudaEvents().mark
+        self.mark = CudaEvents().record
 
     def register(  # type: ignore[override]
         self, instance_id: str, model: str, num_blocks: int = 64

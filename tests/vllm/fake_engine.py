@@ -18,9 +18,9 @@ from kvcore.shm import Segment
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
-from kvcore.vllm.request_state import GroupShape, Scheduled
+from kvcore.vllm.kv_cache_groups import GroupShape
 from kvcore.vllm.server_link import ServerLink
-from kvcore.vllm.step_metadata import StepPlan
+from kvcore.vllm.step_metadata import ScheduledRequest, StepPlan
 from tests.system.server_fixture import wait_until
 
 BLOCK = 16
@@ -114,7 +114,7 @@ class FakeEngine:
 
     def connect(self) -> FakeEngine:
         """Wait until both halves know a server that is well."""
-        wait_until(lambda: self.link.server and self.worker.is_well)
+        wait_until(lambda: self.link.server and self.worker.is_available)
         return self
 
     def fill(self, blocks: Sequence[int], seed: int) -> None:
@@ -133,7 +133,7 @@ class FakeEngine:
         answers: list[int] = []
 
         def ask() -> bool:
-            answer = self.scheduler.matched(request, num_computed)
+            answer = self.scheduler.get_num_matched_tokens(request, num_computed)
             if answer is not None:
                 answers.append(answer)
             return answer is not None
@@ -141,10 +141,10 @@ class FakeEngine:
         wait_until(ask)
         return answers[0]
 
-    def step(self, *scheduled: Scheduled) -> StepPlan:
+    def step(self, *scheduled: ScheduledRequest) -> StepPlan:
         """Plan a step and begin what it says."""
         plan = self.scheduler.step(scheduled)
-        self.worker.learn(plan)
+        self.worker.add_tokens(plan)
         self.worker.load(plan)
         self.worker.store(plan)
         self.worker.forget(plan.ended)
@@ -153,7 +153,7 @@ class FakeEngine:
     def collect(self) -> Collected:
         """Collect what ended and report it to the scheduler half."""
         collected = self.worker.collect()
-        self.scheduler.acknowledged(collected.acks, collected.failed)
+        self.scheduler.acknowledge(collected.acks, collected.failed)
         return collected
 
     def settle(self) -> Collected:
@@ -175,14 +175,16 @@ class FakeEngine:
         matched = self.match(request)
         assert matched == 0
         ids = tuple(list(blocks) for _ in self.views)
-        self.scheduler.allocated(request.request_id, ids, 0)
-        self.step(Scheduled(request.request_id, 0, len(request.tokens), ids, True))
+        self.scheduler.update_after_alloc(request.request_id, ids, 0)
+        self.step(
+            ScheduledRequest(request.request_id, 0, len(request.tokens), ids, True)
+        )
         self.settle()
 
     def load(self, request: Request, blocks: Sequence[int]) -> Collected:
         """Load all that is found into blocks, and wait for it."""
         ids = tuple(list(blocks) for _ in self.views)
-        self.scheduler.allocated(request.request_id, ids, self.match(request))
+        self.scheduler.update_after_alloc(request.request_id, ids, self.match(request))
         self.step()
         return self.settle()
 

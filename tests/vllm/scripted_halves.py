@@ -19,7 +19,7 @@ from kvcore.keys import ExtraKey
 from kvcore.protocol import LookupReply
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
-from kvcore.vllm.request_state import GroupShape
+from kvcore.vllm.kv_cache_groups import GroupShape
 from kvcore.vllm.step_metadata import LoadOp
 from tests.vllm.fake_engine import Request
 from tests.vllm.fake_ranks import (
@@ -154,7 +154,7 @@ class ScriptedHalves(RuleBasedStateMachine):
             for block in asked.real_blocks
         }
         for ids, group in zip(life.blocks, self.groups, strict=True):
-            gone = group.num_gone(first_needed)
+            gone = group.num_skipped(first_needed)
             new: list[int] = []
             while len(ids) + len(new) < -(-end // BLOCK):
                 if len(ids) + len(new) < gone:
@@ -172,7 +172,7 @@ class ScriptedHalves(RuleBasedStateMachine):
     def move_window(self, life: Life) -> None:
         """Free what a window has left behind."""
         for ids, group in zip(life.blocks, self.groups, strict=True):
-            for i in range(min(group.num_gone(life.num_computed), len(ids))):
+            for i in range(min(group.num_skipped(life.num_computed), len(ids))):
                 if ids[i]:
                     self.blocks.refs[ids[i]] -= 1
                     ids[i] = 0
@@ -244,8 +244,8 @@ class ScriptedHalves(RuleBasedStateMachine):
         elif asked.kind == "store":
             rank.end_store(asked, outcome)
         else:
-            is_well = rank.end_retrieve(asked, outcome)
-            self.ends.setdefault(asked.name, []).append(is_well)
+            is_complete = rank.end_retrieve(asked, outcome)
+            self.ends.setdefault(asked.name, []).append(is_complete)
 
     @rule(data=st.data(), outcome=OUTCOMES, hit=st.sampled_from([9, 9, 2, 1, 0]))
     def answer(self, data: st.DataObject, outcome: Any, hit: int) -> None:
@@ -271,11 +271,11 @@ class ScriptedHalves(RuleBasedStateMachine):
             if chunk_size != link.chunk_size or is_empty:
                 for rank in self.ranks:
                     rank.stored.clear()
-            link.chunk_size, link.is_well = chunk_size, False
+            link.chunk_size, link.is_available = chunk_size, False
 
     @rule(which=st.integers(0, 2))
     def recover(self, which: int) -> None:
         """A link finds the server well, or all do."""
         links = [self.link, *(rank.link for rank in self.ranks)]
         for link in links[which : which + 1] or links:
-            link.is_well = True
+            link.is_available = True

@@ -12,7 +12,7 @@ import numpy as np
 from kvcore.errors import KVError
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.protocol import NULL_BLOCK
-from kvcore.vllm.server_link import ILLS, ServerEndpoint
+from kvcore.vllm.server_link import SERVER_ERRORS, ServerEndpoint
 
 
 @dataclass(eq=False)
@@ -124,13 +124,13 @@ class ScriptedLink:
     def __init__(self, chunk_size: int) -> None:
         self.client = PlayedClient()
         self.chunk_size = chunk_size
-        self.is_well = True
+        self.is_available = True
         self.errors: list[BaseException] = []
 
     @property
     def server(self) -> ServerEndpoint | None:
         """The server, while it is well."""
-        if not self.is_well:
+        if not self.is_available:
             return None
         return ServerEndpoint(self.client, self.chunk_size)  # type: ignore[arg-type]
 
@@ -139,14 +139,14 @@ class ScriptedLink:
         """The client, well or not."""
         return self.client
 
-    def worked(self) -> None:
+    def record_success(self) -> None:
         """Take note of nothing."""
 
-    def failed(self, error: KVError) -> None:
+    def record_failure(self, error: KVError) -> None:
         """Judge an error, which is told of once."""
         assert all(error is not one for one in self.errors), "told of twice"
         self.errors.append(error)
-        self.is_well = self.is_well and not isinstance(error, ILLS)
+        self.is_available = self.is_available and not isinstance(error, SERVER_ERRORS)
 
     def close(self) -> None:
         """Do nothing."""

@@ -11,8 +11,7 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import ExtraKey
 from kvcore.protocol import NULL_BLOCK
-from kvcore.vllm.request_state import Scheduled
-from kvcore.vllm.step_metadata import unpack_blocks
+from kvcore.vllm.step_metadata import ScheduledRequest, unpack_blocks
 from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.vllm.conftest import Start
 from tests.vllm.fake_engine import BLOCK, Request
@@ -42,14 +41,14 @@ def test_another_engine_loads_what_one_stored(
     request = request_of(3 * CHUNK + 5)
     first.fill(BLOCKS, seed=1)
     first.compute(request, [*BLOCKS, 60])
-    first.scheduler.finished(request.request_id)
+    first.scheduler.finish(request.request_id)
 
     assert second.match(request) == 3 * CHUNK
     collected = second.load(request, [*OTHERS, 61])
     assert collected.loaded == {request.request_id}
     assert not collected.failed
     assert (second.read(OTHERS) == first.read(BLOCKS)).all()
-    second.scheduler.finished(request.request_id)
+    second.scheduler.finish(request.request_id)
     wait_until(lambda: held(client) == (0, 0, 0))
 
 
@@ -62,14 +61,14 @@ def test_a_lookup_is_submitted_once_and_polled(
     before = client.status().counters["lookups"]
     server.pause()
     try:
-        assert engine.scheduler.matched(request, 0) is None
-        assert engine.scheduler.matched(request, 0) is None
+        assert engine.scheduler.get_num_matched_tokens(request, 0) is None
+        assert engine.scheduler.get_num_matched_tokens(request, 0) is None
     finally:
         server.resume()
     assert engine.match(request) == 0
-    assert engine.scheduler.matched(request, 0) == 0
+    assert engine.scheduler.get_num_matched_tokens(request, 0) == 0
     assert client.status().counters["lookups"] == before + 1
-    engine.scheduler.finished(request.request_id)
+    engine.scheduler.finish(request.request_id)
 
 
 def test_what_the_engine_has_is_left_alone(
@@ -80,20 +79,20 @@ def test_what_the_engine_has_is_left_alone(
     request = request_of(3 * CHUNK)
     first.fill(BLOCKS, seed=2)
     first.compute(request, BLOCKS)
-    first.scheduler.finished(request.request_id)
+    first.scheduler.finish(request.request_id)
     own = CHUNK + BLOCK
     second.fill(OTHERS, seed=3)
     before = second.read(OTHERS)
     matched = second.match(request, own)
     assert matched == 3 * CHUNK - own
-    second.scheduler.allocated(request.request_id, (OTHERS,), matched)
+    second.scheduler.update_after_alloc(request.request_id, (OTHERS,), matched)
     second.step()
     assert not second.settle().failed
     count = own // BLOCK
     assert (second.read(OTHERS)[:count] == before[:count]).all()
     assert (second.read(OTHERS)[count:] == first.read(BLOCKS)[count:]).all()
     wait_until(lambda: held(client)[:2] == (0, 0))
-    second.scheduler.finished(request.request_id)
+    second.scheduler.finish(request.request_id)
 
 
 def test_what_is_found_and_not_wanted_is_let_go(
@@ -105,10 +104,12 @@ def test_what_is_found_and_not_wanted_is_let_go(
     engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
     repeat = again(request)
     assert engine.match(repeat, 2 * CHUNK - BLOCK) == BLOCK
-    engine.scheduler.allocated(repeat.request_id, (BLOCKS[: 2 * PER_CHUNK],), 0)
+    engine.scheduler.update_after_alloc(
+        repeat.request_id, (BLOCKS[: 2 * PER_CHUNK],), 0
+    )
     wait_until(lambda: held(client)[:2] == (0, 0))
     for one in (request, repeat):
-        engine.scheduler.finished(one.request_id)
+        engine.scheduler.finish(one.request_id)
 
 
 def test_blocks_are_held_until_every_copy_is_acknowledged(
@@ -119,9 +120,9 @@ def test_blocks_are_held_until_every_copy_is_acknowledged(
     request = request_of(2 * CHUNK)
     assert engine.match(request) == 0
     blocks = BLOCKS[: 2 * PER_CHUNK]
-    engine.scheduler.allocated(request.request_id, (blocks,), 0)
-    engine.step(Scheduled(request.request_id, 0, 2 * CHUNK, (blocks,), True))
-    engine.scheduler.finished(request.request_id)
+    engine.scheduler.update_after_alloc(request.request_id, (blocks,), 0)
+    engine.step(ScheduledRequest(request.request_id, 0, 2 * CHUNK, (blocks,), True))
+    engine.scheduler.finish(request.request_id)
     assert sorted(engine.pool.held) == blocks
     assert engine.scheduler.num_ops == 1
     engine.settle()
@@ -137,7 +138,7 @@ def test_copies_come_after_the_engines_own_work(
     engine = start(driver="server").connect()
     marks = iter((b"first", b"second"))
     engine.worker._registration = replace(
-        engine.worker._registration, mark=lambda: next(marks)
+        engine.worker._registration, record_event=lambda: next(marks)
     )
     named = []
     for name in ("submit_store", "submit_retrieve"):
@@ -167,8 +168,8 @@ def test_each_end_is_reported_once(start: Start, request_of: RequestOf) -> None:
     assert not once_more.acks
     # Naming what ended twice, as asynchronous scheduling does, changes nothing.
     engine.worker.forget([repeat.request_id, repeat.request_id])
-    engine.scheduler.finished(repeat.request_id)
-    engine.scheduler.finished(repeat.request_id)
+    engine.scheduler.finish(repeat.request_id)
+    engine.scheduler.finish(repeat.request_id)
     assert not engine.collect().loaded
     assert engine.scheduler.num_ops == 0
 
@@ -179,14 +180,14 @@ def test_an_op_waits_for_all_ranks(start: Start, request_of: RequestOf) -> None:
     engine.scheduler._world_size = 2
     request = request_of(CHUNK)
     blocks = BLOCKS[:PER_CHUNK]
-    engine.scheduler.matched(request, CHUNK)
+    engine.scheduler.get_num_matched_tokens(request, CHUNK)
     plan = engine.scheduler.step(
-        [Scheduled(request.request_id, 0, CHUNK, (blocks,), True)]
+        [ScheduledRequest(request.request_id, 0, CHUNK, (blocks,), True)]
     )
     (store,) = plan.stores
-    engine.scheduler.acknowledged({store.op: 1})
+    engine.scheduler.acknowledge({store.op: 1})
     assert sorted(engine.pool.held) == blocks
-    engine.scheduler.acknowledged({store.op: 1})
+    engine.scheduler.acknowledge({store.op: 1})
     assert not engine.pool.held
 
 
@@ -203,7 +204,7 @@ def test_a_failed_load_is_reported_with_its_blocks(
         engine.scheduler._tracked[repeat.request_id].session, 0, 192
     )
     client.clear()
-    engine.scheduler.allocated(repeat.request_id, (blocks,), matched)
+    engine.scheduler.update_after_alloc(repeat.request_id, (blocks,), matched)
     engine.step()
     collected = engine.settle()
     assert collected.loaded == collected.failed == {repeat.request_id}
@@ -220,7 +221,7 @@ def test_a_preempted_request_is_looked_up_again(
     engine.compute(request, BLOCKS[:PER_CHUNK])
     request.tokens.extend(range(CHUNK))
     engine.step(
-        Scheduled(
+        ScheduledRequest(
             request.request_id,
             CHUNK,
             CHUNK,
@@ -239,9 +240,9 @@ def test_tokens_that_the_engine_does_not_know_are_not_stored(
     """Drafts and placeholders count as computed before anybody knows them."""
     engine = start().connect()
     request = request_of(num_known)
-    engine.scheduler.matched(request, num_known)
+    engine.scheduler.get_num_matched_tokens(request, num_known)
     plan = engine.scheduler.step(
-        [Scheduled(request.request_id, 0, 2 * CHUNK, (BLOCKS,), True)]
+        [ScheduledRequest(request.request_id, 0, 2 * CHUNK, (BLOCKS,), True)]
     )
     assert [(store.start, store.end) for store in plan.stores] == [(0, CHUNK)]
 
@@ -252,10 +253,10 @@ def test_blocks_that_a_window_left_behind_are_not_stored(
     """They may be another request's by now."""
     engine = start(windows=(None, CHUNK)).connect()
     request = request_of(3 * CHUNK)
-    engine.scheduler.matched(request, 3 * CHUNK)
+    engine.scheduler.get_num_matched_tokens(request, 3 * CHUNK)
     ids = (BLOCKS, [0, *OTHERS[1:]])
     plan = engine.scheduler.step(
-        [Scheduled(request.request_id, 2 * CHUNK, CHUNK, ids, True)]
+        [ScheduledRequest(request.request_id, 2 * CHUNK, CHUNK, ids, True)]
     )
     (store,) = plan.stores
     assert unpack_blocks(store.blocks[0]).tolist() == BLOCKS
@@ -272,9 +273,11 @@ def test_blocks_before_a_chunked_window_are_not_stored(
     half = engine.scheduler
     half._groups = (half._groups[0], replace(half._groups[1], is_chunked=True))
     request = request_of(3 * CHUNK)
-    half.matched(request, 3 * CHUNK)
+    half.get_num_matched_tokens(request, 3 * CHUNK)
     last = 3 * CHUNK - 1
-    plan = engine.step(Scheduled(request.request_id, last, 1, (BLOCKS, OTHERS), True))
+    plan = engine.step(
+        ScheduledRequest(request.request_id, last, 1, (BLOCKS, OTHERS), True)
+    )
     (store,) = plan.stores
     gone = [NULL_BLOCK] * (2 * PER_CHUNK)
     assert unpack_blocks(store.blocks[1]).tolist() == gone + OTHERS[2 * PER_CHUNK :]
@@ -292,7 +295,7 @@ def test_a_window_is_loaded_without_what_lies_before_it(
     first.compute(request, BLOCKS)
     matched = second.match(request)
     window = [0] * (2 * PER_CHUNK) + OTHERS[2 * PER_CHUNK :]
-    second.scheduler.allocated(request.request_id, (OTHERS, window), matched)
+    second.scheduler.update_after_alloc(request.request_id, (OTHERS, window), matched)
     second.step()
     assert not second.settle().failed
     assert (second.read(OTHERS, 0) == first.read(BLOCKS, 0)).all()
@@ -338,10 +341,10 @@ def test_a_request_of_before_a_reset_is_stored_no_more(
     before, engine = held(client), start().connect()
     request, blocks = request_of(2 * CHUNK), BLOCKS[: 2 * PER_CHUNK]
     assert engine.match(request) == 0
-    engine.scheduler.allocated(request.request_id, (blocks,), 0)
-    engine.step(Scheduled(request.request_id, 0, CHUNK, (blocks,), True))
+    engine.scheduler.update_after_alloc(request.request_id, (blocks,), 0)
+    engine.step(ScheduledRequest(request.request_id, 0, CHUNK, (blocks,), True))
     engine.scheduler.reset()
-    plan = engine.step(Scheduled(request.request_id, CHUNK, CHUNK, None, False))
+    plan = engine.step(ScheduledRequest(request.request_id, CHUNK, CHUNK, None, False))
     assert not plan.stores
     engine.settle()
     wait_until(lambda: held(client) == before)

@@ -10,7 +10,7 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.vllm import server_link as link
-from kvcore.vllm.request_state import Scheduled
+from kvcore.vllm.step_metadata import ScheduledRequest
 from tests.system.server_fixture import CHUNK, Server, wait_until
 from tests.vllm.conftest import Start
 from tests.vllm.fake_engine import FakeEngine
@@ -31,13 +31,15 @@ def is_shared(engine: FakeEngine, request_of: RequestOf) -> bool:
     """Say whether a new prompt is stored and then found."""
     request = request_of(CHUNK)
     engine.match(request)
-    engine.scheduler.allocated(request.request_id, (BLOCKS[:PER_CHUNK],), 0)
-    engine.step(Scheduled(request.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True))
+    engine.scheduler.update_after_alloc(request.request_id, (BLOCKS[:PER_CHUNK],), 0)
+    engine.step(
+        ScheduledRequest(request.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True)
+    )
     engine.settle()
     repeat = again(request)
     found = engine.match(repeat)
     for one in (request, repeat):
-        engine.scheduler.finished(one.request_id)
+        engine.scheduler.finish(one.request_id)
     return found == CHUNK
 
 
@@ -56,9 +58,9 @@ def test_without_a_server_everything_is_computed(
         engine = start(server.address)
         for _ in range(3):
             request = request_of(2 * CHUNK)
-            assert engine.scheduler.matched(request, 0) == 0
+            assert engine.scheduler.get_num_matched_tokens(request, 0) == 0
             plan = engine.step(
-                Scheduled(request.request_id, 0, 2 * CHUNK, (BLOCKS,), True)
+                ScheduledRequest(request.request_id, 0, 2 * CHUNK, (BLOCKS,), True)
             )
             assert not plan.stores
         wait_until(lambda: len(warnings_of(caplog, "no KV cache for now")) == 2)
@@ -84,7 +86,9 @@ def test_a_killed_server_fails_loads_and_is_found_again(
     repeat = again(request)
     matched = engine.match(repeat)
     server.kill()
-    engine.scheduler.allocated(repeat.request_id, (OTHERS[: 2 * PER_CHUNK],), matched)
+    engine.scheduler.update_after_alloc(
+        repeat.request_id, (OTHERS[: 2 * PER_CHUNK],), matched
+    )
     engine.step()
     assert engine.settle().failed == {repeat.request_id}
     assert not engine.pool.held
@@ -105,7 +109,7 @@ def test_a_stopped_server_is_left_alone(
     try:
         assert engine.match(request_of(CHUNK)) == 0
         # Nothing is sent: the answer is there at once.
-        assert engine.scheduler.matched(request_of(CHUNK), 0) == 0
+        assert engine.scheduler.get_num_matched_tokens(request_of(CHUNK), 0) == 0
     finally:
         server.resume()
     wait_until(lambda: is_shared(engine, request_of))
@@ -126,14 +130,16 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
     server.pause()
     try:
         targets = OTHERS[: 2 * PER_CHUNK]
-        engine.scheduler.allocated(repeat.request_id, (targets,), matched)
+        engine.scheduler.update_after_alloc(repeat.request_id, (targets,), matched)
         other = request_of(CHUNK)
-        engine.scheduler.matched(other, CHUNK)
-        engine.step(Scheduled(other.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True))
+        engine.scheduler.get_num_matched_tokens(other, CHUNK)
+        engine.step(
+            ScheduledRequest(other.request_id, 0, CHUNK, (BLOCKS[:PER_CHUNK],), True)
+        )
         assert engine.pool.held
         wait_until(lambda: not engine.collect().loaded and not engine.pool.held)
         assert engine.worker.num_in_progress == 1
-        engine.scheduler.finished(repeat.request_id)
+        engine.scheduler.finish(repeat.request_id)
         assert engine.scheduler.num_ops == 1
     finally:
         server.resume()
@@ -155,10 +161,10 @@ def test_a_slow_server_is_left_alone(
         with line.held():
             assert engine.match(late[0]) == 0
             # Nothing is sent: the answer is there at once.
-            assert engine.scheduler.matched(late[1], 0) == 0
+            assert engine.scheduler.get_num_matched_tokens(late[1], 0) == 0
             assert engine.match(late[0]) == 0
         for request in late:
-            engine.scheduler.finished(request.request_id)
+            engine.scheduler.finish(request.request_id)
         wait_until(lambda: is_shared(engine, request_of))
         with KVClient(server.address, label="test", timeout_s=20) as client:
             wait_until(lambda: client.status().num_sessions == 0)
@@ -178,7 +184,7 @@ def test_a_server_of_another_version_is_warned_of_once(
     with caplog.at_level(logging.WARNING, "kvcore.vllm"):
         engine = start(server.address)
         wait_until(lambda: len(warnings_of(caplog, "no KV cache for now")) == 2)
-        assert engine.scheduler.matched(request_of(CHUNK), 0) == 0
+        assert engine.scheduler.get_num_matched_tokens(request_of(CHUNK), 0) == 0
         assert all("version" in text for text in warnings_of(caplog, "no KV cache"))
         server.stop()
         following = Server(server.folder, address=server.address)
@@ -213,8 +219,8 @@ def test_a_server_with_other_chunks_takes_over(
     request = request_of(3 * CHUNK)
     blocks = BLOCKS[:PER_CHUNK]
     assert engine.match(request) == 0
-    engine.scheduler.allocated(request.request_id, (blocks,), 0)
-    engine.step(Scheduled(request.request_id, 0, CHUNK, (blocks,), True))
+    engine.scheduler.update_after_alloc(request.request_id, (blocks,), 0)
+    engine.step(ScheduledRequest(request.request_id, 0, CHUNK, (blocks,), True))
     engine.settle()
     server.kill()
     wait_until(lambda: engine.link.server is None)
@@ -227,7 +233,9 @@ def test_a_server_with_other_chunks_takes_over(
             lambda: engine.link.server and engine.link.server.chunk_size == 2 * CHUNK
         )
         more = (BLOCKS[PER_CHUNK : 2 * PER_CHUNK],)
-        plan = engine.step(Scheduled(request.request_id, CHUNK, CHUNK, more, False))
+        plan = engine.step(
+            ScheduledRequest(request.request_id, CHUNK, CHUNK, more, False)
+        )
         assert [(s.start, s.end) for s in plan.stores] == [(0, 2 * CHUNK)]
         engine.settle()
         assert engine.match(again(request)) == 2 * CHUNK

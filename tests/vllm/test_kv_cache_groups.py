@@ -116,7 +116,7 @@ def test_views_of_one_storage_share_a_handle(
         f"layer{i}": Tensor((8, 2, 32, 4), (512, 128, 4, 1), storage, offset=i * 256)
         for i in range(2)
     }
-    described = groups.describe(
+    described = groups.describe_caches(
         [group("layer0", "layer1")], caches, 8, share=memory.share, replicate_mla=True
     )
     (handle,) = described.handles
@@ -139,7 +139,7 @@ def test_other_shapes_make_groups_of_their_own(
         "shared": Tensor((8, 32), (32, 1), storage, offset=1024),
         "mla": Tensor((8, 16), (16, 1), storage, offset=2048),
     }
-    described = groups.describe(
+    described = groups.describe_caches(
         [group("wide", "slim", "shared"), group("mla", is_mla=True, window=64)],
         caches,
         8,
@@ -157,12 +157,12 @@ def test_k_and_v_apart_and_smaller_kernel_blocks(
 ) -> None:
     """K's half and V's are planes; kernel blocks that follow each other are a page."""
     halves = Tensor((2, 8, 32), (256, 32, 1), storage)
-    described = groups.describe(
+    described = groups.describe_caches(
         [group("layer")], {"layer": halves}, 8, share=memory.share, replicate_mla=False
     )
     assert [t.offset for t in described.groups[0].tensors] == [0, 1024]
     small = Tensor((16, 32), (32, 1), storage)
-    described = groups.describe(
+    described = groups.describe_caches(
         [group("layer")], {"layer": small}, 8, share=memory.share, replicate_mla=False
     )
     (view,) = described.groups[0].tensors
@@ -175,15 +175,15 @@ def test_what_cannot_be_described_is_refused(
     """A tensor without blocks, and layers without tokens."""
     odd = Tensor((7, 32), (32, 1), storage)
     with pytest.raises(LayoutError, match="8 blocks"):
-        groups.describe(
+        groups.describe_caches(
             [group("layer")], {"layer": odd}, 8, share=memory.share, replicate_mla=False
         )
     with pytest.raises(LayoutError, match="no layers"):
-        groups.describe(
+        groups.describe_caches(
             [group("layer")], {}, 8, share=memory.share, replicate_mla=False
         )
     with pytest.raises(LayoutError, match="list"):
-        groups.describe(
+        groups.describe_caches(
             [group("layer")],
             {"layer": []},
             8,
@@ -276,10 +276,10 @@ def test_a_gpus_memory_is_named_by_cuda_ipc(
     monkeypatch.setitem(sys.modules, "kvcore.cuda.ipc", None)
     with pytest.raises(HandleError, match="cannot be shared"):
         memory.share(tensor)
-    assert memory.mark() == b""
+    assert memory.record_event() == b""
     exporter = SimpleNamespace(export_tensor=lambda _: handle)
-    events = SimpleNamespace(CudaEvents=lambda: SimpleNamespace(mark=lambda: b"event"))
     monkeypatch.setitem(sys.modules, "kvcore.cuda.ipc", exporter)
-    monkeypatch.setitem(sys.modules, "kvcore.vllm.cuda_events", events)
+    events = SimpleNamespace(record=lambda: b"event")
+    monkeypatch.setattr(memory_module, "CudaEvents", lambda: events)
     assert memory.share(tensor) is handle
-    assert memory.mark() == b"event"
+    assert memory.record_event() == b"event"

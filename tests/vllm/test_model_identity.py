@@ -177,8 +177,8 @@ def test_engines_whose_kv_cannot_be_shared_are_refused(
 
 def test_settings_of_the_connector() -> None:
     """Defaults meet the server's; an unknown key and a wrong value are named."""
-    assert config.read({}).address == ServerConfig().address
+    assert config.parse_config({}).address == ServerConfig().address
     with pytest.raises(SetupError, match="adress"):
-        config.read({"adress": "x"})
+        config.parse_config({"adress": "x"})
     with pytest.raises(SetupError, match="lookup_timeout_s"):
-        config.read({"lookup_timeout_s": 0})
+        config.parse_config({"lookup_timeout_s": 0})

@@ -11,7 +11,8 @@ from kvcore.protocol import LookupReply
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
-from kvcore.vllm.request_state import GroupShape, Scheduled
+from kvcore.vllm.kv_cache_groups import GroupShape
+from kvcore.vllm.step_metadata import ScheduledRequest
 from tests.vllm.fake_engine import Pool, Request
 from tests.vllm.scripted_link import LinkCall, ScriptedLink
 
@@ -37,10 +38,10 @@ class Halves:
         self.worker._link = cast(Any, self.worker_link)
         self.worker._registration = Registration(cast(Any, None), (0,))
 
-    def step(self, *scheduled: Scheduled) -> None:
+    def step(self, *scheduled: ScheduledRequest) -> None:
         """Plan a step and begin what it says."""
         plan = self.scheduler.step(scheduled)
-        self.worker.learn(plan)
+        self.worker.add_tokens(plan)
         self.worker.load(plan)
         self.worker.store(plan)
         self.worker.forget(plan.ended)
@@ -48,7 +49,7 @@ class Halves:
     def collect(self) -> Collected:
         """Collect what ended and report it to the scheduler half."""
         collected = self.worker.collect()
-        self.scheduler.acknowledged(collected.acks, collected.failed)
+        self.scheduler.acknowledge(collected.acks, collected.failed)
         return collected
 
     def copies(self, kind: str) -> list[LinkCall]:
@@ -60,14 +61,14 @@ def test_a_late_answer_is_judged_once() -> None:
     """An engine that asks on and on makes no server ill that is well again."""
     halves = Halves()
     request = Request("a", list(range(2 * CHUNK)))
-    assert halves.scheduler.matched(request, 0) is None
+    assert halves.scheduler.get_num_matched_tokens(request, 0) is None
     (lookup,) = halves.link.client.pending
     lookup.future.set_exception(DeadlineExceeded("played"))
-    assert halves.scheduler.matched(request, 0) == 0
-    assert not halves.link.is_well
-    halves.link.is_well = True
-    assert halves.scheduler.matched(request, 0) == 0
-    assert halves.link.is_well
+    assert halves.scheduler.get_num_matched_tokens(request, 0) == 0
+    assert not halves.link.is_available
+    halves.link.is_available = True
+    assert halves.scheduler.get_num_matched_tokens(request, 0) == 0
+    assert halves.link.is_available
 
 
 def test_an_unanswered_lookup_is_not_sent_again(
@@ -77,8 +78,8 @@ def test_an_unanswered_lookup_is_not_sent_again(
     monkeypatch.setattr("kvcore.vllm.connector_scheduler.LOOKUP_VALID_S", -1.0)
     halves = Halves()
     request = Request("a", list(range(CHUNK)))
-    assert halves.scheduler.matched(request, 0) is None
-    assert halves.scheduler.matched(request, 0) is None
+    assert halves.scheduler.get_num_matched_tokens(request, 0) is None
+    assert halves.scheduler.get_num_matched_tokens(request, 0) is None
     assert len(halves.link.client.pending) == 1
 
 
@@ -86,17 +87,21 @@ def test_a_name_is_not_used_again_until_it_has_ended() -> None:
     """Tokens and session of a request are not taken for those of the next."""
     halves = Halves()
     first = Request("a", list(range(CHUNK)))
-    assert halves.scheduler.matched(first, 0) is None
+    assert halves.scheduler.get_num_matched_tokens(first, 0) is None
     halves.link.client.pending[0].future.set_result(LookupReply(0, 0))
-    assert halves.scheduler.matched(first, 0) == 0
-    halves.scheduler.allocated("a", ([1, 2],), 0)
-    halves.step(Scheduled("a", 0, CHUNK, ([1, 2],), True))
-    halves.scheduler.finished("a")
+    assert halves.scheduler.get_num_matched_tokens(first, 0) == 0
+    halves.scheduler.update_after_alloc("a", ([1, 2],), 0)
+    halves.step(ScheduledRequest("a", 0, CHUNK, ([1, 2],), True))
+    halves.scheduler.finish("a")
     second = Request("a", list(range(50, 50 + CHUNK)))
-    assert halves.scheduler.matched(second, 0) == 0  # Its store is under way.
+    assert (
+        halves.scheduler.get_num_matched_tokens(second, 0) == 0
+    )  # Its store is under way.
     halves.copies("store")[0].future.set_result(None)
     halves.collect()
-    assert halves.scheduler.matched(second, 0) == 0  # No worker has forgotten it.
+    assert (
+        halves.scheduler.get_num_matched_tokens(second, 0) == 0
+    )  # No worker has forgotten it.
     assert not [one for one in halves.link.client.pending if one.kind == "lookup"]
     halves.step()
-    assert halves.scheduler.matched(second, 0) is None
+    assert halves.scheduler.get_num_matched_tokens(second, 0) is None

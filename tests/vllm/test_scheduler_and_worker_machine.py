@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
-from kvcore.vllm.request_state import Scheduled
+from kvcore.vllm.step_metadata import ScheduledRequest
 from tests.vllm.fake_engine import Request
 from tests.vllm.fake_ranks import BLOCK, WRONG, Extras, kv
 from tests.vllm.scripted_halves import EXTRAS, OUTCOMES, Life, ScriptedHalves, prompt_of
@@ -47,7 +47,7 @@ class HalvesMachine(ScriptedHalves):
         self.add(data, data.draw(st.integers(0, 1)), data.draw(LENGTHS), extras)
         for life in self.lives.values():
             if life.state == "waiting":
-                self.half.matched(life.request, 0)
+                self.half.get_num_matched_tokens(life.request, 0)
         for asked in self.link.client.pending:
             self.end_lookup(asked, "well", 9)
         self.step(data, 99)
@@ -78,26 +78,28 @@ class HalvesMachine(ScriptedHalves):
             self.move_window(self.lives[one.request_id])
         self.run_step(scheduled)
 
-    def go_on(self, life: Life, num_new: int) -> Scheduled:
+    def go_on(self, life: Life, num_new: int) -> ScheduledRequest:
         """Schedule more of a running request, maybe with drafts."""
         num_new = min(num_new, life.num_tokens + 2 - life.num_computed)
         more = self.grow(life, life.num_computed + num_new)
         new = tuple(more) if any(more) else None
-        return Scheduled(life.name, life.num_computed, num_new, new, False)
+        return ScheduledRequest(life.name, life.num_computed, num_new, new, False)
 
-    def all_of(self, life: Life, num_new: int) -> Scheduled:
+    def all_of(self, life: Life, num_new: int) -> ScheduledRequest:
         """Schedule a new or resumed request."""
         life.state = "running"
         num_new = max(min(num_new, life.num_tokens - life.num_computed), 1)
         self.grow(life, life.num_computed + num_new)
         blocks = tuple(list(ids) for ids in life.blocks)
-        return Scheduled(life.name, life.num_computed, num_new, blocks, True)
+        return ScheduledRequest(life.name, life.num_computed, num_new, blocks, True)
 
-    def start(self, life: Life, num_new: int, data: st.DataObject) -> Scheduled | None:
+    def start(
+        self, life: Life, num_new: int, data: st.DataObject
+    ) -> ScheduledRequest | None:
         """Ask what can be loaded, and begin if that is known and there is room."""
         shared = self.shared(life) if data.draw(st.integers(0, 3)) else []
         num_local = len(shared) * BLOCK
-        matched = self.half.matched(life.request, num_local)
+        matched = self.half.get_num_matched_tokens(life.request, num_local)
         if matched is None or data.draw(st.integers(0, 3)) == 3:
             return None
         if shared:
@@ -110,7 +112,7 @@ class HalvesMachine(ScriptedHalves):
         )
         blocks = tuple(list(ids) for ids in life.blocks)
         life.has_asked = False
-        self.half.allocated(life.name, blocks, matched)
+        self.half.update_after_alloc(life.name, blocks, matched)
         if matched:
             life.state = "loading"
             return None
@@ -134,14 +136,14 @@ class HalvesMachine(ScriptedHalves):
             best = max(best, other.blocks[0][:n], key=len)
         return best
 
-    def run_step(self, scheduled: list[Scheduled]) -> None:
+    def run_step(self, scheduled: list[ScheduledRequest]) -> None:
         """Do what every worker does in a step."""
         plan = self.half.step(scheduled)
         for load in plan.loads:
             self.loads[load.request_id] = load
             self.ends[load.request_id] = []
         for rank in self.ranks:
-            rank.worker.learn(plan)
+            rank.worker.add_tokens(plan)
         for one in scheduled:
             self.compute(one)
         for rank in self.ranks:
@@ -154,7 +156,7 @@ class HalvesMachine(ScriptedHalves):
             if life.num_computed == life.num_tokens < MOST_TOKENS:
                 life.request.tokens.append(1000 + life.num_computed)
 
-    def compute(self, one: Scheduled) -> None:
+    def compute(self, one: ScheduledRequest) -> None:
         """Fill the blocks of a step's tokens; after any rank's wrong ones come such."""
         life = self.lives[one.request_id]
         whole, end = self.whole(life), one.num_computed + one.num_new
@@ -191,7 +193,7 @@ class HalvesMachine(ScriptedHalves):
                 collected.failed_blocks -= blocks
                 self.failed_blocks[name] = blocks
             assert not collected.failed_blocks
-            self.half.acknowledged(collected.acks, collected.failed)
+            self.half.acknowledge(collected.acks, collected.failed)
         for name, count in list(self.reported.items()):
             if count == len(self.ranks):
                 del self.reported[name]
@@ -201,15 +203,15 @@ class HalvesMachine(ScriptedHalves):
         """Every rank has reported: the request goes on, or its blocks are free."""
         assert life.state == "loading"
         load, ends = self.loads.pop(life.name), self.ends.pop(life.name)
-        is_well = ends.count(True) == len(self.ranks)
-        assert is_well != (life.name in self.failed_blocks)
+        is_complete = ends.count(True) == len(self.ranks)
+        assert is_complete != (life.name in self.failed_blocks)
         if self.failed_blocks.pop(life.name, None):
             life.num_computed = load.start + load.skip
         life.num_computed = min(life.num_computed, life.num_tokens - 1)
         life.state = "ready"
-        if not is_well and not self.recomputes and not life.is_aborted:
+        if not is_complete and not self.recomputes and not life.is_aborted:
             life.is_aborted = True
-            self.half.finished(life.name)
+            self.half.finish(life.name)
         if life.is_aborted:
             del self.lives[life.name]
             self.free(life)
@@ -222,7 +224,7 @@ class HalvesMachine(ScriptedHalves):
         name = data.draw(st.sampled_from(sorted(self.lives)))
         life = self.lives[name]
         for _ in range(times):
-            self.half.finished(name)
+            self.half.finish(name)
         if life.state == "loading":
             life.is_aborted = True
         else:
@@ -277,7 +279,7 @@ class HalvesMachine(ScriptedHalves):
         self.run_step([])
         self.answer_all("well")
         for name in sorted(self.lives):
-            self.half.finished(name)
+            self.half.finish(name)
             if self.lives[name].state != "loading":
                 self.free(self.lives.pop(name))
             else:
