@@ -1,5 +1,5 @@
-"""The adapter between vLLM and the server.
+"""vLLM KV connector.
 
-Only `connector` imports vLLM; the rest is plain Python, so that it can be tested and
-understood without one. docs/vllm.md tells how the pieces work together.
+Only `connector` imports vLLM; the other modules are plain Python and are tested without
+it. docs/vllm.md describes how they work together.
 """

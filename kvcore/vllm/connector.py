@@ -1,7 +1,8 @@
 """`KVCtlConnector`: what vLLM loads by `kv_connector_module_path`.
 
-It translates between vLLM's objects and the adapter's halves, and decides nothing
-else. Of vLLM's hooks it uses those that 0.29 to 0.32 have; docs/vllm.md lists them.
+It translates between vLLM's objects and `ConnectorScheduler` (scheduler side) or
+`ConnectorWorker` (worker side) and holds no other logic. It implements the methods of
+vLLM's `KVConnectorBase_V1` that 0.29 to 0.32 have; docs/vllm.md lists them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from kvcore.vllm.step_metadata import OpId, ScheduledRequest, StepPlan
 log = logging.getLogger(__name__)
 
 CAN_FAIL_REQUESTS = hasattr(base, "KVConnectorTransferResults")
-"""Whether a failed load can name its request, which several groups need (0.30)."""
+"""Whether a failed load can name its request (vLLM 0.30); several groups need it."""
 
 
 class StepMetadata(base.KVConnectorMetadata):  # type: ignore[misc]
-    """Carries a step's plan from the scheduler to the workers."""
+    """A step's plan, sent from the scheduler to the workers."""
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
@@ -50,7 +51,7 @@ class StepMetadata(base.KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class StepReport(base.KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Carries what ended on the workers back to the scheduler."""
+    """Completed operations, sent from the workers to the scheduler."""
 
     acks: dict[OpId, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -64,7 +65,7 @@ class StepReport(base.KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 
 class _ConnectorRequest:
-    """vLLM's request as the scheduler half sees it."""
+    """`EngineRequest` over vLLM's `Request`."""
 
     def __init__(self, request: Any) -> None:
         self.request_id: str = request.request_id
@@ -77,7 +78,7 @@ class _ConnectorRequest:
 
 
 class _BlockPool:
-    """vLLM's block pool as the scheduler half sees it."""
+    """`BlockPool` over vLLM's block pool."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
@@ -86,12 +87,15 @@ class _BlockPool:
         self._pool.touch([self._pool.blocks[block] for block in blocks])
 
     def release(self, blocks: Sequence[int]) -> None:
-        # The tail first: it is evicted first.
+        # In reverse order, so that vLLM evicts the tail first.
         self._pool.free_blocks([self._pool.blocks[block] for block in reversed(blocks)])
 
 
 class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[misc]
-    """Shares the KV cache of a vLLM engine through a `kvctl serve` on its host."""
+    """vLLM connector that shares an engine's KV cache through `kvctl serve`.
+
+    vLLM creates one in its scheduler process and one in each worker process.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, role: Any, kv_cache_config: Any
@@ -111,7 +115,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             PrivateCacheMemory() if is_own else SharedCacheMemory()
         )
         self._collected = Collected()
-        # A missing chunk is computed, whatever the default says about failures.
+        # A failed load must be recomputed; vLLM's default can fail the request.
         transfer.kv_load_failure_policy = "recompute"
         try:
             self._groups = _groups(vllm_config, kv_cache_config)
@@ -148,22 +152,25 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A store that is lost is a miss later, nothing worse."""
+        """False: a lost store is only a later miss. vLLM reads it at the start."""
         return False
 
     def shutdown(self) -> None:
-        """Say goodbye."""
-        # First, since vLLM may kill this process while it waits for the server.
+        """Close the connection. vLLM calls it when the engine shuts down."""
+        # Before the client: vLLM may kill this process while that waits for the server.
         self._memory.close()
-        for half in (self._scheduler, self._worker):
-            if half is not None:
-                half.close()
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()
         self._scheduler = self._worker = None
 
-    # -- the worker's -----------------------------------------------------------------
+    # -- worker side ------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Share the cache with the server; without it vLLM goes on as it is."""
+        """Register the worker's cache. vLLM calls it once, after allocating the cache.
+
+        If the cache cannot be shared, log a warning and serve without a KV cache.
+        """
         if self._worker is None:
             return
         try:
@@ -198,27 +205,33 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         )
 
     def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
-        """Begin a step."""
+        """Receive the step's plan. vLLM calls it before each forward pass."""
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
             self._worker.add_tokens(connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step's loads; their requests are in no step until they end."""
+        """Submit the step's loads. vLLM calls it before the forward pass.
+
+        vLLM schedules a request only after its load has ended.
+        """
         del forward_context, kwargs
         if self._worker is not None:
             self._worker.load(self._plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Do nothing: loads are not by layer."""
+        """Do nothing: loads are not per layer. vLLM calls it in each layer."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Do nothing: stores are not by layer."""
+        """Do nothing: stores are not per layer. vLLM calls it in each layer."""
 
     def wait_for_save(self) -> None:
-        """Begin the step's stores; the scheduler holds their blocks: nobody waits."""
+        """Submit the step's stores; the scheduler side holds their blocks.
+
+        vLLM calls it after each forward pass.
+        """
         if self._worker is not None:
             self._worker.store(self._plan)
             self._worker.forget(self._plan.ended)
@@ -226,13 +239,21 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def get_finished(
         self, finished_req_ids: set[str]
     ) -> tuple[set[str] | None, set[str] | None]:
-        """Return the requests whose loads ended. Stores are acknowledged by op."""
+        """Return the requests whose loads ended.
+
+        vLLM before 0.30 calls it after each step.
+
+        Stores are not reported here: the scheduler side counts acknowledgements.
+        """
         del finished_req_ids
         self._collect()
         return None, self._collected.loaded or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """Return the requests whose loads ended, and which of them failed."""
+        """Return the requests whose loads ended, and which of them failed.
+
+        vLLM calls it after each step, in place of `get_finished` (0.30).
+        """
         del finished_req_ids
         self._collect()
         by_request = len(self._groups) > 1
@@ -242,11 +263,14 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Return the blocks of failed loads, where a block says which request's."""
+        """Return the blocks of failed loads, if there is one cache group.
+
+        vLLM calls it after each step and recomputes those blocks.
+        """
         return self._collected.failed_blocks if len(self._groups) == 1 else set()
 
     def build_connector_worker_meta(self) -> StepReport | None:
-        """Report what ended to the scheduler half."""
+        """Return the step's completed operations. vLLM calls it after each step."""
         collected = self._collected
         if not collected.acks and not collected.failed:
             return None
@@ -261,17 +285,21 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         metadata = self._connector_metadata
         return metadata.plan if isinstance(metadata, StepMetadata) else StepPlan()
 
-    # -- the scheduler's --------------------------------------------------------------
+    # -- scheduler side ---------------------------------------------------------------
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        """Take the pool whose blocks are held while they are copied."""
+        """Set the pool whose blocks are held during copies. vLLM calls it once."""
         if self._scheduler is not None:
             self._scheduler.pool = _BlockPool(gpu_block_pool)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Say how many tokens can be loaded; None while the lookup is under way."""
+        """Return how many tokens can be loaded, and whether the load is asynchronous.
+
+        The count is None while the lookup is in progress. vLLM calls it for each
+        waiting request in each step.
+        """
         if self._scheduler is None or not is_cacheable(request):
             return 0, False
         matched = self._scheduler.get_num_matched_tokens(
@@ -282,20 +310,20 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def update_state_after_alloc(
         self, request: Any, blocks: Any, num_external_tokens: int
     ) -> None:
-        """Order a load into the blocks that were allocated for it."""
+        """Plan a load into the allocated blocks. vLLM calls it after allocation."""
         if self._scheduler is not None:
             self._scheduler.update_after_alloc(
                 request.request_id, blocks.get_block_ids(), num_external_tokens
             )
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
-        """Plan the step."""
+        """Return the step's plan. vLLM calls it once per step, after scheduling."""
         if self._scheduler is None:
             return StepMetadata(StepPlan())
         return StepMetadata(self._scheduler.step(_scheduled(scheduler_output)))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Take in what ended on the workers."""
+        """Process the workers' reports. vLLM calls it after each step."""
         report = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(report, StepReport):
             self._scheduler.acknowledge(report.acks, report.failed)
@@ -303,31 +331,40 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request. Blocks that are still copied are held by themselves."""
+        """Stop tracking a finished request. vLLM calls it when a request ends.
+
+        Blocks with copies in progress stay held by the scheduler side.
+        """
         return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request. Blocks that are still copied are held by themselves."""
+        """Stop tracking a finished request. vLLM calls it when a request ends.
+
+        Blocks with copies in progress stay held by the scheduler side.
+        """
         del block_ids
         if self._scheduler is not None:
             self._scheduler.finish(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool:
-        """Find nothing any more of what was stored so far: the weights have changed."""
+        """Make all KV stored so far unreachable for this engine: its weights changed.
+
+        vLLM calls it from `reset_prefix_cache(reset_connector=True)`.
+        """
         if self._scheduler is not None:
             self._scheduler.reset()
         return True
 
     def has_pending_push_work(self) -> bool:
-        """Keep vLLM stepping until every copy has been acknowledged."""
+        """Return whether vLLM must keep stepping because copies are in progress."""
         return self._scheduler is not None and self._scheduler.num_ops > 0
 
 
 def _scheduled(output: Any) -> list[ScheduledRequest]:
-    """Read a step of vLLM's: new requests first, then those that go on."""
+    """Convert vLLM's `SchedulerOutput`: new requests first, then running ones."""
     new = output.num_scheduled_tokens
     scheduled = [
         ScheduledRequest(
@@ -350,7 +387,11 @@ def _scheduled(output: Any) -> list[ScheduledRequest]:
 
 
 def _groups(config: VllmConfig, kv_cache_config: Any) -> tuple[EngineGroup, ...]:
-    """Read the engine's groups; a `KVError` says why they cannot be cached."""
+    """Return the engine's cache groups.
+
+    Raises:
+        KVError: they cannot be cached; the message gives the reason.
+    """
     check_engine(config)
     groups = engine_groups(kv_cache_config)
     if len(groups) > 1 and not CAN_FAIL_REQUESTS:
@@ -362,7 +403,7 @@ def _groups(config: VllmConfig, kv_cache_config: Any) -> tuple[EngineGroup, ...]
 
 
 def _platform() -> str:
-    """Name what decides how a block's inside is laid out, and by which kernels."""
+    """Return vLLM's version and the device: they determine a block's inner layout."""
     names = [vllm.__version__, str(current_platform.device_type)]
     if current_platform.device_type == "cpu":
         names.append(torch.backends.cpu.get_cpu_capability())

@@ -1,4 +1,4 @@
-"""What a vLLM user can set: `kv_connector_extra_config` of the engine."""
+"""Connector options, read from vLLM's `kv_connector_extra_config`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from kvcore.options import Options, require
 
 
 class ConnectorConfig(Options, frozen=True):
-    """Where the server is and how long vLLM waits for it."""
+    """Server address, timeouts, and which process copies."""
 
     address: Annotated[str, Meta(description="the server's address")] = (
         ServerConfig().address
     )
     driver: Annotated[
         Literal["server", "worker"],
-        Meta(description="who copies: worker needs no cache in shared memory"),
+        Meta(
+            description="which process copies; worker needs no cache in shared memory"
+        ),
     ] = "server"
     lookup_timeout_s: Annotated[
-        float, Meta(description="a prompt waits so long for its lookup, then computes")
+        float,
+        Meta(description="longest wait for a lookup; then the prompt is computed"),
     ] = 2.0
     store_timeout_s: Annotated[
-        float, Meta(description="blocks are held so long for a store, then given back")
+        float, Meta(description="longest time that blocks are held for a store")
     ] = 5.0
     load_timeout_s: Annotated[
         float,
-        Meta(description="a load begins by then or fails, and is computed"),
+        Meta(description="a load not started by then fails and is recomputed"),
     ] = 10.0
     retry_s: Annotated[
-        float, Meta(description="a server that does not answer is tried again after")
+        float, Meta(description="interval between attempts to reach the server")
     ] = 1.0
     model: Annotated[
         str, Meta(description="identity of the model; empty: derived from the engine's")
     ] = ""
 
     def check(self) -> None:
-        """The address can be connected to, and every time is positive."""
+        """Check that the address is valid and that every time is positive."""
         require(
             is_address(self.address),
             "address", self.address, "must be tcp://HOST:PORT or ipc://PATH",
@@ -53,7 +56,11 @@ class ConnectorConfig(Options, frozen=True):
 
 
 def parse_config(extra: Mapping[str, object]) -> ConnectorConfig:
-    """Read `kv_connector_extra_config`; `SetupError` names the key."""
+    """Parse `kv_connector_extra_config`.
+
+    Raises:
+        SetupError: an option is unknown or invalid; the message names it.
+    """
     try:
         return msgspec.convert(dict(extra), ConnectorConfig)
     except (msgspec.ValidationError, SetupError) as error:

@@ -1,10 +1,10 @@
-"""The scheduler half: what to look up, load and store, and for how long to hold blocks.
+"""Scheduler side of the connector: lookups, planned loads and stores, held blocks.
 
-It lives in the engine's scheduler and waits for nothing: lookups are futures that are
-polled, everything else is told to the worker halves by way of a `StepPlan`. Blocks that
-a worker may still read or write are held, one reference each, until every rank has
-acknowledged; only then may the engine reuse them, whatever it did with the request in
-between (finished it, preempted it, moved its window on).
+It runs in the engine's scheduler and never blocks: lookups are polled futures, and the
+workers receive everything else in a `StepPlan`. Each block that a worker may still read
+or write is held with one reference until every rank has acknowledged the operation.
+The engine reuses it only then, even if the request finished, was preempted, or moved
+its sliding window meanwhile.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from kvcore.vllm.step_metadata import (
 )
 
 LOOKUP_VALID_S = 20.0
-"""An answer that the engine has not used by then is asked for again: the lease on
-what was found may have expired."""
+"""Age after which an unused lookup result is looked up again: the lease on the found
+chunks may have expired."""
 
 
 class EngineRequest(Protocol):
-    """A request as the engine has it; `tokens` grows while it runs."""
+    """An engine's request; `tokens` grows while it runs."""
 
     @property
     def request_id(self) -> str: ...  # noqa: D102
@@ -52,18 +52,18 @@ class EngineRequest(Protocol):
 
 
 class BlockPool(Protocol):
-    """The engine's blocks. Held ones are not given to another request."""
+    """The engine's blocks. A held block is not reused for another request."""
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Add a reference to each."""
+        """Add one reference to each block."""
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Take the reference off again."""
+        """Remove one reference from each block."""
 
 
 @dataclass(slots=True)
 class PendingLookup:
-    """A lookup, from its submission until the engine has used the answer."""
+    """A lookup, from its submission until the engine has used the result."""
 
     future: Future[LookupReply]
     submitted: float
@@ -71,16 +71,16 @@ class PendingLookup:
     chunk_size: int
     hit: int = 0
     is_handled: bool = False
-    """Whether the answer has been taken in."""
+    """Whether the result has been processed."""
 
     def is_expired(self, valid_s: float) -> bool:
-        """Say whether it was answered and that was long ago."""
+        """Return whether it completed but was submitted over `valid_s` seconds ago."""
         return self.future.done() and monotonic() - self.submitted > valid_s
 
 
 @dataclass(slots=True)
 class RequestState:
-    """What is known of one request."""
+    """State of one request, from its first lookup to the end of its session."""
 
     session: SessionKey
     tokens: Sequence[int]
@@ -88,19 +88,19 @@ class RequestState:
     match: PendingLookup | None = None
     blocks: list[list[int]] = field(default_factory=list)
     num_stored: int = 0
-    """Tokens that were found or whose store was ordered; whole chunks."""
+    """Tokens that were found or whose store was planned; whole chunks."""
     num_sent: int = 0
-    """Tokens that the workers have."""
+    """Tokens that were sent to the workers."""
     num_looked_up: int = 0
-    """Tokens that the server has, as far as is known."""
+    """Tokens that the last successful lookup sent to the server."""
     num_ops: int = 0
     is_known: bool = False
-    """Whether the server has heard of the session."""
+    """Whether the server may know the session."""
     load_failed: bool = False
     finished: bool = False
 
     def take_blocks(self, one: ScheduledRequest) -> None:
-        """Take in the blocks that a step gave the request."""
+        """Add the blocks that a step allocated to the request."""
         if one.blocks is None:
             return
         if one.replaces or not self.blocks:
@@ -112,7 +112,7 @@ class RequestState:
 
 @dataclass(slots=True)
 class PendingOperation:
-    """A load or store that not every rank has acknowledged."""
+    """A load or store that some rank has not acknowledged."""
 
     state: RequestState
     held: list[int]
@@ -120,7 +120,7 @@ class PendingOperation:
 
 
 class ConnectorScheduler:
-    """One engine's. Its methods are called by the engine's scheduler thread alone."""
+    """Scheduler side of one engine. Only the engine's scheduler thread calls it."""
 
     def __init__(
         self,
@@ -153,17 +153,17 @@ class ConnectorScheduler:
 
     @property
     def num_ops(self) -> int:
-        """Loads and stores under way: the engine needs to go on stepping."""
+        """Number of loads and stores in progress; the engine must keep stepping."""
         return len(self._operations)
 
-    # -- finding and loading ----------------------------------------------------------
+    # -- lookups and loads ------------------------------------------------------------
 
     def get_num_matched_tokens(
         self, request: EngineRequest, num_computed: int
     ) -> int | None:
-        """Say how many tokens after the first `num_computed` can be loaded.
+        """Return how many tokens after the first `num_computed` can be loaded.
 
-        None while that is not known: ask again.
+        None while the lookup is in progress: call again in the next step.
         """
         state = self._track(request)
         if state is None or state.load_failed:
@@ -178,7 +178,7 @@ class ConnectorScheduler:
         if not match.future.done():
             return None
         if not match.is_handled:
-            # Once: an error that is told of again makes a server that is well ill.
+            # Once: reporting an old error again would mark a recovered server as down.
             match.is_handled = True
             match.hit = self._hit(state, match)
         return max(match.hit - num_computed, 0)
@@ -186,7 +186,7 @@ class ConnectorScheduler:
     def update_after_alloc(
         self, request_id: str, blocks: tuple[list[int], ...], num_external: int
     ) -> None:
-        """Load the matched tokens into these blocks, or let go of what was found."""
+        """Plan a load of the matched tokens into these blocks, or free the lookup."""
         state = self._tracked.get(request_id)
         if state is None or state.match is None:
             return
@@ -222,7 +222,7 @@ class ConnectorScheduler:
             blocks=packed,
         )
         self._loads.append(load)
-        # The engine itself keeps the blocks of a load until every rank has ended it.
+        # The engine itself holds the blocks of a load until every rank has ended it.
         self._start_operation(load.op, state, [])
 
     def _look_up(self, state: RequestState, num_computed: int) -> PendingLookup | None:
@@ -265,10 +265,10 @@ class ConnectorScheduler:
             freed = client.submit_free_lookup_locks(state.session, start, end)
             freed.add_done_callback(ignore)
 
-    # -- each step --------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------
 
     def step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
-        """Plan what this step loads, and stores when it has been computed."""
+        """Return the step's plan; its stores run after the forward pass."""
         server = self._link.server
         stores = []
         for one in scheduled:
@@ -293,10 +293,10 @@ class ConnectorScheduler:
     def _store(
         self, state: RequestState, one: ScheduledRequest, chunk_size: int
     ) -> StoreOp | None:
-        # Draft tokens, and those that the engine has not seen yet, are not stored.
+        # Draft tokens and placeholders of asynchronous scheduling are not stored.
         end = min(one.num_computed + one.num_new, len(state.tokens))
         end -= end % chunk_size
-        # A replaced server may cut chunks otherwise than the one before it.
+        # A server that replaced another may have a different chunk size.
         start = state.num_stored - state.num_stored % chunk_size
         if end <= start:
             return None
@@ -313,7 +313,7 @@ class ConnectorScheduler:
     def _blocks_of(
         self, state: RequestState, num_computed: int, start: int, end: int
     ) -> GroupBlocks:
-        """Pack the blocks of [start, end); what windows have left behind is gone."""
+        """Pack the blocks of [start, end); those outside a window become NULL_BLOCK."""
         packed = []
         for group, ids in zip(self._groups, state.blocks, strict=True):
             first, last = start // group.block_size, -(-end // group.block_size)
@@ -337,14 +337,14 @@ class ConnectorScheduler:
         state.num_ops += 1
         self._operations[op] = PendingOperation(state, held, self._world_size)
 
-    # -- ends -------------------------------------------------------------------------
+    # -- completion -------------------------------------------------------------------
 
     def acknowledge(self, acks: Mapping[OpId, int], failed: Iterable[str] = ()) -> None:
-        """Take in how many ranks have done each op, and whose loads failed."""
+        """Count the ranks that completed each operation, and mark failed loads."""
         for request_id in failed:
             state = self._tracked.get(request_id)
             if state is not None:
-                # Asking again would only find what cannot be loaded.
+                # Another lookup would find the same chunks, which cannot be loaded.
                 state.load_failed = True
                 state.num_stored = 0
         for op, num_ranks in acks.items():
@@ -365,7 +365,7 @@ class ConnectorScheduler:
             self._end(state)
 
     def finish(self, request_id: str) -> None:
-        """Forget a request once nothing of it is under way, and end its session."""
+        """Stop tracking a request; end its session after its last operation."""
         state = self._tracked.pop(request_id, None)
         if state is None:
             return
@@ -384,22 +384,22 @@ class ConnectorScheduler:
                 self._link.record_failure(error)
 
     def reset(self) -> None:
-        """Find nothing any more of what has been stored, by whomever: weights changed.
+        """Make all KV stored so far unreachable: the weights changed.
 
-        What is stored from now on is found by this engine alone, since nothing else
-        names its weights. A request under way is left alone until it is preempted.
+        From now on only this engine finds what it stores: no key names the new weights.
+        A running request is neither loaded nor stored until it is preempted.
         """
         for request_id in list(self._tracked):
             self.finish(request_id)
         self._since_reset = (ExtraKey(0, b"reset" + secrets.token_bytes(16)),)
 
     def close(self) -> None:
-        """End what is state and say goodbye."""
+        """Stop tracking all requests and close the connection."""
         self._tracked.clear()
         self._link.close()
 
     def _track(self, request: EngineRequest) -> RequestState | None:
-        """Return what is known of a request; None while one of its name is ending."""
+        """Return a request's state; None while an earlier one of its id is ending."""
         state = self._tracked.get(request.request_id)
         if state is None:
             if self._is_ending(request.request_id):
@@ -411,7 +411,7 @@ class ConnectorScheduler:
         return state
 
     def _is_ending(self, request_id: str) -> bool:
-        """Say whether the workers still have a finished request's tokens."""
+        """Return whether workers may hold tokens of a finished request of this id."""
         return request_id in self._ended or any(
             operation.state.session.request_id == request_id
             for operation in self._operations.values()

@@ -1,8 +1,8 @@
-"""The worker half: one rank's cache, and the copies into and out of it.
+"""Worker side of the connector: registration, loads and stores of one rank.
 
-It lives in the engine's worker. Loads and stores are submitted and looked after by
-the client's thread; each step the engine collects what has ended. A rank reports each
-load, and acknowledges each op, exactly once, however often the engine names a request.
+It runs in the engine's worker. Loads and stores are asynchronous requests; after each
+step the engine collects the completed ones. A rank reports each load and
+acknowledges each operation exactly once.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ Reply = Future[Any]
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A rank's cache, and from which of the engine's groups each of ours takes blocks.
+    """A rank's registration request and the engine group of each registered group.
 
-    Layers of one engine group that differ in shape are several groups of ours.
+    Layers of one engine group that differ in shape are registered as several groups.
     """
 
     request: RegisterKVCache
     sources: tuple[int, ...]
     memory: tuple[Bytes, ...] = ()
-    """Of private handles: what this process copies itself."""
+    """Bytes of each private handle, which this process copies itself."""
     record_event: Callable[[], bytes] = bytes
-    """Says how far the engine's work has come; a copy waits for that."""
+    """Records an event after the submitted GPU work; copies wait for it."""
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class _Tokens:
 
 @dataclass(slots=True)
 class _RunningTransfer:
-    """A load or store under way."""
+    """A load or store in progress."""
 
     op: OpId
     request_id: str
@@ -70,19 +70,19 @@ class _RunningTransfer:
 
 @dataclass(slots=True)
 class Collected:
-    """What has ended since the last time."""
+    """Operations that completed since the last call."""
 
     loaded: set[str] = field(default_factory=set)
-    """Requests whose load ended, well or not."""
+    """Requests whose load ended, with or without success."""
     failed: set[str] = field(default_factory=set)
-    """Those whose load did not end well."""
+    """Requests whose load failed."""
     failed_blocks: set[int] = field(default_factory=set)
-    """The blocks of those."""
+    """Blocks of the failed loads."""
     acks: dict[OpId, int] = field(default_factory=dict)
 
 
 class ConnectorWorker:
-    """One rank's. Its methods are called by the engine's worker thread alone."""
+    """Worker side of one rank. Only the engine's worker thread calls it."""
 
     def __init__(self, config: ConnectorConfig, engine_id: str, rank: int) -> None:
         self._config = config
@@ -94,9 +94,9 @@ class ConnectorWorker:
         self._operations: list[_RunningTransfer] = []
 
     def register(self, registration: Registration) -> None:
-        """Register the cache, now or when a server is there, and with each later one.
+        """Register the cache with the server, and again after each reconnection.
 
-        Returns at once.
+        Returns immediately; a background thread connects and registers.
         """
         self._registration = registration
         self._link = ServerLink(
@@ -117,30 +117,30 @@ class ConnectorWorker:
         else:
             client.register_kv_cache(self._registration.request)
 
-    # -- each step --------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------
 
     def add_tokens(self, plan: StepPlan) -> None:
-        """Take in a plan's tokens; call it before anything else of the plan."""
+        """Add a plan's tokens; call it before `load` and `store`."""
         for update in plan.tokens:
             self._append(update)
 
     def load(self, plan: StepPlan) -> None:
-        """Begin a plan's loads."""
+        """Submit a plan's loads."""
         event = self._record_event() if plan.loads else b""
         self._operations += [self._begin_load(load, event) for load in plan.loads]
 
     def store(self, plan: StepPlan) -> None:
-        """Begin a plan's stores, of blocks that have been computed by now."""
+        """Submit a plan's stores, after their blocks have been computed."""
         event = self._record_event() if plan.stores else b""
         self._operations += [self._begin_store(store, event) for store in plan.stores]
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Forget the tokens of requests that no later plan names."""
+        """Remove the tokens of requests that no later plan names."""
         for request_id in request_ids:
             self._tokens.pop(request_id, None)
 
     def collect(self) -> Collected:
-        """Return what has ended, each thing once."""
+        """Return the operations completed since the last call, each once."""
         collected = Collected()
         under_way = []
         for operation in self._operations:
@@ -153,12 +153,12 @@ class ConnectorWorker:
 
     @property
     def is_available(self) -> bool:
-        """Whether the server knows the cache and answers."""
+        """Whether the server responds and has registered the cache."""
         return self._client() is not None
 
     @property
     def num_in_progress(self) -> int:
-        """Loads and stores that have not ended."""
+        """Number of loads and stores in progress."""
         return len(self._operations)
 
     def _append(self, update: TokenUpdate) -> None:
@@ -222,7 +222,7 @@ class ConnectorWorker:
             sources = self._registration.sources
         return [unpack_blocks(packed[source]) for source in sources]
 
-    # -- ends -------------------------------------------------------------------------
+    # -- completion -------------------------------------------------------------------
 
     def _complete(self, operation: _RunningTransfer, collected: Collected) -> None:
         collected.acks[operation.op] = 1
@@ -237,13 +237,13 @@ class ConnectorWorker:
             collected.failed_blocks.update(_written_blocks(operation.load))
 
     def close(self) -> None:
-        """Say goodbye: the server forgets the cache."""
+        """Close the connection; the server unregisters the cache."""
         if self._link is not None:
             self._link.close()
 
 
 def _is_complete(load: LoadOp, future: Reply) -> bool:
-    """Say whether a load wrote all that it was asked for."""
+    """Return whether a load wrote all requested tokens."""
     if future.exception() is not None:
         return False
     reply = future.result()
@@ -254,7 +254,7 @@ def _is_complete(load: LoadOp, future: Reply) -> bool:
 
 
 def _written_blocks(load: LoadOp) -> list[int]:
-    """List the blocks that a load was to write: not those of what it skips."""
+    """Return the blocks that a load writes, without those of skipped tokens."""
     num_tokens = load.end - load.start
     written = []
     for packed in load.blocks:
@@ -265,7 +265,7 @@ def _written_blocks(load: LoadOp) -> list[int]:
 
 
 def _not_sent() -> Reply:
-    """Return the outcome of what was never sent."""
+    """Return a failed future for a request that was not sent."""
     future: Reply = Future()
-    future.set_exception(Closed("the cache server is not well just now"))
+    future.set_exception(Closed("the cache server is unavailable"))
     return future

@@ -1,8 +1,8 @@
-"""From the engine's cache groups and tensors to the groups that the server knows.
+"""Conversion of vLLM's cache groups and tensors to the server's cache groups.
 
-The inside of a block is the engine's own: its CPU backend keeps K transposed, its
-quantised caches carry scales. Blocks are therefore registered as opaque pages, and
-only whole ones move.
+A block's inner layout is private to vLLM: its CPU backend stores K transposed, and
+quantised caches contain scales. Blocks are therefore registered as opaque pages and
+only whole blocks are copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPECS_WINDOW = {
     "SlidingWindowMLASpec": "sliding_window",
     "ChunkedLocalAttentionSpec": "attention_chunk_size",
 }
-"""Specs of groups that keep only the last tokens, and the field that says how many."""
+"""Specs of groups that keep only the last tokens, and the field with their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,20 @@ class EngineGroup:
     window: int | None
     is_mla: bool
     is_chunked: bool = False
-    """Whether windows begin at multiples of `window`, and do not slide."""
+    """Whether windows start at multiples of `window` instead of sliding."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupShape:
-    """One cache group of the engine, as the scheduler needs to know it."""
+    """Block size and window of one engine group, for the scheduler side."""
 
     block_size: int
     window: int | None = None
     is_chunked: bool = False
-    """Whether windows begin at multiples of `window`, and do not slide."""
+    """Whether windows start at multiples of `window` instead of sliding."""
 
     def num_skipped(self, num_computed: int) -> int:
-        """Count the leading blocks that the engine may have given away by then."""
+        """Return how many leading blocks the engine may have freed by then."""
         if self.window is None:
             return 0
         if self.is_chunked:
@@ -60,19 +60,19 @@ class GroupShape:
 
 @dataclass(frozen=True, slots=True)
 class CacheDescription:
-    """What a worker registers."""
+    """Handles and cache groups that a worker registers."""
 
     handles: tuple[MemoryHandle, ...]
     groups: tuple[CacheGroup, ...]
     sources: tuple[int, ...]
-    """Of each group, the engine's group whose blocks it has."""
+    """For each group, the index of its engine group."""
 
 
 def check_engine(config: Any) -> None:
-    """Refuse an engine, by vLLM's `VllmConfig`, whose KV cannot be shared.
+    """Check by vLLM's `VllmConfig` that the engine's KV can be shared.
 
     Raises:
-        SetupError: saying why.
+        SetupError: it cannot; the message gives the reason.
     """
     parallel, role = config.parallel_config, config.kv_transfer_config.kv_role
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -89,11 +89,11 @@ def check_engine(config: Any) -> None:
 
 
 def engine_groups(kv_cache_config: Any) -> tuple[EngineGroup, ...]:
-    """Read the groups of vLLM's `KVCacheConfig`.
+    """Return the groups of vLLM's `KVCacheConfig`.
 
     Raises:
-        LayoutError: a group's state is not kept by token (Mamba), or is not what the
-            tokens before it make it.
+        LayoutError: a group's state is not per token (Mamba), or does not depend on
+            the preceding tokens only.
     """
     return tuple(map(_engine_group, kv_cache_config.kv_cache_groups))
 
@@ -101,7 +101,7 @@ def engine_groups(kv_cache_config: Any) -> tuple[EngineGroup, ...]:
 def _engine_group(group: Any) -> EngineGroup:
     spec = group.kv_cache_spec
     block_size = spec.block_size
-    # Layers of one kind and different sizes: one of them speaks for the kind.
+    # Layers of one kind with different sizes: the first represents the kind.
     specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
     spec = specs[0]
     name = type(spec).__name__
@@ -133,8 +133,8 @@ def describe_caches(
 ) -> CacheDescription:
     """Share the caches' memory and describe their groups.
 
-    `share` is called once a storage (`Memory.share`). `replicate_mla` says that every
-    rank holds the same bytes of MLA layers.
+    `share` is called once per storage (`SharedCacheMemory.share`). `replicate_mla`:
+    whether every rank holds the same bytes of MLA layers.
 
     Raises:
         LayoutError, HandleError: they cannot be described or shared.
@@ -170,7 +170,7 @@ def describe_caches(
 
 
 class _HandleTable:
-    """Handles, one a storage, made when first met."""
+    """Memory handles, one per storage, created on first use."""
 
     def __init__(self, share: Callable[[Tensor], MemoryHandle]) -> None:
         self._share = share
@@ -179,7 +179,7 @@ class _HandleTable:
 
     def number(self, tensor: Tensor) -> int:
         """Return the index of the handle of a tensor's storage."""
-        # Sharing moves the storage's memory, so its address is taken afterwards.
+        # Sharing moves the storage's memory, so its address is read afterwards.
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in self._numbers:
             handle = self._share(tensor)
@@ -189,7 +189,7 @@ class _HandleTable:
 
 
 def _distinct(tensors: Any) -> list[Tensor]:
-    """Leave out layers that use another layer's cache, and check what came."""
+    """Return distinct tensors (layers may share a cache), after checking their type."""
     seen: dict[int, Tensor] = {}
     for tensor in tensors:
         if not hasattr(tensor, "untyped_storage"):
@@ -199,7 +199,7 @@ def _distinct(tensors: Any) -> list[Tensor]:
 
 
 def _views(tensor: Tensor, num_blocks: int, tables: _HandleTable) -> list[TensorView]:
-    """Describe a layer's tensor, its blocks outermost: one view, or K's and V's."""
+    """Return views of a layer's tensor with blocks outermost: one, or K's and V's."""
     size = tensor.element_size()
     shape = tuple(tensor.shape)
     strides = tuple(stride * size for stride in tensor.stride())
@@ -226,7 +226,7 @@ def _view(
     strides: tuple[int, ...],
     num_blocks: int,
 ) -> TensorView:
-    """Describe one tensor; a block may consist of several of the attention kernel's."""
+    """Return one view; a block may consist of several kernel blocks."""
     ratio = shape[0] // num_blocks
     if ratio > 1:
         shape = (num_blocks, ratio, *shape[1:])
@@ -238,7 +238,7 @@ def _dtype(tensor: Tensor) -> str:
     name = str(tensor.dtype).removeprefix("torch.").removesuffix("fn")
     if name in DTYPE_BYTES:
         return name
-    # Nobody looks inside a page: another type of one byte is as good.
+    # Pages are opaque, so any one-byte type is equivalent.
     if tensor.element_size() == 1:
         return "uint8"
     raise LayoutError(f"the cache's type {name} is not known")

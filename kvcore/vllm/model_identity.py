@@ -1,8 +1,8 @@
-"""What makes one engine's KV another's: the model, and all that shapes its bytes.
+"""Model identity and extra keys: everything besides tokens that determines KV bytes.
 
-Two engines share chunks only when this text, the world size, and the layout of the
-registered caches agree. It is read from vLLM's configuration by both halves, so it
-holds nothing that only one of them knows.
+Two engines share chunks only if the model identity, the world size, and the layout of
+the registered caches agree. Both sides derive the identity from vLLM's configuration,
+so it contains nothing that only one of them knows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ _NOT_IDENTITY = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def model_identity(config: Any, platform: str, kv_layout: str | None = None) -> str:
-    """Name a model with its revision and a digest of what shapes its KV.
+    """Return the model's name, revision, and a digest of what determines its KV.
 
-    `platform` tells apart machines and versions whose kernels lay out a block's inside
-    otherwise, or compute other values; so does `kv_layout`, the engine's own name for
-    the order inside a block.
+    `platform` distinguishes devices and versions whose kernels use another block layout
+    or compute other values. `kv_layout` is vLLM's name for the order inside a block.
     """
     model, parallel = config.model_config, config.parallel_config
     cache, speculative = config.cache_config, config.speculative_config
@@ -66,10 +65,10 @@ def _revision(model: Any) -> str:
 
 
 def _weights(place: Path) -> str:
-    """Sample a file or a folder of weights: their bytes make the KV, not their name.
+    """Return a digest of samples of a weights file or folder.
 
-    A sample of each file finds every retraining, and takes milliseconds where hashing
-    all of it takes minutes. Empty for a name that is no path here.
+    Samples of each file detect retraining in milliseconds; hashing whole files takes
+    minutes. Empty if the path does not exist.
     """
     if not place.exists():
         return ""
@@ -86,9 +85,9 @@ def _weights(place: Path) -> str:
 
 
 def is_cacheable(request: Any) -> bool:
-    """Say whether tokens and extras tell what a request's KV is, for its whole life.
+    """Return whether tokens and extra keys determine a request's KV for its lifetime.
 
-    Those of a streaming session change: its last answer is taken back, images come.
+    They do not in a streaming session, whose tokens and images change.
     """
     return (
         request.prompt_embeds is None
@@ -98,7 +97,7 @@ def is_cacheable(request: Any) -> bool:
 
 
 def extra_keys(request: Any) -> tuple[ExtraKey, ...]:
-    """Return what else shapes a request's KV: cache salt, LoRA adapter, images."""
+    """Return the extra keys of a request: cache salt, LoRA adapter, images."""
     return tuple(_extra_keys(request))
 
 
@@ -119,9 +118,9 @@ _adapters: dict[tuple[int, str], str] = {}
 
 
 def _adapter_weights(lora: Any) -> str:
-    """Sample an adapter's weights as the engine has them: as they were when it came.
+    """Return a digest of an adapter's weights as they were when the engine loaded it.
 
-    One that is loaded in place is read anew by the engine with each request.
+    With `load_inplace` the engine reads the adapter again for each request.
     """
     key = (lora.lora_int_id, lora.lora_path)
     if key not in _adapters or getattr(lora, "load_inplace", False):

@@ -1,9 +1,9 @@
-"""A client of a server that may be absent, slow, stopped or replaced.
+"""Connection to a server that may be absent, slow, stopped or replaced.
 
-A server is well until a request shows otherwise, and then again from the moment it
-answers a ping. While it is not, nobody asks it anything: an engine then works as if
-it had no cache. One thread makes the client and tries a server that is not well;
-nobody else ever waits for it.
+A server is available until a request fails with one of `SERVER_ERRORS`, and again as
+soon as it answers a ping. While it is unavailable no requests are sent, and the engine
+works as if it had no cache. A background thread connects and reconnects; no other
+thread waits for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvcore.protocol import Ping
 log = logging.getLogger(__name__)
 
 PROBE_S = 2.0
-"""A server that takes longer to answer a ping is not well."""
+"""Timeout of a ping."""
 REGISTER_S = 30.0
 MAX_PAUSE_S = 30.0
 
@@ -39,22 +39,22 @@ SERVER_ERRORS = (
     DeadlineExceeded, RequestMismatch, StaleBoot, Unavailable, UnknownInstance,
     UnknownRequest,
 )  # fmt: skip
-"""Errors after which the server is not asked again until it has been tried."""
+"""Errors after which no requests are sent until the server answers a ping."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerEndpoint:
-    """A server that is well, and how many tokens its chunks have."""
+    """An available server and its chunk size in tokens."""
 
     client: KVClient
     chunk_size: int
 
 
 class ServerLink:
-    """The client of one half of one engine. Any thread may use it.
+    """Connection of one side of one engine. Thread-safe.
 
-    `on_available` is called on the link's own thread each time the server is found well,
-    and may wait for it; what it raises counts as not well.
+    `on_available` is called on the background thread each time the server becomes
+    available, and may block; a `KVError` from it means that the server is unavailable.
     """
 
     def __init__(
@@ -82,11 +82,12 @@ class ServerLink:
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<ServerLink {self._address} {'not well' if self._is_down.is_set() else 'well'}>"
+        state = "unavailable" if self._is_down.is_set() else "available"
+        return f"<ServerLink {self._address} {state}>"
 
     @property
     def server(self) -> ServerEndpoint | None:
-        """The server, while it is well."""
+        """The server, or None while it is unavailable."""
         client = self._client
         if client is None or self._is_down.is_set():
             return None
@@ -98,15 +99,15 @@ class ServerLink:
 
     @property
     def last_client(self) -> KVClient | None:
-        """The client, well or not, for requests that clean up."""
+        """The client, even if the server is unavailable, for cleanup requests."""
         return self._client
 
     def record_success(self) -> None:
-        """Say that a request was answered in time."""
+        """Record a reply in time: reset the back-off."""
         self._num_late = 0
 
     def record_failure(self, error: BaseException) -> None:
-        """Judge a request's error: the server's health, or only that request's."""
+        """Record a request's error: mark the server unavailable, or log it once."""
         if self._closed.is_set():
             return
         if not isinstance(error, SERVER_ERRORS):
@@ -118,14 +119,14 @@ class ServerLink:
         self._warn(error)
 
     def close(self) -> None:
-        """Say goodbye to the server; never waits long for one that is not well."""
+        """Close the connection; waits at most `PROBE_S` + 1 seconds for the thread."""
         self._closed.set()
         self._is_down.set()
         self._thread.join(PROBE_S + 1)
         if self._client is not None and not self._thread.is_alive():
             self._client.close()
 
-    # -- the link's thread ------------------------------------------------------------
+    # -- background thread -----------------------------------------------------------
 
     def _watch(self) -> None:
         while True:
@@ -137,19 +138,19 @@ class ServerLink:
                     return
 
     def _pause_s(self) -> float:
-        """Leave a slow server alone, the longer the oftener it was late in a row."""
+        """Return the pause before a ping: exponential back-off by missed deadlines."""
         if not self._num_late:
             return 0.0
         return float(min(self._retry_s * 2**self._num_late, MAX_PAUSE_S))
 
     def _retry_pause_s(self, error: KVError) -> float:
-        """Ask seldom what was refused: only a change on the other side helps."""
+        """Return the pause before the next attempt; longer after a refusal."""
         if isinstance(error, RequestError):
             return max(self._retry_s, MAX_PAUSE_S / 3)
         return self._retry_s
 
     def _try(self) -> KVError | None:
-        """Take up with the server; return what is wrong."""
+        """Connect to the server or ping it; return the error, if any."""
         try:
             client = self._client
             if client is None:
@@ -172,7 +173,7 @@ class ServerLink:
         return None
 
     def _warn(self, error: BaseException) -> None:
-        """Warn once until the server is well again."""
+        """Log one warning until the server is available again."""
         if not self._warned and not self._closed.is_set():
             self._warned = True
             log.warning(
@@ -182,7 +183,7 @@ class ServerLink:
             )
 
     def _log_once(self, error: BaseException) -> None:
-        """Tell of each kind of error once; it is the request's, not the server's."""
+        """Log each kind of request error once; the server stays available."""
         code = getattr(error, "code", type(error).__name__)
         if code not in self._logged_codes:
             self._logged_codes.add(code)
@@ -190,5 +191,5 @@ class ServerLink:
 
 
 def ignore(future: Future[Any]) -> None:
-    """Take note of a reply that nobody waits for."""
+    """Retrieve the outcome of a request whose reply is not needed."""
     future.exception()

@@ -1,9 +1,9 @@
-"""How the server reaches a worker's cache: the one place that chooses a transport.
+"""Memory handles by which the server reaches a worker's cache.
 
-On a GPU it is named by CUDA IPC. On a CPU the cache's storage is moved into POSIX
-shared memory, in place: every view that the engine has of it stays valid, and another
-process can map the live blocks. Where the worker copies itself, it stays where it is.
-Tensors are torch's, known here by what they can do, so that nothing imports torch.
+A GPU cache is exported by CUDA IPC. A CPU cache's storage is moved into POSIX shared
+memory in place: the engine's views stay valid, and the server can map the live blocks.
+With `driver = worker` the cache is not moved. Torch is imported only for CUDA events;
+tensors are typed by protocols.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kvcore.protocol import MemoryHandle, PosixShm, Private
 from kvcore.shm import SHM_DIR, Bytes, Claim, remove_dead
 
 SEGMENT_PREFIX = "kvcore-vllm-"
-"""Servers remove segments called `kvcore-...` whose owner is gone: at their start, and
-when they see a worker die."""
+"""Servers remove segments named `kvcore-...` whose owner has exited, at their start and
+when a worker dies."""
 
 TORCH_HEADER_BYTES = 64
-"""Torch keeps its count of users, an int32, before the data."""
+"""Torch stores its reference count, an int32, before the data."""
 
 MARGIN_BYTES = 64 << 20
-"""Left free in shared memory for others."""
+"""Shared memory left free for other processes."""
 
 
 class Storage(Protocol):
-    """`torch.UntypedStorage`, as far as it is used."""
+    """`torch.UntypedStorage`, restricted to the members used here."""
 
     def nbytes(self) -> int: ...  # noqa: D102
     def data_ptr(self) -> int: ...  # noqa: D102
@@ -43,7 +43,7 @@ class Storage(Protocol):
 
 
 class Tensor(Protocol):
-    """`torch.Tensor`, as far as it is used."""
+    """`torch.Tensor`, restricted to the members used here."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -84,14 +84,14 @@ class CudaEvents:
 
 
 class SharedCacheMemory:
-    """What one worker has shared, until `close`.
+    """The shared cache memory of one worker, until `close`.
 
-    The names in /dev/shm are this process's own. Torch would leave them to a daemon,
-    which vLLM kills with the worker when it is told to stop, and they would stay.
+    This process owns the names in /dev/shm. Torch's own cleanup daemon is killed by
+    vLLM together with the worker, so its names would remain.
     """
 
     arrays: tuple[Bytes, ...] = ()
-    """What this process copies itself: nothing."""
+    """Memory that this process copies itself: none."""
 
     def __init__(self) -> None:
         self._claims: list[Claim] = []
@@ -101,12 +101,12 @@ class SharedCacheMemory:
         return f"<SharedCacheMemory {[claim.name for claim in self._claims]}>"
 
     def share(self, tensor: Tensor) -> MemoryHandle:
-        """Make a tensor's whole storage reachable for the server; return its handle.
+        """Share a tensor's whole storage with the server; return its handle.
 
-        A storage is shared once.
+        Call it once per storage.
 
         Raises:
-            HandleError: it cannot be shared, saying why; the tensor is as it was.
+            HandleError: it cannot be shared; the tensor is unchanged.
         """
         kind = tensor.device.type
         if kind == "cpu":
@@ -119,21 +119,21 @@ class SharedCacheMemory:
         )
 
     def record_event(self) -> bytes:
-        """Say how far the engine's work has come, for a copy to wait for.
+        """Record an event after the engine's submitted work; return its handle.
 
-        A CUDA event's handle; empty for host memory, whose work is done at return.
+        Empty for host memory, where the work is complete on return.
         """
         return self._record_event()
 
     def close(self) -> None:
-        """Remove the names: nobody can attach any more. Idempotent."""
+        """Remove the names, so that no process can attach. Idempotent."""
         for claim in self._claims:
             claim.release()
         self._claims.clear()
 
     def _share_device(self, tensor: Tensor) -> MemoryHandle:
         try:
-            # Only where there is a GPU: torch with CUDA, and NVIDIA's bindings.
+            # Optional: needs torch with CUDA, and NVIDIA's bindings.
             from kvcore.cuda.ipc import export_tensor
 
             handle = export_tensor(tensor)
@@ -159,15 +159,15 @@ class SharedCacheMemory:
 
 
 class PrivateCacheMemory:
-    """What one worker keeps to itself, since it copies its cache: nothing is moved."""
+    """Private cache memory of a worker that copies its own cache; nothing is moved."""
 
     def __init__(self) -> None:
         self.arrays: list[Bytes] = []
-        """Each storage's bytes, in the order of the handles."""
+        """The bytes of each storage, in the order of the handles."""
         self._storages: list[Any] = []
 
     def share(self, tensor: Tensor) -> Private:
-        """Take in a tensor's whole storage, once; return its handle.
+        """Add a tensor's whole storage; return its handle. Call it once per storage.
 
         Raises:
             HandleError: it is not in host memory.
@@ -186,21 +186,21 @@ class PrivateCacheMemory:
         return Private(num_bytes)
 
     def record_event(self) -> bytes:
-        """Say nothing: the engine's work is done at return."""
+        """Return no event: the engine's work is complete on return."""
         return b""
 
     def close(self) -> None:
-        """Do nothing: until the client is closed a copy may be under way."""
+        """Do nothing: copies may be in progress until the client is closed."""
 
 
 def _add_torch_user(claim: Claim) -> None:
-    """Be one of torch's users: the last of them removes the name that torch gave."""
+    """Increment torch's reference count, so that torch keeps the segment."""
     (num_users,) = struct.unpack("<i", os.pread(claim.fd, 4, 0))
     os.pwrite(claim.fd, struct.pack("<i", num_users + 1), 0)
 
 
 def _require_free_space(num_bytes: int) -> None:
-    """Refuse what does not fit: writing past the end of /dev/shm kills the process."""
+    """Check the free space: a write beyond it kills the process (SIGBUS)."""
     stat = os.statvfs(SHM_DIR)
     free = stat.f_bavail * stat.f_frsize
     if num_bytes + MARGIN_BYTES > free:

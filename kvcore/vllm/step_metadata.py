@@ -1,4 +1,4 @@
-"""What the scheduler half tells the worker halves, once a step."""
+"""Data of one engine step: scheduled requests, and the plan sent to the workers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from kvcore.keys import ExtraKey
 from kvcore.protocol import NULL_BLOCK
 
 OpId = NewType("OpId", int)
-"""Names one load or store of one engine; every rank acknowledges it once."""
+"""Identifies a load or store of one engine; every rank acknowledges it once."""
 
 ENGINE_NULL_BLOCK = 0
-"""vLLM's block for positions outside a window; nothing is ever kept in it."""
+"""vLLM's placeholder block for positions outside a window; it holds no KV."""
 
 GroupBlocks = tuple[bytes, ...]
-"""Packed int32 block ids, one a group of the engine, NULL_BLOCK for none."""
+"""Packed int32 block ids, one item per engine group; NULL_BLOCK for no block."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """One request of a step: `num_new` tokens after the `num_computed` first ones."""
+    """A request of a step: `num_new` tokens after the first `num_computed`."""
 
     request_id: str
     num_computed: int
     num_new: int
     blocks: tuple[list[int], ...] | None
     replaces: bool
-    """Whether `blocks` stand in place of those known, not after them."""
+    """Whether `blocks` replace the known blocks instead of extending them."""
 
 
 class LoadOp(msgspec.Struct, frozen=True, array_like=True):
-    """Retrieve [start, end) into these blocks, the first `skip` tokens left alone."""
+    """Retrieve [start, end) into these blocks, except the first `skip` tokens."""
 
     op: OpId
     request_id: str
@@ -57,7 +57,7 @@ class StoreOp(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """More of a request's tokens: packed uint32 from `offset` on, all its extras."""
+    """A request's packed uint32 tokens from `offset` on, and all its extra keys."""
 
     request_id: str
     offset: int
@@ -66,7 +66,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One step, for every rank the same."""
+    """The plan of one step, the same for every rank."""
 
     tokens: tuple[TokenUpdate, ...] = ()
     loads: tuple[LoadOp, ...] = ()
@@ -76,7 +76,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
 
 def pack_blocks(ids: Sequence[int], num_null: int = 0) -> bytes:
-    """Pack a group's block ids; the engine's null block and the first ones are none."""
+    """Pack a group's block ids as int32.
+
+    vLLM's null block and the first `num_null` blocks become NULL_BLOCK.
+    """
     array = np.array(ids, dtype="<i4")
     array[array == ENGINE_NULL_BLOCK] = NULL_BLOCK
     array[:num_null] = NULL_BLOCK
@@ -84,12 +87,12 @@ def pack_blocks(ids: Sequence[int], num_null: int = 0) -> bytes:
 
 
 def unpack_blocks(packed: bytes) -> npt.NDArray[np.int32]:
-    """Read what `pack_blocks` wrote."""
+    """Unpack block ids of `pack_blocks`; int32, shape [blocks]."""
     return np.frombuffer(packed, dtype="<i4")
 
 
 def real_blocks(groups: Iterable[bytes]) -> list[int]:
-    """List the blocks of all groups that are there, each as often as it is named."""
+    """Return the block ids of all groups without NULL_BLOCK; duplicates are kept."""
     ids = [unpack_blocks(packed) for packed in groups]
     joined = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     return [int(block) for block in joined[joined != NULL_BLOCK]]

@@ -1,7 +1,7 @@
 """Tiny models with random weights, for tests: `python -m kvcore.vllm.tiny_models`.
 
-They need transformers and torch, which vLLM brings along. Their words are `w0` to
-`w511`, one token each, so that a prompt's length can be chosen.
+They need transformers and torch, which vLLM installs. The vocabulary is `w0` to
+`w511`, one token each, so that a test can choose a prompt's exact length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WINDOW = 128
 """Sliding window of the hybrid model, in tokens."""
 
 LARGE_WEIGHTS = 0.15
-"""Deviation of the weights: answers vary, and clearly, so rounding decides no tie."""
+"""Standard deviation of the weights: large enough that rounding decides no tie."""
 
 SMALL_WEIGHTS = 0.04
 """The same for MLA: with more, vLLM's CPU kernels for prompts and for single tokens
@@ -35,7 +35,7 @@ _COMMON = {
 
 
 def write(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a model of a kind of `KINDS` with its tokenizer; return the folder.
+    """Write a model of one of `KINDS` with its tokenizer; return the folder.
 
     Raises:
         SetupError: no such kind.
@@ -86,7 +86,7 @@ def _mla() -> Any:
             qk_nope_head_dim=128,
             qk_rope_head_dim=64,
             v_head_dim=128,
-            n_routed_experts=2,  # None has them: the first layers are dense
+            n_routed_experts=2,  # unused: the first layers are dense
             first_k_dense_replace=3,
             tie_word_embeddings=False,
             initializer_range=SMALL_WEIGHTS,
