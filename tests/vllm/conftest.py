@@ -21,13 +21,13 @@ _numbers = itertools.count()
 
 @pytest.fixture(params=["server", "worker"])
 def driver(request: pytest.FixtureRequest) -> str:
-    """Who copies, each in turn."""
+    """The process that copies: server or worker."""
     return str(request.param)
 
 
 @pytest.fixture
 def start(server: Server, model: str, driver: str) -> Iterator[Start]:
-    """Start an engine at the module's server, or at `address`."""
+    """Return a function that starts an engine at the module's server or `address`."""
     with ExitStack() as stack:
 
         def make(address: str = server.address, **options: object) -> FakeEngine:
@@ -42,7 +42,7 @@ def start(server: Server, model: str, driver: str) -> Iterator[Start]:
 
 @pytest.fixture
 def request_of() -> Callable[[int], Request]:
-    """Make a request with a prompt of so many tokens, unlike any other."""
+    """Return a function that makes a request with a unique prompt of n tokens."""
 
     def make(num_tokens: int) -> Request:
         number = next(_numbers)

@@ -142,7 +142,7 @@ class FakeEngine:
         return answers[0]
 
     def step(self, *scheduled: ScheduledRequest) -> StepPlan:
-        """Plan a step and begin what it says."""
+        """Plan a step and submit its loads and stores."""
         plan = self.scheduler.step(scheduled)
         self.worker.add_tokens(plan)
         self.worker.load(plan)
@@ -151,7 +151,7 @@ class FakeEngine:
         return plan
 
     def collect(self) -> Collected:
-        """Collect what ended and report it to the scheduler half."""
+        """Collect completed operations and report them to the scheduler side."""
         collected = self.worker.collect()
         self.scheduler.acknowledge(collected.acks, collected.failed)
         return collected

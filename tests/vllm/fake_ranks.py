@@ -1,4 +1,4 @@
-"""What a played engine's blocks hold, and what a played server has of them."""
+"""Simulated ranks: the content of their blocks, and what the server has stored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KV(NamedTuple):
     tokens: Tokens
 
     def is_of(self, other: KV) -> bool:
-        """Say whether it holds the other's tokens, computed alike, and maybe more."""
+        """Return whether it holds the other's tokens, same weights, and maybe more."""
         end = len(other.tokens)
         return (
             self.weights == other.weights
@@ -81,7 +81,7 @@ class Blocks:
 
 
 class Rank:
-    """A worker half, what its blocks hold, and what the server has of this rank."""
+    """A worker side, its blocks' content, and the chunks stored for this rank."""
 
     def __init__(
         self, config: ConnectorConfig, number: int, num_groups: int, chunk_size: int
@@ -96,12 +96,12 @@ class Rank:
         self.stored: dict[tuple[Extras, Tokens], int] = {}
         """By a chunk's key, the weights that its bytes were computed with."""
 
-    def has(self, asked: LinkCall, end: int) -> bool:
-        """Say whether the server has the chunk of a prompt that ends there."""
-        return (shaping(asked.extras, end), asked.tokens[:end]) in self.stored
+    def has(self, call: LinkCall, end: int) -> bool:
+        """Return whether the server has the chunk of a prompt that ends there."""
+        return (shaping(call.extras, end), call.tokens[:end]) in self.stored
 
     def is_right(self, ids: Sequence[int], whole: KV, end: int) -> bool:
-        """Say whether blocks hold tokens[:end]; the last one may hold more."""
+        """Return whether blocks hold tokens[:end]; the last one may hold more."""
         return all(
             self.content.get(ids[i], WRONG).is_of(
                 kv(whole.weights, whole.extras, whole.tokens, min(end, (i + 1) * BLOCK))
@@ -109,63 +109,63 @@ class Rank:
             for i in range(-(-end // BLOCK))
         )
 
-    def check_store(self, asked: LinkCall) -> int:
+    def check_store(self, call: LinkCall) -> int:
         """What is stored has been computed from its tokens; return with what weights.
 
         Raises:
             AssertionError: a block holds anything else.
         """
         seen = set()
-        for ids in asked.blocks:
-            assert len(ids) == (asked.end - asked.start) // BLOCK
-            for i, block in enumerate(ids, asked.start // BLOCK):
+        for ids in call.blocks:
+            assert len(ids) == (call.end - call.start) // BLOCK
+            for i, block in enumerate(ids, call.start // BLOCK):
                 if block >= 0:
                     held = self.content[block]
                     end = (i + 1) * BLOCK
-                    assert held == kv(held.weights, asked.extras, asked.tokens, end)
+                    assert held == kv(held.weights, call.extras, call.tokens, end)
                     seen.add(held.weights)
         assert len(seen) == 1
         return seen.pop()
 
-    def end_store(self, asked: LinkCall, outcome: Any) -> None:
+    def end_store(self, call: LinkCall, outcome: Any) -> None:
         """A store's blocks are the same at its end."""
-        weights = self.check_store(asked)
+        weights = self.check_store(call)
         if outcome not in ("well", "short"):
-            asked.future.set_exception(outcome("played"))
+            call.future.set_exception(outcome("scripted"))
             return
         size = self.link.chunk_size
-        for end in range(asked.start + size, asked.end + 1, size):
-            lo, hi = (end - size - asked.start) // BLOCK, (end - asked.start) // BLOCK
-            if all(block >= 0 for ids in asked.blocks for block in ids[lo:hi]):
-                key = shaping(asked.extras, end), asked.tokens[:end]
+        for end in range(call.start + size, call.end + 1, size):
+            lo, hi = (end - size - call.start) // BLOCK, (end - call.start) // BLOCK
+            if all(block >= 0 for ids in call.blocks for block in ids[lo:hi]):
+                key = shaping(call.extras, end), call.tokens[:end]
                 self.stored.setdefault(key, weights)
-        asked.future.set_result(StoreReply(0, 0, 0))
+        call.future.set_result(StoreReply(0, 0, 0))
 
-    def end_retrieve(self, asked: LinkCall, outcome: Any) -> bool:
+    def end_retrieve(self, call: LinkCall, outcome: Any) -> bool:
         """Write the blocks, or some of them; say whether all went well."""
         size = self.link.chunk_size
-        ends = range(asked.start + size, asked.end + 1, size)
-        if outcome == "well" and not all(self.has(asked, end) for end in ends):
+        ends = range(call.start + size, call.end + 1, size)
+        if outcome == "well" and not all(self.has(call, end) for end in ends):
             outcome = ChunksMissing
-        for ids in asked.blocks:
+        for ids in call.blocks:
             for i, block in enumerate(ids):
-                if block >= 0 and i * BLOCK >= asked.skip:
+                if block >= 0 and i * BLOCK >= call.skip:
                     self.content[block] = WRONG
                     if outcome == "well":
-                        self.content[block] = self._loaded(asked, i)
-        num_tokens = asked.end - asked.start - asked.skip
+                        self.content[block] = self._loaded(call, i)
+        num_tokens = call.end - call.start - call.skip
         if outcome == "well":
-            asked.future.set_result(RetrieveReply(num_tokens))
+            call.future.set_result(RetrieveReply(num_tokens))
         elif outcome == "short":
-            asked.future.set_result(RetrieveReply(num_tokens - 1))
+            call.future.set_result(RetrieveReply(num_tokens - 1))
         else:
-            asked.future.set_exception(outcome("played"))
+            call.future.set_exception(outcome("scripted"))
         return bool(outcome == "well")
 
-    def _loaded(self, asked: LinkCall, index: int) -> KV:
+    def _loaded(self, call: LinkCall, index: int) -> KV:
         """What the server writes into the block of a load at an index."""
         size = self.link.chunk_size
-        end = asked.start + (index + 1) * BLOCK
+        end = call.start + (index + 1) * BLOCK
         chunk_end = -(-end // size) * size
-        key = shaping(asked.extras, chunk_end), asked.tokens[:chunk_end]
-        return kv(self.stored[key], asked.extras, asked.tokens, end)
+        key = shaping(call.extras, chunk_end), call.tokens[:chunk_end]
+        return kv(self.stored[key], call.extras, call.tokens, end)

@@ -83,7 +83,7 @@ class Life:
 
 
 class ScriptedHalves(RuleBasedStateMachine):
-    """What the server is asked, and its answers: nothing ends but by a rule."""
+    """What the server is call, and its answers: nothing ends but by a rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class ScriptedHalves(RuleBasedStateMachine):
         self.link.client.note = self.note_scheduler
         ends = range(size, num_stored + 1, size)
         for rank in self.ranks:
-            rank.link.client.note = lambda asked, rank=rank: self.note_rank(rank, asked)
+            rank.link.client.note = lambda call, rank=rank: self.note_rank(rank, call)
             for extras, prompt, end in product(EXTRAS, range(2), ends):
                 rank.stored[shaping(extras, end), prompt_of(prompt, end)] = 0
 
@@ -150,8 +150,8 @@ class ScriptedHalves(RuleBasedStateMachine):
         busy = {
             block
             for rank in self.ranks
-            for asked in rank.link.client.pending
-            for block in asked.real_blocks
+            for call in rank.link.client.pending
+            for block in call.real_blocks
         }
         for ids, group in zip(life.blocks, self.groups, strict=True):
             gone = group.num_skipped(first_needed)
@@ -177,75 +177,75 @@ class ScriptedHalves(RuleBasedStateMachine):
                     self.blocks.refs[ids[i]] -= 1
                     ids[i] = 0
 
-    # -- what the server is asked -----------------------------------------------------
+    # -- what the server is call -----------------------------------------------------
 
-    def note_scheduler(self, asked: LinkCall) -> None:
-        """A lookup is asked once for one wait, a session ended after its copies."""
-        if asked.kind == "lookup":
-            life = self.lives[asked.name]
+    def note_scheduler(self, call: LinkCall) -> None:
+        """A lookup is call once for one wait, a session ended after its copies."""
+        if call.kind == "lookup":
+            life = self.lives[call.name]
             assert not life.has_asked
             life.has_asked = True
-            self.open.add(asked.name)
+            self.open.add(call.name)
             return
-        if asked.kind == "end":
+        if call.kind == "end":
             assert not any(
-                one.name == asked.name
+                one.name == call.name
                 for rank in self.ranks
                 for one in rank.link.client.pending
             )
-            assert asked.name not in self.half._tracked
-            self.open.discard(asked.name)
-        asked.future.set_result(None)
+            assert call.name not in self.half._tracked
+            self.open.discard(call.name)
+        call.future.set_result(None)
 
-    def note_rank(self, rank: Rank, asked: LinkCall) -> None:
+    def note_rank(self, rank: Rank, call: LinkCall) -> None:
         """A copy names whole chunks, tokens, and blocks of them or for them."""
-        self.open.add(asked.name)
-        life = self.lives.get(asked.name)
+        self.open.add(call.name)
+        life = self.lives.get(call.name)
         if life is not None:
             whole = tuple(life.request.tokens)
-            assert asked.tokens == whole[: len(asked.tokens)]
-            assert asked_for(asked.extras) == life.request.extras
-        assert len(asked.tokens) >= asked.end
-        assert all(self.blocks.refs[block] > 0 for block in asked.real_blocks)
-        if asked.kind == "store":
-            assert not asked.start % rank.link.chunk_size
-            assert not asked.end % rank.link.chunk_size
-            rank.check_store(asked)
+            assert call.tokens == whole[: len(call.tokens)]
+            assert asked_for(call.extras) == life.request.extras
+        assert len(call.tokens) >= call.end
+        assert all(self.blocks.refs[block] > 0 for block in call.real_blocks)
+        if call.kind == "store":
+            assert not call.start % rank.link.chunk_size
+            assert not call.end % rank.link.chunk_size
+            rank.check_store(call)
 
-    def end_lookup(self, asked: LinkCall, outcome: Any, hit: int) -> None:
+    def end_lookup(self, call: LinkCall, outcome: Any, hit: int) -> None:
         """Answer with at most what all ranks have."""
         if outcome in ERRORS:
-            asked.future.set_exception(outcome("played"))
+            call.future.set_exception(outcome("scripted"))
             return
         size, n = self.link.chunk_size, 0
         while (
             n < hit
-            and (n + 1) * size <= len(asked.tokens)
-            and all(rank.has(asked, (n + 1) * size) for rank in self.ranks)
+            and (n + 1) * size <= len(call.tokens)
+            and all(rank.has(call, (n + 1) * size) for rank in self.ranks)
         ):
             n += 1
-        asked.future.set_result(LookupReply(n, n * size))
+        call.future.set_result(LookupReply(n, n * size))
 
     def pending(self) -> list[tuple[Rank | None, LinkCall]]:
         """Everything that waits for an end."""
         waiting: list[tuple[Rank | None, LinkCall]] = [
-            (None, asked) for asked in self.link.client.pending
+            (None, call) for call in self.link.client.pending
         ]
         for rank in self.ranks:
-            waiting += [(rank, asked) for asked in rank.link.client.pending]
+            waiting += [(rank, call) for call in rank.link.client.pending]
         return waiting
 
     def end_one(
-        self, rank: Rank | None, asked: LinkCall, outcome: Any, hit: int
+        self, rank: Rank | None, call: LinkCall, outcome: Any, hit: int
     ) -> None:
         """End a request of any kind."""
         if rank is None:
-            self.end_lookup(asked, outcome, hit)
-        elif asked.kind == "store":
-            rank.end_store(asked, outcome)
+            self.end_lookup(call, outcome, hit)
+        elif call.kind == "store":
+            rank.end_store(call, outcome)
         else:
-            is_complete = rank.end_retrieve(asked, outcome)
-            self.ends.setdefault(asked.name, []).append(is_complete)
+            is_complete = rank.end_retrieve(call, outcome)
+            self.ends.setdefault(call.name, []).append(is_complete)
 
     @rule(data=st.data(), outcome=OUTCOMES, hit=st.sampled_from([9, 9, 2, 1, 0]))
     def answer(self, data: st.DataObject, outcome: Any, hit: int) -> None:
@@ -259,14 +259,14 @@ class ScriptedHalves(RuleBasedStateMachine):
     @rule(outcome=OUTCOMES)
     def answer_all(self, outcome: Any) -> None:
         """The server is quick."""
-        for rank, asked in self.pending():
-            self.end_one(rank, asked, outcome, 9)
+        for rank, call in self.pending():
+            self.end_one(rank, call, outcome, 9)
 
     @rule(chunk_size=st.sampled_from(CHUNKS), is_empty=st.booleans())
     def replace_server(self, chunk_size: int, is_empty: bool) -> None:
         """Another one is at the address, maybe with other chunks, or empty."""
-        for rank, asked in self.pending():
-            self.end_one(rank, asked, Unavailable, 0)
+        for rank, call in self.pending():
+            self.end_one(rank, call, Unavailable, 0)
         for link in (self.link, *(rank.link for rank in self.ranks)):
             if chunk_size != link.chunk_size or is_empty:
                 for rank in self.ranks:

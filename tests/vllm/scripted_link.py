@@ -1,4 +1,4 @@
-"""A server that is played: each request waits for the test to end it."""
+"""Scripted server: each request stays pending until the test completes it."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class LinkCall:
         return {b for ids in self.blocks for b in ids} - {NULL_BLOCK}
 
 
-class PlayedClient:
-    """Takes requests as `KVClient` does and keeps them."""
+class ScriptedClient:
+    """A `KVClient` whose requests stay pending."""
 
     def __init__(self) -> None:
-        self.asked: list[LinkCall] = []
+        self.calls: list[LinkCall] = []
         self.note: Callable[[LinkCall], object] = lambda _: None
 
     @property
     def pending(self) -> list[LinkCall]:
         """Requests that have not ended."""
-        self.asked = [one for one in self.asked if not one.future.done()]
-        return self.asked
+        self.calls = [one for one in self.calls if not one.future.done()]
+        return self.calls
 
-    def _ask(self, asked: LinkCall) -> Future[Any]:
-        self.asked.append(asked)
-        self.note(asked)
-        return asked.future
+    def _submit(self, call: LinkCall) -> Future[Any]:
+        self.calls.append(call)
+        self.note(call)
+        return call.future
 
     def submit_lookup(
         self,
@@ -66,7 +66,7 @@ class PlayedClient:
         """Take a lookup."""
         del model, world_size, rest
         name = session.request_id
-        return self._ask(LinkCall("lookup", name, tuple(tokens), extras=extras))
+        return self._submit(LinkCall("lookup", name, tuple(tokens), extras=extras))
 
     def submit_store(
         self,
@@ -83,7 +83,7 @@ class PlayedClient:
         """Take a store."""
         del instance_id, rest
         name, ids = session.request_id, _ids(blocks)
-        return self._ask(
+        return self._submit(
             LinkCall("store", name, _plain(tokens), start, end, 0, ids, extras)
         )
 
@@ -103,7 +103,7 @@ class PlayedClient:
         """Take a retrieve."""
         del instance_id, rest
         name, skip, ids = session.request_id, skip_first_n_tokens, _ids(blocks)
-        return self._ask(
+        return self._submit(
             LinkCall("retrieve", name, _plain(tokens), start, end, skip, ids, extras)
         )
 
@@ -111,40 +111,40 @@ class PlayedClient:
         self, session: SessionKey, start: int, end: int
     ) -> Future[Any]:
         """Take the end of a lease."""
-        return self._ask(LinkCall("free", session.request_id, (), start, end))
+        return self._submit(LinkCall("free", session.request_id, (), start, end))
 
     def submit_end_session(self, session: SessionKey) -> Future[Any]:
         """Take the end of a session."""
-        return self._ask(LinkCall("end", session.request_id))
+        return self._submit(LinkCall("end", session.request_id))
 
 
 class ScriptedLink:
-    """A link whose server is well again when the test says so."""
+    """A `ServerLink` whose availability the test sets."""
 
     def __init__(self, chunk_size: int) -> None:
-        self.client = PlayedClient()
+        self.client = ScriptedClient()
         self.chunk_size = chunk_size
         self.is_available = True
         self.errors: list[BaseException] = []
 
     @property
     def server(self) -> ServerEndpoint | None:
-        """The server, while it is well."""
+        """The server, or None while it is unavailable."""
         if not self.is_available:
             return None
         return ServerEndpoint(self.client, self.chunk_size)  # type: ignore[arg-type]
 
     @property
-    def last_client(self) -> PlayedClient:
-        """The client, well or not."""
+    def last_client(self) -> ScriptedClient:
+        """The client, even while the server is unavailable."""
         return self.client
 
     def record_success(self) -> None:
-        """Take note of nothing."""
+        """Do nothing."""
 
     def record_failure(self, error: KVError) -> None:
-        """Judge an error, which is told of once."""
-        assert all(error is not one for one in self.errors), "told of twice"
+        """Record an error; each must be reported once."""
+        assert all(error is not one for one in self.errors), "reported twice"
         self.errors.append(error)
         self.is_available = self.is_available and not isinstance(error, SERVER_ERRORS)
 

@@ -71,7 +71,7 @@ def test_a_lookup_is_submitted_once_and_polled(
     engine.scheduler.finish(request.request_id)
 
 
-def test_what_the_engine_has_is_left_alone(
+def test_computed_tokens_are_not_overwritten(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
     """Blocks before the first token to load are not written, nor their lease kept."""
@@ -95,7 +95,7 @@ def test_what_the_engine_has_is_left_alone(
     second.scheduler.finish(request.request_id)
 
 
-def test_what_is_found_and_not_wanted_is_let_go(
+def test_an_unused_lookup_is_freed(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
     """An engine that has it all already keeps no lease."""
@@ -131,7 +131,7 @@ def test_blocks_are_held_until_every_copy_is_acknowledged(
     wait_until(lambda: held(client) == (0, 0, 0))
 
 
-def test_copies_come_after_the_engines_own_work(
+def test_copies_wait_for_the_engines_event(
     start: Start, request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each names the event of its step; one event is enough for all of a step."""
@@ -155,8 +155,8 @@ def test_copies_come_after_the_engines_own_work(
     assert named == [b"first", b"second"]
 
 
-def test_each_end_is_reported_once(start: Start, request_of: RequestOf) -> None:
-    """A load that ended is not reported again, nor an op acknowledged again."""
+def test_each_completion_is_reported_once(start: Start, request_of: RequestOf) -> None:
+    """A load is reported once and an operation acknowledged once."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
@@ -175,7 +175,7 @@ def test_each_end_is_reported_once(start: Start, request_of: RequestOf) -> None:
 
 
 def test_an_op_waits_for_all_ranks(start: Start, request_of: RequestOf) -> None:
-    """Blocks stay held when a rank less than all has acknowledged."""
+    """Blocks stay held until the last rank has acknowledged."""
     engine = start().connect()
     engine.scheduler._world_size = 2
     request = request_of(CHUNK)
@@ -234,7 +234,7 @@ def test_a_preempted_request_is_looked_up_again(
 
 
 @pytest.mark.parametrize("num_known", [CHUNK, CHUNK + 3])
-def test_tokens_that_the_engine_does_not_know_are_not_stored(
+def test_draft_tokens_are_not_stored(
     start: Start, request_of: RequestOf, num_known: int
 ) -> None:
     """Drafts and placeholders count as computed before anybody knows them."""
@@ -247,7 +247,7 @@ def test_tokens_that_the_engine_does_not_know_are_not_stored(
     assert [(store.start, store.end) for store in plan.stores] == [(0, CHUNK)]
 
 
-def test_blocks_that_a_window_left_behind_are_not_stored(
+def test_blocks_outside_a_sliding_window_are_not_stored(
     start: Start, request_of: RequestOf
 ) -> None:
     """They may be another request's by now."""
@@ -284,7 +284,7 @@ def test_blocks_before_a_chunked_window_are_not_stored(
     engine.settle()
 
 
-def test_a_window_is_loaded_without_what_lies_before_it(
+def test_only_blocks_inside_a_window_are_loaded(
     start: Start, request_of: RequestOf
 ) -> None:
     """The null blocks of a window group are not written."""
@@ -305,7 +305,7 @@ def test_a_window_is_loaded_without_what_lies_before_it(
 
 
 def test_extras_keep_requests_apart(start: Start, request_of: RequestOf) -> None:
-    """A prompt with another salt finds nothing, with the same salt everything."""
+    """A prompt is found with the same salt only."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     request.extras = (ExtraKey(0, b"salt"),)
@@ -334,7 +334,7 @@ def test_after_a_reset_nothing_older_is_found(
     assert engine.match(again(request, "fourth")) == 0
 
 
-def test_a_request_of_before_a_reset_is_stored_no_more(
+def test_a_request_from_before_a_reset_is_not_stored(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
     """Its first tokens were computed by other weights; its session ends."""

@@ -28,7 +28,7 @@ main()
 
 
 def is_shared(engine: FakeEngine, request_of: RequestOf) -> bool:
-    """Say whether a new prompt is stored and then found."""
+    """Return whether a new prompt is stored and then found."""
     request = request_of(CHUNK)
     engine.match(request)
     engine.scheduler.update_after_alloc(request.request_id, (BLOCKS[:PER_CHUNK],), 0)
@@ -48,10 +48,19 @@ def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [r.getMessage() for r in caplog.records if text in r.getMessage()]
 
 
+worker_is_long = pytest.mark.parametrize(
+    "driver",
+    ["server", pytest.param("worker", marks=pytest.mark.long)],
+    indirect=True,
+)
+"""The fault is handled before any copy, so one driver suffices in the short run."""
+
+
+@worker_is_long
 def test_without_a_server_everything_is_computed(
     start: Start, request_of: RequestOf, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody waits, one warning a half is logged, and a server that comes is used."""
+    """No call waits, each side logs one warning, and a later server is used."""
     server = serve()
     server.stop()
     with caplog.at_level(logging.WARNING, "kvcore.vllm"):
@@ -75,10 +84,10 @@ def test_without_a_server_everything_is_computed(
     assert len(warnings_of(caplog, "is back")) == 2
 
 
-def test_a_killed_server_fails_loads_and_is_found_again(
+def test_a_killed_server_fails_loads_and_its_successor_is_used(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """What it was asked ends as failed; the next one knows the cache by itself."""
+    """Its loads fail; the cache is registered with the next server automatically."""
     server = serve()
     engine = start(server.address).connect()
     request = request_of(2 * CHUNK)
@@ -99,10 +108,11 @@ def test_a_killed_server_fails_loads_and_is_found_again(
         following.close()
 
 
+@worker_is_long
 def test_a_stopped_server_is_left_alone(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """A lookup ends by its deadline, the next are not sent; it is used when it runs."""
+    """A lookup ends by its deadline; no more are sent until the server runs again."""
     server = serve()
     engine = start(server.address, **HASTY).connect()
     server.pause()
@@ -118,7 +128,7 @@ def test_a_stopped_server_is_left_alone(
 def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """A load ends when the server answers; stores give their blocks back in time."""
+    """A load ends with the server's reply; a store frees its blocks by the deadline."""
     server = serve()
     engine = start(server.address, **HASTY).connect()
     request = request_of(2 * CHUNK)
@@ -149,10 +159,11 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
     assert (engine.read(targets) == engine.read(blocks)).all()
 
 
+@worker_is_long
 def test_a_slow_server_is_left_alone(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """A late answer is a miss, and changes nothing when it comes after all."""
+    """A late reply is a miss, and has no effect when it arrives."""
     server = serve()
     with closing(SlowTcpProxy(server.address)) as line:
         engine = start(line.address, **HASTY).connect()
@@ -171,6 +182,7 @@ def test_a_slow_server_is_left_alone(
             assert client.status().num_leases == 0
 
 
+@worker_is_long
 def test_a_server_of_another_version_is_warned_of_once(
     start: Start,
     request_of: RequestOf,
@@ -178,7 +190,7 @@ def test_a_server_of_another_version_is_warned_of_once(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The engine goes on without it, and uses the one that takes its place."""
+    """The engine runs without it, and uses the server that replaces it."""
     monkeypatch.setattr(link, "MAX_PAUSE_S", 0.1)
     server = serve(program=("-c", OTHER_VERSION))
     with caplog.at_level(logging.WARNING, "kvcore.vllm"):
@@ -196,10 +208,11 @@ def test_a_server_of_another_version_is_warned_of_once(
     assert len(warnings_of(caplog, "no KV cache for now")) == 2
 
 
-def test_a_full_server_is_no_trouble(
+@worker_is_long
+def test_a_full_server_keeps_the_prefix(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """What it has no room for is not found; the prefix that it has room for is."""
+    """Chunks that do not fit are not found; the stored prefix is."""
     server = serve("--l1-size", "4KiB")
     engine = start(server.address).connect()
     request = request_of(3 * CHUNK)
@@ -213,7 +226,7 @@ def test_a_full_server_is_no_trouble(
 def test_a_server_with_other_chunks_takes_over(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
-    """A request that was under way is stored by the new size."""
+    """A running request is stored with the new chunk size."""
     server = serve()
     engine = start(server.address).connect()
     request = request_of(3 * CHUNK)

@@ -101,7 +101,9 @@ def test_extras_name_salt_adapter_and_images() -> None:
     "values",
     [{"prompt_embeds": []}, {"skip_reading_prefix_cache": True}, {"resumable": True}],
 )
-def test_what_no_tokens_tell_is_left_alone(values: dict[str, Any]) -> None:
+def test_requests_not_determined_by_their_tokens_are_not_cached(
+    values: dict[str, Any],
+) -> None:
     """Embeddings, requests that read no cache, sessions whose tokens change."""
     plain = {"prompt_embeds": None, "skip_reading_prefix_cache": False}
     assert is_cacheable(SimpleNamespace(**plain))

@@ -1,4 +1,4 @@
-"""Both halves with a played server: what no real one does at the right moment."""
+"""Scheduler and worker sides with a scripted server, in rare orders of events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK, CHUNK = 2, 4
 
 
 class Halves:
-    """One scheduler half and one worker half, each with a played link."""
+    """A scheduler side and a worker side, each with a scripted link."""
 
     def __init__(self, **config: Any) -> None:
         settings = ConnectorConfig(**config)
@@ -39,7 +39,7 @@ class Halves:
         self.worker._registration = Registration(cast(Any, None), (0,))
 
     def step(self, *scheduled: ScheduledRequest) -> None:
-        """Plan a step and begin what it says."""
+        """Plan a step and submit its loads and stores."""
         plan = self.scheduler.step(scheduled)
         self.worker.add_tokens(plan)
         self.worker.load(plan)
@@ -47,23 +47,23 @@ class Halves:
         self.worker.forget(plan.ended)
 
     def collect(self) -> Collected:
-        """Collect what ended and report it to the scheduler half."""
+        """Collect completed operations and report them to the scheduler side."""
         collected = self.worker.collect()
         self.scheduler.acknowledge(collected.acks, collected.failed)
         return collected
 
     def copies(self, kind: str) -> list[LinkCall]:
-        """Return the worker's copies under way."""
+        """Return the worker's copies in progress."""
         return [one for one in self.worker_link.client.pending if one.kind == kind]
 
 
-def test_a_late_answer_is_judged_once() -> None:
-    """An engine that asks on and on makes no server ill that is well again."""
+def test_a_late_reply_is_handled_once() -> None:
+    """Repeated calls do not mark a recovered server as down."""
     halves = Halves()
     request = Request("a", list(range(2 * CHUNK)))
     assert halves.scheduler.get_num_matched_tokens(request, 0) is None
     (lookup,) = halves.link.client.pending
-    lookup.future.set_exception(DeadlineExceeded("played"))
+    lookup.future.set_exception(DeadlineExceeded("scripted"))
     assert halves.scheduler.get_num_matched_tokens(request, 0) == 0
     assert not halves.link.is_available
     halves.link.is_available = True
@@ -74,7 +74,7 @@ def test_a_late_answer_is_judged_once() -> None:
 def test_an_unanswered_lookup_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Only an answer grows old."""
+    """Only a completed lookup expires."""
     monkeypatch.setattr("kvcore.vllm.connector_scheduler.LOOKUP_VALID_S", -1.0)
     halves = Halves()
     request = Request("a", list(range(CHUNK)))
@@ -83,8 +83,8 @@ def test_an_unanswered_lookup_is_not_sent_again(
     assert len(halves.link.client.pending) == 1
 
 
-def test_a_name_is_not_used_again_until_it_has_ended() -> None:
-    """Tokens and session of a request are not taken for those of the next."""
+def test_a_request_id_is_not_reused_until_it_has_ended() -> None:
+    """A request does not use tokens or session of an earlier one with its id."""
     halves = Halves()
     first = Request("a", list(range(CHUNK)))
     assert halves.scheduler.get_num_matched_tokens(first, 0) is None
@@ -96,12 +96,12 @@ def test_a_name_is_not_used_again_until_it_has_ended() -> None:
     second = Request("a", list(range(50, 50 + CHUNK)))
     assert (
         halves.scheduler.get_num_matched_tokens(second, 0) == 0
-    )  # Its store is under way.
+    )  # Its store is running.
     halves.copies("store")[0].future.set_result(None)
     halves.collect()
     assert (
         halves.scheduler.get_num_matched_tokens(second, 0) == 0
-    )  # No worker has forgotten it.
+    )  # Workers keep its tokens.
     assert not [one for one in halves.link.client.pending if one.kind == "lookup"]
     halves.step()
     assert halves.scheduler.get_num_matched_tokens(second, 0) is None

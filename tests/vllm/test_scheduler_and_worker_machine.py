@@ -48,8 +48,8 @@ class HalvesMachine(ScriptedHalves):
         for life in self.lives.values():
             if life.state == "waiting":
                 self.half.get_num_matched_tokens(life.request, 0)
-        for asked in self.link.client.pending:
-            self.end_lookup(asked, "well", 9)
+        for call in self.link.client.pending:
+            self.end_lookup(call, "well", 9)
         self.step(data, 99)
         self.answer_all(outcome)
         self.collect(len(self.ranks))
@@ -269,8 +269,8 @@ class HalvesMachine(ScriptedHalves):
     @invariant()
     def check_held(self) -> None:
         """The blocks of every copy under way are somebody's."""
-        for _, asked in self.pending():
-            assert all(self.blocks.refs[block] > 0 for block in asked.real_blocks)
+        for _, call in self.pending():
+            assert all(self.blocks.refs[block] > 0 for block in call.real_blocks)
 
     def teardown(self) -> None:
         """When all has ended nothing is left anywhere."""
