@@ -1,4 +1,4 @@
-"""An engine without a model: both halves of the adapter over a cache of known bytes."""
+"""Fake engine without a model: both connector sides over a cache of known bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Pool:
 
 
 class FakeEngine:
-    """One scheduler half and one worker half; steps are made by hand."""
+    """A scheduler side and a worker side; the test runs each step."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class FakeEngine:
         self.worker.register(Registration(request, tuple(range(len(windows))), memory))
 
     def connect(self) -> FakeEngine:
-        """Wait until both halves know a server that is well."""
+        """Wait until the server is available to both sides."""
         wait_until(lambda: self.link.server and self.worker.is_available)
         return self
 

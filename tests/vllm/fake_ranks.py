@@ -62,19 +62,19 @@ class Blocks:
         self.held: Counter[int] = Counter()
 
     def take(self) -> int:
-        """Give a block that nobody has."""
+        """Return an unused block with one reference."""
         block = next(b for b in range(1, 1000) if not self.refs[b])
         self.refs[block] = 1
         return block
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Count up: blocks that somebody has."""
+        """Add a reference to blocks in use."""
         assert all(self.refs[block] > 0 for block in blocks)
         self.refs.update(blocks)
         self.held.update(blocks)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Count down, once each."""
+        """Remove one reference from each."""
         self.held.subtract(blocks)
         assert all(count >= 0 for count in self.held.values())
         self.refs.subtract(blocks)

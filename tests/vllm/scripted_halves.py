@@ -1,4 +1,4 @@
-"""Both halves beside a played server, which ends what it likes, and blocks."""
+"""Both connector sides with a scripted server and block pool, for the state machine."""
 
 from __future__ import annotations
 

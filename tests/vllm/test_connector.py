@@ -1,4 +1,4 @@
-"""What the two halves of the adapter do with a server that is well."""
+"""Scheduler and worker sides of the connector with an available server."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Tensor:
 
 @pytest.fixture
 def storage() -> Storage:
-    """A storage that nobody has shared yet."""
+    """A storage that has not been shared."""
     return Storage(1 << 16)
 
 

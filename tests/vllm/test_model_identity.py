@@ -1,4 +1,4 @@
-"""What makes one engine's KV another's, and which engines' KV nobody shares."""
+"""Model identity, extra keys, and engines whose KV cannot be shared."""
 
 from __future__ import annotations
 
