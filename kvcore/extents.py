@@ -1,6 +1,6 @@
-"""A part's bytes: where they lie in the arena, and what they add up to.
+"""Locations of parts in the arena, and checksums of their bytes.
 
-What both sides of a copy must agree on, whoever makes it.
+Shared by both sides of a copy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Checksum = NewType("Checksum", bytes)
 
 CHECKSUM_BYTES = 16
 NO_CHECKSUM = Checksum(b"")
-"""Of a part whose checksum nobody asked for."""
+"""No checksum was requested for the part."""
 
 
 def buffers_of(memory: memoryview, extents: Allocation) -> Buffers:
@@ -49,9 +49,9 @@ def checksum_of(buffers: Iterable[memoryview]) -> Checksum:
 
 
 class PartLocation(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One part to copy: of which of the chunks asked for, and where it lies.
+    """One part to copy: its index among the request's chunks, and its location.
 
-    With a checksum, it is that of the bytes that should be there.
+    `checksum`, if set, is that of the expected bytes.
     """
 
     index: int

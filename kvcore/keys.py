@@ -1,4 +1,4 @@
-"""What makes a chunk's bytes what they are: tokens, chained hashes, extra material.
+"""Chunk keys: packed tokens, chained hashes, extra hash material.
 
 A chunk's hash is SHA-256 over its parent's hash, its packed tokens and the extra
 material that begins in it. The chain starts from a seed that names the space
@@ -48,7 +48,7 @@ class ExtraKey(msgspec.Struct, frozen=True, array_like=True):
     every later one.
     """
 
-    start: Annotated[int, msgspec.Meta(ge=0, description="a token's place")]
+    start: Annotated[int, msgspec.Meta(ge=0, description="position of a token")]
     material: bytes
 
 
@@ -91,7 +91,7 @@ def pack_tokens(tokens: Tokens) -> bytes:
 def view_tokens(tokens: Tokens) -> memoryview:
     """Pack as `pack_tokens`, but without a copy where the ids are packed already.
 
-    The view is right for as long as the caller leaves the array alone. Worth it for
+    The view is valid while the caller does not change the array. Worth it for
     long prompts: fresh memory costs more than the copy (docs/performance.md).
     """
     packed = (

@@ -49,17 +49,17 @@ class CacheGroup(msgspec.Struct, frozen=True):
 
     `axes` gives one letter for each dimension of every tensor: L layer, K the pair K
     and V, N block, S slot in the block, H head, D element of a head; a dimension
-    that does not exist (no K with MLA, no L with one tensor a layer) is left out. In
+    that does not exist (no K with MLA, no L with one tensor per layer) is left out. In
     opaque groups, P stands for every dimension inside a block's page.
     """
 
     axes: Annotated[str, Meta(min_length=1, max_length=16)]
     dtype: Annotated[str, Meta(max_length=16)]
-    block_size: Annotated[int, Meta(ge=1, description="tokens a block")]
+    block_size: Annotated[int, Meta(ge=1, description="tokens per block")]
     tensors: Annotated[tuple[TensorView, ...], Meta(min_length=1)]
     kind: Annotated[
         Literal["tokens", "pages"],
-        Meta(description="tokens: addressed one by one; pages: nobody looks inside"),
+        Meta(description="tokens: addressed one by one; pages: opaque"),
     ] = "tokens"
     window: Annotated[
         int | None, Meta(description="tokens of a sliding window; none: attends to all")
@@ -109,7 +109,7 @@ class PartLayout(msgspec.Struct, frozen=True):
 
     `order` is "token" when a unit is one token, so a part is `[KV, L, T, D]`; "block"
     when a unit is a block with its inside as the engine has it, where single tokens
-    would be tiny pieces; "page" when nobody looks inside a block. `inner` names the
+    would be tiny pieces; "page" when a block is opaque. `inner` names the
     axes inside a unit with their sizes, outermost first; it is empty for a token
     that is `[head, dim]` and for a page.
     """

@@ -1,4 +1,4 @@
-"""Which process is meant: a pid says so only with its start time and namespace."""
+"""Identity of a process: its pid, start time and pid namespace."""
 
 from __future__ import annotations
 

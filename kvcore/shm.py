@@ -158,7 +158,7 @@ class Segment:
         return self._array
 
     def close(self) -> None:
-        """Let go of the memory and of the ownership; the name stays.
+        """Release the memory and the ownership; the name stays.
 
         Views of the array that are still about keep the mapping (never dangling), and
         with it the ownership; it goes with the last of them.
@@ -173,7 +173,7 @@ class Segment:
             os.close(lock)
 
     def unlink(self) -> None:
-        """Remove the name if it is the creator's: nobody can attach from here on.
+        """Remove the name if this is the owner: no process can attach afterwards.
 
         Does nothing on an attached segment. Who has mapped it keeps the memory.
         """
@@ -331,7 +331,7 @@ def populate(mapped: Bytes, go_on: Callable[[], bool]) -> None:
     """Map every page into this process, a piece at a time, while `go_on()`.
 
     Without it each page costs a fault when it is first copied to or from. For a thread
-    of its own: some 0.1 s a GiB, without the interpreter's lock.
+    of its own: some 0.1 s per GiB, without the interpreter's lock.
     """
     madvise = _madvise()
     for offset in range(0, mapped.nbytes, POPULATE_BYTES):

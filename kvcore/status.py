@@ -1,6 +1,6 @@
-"""What a server tells of itself and its parts: the values that STATUS lists.
+"""Values that STATUS lists, for the server and its components.
 
-Whoever knows a part describes it, in storage, transport or engine.
+Each component in storage, server or engine fills in its own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LeaseStatus(msgspec.Struct, frozen=True):
 
 
 class TicketStatus(msgspec.Struct, frozen=True):
-    """What a worker copies itself just now, or has not said that it has."""
+    """One reservation or hold of a worker that has not ended."""
 
     instance_id: str
     request_id: str
@@ -72,8 +72,10 @@ class PrefetchStatus(msgspec.Struct, frozen=True):
     engine_id: str
     request_id: str
     state: str
-    num_chunks: Annotated[int, Meta(description="that memory lacked, and those after")]
-    num_found: Annotated[int, Meta(description="leading ones that can be had")]
+    num_chunks: Annotated[
+        int, Meta(description="from the first one missing in memory on")
+    ]
+    num_found: Annotated[int, Meta(description="leading chunks found")]
     num_loaded: Annotated[int, Meta(description="parts")]
     num_bytes: int
     age_s: float
@@ -81,16 +83,16 @@ class PrefetchStatus(msgspec.Struct, frozen=True):
 
 
 class WriteBackStatus(msgspec.Struct, frozen=True):
-    """What waits to be written to one tier."""
+    """Parts queued for writing to one tier."""
 
     tier: str
     num_parts: int
     num_bytes: int
-    num_writing: Annotated[int, Meta(description="parts that the tier has in hand")]
+    num_writing: Annotated[int, Meta(description="parts being written")]
 
 
 class TierStatus(msgspec.Struct, frozen=True):
-    """One store beneath memory."""
+    """One storage tier below memory."""
 
     name: str
     url: Annotated[str, Meta(description="without its secrets")]
@@ -104,31 +106,35 @@ class TierStatus(msgspec.Struct, frozen=True):
 
 
 class PieceRate(msgspec.Struct, frozen=True, array_like=True):
-    """How fast scattered pieces of one size were moved."""
+    """Measured copy rate of scattered pieces of one size."""
 
     piece_bytes: int
     bytes_s: float
 
 
 class CopyRates(msgspec.Struct, frozen=True):
-    """What copies between one GPU and page-locked memory took, one way."""
+    """Measured copies between one GPU and page-locked memory, in one direction."""
 
     link_bytes_s: Annotated[float, Meta(description="one large copy")]
-    start_s: Annotated[float, Meta(description="one small copy, until it is seen done")]
+    start_s: Annotated[
+        float, Meta(description="one small copy, until its completion is seen")
+    ]
     call_s: Annotated[float, Meta(description="each of many small copies")]
     staged_start_s: Annotated[float, Meta(description="one small copy by kernels")]
-    batched: Annotated[tuple[PieceRate, ...], Meta(description="handed over at once")]
+    batched: Annotated[
+        tuple[PieceRate, ...], Meta(description="submitted as one batch")
+    ]
     kernels: Annotated[
         tuple[PieceRate, ...], Meta(description="packed or unpacked on the device")
     ]
 
 
 class DeviceRates(msgspec.Struct, frozen=True):
-    """What was measured of one GPU before its first copy; the ways follow from it."""
+    """Measurements of one GPU before its first copy; they select the copy method."""
 
     to_host: CopyRates
     to_device: CopyRates
-    measured_s: Annotated[float, Meta(description="what measuring took")]
+    measured_s: Annotated[float, Meta(description="duration of the measurement")]
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
@@ -138,12 +144,14 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     name: str
     num_caches: int
     staging_bytes: Annotated[int, Meta(description="device memory in use for copies")]
-    copies: Annotated[dict[str, int], Meta(description="calls, by way and direction")]
+    copies: Annotated[
+        dict[str, int], Meta(description="calls, by method and direction")
+    ]
     rates: DeviceRates
 
 
 class QuotaStatus(msgspec.Struct, frozen=True):
-    """What one space has of what it may keep when others need the room."""
+    """Use of one quota: bytes protected when other spaces need memory."""
 
     space: Annotated[str, Meta(description="`salt:NAME` or `model:NAME`")]
     used_bytes: int

@@ -1,4 +1,4 @@
-"""What follows from the declared requests, and the frames that carry them.
+"""Request types derived from their declarations, and their encoding in frames.
 
 One ZeroMQ message carries one request or one reply, msgpack in a single frame:
 
@@ -24,7 +24,7 @@ from kvcore.protocol import BootToken, Lane, Request
 
 @dataclass(frozen=True)
 class RequestType:
-    """One declared request and what follows from its declaration.
+    """One declared request and the values derived from its declaration.
 
     What takes a millisecond to derive is derived when first asked for: a client uses
     a few requests, and imports them all.
@@ -94,7 +94,7 @@ BY_CLASS: dict[type[Request[Any]], RequestType] = {
 
 
 class RequestEnvelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What stands around a request's body."""
+    """Envelope of a request's body."""
 
     id: int
     name: str
@@ -105,7 +105,7 @@ class RequestEnvelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class ReplyEnvelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What stands around a reply's body. `id` 0 answers what could not be read."""
+    """Envelope of a reply's body. `id` 0 answers an unreadable request."""
 
     id: int
     code: str
