@@ -24,7 +24,7 @@ test-all: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --hypothesis-profile full --numprocesses 3 --dist worksteal \
+	$(BIN)/python -m pytest --hypothesis-profile full --timeout 600 --numprocesses 3 --dist worksteal \
 	  -m 'not gpu and not torch and not vllm and not soak and not tiers and not browser'
 
 # The tiers over real stores, each started and killed by its tests: Valkey, Redis, an S3

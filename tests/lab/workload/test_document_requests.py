@@ -98,7 +98,7 @@ def test_a_trace_s_own_reuse_is_counted_in_contents(folder: Path) -> None:
         ),
         ("2_passages.jsonl", '{"id": 0}\n', "2_passages.jsonl:1: needs passage_id"),
         ("0_trace.jsonl", '{"timestamp": 1}\n', "0_trace.jsonl:1: "),
-        ("0_trace.jsonl", None, r"no 0_trace\.jsonl of a RAGPulse trace"),
+        ("0_trace.jsonl", None, r"no 0_trace\.jsonl; a RAGPulse trace has one"),
     ],
 )
 def test_what_is_wrong_with_a_trace_is_named(
