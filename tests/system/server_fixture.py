@@ -52,6 +52,7 @@ class Server:
         self.log = folder / f"stderr-{len(list(folder.iterdir()))}"
         ready = folder / "ready"
         self.prefix = prefix
+        self.program = program
         arguments = (
             *("serve", "--address", address, "--ready-file", str(ready)),
             *(*OPTIONS, *options),
@@ -111,7 +112,11 @@ class Server:
     def restart(self) -> Server:
         """Start another process with the same address and options."""
         return Server(
-            self.folder, *self.options, address=self.address, prefix=self.prefix
+            self.folder,
+            *self.options,
+            address=self.address,
+            prefix=self.prefix,
+            program=self.program,
         )
 
     def close(self) -> None:

@@ -53,7 +53,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
         def start(*options: str, **rest: str) -> Server:
             folder = tmp_path_factory.mktemp("server")
-            server = Server(folder, *SERVER, *options, **rest)
+            # Not forked: the one fork server of this process is for engines.
+            program = ("-m", "kvctl")
+            server = Server(folder, *SERVER, *options, program=program, **rest)
             stack.callback(server.close)
             return server
 
