@@ -240,7 +240,7 @@ class Engine:
         for hook in self.hooks.client_end:
             hook(client)
         self.leases.end_client(client)
-        for key in self.sessions.of_client(client):
+        for key in self.sessions.remove_client(client):
             self._end_session(key)
 
     def run_after_close(self, call: Callable[[], object]) -> None:

@@ -23,13 +23,13 @@ class Session:
     space: Keyspace
     chain: HashChain
     last_used: float
-    client: Hashable
-    """Who opened it: the session ends with this client."""
     num_running: int = 0
     extending: bool = False
     num_lookups: int = 0
     """Lookups begun so far: the last one's lease is the session's."""
     ended: bool = False
+    clients: set[Hashable] = field(default_factory=set)
+    """Who has used it: the session ends with the last of them."""
     owner: SaltedKey = field(init=False)
     """The key with the salt of its extras: the owner of what it stores and loads."""
 
@@ -66,7 +66,7 @@ class SessionTable:
         return len(self._sessions)
 
     def open(self, key: SessionKey, space: Keyspace, client: Hashable) -> Session:
-        """Return a session; an unknown one is created, and ends with `client`.
+        """Return a session, which ends with the last of its clients.
 
         So a killed engine leaves no tokens behind, which its successor would store
         another prompt's KV under when it uses the request id again.
@@ -79,7 +79,7 @@ class SessionTable:
         if session is None or session.ended:
             self._make_room()
             chain = HashChain(space.seed, self._chunk_size)
-            session = Session(key, space, chain, now, client)
+            session = Session(key, space, chain, now)
             self._sessions[key] = session
         elif session.space is not space:
             raise BadRequest(
@@ -87,6 +87,7 @@ class SessionTable:
                 f"{session.space.model!r} with world size {session.space.world_size}, "
                 f"not {space.model!r} with {space.world_size}"
             )
+        session.clients.add(client)
         session.last_used = now
         self._sessions.move_to_end(key)
         return session
@@ -183,9 +184,15 @@ class SessionTable:
             if session.ended and not session.num_running:
                 self._drop(session)
 
-    def of_client(self, client: Hashable) -> list[SessionKey]:
-        """Return the keys of the sessions that a client opened."""
-        return [key for key, each in self._sessions.items() if each.client == client]
+    def remove_client(self, client: Hashable) -> list[SessionKey]:
+        """Remove a client that is gone; return the sessions that have no other."""
+        left = []
+        for key, session in self._sessions.items():
+            if client in session.clients:
+                session.clients.discard(client)
+                if not session.clients:
+                    left.append(key)
+        return left
 
     def expire(self) -> None:
         """End the sessions that no request has used for `idle_s`."""

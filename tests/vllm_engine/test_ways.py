@@ -36,7 +36,17 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+HAS_AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
+NEEDS = {
+    "fp8": pytest.mark.skipif(
+        not HAS_AVX512, reason="vLLM's fp8 cache on a CPU needs AVX-512"
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=NEEDS.get(way, ())) for way in WAYS]
+)
 def test_a_second_engine_answers_the_same(way: str, serve: Serve, start: Start) -> None:
     """Without a connector, cold, and warm in a new process."""
     options = {"max_num_batched_tokens": 256, **WAYS[way]}
