@@ -3,6 +3,8 @@
 ZeroMQ does not report that a peer ended. A client in the same pid namespace is watched
 through a pidfd, which becomes readable when its process ends; any other client sends
 heartbeats and counts as ended after four missed ones.
+
+This module detects a death; `Engine.end_client` handles it.
 """
 
 from __future__ import annotations
