@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kvcore.options import ByteSize, Options, require
+from kvcore.option_structs import ByteSize, Options, require
 
 
 class L1Config(Options, frozen=True):

@@ -16,7 +16,7 @@ CORE = (
     (
         "kvcore",
         "kvcore.errors",
-        "kvcore.options",
+        "kvcore.option_structs",
         "kvcore.config",
         "kvcore.keys",
         "kvcore.rope",

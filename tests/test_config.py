@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from kvcore.config import L1Config, ServerConfig
 from kvcore.errors import SetupError
-from kvcore.options import (
+from kvcore.option_structs import (
     ByteSize,
     Options,
     decode_hook,

@@ -37,7 +37,7 @@ from kvcore.blend.rolling_hash import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
 from kvcore.copy.block_arrays import BlockArray, TokenRange
 from kvcore.engine.engine import Engine
-from kvcore.engine.instance import Instance
+from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
 from kvcore.engine.transfers import AfterScatter

@@ -16,9 +16,8 @@ from functools import partial
 from time import monotonic_ns
 
 from kvcore.client.pending_requests import NEVER_NS, PendingRequest, PendingTable
-from kvcore.client.server_process import ServerProcess
 from kvcore.errors import Closed, DeadlineExceeded, KVError, StaleBoot, Unavailable
-from kvcore.process import pid_namespace, start_time
+from kvcore.process import ServerProcess, pid_namespace, start_time
 from kvcore.protocol import (
     NO_BOOT,
     PROTOCOL_VERSION,

@@ -24,7 +24,7 @@ from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.cuda.calibration import CopyMethod, choose_method, measure
 from kvcore.cuda.copy_plan import I64, ByteRanges, CopyPlan, PartRows
 from kvcore.cuda.device import Device, Stream
-from kvcore.cuda.kernels import DeviceKeys, Kernels, RowCopy
+from kvcore.cuda.kernel_launches import DeviceKeys, Kernels, RowCopy
 from kvcore.cuda.staging import (
     NUM_SLOTS,
     StagingBuffer,

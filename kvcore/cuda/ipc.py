@@ -155,7 +155,7 @@ def open_caches(device: Device) -> DeviceCaches:
     Without working kernels, copies use the copy engines only; a warning is logged.
     """
     from kvcore.cuda.cuda_cache import CudaCaches
-    from kvcore.cuda.kernels import NoKernels, TritonKernels
+    from kvcore.cuda.kernel_launches import NoKernels, TritonKernels
 
     kernels = TritonKernels(device)
     try:

@@ -194,4 +194,4 @@ move = triton.jit(_move, repr=_move_name)
 turn = triton.jit(_turn, repr=_turn_name)
 
 KERNELS = {"upload": upload, "move": move, "turn": turn}
-"""By the name that `kvcore.cuda.kernels` knows them by."""
+"""By the name that `kvcore.cuda.kernel_launches` knows them by."""

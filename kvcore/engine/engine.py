@@ -18,10 +18,9 @@ from kvcore.config import ServerConfig
 from kvcore.copy.transport import TransportTable
 from kvcore.engine.counters import EngineCounters
 from kvcore.engine.explain import MissHistory
-from kvcore.engine.instance import Instance, derive_layouts, is_private
 from kvcore.engine.leases import LeaseTable
 from kvcore.engine.lookups import Lookups
-from kvcore.engine.registry import Registry
+from kvcore.engine.registrations import Instance, Registry, derive_layouts, is_private
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.engine.tiering import OpenTiering, no_tiering

@@ -25,9 +25,8 @@ from kvcore.copy.block_arrays import (
 )
 from kvcore.copy.paged_cache import ChunkCopier, PagedCache
 from kvcore.engine.counters import EngineCounters
-from kvcore.engine.instance import Instance
 from kvcore.engine.leases import LeaseNumber, LeaseTable
-from kvcore.engine.registry import GONE_MEANWHILE, Registry
+from kvcore.engine.registrations import GONE_MEANWHILE, Instance, Registry
 from kvcore.engine.request_context import RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.errors import (

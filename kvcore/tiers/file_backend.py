@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote
 
 from kvcore.errors import BadRequest, DeadlineExceeded, SetupError, Unavailable
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.tiers.direct_io import (
     file_bytes,
     read_record,

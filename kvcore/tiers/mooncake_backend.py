@@ -26,7 +26,7 @@ import msgspec
 
 from kvcore.errors import DeadlineExceeded, SetupError, Unavailable
 from kvcore.extents import Buffers
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.shm import SEGMENT_PREFIX, Bytes, Segment
 from kvcore.tiers.direct_io import address_of
 from kvcore.tiers.mooncake_process import (

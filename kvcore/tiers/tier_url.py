@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 import msgspec
 
 from kvcore.errors import SetupError
-from kvcore.options import Options, decode_hook, require, type_name
+from kvcore.option_structs import Options, decode_hook, require, type_name
 from kvcore.tiers.thread_pool_tier import ThreadPoolTier
 from kvcore.tiers.tier import Backend, Tier
 

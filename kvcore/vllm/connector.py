@@ -31,9 +31,9 @@ from kvcore.vllm.kv_cache_groups import (
     describe_caches,
     engine_groups,
 )
+from kvcore.vllm.memory_handles import PrivateCacheMemory, SharedCacheMemory
 from kvcore.vllm.model_identity import extra_keys, is_cacheable, model_identity
 from kvcore.vllm.server_link import ServerLink
-from kvcore.vllm.shared_cache import PrivateCacheMemory, SharedCacheMemory
 from kvcore.vllm.step_metadata import OpId, ScheduledRequest, StepPlan
 
 log = logging.getLogger(__name__)

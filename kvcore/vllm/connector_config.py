@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from kvcore.config import ServerConfig, is_address
 from kvcore.errors import SetupError
-from kvcore.options import Options, require
+from kvcore.option_structs import Options, require
 
 
 class ConnectorConfig(Options, frozen=True):

@@ -14,7 +14,7 @@ from typing import Any
 from kvcore.errors import LayoutError, SetupError
 from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
 from kvcore.protocol import MemoryHandle
-from kvcore.vllm.shared_cache import Tensor
+from kvcore.vllm.memory_handles import Tensor
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], str]
 """Shape, strides, dtype: what the tensors of one group have in common."""

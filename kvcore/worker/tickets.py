@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, ClassVar, TypeVar
 
 from kvcore.engine.engine import Engine
-from kvcore.engine.instance import Instance
+from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.transfers import HeldChunks, PendingStore, TransferPlan
 from kvcore.errors import BadRequest, Overloaded, UnknownTicket

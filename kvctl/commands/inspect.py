@@ -13,7 +13,7 @@ import typer
 from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
-from kvcore.options import describe
+from kvcore.option_structs import describe
 from kvcore.protocol import StatusReply, Why
 from kvcore.status import InstanceStatus
 from kvctl import console

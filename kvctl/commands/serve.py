@@ -14,7 +14,7 @@ import typer
 
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
-from kvcore.options import describe, flag_name, load
+from kvcore.option_structs import describe, flag_name, load
 from kvcore.private_file import open_private
 from kvctl import console
 

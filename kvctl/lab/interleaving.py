@@ -18,7 +18,7 @@ from time import monotonic
 
 from kvcore.errors import SetupError, Unavailable
 from kvcore.shm import SHM_DIR
-from kvctl.lab.config.load_config import ClosedLoop
+from kvctl.lab.config.arrival_config import ClosedLoop
 from kvctl.lab.config.scenario import Scenario
 
 FIRST, SECOND = "first", "second"

@@ -21,8 +21,8 @@ from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result
 from kvctl.lab.results.result_builder import summarise
 from kvctl.lab.run.load_driver import LoadDriver
+from kvctl.lab.run.process_monitor import Interrupts, RunMonitor, RunWatcher
 from kvctl.lab.run.raw_measurements import RawMeasurements
-from kvctl.lab.run.run_monitor import Interrupts, RunMonitor, RunWatcher
 from kvctl.lab.systems.child_processes import ExternalServer, RunningService, fill
 from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.systems.system_registry import start_server

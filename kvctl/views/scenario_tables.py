@@ -10,10 +10,10 @@ from msgspec import NODEFAULT
 
 from kvcore.config import ServerConfig
 from kvcore.keys import HashChain, chain_seed, pack_tokens
-from kvcore.options import Options, describe, encode_hook
+from kvcore.option_structs import Options, describe, encode_hook
 from kvctl.console import Table, size
+from kvctl.lab.config.arrival_config import ClosedLoop, Load, Sweep
 from kvctl.lab.config.copy_settings import Copies
-from kvctl.lab.config.load_config import ClosedLoop, Load, Sweep
 from kvctl.lab.config.scenario import Fault, Limits, Scenario, publish
 from kvctl.lab.config.workload_config import Workload
 from kvctl.lab.vllm.vllm_scenario import VLLMScenario, prompt_lengths
@@ -78,7 +78,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "list": {"type": "array"},
     "size": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]},
 }
-"""Schemas by the names of `kvcore.options.type_name`."""
+"""Schemas by the names of `kvcore.option_structs.type_name`."""
 
 
 def build_vllm_tables(

@@ -17,7 +17,7 @@ import msgspec
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.protocol import LookupReply
-from kvctl.lab.config.load_config import ClosedLoop, Constant, Load
+from kvctl.lab.config.arrival_config import ClosedLoop, Constant, Load
 from kvctl.lab.config.scenario import ModelConfig, Scenario
 from kvctl.lab.config.workload_config import SharedPrefix
 from kvctl.lab.engine.engine_statistics import unpack

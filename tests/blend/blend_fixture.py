@@ -30,12 +30,12 @@ from kvcore.config import (
 )
 from kvcore.engine import lookups
 from kvcore.engine.engine import Engine
-from kvcore.engine.instance import Instance
+from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.tiering import no_tiering
 from kvcore.errors import ChunksMissing, DeadlineExceeded, KVError
 from kvcore.keys import ChunkHash, HashChain, chain_seed
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.protocol import CBRegisterKVCache, CBRetrievePreComputed, PosixShm
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.arena import Arena

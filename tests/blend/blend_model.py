@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcore.engine.instance import Instance
+from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply
 from kvcore.errors import KVError
 from kvcore.keys import ChunkHash, ExtraKey, pack_tokens

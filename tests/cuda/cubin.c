@@ -104,7 +104,7 @@ int program_run(const struct program *program, void **parameters) {
     return 1;
 }
 
-/* -- the kernels; arguments are in the order of `kernels.py` ----------------------- */
+/* -- the kernels; arguments are in the order of `kernel_launches.py` ----------------------- */
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }

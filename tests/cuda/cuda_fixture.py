@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCache, CudaCaches
-from kvcore.cuda.kernels import Kernels
+from kvcore.cuda.kernel_launches import Kernels
 from kvcore.cuda.staging import StagingSizes
 from kvcore.layout import KVLayout
 from kvcore.status import CopyRates, DeviceRates, PieceRate

@@ -13,7 +13,7 @@ from importlib.util import find_spec, module_from_spec
 from typing import Any
 from unittest.mock import patch
 
-from kvcore.cuda.kernels import (
+from kvcore.cuda.kernel_launches import (
     Arguments,
     RotateLaunch,
     RowCopy,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from kvcore.blend.key_rotation import RAW_DTYPES
-from kvcore.cuda.kernels import RotateLaunch, RowCopy
+from kvcore.cuda.kernel_launches import RotateLaunch, RowCopy
 from kvcore.cuda.staging import FilledBuffer
 from tests.cuda.fake_gpu import FakeStream, Touch, array_at
 

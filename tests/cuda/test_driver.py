@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvcore.cuda.ipc import open_caches, open_cuda_transports
-from kvcore.cuda.kernels import TritonKernels, compiled, upload_arguments
+from kvcore.cuda.kernel_launches import TritonKernels, compiled, upload_arguments
 from kvcore.cuda.staging import FilledBuffer
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 

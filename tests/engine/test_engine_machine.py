@@ -36,7 +36,7 @@ from kvcore.copy.block_arrays import TokenRange
 from kvcore.copy.transport import TransportTable
 from kvcore.engine import lookups
 from kvcore.engine.engine import Engine
-from kvcore.engine.instance import Instance
+from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply
 from kvcore.engine.tiering import no_tiering
 from kvcore.engine.transfers import HeldChunks
@@ -58,7 +58,7 @@ from kvcore.keys import (
     ChunkHash,
     SessionKey,
 )
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.protocol import (
     NULL_BLOCK,
     Abort,

@@ -28,7 +28,7 @@ from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCache
 from kvcore.cuda.ipc import open_caches
-from kvcore.cuda.kernels import PROGRAMS
+from kvcore.cuda.kernel_launches import PROGRAMS
 from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView
 from tests.cuda.cuda_fixture import favouring

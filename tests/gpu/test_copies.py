@@ -17,7 +17,7 @@ from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.copy.host_cache import HostCache
 from kvcore.cuda.calibration import CopyMethod
 from kvcore.cuda.cuda_cache import CudaCache, CudaCaches
-from kvcore.cuda.kernels import TritonKernels
+from kvcore.cuda.kernel_launches import TritonKernels
 from kvcore.cuda.staging import StagingSizes
 from kvcore.extents import Extent
 from kvcore.layout import CacheGroup, KVLayout, TensorView

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvcore.protocol import CudaIpc
-from kvcore.vllm.shared_cache import SharedCacheMemory
+from kvcore.vllm.memory_handles import SharedCacheMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.card]
 

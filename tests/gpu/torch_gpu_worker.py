@@ -22,7 +22,7 @@ class TorchWorkerCommands(WorkerCommands):
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
         import torch
 
-        from kvcore.vllm.shared_cache import CudaEvents
+        from kvcore.vllm.memory_handles import CudaEvents
 
         super().__init__(address, name, driver)
         self.torch = torch

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from kvcore.config import L1Config
 from kvcore.errors import SetupError
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvctl.lab.config.scenario import ModelConfig, Scenario
 from kvctl.lab.config.workload_config import Chat
 from kvctl.lab.interleaving import Interleaving, fit_in_memory

@@ -19,7 +19,7 @@ from kvcore.config import L1Config, ServerConfig, WireConfig
 from kvcore.errors import ERRORS
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.layout import CacheGroup, TensorView
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
     NO_BOOT,

@@ -10,7 +10,7 @@ from kvcore.config import L1Config
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, ExtraKey, SessionKey, cache_salt
 from kvcore.layout import Fingerprint
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartName
 from kvcore.storage.eviction import POLICIES

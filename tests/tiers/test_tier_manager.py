@@ -12,7 +12,7 @@ from kvcore.config import PrefetchConfig, WriteBackConfig
 from kvcore.extents import buffers_of, checksum_of
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.layout import Fingerprint
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.storage.arena import Arena
 from kvcore.storage.chunk import PartId, PartName
 from kvcore.storage.l1 import L1

@@ -21,8 +21,8 @@ from kvcore.layout import KVLayout
 from kvcore.protocol import CudaIpc, PosixShm
 from kvcore.shm import SHM_DIR, Segment, remove_dead
 from kvcore.vllm import kv_cache_groups as groups
-from kvcore.vllm import shared_cache as memory_module
-from kvcore.vllm.shared_cache import SEGMENT_PREFIX, SharedCacheMemory
+from kvcore.vllm import memory_handles as memory_module
+from kvcore.vllm.memory_handles import SEGMENT_PREFIX, SharedCacheMemory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -209,7 +209,7 @@ def test_shared_memory_has_a_name_of_its_owners(
 
 SHARE_AND_WAIT = """
 import sys
-from kvcore.vllm.shared_cache import SharedCacheMemory
+from kvcore.vllm.memory_handles import SharedCacheMemory
 from tests.vllm.test_kv_cache_groups import Storage, Tensor
 memory = SharedCacheMemory()
 print(memory.share(Tensor((8, 32), (32, 1), Storage(1024))).name, flush=True)

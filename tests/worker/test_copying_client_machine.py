@@ -26,7 +26,7 @@ from kvcore.errors import (
     UnknownTicket,
 )
 from kvcore.extents import buffers_of
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvcore.protocol import (
     Abort,
     Clear,

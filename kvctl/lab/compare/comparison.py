@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from kvcore.errors import SetupError
-from kvcore.options import encode_hook
+from kvcore.option_structs import encode_hook
 from kvctl.console import write_text
 from kvctl.lab.compare.significance import Contrast, Effect, judge, paired, unpaired
 from kvctl.lab.results.result import Result, System, read

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from kvcore.options import ByteSize, Options, require
+from kvcore.option_structs import ByteSize, Options, require
 from kvctl.lab.config.model_geometry import Geometry
 
 TOKEN_BYTES = 2048

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
-from kvcore.options import Options, load, require
+from kvcore.option_structs import Options, load, require
+from kvctl.lab.config.arrival_config import ClosedLoop, Load, Seconds
 from kvctl.lab.config.copy_settings import Copies
-from kvctl.lab.config.load_config import ClosedLoop, Load, Seconds
 from kvctl.lab.config.model_geometry import Geometry, preset
 from kvctl.lab.config.workload_config import Positive, Share, Workload
 

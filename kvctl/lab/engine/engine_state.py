@@ -10,7 +10,7 @@ import numpy as np
 
 from kvcore.errors import SetupError
 from kvcore.keys import chain_seed
-from kvctl.lab.config.load_config import Load, Sweep
+from kvctl.lab.config.arrival_config import Load, Sweep
 from kvctl.lab.config.model_geometry import Indices
 from kvctl.lab.engine.continuous_batch import BatchClock, ContinuousBatch
 from kvctl.lab.engine.engine_statistics import EngineStatistics

@@ -7,7 +7,7 @@ from html import escape
 
 import msgspec
 
-from kvcore.options import encode_hook
+from kvcore.option_structs import encode_hook
 from kvctl.console import Table, duration
 from kvctl.lab.compare.comparison import (
     Comparison,

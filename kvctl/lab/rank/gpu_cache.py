@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvcore.cuda.cuda_worker_memory import CudaWorkerMemory, DeviceWorkerMemory
 from kvcore.cuda.driver import open_devices
 from kvcore.cuda.ipc import export, open_caches
+from kvcore.cuda.worker_device_memory import CudaWorkerMemory, DeviceWorkerMemory
 from kvcore.errors import SetupError
 from kvcore.layout import KVLayout
 from kvcore.protocol import MemoryHandle

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvctl.console import Table, duration, plural, size, sparkline
 from kvctl.lab.config.copy_settings import CopyRow
 from kvctl.lab.latency import Latency

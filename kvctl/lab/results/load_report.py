@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from kvctl.lab.config.load_config import ClosedLoop, Sweep
+from kvctl.lab.config.arrival_config import ClosedLoop, Sweep
 from kvctl.lab.config.scenario import Limits, Scenario
 from kvctl.lab.engine.engine_state import GRACE
 from kvctl.lab.engine.engine_statistics import Outcome, Records

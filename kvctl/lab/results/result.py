@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from kvcore.errors import SetupError
-from kvcore.options import decode_hook, encode_hook
+from kvcore.option_structs import decode_hook, encode_hook
 from kvcore.status import DeviceStatus
 from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.config.copy_settings import CopyRow

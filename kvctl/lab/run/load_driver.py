@@ -25,8 +25,8 @@ from kvctl.lab.run.environment import anonymous_bytes
 from kvctl.lab.run.fault_injection import FaultInjector
 from kvctl.lab.run.fault_targets import FaultTargets
 from kvctl.lab.run.post_load_measurements import PostLoadMeasurements
+from kvctl.lab.run.process_monitor import RunMonitor
 from kvctl.lab.run.raw_measurements import TierBytes
-from kvctl.lab.run.run_monitor import RunMonitor
 from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.systems.system_registry import connect_driver

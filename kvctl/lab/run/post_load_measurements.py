@@ -15,7 +15,7 @@ from kvctl.lab.latency import time_calls
 from kvctl.lab.process_messages import MeasureCopies, MeasureIsolatedCalls, Start, send
 from kvctl.lab.rank import isolated_calls
 from kvctl.lab.rank.copy_benchmark import cpu_s, make_row
-from kvctl.lab.run.run_monitor import RunMonitor
+from kvctl.lab.run.process_monitor import RunMonitor
 from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.workload.access_generators import accesses

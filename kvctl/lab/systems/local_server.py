@@ -15,7 +15,7 @@ import msgspec
 
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError, Unavailable
-from kvcore.options import encode_hook
+from kvcore.option_structs import encode_hook
 from kvcore.shm import SEGMENT_PREFIX, remove_dead
 
 READY_S = 120.0

@@ -27,7 +27,7 @@ from msgspec import Meta
 from kvcore.client import KVClient
 from kvcore.config import L1Config, ServerConfig
 from kvcore.errors import SetupError, Unavailable
-from kvcore.options import ByteSize, Options, encode_hook, load
+from kvcore.option_structs import ByteSize, Options, encode_hook, load
 from kvctl.console import Table
 from kvctl.lab.config.workload_config import Chat, Workload
 from kvctl.lab.run.environment import Environment, detect

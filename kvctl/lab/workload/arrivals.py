@@ -10,7 +10,7 @@ from typing import assert_never
 import numpy as np
 
 from kvcore.errors import SetupError
-from kvctl.lab.config.load_config import (
+from kvctl.lab.config.arrival_config import (
     Bursts,
     ClosedLoop,
     Constant,

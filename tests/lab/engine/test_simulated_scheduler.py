@@ -16,7 +16,7 @@ from kvcore.client import KVClient
 from kvcore.errors import Internal, KVError
 from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import LookupReply
-from kvctl.lab.config.load_config import ClosedLoop, Constant, Poisson
+from kvctl.lab.config.arrival_config import ClosedLoop, Constant, Poisson
 from kvctl.lab.config.scenario import EngineModel, Limits, ModelConfig, Scenario, Tenant
 from kvctl.lab.config.workload_config import Chat, SharedPrefix
 from kvctl.lab.engine.engine_statistics import unpack

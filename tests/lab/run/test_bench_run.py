@@ -305,7 +305,7 @@ def test_a_given_server_is_used_and_left_running(
     """--server: its chunk size is used, its L1 keeps chunks, and it continues."""
     from kvcore.client import KVClient
     from kvcore.config import ServerConfig
-    from kvcore.options import load
+    from kvcore.option_structs import load
     from kvctl.lab.systems.local_server import LocalServer
 
     settings = ["chunk_size=64", "l1.size=16MiB", "l1.page=4KiB"]

@@ -20,7 +20,7 @@ from kvctl.lab.rank.isolated_calls import WARM_UP_ROUNDS, IsolatedCalls
 from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
 from kvctl.lab.report import result_tables
 from kvctl.lab.results.result import Result
-from kvctl.lab.run.run_monitor import RunWatcher
+from kvctl.lab.run.process_monitor import RunWatcher
 from tests.lab.rank.test_simulated_rank import FakeClient, make
 from tests.lab.run.test_bench_run import command_of, descendants
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvcore.errors import SetupError
-from kvctl.lab.config.load_config import (
+from kvctl.lab.config.arrival_config import (
     Bursts,
     ClosedLoop,
     Constant,

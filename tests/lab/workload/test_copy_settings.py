@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvcore.errors import SetupError
-from kvcore.options import ByteSize
+from kvcore.option_structs import ByteSize
 from kvctl.lab.config.copy_settings import Copies, Setting
 from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import CopyTimes

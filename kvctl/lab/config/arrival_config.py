@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from kvcore.options import Options, require
+from kvcore.option_structs import Options, require
 
 Rate = Annotated[
     float, Meta(gt=0, description="requests per second, of all engines together")

@@ -16,7 +16,7 @@ import pytest
 from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotate_cached_keys
 from kvcore.copy.host_cache import HostCache
 from kvcore.cuda.copy_plan import WORDS, PartRows
-from kvcore.cuda.kernels import (
+from kvcore.cuda.kernel_launches import (
     TILES,
     Arguments,
     CompiledKernel,

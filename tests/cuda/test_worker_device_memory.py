@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcore.cuda.cuda_worker_memory import DeviceWorkerMemory
+from kvcore.cuda.worker_device_memory import DeviceWorkerMemory
 from kvcore.errors import DeviceFailed
 from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
