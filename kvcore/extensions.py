@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kvcore.config import ServerConfig
-from kvcore.copy.transport import Transport
+from kvcore.copy.memory_transports import Transport
 from kvcore.engine.engine import Engine
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.tiering import OpenTiering

@@ -270,35 +270,24 @@ def coalesce(
     units = block_units(layout)
     first = first_token // layout.part.unit_tokens
     end = end_token // layout.part.unit_tokens
-    lead, tail = -(-first // units), end // units
-    if lead > tail:
-        yield from _cut(blocks, tail, first % units, end % units)
-        return
+    begin, stop = first // units, -(-end // units)
+    borders = {begin, stop}
     if first % units:
-        yield from _cut(blocks, lead - 1, first % units, units)
-    yield from _whole(blocks, lead, tail, units)
+        borders.add(begin + 1)
     if end % units:
-        yield from _cut(blocks, tail, 0, end % units)
-
-
-def _cut(blocks: BlockArray, index: int, first: int, end: int) -> Iterator[BlockRun]:
-    block = int(blocks[index])
-    if block != NULL_BLOCK:
-        yield BlockRun(index, block, 1, first, end)
-
-
-def _whole(blocks: BlockArray, lead: int, tail: int, units: int) -> Iterator[BlockRun]:
-    if lead == tail:
-        return
-    cuts = [
-        lead,
-        *(np.flatnonzero(breaks(blocks[lead:tail])) + lead + 1).tolist(),
-        tail,
-    ]
-    for index, following in pairwise(cuts):
+        borders.add(stop - 1)
+    borders.update((np.flatnonzero(breaks(blocks[begin:stop])) + begin + 1).tolist())
+    for index, following in pairwise(sorted(borders)):
         block = int(blocks[index])
         if block != NULL_BLOCK:
-            yield BlockRun(index, block, following - index, 0, units)
+            inside = index * units
+            yield BlockRun(
+                index,
+                block,
+                following - index,
+                max(first - inside, 0),
+                min(end - inside, units),
+            )
 
 
 def breaks(blocks: BlockArray) -> npt.NDArray[np.bool_]:

@@ -8,6 +8,7 @@ reserved or held the parts, and commits, aborts or releases them whatever the co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Protocol
 
 from kvcore.copy.block_arrays import BlockArray, ChunkSpans, TokenRange
@@ -84,17 +85,15 @@ class ChunkCopier:
 
         Parts without a checksum pass.
         """
+        memory = self._arena.data
         return sorted(
             {
                 place.index
-                for parts in places
-                for place in parts
-                if place.checksum and self._checksum(place) != place.checksum
+                for place in chain.from_iterable(places)
+                if place.checksum
+                and checksum_of(buffers_of(memory, place.extents)) != place.checksum
             }
         )
-
-    def _checksum(self, place: PartLocation) -> Checksum:
-        return checksum_of(buffers_of(self._arena.data, place.extents))
 
     def scatter(
         self,

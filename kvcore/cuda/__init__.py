@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvcore.copy.transport import Transport
+    from kvcore.copy.memory_transports import Transport
     from kvcore.extensions import Extensions
     from kvcore.protocol import MemoryHandle
     from kvcore.shm import Bytes

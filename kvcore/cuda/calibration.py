@@ -30,7 +30,7 @@ from typing import IO
 import numpy as np
 
 from kvcore.cuda.copy_plan import I64, PartRows
-from kvcore.cuda.device import Device
+from kvcore.cuda.device_interface import Device
 from kvcore.cuda.kernel_launches import Kernels, NoKernels, RowCopy
 from kvcore.cuda.staging import StagingBuffer, StagingPool
 from kvcore.status import CopyRates, DeviceRates, PieceRate

@@ -23,7 +23,7 @@ from kvcore.blend.key_rotation import BlockRotation
 from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.cuda.calibration import CopyMethod, choose_method, measure
 from kvcore.cuda.copy_plan import I64, ByteRanges, CopyPlan, PartRows
-from kvcore.cuda.device import Device, Stream
+from kvcore.cuda.device_interface import Device, Stream
 from kvcore.cuda.kernel_launches import DeviceKeys, Kernels, RowCopy
 from kvcore.cuda.staging import (
     NUM_SLOTS,

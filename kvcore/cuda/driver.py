@@ -19,7 +19,7 @@ from uuid import UUID
 
 import numpy as np
 
-from kvcore.cuda.device import (
+from kvcore.cuda.device_interface import (
     HANDLE_BYTES,
     Addresses,
     Event,

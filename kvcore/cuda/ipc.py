@@ -18,9 +18,9 @@ from threading import Event as Flag
 from threading import Lock
 from typing import Any, Protocol
 
+from kvcore.copy.memory_transports import AttachedMemory, Transport
 from kvcore.copy.paged_cache import PagedCache
-from kvcore.copy.transport import AttachedMemory, Transport
-from kvcore.cuda.device import Device, Event
+from kvcore.cuda.device_interface import Device, Event
 from kvcore.cuda.staging import PinnedMemory
 from kvcore.errors import (
     BadRequest,
@@ -285,8 +285,8 @@ class Allocations:
             quietly(partial(allocation.device.close_handle, allocation.address))
 
 
-class CudaMemory:
-    """An instance's memory on one GPU; see `AttachedMemory`."""
+class CudaMemory(AttachedMemory):
+    """An instance's memory on one GPU."""
 
     def __init__(
         self, device: Device, caches: tuple[PagedCache, ...], stack: ExitStack

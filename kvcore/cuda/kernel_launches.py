@@ -18,7 +18,7 @@ import numpy as np
 
 from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotation_factors
 from kvcore.cuda.copy_plan import I64, PartRows
-from kvcore.cuda.device import Device, Function, Integer, Launch, Stream
+from kvcore.cuda.device_interface import Device, Function, Integer, Launch, Stream
 from kvcore.cuda.staging import FilledBuffer
 from kvcore.errors import DeviceFailed, LayoutError
 from kvcore.layout import KVLayout

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcore.cuda.device import Device
+from kvcore.cuda.device_interface import Device
 from kvcore.errors import DeviceFailed
 from kvcore.shm import Bytes
 

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Protocol
 
 from kvcore.copy.paged_cache import PagedCache
-from kvcore.cuda.device import Device
+from kvcore.cuda.device_interface import Device
 from kvcore.cuda.ipc import DeviceCaches, quietly
 from kvcore.cuda.staging import PinnedMemory
 from kvcore.layout import KVLayout

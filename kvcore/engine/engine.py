@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 from kvcore.config import ServerConfig
-from kvcore.copy.transport import TransportTable
+from kvcore.copy.memory_transports import TransportTable
 from kvcore.engine.counters import EngineCounters
 from kvcore.engine.explain import MissHistory
 from kvcore.engine.leases import LeaseTable

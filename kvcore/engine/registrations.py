@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvcore.copy.memory_transports import AttachedMemory
 from kvcore.copy.paged_cache import PagedCache
-from kvcore.copy.transport import AttachedMemory
 from kvcore.engine.keyspace import Keyspace
 from kvcore.errors import (
     BadRequest,

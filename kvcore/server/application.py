@@ -17,7 +17,7 @@ from typing import Any
 
 from kvcore import __version__
 from kvcore.config import ServerConfig
-from kvcore.copy.transport import Transport, TransportTable
+from kvcore.copy.memory_transports import Transport, TransportTable
 from kvcore.engine.engine import Engine
 from kvcore.engine.request_context import RequestContext
 from kvcore.engine.tiering import OpenTiering, no_tiering

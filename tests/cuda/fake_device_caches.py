@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcore.copy.host_cache import HostCache
-from kvcore.cuda.device import Device
+from kvcore.cuda.device_interface import Device
 from kvcore.layout import KVLayout
 from kvcore.status import DeviceStatus
 from tests.cuda.cuda_fixture import published

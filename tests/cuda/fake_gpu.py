@@ -26,7 +26,7 @@ from weakref import finalize
 
 import numpy as np
 
-from kvcore.cuda.device import (
+from kvcore.cuda.device_interface import (
     HANDLE_BYTES,
     Addresses,
     Event,

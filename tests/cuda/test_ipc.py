@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from kvcore.copy.transport import AttachedMemory, TransportTable
+from kvcore.copy.memory_transports import AttachedMemory, TransportTable
 from kvcore.cuda.ipc import MAX_EVENTS, CudaTransport, export
 from kvcore.cuda.staging import PinnedMemory
 from kvcore.errors import (

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from kvcore.config import ServerConfig
-from kvcore.copy.transport import TransportTable
-from kvcore.cuda.device import OpenedAllocation
+from kvcore.copy.memory_transports import TransportTable
+from kvcore.cuda.device_interface import OpenedAllocation
 from kvcore.cuda.ipc import CudaTransport, export
 from kvcore.engine.engine import Engine
 from kvcore.engine.request_context import DeferredReply, RequestContext

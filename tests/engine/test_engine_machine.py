@@ -33,7 +33,7 @@ from kvcore.config import (
     WireConfig,
 )
 from kvcore.copy.block_arrays import TokenRange
-from kvcore.copy.transport import TransportTable
+from kvcore.copy.memory_transports import TransportTable
 from kvcore.engine import lookups
 from kvcore.engine.engine import Engine
 from kvcore.engine.registrations import Instance
