@@ -35,6 +35,21 @@ class SessionKey(msgspec.Struct, frozen=True, array_like=True):
     request_id: Annotated[str, msgspec.Meta(max_length=1024)]
 
 
+class ScopedKey(SessionKey, frozen=True, array_like=True):
+    """A session inside the server: `scope` names the engine key that it belongs to.
+
+    The server sets it from the client, so that no client reaches a session of another
+    engine by its name.
+    """
+
+    scope: bytes = b""
+
+
+def scope_of(key: SessionKey) -> bytes:
+    """Return the scope of a session; empty outside a server."""
+    return key.scope if isinstance(key, ScopedKey) else b""
+
+
 class SaltedKey(SessionKey, frozen=True, array_like=True):
     """A session as the owner of stores and loads: its salt names the quota."""
 

@@ -153,6 +153,14 @@ class Hello(Request[HelloReply], frozen=True):
     pid_start: Annotated[int, Meta(description="start time, clock ticks since boot")]
     pid_namespace: Annotated[int, Meta(description="inode of its pid namespace")]
     label: Annotated[Text, Meta(description="shown by inspect")] = ""
+    engine_key: Annotated[
+        bytes,
+        Meta(
+            max_length=64,
+            description="secret of an engine's processes, which share its sessions; "
+            "empty: this client shares them with no other",
+        ),
+    ] = b""
 
 
 class Goodbye(Request[Done], frozen=True):

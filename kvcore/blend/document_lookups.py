@@ -24,19 +24,19 @@ from kvcore.engine.lookups import ACQUIRE_CHUNKS
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
 from kvcore.engine.tiering import PrefetchTask
-from kvcore.keys import ChunkHash, SaltedKey, SessionKey
+from kvcore.keys import ChunkHash, SaltedKey, ScopedKey, SessionKey, scope_of
 from kvcore.protocol import CBMatch, CBRange
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.required_parts import RequiredParts
 
 
-class DocumentLeaseOwner(SessionKey, frozen=True, array_like=True):
+class DocumentLeaseOwner(ScopedKey, frozen=True, array_like=True):
     """Owner of a session's lease on documents, beside the lease on its prefix."""
 
 
 def document_lease_owner(key: SessionKey) -> DocumentLeaseOwner:
     """Return the owner of a session's lease on documents."""
-    return DocumentLeaseOwner(key.engine_id, key.request_id)
+    return DocumentLeaseOwner(key.engine_id, key.request_id, scope_of(key))
 
 
 @dataclass(frozen=True, slots=True)

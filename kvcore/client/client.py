@@ -240,16 +240,26 @@ class KVClient:
     at first, since the scheduler's lookup did, and then what the server says it lacks.
     A request id is used again only after its session ended.
 
+    `engine_key` is a secret of at most 64 bytes. Clients with the same key share their
+    sessions; no other client can read, change or end them. An engine of several
+    processes must give all of its clients the same key. By default, the clients of one
+    process share a random one.
+
     Raises:
         Unavailable: no server answers within `timeout_s`.
     """
 
     def __init__(
-        self, address: str, *, label: str = "", timeout_s: float = 30.0
+        self,
+        address: str,
+        *,
+        label: str = "",
+        timeout_s: float = 30.0,
+        engine_key: bytes | None = None,
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
-        self._connection = Connection(address, label)
+        self._connection = Connection(address, label, engine_key)
         try:
             self.ping()
         except BaseException:

@@ -70,7 +70,9 @@ MAX_SENDS = 4
 class Connection:
     """A DEALER socket, its pending requests, and a background thread to serve them."""
 
-    def __init__(self, address: str, label: str) -> None:
+    def __init__(
+        self, address: str, label: str, engine_key: bytes | None = None
+    ) -> None:
         self._address = address
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
@@ -99,7 +101,7 @@ class Connection:
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
         self.reconnect = ReconnectPolicy(
-            address, label, self._send_now, self._pending, self._epoll
+            address, label, engine_key, self._send_now, self._pending, self._epoll
         )
         self._sources: list[tuple[Any, int]] = [
             (self._socket, zmq.POLLIN),

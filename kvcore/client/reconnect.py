@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import select
 from collections import deque
 from collections.abc import Callable
@@ -40,6 +41,9 @@ HELLO_RETRY_NS = 1_000_000_000
 """Back-off before a failed handshake is repeated; doubles with every failure."""
 MAX_DOUBLINGS = 6
 """Limits the back-off. ZeroMQ queues the hellos that an absent server does not read."""
+PROCESS_KEY = secrets.token_bytes(32)
+"""Engine key of the clients that are given none: those of one process share sessions,
+and those of its forked children."""
 
 
 class ReconnectPolicy:
@@ -53,12 +57,14 @@ class ReconnectPolicy:
         self,
         address: str,
         label: str,
+        engine_key: bytes | None,
         send: Callable[[PendingRequest], None],
         pending: PendingTable,
         epoll: select.epoll,
     ) -> None:
         self._address = address
         self._label = label
+        self._engine_key = PROCESS_KEY if engine_key is None else engine_key
         self._send = send
         self._pending = pending
         self._epoll = epoll
@@ -212,6 +218,7 @@ class ReconnectPolicy:
             pid_start=start_time(pid) or 0,
             pid_namespace=pid_namespace(),
             label=self._label,
+            engine_key=self._engine_key,
         )
         self._hello = PendingRequest(hello, now + _back_off_ns(self._num_attempts))
         self._next_hello_ns = NEVER_NS

@@ -177,16 +177,12 @@ class Engine:
         layouts = derive_layouts(request, self.chunk_size)
         parts = tuple(layout.part for layout in layouts)
         space = self.registry.space(request.model, request.world_size)
-        self.registry.check(
-            context.client, request.instance_id, space, request.rank, parts
-        )
+        self.registry.check(context, request.instance_id, space, request.rank, parts)
         if is_private(request):
             self._check_private(request.instance_id, context)
         memory = self._transports.attach(request.handles, layouts)
-        instance = Instance(
-            context.client, context.pid, request, space, layouts, memory
-        )
-        earlier = self.registry.instances.get(request.instance_id)
+        instance = Instance(context, request, space, layouts, memory)
+        earlier = self.registry.find(context.client, request.instance_id)
         if earlier is not None:
             self._remove(earlier)
         self.registry.add(instance)
@@ -235,7 +231,7 @@ class Engine:
         for instance in self.registry.of_client(client):
             instance.abandon()
             self._remove(instance)
-            self.leases.drop_reader(instance.engine_id, instance.rank)
+            self.leases.drop_reader(instance.scope, instance.engine_id, instance.rank)
         for hook in self.hooks.client_end:
             hook(client)
         self.leases.end_client(client)
@@ -393,12 +389,12 @@ class Engine:
                 chunk_bytes=instance.chunk_bytes,
                 copied_by="worker" if instance.is_private else "server",
             )
-            for instance in self.registry.instances.values()
+            for instance in self.registry.all()
         )
 
     def close(self) -> None:
         """Cancel queued copies, wait for running ones, unmap every instance."""
-        for instance in list(self.registry.instances.values()):
+        for instance in self.registry.all():
             self._remove(instance)
         self._closer.shutdown(wait=True)
         self.tiering.close()

@@ -15,7 +15,7 @@ from enum import Enum
 from itertools import islice, pairwise
 from typing import NewType
 
-from kvcore.keys import SessionKey
+from kvcore.keys import SessionKey, scope_of
 from kvcore.status import LeaseStatus
 from kvcore.storage.l1 import L1, Chunk
 
@@ -145,9 +145,14 @@ class LeaseTable:
         for owner in list(self._by_client.get(client, ())):
             self._end(self._leases[owner], EndReason.CLIENT_GONE)
 
-    def drop_reader(self, engine_id: str, rank: int) -> None:
-        """Remove a worker that ended from all leases. Visits every lease."""
-        owners = [owner for owner in self._leases if owner.engine_id == engine_id]
+    def drop_reader(self, scope: bytes, engine_id: str, rank: int) -> None:
+        """Remove an engine's worker that ended from its leases. Visits every lease."""
+        engine = scope, engine_id
+        owners = [
+            owner
+            for owner in self._leases
+            if (scope_of(owner), owner.engine_id) == engine
+        ]
         for owner in owners:
             end = len(self._leases[owner].chunks)
             self._take(owner, 0, end, 1 << rank, EndReason.CLIENT_GONE)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from kvcore.copy.memory_transports import AttachedMemory
 from kvcore.copy.paged_cache import PagedCache
 from kvcore.engine.keyspace import Keyspace
+from kvcore.engine.request_context import RequestContext
 from kvcore.errors import (
     BadRequest,
     InstanceExists,
     KVError,
     LayoutConflict,
     LayoutError,
+    Overloaded,
     UnknownInstance,
     UnknownModel,
 )
@@ -25,6 +27,10 @@ from kvcore.protocol import Private, RegisterKVCache
 from kvcore.storage.l1 import PartId, PartName
 from kvcore.storage.required_parts import RequiredParts
 
+MAX_PER_CLIENT = 16
+"""Most instances of a client. Each may start two threads."""
+MAX_INSTANCES = 1024
+"""Most instances of all clients."""
 MAX_NAMED = 8
 """Most missing ranks that an error lists."""
 
@@ -50,15 +56,15 @@ class Instance:
 
     def __init__(
         self,
-        client: Hashable,
-        pid: int,
+        context: RequestContext,
         request: RegisterKVCache,
         space: Keyspace,
         layouts: Sequence[KVLayout],
         memory: Future[AttachedMemory],
     ) -> None:
-        self.client = client
-        self.pid = pid
+        self.client = context.client
+        self.pid = context.pid
+        self.scope = context.scope
         self.instance_id = request.instance_id
         self.engine_id = request.engine_id
         self.rank = request.rank
@@ -148,11 +154,11 @@ def derive_layouts(request: RegisterKVCache, chunk_size: int) -> list[KVLayout]:
 
 
 class Registry:
-    """Instances by id, keyspaces by (model, world size). Loop thread only."""
+    """Instances by client and id, keyspaces by model. Loop thread only."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
-        self.instances: dict[str, Instance] = {}
+        self._instances: dict[tuple[Hashable, str], Instance] = {}
         self._spaces: dict[tuple[str, int], Keyspace] = {}
 
     def space(self, model: str, world_size: int) -> Keyspace:
@@ -189,7 +195,7 @@ class Registry:
 
     def check(
         self,
-        client: Hashable,
+        context: RequestContext,
         instance_id: str,
         space: Keyspace,
         rank: int,
@@ -198,29 +204,46 @@ class Registry:
         """Check an instance against the registered ones.
 
         Raises:
-            InstanceExists: its id is another live client's.
+            InstanceExists: another live client of the engine has registered its id.
             LayoutConflict: naming both layouts.
+            Overloaded: there are too many.
         """
-        known = self.instances.get(instance_id)
-        if known is not None and known.client != client:
-            raise InstanceExists(
-                f"instance {instance_id!r} belongs to live process {known.pid}"
-            )
+        for one in self._instances.values():
+            same_name = one.instance_id == instance_id and one.scope == context.scope
+            if same_name and one.client != context.client:
+                raise InstanceExists(
+                    f"instance {instance_id!r} belongs to live process {one.pid}"
+                )
+        known = self.find(context.client, instance_id)
+        if known is None:
+            self._check_number(context.client)
         alone = known is not None and known.space is space and known.rank == rank
         for other, held in space.ranks.items():
             if other == rank and alone and held.num_instances == 1:
                 continue
             _agree(space, rank, layouts, other, held.layouts)
 
+    def _check_number(self, client: Hashable) -> None:
+        num_own = len(self.of_client(client))
+        if num_own >= MAX_PER_CLIENT or len(self._instances) >= MAX_INSTANCES:
+            raise Overloaded(
+                f"{num_own} instances of this client and {len(self._instances)} in all "
+                f"are registered; at most {MAX_PER_CLIENT} and {MAX_INSTANCES} can be"
+            )
+
     def add(self, instance: Instance) -> None:
         """Register a checked instance."""
-        self.instances[instance.instance_id] = instance
+        self._instances[instance.client, instance.instance_id] = instance
         instance.space.add(instance.rank, instance.part_layouts)
 
     def remove(self, instance: Instance) -> None:
         """Unregister an instance; its chunks stay in L1."""
-        del self.instances[instance.instance_id]
+        del self._instances[instance.client, instance.instance_id]
         instance.space.remove(instance.rank)
+
+    def find(self, client: Hashable, instance_id: str) -> Instance | None:
+        """Return a client's instance, None if it has none of this id."""
+        return self._instances.get((client, instance_id))
 
     def get(self, client: Hashable, instance_id: str) -> Instance:
         """Return a client's instance.
@@ -228,14 +251,14 @@ class Registry:
         Raises:
             UnknownInstance: no such instance, or not this client's.
         """
-        instance = self.instances.get(instance_id)
-        if instance is None or instance.client != client:
+        instance = self.find(client, instance_id)
+        if instance is None:
             raise UnknownInstance(f"this client has no instance {instance_id!r}")
         return instance
 
     def has(self, instance: Instance) -> bool:
         """Return whether this instance, not a later one of its id, is registered."""
-        return self.instances.get(instance.instance_id) is instance
+        return self.find(instance.client, instance.instance_id) is instance
 
     def check_registered(self, instance: Instance) -> None:
         """Raise `UnknownInstance` if an instance was unregistered meanwhile."""
@@ -244,7 +267,11 @@ class Registry:
 
     def of_client(self, client: Hashable) -> list[Instance]:
         """Return a client's instances."""
-        return [i for i in self.instances.values() if i.client == client]
+        return [i for i in self._instances.values() if i.client == client]
+
+    def all(self) -> list[Instance]:
+        """Return every instance."""
+        return list(self._instances.values())
 
 
 def _agree(

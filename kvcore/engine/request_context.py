@@ -21,6 +21,8 @@ class RequestContext:
     """On the host's monotonic clock, in ns; 0 for none."""
     is_watched: bool = False
     """Whether a pidfd reports the end of its process."""
+    scope: bytes = b""
+    """Digest of the client's engine key."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from socket import socketpair
 from time import monotonic, monotonic_ns
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace
+
 from kvcore import __version__
 from kvcore.config import ServerConfig
 from kvcore.copy.memory_transports import Transport, TransportTable
@@ -23,7 +26,7 @@ from kvcore.engine.request_context import RequestContext
 from kvcore.engine.tiering import OpenTiering, no_tiering
 from kvcore.errors import BadRequest, SetupError
 from kvcore.extensions import Extensions, ServiceHandler, load_extensions
-from kvcore.keys import HASH_ALGORITHM
+from kvcore.keys import HASH_ALGORITHM, ScopedKey
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
     PROTOCOL_VERSION,
@@ -155,7 +158,7 @@ class Application:
             Ping: self._ping,
             GetChunkSize: self._get_chunk_size,
             Status: self._status,
-            **{kind: _with_context(serve) for kind, serve in served.items()},
+            **{kind: _with_context(kind, serve) for kind, serve in served.items()},
         }
         return {wire_name(kind): handler for kind, handler in handlers.items()}
 
@@ -294,14 +297,40 @@ def _open_tiering(config: ServerConfig, extensions: Extensions) -> OpenTiering:
     raise SetupError("tiers: kvcore.tiers is not installed")
 
 
-def _with_context(serve: ServiceHandler) -> Handler:
+def _with_context(kind: type[Request[Any]], serve: ServiceHandler) -> Handler:
+    nested = _session_field(kind)
+
     def handler(request: Any, client: Client, deadline_ns: int) -> Any:
         context = RequestContext(
-            client.identity, client.pid, deadline_ns, client.pidfd is not None
+            client.identity,
+            client.pid,
+            deadline_ns,
+            client.pidfd is not None,
+            client.scope,
         )
+        if nested == "session":
+            request = _scoped(request, client.scope)
+        elif nested:
+            inner = _scoped(getattr(request, nested), client.scope)
+            request = replace(request, **{nested: inner})
         return serve(request, context)
 
     return handler
+
+
+def _session_field(kind: type[msgspec.Struct]) -> str | None:
+    """Return "session", or the field of the nested request that names a session."""
+    for field in msgspec.structs.fields(kind):
+        named = getattr(field.type, "__struct_fields__", ())
+        if field.name == "session" or "session" in named:
+            return field.name
+    return None
+
+
+def _scoped(request: Any, scope: bytes) -> Any:
+    """Limit the session that a request names to those of the client's scope."""
+    key = request.session
+    return replace(request, session=ScopedKey(key.engine_id, key.request_id, scope))
 
 
 def remove_orphans() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from time import monotonic
 
 from kvcore.errors import Overloaded
@@ -33,6 +34,8 @@ class Client:
     label: str
     pidfd: int | None
     last_seen: float
+    scope: bytes
+    """Digest of its engine key: clients of one scope share their sessions."""
     num_running: int = 0
     """Requests received and not answered."""
 
@@ -98,7 +101,9 @@ class ClientTable:
         pidfd = watched.pidfd if watched else None
         # Logged as it is: a newline would forge a line of the log.
         label = "".join(c if c.isprintable() else "?" for c in hello.label)
-        client = Client(identity, hello.pid, label, pidfd, self._clock())
+        client = Client(
+            identity, hello.pid, label, pidfd, self._clock(), _scope(identity, hello)
+        )
         self._clients[identity] = client
         if watched is None:
             self._num_unwatched += 1
@@ -166,3 +171,8 @@ class ClientTable:
         """Remove every client."""
         for client in list(self._clients.values()):
             self.remove(client)
+
+
+def _scope(identity: bytes, hello: Hello) -> bytes:
+    secret = b"key" + hello.engine_key if hello.engine_key else b"client" + identity
+    return sha256(secret).digest()[:16]

@@ -33,7 +33,7 @@ from kvcore.vllm.kv_cache_groups import (
 )
 from kvcore.vllm.memory_handles import PrivateCacheMemory, SharedCacheMemory
 from kvcore.vllm.model_identity import extra_keys, is_cacheable, model_identity
-from kvcore.vllm.server_link import ServerLink
+from kvcore.vllm.server_link import EngineIdentity, ServerLink
 from kvcore.vllm.step_metadata import OpId, ScheduledRequest, StepPlan
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._config = parse_config(transfer.kv_connector_extra_config or {})
-        self._engine_id = str(transfer.engine_id)
+        # vLLM gives an engine's processes the same random id, and no other process.
+        self._engine = EngineIdentity.derive(str(transfer.engine_id))
         parallel = vllm_config.parallel_config
         self._world_size = (
             parallel.tensor_parallel_size * parallel.pipeline_parallel_size
@@ -131,18 +132,19 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._scheduler = self._create_scheduler()
         else:
             rank = parallel.rank % self._world_size
-            self._worker = ConnectorWorker(self._config, self._engine_id, rank)
+            self._worker = ConnectorWorker(self._config, self._engine, rank)
             self._rank = rank
 
     def _create_scheduler(self) -> ConnectorScheduler:
         return ConnectorScheduler(
             ServerLink(
                 self._config.address,
-                f"{self._engine_id[:40]} scheduler",
+                f"{self._engine.id} scheduler",
+                self._engine.key,
                 self._config.retry_s,
             ),
             self._config,
-            engine_id=self._engine_id,
+            engine_id=self._engine.id,
             model=self._model,
             world_size=self._world_size,
             groups=[
@@ -189,8 +191,8 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             replicate_mla=config.parallel_config.pipeline_parallel_size == 1,
         )
         request = RegisterKVCache(
-            instance_id=f"{self._engine_id}:{self._rank}",
-            engine_id=self._engine_id,
+            instance_id=f"{self._engine.id}:{self._rank}",
+            engine_id=self._engine.id,
             model=self._model,
             world_size=self._world_size,
             rank=self._rank,

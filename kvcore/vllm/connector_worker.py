@@ -21,7 +21,7 @@ from kvcore.keys import ExtraKey, SessionKey
 from kvcore.protocol import RegisterKVCache, RetrieveReply
 from kvcore.shm import Bytes
 from kvcore.vllm.connector_config import ConnectorConfig
-from kvcore.vllm.server_link import ServerLink
+from kvcore.vllm.server_link import EngineIdentity, ServerLink
 from kvcore.vllm.step_metadata import (
     GroupBlocks,
     LoadOp,
@@ -84,9 +84,11 @@ class Collected:
 class ConnectorWorker:
     """Worker side of one rank. Only the engine's worker thread calls it."""
 
-    def __init__(self, config: ConnectorConfig, engine_id: str, rank: int) -> None:
+    def __init__(
+        self, config: ConnectorConfig, engine: EngineIdentity, rank: int
+    ) -> None:
         self._config = config
-        self._engine_id = engine_id
+        self._engine = engine
         self._rank = rank
         self._registration: Registration | None = None
         self._link: ServerLink | None = None
@@ -101,7 +103,8 @@ class ConnectorWorker:
         self._registration = registration
         self._link = ServerLink(
             self._config.address,
-            f"{self._engine_id[:40]} rank {self._rank}",
+            f"{self._engine.id} rank {self._rank}",
+            self._engine.key,
             self._config.retry_s,
             self._register,
             CopyingClient if registration.memory else KVClient,
@@ -173,7 +176,7 @@ class ConnectorWorker:
         if client is None or tokens is None:
             return _RunningTransfer(load.op, load.request_id, _not_sent(), load)
         future = client.submit_retrieve(
-            SessionKey(self._engine_id, load.request_id),
+            SessionKey(self._engine.id, load.request_id),
             self._instance_id,
             load.start,
             load.end,
@@ -191,7 +194,7 @@ class ConnectorWorker:
         if client is None or tokens is None:
             return _RunningTransfer(store.op, store.request_id, _not_sent())
         future = client.submit_store(
-            SessionKey(self._engine_id, store.request_id),
+            SessionKey(self._engine.id, store.request_id),
             self._instance_id,
             store.start,
             store.end,
@@ -214,7 +217,7 @@ class ConnectorWorker:
 
     @property
     def _instance_id(self) -> str:
-        return f"{self._engine_id}:{self._rank}"
+        return f"{self._engine.id}:{self._rank}"
 
     def _blocks(self, packed: GroupBlocks) -> list[npt.NDArray[np.int32]]:
         sources: Sequence[int] = ()

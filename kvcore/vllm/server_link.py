@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from hashlib import sha256
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -50,6 +51,25 @@ class ServerEndpoint:
     chunk_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """Name of an engine on the server, and the key that its processes share.
+
+    Both are digests of vLLM's engine id: random unless the user sets one, equal in all
+    processes of an engine, and never sent. The name, which the server shows, does not
+    give away the key.
+    """
+
+    id: str
+    key: bytes
+
+    @classmethod
+    def derive(cls, engine_id: str) -> EngineIdentity:
+        """Derive both from vLLM's engine id."""
+        name = sha256(b"name" + engine_id.encode()).hexdigest()[:16]
+        return cls(name, sha256(b"key" + engine_id.encode()).digest())
+
+
 class ServerLink:
     """Connection of one side of one engine. Thread-safe.
 
@@ -61,12 +81,14 @@ class ServerLink:
         self,
         address: str,
         label: str,
+        engine_key: bytes,
         retry_s: float = 1.0,
         on_available: Callable[[KVClient], object] | None = None,
         make_client: type[KVClient] = KVClient,
     ) -> None:
         self._address = address
         self._label = label
+        self._engine_key = engine_key
         self._retry_s = retry_s
         self._on_available = on_available
         self._make_client = make_client
@@ -155,7 +177,10 @@ class ServerLink:
             client = self._client
             if client is None:
                 client = self._make_client(
-                    self._address, label=self._label, timeout_s=PROBE_S
+                    self._address,
+                    label=self._label,
+                    timeout_s=PROBE_S,
+                    engine_key=self._engine_key,
                 )
                 client.timeout_s = REGISTER_S
                 self._client = client

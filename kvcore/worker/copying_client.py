@@ -75,13 +75,20 @@ class CopyingClient(KVClient):
     """
 
     def __init__(
-        self, address: str, *, label: str = "", timeout_s: float = 30.0
+        self,
+        address: str,
+        *,
+        label: str = "",
+        timeout_s: float = 30.0,
+        engine_key: bytes | None = None,
     ) -> None:
         self._caches: dict[str, MappedCache] = {}
         self._arena: Segment | None = None
         self._lock = Lock()
         self._running_copies = RunningCopies("the client was closed", Closed)
-        super().__init__(address, label=label, timeout_s=timeout_s)
+        super().__init__(
+            address, label=label, timeout_s=timeout_s, engine_key=engine_key
+        )
         self._connection.reconnect.on_disconnect.append(self._unmap_arena)
 
     def close(self) -> None:

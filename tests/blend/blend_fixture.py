@@ -231,7 +231,7 @@ class BlendFixture:
 
     def instance(self, rank: int) -> Instance | None:
         """Return a rank's instance if it is registered."""
-        return self.engine.registry.instances.get(f"i{rank}")
+        return self.engine.registry.find(f"w{rank}", f"i{rank}")
 
     def buffer(self, rank: int) -> Buffer:
         """Return a rank's buffer."""

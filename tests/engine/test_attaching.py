@@ -173,7 +173,7 @@ def test_memory_that_cannot_be_attached_leaves_no_instance(bench: Bench) -> None
         finish(registered)
     with pytest.raises(HandleError):
         finish(stored)
-    assert bench.engine.registry.instances == {}
+    assert bench.engine.registry.all() == []
     assert bench.engine.l1.stats().num_reserved == 0
 
 
@@ -184,7 +184,7 @@ def test_a_client_may_die_while_its_memory_is_attached(bench: Bench) -> None:
     bench.engine.end_client(b"me")
     bench.gate.set()
     assert isinstance(finish(registered), RegisterReply)
-    assert bench.engine.registry.instances == {}
+    assert bench.engine.registry.all() == []
 
 
 def test_a_client_may_die_while_its_event_is_waited_for(bench: Bench) -> None:
@@ -246,4 +246,4 @@ def test_a_client_ends_where_no_thread_can_be_started(
         closed = Event()
         bench.engine.run_after_close(closed.set)
         assert closed.wait(20)
-    assert not bench.engine.registry.instances
+    assert not bench.engine.registry.all()

@@ -421,7 +421,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.ask(asked, request)
         self.transport.is_slow = False
         if asked.error is None:
-            instance = self.engine.registry.instances[name]
+            [instance] = [
+                i for i in self.engine.registry.all() if i.instance_id == name
+            ]
             worker.lanes = (ManualLane(), ManualLane())
             instance.store_lane, instance.retrieve_lane = worker.lanes  # type: ignore[assignment]
             space = (engine.model, engine.world_size)
@@ -1341,7 +1343,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert len(sessions) == 0
         assert len(self.engine.leases) == 0
         assert len(self.copies.table) == 0
-        assert self.engine.registry.instances == {}
+        assert self.engine.registry.all() == []
         assert self.engine.tiering.num_prefetches() == 0
         stats = self.engine.l1.stats()
         assert (stats.num_held, stats.num_reserved) == (0, 0)

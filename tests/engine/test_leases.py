@@ -157,11 +157,11 @@ def test_a_worker_that_is_gone_is_not_waited_for(bench: Bench) -> None:
     bench.grant(ALICE)
     bench.grant(other)
     bench.table.read(ALICE, 0, 2, 1)
-    bench.table.drop_reader("engine", 0)
+    bench.table.drop_reader(b"", "engine", 0)
     (mine, theirs) = bench.table.status(9)
     assert (mine.num_chunks, mine.waiting_readers) == (4, (1,))
     assert (theirs.num_chunks, theirs.waiting_readers) == (6, (0, 1))
-    bench.table.drop_reader("engine", 1)
+    bench.table.drop_reader(b"", "engine", 1)
     assert bench.ended() == {"client_gone": 1}
     bench.table.end(other)
 

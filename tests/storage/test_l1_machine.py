@@ -302,7 +302,7 @@ class L1Machine(RuleBasedStateMachine):
     @rule(engine_id=st.sampled_from("xy"), rank=st.integers(0, 1))
     def drop_reader(self, engine_id: str, rank: int) -> None:
         """A worker dies."""
-        self.table.drop_reader(engine_id, rank)
+        self.table.drop_reader(b"", engine_id, rank)
         for owner in [o for o in self.leases if o.engine_id == engine_id]:
             self._take(owner, 0, 5, 1 << rank)
 

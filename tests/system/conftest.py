@@ -11,7 +11,7 @@ import pytest
 
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-from tests.system.server_fixture import Server
+from tests.system.server_fixture import Server, connect
 from tests.system.worker_process import Worker
 
 Prompt = Callable[[int], list[int]]
@@ -45,7 +45,7 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[KVClient]:
     """The test's own connection to the module's server."""
-    with KVClient(server.address, label="test", timeout_s=20) as client:
+    with connect(server.address, label="test", timeout_s=20) as client:
         yield client
 
 

@@ -10,13 +10,22 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
+from kvcore.client import KVClient
 from tests.system.fork_server import ForkedCommand
 
 CHUNK = 64
 """Tokens per chunk of these servers, four blocks."""
 
 OPTIONS = ("--l1-size", "8MiB", "--chunk-size", str(CHUNK), "--set", "l1.page=4KiB")
+
+ENGINE_KEY = b"the engine of the tests"
+
+
+def connect(address: str, **options: Any) -> KVClient:
+    """Return a client that shares its sessions with the tests' workers."""
+    return KVClient(address, engine_key=ENGINE_KEY, **options)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:

@@ -39,7 +39,7 @@ from kvcore.protocol import (
 from kvcore.rope import Rope
 from tests.system.blend_worker import SHAPE, BlendWorkerCommands
 from tests.system.conftest import Prompt
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.worker_process import BLOCK, PAGES, PLAIN, POISON, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_a_prefix_server_names_the_flag(serve: Callable[..., Server]) -> None:
     """A blend request to a server without documents says how to start one."""
     server = serve()
     with (
-        KVClient(server.address) as client,
+        connect(server.address) as client,
         pytest.raises(
             UnknownRequest, match=r"CB_UNREGISTER_KV_CACHE: .* --engine blend"
         ),
@@ -897,7 +897,7 @@ def test_paragraphs_are_looked_up_each_on_its_own(
         starts.append(len(text) + 1)
         text += [START, *documents[number], END, *prompt(number)]
     text += documents[0]  # In no paragraph.
-    with KVClient(separated.address) as client:
+    with connect(separated.address) as client:
         session = SessionKey("e", "separated")
         found = BlendClient(client).lookup_pre_computed(session, "m", 1, text)
         chunks = [len(document) // CHUNK for document in documents]

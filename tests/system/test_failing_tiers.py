@@ -12,10 +12,9 @@ from time import monotonic
 
 import pytest
 
-from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.test_tiers import (
     chunk_blocks,
     connected,
@@ -196,7 +195,7 @@ def test_a_session_that_ends_does_not_wait_for_its_tier(
         wait_until(lambda: client.status().num_prefetches == 1)
         client.end_session(session)
         assert waiting.result(10).num_chunks == 0
-        with KVClient(server.address, timeout_s=20) as leaving:
+        with connect(server.address, timeout_s=20) as leaving:
             leaving.submit_lookup(
                 SessionKey("engine", "leaves"), model, 1, prompt(2 * CHUNK)
             )

@@ -20,7 +20,7 @@ from kvcore.protocol import RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.storage.recovery import arena_name
 from tests.system.fork_server import fork_server, run_command
-from tests.system.server_fixture import CHUNK, Server
+from tests.system.server_fixture import CHUNK, Server, connect
 from tests.system.worker_process import BLOCK, PLAIN, Cache
 
 PER_CHUNK = CHUNK // BLOCK
@@ -54,7 +54,7 @@ def registered(address: str, name: str) -> Iterator[tuple[KVClient, Cache]]:
     """A client with a cache of its own, of one prompt's size."""
     cache = Cache(f"kvtest-{os.getpid()}-{name}", PLAIN, NUM_CHUNKS * PER_CHUNK)
     try:
-        with KVClient(address, timeout_s=20) as client:
+        with connect(address, timeout_s=20) as client:
             client.register_kv_cache(
                 RegisterKVCache(
                     name, "engine", MODEL, 1, 0, cache.handles, cache.groups

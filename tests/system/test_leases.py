@@ -9,7 +9,7 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.worker_process import Worker
 
 driver = both_drivers
@@ -211,7 +211,7 @@ def test_an_unread_lease_expires(
     worker.call("register", "a", "m")
     tokens = prompt(CHUNK)
     key = SessionKey("engine", "slow")
-    with KVClient(brief.address) as client:
+    with connect(brief.address) as client:
         before = ended(client)
         client.lookup(key, "m", 1, tokens)
         # Long enough for the server to have looked ahead to the session's end.

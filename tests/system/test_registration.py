@@ -21,7 +21,7 @@ from kvcore.layout import CacheGroup, TensorView
 from kvcore.protocol import PosixShm, RegisterKVCache
 from kvcore.shm import Segment
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.worker_process import BLOCK, Group, Worker
 
 driver = both_drivers
@@ -203,7 +203,7 @@ def test_a_client_that_closes_leaves_nothing(
     before = client.status().num_clients
     with Segment.create(name, 512, touch=False):
         handles = (PosixShm(name, 0, 512),)
-        with KVClient(server.address) as other:
+        with connect(server.address) as other:
             other.register_kv_cache(
                 RegisterKVCache("short", "e", model, 1, 0, handles, (GROUP,))
             )
@@ -217,7 +217,7 @@ def test_a_client_that_has_left_loses_no_reply(
 ) -> None:
     """A goodbye has no waiting client; the counter is for replies with one."""
     before = client.status().counters
-    clients = [KVClient(server.address) for _ in range(8)]
+    clients = [connect(server.address) for _ in range(8)]
     server.pause()
     for one in clients:
         one.close()

@@ -12,7 +12,7 @@ from kvcore.errors import KVError, Unavailable, UnknownModel
 from kvcore.keys import SessionKey
 from kvcore.protocol import EndSession, Ping
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.worker_process import Worker
 
 driver = both_drivers
@@ -39,7 +39,7 @@ def worker(old: Server, start_worker: Callable[[str], Worker]) -> Worker:
 @pytest.fixture
 def scheduler(old: Server) -> Iterator[KVClient]:
     """A client for lookups."""
-    with KVClient(old.address, timeout_s=20) as client:
+    with connect(old.address, timeout_s=20) as client:
         yield client
 
 
@@ -194,4 +194,4 @@ def test_a_client_cannot_start_without_a_server(old: Server) -> None:
     """It raises within its timeout and names the address."""
     old.kill()
     with pytest.raises(KVError, match=old.address):
-        KVClient(old.address, timeout_s=0.1)
+        connect(old.address, timeout_s=0.1)

@@ -15,7 +15,7 @@ from kvcore.errors import BadRequest, ChunksMissing, TokensNeeded
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.protocol import Lookup
 from tests.system.conftest import Prompt, both_drivers
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, ENGINE_KEY, Server, wait_until
 from tests.system.worker_process import Worker
 
 driver = both_drivers
@@ -218,8 +218,9 @@ LOOK_UP_AND_DIE = """
 import os, sys
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
-address, engine, request, model, *tokens = sys.argv[1:]
-KVClient(address).lookup(SessionKey(engine, request), model, 1, [*map(int, tokens)])
+address, key, engine, request, model, *tokens = sys.argv[1:]
+client = KVClient(address, engine_key=key.encode())
+client.lookup(SessionKey(engine, request), model, 1, [*map(int, tokens)])
 os.kill(os.getpid(), 9)
 """
 
@@ -236,7 +237,7 @@ def test_a_killed_engines_tokens_end_with_it(
     old, new = prompt(2 * CHUNK), prompt(2 * CHUNK)
     gone = server.log.read_text().count("is gone")
     names = [session.engine_id, session.request_id, model]
-    arguments = [server.address, *names, *map(str, old)]
+    arguments = [server.address, ENGINE_KEY.decode(), *names, *map(str, old)]
     killed = subprocess.run([sys.executable, "-c", LOOK_UP_AND_DIE, *arguments])
     assert killed.returncode == -signal.SIGKILL
     wait_until(lambda: server.log.read_text().count("is gone") > gone)
@@ -244,3 +245,30 @@ def test_a_killed_engines_tokens_end_with_it(
     assert stored.num_stored == 2
     assert num_hit(client, model, old) == 0
     assert num_hit(client, model, new) == 2
+
+
+def test_another_engine_cannot_use_a_session_by_its_name(
+    server: Server,
+    worker: Worker,
+    client: KVClient,
+    model: str,
+    session: SessionKey,
+    prompt: Prompt,
+) -> None:
+    """It neither ends it, nor frees its lease, nor changes or knows its tokens."""
+    tokens, other = prompt(2 * CHUNK), prompt(2 * CHUNK)
+    worker.call("store", session, "a", 0, len(tokens), [ONE + TWO], tokens)
+    assert client.lookup(session, model, 1, tokens).num_chunks == 2
+    with KVClient(server.address, engine_key=b"another engine") as stranger:
+        stranger.free_lookup_locks(session, 0, len(tokens))
+        stranger.end_session(session)
+        with pytest.raises(TokensNeeded):
+            stranger.call(Lookup(session, model, 1, len(tokens)))
+        assert stranger.lookup(session, model, 1, other).num_chunks == 0
+        [lease] = [
+            one
+            for one in client.status().leases
+            if one.request_id == session.request_id
+        ]
+        assert lease.num_chunks == 2
+    assert client.call(Lookup(session, model, 1, len(tokens))).num_chunks == 2

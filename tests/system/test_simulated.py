@@ -17,7 +17,7 @@ from kvctl.lab.config.workload_config import Trace
 from kvctl.lab.traces import trace_reader as reader
 from kvctl.lab.traces.trace_rows import TraceRow, make_row
 from kvctl.lab.workload.cache_simulation import SimulatedL1, number
-from tests.system.server_fixture import Server
+from tests.system.server_fixture import Server, connect
 from tests.system.worker_process import BLOCK, Group, Worker
 
 PAGE = 4096
@@ -100,7 +100,7 @@ def compare(
     server = serve(*(str(part) for option in options.items() for part in option))
     worker = start_worker(server.address)
     worker.receive()
-    with KVClient(server.address, label="test", timeout_s=20) as client:
+    with connect(server.address, label="test", timeout_s=20) as client:
         hits = served(rows, worker, client, "model")
         evicted = client.status().counters["chunks_evicted"]
     assert hits == simulated(rows, policy, capacity)

@@ -35,7 +35,13 @@ from kvcore.protocol import (
 from kvcore.shm import SHM_DIR
 from kvcore.storage.recovery import arena_name
 from tests.system.conftest import Prompt
-from tests.system.server_fixture import CHUNK, Server, process_state, wait_until
+from tests.system.server_fixture import (
+    CHUNK,
+    Server,
+    connect,
+    process_state,
+    wait_until,
+)
 from tests.system.worker_process import LARGE, PLAIN, POISON, Cache, Worker
 
 NUM_CHUNKS = 4
@@ -110,7 +116,7 @@ def test_a_ticket_ends_once(
     [shown] = client.status().tickets
     assert (shown.instance_id, shown.kind, shown.num_parts) == (private, "reserved", 2)
     assert shown.age_s >= 0
-    with KVClient(client.address) as other, pytest.raises(UnknownTicket):
+    with connect(client.address) as other, pytest.raises(UnknownTicket):
         other.call(Commit(reserved.ticket))
     with pytest.raises(UnknownTicket):
         client.call(Release(reserved.ticket))
@@ -211,7 +217,7 @@ def test_a_client_that_ends_nothing_gets_no_more(
     cache = Cache(None, PLAIN, 64)
     handles = (Private(cache.memory.nbytes),)
     key = SessionKey("engine", "greedy")
-    with KVClient(server.address) as client:
+    with connect(server.address) as client:
         client.register_kv_cache(
             RegisterKVCache("i", "engine", "m", 1, 0, handles, cache.groups)
         )
@@ -222,7 +228,7 @@ def test_a_client_that_ends_nothing_gets_no_more(
             client.call(reserve("i", key, prompt(CHUNK)))
         client.call(Abort(tickets[0]))
         assert client.call(reserve("i", key, prompt(CHUNK))).ticket
-    with KVClient(server.address) as client:
+    with connect(server.address) as client:
         wait_until(lambda: state(client) == (0, 0, 0))
     server.close()
 
@@ -400,7 +406,7 @@ def test_wrong_bytes_are_found_by_the_worker(
     with pytest.raises(ChunksMissing, match="found wrong"):
         worker.call("retrieve", key, "a", 0, 2 * CHUNK, [BLOCKS[8:]])
     assert (worker.call("read", "a", BLOCKS[8:]) == POISON).all()
-    with KVClient(server.address) as client:
+    with connect(server.address) as client:
         wait_until(lambda: client.status().counters["chunks_corrupt"] == 1)
         assert client.lookup(key, "m", 1, tokens).num_chunks == 1
         client.end_session(key)

@@ -12,7 +12,7 @@ import pytest
 from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from tests.system.conftest import Prompt
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.test_ranks import HYBRID
 from tests.system.worker_process import BLOCK, PLAIN, Group, Worker
 
@@ -33,7 +33,7 @@ def tier(tmp_path: Path) -> str:
 @contextmanager
 def connected(server: Server) -> Iterator[KVClient]:
     """A client; at its end the server must hold nothing for it."""
-    with KVClient(server.address, label="test", timeout_s=20) as client:
+    with connect(server.address, label="test", timeout_s=20) as client:
         yield client
         wait_until(lambda: is_idle(client))
 

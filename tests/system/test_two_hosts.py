@@ -24,7 +24,7 @@ from kvcore.client import KVClient
 from kvcore.keys import SessionKey
 from kvcore.shm import SEGMENT_PREFIX, remove_dead
 from tests.system.conftest import Prompt
-from tests.system.server_fixture import CHUNK, Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.test_tiers import (
     chunk_blocks,
     connected,
@@ -225,7 +225,7 @@ def test_a_host_that_dies_takes_only_what_it_held(
     """Its memory in the store is lost: a miss there, never an error or wrong bytes."""
     lost, own = prompt(5 * CHUNK), prompt(3 * CHUNK)
     dying, living = servers
-    with KVClient(dying.address, label="test", timeout_s=20) as client:
+    with connect(dying.address, label="test", timeout_s=20) as client:
         workers = start_workers(start_worker, dying, model, PLAIN, RANKS)
         truth = store(workers, client, lost)
         await_written(client, 5 * RANKS)

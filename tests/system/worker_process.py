@@ -27,6 +27,7 @@ from kvcore.protocol import Ping, PosixShm, RegisterKVCache
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.worker.copying_client import CopyingClient
 from tests.system.fork_server import fork_server, run_with_environment
+from tests.system.server_fixture import ENGINE_KEY
 
 BLOCK = 16
 """Tokens per block of every cache here."""
@@ -107,7 +108,7 @@ class WorkerCommands:
 
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
         kind = CopyingClient if driver == "worker" else KVClient
-        self.client = kind(address, label=name, timeout_s=20)
+        self.client = kind(address, label=name, timeout_s=20, engine_key=ENGINE_KEY)
         self.name = name
         self.caches: dict[str, Cache] = {}
         self.futures: dict[str, Future[Any]] = {}

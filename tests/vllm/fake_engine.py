@@ -19,7 +19,7 @@ from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
 from kvcore.vllm.kv_cache_groups import GroupShape
-from kvcore.vllm.server_link import ServerLink
+from kvcore.vllm.server_link import EngineIdentity, ServerLink
 from kvcore.vllm.step_metadata import ScheduledRequest, StepPlan
 from tests.system.server_fixture import wait_until
 
@@ -75,7 +75,7 @@ class FakeEngine:
             address=address,
             **{**PATIENCE, "retry_s": 0.05, **config},  # type: ignore[arg-type]
         )
-        self.engine_id = f"engine-{number}"
+        self.engine = EngineIdentity.derive(f"engine-{number}")
         group_bytes = NUM_BLOCKS * PAGE
         self.segment = Segment.create(name, group_bytes * len(windows), touch=True)
         self.views = self.segment.array.reshape(len(windows), NUM_BLOCKS, PAGE)
@@ -94,20 +94,22 @@ class FakeEngine:
         )
         handle = PosixShm(name, 0, self.segment.num_bytes)
         request = RegisterKVCache(
-            f"{self.engine_id}:0", self.engine_id, model, 1, 0, (handle,), groups
+            f"{self.engine.id}:0", self.engine.id, model, 1, 0, (handle,), groups
         )
         self.pool = Pool()
-        self.link = ServerLink(address, f"scheduler {number}", self.config.retry_s)
+        self.link = ServerLink(
+            address, f"scheduler {number}", self.engine.key, self.config.retry_s
+        )
         self.scheduler = ConnectorScheduler(
             self.link,
             self.config,
-            engine_id=self.engine_id,
+            engine_id=self.engine.id,
             model=model,
             world_size=1,
             groups=[GroupShape(BLOCK, window) for window in windows],
             pool=self.pool,
         )
-        self.worker = ConnectorWorker(self.config, self.engine_id, 0)
+        self.worker = ConnectorWorker(self.config, self.engine, 0)
         is_own = self.config.driver == "worker"
         memory = (self.segment.array,) if is_own else ()
         self.worker.register(Registration(request, tuple(range(len(windows))), memory))

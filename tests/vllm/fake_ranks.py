@@ -11,6 +11,7 @@ from kvcore.keys import ExtraKey
 from kvcore.protocol import RetrieveReply, StoreReply
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_worker import ConnectorWorker, Registration
+from kvcore.vllm.server_link import EngineIdentity
 from tests.vllm.scripted_link import LinkCall, ScriptedLink
 
 BLOCK = 2
@@ -87,7 +88,7 @@ class Rank:
         self, config: ConnectorConfig, number: int, num_groups: int, chunk_size: int
     ) -> None:
         self.link = ScriptedLink(chunk_size)
-        self.worker = ConnectorWorker(config, "engine", number)
+        self.worker = ConnectorWorker(config, EngineIdentity("engine", b"key"), number)
         self.worker._link = cast(Any, self.link)
         self.worker._registration = Registration(
             cast(Any, None), tuple(range(num_groups))

@@ -12,6 +12,7 @@ from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
 from kvcore.vllm.kv_cache_groups import GroupShape
+from kvcore.vllm.server_link import EngineIdentity
 from kvcore.vllm.step_metadata import ScheduledRequest
 from tests.vllm.fake_engine import Pool, Request
 from tests.vllm.scripted_link import LinkCall, ScriptedLink
@@ -34,7 +35,7 @@ class Halves:
             groups=[GroupShape(BLOCK)],
             pool=Pool(),
         )
-        self.worker = ConnectorWorker(settings, "engine", 0)
+        self.worker = ConnectorWorker(settings, EngineIdentity("engine", b"key"), 0)
         self.worker._link = cast(Any, self.worker_link)
         self.worker._registration = Registration(cast(Any, None), (0,))
 

@@ -61,7 +61,7 @@ class ManualConnection:
     fixture: ClassVar[CopyingFixture]
     is_serving_thread = False
 
-    def __init__(self, address: str, _label: str) -> None:
+    def __init__(self, address: str, _label: str, _key: bytes | None) -> None:
         self.identity = address.encode()
         self.registered: dict[str, tuple[Registration, OnRegistered | None]] = {}
         self.is_dead = False

@@ -71,7 +71,12 @@ def connect(plan: EnginePlan, label: str) -> Client:
     kind = CopyingClient if scenario.driver == "worker" else KVClient
     deadline = monotonic() + RECONNECT_S if scenario.faults else 0.0
     while True:
-        client = kind(plan.address, label=label, timeout_s=timeout_s)
+        client = kind(
+            plan.address,
+            label=label,
+            timeout_s=timeout_s,
+            engine_key=plan.engine_id.encode(),
+        )
         try:
             client.ping()
         except Unavailable:
