@@ -54,7 +54,7 @@ SERVER_SIDE = (
     "kvcore.storage",
     "kvcore.tiers",
     "kvcore.blend.blend_engine",
-    "kvcore.worker.tickets",
+    "kvcore.worker.ticket_service",
 )
 
 NEVER = {

@@ -1,8 +1,9 @@
 """Transfers between instances and L1: plan, reserve or hold, copy, commit or release.
 
 `store` and `retrieve` run the whole transfer on an instance's lanes. For a worker that
-copies its own cache, `kvcore.worker.tickets` calls the steps around the copy. Every
-reservation is committed or aborted and every hold released, whatever fails between.
+copies its own cache, `kvcore.worker.ticket_service` calls the steps around the copy.
+Every reservation is committed or aborted and every hold released, whatever fails
+between.
 """
 
 from __future__ import annotations

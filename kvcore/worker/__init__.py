@@ -16,6 +16,6 @@ def register(extensions: Extensions) -> None:
 
 
 def _open(config: ServerConfig, engine: Engine) -> RequestService:
-    from kvcore.worker.tickets import TicketRequests
+    from kvcore.worker.ticket_service import TicketService
 
-    return TicketRequests(engine, config.wire.max_requests_per_client)
+    return TicketService(engine, config.wire.max_requests_per_client)

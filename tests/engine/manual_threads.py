@@ -28,7 +28,7 @@ from kvcore.server.client_table import Client, ClientTable
 from kvcore.server.event_loop import EventLoop, RequestTask
 from kvcore.shm import Bytes
 from kvcore.wire import REQUESTS, RequestEnvelope, encode_reply, wire_name
-from kvcore.worker.tickets import TicketRequests
+from kvcore.worker.ticket_service import TicketService
 
 _here = local()
 
@@ -249,7 +249,7 @@ class ManualLoop(EventLoop):
     def __init__(
         self,
         engine: Engine,
-        copies: TicketRequests,
+        copies: TicketService,
         answers: Answers,
         clock: Callable[[], float],
     ) -> None:

@@ -85,8 +85,8 @@ from kvcore.storage.l1 import L1, Reservation
 from kvcore.tiers import timer_thread as coordinator
 from kvcore.tiers.tier_manager import TierManager
 from kvcore.tiers.timer_thread import TimerThread
-from kvcore.worker import tickets as worker_copies
-from kvcore.worker.tickets import TicketRequests
+from kvcore.worker import ticket_service
+from kvcore.worker.ticket_service import TicketService
 from tests.engine.engine_model import (
     CHUNK,
     ENGINES,
@@ -168,7 +168,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.tiers = [ManualTier(f"t{number}") for number in range(num_tiers)]
         self.coordinator = TimerThread("played", lambda: self.now_ns() / 1e9)
         self.patches = [
-            mock.patch.object(worker_copies, "LOOP_CHUNKS", 1),
+            mock.patch.object(ticket_service, "LOOP_CHUNKS", 1),
             mock.patch.object(lookups, "monotonic_ns", self.now_ns),
             mock.patch.object(coordinator.log, "exception", self.wrong.append),
         ]
@@ -195,7 +195,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.closer = ManualLane()
         self.engine._closer.shutdown()
         self.engine._closer = self.closer  # type: ignore[assignment]
-        self.copies = TicketRequests(self.engine, MAX_TICKETS)
+        self.copies = TicketService(self.engine, MAX_TICKETS)
         self.watch_copies()
         answers = Answers(self.on_running, self.on_answer)
         self.loop = ManualLoop(self.engine, self.copies, answers, lambda: self.now)
@@ -1278,7 +1278,7 @@ class EngineMachine(RuleBasedStateMachine):
         # Prefetch and write-back have holds of their own.
         assert stats.num_held >= num_held if self.tiers else stats.num_held == num_held
         assert stats.num_parts == sum(map(len, self.present.values()))
-        assert len(self.copies.table) == len(self.tickets)
+        assert self.copies.num_tickets() == len(self.tickets)
 
     @invariant()
     def what_is_readable_is_right(self) -> None:
@@ -1342,7 +1342,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.expire()
         assert len(sessions) == 0
         assert len(self.engine.leases) == 0
-        assert len(self.copies.table) == 0
+        assert self.copies.num_tickets() == 0
         assert self.engine.registry.all() == []
         assert self.engine.tiering.num_prefetches() == 0
         stats = self.engine.l1.stats()

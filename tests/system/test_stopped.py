@@ -127,7 +127,7 @@ def test_a_retrieve_is_not_done_before_the_server_is(
 ) -> None:
     """Past the deadline the server still owns its blocks, until its reply."""
     if driver == "worker":
-        pytest.skip("its blocks are the worker's own: see test_tickets.py")
+        pytest.skip("its blocks are the worker's own: see test_ticket_service.py")
     tokens = prompt(SIZE)
     worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
     expected = worker.call("digest", "a", BLOCKS)

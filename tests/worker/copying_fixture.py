@@ -23,7 +23,7 @@ from kvcore.extents import Checksum
 from kvcore.protocol import Ping, Pong, RegisterReply, Request
 from kvcore.storage.arena import Arena
 from kvcore.worker.mapped_arena import MappedCache
-from kvcore.worker.tickets import TicketRequests
+from kvcore.worker.ticket_service import TicketService
 from tests.engine.engine_model import CHUNK, FAR_NS, MAX_TICKETS, PAGE
 from tests.engine.manual_threads import Answers, ManualLoop, Strand, current, pause
 
@@ -179,7 +179,7 @@ class CopyingFixture:
         self.arena = Arena(self.num_pages * PAGE, PAGE)
         self.engine = Engine(self.config, self.arena, clock=lambda: self.now)
         self.engine.transfers._clock_ns = self.now_ns
-        self.copies = TicketRequests(self.engine, MAX_TICKETS)
+        self.copies = TicketService(self.engine, MAX_TICKETS)
         answers = Answers(lambda *_: None, self._answered)
         self.loop = ManualLoop(self.engine, self.copies, answers, lambda: self.now)
 

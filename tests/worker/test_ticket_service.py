@@ -40,7 +40,7 @@ from kvcore.protocol import (
     Store,
 )
 from kvcore.storage.arena import Arena
-from kvcore.worker.tickets import TicketRequests
+from kvcore.worker.ticket_service import TicketService
 
 CHUNK = 16
 PART = 128
@@ -102,7 +102,7 @@ class Tickets(RuleBasedStateMachine):
         super().__init__()
         self.arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
         self.engine = Engine(ServerConfig(chunk_size=CHUNK), self.arena)
-        self.requests = TicketRequests(self.engine, MAX_TICKETS)
+        self.requests = TicketService(self.engine, MAX_TICKETS)
         self.issued: dict[int, IssuedTicket] = {}
         self.ended: list[int] = []
         for name in "ab":
@@ -113,9 +113,8 @@ class Tickets(RuleBasedStateMachine):
         for name in "ab":
             self.engine.end_client(name)
         stats = self.engine.l1.stats()
-        assert (stats.num_reserved, stats.num_held, len(self.requests.table)) == (
-            0,
-        ) * 3
+        assert (stats.num_reserved, stats.num_held) == (0, 0)
+        assert self.requests.num_tickets() == 0
         assert all(
             session.num_running == 0
             for session in self.engine.sessions._sessions.values()
@@ -261,7 +260,7 @@ class Tickets(RuleBasedStateMachine):
         assert not set(taken) & {page for pages in read for page in pages}
         stats = self.engine.l1.stats()
         assert stats.num_reserved == len(taken)
-        assert len(self.requests.table) == len(self.issued)
+        assert self.requests.num_tickets() == len(self.issued)
 
     @invariant()
     def what_is_handed_out_is_not_free(self) -> None:
@@ -283,7 +282,7 @@ class TicketServer:
     """An engine and the ticket requests over it."""
 
     engine: Engine
-    requests: TicketRequests
+    requests: TicketService
 
 
 @pytest.fixture
@@ -291,7 +290,7 @@ def server() -> Iterator[TicketServer]:
     """An empty server."""
     arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
     engine = Engine(ServerConfig(chunk_size=CHUNK), arena)
-    yield TicketServer(engine, TicketRequests(engine, MAX_TICKETS))
+    yield TicketServer(engine, TicketService(engine, MAX_TICKETS))
     engine.close()
     arena.close()
 
@@ -328,10 +327,14 @@ def test_concurrent_requests_respect_the_limit(server: TicketServer, ask: str) -
         assert one.finish().ticket
     with pytest.raises(Overloaded):
         running[-1].finish()
-    assert len(server.requests.table) == MAX_TICKETS
+    assert server.requests.num_tickets() == MAX_TICKETS
     server.engine.end_client("a")
     stats = server.engine.l1.stats()
-    assert (stats.num_reserved, stats.num_held, len(server.requests.table)) == (0, 0, 0)
+    assert (stats.num_reserved, stats.num_held, server.requests.num_tickets()) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_a_late_commit_is_aborted(server: TicketServer) -> None:
@@ -348,7 +351,7 @@ def test_a_late_commit_is_aborted(server: TicketServer) -> None:
         server.requests.commit(Commit(ticket), WATCHED["a"])
     stats = server.engine.l1.stats()
     assert (stats.num_chunks, stats.num_reserved, stats.used_bytes) == (0, 0, 0)
-    assert len(server.requests.table) == 0
+    assert server.requests.num_tickets() == 0
 
 
 def test_wrong_checksums_end_the_ticket(server: TicketServer) -> None:
