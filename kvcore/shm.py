@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,16 +52,26 @@ class Segment:
     inherits the descriptor counts as the owner.
 
     The object must not shrink while it is mapped: touching what was cut off ends the
-    process with SIGBUS.
+    process with SIGBUS. `check_pages` finds that out before a copy, except for a
+    process that truncates it during the copy.
     """
 
-    def __init__(self, name: str, mapping: mmap.mmap, array: Bytes, lock: int | None):
+    def __init__(
+        self,
+        name: str,
+        mapping: mmap.mmap,
+        array: Bytes,
+        lock: int | None,
+        end: int = 0,
+    ) -> None:
         self.name = name
         self._mapping: mmap.mmap | None = mapping
         self._array: Bytes | None = array
         self._lock = lock
         self._linked = lock is not None
         self.num_bytes = array.nbytes
+        self._end = end or array.nbytes
+        self._is_populated = lock is not None
 
     @classmethod
     def create(cls, name: str, num_bytes: int, *, touch: bool) -> Segment:
@@ -100,7 +110,7 @@ class Segment:
         One of another size is removed. None when there is none of this name and size.
 
         Raises:
-            SetupError: its owner lives, or it cannot be opened.
+            SetupError: its owner lives, it cannot be opened, or there is no room.
             HandleError: not a name of a segment.
         """
         path = _path(name)
@@ -118,8 +128,15 @@ class Segment:
                 path.unlink()
                 os.close(fd)
                 return None
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            mapping = mmap.mmap(fd, num_bytes, flags)
+            mapping = mmap.mmap(fd, num_bytes)
+            # Its last owner may have been killed before it had touched every page.
+            _touch(mapping, fd)
+        except OSError as error:
+            os.close(fd)
+            raise SetupError(
+                f"cannot use {num_bytes:,} bytes of shared memory {name!r}: "
+                f"{error.strerror}; make /dev/shm larger or remove {path}"
+            ) from error
         except BaseException:
             os.close(fd)
             raise
@@ -148,7 +165,35 @@ class Segment:
         finally:
             os.close(fd)
         array = np.frombuffer(mapping, np.uint8, count=length, offset=offset - start)
-        return cls(name, mapping, array, None)
+        return cls(name, mapping, array, None, offset + length)
+
+    def check_pages(self) -> None:
+        """Check that every page of the range is there, so that a copy can touch it.
+
+        The first call populates the pages, at 0.1 to 0.2 s per GiB; later ones compare
+        sizes.
+
+        Raises:
+            HandleError: the object has shrunk, or there is no room for its pages.
+        """
+        mapping = self._mapping
+        if mapping is None:
+            return
+        size = mapping.size()
+        if size < self._end:
+            raise HandleError(
+                f"segment {self.name!r} has shrunk to {size:,} bytes; {self._end:,} "
+                "were registered"
+            )
+        if not self._is_populated:
+            try:
+                _raise_if_full([_populate(self.array, 0, self.num_bytes)])
+            except OSError as error:
+                raise HandleError(
+                    f"segment {self.name!r}: its {self.num_bytes:,} bytes cannot all "
+                    f"be used: {error.strerror}; /dev/shm is full, or it has shrunk"
+                ) from error
+            self._is_populated = True
 
     @property
     def array(self) -> Bytes:
@@ -333,26 +378,39 @@ def populate(mapped: Bytes, go_on: Callable[[], bool]) -> None:
     Without it each page costs a fault when it is first copied to or from. For a thread
     of its own: some 0.1 s per GiB, without the interpreter's lock.
     """
-    madvise = _madvise()
     for offset in range(0, mapped.nbytes, POPULATE_BYTES):
-        size = min(POPULATE_BYTES, mapped.nbytes - offset)
-        address = mapped.ctypes.data + offset
-        if not go_on() or madvise(address, size, _MADV_POPULATE_WRITE):
+        if not go_on() or _populate(mapped, offset, POPULATE_BYTES):
             return  # Refused by Linux before 5.14: then it is fault by fault.
 
 
-def _madvise() -> Any:
-    """Return the C library's; it releases the interpreter's lock."""
+def _populate(mapped: Bytes, offset: int, size: int) -> int:
+    """Map the pages of a range, allocating them; return the error number or 0.
+
+    It answers EFAULT where a write would raise SIGBUS, and releases the interpreter's
+    lock.
+    """
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
+    start = mapped.ctypes.data + offset
+    size = min(size, mapped.nbytes - offset) + start % mmap.PAGESIZE
+    start -= start % mmap.PAGESIZE
+    failed = madvise(start, size, _MADV_POPULATE_WRITE)
+    return ctypes.get_errno() if failed else 0
+
+
+def _raise_if_full(errors: Iterable[int]) -> None:
+    """Raise `OSError` if pages could not be allocated."""
+    for number in errors:
+        if number not in (0, errno.EINVAL):
+            is_full = number in (errno.EFAULT, errno.ENOMEM)
+            number = errno.ENOSPC if is_full else number
+            raise OSError(number, os.strerror(number))
 
 
 def _touch(mapping: mmap.mmap, fd: int) -> None:
-    """Have every page there, by as many threads as help: 1 GiB in 0.3 s with two.
+    """Allocate every page, by as many threads as help: 1 GiB in 0.3 s with two.
 
-    The kernel's populate says when there is no room, where a write would end the
-    process. It came with Linux 5.14; before, one thread allocates.
+    Populating came with Linux 5.14; before, one thread allocates.
 
     Raises:
         OSError: there is no room.
@@ -360,24 +418,13 @@ def _touch(mapping: mmap.mmap, fd: int) -> None:
     num_threads = min(os.cpu_count() or 1, _MAX_TOUCH_THREADS)
     step = -(-len(mapping) // num_threads)
     step += -step % mmap.ALLOCATIONGRANULARITY
-    start = np.frombuffer(mapping, np.uint8).ctypes.data
-    madvise = _madvise()
-
-    def populate(offset: int) -> int:
-        size = min(step, len(mapping) - offset)
-        failed = madvise(start + offset, size, _MADV_POPULATE_WRITE)
-        return ctypes.get_errno() if failed else 0
-
+    array = np.frombuffer(mapping, np.uint8)
+    offsets = range(0, len(mapping), step)
     with ThreadPoolExecutor(num_threads) as threads:
-        errors = set(threads.map(populate, range(0, len(mapping), step))) - {0}
-    if errors == {errno.EINVAL}:
+        errors = [*threads.map(lambda offset: _populate(array, offset, step), offsets)]
+    _raise_if_full(errors)
+    if errno.EINVAL in errors:
         os.posix_fallocate(fd, 0, len(mapping))
-    elif errors:
-        # It answers EFAULT where a write would have raised SIGBUS.
-        number = min(errors)
-        full = number in (errno.EFAULT, errno.ENOMEM)
-        number = errno.ENOSPC if full else number
-        raise OSError(number, os.strerror(number))
 
 
 @dataclass(frozen=True, slots=True)

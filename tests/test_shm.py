@@ -282,6 +282,47 @@ def test_a_mapping_is_populated_while_it_is_wanted(name: str) -> None:
         mapped.close()
 
 
+def test_pages_that_are_cut_off_are_found_before_they_are_touched(name: str) -> None:
+    """Touching one would end the process with SIGBUS."""
+    with Segment.create(name, 1 << 20, touch=True):
+        mapped = Segment.attach(name, offset=1 << 19, length=1 << 19)
+        mapped.check_pages()
+        os.truncate(SHM_DIR / name, 1 << 19)
+        with pytest.raises(HandleError, match="has shrunk to 524,288 bytes"):
+            mapped.check_pages()
+        mapped.close()
+
+
+IN_A_FULL_FOLDER = """
+import os
+from kvcore.errors import HandleError, SetupError
+from kvcore.shm import SHM_DIR, Segment
+MIB = 1 << 20
+sparse = Segment.create("sparse", 2 * MIB, touch=False)
+mapped = Segment.attach("sparse", offset=0, length=2 * MIB)
+with (SHM_DIR / "kept").open("wb") as kept:
+    kept.truncate(2 * MIB)
+Segment.create("filler", 3 * MIB, touch=True)
+for use in (mapped.check_pages, lambda: Segment.adopt("kept", 2 * MIB)):
+    try:
+        use()
+    except (HandleError, SetupError) as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a folder")
+def test_pages_for_which_there_is_no_room_are_found_before_they_are_touched() -> None:
+    """A sparse segment of a worker, and the arena of a start that was killed."""
+    mount = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$0" -c "$1"'
+    command = ["unshare", "-m", "sh", "-c", mount, sys.executable, IN_A_FULL_FOLDER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    sparse, kept = done.stdout.splitlines()
+    assert "cannot all be used: No space left on device" in sparse
+    assert "'kept': No space left on device; make /dev/shm larger" in kept
+
+
 def resident(name: str) -> int:
     """KiB of a segment's mappings that have their pages in this process."""
     kib, is_ours = 0, False

@@ -61,17 +61,27 @@ class HostMemory(AttachedMemory):
         copy_threads: int,
     ) -> None:
         with ExitStack() as stack:
-            arrays = []
+            arrays, self._segments = [], []
             for handle in handles:
                 segment = Segment.attach(
                     handle.name, offset=handle.offset, length=handle.length
                 )
                 stack.callback(segment.close)
+                self._segments.append(segment)
                 arrays.append(segment.array)
             self.caches = tuple(
                 HostCache(layout, arrays, copy_threads) for layout in layouts
             )
             self._stack = stack.pop_all()
+
+    def wait(self, event: bytes, check: Callable[[], None]) -> None:
+        """Check that the pages are there: touching one that is not ends the process.
+
+        Raises:
+            HandleError: a segment has shrunk, or there is no room for its pages.
+        """
+        for segment in self._segments:
+            segment.check_pages()
 
     def close(self) -> None:
         """Unmap the segments."""

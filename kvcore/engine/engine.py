@@ -25,7 +25,7 @@ from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.engine.tiering import OpenTiering, no_tiering
 from kvcore.engine.transfers import Transfers
-from kvcore.errors import BadRequest
+from kvcore.errors import BadRequest, HandleError
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
     ArenaHandle,
@@ -180,6 +180,9 @@ class Engine:
         self.registry.check(context, request.instance_id, space, request.rank, parts)
         if is_private(request):
             self._check_private(request.instance_id, context)
+        for handle in request.handles:
+            if isinstance(handle, PosixShm) and handle.name == self.arena.name:
+                raise HandleError(f"{handle.name!r} is the server's own memory")
         memory = self._transports.attach(request.handles, layouts)
         instance = Instance(context, request, space, layouts, memory)
         earlier = self.registry.find(context.client, request.instance_id)

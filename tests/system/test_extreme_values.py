@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvcore.errors import RequestError
+from kvcore.errors import HandleError, RequestError
+from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.process import pid_namespace, start_time
 from kvcore.protocol import (
@@ -26,9 +27,9 @@ from kvcore.protocol import (
     Request,
     Status,
 )
-from kvcore.shm import Segment
+from kvcore.shm import SHM_DIR, Segment
 from kvcore.wire import decode_error, decode_reply, encode_error
-from tests.system.server_fixture import Server, wait_until
+from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.test_garbage import Raw, opened
 
 GIB = 1 << 30
@@ -146,3 +147,43 @@ def test_a_label_cannot_forge_log_lines(serve: Callable[..., Server]) -> None:
     log = server.log.read_text()
     assert "\n2026-01-01 ERROR forged" not in log
     assert "\x1b" not in log
+
+
+def test_a_segment_that_shrinks_is_an_error_of_its_worker(server: Server) -> None:
+    """Copies to and from it are refused; the server lives."""
+    name, group = f"{SEGMENT}-shrinks", GROUP
+    with (
+        connect(server.address) as client,
+        Segment.create(name, 1 << 16, touch=True),
+    ):
+        handle = PosixShm(name, 0, 1 << 16)
+        client.register_kv_cache(
+            RegisterKVCache("shrinks", "e", "m2", 1, 0, (handle,), (group,))
+        )
+        session, tokens = SessionKey("e", "shrinks"), range(CHUNK)
+        blocks = [list(range(4))]
+        client.store(session, "shrinks", 0, CHUNK, blocks, tokens)
+        os.truncate(SHM_DIR / name, 0)
+        with pytest.raises(HandleError, match="has shrunk"):
+            client.retrieve(session, "shrinks", 0, CHUNK, blocks, tokens)
+        with pytest.raises(HandleError, match="has shrunk"):
+            client.store(session, "shrinks", 0, CHUNK, blocks, tokens)
+        client.ping()
+
+
+def test_the_servers_own_memory_is_no_cache(server: Server) -> None:
+    """A client cannot have the server copy within its arena."""
+    with connect(server.address) as client:
+        [arena] = SHM_DIR.glob(f"kvcore-{client.status().pid}-*")
+        with pytest.raises(HandleError, match="the server's own memory"):
+            client.register_kv_cache(
+                RegisterKVCache(
+                    "arena",
+                    "e",
+                    "m3",
+                    1,
+                    0,
+                    (PosixShm(arena.name, 0, 1 << 16),),
+                    (GROUP,),
+                )
+            )
