@@ -213,9 +213,9 @@ class RegisterKVCache(Request[RegisterReply], frozen=True):
     """Register one worker's paged cache, until its process ends.
 
     Registering an instance again replaces it. Rejected if a live instance of the same
-    model, world size and rank has another chunk layout. With private handles (all or
-    none) the worker copies itself: RESERVE and HOLD replace STORE and RETRIEVE, and
-    the server must be able to watch its process.
+    engine key, model, world size and rank has another chunk layout. With private
+    handles (all or none) the worker copies itself: RESERVE and HOLD replace STORE and
+    RETRIEVE, and the server must be able to watch its process.
     """
 
     instance_id: Text

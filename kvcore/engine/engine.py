@@ -101,8 +101,7 @@ class Engine:
         if recovered is not None:
             self.l1.restore(recovered.parts)
             for part in recovered.parts:
-                space = self.registry.space(part.name.model, part.name.world_size)
-                space.restore(part.name, part.part)
+                self.registry.restore(part.name, part.part)
         self.history = MissHistory(clock)
         self.l1.on_removed(self.history.note_removal)
         self.leases = LeaseTable(
@@ -300,7 +299,9 @@ class Engine:
         self, request: Lookup, context: RequestContext
     ) -> Generator[None, None, LookupReply | DeferredReply]:
         """Count and lease the leading chunks that all ranks have stored."""
-        space, needs = self.registry.lookup(request.model, request.world_size)
+        space, needs = self.registry.lookup(
+            request.model, request.world_size, context.scope
+        )
         num_chunks = request.end // self.chunk_size
         session = self.sessions.open(request.session, space, context.client)
         with ExitStack() as session_use:

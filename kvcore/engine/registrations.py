@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvcore.copy.memory_transports import AttachedMemory
 from kvcore.copy.paged_cache import PagedCache
-from kvcore.engine.keyspace import Keyspace
+from kvcore.engine.keyspace import EngineRanks, Keyspace
 from kvcore.engine.request_context import RequestContext
 from kvcore.errors import (
     BadRequest,
@@ -31,6 +31,8 @@ MAX_PER_CLIENT = 16
 """Most instances of a client. Each may start two threads."""
 MAX_INSTANCES = 1024
 """Most instances of all clients."""
+MAX_MODELS = 4096
+"""Most models and world sizes with chunks or instances."""
 MAX_NAMED = 8
 """Most missing ranks that an error lists."""
 
@@ -162,29 +164,49 @@ class Registry:
         self._spaces: dict[tuple[str, int], Keyspace] = {}
 
     def space(self, model: str, world_size: int) -> Keyspace:
-        """Return the keyspace of a model; create it for the first instance."""
+        """Return the keyspace of a model, a new one if it has none; `add` enters it.
+
+        Raises:
+            Overloaded: there are too many.
+        """
         key = (model, world_size)
         space = self._spaces.get(key)
         if space is None:
+            if len(self._spaces) >= MAX_MODELS:
+                raise Overloaded(f"{MAX_MODELS} models have been registered")
             seed = chain_seed("prefix", model, world_size, self.chunk_size)
-            space = self._spaces[key] = Keyspace(model, world_size, seed)
+            space = Keyspace(model, world_size, seed)
         return space
 
-    def lookup(self, model: str, world_size: int) -> tuple[Keyspace, RequiredParts]:
-        """Return a keyspace that every rank has registered, and its required parts.
+    def restore(self, name: PartName, part: PartId) -> None:
+        """Give a part that an earlier run stored the id that it had there."""
+        space = self.space(name.model, name.world_size)
+        self._spaces[name.model, name.world_size] = space
+        space.is_used = True
+        space.restore(name, part)
+
+    def lookup(
+        self, model: str, world_size: int, scope: bytes = b""
+    ) -> tuple[Keyspace, RequiredParts]:
+        """Return a keyspace whose ranks an engine has registered, and required parts.
+
+        Those are the parts of the engine with this scope, or of another engine if it
+        has registered none.
 
         Raises:
             UnknownModel: no instance registered it, or some ranks are missing.
         """
         space = self._spaces.get((model, world_size))
-        if space is not None and space.needs is not None:
-            return space, space.needs
-        if space is None or not space.ranks:
+        engine = space.engine(scope) if space is not None else None
+        if space is None or engine is None:
             raise UnknownModel(
                 f"no instance of model {model!r} with world size {world_size} is "
                 "registered"
             )
-        ranks = [str(rank) for rank in space.missing_ranks()]
+        if engine.needs is not None:
+            space.is_used = True
+            return space, engine.needs
+        ranks = [str(rank) for rank in space.missing_ranks(engine)]
         missing = ", ".join(ranks[:MAX_NAMED])
         if len(ranks) > MAX_NAMED:
             missing += f" and {len(ranks) - MAX_NAMED} more"
@@ -201,7 +223,7 @@ class Registry:
         rank: int,
         layouts: tuple[PartLayout, ...],
     ) -> None:
-        """Check an instance against the registered ones.
+        """Check an instance against the registered ones of its engine.
 
         Raises:
             InstanceExists: another live client of the engine has registered its id.
@@ -218,7 +240,8 @@ class Registry:
         if known is None:
             self._check_number(context.client)
         alone = known is not None and known.space is space and known.rank == rank
-        for other, held in space.ranks.items():
+        engine = space.engines.get(context.scope, EngineRanks())
+        for other, held in engine.ranks.items():
             if other == rank and alone and held.num_instances == 1:
                 continue
             _agree(space, rank, layouts, other, held.layouts)
@@ -234,12 +257,17 @@ class Registry:
     def add(self, instance: Instance) -> None:
         """Register a checked instance."""
         self._instances[instance.client, instance.instance_id] = instance
-        instance.space.add(instance.rank, instance.part_layouts)
+        space = instance.space
+        self._spaces[space.model, space.world_size] = space
+        space.add(instance.scope, instance.rank, instance.part_layouts)
 
     def remove(self, instance: Instance) -> None:
         """Unregister an instance; its chunks stay in L1."""
         del self._instances[instance.client, instance.instance_id]
-        instance.space.remove(instance.rank)
+        space = instance.space
+        space.remove(instance.scope, instance.rank)
+        if not (space.engines or space.is_used):
+            del self._spaces[space.model, space.world_size]
 
     def find(self, client: Hashable, instance_id: str) -> Instance | None:
         """Return a client's instance, None if it has none of this id."""

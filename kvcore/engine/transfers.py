@@ -316,6 +316,7 @@ class Transfers:
             DeadlineExceeded: it has passed already.
         """
         self._check_deadline(deadline_ns)
+        instance.space.is_used = True
         write = PendingStore(instance, deadline_ns)
         try:
             for group, rows in zip(instance.groups, blocks, strict=True):

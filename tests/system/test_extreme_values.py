@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvcore.client import KVClient
 from kvcore.errors import HandleError, RequestError
 from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
@@ -29,6 +30,7 @@ from kvcore.protocol import (
 )
 from kvcore.shm import SHM_DIR, Segment
 from kvcore.wire import decode_error, decode_reply, encode_error
+from tests.system.conftest import Prompt
 from tests.system.server_fixture import CHUNK, Server, connect, wait_until
 from tests.system.test_garbage import Raw, opened
 
@@ -187,3 +189,29 @@ def test_the_servers_own_memory_is_no_cache(server: Server) -> None:
                     (GROUP,),
                 )
             )
+
+
+def test_another_engines_layout_does_not_hinder_a_model(
+    server: Server, prompt: Prompt
+) -> None:
+    """Each engine finds the chunks of its own layout; a squatter gains nothing."""
+    odd = CacheGroup("NSD", "uint8", 8, (TensorView(0, 0, (8, 8, 64), (512, 64, 1)),))
+    tokens, blocks = prompt(CHUNK), [list(range(4))]
+    name = f"{SEGMENT}-squat"
+    with (
+        Segment.create(name, 1 << 16, touch=True),
+        KVClient(server.address, engine_key=b"odd") as squatter,
+        KVClient(squatter.address, engine_key=b"real") as engine,
+        KVClient(squatter.address, engine_key=b"twin") as twin,
+    ):
+        for client, group in ((squatter, odd), (engine, GROUP), (twin, GROUP)):
+            client.register_kv_cache(
+                RegisterKVCache(
+                    "i", "e", "m", 1, 0, (PosixShm(name, 0, 1 << 16),), (group,)
+                )
+            )
+        session = SessionKey("e", "r")
+        engine.store(session, "i", 0, CHUNK, blocks, tokens)
+        assert squatter.lookup(session, "m", 1, tokens).num_chunks == 0
+        assert engine.lookup(session, "m", 1, tokens).num_chunks == 1
+        assert twin.lookup(session, "m", 1, tokens).num_chunks == 1
