@@ -6,12 +6,11 @@ space for stores and holds chunks for retrieves; the caches need no shared memor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import partial
-from threading import Lock, Thread
+from threading import RLock, Thread
 from time import monotonic_ns
 from typing import Any, TypeVar
 
@@ -52,6 +51,7 @@ from kvcore.shm import Segment, populate
 from kvcore.worker.mapped_arena import (
     CopyQueue,
     HostWorkerMemory,
+    MappedArena,
     MappedCache,
     Memory,
     OpenWorkerMemory,
@@ -84,7 +84,7 @@ class CopyingClient(KVClient):
     ) -> None:
         self._caches: dict[str, MappedCache] = {}
         self._arena: Segment | None = None
-        self._lock = Lock()
+        self._lock = RLock()
         self._running_copies = RunningCopies("the client was closed", Closed)
         super().__init__(
             address, label=label, timeout_s=timeout_s, engine_key=engine_key
@@ -174,7 +174,7 @@ class CopyingClient(KVClient):
         memory = handle.memory
         with self._lock:
             if self._arena is None or self._arena.name != memory.name:
-                self._detach_arena()
+                self._unmap_arena()
                 arena = self._arena = Segment.attach(
                     memory.name, offset=memory.offset, length=memory.length
                 )
@@ -183,16 +183,13 @@ class CopyingClient(KVClient):
             cache.map(self._arena, self.chunk_size, checksums=handle.checksums)
 
     def _unmap_arena(self) -> None:
-        with self._lock:
-            self._detach_arena()
-
-    def _detach_arena(self) -> None:
         """Unmap the arena; the system frees its memory with the last mapping."""
-        for cache in list(self._caches.values()):
-            cache.unmap()
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        with self._lock:
+            for cache in list(self._caches.values()):
+                cache.unmap()
+            if self._arena is not None:
+                self._arena.close()
+                self._arena = None
 
     # -- copies -------------------------------------------------------------------
 
@@ -203,10 +200,11 @@ class CopyingClient(KVClient):
         retry: Retry | None = None,
     ) -> Future[R]:
         """Send a request, or queue a local copy."""
-        copy = self._local_copy(request, timeout_s, retry)
-        if copy is None:
+        local = self._local_copy(request, timeout_s, retry)
+        if local is None:
             return super().submit(request, timeout_s, retry)
-        return copy.queue.submit(copy.run)
+        queue, copy = local
+        return queue.submit(copy)
 
     def call(
         self,
@@ -215,16 +213,17 @@ class CopyingClient(KVClient):
         retry: Retry | None = None,
     ) -> R:
         """Send a request or copy locally, and wait."""
-        copy = self._local_copy(request, timeout_s, retry)
-        if copy is None:
+        local = self._local_copy(request, timeout_s, retry)
+        if local is None:
             return super().call(request, timeout_s, retry)
-        result: R = copy.run()
+        _, copy = local
+        result: R = copy()
         return result
 
     def _local_copy(
-        self, request: Request[R], timeout_s: float | None, retry: Retry | None
-    ) -> _LocalCopy | None:
-        """Return the copy that this process makes; None for a request to the server."""
+        self, request: Request[Any], timeout_s: float | None, retry: Retry | None
+    ) -> tuple[CopyQueue, Callable[[], Any]] | None:
+        """Return a copy in this process and its queue; None if the server copies."""
         if not isinstance(request, Store | Retrieve):
             return None
         cache = self._caches.get(request.instance_id)
@@ -234,32 +233,26 @@ class CopyingClient(KVClient):
             raise BadRequest("event: wait for the event before the call")
         deadline_ns = monotonic_ns() + int((timeout_s or self.timeout_s) * 1e9)
         if isinstance(request, Store):
-            run = partial(self._store, cache, request, retry, deadline_ns)
-            return _LocalCopy(cache.stores, run)
-        return _LocalCopy(
-            cache.retrieves, partial(self._retrieve, cache, request, retry, deadline_ns)
+            return cache.stores, partial(
+                self._store, cache, request, retry, deadline_ns
+            )
+        return cache.retrieves, partial(
+            self._retrieve, cache, request, retry, deadline_ns
         )
 
     def _store(
         self, cache: MappedCache, store: Store, retry: Retry | None, deadline_ns: int
     ) -> StoreReply:
         with cache.stores.exclusive():
-            retry_ticket = _wrap_retry(Reserve, retry)
-            reply = self._request_ticket(
-                Reserve(store), retry_ticket, deadline_ns, Abort
-            )
-            if reply.ticket is None:
+            reply = self._request_ticket(Reserve, Abort, store, retry, deadline_ns)
+            ticket = reply.ticket
+            if ticket is None:
                 return StoreReply(0, reply.num_present, reply.num_dropped)
-            try:
-                mapped = cache.mapped(reply.arena)
-                with self._running_copies.track(), mapped.copy():
-                    checksums = mapped.gather(store, reply.parts)
+            with self._copying(cache, reply.arena, lambda: Abort(ticket)) as mapped:
+                checksums = mapped.gather(store, reply.parts)
                 if monotonic_ns() > deadline_ns:
                     raise DeadlineExceeded("the deadline passed; nothing was kept")
-            except BaseException:
-                self._send_end(Abort(reply.ticket))
-                raise
-            commit = Commit(reply.ticket, memoryview(b"".join(checksums)))
+            commit = Commit(ticket, memoryview(b"".join(checksums)))
             return self._end_ticket(
                 commit, cache, reply.arena, _remaining_s(deadline_ns)
             )
@@ -272,42 +265,54 @@ class CopyingClient(KVClient):
         deadline_ns: int,
     ) -> RetrieveReply:
         with cache.retrieves.exclusive():
-            retry_ticket = _wrap_retry(Hold, retry)
-            reply = self._request_ticket(
-                Hold(retrieve), retry_ticket, deadline_ns, Release
-            )
-            if reply.ticket is None:
+            reply = self._request_ticket(Hold, Release, retrieve, retry, deadline_ns)
+            ticket, wrong = reply.ticket, list[int]()
+            if ticket is None:
                 return RetrieveReply(0)
-            wrong: list[int] = []
-            try:
-                mapped = cache.mapped(reply.arena)
-                with self._running_copies.track(), mapped.copy():
-                    wrong = mapped.find_wrong(reply.parts)
-                    if wrong:
-                        raise ChunksMissing("a chunk's bytes were found wrong")
-                    num_bytes = mapped.scatter(retrieve, reply.parts)
-            except BaseException:
-                self._send_end(Release(reply.ticket, wrong=tuple(wrong)))
-                raise
-            release = Release(reply.ticket, num_bytes)
+            with self._copying(
+                cache, reply.arena, lambda: Release(ticket, wrong=tuple(wrong))
+            ) as mapped:
+                wrong += mapped.find_wrong(reply.parts)
+                if wrong:
+                    raise ChunksMissing("a chunk's bytes were found wrong")
+                num_bytes = mapped.scatter(retrieve, reply.parts)
+            release = Release(ticket, num_bytes)
             return self._end_ticket(release, cache, reply.arena, self.timeout_s)
 
     def _request_ticket(
         self,
-        request: Request[TicketReply],
+        kind: Callable[[Any], Request[TicketReply]],
+        end: Callable[[int], Request[Any]],
+        request: Request[Any],
         retry: Retry | None,
         deadline_ns: int,
-        end: Callable[[int], Request[Any]],
     ) -> TicketReply:
         """Request a ticket. One that arrives after the deadline is ended at once."""
+
+        def retry_ticket(error: KVError) -> Request[Any] | None:
+            again = retry(error) if retry else None
+            return None if again is None else kind(again)
 
         def end_late(reply: ReserveReply | HoldReply) -> None:
             if reply.ticket is not None:
                 self._send_end(end(reply.ticket))
 
         return self._connection.call(
-            request, _remaining_s(deadline_ns), retry, end_late
+            kind(request), _remaining_s(deadline_ns), retry_ticket, end_late
         )
+
+    @contextmanager
+    def _copying(
+        self, cache: MappedCache, arena: str, end: Callable[[], Request[Any]]
+    ) -> Iterator[MappedArena]:
+        """Provide the mapped arena for a copy; if the copy fails, send `end()`."""
+        try:
+            mapped = cache.mapped(arena)
+            with self._running_copies.track(), mapped.copies.track():
+                yield mapped
+        except BaseException:
+            self._send_end(end())
+            raise
 
     def _send_end(self, end: Request[Any]) -> None:
         """End a ticket without waiting for the reply."""
@@ -322,28 +327,6 @@ class CopyingClient(KVClient):
         except UnknownTicket:
             cache.mapped(arena)  # Raises Unavailable if the server has restarted.
             raise
-
-
-@dataclass(frozen=True, slots=True)
-class _LocalCopy:
-    """A copy in this process, and its queue."""
-
-    queue: CopyQueue
-    run: Callable[[], Any]
-
-
-def _wrap_retry(
-    kind: Callable[[Any], Request[Any]], retry: Retry | None
-) -> Retry | None:
-    """Return a retry that wraps the repeated request in a ticket request."""
-    if retry is None:
-        return None
-
-    def retry_ticket(error: KVError) -> Request[Any] | None:
-        inner = retry(error)
-        return None if inner is None else kind(inner)
-
-    return retry_ticket
 
 
 def _remaining_s(deadline_ns: int) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Condition, Lock
 from typing import Any, Protocol, TypeVar
 
@@ -55,57 +56,40 @@ Memory = Sequence[Any]
 """The buffers of a registration's handles, in order; flat byte arrays on a host."""
 
 
+@dataclass(frozen=True, slots=True)
 class MappedArena:
     """A cache and the arena of one server process, open until the last copy."""
 
-    def __init__(
-        self,
-        opened: WorkerMemory,
-        layouts: Sequence[KVLayout],
-        arena: Bytes,
-        chunk_size: int,
-        *,
-        checksums: bool,
-    ) -> None:
-        self._opened = opened
-        self._layouts = layouts
-        self._chunk_size = chunk_size
-        self._copier = ChunkCopier(arena, chunk_size, checksums=checksums)
-        self._copies = RunningCopies(
-            "the server restarted before the copy started", Unavailable
-        )
-
-    def copy(self) -> AbstractContextManager[None]:
-        """Return a context that keeps the mapping open.
-
-        Raises:
-            Unavailable: the mapping is closed.
-        """
-        return self._copies.track()
+    memory: WorkerMemory
+    layouts: Sequence[KVLayout]
+    chunk_size: int
+    copier: ChunkCopier
+    copies: RunningCopies
+    """Copies that keep the mapping open."""
 
     def gather(self, request: Store, places: PartLocations) -> list[Checksum]:
         """Copy a store's blocks to its parts; return one checksum per chunk."""
-        tokens = TokenRange.to_store(request.start, request.end, self._chunk_size)
-        blocks = read_blocks(self._layouts, request.blocks, tokens)
-        return self._copier.gather(self._opened.caches, blocks, places)
+        tokens = TokenRange.to_store(request.start, request.end, self.chunk_size)
+        blocks = read_blocks(self.layouts, request.blocks, tokens)
+        return self.copier.gather(self.memory.caches, blocks, places)
 
     def find_wrong(self, places: PartLocations) -> list[int]:
         """Return the indexes of chunks whose bytes do not match their checksum."""
-        return self._copier.find_wrong(places)
+        return self.copier.find_wrong(places)
 
     def scatter(self, request: Retrieve, places: PartLocations) -> int:
         """Copy a retrieve's parts to its blocks; return the number of bytes."""
         skip = request.skip_first_n_tokens
         tokens = TokenRange.to_retrieve(
-            request.start, request.end, skip, self._chunk_size
+            request.start, request.end, skip, self.chunk_size
         )
-        blocks = read_blocks(self._layouts, request.blocks, tokens)
-        return self._copier.scatter(self._opened.caches, blocks, places, tokens)
+        blocks = read_blocks(self.layouts, request.blocks, tokens)
+        return self.copier.scatter(self.memory.caches, blocks, places, tokens)
 
     def close(self) -> None:
         """Wait for running copies, then release the memory."""
-        self._copies.close()
-        self._opened.close()
+        self.copies.close()
+        self.memory.close()
 
 
 class CopyQueue:
@@ -212,8 +196,13 @@ class MappedCache:
     ) -> MappedArena:
         sizes = [part.nbytes for part in self._memory]
         layouts = [KVLayout.derive(group, sizes, chunk_size) for group in self._groups]
-        opened = self._open_memory(layouts, self._memory, arena)
-        return MappedArena(opened, layouts, arena, chunk_size, checksums=checksums)
+        return MappedArena(
+            self._open_memory(layouts, self._memory, arena),
+            layouts,
+            chunk_size,
+            ChunkCopier(arena, chunk_size, checksums=checksums),
+            RunningCopies("the server restarted before the copy started", Unavailable),
+        )
 
     def unmap(self) -> None:
         """Release the arena after the running copies.
