@@ -8,8 +8,10 @@ vLLM's `KVConnectorBase_V1` that 0.29 to 0.32 have; docs/vllm.md lists them.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +21,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.platforms import current_platform
 
 from kvcore.errors import KVError, SetupError
-from kvcore.keys import ExtraKey
 from kvcore.protocol import RegisterKVCache
 from kvcore.vllm.connector_config import parse_config
-from kvcore.vllm.connector_scheduler import ConnectorScheduler
+from kvcore.vllm.connector_scheduler import ConnectorScheduler, EngineRequest
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
 from kvcore.vllm.kv_cache_groups import (
     EngineGroup,
-    GroupShape,
     check_engine,
     describe_caches,
     engine_groups,
@@ -53,28 +53,12 @@ class StepMetadata(base.KVConnectorMetadata):  # type: ignore[misc]
 class StepReport(base.KVConnectorWorkerMetadata):  # type: ignore[misc]
     """Completed operations, sent from the workers to the scheduler."""
 
-    acks: dict[OpId, int] = field(default_factory=dict)
+    acks: Counter[OpId] = field(default_factory=Counter)
     failed: set[str] = field(default_factory=set)
 
     def aggregate(self, other: StepReport) -> StepReport:
         """Add another rank's report."""
-        acks = dict(self.acks)
-        for op, num_ranks in other.acks.items():
-            acks[op] = acks.get(op, 0) + num_ranks
-        return StepReport(acks, self.failed | other.failed)
-
-
-class _ConnectorRequest:
-    """`EngineRequest` over vLLM's `Request`."""
-
-    def __init__(self, request: Any) -> None:
-        self.request_id: str = request.request_id
-        self.tokens: Sequence[int] = request.all_token_ids
-        self._request = request
-
-    @property
-    def extras(self) -> tuple[ExtraKey, ...]:
-        return extra_keys(self._request)
+        return StepReport(self.acks + other.acks, self.failed | other.failed)
 
 
 class _BlockPool:
@@ -131,25 +115,17 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         if role == base.KVConnectorRole.SCHEDULER:
             self._scheduler = self._create_scheduler()
         else:
-            rank = parallel.rank % self._world_size
-            self._worker = ConnectorWorker(self._config, self._engine, rank)
-            self._rank = rank
+            self._rank = parallel.rank % self._world_size
+            self._worker = ConnectorWorker(self._config, self._engine)
 
     def _create_scheduler(self) -> ConnectorScheduler:
         return ConnectorScheduler(
-            ServerLink(
-                self._config.address,
-                f"{self._engine.id} scheduler",
-                self._engine.key,
-                self._config.retry_s,
-            ),
+            ServerLink(self._config, self._engine, "scheduler"),
             self._config,
             engine_id=self._engine.id,
             model=self._model,
             world_size=self._world_size,
-            groups=[
-                GroupShape(g.block_size, g.window, g.is_chunked) for g in self._groups
-            ],
+            groups=self._groups,
         )
 
     @property
@@ -171,7 +147,8 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Register the worker's cache. vLLM calls it once, after allocating the cache.
 
-        If the cache cannot be shared, log a warning and serve without a KV cache.
+        If the cache cannot be shared, log a warning and serve without a KV cache: the
+        worker side still acknowledges the stores that the scheduler side plans.
         """
         if self._worker is None:
             return
@@ -179,7 +156,6 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
             self._worker.register(self._registration(kv_caches))
         except KVError as error:
             log.warning("no KV cache: %s", error)
-            self._worker = None
 
     def _registration(self, kv_caches: Mapping[str, torch.Tensor]) -> Registration:
         config = self._vllm_config
@@ -305,7 +281,10 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         if self._scheduler is None or not is_cacheable(request):
             return 0, False
         matched = self._scheduler.get_num_matched_tokens(
-            _ConnectorRequest(request), num_computed_tokens
+            EngineRequest(
+                request.request_id, request.all_token_ids, partial(extra_keys, request)
+            ),
+            num_computed_tokens,
         )
         return matched, bool(matched)
 

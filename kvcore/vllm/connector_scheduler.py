@@ -10,7 +10,7 @@ its sliding window meanwhile.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,8 +21,8 @@ from kvcore.errors import KVError
 from kvcore.keys import ExtraKey, SessionKey, pack_tokens
 from kvcore.protocol import LookupReply
 from kvcore.vllm.connector_config import ConnectorConfig
-from kvcore.vllm.kv_cache_groups import GroupShape
-from kvcore.vllm.server_link import ServerLink, ignore
+from kvcore.vllm.kv_cache_groups import EngineGroup
+from kvcore.vllm.server_link import ServerLink
 from kvcore.vllm.step_metadata import (
     GroupBlocks,
     LoadOp,
@@ -40,15 +40,14 @@ LOOKUP_VALID_S = 20.0
 chunks may have expired."""
 
 
-class EngineRequest(Protocol):
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
     """An engine's request; `tokens` grows while it runs."""
 
-    @property
-    def request_id(self) -> str: ...  # noqa: D102
-    @property
-    def tokens(self) -> Sequence[int]: ...  # noqa: D102
-    @property
-    def extras(self) -> tuple[ExtraKey, ...]: ...  # noqa: D102
+    request_id: str
+    tokens: Sequence[int]
+    make_extras: Callable[[], tuple[ExtraKey, ...]]
+    """Returns the extra keys; called once, since it may read an adapter's weights."""
 
 
 class BlockPool(Protocol):
@@ -73,9 +72,10 @@ class PendingLookup:
     is_handled: bool = False
     """Whether the result has been processed."""
 
-    def is_expired(self, valid_s: float) -> bool:
-        """Return whether it completed but was submitted over `valid_s` seconds ago."""
-        return self.future.done() and monotonic() - self.submitted > valid_s
+    @property
+    def is_expired(self) -> bool:
+        """Whether it completed but was submitted over LOOKUP_VALID_S ago."""
+        return self.future.done() and monotonic() - self.submitted > LOOKUP_VALID_S
 
 
 @dataclass(slots=True)
@@ -130,7 +130,7 @@ class ConnectorScheduler:
         engine_id: str,
         model: str,
         world_size: int,
-        groups: Sequence[GroupShape],
+        groups: Sequence[EngineGroup],
         pool: BlockPool | None = None,
     ) -> None:
         self._link = link
@@ -143,13 +143,9 @@ class ConnectorScheduler:
         self._tracked: dict[str, RequestState] = {}
         self._operations: dict[OpId, PendingOperation] = {}
         self._ops = count(1)
-        self._loads: list[LoadOp] = []
-        self._token_updates: list[TokenUpdate] = []
-        self._ended: list[str] = []
+        self._plan = StepPlan()
+        """The plan of the step that is being scheduled."""
         self._since_reset: tuple[ExtraKey, ...] = ()
-
-    def __repr__(self) -> str:
-        return f"<ConnectorScheduler {len(self._tracked)} requests, {self.num_ops} ops>"
 
     @property
     def num_ops(self) -> int:
@@ -169,9 +165,7 @@ class ConnectorScheduler:
         if state is None or state.load_failed:
             return 0
         match = state.match
-        if match is not None and match.is_expired(LOOKUP_VALID_S):
-            match = None
-        if match is None:
+        if match is None or match.is_expired:
             match = state.match = self._look_up(state, num_computed)
         if match is None:
             return 0
@@ -221,7 +215,7 @@ class ConnectorScheduler:
             skip=computed - start,
             blocks=packed,
         )
-        self._loads.append(load)
+        self._plan.loads.append(load)
         # The engine itself holds the blocks of a load until every rank has ended it.
         self._start_operation(load.op, state, [])
 
@@ -262,44 +256,33 @@ class ConnectorScheduler:
     def _free(self, state: RequestState, start: int, end: int) -> None:
         client = self._link.last_client
         if client is not None and end > start:
-            freed = client.submit_free_lookup_locks(state.session, start, end)
-            freed.add_done_callback(ignore)
+            client.submit_free_lookup_locks(state.session, start, end)
 
     # -- steps -------------------------------------------------------------------------
 
     def step(self, scheduled: Iterable[ScheduledRequest]) -> StepPlan:
         """Return the step's plan; its stores run after the forward pass."""
         server = self._link.server
-        stores = []
         for one in scheduled:
             state = self._tracked.get(one.request_id)
             if state is None:
                 continue
             state.take_blocks(one)
-            store = self._store(state, one, server.chunk_size) if server else None
-            if store is not None:
-                stores.append(store)
-        plan = StepPlan(
-            tuple(self._token_updates),
-            tuple(self._loads),
-            tuple(stores),
-            tuple(self._ended),
-        )
-        self._token_updates.clear()
-        self._loads.clear()
-        self._ended.clear()
+            if server is not None:
+                self._plan_store(state, one, server.chunk_size)
+        plan, self._plan = self._plan, StepPlan()
         return plan
 
-    def _store(
+    def _plan_store(
         self, state: RequestState, one: ScheduledRequest, chunk_size: int
-    ) -> StoreOp | None:
+    ) -> None:
         # Draft tokens and placeholders of asynchronous scheduling are not stored.
         end = min(one.num_computed + one.num_new, len(state.tokens))
         end -= end % chunk_size
         # A server that replaced another may have a different chunk size.
         start = state.num_stored - state.num_stored % chunk_size
         if end <= start:
-            return None
+            return
         state.num_stored = end
         state.is_known = True
         self._send_tokens(state, end)
@@ -307,8 +290,8 @@ class ConnectorScheduler:
         store = StoreOp(
             OpId(next(self._ops)), state.session.request_id, start, end, packed
         )
+        self._plan.stores.append(store)
         self._start_operation(store.op, state, real_blocks(packed))
-        return store
 
     def _blocks_of(
         self, state: RequestState, num_computed: int, start: int, end: int
@@ -326,7 +309,7 @@ class ConnectorScheduler:
             return
         packed = pack_tokens(state.tokens[state.num_sent : end])
         request_id = state.session.request_id
-        self._token_updates.append(
+        self._plan.tokens.append(
             TokenUpdate(request_id, state.num_sent, packed, state.extras)
         )
         state.num_sent = end
@@ -375,11 +358,11 @@ class ConnectorScheduler:
 
     def _end(self, state: RequestState) -> None:
         if state.num_sent:
-            self._ended.append(state.session.request_id)
+            self._plan.ended.append(state.session.request_id)
         client = self._link.last_client
         if state.is_known and client is not None:
             try:
-                client.submit_end_session(state.session).add_done_callback(ignore)
+                client.submit_end_session(state.session)
             except KVError as error:
                 self._link.record_failure(error)
 
@@ -405,14 +388,14 @@ class ConnectorScheduler:
             if self._is_ending(request.request_id):
                 return None
             session = SessionKey(self._engine_id, request.request_id)
-            extras = (*self._since_reset, *request.extras)
+            extras = (*self._since_reset, *request.make_extras())
             state = RequestState(session, request.tokens, extras)
             self._tracked[request.request_id] = state
         return state
 
     def _is_ending(self, request_id: str) -> bool:
         """Return whether workers may hold tokens of a finished request of this id."""
-        return request_id in self._ended or any(
+        return request_id in self._plan.ended or any(
             operation.state.session.request_id == request_id
             for operation in self._operations.values()
         )

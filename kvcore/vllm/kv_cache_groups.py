@@ -9,45 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcore.errors import LayoutError, SetupError
 from kvcore.layout import DTYPE_BYTES, CacheGroup, TensorView
 from kvcore.protocol import MemoryHandle
-from kvcore.vllm.memory_handles import Tensor
 
-_Form = tuple[tuple[int, ...], tuple[int, ...], str]
-"""Shape, strides, dtype: what the tensors of one group have in common."""
+if TYPE_CHECKING:
+    import torch
 
-_SPECS_FULL = ("FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec")
-_SPECS_WINDOW = {
+_WINDOW_FIELDS = {
+    "FullAttentionSpec": None,
+    "MLAAttentionSpec": None,
+    "SinkFullAttentionSpec": None,
     "SlidingWindowSpec": "sliding_window",
     "SlidingWindowMLASpec": "sliding_window",
     "ChunkedLocalAttentionSpec": "attention_chunk_size",
 }
-"""Specs of groups that keep only the last tokens, and the field with their number."""
+"""For each kind of layer spec, the field with the size of its window; None for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
     """One cache group of the engine: layers that share block ids."""
 
-    layers: tuple[str, ...]
-    block_size: int
-    window: int | None
-    is_mla: bool
-    is_chunked: bool = False
-    """Whether windows start at multiples of `window` instead of sliding."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupShape:
-    """Block size and window of one engine group, for the scheduler side."""
-
     block_size: int
     window: int | None = None
+    """Number of last tokens that the group keeps; None for all."""
     is_chunked: bool = False
     """Whether windows start at multiples of `window` instead of sliding."""
+    is_mla: bool = False
+    layers: tuple[str, ...] = ()
 
     def num_skipped(self, num_computed: int) -> int:
         """Return how many leading blocks the engine may have freed by then."""
@@ -105,7 +97,7 @@ def _engine_group(group: Any) -> EngineGroup:
     specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
     spec = specs[0]
     name = type(spec).__name__
-    if name not in _SPECS_FULL and name not in _SPECS_WINDOW:
+    if name not in _WINDOW_FIELDS:
         raise LayoutError(f"layers of kind {name} cannot be cached by token")
     if not getattr(group, "enable_kv_transfer", True):
         raise LayoutError(f"vLLM does not let layers of kind {name} be transferred")
@@ -113,22 +105,22 @@ def _engine_group(group: Any) -> EngineGroup:
         raise LayoutError(f"vLLM keeps layers of kind {name} out of prefix caching")
     if any(getattr(one, "non_causal", False) for one in specs):
         raise LayoutError("layers that look ahead: a token's KV depends on later ones")
-    window = getattr(spec, _SPECS_WINDOW[name]) if name in _SPECS_WINDOW else None
+    field = _WINDOW_FIELDS[name]
     return EngineGroup(
-        tuple(group.layer_names),
         block_size,
-        window,
-        is_mla="MLA" in name,
+        getattr(spec, field) if field else None,
         is_chunked="Chunked" in name,
+        is_mla="MLA" in name,
+        layers=tuple(group.layer_names),
     )
 
 
 def describe_caches(
     groups: Sequence[EngineGroup],
-    caches: Mapping[str, Tensor],
+    caches: Mapping[str, torch.Tensor],
     num_blocks: int,
     *,
-    share: Callable[[Tensor], MemoryHandle],
+    share: Callable[[torch.Tensor], MemoryHandle],
     replicate_mla: bool,
 ) -> CacheDescription:
     """Share the caches' memory and describe their groups.
@@ -139,58 +131,65 @@ def describe_caches(
     Raises:
         LayoutError, HandleError: they cannot be described or shared.
     """
-    described = []
     tables = _HandleTable(share)
+    by_form: dict[_Form, list[TensorView]] = {}
     for source, group in enumerate(groups):
-        by_form: dict[_Form, list[TensorView]] = {}
         for tensor in _distinct(
             caches[name] for name in group.layers if name in caches
         ):
             for view in _views(tensor, num_blocks, tables):
-                form = (view.shape, view.strides, _dtype(tensor))
+                form = _Form(source, view.shape, view.strides, _dtype(tensor))
                 by_form.setdefault(form, []).append(view)
-        for form, views in by_form.items():
-            cache_group = CacheGroup(
-                axes="N" + "P" * (len(views[0].shape) - 1),
-                dtype=form[2],
-                block_size=group.block_size,
-                tensors=tuple(views),
-                kind="pages",
-                window=group.window,
-                replicated=replicate_mla and group.is_mla,
-            )
-            described.append((cache_group, source))
-    if not described:
+    if not by_form:
         raise LayoutError("the engine has no layers with a cache")
     return CacheDescription(
         tuple(tables.handles),
-        tuple(group for group, _ in described),
-        tuple(source for _, source in described),
+        tuple(
+            CacheGroup(
+                axes="N" + "P" * (len(form.shape) - 1),
+                dtype=form.dtype,
+                block_size=groups[form.source].block_size,
+                tensors=tuple(views),
+                kind="pages",
+                window=groups[form.source].window,
+                replicated=replicate_mla and groups[form.source].is_mla,
+            )
+            for form, views in by_form.items()
+        ),
+        tuple(form.source for form in by_form),
     )
+
+
+class _Form(NamedTuple):
+    """What the tensors of one group have in common."""
+
+    source: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
 
 
 class _HandleTable:
     """Memory handles, one per storage, created on first use."""
 
-    def __init__(self, share: Callable[[Tensor], MemoryHandle]) -> None:
+    def __init__(self, share: Callable[[torch.Tensor], MemoryHandle]) -> None:
         self._share = share
         self.handles: list[MemoryHandle] = []
         self._numbers: dict[int, int] = {}
 
-    def number(self, tensor: Tensor) -> int:
+    def number(self, tensor: torch.Tensor) -> int:
         """Return the index of the handle of a tensor's storage."""
-        # Sharing moves the storage's memory, so its address is read afterwards.
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in self._numbers:
-            handle = self._share(tensor)
-            self._numbers[tensor.untyped_storage().data_ptr()] = len(self.handles)
-            self.handles.append(handle)
-        return self._numbers[tensor.untyped_storage().data_ptr()]
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._numbers:
+            self.handles.append(self._share(tensor))
+            # Sharing has moved the storage's memory, and so changed its address.
+            self._numbers[storage.data_ptr()] = len(self.handles) - 1
+        return self._numbers[storage.data_ptr()]
 
 
-def _distinct(tensors: Any) -> list[Tensor]:
+def _distinct(tensors: Any) -> list[torch.Tensor]:
     """Return distinct tensors (layers may share a cache), after checking their type."""
-    seen: dict[int, Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
     for tensor in tensors:
         if not hasattr(tensor, "untyped_storage"):
             raise LayoutError(f"a layer's cache is a {type(tensor).__name__}")
@@ -198,43 +197,31 @@ def _distinct(tensors: Any) -> list[Tensor]:
     return list(seen.values())
 
 
-def _views(tensor: Tensor, num_blocks: int, tables: _HandleTable) -> list[TensorView]:
+def _views(
+    tensor: torch.Tensor, num_blocks: int, tables: _HandleTable
+) -> list[TensorView]:
     """Return views of a layer's tensor with blocks outermost: one, or K's and V's."""
     size = tensor.element_size()
     shape = tuple(tensor.shape)
     strides = tuple(stride * size for stride in tensor.stride())
-    offset = tensor.storage_offset() * size
-    handle = tables.number(tensor)
-    if shape[0] % num_blocks == 0:
-        return [_view(handle, offset, shape, strides, num_blocks)]
-    if shape[0] == 2 and shape[1] % num_blocks == 0:
-        return [
-            _view(
-                handle, offset + half * strides[0], shape[1:], strides[1:], num_blocks
-            )
-            for half in range(2)
-        ]
-    raise LayoutError(
-        f"no dimension of {shape} counts the engine's {num_blocks} blocks"
-    )
-
-
-def _view(
-    handle: int,
-    offset: int,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    num_blocks: int,
-) -> TensorView:
-    """Return one view; a block may consist of several kernel blocks."""
-    ratio = shape[0] // num_blocks
-    if ratio > 1:
+    offsets = [tensor.storage_offset() * size]
+    if shape[0] % num_blocks and shape[0] == 2:  # K and V are the two halves.
+        offsets.append(offsets[0] + strides[0])
+        shape, strides = shape[1:], strides[1:]
+    ratio, remainder = divmod(shape[0], num_blocks)
+    if remainder:
+        raise LayoutError(
+            f"no dimension of {tuple(tensor.shape)} counts the engine's {num_blocks} "
+            "blocks"
+        )
+    if ratio > 1:  # A block consists of several kernel blocks.
         shape = (num_blocks, ratio, *shape[1:])
         strides = (strides[0] * ratio, *strides)
-    return TensorView(handle, offset, shape, strides)
+    handle = tables.number(tensor)
+    return [TensorView(handle, offset, shape, strides) for offset in offsets]
 
 
-def _dtype(tensor: Tensor) -> str:
+def _dtype(tensor: torch.Tensor) -> str:
     name = str(tensor.dtype).removeprefix("torch.").removesuffix("fn")
     if name in DTYPE_BYTES:
         return name

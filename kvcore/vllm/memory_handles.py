@@ -2,8 +2,7 @@
 
 A GPU cache is exported by CUDA IPC. A CPU cache's storage is moved into POSIX shared
 memory in place: the engine's views stay valid, and the server can map the live blocks.
-With `driver = worker` the cache is not moved. Torch is imported only for CUDA events;
-tensors are typed by protocols.
+With `driver = worker` the cache is not moved. Torch is imported only for CUDA events.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ import secrets
 import struct
 from collections.abc import Callable
 from itertools import cycle
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvcore.errors import HandleError
 from kvcore.protocol import MemoryHandle, PosixShm, Private
 from kvcore.shm import SHM_DIR, Bytes, Claim, remove_dead
+
+if TYPE_CHECKING:
+    import torch
 
 SEGMENT_PREFIX = "kvcore-vllm-"
 """Servers remove segments named `kvcore-...` whose owner has exited, at their start and
@@ -31,31 +33,6 @@ TORCH_HEADER_BYTES = 64
 
 MARGIN_BYTES = 64 << 20
 """Shared memory left free for other processes."""
-
-
-class Storage(Protocol):
-    """`torch.UntypedStorage`, restricted to the members used here."""
-
-    def nbytes(self) -> int: ...  # noqa: D102
-    def data_ptr(self) -> int: ...  # noqa: D102
-    def is_shared(self) -> bool: ...  # noqa: D102
-    def _share_filename_cpu_(self) -> tuple[bytes, bytes, int]: ...
-
-
-class Tensor(Protocol):
-    """`torch.Tensor`, restricted to the members used here."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def dtype(self) -> object: ...  # noqa: D102
-    @property
-    def device(self) -> Any: ...  # noqa: D102
-    def stride(self) -> tuple[int, ...]: ...  # noqa: D102
-    def storage_offset(self) -> int: ...  # noqa: D102
-    def element_size(self) -> int: ...  # noqa: D102
-    def data_ptr(self) -> int: ...  # noqa: D102
-    def untyped_storage(self) -> Any: ...  # noqa: D102
 
 
 NUM_CUDA_EVENTS = 64
@@ -95,12 +72,13 @@ class SharedCacheMemory:
 
     def __init__(self) -> None:
         self._claims: list[Claim] = []
-        self._record_event: Callable[[], bytes] = bytes
+        self.record_event: Callable[[], bytes] = bytes
+        """Records an event after the engine's submitted work; returns its handle.
 
-    def __repr__(self) -> str:
-        return f"<SharedCacheMemory {[claim.name for claim in self._claims]}>"
+        Empty for host memory, where the work is complete on return.
+        """
 
-    def share(self, tensor: Tensor) -> MemoryHandle:
+    def share(self, tensor: torch.Tensor) -> MemoryHandle:
         """Share a tensor's whole storage with the server; return its handle.
 
         Call it once per storage.
@@ -118,34 +96,27 @@ class SharedCacheMemory:
             "memory and on CUDA devices"
         )
 
-    def record_event(self) -> bytes:
-        """Record an event after the engine's submitted work; return its handle.
-
-        Empty for host memory, where the work is complete on return.
-        """
-        return self._record_event()
-
     def close(self) -> None:
         """Remove the names, so that no process can attach. Idempotent."""
         for claim in self._claims:
             claim.release()
         self._claims.clear()
 
-    def _share_device(self, tensor: Tensor) -> MemoryHandle:
+    def _share_device(self, tensor: torch.Tensor) -> MemoryHandle:
         try:
             # Optional: needs torch with CUDA, and NVIDIA's bindings.
             from kvcore.cuda.ipc import export_tensor
 
             handle = export_tensor(tensor)
-            if self._record_event is bytes:
-                self._record_event = CudaEvents().record
+            if self.record_event is bytes:
+                self.record_event = CudaEvents().record
         except (ImportError, RuntimeError) as error:
             raise HandleError(
                 f"the cache on {tensor.device} cannot be shared: {error}"
             ) from error
         return handle
 
-    def _share_host(self, storage: Storage) -> PosixShm:
+    def _share_host(self, storage: torch.UntypedStorage) -> PosixShm:
         num_bytes = storage.nbytes()
         remove_dead(SEGMENT_PREFIX)
         if not storage.is_shared():
@@ -161,12 +132,15 @@ class SharedCacheMemory:
 class PrivateCacheMemory:
     """Private cache memory of a worker that copies its own cache; nothing is moved."""
 
+    record_event: Callable[[], bytes] = bytes
+    """Returns no event: the engine's work is complete on return."""
+
     def __init__(self) -> None:
         self.arrays: list[Bytes] = []
         """The bytes of each storage, in the order of the handles."""
-        self._storages: list[Any] = []
+        self._storages: list[torch.UntypedStorage] = []
 
-    def share(self, tensor: Tensor) -> Private:
+    def share(self, tensor: torch.Tensor) -> Private:
         """Add a tensor's whole storage; return its handle. Call it once per storage.
 
         Raises:
@@ -184,10 +158,6 @@ class PrivateCacheMemory:
         self.arrays.append(np.frombuffer(raw, np.uint8))
         self._storages.append(storage)
         return Private(num_bytes)
-
-    def record_event(self) -> bytes:
-        """Return no event: the engine's work is complete on return."""
-        return b""
 
     def close(self) -> None:
         """Do nothing: copies may be in progress until the client is closed."""

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import sha256
-from threading import Event, Lock, Thread
-from typing import Any
+from threading import Event, Thread
 
 from kvcore.client import KVClient
 from kvcore.errors import (
@@ -28,6 +26,7 @@ from kvcore.errors import (
     UnknownRequest,
 )
 from kvcore.protocol import Ping
+from kvcore.vllm.connector_config import ConnectorConfig
 
 log = logging.getLogger(__name__)
 
@@ -71,28 +70,27 @@ class EngineIdentity:
 
 
 class ServerLink:
-    """Connection of one side of one engine. Thread-safe.
+    """Connection of one process of an engine, used by one of its threads.
 
-    `on_available` is called on the background thread each time the server becomes
-    available, and may block; a `KVError` from it means that the server is unavailable.
+    `role` names the process on the server. `on_available` is called on the background
+    thread each time the server becomes available, and may block; a `KVError` from it
+    means that the server is unavailable.
     """
 
     def __init__(
         self,
-        address: str,
-        label: str,
-        engine_key: bytes,
-        retry_s: float = 1.0,
+        config: ConnectorConfig,
+        engine: EngineIdentity,
+        role: str,
         on_available: Callable[[KVClient], object] | None = None,
         make_client: type[KVClient] = KVClient,
     ) -> None:
-        self._address = address
-        self._label = label
-        self._engine_key = engine_key
-        self._retry_s = retry_s
+        self._address = config.address
+        self._retry_s = config.retry_s
+        self._label = f"{engine.id} {role}"
+        self._engine_key = engine.key
         self._on_available = on_available
         self._make_client = make_client
-        self._lock = Lock()
         self._client: KVClient | None = None
         self._is_down = Event()
         self._is_down.set()
@@ -100,12 +98,8 @@ class ServerLink:
         self._warned = False
         self._num_late = 0
         self._logged_codes: set[str] = set()
-        self._thread = Thread(target=self._watch, name=f"link-{label}", daemon=True)
+        self._thread = Thread(target=self._watch, name=f"link {role}", daemon=True)
         self._thread.start()
-
-    def __repr__(self) -> str:
-        state = "unavailable" if self._is_down.is_set() else "available"
-        return f"<ServerLink {self._address} {state}>"
 
     @property
     def server(self) -> ServerEndpoint | None:
@@ -132,13 +126,15 @@ class ServerLink:
         """Record a request's error: mark the server unavailable, or log it once."""
         if self._closed.is_set():
             return
-        if not isinstance(error, SERVER_ERRORS):
-            self._log_once(error)
-            return
-        with self._lock:
+        if isinstance(error, SERVER_ERRORS):
             self._num_late += isinstance(error, DeadlineExceeded)
             self._is_down.set()
-        self._warn(error)
+            self._warn(error)
+            return
+        code = getattr(error, "code", type(error).__name__)
+        if code not in self._logged_codes:
+            self._logged_codes.add(code)
+            log.warning("a request to the cache server failed: %s", error)
 
     def close(self) -> None:
         """Close the connection; waits at most `PROBE_S` + 1 seconds for the thread."""
@@ -153,23 +149,18 @@ class ServerLink:
     def _watch(self) -> None:
         while True:
             self._is_down.wait()
-            if self._closed.wait(self._pause_s()):
+            pause_s = 0.0
+            if self._num_late:  # Exponential back-off by missed deadlines.
+                pause_s = min(self._retry_s * 2**self._num_late, MAX_PAUSE_S)
+            while not self._closed.wait(pause_s):
+                error = self._try()
+                if error is None:
+                    break
+                pause_s = self._retry_s
+                if isinstance(error, RequestError):  # The server refused.
+                    pause_s = max(pause_s, MAX_PAUSE_S / 3)
+            else:
                 return
-            while (error := self._try()) is not None:
-                if self._closed.wait(self._retry_pause_s(error)):
-                    return
-
-    def _pause_s(self) -> float:
-        """Return the pause before a ping: exponential back-off by missed deadlines."""
-        if not self._num_late:
-            return 0.0
-        return float(min(self._retry_s * 2**self._num_late, MAX_PAUSE_S))
-
-    def _retry_pause_s(self, error: KVError) -> float:
-        """Return the pause before the next attempt; longer after a refusal."""
-        if isinstance(error, RequestError):
-            return max(self._retry_s, MAX_PAUSE_S / 3)
-        return self._retry_s
 
     def _try(self) -> KVError | None:
         """Connect to the server or ping it; return the error, if any."""
@@ -206,15 +197,3 @@ class ServerLink:
                 error,
                 self._address,
             )
-
-    def _log_once(self, error: BaseException) -> None:
-        """Log each kind of request error once; the server stays available."""
-        code = getattr(error, "code", type(error).__name__)
-        if code not in self._logged_codes:
-            self._logged_codes.add(code)
-            log.warning("a request to the cache server failed: %s", error)
-
-
-def ignore(future: Future[Any]) -> None:
-    """Retrieve the outcome of a request whose reply is not needed."""
-    future.exception()

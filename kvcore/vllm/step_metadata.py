@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NewType
 
 import msgspec
@@ -68,10 +69,10 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """The plan of one step, the same for every rank."""
 
-    tokens: tuple[TokenUpdate, ...] = ()
-    loads: tuple[LoadOp, ...] = ()
-    stores: tuple[StoreOp, ...] = ()
-    ended: tuple[str, ...] = ()
+    tokens: list[TokenUpdate] = []
+    loads: list[LoadOp] = []
+    stores: list[StoreOp] = []
+    ended: list[str] = []
     """Requests that no later step names."""
 
 
@@ -93,6 +94,5 @@ def unpack_blocks(packed: bytes) -> npt.NDArray[np.int32]:
 
 def real_blocks(groups: Iterable[bytes]) -> list[int]:
     """Return the block ids of all groups without NULL_BLOCK; duplicates are kept."""
-    ids = [unpack_blocks(packed) for packed in groups]
-    joined = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-    return [int(block) for block in joined[joined != NULL_BLOCK]]
+    ids = chain.from_iterable(unpack_blocks(packed).tolist() for packed in groups)
+    return [block for block in ids if block != NULL_BLOCK]

@@ -1,4 +1,4 @@
-"""What a vLLM worker with a GPU hands the server: torch's memory, torch's events."""
+"""Memory and event handles of a vLLM worker with a GPU, made from torch objects."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def torch() -> Any:
     return torch
 
 
-def test_a_tensor_is_named_whole_and_events_are_used_in_turn(torch: Any) -> None:
-    """A view's handle is its storage's; each mark is an event that can be opened."""
+def test_a_handle_covers_the_storage_and_events_rotate(torch: Any) -> None:
+    """A view's handle is its storage's; each event handle can be opened."""
     memory = SharedCacheMemory()
-    assert memory.mark() == b""
+    assert memory.record_event() == b""
     cache = torch.zeros((8, 4096), dtype=torch.uint8, device="cuda")
     handle = memory.share(cache[2:])
     assert isinstance(handle, CudaIpc)
     assert handle.length == cache.untyped_storage().nbytes()
-    marks = [memory.mark() for _ in range(65)]
-    assert {len(mark) for mark in marks} == {64}
-    assert len(set(marks)) == 64
-    assert marks[0] == marks[64]
+    events = [memory.record_event() for _ in range(65)]
+    assert {len(event) for event in events} == {64}
+    assert len(set(events)) == 64
+    assert events[0] == events[64]
     memory.close()

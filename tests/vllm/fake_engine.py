@@ -18,7 +18,7 @@ from kvcore.shm import Segment
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
 from kvcore.vllm.connector_worker import Collected, ConnectorWorker, Registration
-from kvcore.vllm.kv_cache_groups import GroupShape
+from kvcore.vllm.kv_cache_groups import EngineGroup
 from kvcore.vllm.server_link import EngineIdentity, ServerLink
 from kvcore.vllm.step_metadata import ScheduledRequest, StepPlan
 from tests.system.server_fixture import wait_until
@@ -40,6 +40,10 @@ class Request:
     request_id: str
     tokens: list[int]
     extras: tuple[ExtraKey, ...] = ()
+
+    def make_extras(self) -> tuple[ExtraKey, ...]:
+        """Return the extra keys."""
+        return self.extras
 
 
 class Pool:
@@ -97,26 +101,26 @@ class FakeEngine:
             f"{self.engine.id}:0", self.engine.id, model, 1, 0, (handle,), groups
         )
         self.pool = Pool()
-        self.link = ServerLink(
-            address, f"scheduler {number}", self.engine.key, self.config.retry_s
-        )
+        self.link = ServerLink(self.config, self.engine, "scheduler")
         self.scheduler = ConnectorScheduler(
             self.link,
             self.config,
             engine_id=self.engine.id,
             model=model,
             world_size=1,
-            groups=[GroupShape(BLOCK, window) for window in windows],
+            groups=[EngineGroup(BLOCK, window) for window in windows],
             pool=self.pool,
         )
-        self.worker = ConnectorWorker(self.config, self.engine, 0)
+        self.worker = ConnectorWorker(self.config, self.engine)
         is_own = self.config.driver == "worker"
         memory = (self.segment.array,) if is_own else ()
         self.worker.register(Registration(request, tuple(range(len(windows))), memory))
 
     def connect(self) -> FakeEngine:
         """Wait until the server is available to both sides."""
-        wait_until(lambda: self.link.server and self.worker.is_available)
+        worker_link = self.worker._link
+        assert worker_link is not None
+        wait_until(lambda: self.link.server and worker_link.server)
         return self
 
     def fill(self, blocks: Sequence[int], seed: int) -> None:
@@ -167,7 +171,7 @@ class FakeEngine:
             total.loaded |= one.loaded
             total.failed |= one.failed
             total.failed_blocks |= one.failed_blocks
-            return self.worker.num_in_progress == 0
+            return not self.worker._running
 
         wait_until(quiet)
         return total

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from kvcore.errors import ChunksMissing
 from kvcore.keys import ExtraKey
-from kvcore.protocol import RetrieveReply, StoreReply
+from kvcore.protocol import RegisterKVCache, RetrieveReply, StoreReply
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_worker import ConnectorWorker, Registration
 from kvcore.vllm.server_link import EngineIdentity
@@ -27,32 +27,32 @@ class KV(NamedTuple):
     extras: Extras
     tokens: Tokens
 
-    def is_of(self, other: KV) -> bool:
+    def covers(self, other: KV) -> bool:
         """Return whether it holds the other's tokens, same weights, and maybe more."""
         end = len(other.tokens)
         return (
             self.weights == other.weights
             and self.tokens[:end] == other.tokens
-            and shaping(self.extras, end) == other.extras
+            and extras_before(self.extras, end) == other.extras
         )
 
 
-WRONG = KV(-1, (), ())
+CORRUPT = KV(-1, (), ())
 
 
-def shaping(extras: Extras, end: int) -> Extras:
+def extras_before(extras: Extras, end: int) -> Extras:
     """Leave out what only shapes later tokens."""
     return tuple(extra for extra in extras if extra.start < end)
 
 
-def asked_for(extras: Extras) -> Extras:
+def without_reset(extras: Extras) -> Extras:
     """Leave out what the adapter adds after a reset."""
     return tuple(one for one in extras if not one.material.startswith(b"reset"))
 
 
-def kv(weights: int, extras: Extras, tokens: Sequence[int], end: int) -> KV:
+def kv_of(weights: int, extras: Extras, tokens: Sequence[int], end: int) -> KV:
     """What the KV of tokens[:end] is made of."""
-    return KV(weights, shaping(asked_for(extras), end), tuple(tokens[:end]))
+    return KV(weights, extras_before(without_reset(extras), end), tuple(tokens[:end]))
 
 
 class Blocks:
@@ -88,24 +88,27 @@ class Rank:
         self, config: ConnectorConfig, number: int, num_groups: int, chunk_size: int
     ) -> None:
         self.link = ScriptedLink(chunk_size)
-        self.worker = ConnectorWorker(config, EngineIdentity("engine", b"key"), number)
+        self.worker = ConnectorWorker(config, EngineIdentity("engine", b"key"))
         self.worker._link = cast(Any, self.link)
-        self.worker._registration = Registration(
-            cast(Any, None), tuple(range(num_groups))
+        request = RegisterKVCache(
+            f"engine:{number}", "engine", "model", 1, number, (), ()
         )
+        self.worker._registration = Registration(request, tuple(range(num_groups)))
         self.content: dict[int, KV] = {}
         self.stored: dict[tuple[Extras, Tokens], int] = {}
         """By a chunk's key, the weights that its bytes were computed with."""
 
     def has(self, call: LinkCall, end: int) -> bool:
         """Return whether the server has the chunk of a prompt that ends there."""
-        return (shaping(call.extras, end), call.tokens[:end]) in self.stored
+        return (extras_before(call.extras, end), call.tokens[:end]) in self.stored
 
     def is_right(self, ids: Sequence[int], whole: KV, end: int) -> bool:
         """Return whether blocks hold tokens[:end]; the last one may hold more."""
         return all(
-            self.content.get(ids[i], WRONG).is_of(
-                kv(whole.weights, whole.extras, whole.tokens, min(end, (i + 1) * BLOCK))
+            self.content.get(ids[i], CORRUPT).covers(
+                kv_of(
+                    whole.weights, whole.extras, whole.tokens, min(end, (i + 1) * BLOCK)
+                )
             )
             for i in range(-(-end // BLOCK))
         )
@@ -123,7 +126,7 @@ class Rank:
                 if block >= 0:
                     held = self.content[block]
                     end = (i + 1) * BLOCK
-                    assert held == kv(held.weights, call.extras, call.tokens, end)
+                    assert held == kv_of(held.weights, call.extras, call.tokens, end)
                     seen.add(held.weights)
         assert len(seen) == 1
         return seen.pop()
@@ -131,14 +134,14 @@ class Rank:
     def end_store(self, call: LinkCall, outcome: Any) -> None:
         """A store's blocks are the same at its end."""
         weights = self.check_store(call)
-        if outcome not in ("well", "short"):
+        if outcome not in ("ok", "short"):
             call.future.set_exception(outcome("scripted"))
             return
         size = self.link.chunk_size
         for end in range(call.start + size, call.end + 1, size):
             lo, hi = (end - size - call.start) // BLOCK, (end - call.start) // BLOCK
             if all(block >= 0 for ids in call.blocks for block in ids[lo:hi]):
-                key = shaping(call.extras, end), call.tokens[:end]
+                key = extras_before(call.extras, end), call.tokens[:end]
                 self.stored.setdefault(key, weights)
         call.future.set_result(StoreReply(0, 0, 0))
 
@@ -146,27 +149,27 @@ class Rank:
         """Write the blocks, or some of them; say whether all went well."""
         size = self.link.chunk_size
         ends = range(call.start + size, call.end + 1, size)
-        if outcome == "well" and not all(self.has(call, end) for end in ends):
+        if outcome == "ok" and not all(self.has(call, end) for end in ends):
             outcome = ChunksMissing
         for ids in call.blocks:
             for i, block in enumerate(ids):
                 if block >= 0 and i * BLOCK >= call.skip:
-                    self.content[block] = WRONG
-                    if outcome == "well":
+                    self.content[block] = CORRUPT
+                    if outcome == "ok":
                         self.content[block] = self._loaded(call, i)
         num_tokens = call.end - call.start - call.skip
-        if outcome == "well":
+        if outcome == "ok":
             call.future.set_result(RetrieveReply(num_tokens))
         elif outcome == "short":
             call.future.set_result(RetrieveReply(num_tokens - 1))
         else:
             call.future.set_exception(outcome("scripted"))
-        return bool(outcome == "well")
+        return bool(outcome == "ok")
 
     def _loaded(self, call: LinkCall, index: int) -> KV:
         """What the server writes into the block of a load at an index."""
         size = self.link.chunk_size
         end = call.start + (index + 1) * BLOCK
         chunk_end = -(-end // size) * size
-        key = shaping(call.extras, chunk_end), call.tokens[:chunk_end]
-        return kv(self.stored[key], call.extras, call.tokens, end)
+        key = extras_before(call.extras, chunk_end), call.tokens[:chunk_end]
+        return kv_of(self.stored[key], call.extras, call.tokens, end)

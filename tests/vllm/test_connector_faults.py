@@ -148,7 +148,7 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
         )
         assert engine.pool.held
         wait_until(lambda: not engine.collect().loaded and not engine.pool.held)
-        assert engine.worker.num_in_progress == 1
+        assert len(engine.worker._running) == 1
         engine.scheduler.finish(repeat.request_id)
         assert engine.scheduler.num_ops == 1
     finally:

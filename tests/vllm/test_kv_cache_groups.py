@@ -104,8 +104,7 @@ def memory() -> Iterator[SharedCacheMemory]:
 
 def group(*layers: str, **changes: Any) -> groups.EngineGroup:
     """Make a group of these layers."""
-    values: dict[str, Any] = {"block_size": 32, "window": None, "is_mla": False}
-    return groups.EngineGroup(layers, **{**values, **changes})
+    return groups.EngineGroup(32, layers=layers, **changes)
 
 
 def test_views_of_one_storage_share_a_handle(

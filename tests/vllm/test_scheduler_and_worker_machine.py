@@ -1,4 +1,4 @@
-"""Both halves under a scheduler like vLLM's; the played server ends what it likes."""
+"""Both sides under a scheduler like vLLM's; the played server ends what it likes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from hypothesis.stateful import invariant, rule
 
 from kvcore.vllm.step_metadata import ScheduledRequest
 from tests.vllm.fake_engine import Request
-from tests.vllm.fake_ranks import BLOCK, WRONG, Extras, kv
-from tests.vllm.scripted_halves import EXTRAS, OUTCOMES, Life, ScriptedHalves, prompt_of
+from tests.vllm.fake_ranks import BLOCK, CORRUPT, Extras, kv_of
+from tests.vllm.scripted_connector import (
+    EXTRAS,
+    OUTCOMES,
+    RequestRecord,
+    ScriptedConnector,
+    prompt_of,
+)
 
 MOST_TOKENS = 24
 NAMES = "abcd"
 LENGTHS = st.sampled_from([3, 4, 8, 9, 12, 16])
 
 
-class HalvesMachine(ScriptedHalves):
+class ConnectorMachine(ScriptedConnector):
     """Requests come and go, are scheduled, preempted, aborted; weights change."""
 
     # -- what the engine does ---------------------------------------------------------
@@ -34,22 +40,22 @@ class HalvesMachine(ScriptedHalves):
         self, data: st.DataObject, prompt: int, length: int, extras: Extras
     ) -> None:
         """A request comes, of a name that is not in use."""
-        names = [name for name in NAMES if name not in self.lives]
+        names = [name for name in NAMES if name not in self.records]
         if not names:
             return
         name = data.draw(st.sampled_from(names))
         request = Request(name, list(prompt_of(prompt, length)), extras)
-        self.lives[name] = Life(request)
+        self.records[name] = RequestRecord(request)
 
     @rule(data=st.data(), extras=st.sampled_from(EXTRAS), outcome=OUTCOMES)
     def find(self, data: st.DataObject, extras: Extras, outcome: Any) -> None:
         """A request comes, and all is quick: what it finds, loads and stores."""
         self.add(data, data.draw(st.integers(0, 1)), data.draw(LENGTHS), extras)
-        for life in self.lives.values():
-            if life.state == "waiting":
-                self.half.get_num_matched_tokens(life.request, 0)
+        for record in self.records.values():
+            if record.state == "waiting":
+                self.scheduler.get_num_matched_tokens(record.request, 0)
         for call in self.link.client.pending:
-            self.end_lookup(call, "well", 9)
+            self.end_lookup(call, "ok", 9)
         self.step(data, 99)
         self.answer_all(outcome)
         self.collect(len(self.ranks))
@@ -59,77 +65,79 @@ class HalvesMachine(ScriptedHalves):
     def step(self, data: st.DataObject, budget: int) -> None:
         """Schedule what goes on and what waits, compute it, store it."""
         scheduled = []
-        for life in list(self.lives.values()):
+        for record in list(self.records.values()):
             if not budget or data.draw(st.integers(0, 4)) == 4:
                 continue
             num_new = min(data.draw(st.sampled_from([16, 16, 8, 5, 1])), budget)
             one = None
-            if life.state == "running":
-                one = self.go_on(life, num_new)
-            elif life.state == "ready":
-                self.grow(life, life.num_computed + num_new)
-                one = self.all_of(life, num_new)
-            elif life.state == "waiting":
-                one = self.start(life, num_new, data)
+            if record.state == "running":
+                one = self.continue_running(record, num_new)
+            elif record.state == "ready":
+                self.grow(record, record.num_computed + num_new)
+                one = self.start_running(record, num_new)
+            elif record.state == "waiting":
+                one = self.start(record, num_new, data)
             if one is not None:
                 scheduled.append(one)
                 budget -= one.num_new
         for one in scheduled:
-            self.move_window(self.lives[one.request_id])
+            self.move_window(self.records[one.request_id])
         self.run_step(scheduled)
 
-    def go_on(self, life: Life, num_new: int) -> ScheduledRequest:
+    def continue_running(self, record: RequestRecord, num_new: int) -> ScheduledRequest:
         """Schedule more of a running request, maybe with drafts."""
-        num_new = min(num_new, life.num_tokens + 2 - life.num_computed)
-        more = self.grow(life, life.num_computed + num_new)
+        num_new = min(num_new, record.num_tokens + 2 - record.num_computed)
+        more = self.grow(record, record.num_computed + num_new)
         new = tuple(more) if any(more) else None
-        return ScheduledRequest(life.name, life.num_computed, num_new, new, False)
+        return ScheduledRequest(record.name, record.num_computed, num_new, new, False)
 
-    def all_of(self, life: Life, num_new: int) -> ScheduledRequest:
+    def start_running(self, record: RequestRecord, num_new: int) -> ScheduledRequest:
         """Schedule a new or resumed request."""
-        life.state = "running"
-        num_new = max(min(num_new, life.num_tokens - life.num_computed), 1)
-        self.grow(life, life.num_computed + num_new)
-        blocks = tuple(list(ids) for ids in life.blocks)
-        return ScheduledRequest(life.name, life.num_computed, num_new, blocks, True)
+        record.state = "running"
+        num_new = max(min(num_new, record.num_tokens - record.num_computed), 1)
+        self.grow(record, record.num_computed + num_new)
+        blocks = tuple(list(ids) for ids in record.blocks)
+        return ScheduledRequest(record.name, record.num_computed, num_new, blocks, True)
 
     def start(
-        self, life: Life, num_new: int, data: st.DataObject
+        self, record: RequestRecord, num_new: int, data: st.DataObject
     ) -> ScheduledRequest | None:
         """Ask what can be loaded, and begin if that is known and there is room."""
-        shared = self.shared(life) if data.draw(st.integers(0, 3)) else []
+        shared = self.shared(record) if data.draw(st.integers(0, 3)) else []
         num_local = len(shared) * BLOCK
-        matched = self.half.get_num_matched_tokens(life.request, num_local)
+        matched = self.scheduler.get_num_matched_tokens(record.request, num_local)
         if matched is None or data.draw(st.integers(0, 3)) == 3:
             return None
         if shared:
-            life.blocks = [list(shared)]
+            record.blocks = [list(shared)]
             self.blocks.refs.update(shared)
-        life.num_computed = num_local + matched
-        num_new = max(min(num_new, life.num_tokens - life.num_computed), 1)
+        record.num_computed = num_local + matched
+        num_new = max(min(num_new, record.num_tokens - record.num_computed), 1)
         self.grow(
-            life, life.num_computed + (0 if matched else num_new), life.num_computed
+            record,
+            record.num_computed + (0 if matched else num_new),
+            record.num_computed,
         )
-        blocks = tuple(list(ids) for ids in life.blocks)
-        life.has_asked = False
-        self.half.update_after_alloc(life.name, blocks, matched)
+        blocks = tuple(list(ids) for ids in record.blocks)
+        record.has_pending_lookup = False
+        self.scheduler.update_after_alloc(record.name, blocks, matched)
         if matched:
-            life.state = "loading"
+            record.state = "loading"
             return None
-        return self.all_of(life, num_new)
+        return self.start_running(record, num_new)
 
-    def shared(self, life: Life) -> list[int]:
+    def shared(self, record: RequestRecord) -> list[int]:
         """Find blocks that another request has computed, as vLLM's prefix cache."""
         best: list[int] = []
         if len(self.groups) > 1:
             return best
-        wanted = life.request
-        for other in self.lives.values():
+        wanted = record.request
+        for other in self.records.values():
             if other.state != "running":
                 continue
             theirs = other.request
             n = min(other.num_computed, len(wanted.tokens) - 1) // BLOCK
-            while n and kv(0, wanted.extras, wanted.tokens, n * BLOCK) != kv(
+            while n and kv_of(0, wanted.extras, wanted.tokens, n * BLOCK) != kv_of(
                 0, theirs.extras, theirs.tokens, n * BLOCK
             ):
                 n -= 1
@@ -138,10 +146,10 @@ class HalvesMachine(ScriptedHalves):
 
     def run_step(self, scheduled: list[ScheduledRequest]) -> None:
         """Do what every worker does in a step."""
-        plan = self.half.step(scheduled)
+        plan = self.scheduler.step(scheduled)
         for load in plan.loads:
             self.loads[load.request_id] = load
-            self.ends[load.request_id] = []
+            self.load_results[load.request_id] = []
         for rank in self.ranks:
             rank.worker.add_tokens(plan)
         for one in scheduled:
@@ -151,27 +159,29 @@ class HalvesMachine(ScriptedHalves):
             rank.worker.store(plan)
             rank.worker.forget(plan.ended)
         for one in scheduled:
-            life = self.lives[one.request_id]
-            life.num_computed = min(one.num_computed + one.num_new, life.num_tokens)
-            if life.num_computed == life.num_tokens < MOST_TOKENS:
-                life.request.tokens.append(1000 + life.num_computed)
+            record = self.records[one.request_id]
+            record.num_computed = min(one.num_computed + one.num_new, record.num_tokens)
+            if record.num_computed == record.num_tokens < MOST_TOKENS:
+                record.request.tokens.append(1000 + record.num_computed)
 
     def compute(self, one: ScheduledRequest) -> None:
         """Fill the blocks of a step's tokens; after any rank's wrong ones come such."""
-        life = self.lives[one.request_id]
-        whole, end = self.whole(life), one.num_computed + one.num_new
+        record = self.records[one.request_id]
+        whole, end = self.expected_kv(record), one.num_computed + one.num_new
         drafts = (-2,) * max(end - len(whole.tokens), 0)
         tokens = whole.tokens + drafts
         right = all(
-            rank.is_right(life.blocks[0], whole, one.num_computed)
+            rank.is_right(record.blocks[0], whole, one.num_computed)
             for rank in self.ranks
         )
-        for rank, ids in product(self.ranks, life.blocks):
+        for rank, ids in product(self.ranks, record.blocks):
             for i in range(one.num_computed // BLOCK, -(-end // BLOCK)):
-                made = kv(self.weights, whole.extras, tokens, min(end, (i + 1) * BLOCK))
+                made = kv_of(
+                    self.weights, whole.extras, tokens, min(end, (i + 1) * BLOCK)
+                )
                 # What another has computed behind these tokens stays.
-                if ids[i] and not (right and rank.content[ids[i]].is_of(made)):
-                    rank.content[ids[i]] = made if right else WRONG
+                if ids[i] and not (right and rank.content[ids[i]].covers(made)):
+                    rank.content[ids[i]] = made if right else CORRUPT
 
     @rule(which=st.integers(0, 2))
     def collect(self, which: int) -> None:
@@ -186,73 +196,75 @@ class HalvesMachine(ScriptedHalves):
             assert bool(collected.failed) == bool(collected.failed_blocks)
             for name in collected.failed:
                 load = self.loads[name]
-                life = self.lives[name]
+                record = self.records[name]
                 first = (load.start + load.skip) // BLOCK
-                blocks = {b for ids in life.blocks for b in ids[first:] if b}
+                blocks = {b for ids in record.blocks for b in ids[first:] if b}
                 assert blocks <= collected.failed_blocks
                 collected.failed_blocks -= blocks
                 self.failed_blocks[name] = blocks
             assert not collected.failed_blocks
-            self.half.acknowledge(collected.acks, collected.failed)
+            self.scheduler.acknowledge(collected.acks, collected.failed)
         for name, count in list(self.reported.items()):
             if count == len(self.ranks):
                 del self.reported[name]
-                self.end_load(self.lives[name])
+                self.end_load(self.records[name])
 
-    def end_load(self, life: Life) -> None:
+    def end_load(self, record: RequestRecord) -> None:
         """Every rank has reported: the request goes on, or its blocks are free."""
-        assert life.state == "loading"
-        load, ends = self.loads.pop(life.name), self.ends.pop(life.name)
+        assert record.state == "loading"
+        load, ends = self.loads.pop(record.name), self.load_results.pop(record.name)
         is_complete = ends.count(True) == len(self.ranks)
-        assert is_complete != (life.name in self.failed_blocks)
-        if self.failed_blocks.pop(life.name, None):
-            life.num_computed = load.start + load.skip
-        life.num_computed = min(life.num_computed, life.num_tokens - 1)
-        life.state = "ready"
-        if not is_complete and not self.recomputes and not life.is_aborted:
-            life.is_aborted = True
-            self.half.finish(life.name)
-        if life.is_aborted:
-            del self.lives[life.name]
-            self.free(life)
+        assert is_complete != (record.name in self.failed_blocks)
+        if self.failed_blocks.pop(record.name, None):
+            record.num_computed = load.start + load.skip
+        record.num_computed = min(record.num_computed, record.num_tokens - 1)
+        record.state = "ready"
+        if not is_complete and not self.recomputes and not record.is_aborted:
+            record.is_aborted = True
+            self.scheduler.finish(record.name)
+        if record.is_aborted:
+            del self.records[record.name]
+            self.free(record)
 
     @rule(data=st.data(), times=st.integers(1, 2))
     def finish(self, data: st.DataObject, times: int) -> None:
         """A request ends or is aborted at any moment; the engine may say so twice."""
-        if not self.lives:
+        if not self.records:
             return
-        name = data.draw(st.sampled_from(sorted(self.lives)))
-        life = self.lives[name]
+        name = data.draw(st.sampled_from(sorted(self.records)))
+        record = self.records[name]
         for _ in range(times):
-            self.half.finish(name)
-        if life.state == "loading":
-            life.is_aborted = True
+            self.scheduler.finish(name)
+        if record.state == "loading":
+            record.is_aborted = True
         else:
-            del self.lives[name]
-            self.free(life)
+            del self.records[name]
+            self.free(record)
 
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
         """A request loses its blocks and waits again."""
-        running = [n for n, life in self.lives.items() if life.state == "running"]
+        running = [n for n, record in self.records.items() if record.state == "running"]
         if running:
-            self.lose(self.lives[data.draw(st.sampled_from(running))])
+            self.preempt_request(self.records[data.draw(st.sampled_from(running))])
 
-    def lose(self, life: Life) -> None:
+    def preempt_request(self, record: RequestRecord) -> None:
         """Take a request's blocks."""
-        self.free(life)
-        life.state, life.num_computed = "waiting", 0
+        self.free(record)
+        record.state, record.num_computed = "waiting", 0
 
     @rule()
     def change_weights(self) -> None:
         """All requests are preempted, and what was computed is worth nothing."""
-        if any(life.state in ("loading", "ready") for life in self.lives.values()):
+        if any(
+            record.state in ("loading", "ready") for record in self.records.values()
+        ):
             return  # vLLM refuses.
-        for life in self.lives.values():
-            life.has_asked = False
-            if life.state == "running":
-                self.lose(life)
-        self.half.reset()
+        for record in self.records.values():
+            record.has_pending_lookup = False
+            if record.state == "running":
+                self.preempt_request(record)
+        self.scheduler.reset()
         self.weights += 1
 
     # -- what holds at any time -------------------------------------------------------
@@ -260,11 +272,13 @@ class HalvesMachine(ScriptedHalves):
     @invariant()
     def check_computed(self) -> None:
         """What the engine takes for computed is right."""
-        for life in self.lives.values():
-            if life.state in ("running", "ready"):
-                whole = life.num_computed - life.num_computed % BLOCK
+        for record in self.records.values():
+            if record.state in ("running", "ready"):
+                whole = record.num_computed - record.num_computed % BLOCK
                 for rank in self.ranks:
-                    assert rank.is_right(life.blocks[0], self.whole(life), whole)
+                    assert rank.is_right(
+                        record.blocks[0], self.expected_kv(record), whole
+                    )
 
     @invariant()
     def check_held(self) -> None:
@@ -274,31 +288,31 @@ class HalvesMachine(ScriptedHalves):
 
     def teardown(self) -> None:
         """When all has ended nothing is left anywhere."""
-        if not hasattr(self, "half"):
+        if not hasattr(self, "scheduler"):
             return
         self.run_step([])
-        self.answer_all("well")
-        for name in sorted(self.lives):
-            self.half.finish(name)
-            if self.lives[name].state != "loading":
-                self.free(self.lives.pop(name))
+        self.answer_all("ok")
+        for name in sorted(self.records):
+            self.scheduler.finish(name)
+            if self.records[name].state != "loading":
+                self.free(self.records.pop(name))
             else:
-                self.lives[name].is_aborted = True
+                self.records[name].is_aborted = True
         self.collect(len(self.ranks))
         self.run_step([])
-        assert not self.lives
-        assert self.half.num_ops == 0
-        assert not self.half._tracked
+        assert not self.records
+        assert self.scheduler.num_ops == 0
+        assert not self.scheduler._tracked
         assert not +self.blocks.held
         assert not +self.blocks.refs
-        assert not self.open
+        assert not self.open_sessions
         for rank in self.ranks:
-            assert rank.worker.num_in_progress == 0
+            assert rank.worker._running == []
             assert not rank.worker._tokens
 
 
-TestHalves = HalvesMachine.TestCase
+TestConnectorMachine = ConnectorMachine.TestCase
 # An example takes two milliseconds.
-TestHalves.settings = settings(
+TestConnectorMachine.settings = settings(
     max_examples=6 * settings().max_examples, stateful_step_count=40
 )

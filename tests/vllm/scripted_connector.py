@@ -19,25 +19,25 @@ from kvcore.keys import ExtraKey
 from kvcore.protocol import LookupReply
 from kvcore.vllm.connector_config import ConnectorConfig
 from kvcore.vllm.connector_scheduler import ConnectorScheduler
-from kvcore.vllm.kv_cache_groups import GroupShape
+from kvcore.vllm.kv_cache_groups import EngineGroup
 from kvcore.vllm.step_metadata import LoadOp
 from tests.vllm.fake_engine import Request
 from tests.vllm.fake_ranks import (
     BLOCK,
+    CORRUPT,
     KV,
-    WRONG,
     Blocks,
     Extras,
     Rank,
-    asked_for,
-    kv,
-    shaping,
+    extras_before,
+    kv_of,
+    without_reset,
 )
 from tests.vllm.scripted_link import LinkCall, ScriptedLink
 
 CHUNKS, WINDOW = (4, 8), 4
 ERRORS = (DeadlineExceeded, Unavailable, Overloaded, ChunksMissing)
-OUTCOMES = st.sampled_from(["well", "well", "well", "short", *ERRORS])
+OUTCOMES = st.sampled_from(["ok", "ok", "ok", "short", *ERRORS])
 EXTRAS: tuple[Extras, ...] = (
     (),
     (),
@@ -48,9 +48,9 @@ EXTRAS: tuple[Extras, ...] = (
 )
 WINDOWS = st.sampled_from(
     [
-        (GroupShape(BLOCK),),
-        (GroupShape(BLOCK), GroupShape(BLOCK, WINDOW)),
-        (GroupShape(BLOCK), GroupShape(BLOCK, WINDOW, is_chunked=True)),
+        (EngineGroup(BLOCK),),
+        (EngineGroup(BLOCK), EngineGroup(BLOCK, WINDOW)),
+        (EngineGroup(BLOCK), EngineGroup(BLOCK, WINDOW, is_chunked=True)),
     ]
 )
 
@@ -61,7 +61,7 @@ def prompt_of(number: int, length: int) -> tuple[int, ...]:
 
 
 @dataclass(eq=False)
-class Life:
+class RequestRecord:
     """A request as the engine has it."""
 
     request: Request
@@ -69,7 +69,7 @@ class Life:
     num_computed: int = 0
     blocks: list[list[int]] = field(default_factory=list)
     is_aborted: bool = False
-    has_asked: bool = False
+    has_pending_lookup: bool = False
 
     @property
     def name(self) -> str:
@@ -82,17 +82,17 @@ class Life:
         return len(self.request.tokens)
 
 
-class ScriptedHalves(RuleBasedStateMachine):
+class ScriptedConnector(RuleBasedStateMachine):
     """What the server is call, and its answers: nothing ends but by a rule."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lives: dict[str, Life] = {}
+        self.records: dict[str, RequestRecord] = {}
         self.blocks = Blocks()
         self.weights = 0
-        self.open: set[str] = set()
+        self.open_sessions: set[str] = set()
         self.loads: dict[str, LoadOp] = {}
-        self.ends: dict[str, list[bool]] = {}
+        self.load_results: dict[str, list[bool]] = {}
         self.reported: Counter[str] = Counter()
         self.failed_blocks: dict[str, set[int]] = {}
 
@@ -104,7 +104,7 @@ class ScriptedHalves(RuleBasedStateMachine):
     )
     def build(
         self,
-        groups: tuple[GroupShape, ...],
+        groups: tuple[EngineGroup, ...],
         num_ranks: int,
         num_stored: int,
         recomputes: bool,
@@ -114,7 +114,7 @@ class ScriptedHalves(RuleBasedStateMachine):
         config, size = ConnectorConfig(), CHUNKS[0]
         self.ranks = [Rank(config, i, len(groups), size) for i in range(num_ranks)]
         self.link = ScriptedLink(size)
-        self.half = ConnectorScheduler(
+        self.scheduler = ConnectorScheduler(
             cast(Any, self.link),
             config,
             engine_id="engine",
@@ -128,32 +128,34 @@ class ScriptedHalves(RuleBasedStateMachine):
         for rank in self.ranks:
             rank.link.client.note = lambda call, rank=rank: self.note_rank(rank, call)
             for extras, prompt, end in product(EXTRAS, range(2), ends):
-                rank.stored[shaping(extras, end), prompt_of(prompt, end)] = 0
+                rank.stored[extras_before(extras, end), prompt_of(prompt, end)] = 0
 
-    def whole(self, life: Life) -> KV:
+    def expected_kv(self, record: RequestRecord) -> KV:
         """What all of a request's KV is to be made of."""
-        tokens = life.request.tokens
-        return kv(self.weights, life.request.extras, tokens, len(tokens))
+        tokens = record.request.tokens
+        return kv_of(self.weights, record.request.extras, tokens, len(tokens))
 
     # -- the engine's blocks ----------------------------------------------------------
 
-    def free(self, life: Life) -> None:
+    def free(self, record: RequestRecord) -> None:
         """Take the engine's own references off."""
-        ids = (block for ids in life.blocks for block in ids if block)
+        ids = (block for ids in record.blocks for block in ids if block)
         self.blocks.refs.subtract(ids)
-        life.blocks = []
+        record.blocks = []
 
-    def grow(self, life: Life, end: int, first_needed: int = 0) -> list[list[int]]:
+    def grow(
+        self, record: RequestRecord, end: int, first_needed: int = 0
+    ) -> list[list[int]]:
         """Give a request blocks up to a token; return the new ones."""
         more: list[list[int]] = []
-        life.blocks = life.blocks or [[] for _ in self.groups]
+        record.blocks = record.blocks or [[] for _ in self.groups]
         busy = {
             block
             for rank in self.ranks
             for call in rank.link.client.pending
             for block in call.real_blocks
         }
-        for ids, group in zip(life.blocks, self.groups, strict=True):
+        for ids, group in zip(record.blocks, self.groups, strict=True):
             gone = group.num_skipped(first_needed)
             new: list[int] = []
             while len(ids) + len(new) < -(-end // BLOCK):
@@ -163,16 +165,16 @@ class ScriptedHalves(RuleBasedStateMachine):
                 block = self.blocks.take()
                 assert block not in busy, "a block was given away that is being copied"
                 for rank in self.ranks:
-                    rank.content[block] = WRONG
+                    rank.content[block] = CORRUPT
                 new.append(block)
             ids.extend(new)
             more.append(new)
         return more
 
-    def move_window(self, life: Life) -> None:
+    def move_window(self, record: RequestRecord) -> None:
         """Free what a window has left behind."""
-        for ids, group in zip(life.blocks, self.groups, strict=True):
-            for i in range(min(group.num_skipped(life.num_computed), len(ids))):
+        for ids, group in zip(record.blocks, self.groups, strict=True):
+            for i in range(min(group.num_skipped(record.num_computed), len(ids))):
                 if ids[i]:
                     self.blocks.refs[ids[i]] -= 1
                     ids[i] = 0
@@ -182,10 +184,10 @@ class ScriptedHalves(RuleBasedStateMachine):
     def note_scheduler(self, call: LinkCall) -> None:
         """A lookup is call once for one wait, a session ended after its copies."""
         if call.kind == "lookup":
-            life = self.lives[call.name]
-            assert not life.has_asked
-            life.has_asked = True
-            self.open.add(call.name)
+            record = self.records[call.name]
+            assert not record.has_pending_lookup
+            record.has_pending_lookup = True
+            self.open_sessions.add(call.name)
             return
         if call.kind == "end":
             assert not any(
@@ -193,18 +195,18 @@ class ScriptedHalves(RuleBasedStateMachine):
                 for rank in self.ranks
                 for one in rank.link.client.pending
             )
-            assert call.name not in self.half._tracked
-            self.open.discard(call.name)
+            assert call.name not in self.scheduler._tracked
+            self.open_sessions.discard(call.name)
         call.future.set_result(None)
 
     def note_rank(self, rank: Rank, call: LinkCall) -> None:
         """A copy names whole chunks, tokens, and blocks of them or for them."""
-        self.open.add(call.name)
-        life = self.lives.get(call.name)
-        if life is not None:
-            whole = tuple(life.request.tokens)
+        self.open_sessions.add(call.name)
+        record = self.records.get(call.name)
+        if record is not None:
+            whole = tuple(record.request.tokens)
             assert call.tokens == whole[: len(call.tokens)]
-            assert asked_for(call.extras) == life.request.extras
+            assert without_reset(call.extras) == record.request.extras
         assert len(call.tokens) >= call.end
         assert all(self.blocks.refs[block] > 0 for block in call.real_blocks)
         if call.kind == "store":
@@ -245,7 +247,7 @@ class ScriptedHalves(RuleBasedStateMachine):
             rank.end_store(call, outcome)
         else:
             is_complete = rank.end_retrieve(call, outcome)
-            self.ends.setdefault(call.name, []).append(is_complete)
+            self.load_results.setdefault(call.name, []).append(is_complete)
 
     @rule(data=st.data(), outcome=OUTCOMES, hit=st.sampled_from([9, 9, 2, 1, 0]))
     def answer(self, data: st.DataObject, outcome: Any, hit: int) -> None:
