@@ -1,14 +1,14 @@
-"""Copy rates of a device, measured once, and the copy method that they make fastest.
+"""Copy rates of a device, measured once, and the copy method that is fastest by them.
 
-- staged: kernels pack and unpack, and the link carries large copies. The link's own
-  speed whatever the size of the pieces, but it costs kernel launches, a second pass
+- staged: kernels pack and unpack pieces, and the link carries large copies. It reaches
+  the link's speed for any size of piece, but costs kernel launches, a second pass
   through device memory, and a few SMs during the copy;
 - batched: one call gives all pieces to the copy engines. Nothing is copied twice, but
   each piece has a cost, so small ones are slow;
-- single: one call per piece, for few pieces that are large.
+- single: one call per piece, for few and large pieces.
 
-Pieces are counted after neighbours were merged: contiguous blocks make fewer and larger
-pieces.
+Pieces are counted after adjacent ones are merged: contiguous blocks make fewer and
+larger pieces.
 
 Measuring takes some tens of milliseconds of copies, and up to 2 s for the first
 compilation of the kernels, which Triton caches on disk. Processes of one installation
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from math import exp, log
 from statistics import median
@@ -56,10 +56,10 @@ def choose_method(
     word: int,
     can_stage: bool = True,
 ) -> CopyMethod:
-    """Return the method that is expected to end first.
+    """Return the method with the shortest expected time.
 
-    `num_pieces` counts merged pieces; `row_bytes` is a kernel's contiguous row, in
-    words of `word` bytes (rates are for 16).
+    `num_pieces` counts merged pieces. A kernel copies rows of `row_bytes` contiguous
+    bytes in words of `word` bytes; its rates were measured with words of 16.
     """
     link = num_bytes / rates.link_bytes_s
     batched = num_bytes / speed(rates.batched, num_bytes / max(num_pieces, 1))
@@ -87,21 +87,23 @@ def speed(rates: Sequence[PieceRate], piece_bytes: float) -> float:
 BATCHED_BYTES = (4096, 16384, 65536, 262144, 1 << 20)
 ROW_BYTES = (1024, 4096, 32768)
 MAX_PIECES = 1024
-"""In one timed batch."""
+"""Most pieces of one timed batch."""
 SMALL_BYTES = 4096
 NUM_CALLS = 64
 REPEATS = 3
 TURN_S, TURN_PAUSE_S = 10.0, 0.01
+"""Longest wait for other processes that measure, and the pause between two tries."""
 
 
 def measure(device: Device, kernels: Kernels, staging: StagingPool) -> DeviceRates:
-    """Time every copy method in both directions, on memory allocated for it."""
+    """Return the rates of every copy method, measured in both directions."""
     begun = perf_counter()
-    slot_bytes = staging.sizes.slot_bytes
-    with _turn(), staging.buffer() as buffer, _host(device, slot_bytes) as host:
+    with _turn(), staging.buffer() as buffer, ExitStack() as stack:
+        host = device.allocate_host(buffer.sizes.slot_bytes)
+        stack.callback(device.free_host, host)
         bench = _Bench(device, kernels, buffer, host)
-        with closing(bench):
-            to_host, to_device = bench.rates(to_host=True), bench.rates(to_host=False)
+        stack.callback(bench.close)
+        to_host, to_device = bench.rates(to_host=True), bench.rates(to_host=False)
     return DeviceRates(to_host, to_device, measured_s=perf_counter() - begun)
 
 
@@ -119,24 +121,13 @@ def _locked(file: IO[bytes]) -> bool:
     """Return whether this process has the lock; true where files have no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
-@contextmanager
-def _host(device: Device, num_bytes: int) -> Iterator[int]:
-    address = device.allocate_host(num_bytes)
-    try:
-        yield address
-    finally:
-        device.free_host(address)
-
-
 class _Bench:
-    """Copies with one slot in the role of the cache, the other as staging."""
+    """Timed copies. One slot of a buffer stands for the cache, the other is staging."""
 
     def __init__(
         self, device: Device, kernels: Kernels, buffer: StagingBuffer, host: int
@@ -175,22 +166,25 @@ class _Bench:
                 if size <= self._slot_bytes
             ),
             kernels=tuple(
-                self._kernel(size, start_s, gather=to_host)
+                self._kernel(size, start_s, to_host=to_host)
                 for size in ROW_BYTES
                 if has_kernels and size <= self._slot_bytes
             ),
         )
 
     def _timed(self, enqueue: Callable[[], None]) -> float:
-        """Return the median time until a stream's work is seen done, once warm."""
+        """Return the median time from a call to the end of its work, after one run."""
         taken = []
         for _ in range(REPEATS + 1):
             begun = perf_counter()
             enqueue()
-            self._stream.record(self._event)
-            self._event.wait()
+            self._wait()
             taken.append(perf_counter() - begun)
         return median(taken[1:])
+
+    def _wait(self) -> None:
+        self._stream.record(self._event)
+        self._event.wait()
 
     def _call(self, destination: int, source: int) -> None:
         for _ in range(NUM_CALLS):
@@ -202,42 +196,40 @@ class _Bench:
         scattered: I64 = self._noise.permutation(at)
         sizes = np.full(count, size, np.int64)
         taken = self._timed(
-            lambda: self._stream.copy_many(at + destination, scattered + source, sizes)
+            lambda: self._stream.copy_many(
+                at + destination, scattered + source, sizes, batched=True
+            )
         )
         return PieceRate(size, count * size / taken)
 
-    def _kernel(self, size: int, start_s: float, *, gather: bool) -> PieceRate:
-        """Time a kernel alone, without what any work takes to start and be seen."""
+    def _kernel(self, size: int, start_s: float, *, to_host: bool) -> PieceRate:
+        """Time a kernel, less `start_s`: what any work takes to start and be seen."""
         count = min(self._slot_bytes // size, self._buffer.sizes.table_bytes // 8)
-        move = self._move(size, count)
-        run = self._kernels.gather if gather else self._kernels.scatter
-        taken = self._timed(lambda: run(self._stream, move))
+        task = self._row_copy(size, count, to_host=to_host)
+        taken = self._timed(lambda: self._kernels.launch(self._stream, task))
         return PieceRate(size, count * size / max(taken - start_s, taken / 10))
 
     def _staged_start_s(self, destination: int, source: int, *, to_host: bool) -> float:
         """Time a table, a kernel and a copy, all small, one after the other."""
-        move = self._move(SMALL_BYTES, 1)
+        task = self._row_copy(SMALL_BYTES, 1, to_host=to_host)
         table = self._buffer.write((np.zeros(SMALL_BYTES, np.uint8),))
-        run = self._kernels.gather if to_host else self._kernels.scatter
 
         def staged() -> None:
-            self._kernels.upload(self._stream, table)
-            run(self._stream, move)
+            self._kernels.launch(self._stream, table)
+            self._kernels.launch(self._stream, task)
             self._stream.copy(destination, source, SMALL_BYTES)
 
         return self._timed(staged)
 
-    def _move(self, size: int, count: int) -> RowCopy:
-        """Return a kernel's work on `count` scattered rows, its table uploaded."""
+    def _row_copy(self, size: int, count: int, *, to_host: bool) -> RowCopy:
+        """Return a copy of `count` scattered rows, with its tables uploaded."""
         planes = np.array([self._cache], np.int64)
         ranges = np.array([[0, count * size]], np.int64)
         blocks = self._noise.permutation(count).astype(np.int32)
         table = self._buffer.write((planes, ranges, blocks))
-        self._kernels.upload(self._stream, table)
-        self._stream.record(self._event)
-        self._event.wait()
+        self._kernels.launch(self._stream, table)
+        self._wait()
         rows = PartRows(1, count * size, count, 1, size, size, 0, 16)
         at_planes, at_ranges, at_blocks = table.places
-        return RowCopy(
-            rows, at_planes, at_ranges, at_blocks, self._staging, 0, count * size
-        )
+        places = (at_planes, at_ranges, at_blocks, self._staging)
+        return RowCopy(rows, *places, 0, count * size, to_host)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -154,9 +154,6 @@ class CopyPlan:
     spans: ChunkSpans
     arena: int
     """Address of the arena."""
-
-    RANGE_BYTES: ClassVar[int] = 16
-    BLOCK_BYTES: ClassVar[int] = 4
 
     @classmethod
     def of(

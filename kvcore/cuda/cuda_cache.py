@@ -1,10 +1,10 @@
-"""Paged caches in a GPU's memory, their copy streams, and what those of a device share.
+"""Paged caches in a GPU's memory, their copy streams, and the state that they share.
 
-In a staged gather a kernel packs one slot of a buffer while the copy engine carries the
+In a staged gather a kernel packs one slot of a buffer while the copy engine copies the
 other across the link; in a staged scatter the copy comes first. Kernels run on one
-stream per direction, shared by all caches of the device, so that copies never take more
-SMs than one launch. A launch is queued there only when it can run at once: a cache
-waits on the host, never in that stream, so no cache delays another.
+stream per direction, shared by all caches of the device, so that each direction takes
+the SMs of one launch at most. A launch is queued there only when it can run at once: a
+cache waits on the host, never in that stream, so no cache delays another.
 """
 
 from __future__ import annotations
@@ -15,59 +15,56 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
-from typing import ClassVar
 
 import numpy as np
 
-from kvcore.blend.key_rotation import BlockRotation
+from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotation_factors
 from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.cuda.calibration import CopyMethod, choose_method, measure
 from kvcore.cuda.copy_plan import I64, ByteRanges, CopyPlan, PartRows
 from kvcore.cuda.device_interface import Device, Stream
-from kvcore.cuda.kernel_launches import DeviceKeys, Kernels, RowCopy
+from kvcore.cuda.kernel_launches import Kernels, KeyRotation, RowCopy
 from kvcore.cuda.staging import (
     NUM_SLOTS,
+    KernelTable,
     StagingBuffer,
     StagingPool,
     StagingSizes,
     rounded,
 )
-from kvcore.errors import DeviceFailed
+from kvcore.errors import DeviceFailed, LayoutError
 from kvcore.extents import Checksum, buffers_of, checksum_of
 from kvcore.layout import KVLayout
 from kvcore.rope import Rope
 from kvcore.shm import Bytes
-from kvcore.status import CopyRates, DeviceRates, DeviceStatus
+from kvcore.status import DeviceRates, DeviceStatus
 
 FIRST_BYTES = 4 << 20
-"""What is packed while the link stands idle, or unpacked once it does again."""
+"""Bytes of the load that is packed, or unpacked, while the link is idle."""
 GROWTH = 3
-"""From one slot's bytes to the next, until slots are full: kernels are faster."""
+"""Factor from one load's bytes to the next, until slots are full: kernels are faster
+than the link."""
 FEW = 4
 """Number of copies up to which single calls are faster than a batch."""
+RANGE_BYTES, BLOCK_BYTES, FACTOR_BYTES = 16, 4, 16
+"""Of a span's range, a block id and a pair's cosine and sine in a kernel's table."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchLoad:
-    """What passes through a slot at once: [begin, end) of the line, and the arena's."""
+    """What one slot holds at once: [begin, end) of the line, and its arena ranges."""
 
     begin: int
     end: int
     extents: ByteRanges
 
-    def staged(self, slot: int) -> I64:
-        """Return where the arena's stretches lie in a slot, `[stretches]`."""
-        return self.extents.starts + (slot - self.begin)
-
 
 class CopyStream:
     """Copies of one direction of one cache; one call at a time.
 
-    A call returns, or raises `DeviceFailed`, when none of its work is left on the
-    device; only one that has failed for good may still have what it will never run.
+    No work of a call is left on the device when it returns or raises `DeviceFailed`,
+    unless the device has failed for good.
     """
-
-    direction: ClassVar[str]
 
     def __init__(self, device: Device, kernels: Kernels, launches: Stream) -> None:
         self._kernels = kernels
@@ -82,33 +79,101 @@ class CopyStream:
         for event in (*self._packed, *self._copied):
             event.close()
 
-    def _upload(self, plan: CopyPlan, buffer: StagingBuffer) -> _Table:
-        table = buffer.write((plan.planes, plan.ranges, plan.spans.blocks))
-        self._kernels.upload(self._launches, table)
-        return _Table(plan.rows, *table.places)
-
-    def _cross(self, destinations: I64, sources: I64, sizes: I64) -> None:
-        """Copy stretches of a slot across the link."""
-        way = CopyMethod.SINGLE if len(sizes) <= FEW else CopyMethod.BATCHED
-        self._copy(destinations, sources, sizes, way)
-
-    def _copy(
-        self, destinations: I64, sources: I64, sizes: I64, way: CopyMethod
-    ) -> None:
-        if way is CopyMethod.BATCHED:
-            self._copies.copy_many(destinations, sources, sizes)
-            return
-        each = (destinations.tolist(), sources.tolist(), sizes.tolist())
-        for destination, source, size in zip(*each, strict=True):
-            self._copies.copy(destination, source, size)
-
-    def _directly(
-        self, destinations: I64, sources: I64, sizes: I64, way: CopyMethod
-    ) -> None:
+    def gather(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
+        """Pack one slot from the cache while the other is copied to the arena."""
         with self._all_done():
-            self._copy(destinations, sources, sizes, way)
+            table = self._upload(plan, buffer)
+            slot = 0
+            for number, load in enumerate(loads(plan, buffer.sizes.slot_bytes)):
+                slot = number % NUM_SLOTS
+                if number >= NUM_SLOTS:
+                    self._copied[slot].wait()
+                self._copy_rows(load, plan, table, buffer, slot, is_gather=True)
+                self._copies.wait_for(self._packed[slot])
+                self._cross(load, buffer, slot, to_host=True)
+            self._copied[slot].wait()
+
+    def scatter(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
+        """Copy one slot from the arena while the other is unpacked into the cache."""
+        with self._all_done():
+            table = self._upload(plan, buffer)
+            todo = loads(plan, buffer.sizes.slot_bytes, backwards=True)
+            for slot, load in enumerate(todo[:NUM_SLOTS]):
+                self._cross(load, buffer, slot, to_host=False)
+            slot = 0
+            for number, load in enumerate(todo):
+                slot = number % NUM_SLOTS
+                self._copied[slot].wait()
+                self._copy_rows(load, plan, table, buffer, slot, is_gather=False)
+                if number + NUM_SLOTS < len(todo):
+                    self._copies.wait_for(self._packed[slot])
+                    self._cross(todo[number + NUM_SLOTS], buffer, slot, to_host=False)
+            self._packed[slot].wait()
+
+    def copy_pieces(
+        self, destinations: I64, sources: I64, sizes: I64, *, batched: bool
+    ) -> None:
+        """Copy pieces without staging."""
+        with self._all_done():
+            self._copies.copy_many(destinations, sources, sizes, batched=batched)
             self._copies.record(self._copied[0])
             self._copied[0].wait()
+
+    def rotate_keys(
+        self,
+        layout: KVLayout,
+        rope: Rope,
+        planes: I64,
+        rotations: Sequence[BlockRotation],
+        buffer: StagingBuffer,
+    ) -> None:
+        """Rotate keys in place; `planes` are the addresses of K's planes.
+
+        The planes and the factors of all rotations MUST fit the buffer's table.
+        """
+        factors = [rotation_factors(rope, rotation.distance) for rotation in rotations]
+        with self._all_done():
+            table = buffer.write((planes, np.array(factors, np.complex128)))
+            self._kernels.launch(self._launches, table)
+            at_planes, at_factors = table.places
+            for number, rotation in enumerate(rotations):
+                at = at_factors + number * factors[0].nbytes
+                task = KeyRotation(layout, rope, rotation, at_planes, at)
+                self._kernels.launch(self._launches, task)
+            self._launches.record(self._packed[0])
+            self._packed[0].wait()
+
+    def _upload(self, plan: CopyPlan, buffer: StagingBuffer) -> KernelTable:
+        table = buffer.write((plan.planes, plan.ranges, plan.spans.blocks))
+        self._kernels.launch(self._launches, table)
+        return table
+
+    def _copy_rows(
+        self,
+        load: LaunchLoad,
+        plan: CopyPlan,
+        table: KernelTable,
+        buffer: StagingBuffer,
+        slot: int,
+        *,
+        is_gather: bool,
+    ) -> None:
+        """Launch a load's kernel; the slot's `_packed` is reached after it."""
+        planes, ranges, blocks = table.places
+        at = (buffer.slots[slot], load.begin, load.end)
+        task = RowCopy(plan.rows, planes, ranges, blocks, *at, is_gather)
+        self._kernels.launch(self._launches, task)
+        self._launches.record(self._packed[slot])
+
+    def _cross(
+        self, load: LaunchLoad, buffer: StagingBuffer, slot: int, *, to_host: bool
+    ) -> None:
+        """Copy a load across the link; the slot's `_copied` is reached after it."""
+        arena = load.extents
+        staged = arena.starts + (buffer.slots[slot] - load.begin)
+        ends = (arena.at, staged) if to_host else (staged, arena.at)
+        self._copies.copy_many(*ends, arena.sizes, batched=len(arena) > FEW)
+        self._copies.record(self._copied[slot])
 
     @contextmanager
     def _all_done(self) -> Iterator[None]:
@@ -124,108 +189,10 @@ class CopyStream:
             raise
 
 
-class GatherStream(CopyStream):
-    """Copies from a cache to the arena."""
-
-    direction = "to_host"
-
-    def staged(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
-        """Pack one slot while the other is copied to the host."""
-        with self._all_done():
-            table = self._upload(plan, buffer)
-            slot = 0
-            for number, load in enumerate(loads(plan, buffer.sizes.slot_bytes)):
-                slot = number % NUM_SLOTS
-                if number >= NUM_SLOTS:
-                    self._copied[slot].wait()
-                staging = buffer.slots[slot]
-                self._kernels.gather(self._launches, table.move(load, staging))
-                self._launches.record(self._packed[slot])
-                self._copies.wait_for(self._packed[slot])
-                arena = load.extents
-                self._cross(arena.at, load.staged(staging), arena.sizes)
-                self._copies.record(self._copied[slot])
-            self._copied[slot].wait()
-
-    def direct(self, plan: CopyPlan, way: CopyMethod) -> None:
-        """Copy pieces without staging."""
-        pieces = plan.pieces
-        self._directly(pieces.there, pieces.here, pieces.sizes, way)
-
-
-class ScatterStream(CopyStream):
-    """Copies from the arena to a cache."""
-
-    direction = "to_device"
-
-    def staged(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
-        """Copy one slot to the device while the other is unpacked."""
-        with self._all_done():
-            table = self._upload(plan, buffer)
-            todo = loads(plan, buffer.sizes.slot_bytes, backwards=True)
-            for slot, load in enumerate(todo[:NUM_SLOTS]):
-                self._fill(load, buffer, slot)
-            slot = 0
-            for number, load in enumerate(todo):
-                slot = number % NUM_SLOTS
-                self._copied[slot].wait()
-                move = table.move(load, buffer.slots[slot])
-                self._kernels.scatter(self._launches, move)
-                self._launches.record(self._packed[slot])
-                if number + NUM_SLOTS < len(todo):
-                    self._copies.wait_for(self._packed[slot])
-                    self._fill(todo[number + NUM_SLOTS], buffer, slot)
-            self._packed[slot].wait()
-
-    def direct(self, plan: CopyPlan, way: CopyMethod) -> None:
-        """Copy pieces without staging."""
-        pieces = plan.pieces
-        self._directly(pieces.here, pieces.there, pieces.sizes, way)
-
-    def turn(
-        self, keys: DeviceKeys, turns: Sequence[BlockRotation], buffer: StagingBuffer
-    ) -> None:
-        """Rotate keys; `keys.max_turns` rotations at most."""
-        with self._all_done():
-            table = buffer.write(keys.arrays(turns))
-            self._kernels.upload(self._launches, table)
-            for launch in keys.launches(turns, *table.places):
-                self._kernels.turn(self._launches, launch)
-            self._launches.record(self._packed[0])
-            self._packed[0].wait()
-
-    def _fill(self, load: LaunchLoad, buffer: StagingBuffer, slot: int) -> None:
-        arena = load.extents
-        self._cross(load.staged(buffer.slots[slot]), arena.at, arena.sizes)
-        self._copies.record(self._copied[slot])
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """Where a plan's table is on the device."""
-
-    rows: PartRows
-    planes: int
-    ranges: int
-    blocks: int
-
-    def move(self, load: LaunchLoad, staging: int) -> RowCopy:
-        """Return what a kernel has to do for a load that lies at `staging`."""
-        return RowCopy(
-            self.rows,
-            self.planes,
-            self.ranges,
-            self.blocks,
-            staging,
-            load.begin,
-            load.end,
-        )
-
-
 def loads(
     plan: CopyPlan, slot_bytes: int, *, backwards: bool = False
 ) -> list[LaunchLoad]:
-    """Cut a plan into loads that fit into slots, without those that hold nothing.
+    """Return a plan's loads, each of which fits a slot, without the empty ones.
 
     `backwards` makes the last ones small instead of the first ones.
     """
@@ -256,9 +223,9 @@ DEFAULT_SIZES = StagingSizes()
 
 
 class CudaCaches:
-    """What the caches of one device share: staging, the kernels' streams, its rates.
+    """State that the caches of one device share: staging, kernel streams, copy rates.
 
-    Making it takes up to 2 s where `rates` are to be measured.
+    Without `rates` the constructor measures them, which takes up to 2 s.
     """
 
     def __init__(
@@ -292,15 +259,15 @@ class CudaCaches:
         self.gathers.close()
         self.scatters.close()
 
-    def closed_one(self) -> None:
-        """Count a cache that was closed."""
+    def forget_cache(self) -> None:
+        """Count a closed cache."""
         with self._lock:
             self._num_caches -= 1
 
-    def copied(self, way: CopyMethod, direction: str) -> None:
-        """Count a call."""
+    def count_copy(self, method: CopyMethod, direction: str) -> None:
+        """Count a call by method and direction."""
         with self._lock:
-            self._num_copies[f"{way}_{direction}"] += 1
+            self._num_copies[f"{method}_{direction}"] += 1
 
     def status(self) -> DeviceStatus:
         """Describe the device and its caches. Any thread."""
@@ -331,30 +298,28 @@ class CudaCache:
         self._planes = layout.plane_offsets + handles
         self._rows = PartRows.of(layout, self._planes)
         self._shared = shared
-        self._gathers = GatherStream(shared.device, shared.kernels, shared.gathers)
-        self._scatters = ScatterStream(shared.device, shared.kernels, shared.scatters)
+        self._gathers = CopyStream(shared.device, shared.kernels, shared.gathers)
+        self._scatters = CopyStream(shared.device, shared.kernels, shared.scatters)
 
     def close(self) -> None:
         """Destroy the streams. No call is running."""
         self._gathers.close()
         self._scatters.close()
-        self._shared.closed_one()
+        self._shared.forget_cache()
 
     def gather(
         self, spans: ChunkSpans, arena: Bytes, *, checksums: bool = False
     ) -> list[Checksum]:
         """Copy blocks into parts; see `PagedCache`."""
         spans.check(self.layout, nulls=False)
-        plan = self._plan(spans, arena)
-        self._move(plan, self._gathers, self._shared.rates.to_host)
+        self._copy(spans, arena, to_host=True)
         parts = spans.extents if checksums else ()
         return [checksum_of(buffers_of(arena.data, part)) for part in parts]
 
     def scatter(self, spans: ChunkSpans, arena: Bytes) -> None:
         """Copy parts into blocks; see `PagedCache`."""
         spans.check(self.layout, nulls=True)
-        plan = self._plan(spans, arena)
-        self._move(plan, self._scatters, self._shared.rates.to_device)
+        self._copy(spans, arena, to_host=False)
 
     def rotate_keys(self, rope: Rope, rotations: Sequence[BlockRotation]) -> None:
         """Rotate keys in place; see `kvcore.blend.key_rotation.KeyRotator`.
@@ -362,47 +327,58 @@ class CudaCache:
         Raises:
             LayoutError: keys that do not lie at multiples of an element's size.
         """
-        keys = DeviceKeys.of(self.layout, self._planes, rope)
+        layout, staging = self.layout, self._shared.staging
+        planes = self._planes[: layout.part.num_layers]  # K's come first.
+        item = RAW_DTYPES[layout.part.dtype].itemsize
+        places = (layout.block_stride, layout.slot_stride, *planes.tolist())
+        if any(place % item for place in places):
+            raise LayoutError(f"rope: keys do not lie at multiples of {item} bytes")
+        room = staging.sizes.table_bytes - rounded(planes.nbytes)
+        at_once = max(room // (rope.rotary_dim // 2 * FACTOR_BYTES), 1)
         moving = [rotation for rotation in rotations if rotation.distance]
-        at_once = keys.max_turns(self._shared.staging.sizes.table_bytes)
         for first in range(0, len(moving), at_once):
-            with self._shared.staging.buffer() as buffer:
-                self._scatters.turn(keys, moving[first : first + at_once], buffer)
+            some = moving[first : first + at_once]
+            with staging.buffer() as buffer:
+                self._scatters.rotate_keys(layout, rope, planes, some, buffer)
 
-    def _plan(self, spans: ChunkSpans, arena: Bytes) -> CopyPlan:
+    def _copy(self, spans: ChunkSpans, arena: Bytes, *, to_host: bool) -> None:
+        """Copy checked spans by the fastest method."""
         address = arena.ctypes.data
-        return CopyPlan.of(self.layout, self._rows, self._planes, spans, address)
-
-    def _move(
-        self, plan: CopyPlan, lane: GatherStream | ScatterStream, rates: CopyRates
-    ) -> None:
-        num_bytes = plan.num_bytes
-        if not num_bytes:
+        plan = CopyPlan.of(self.layout, self._rows, self._planes, spans, address)
+        if not plan.num_bytes:
             return
-        max_spans = self._max_spans
-        way = choose_method(
-            rates,
-            num_bytes,
+        stream = self._gathers if to_host else self._scatters
+        method = self._choose_method(plan, to_host=to_host)
+        if method is not CopyMethod.STAGED:
+            pieces = plan.pieces
+            ends = pieces.here, pieces.there
+            destinations, sources = reversed(ends) if to_host else ends
+            batched = method is CopyMethod.BATCHED
+            stream.copy_pieces(destinations, sources, pieces.sizes, batched=batched)
+            return
+        staged = stream.gather if to_host else stream.scatter
+        for some in plan.split(self._max_spans):
+            if some.num_bytes:
+                with self._shared.staging.buffer() as buffer:
+                    staged(some, buffer)
+
+    def _choose_method(self, plan: CopyPlan, *, to_host: bool) -> CopyMethod:
+        rates = self._shared.rates
+        one_way = rates.to_host if to_host else rates.to_device
+        method = choose_method(
+            one_way,
+            plan.num_bytes,
             plan.num_pieces,
             row_bytes=self._rows.row_bytes,
             word=self._rows.word,
-            can_stage=max_spans > 0 and bool(rates.kernels),
+            can_stage=self._max_spans > 0 and bool(one_way.kernels),
         )
-        self._shared.copied(way, lane.direction)
-        if way is not CopyMethod.STAGED:
-            lane.direct(plan, way)
-            return
-        for some in plan.split(max_spans):
-            if not some.num_bytes:
-                continue
-            with self._shared.staging.buffer() as buffer:
-                lane.staged(some, buffer)
+        self._shared.count_copy(method, "to_host" if to_host else "to_device")
+        return method
 
     @property
     def _max_spans(self) -> int:
-        """Number of spans that fit a buffer's table."""
+        """Number of spans whose ranges and blocks fit a buffer's table."""
         table_bytes = self._shared.staging.sizes.table_bytes
         room = table_bytes - rounded(self._planes.nbytes) - rounded(1)
-        return room // (
-            CopyPlan.RANGE_BYTES + CopyPlan.BLOCK_BYTES * self._rows.num_blocks
-        )
+        return room // (RANGE_BYTES + BLOCK_BYTES * self._rows.num_blocks)

@@ -80,9 +80,17 @@ class Stream(Protocol):
         """Copy between any two places; host memory MUST be pinned."""
 
     def copy_many(
-        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+        self,
+        destinations: Addresses,
+        sources: Addresses,
+        sizes: Addresses,
+        *,
+        batched: bool,
     ) -> None:
-        """Copy many pieces, in no order among them: `[pieces]` each, contiguous."""
+        """Copy pieces in any order: `[pieces]` each, contiguous.
+
+        In one call if `batched` and the driver can do that, else one call per piece.
+        """
 
     def launch(self, function: Function, launch: Launch) -> None:
         """Run a kernel."""

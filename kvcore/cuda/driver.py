@@ -109,27 +109,14 @@ def explain(status: Any) -> str:
     return f"{known} ({(text or b'unknown').decode()})"
 
 
-VERSIONS = (13000, 12080)
-"""In which the function's signature changed, newest first."""
+_BATCH_EXTRA: dict[int, tuple[None, ...]] = {13000: (), 12080: (None,)}
+"""Arguments before the stream by version of cuMemcpyBatchAsync's signature, newest
+first: in 12.8 a pointer to the index of the copy that failed."""
 _ORDER_STREAM = 1
-_POINTER = ctypes.c_void_p
-_SIZE = ctypes.c_size_t
-_PROTOTYPES = {
-    13000: ctypes.CFUNCTYPE(
-        ctypes.c_int,
-        *(_POINTER, _POINTER, _POINTER, _SIZE),
-        *(_POINTER, _POINTER, _SIZE, _POINTER),
-    ),
-    12080: ctypes.CFUNCTYPE(
-        ctypes.c_int,
-        *(_POINTER, _POINTER, _POINTER, _SIZE),
-        *(_POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
-    ),
-}
 
 
 class _Attributes(ctypes.Structure):
-    """CUmemcpyAttributes: sources are read in stream order, nothing else is said."""
+    """CUmemcpyAttributes: sources are read in stream order; the rest is unset."""
 
     _fields_ = (
         ("source_order", ctypes.c_int),
@@ -140,23 +127,27 @@ class _Attributes(ctypes.Structure):
 
 
 class BatchCopy:
-    """The driver's function. Any thread; ctypes lets go of the interpreter."""
+    """The driver's cuMemcpyBatchAsync. Any thread; ctypes releases the GIL."""
 
     def __init__(self, address: int, version: int) -> None:
-        self._function: Callable[..., int] = _PROTOTYPES[version](address)
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        self._extra = _BATCH_EXTRA[version]
+        self._function: Callable[..., int] = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            *(pointer, pointer, pointer, size),
+            *(pointer, pointer, size, *(pointer for _ in self._extra), pointer),
+        )(address)
         self._attributes = _Attributes(source_order=_ORDER_STREAM)
-        self._first = ctypes.c_size_t(0)
-        # The index of the copy that failed, which tells us nothing.
-        self._extra = (None,) if version < 13000 else ()
+        self._first = size(0)
 
     @classmethod
-    def find(cls, cu: Any, driver_version: int) -> BatchCopy | None:
-        """Ask a driver for the function; None when it is older than that."""
-        for version in VERSIONS:
+    def find(cls, driver_version: int) -> BatchCopy | None:
+        """Return the driver's function; None for a driver without it."""
+        for version in _BATCH_EXTRA:
             if driver_version < version:
                 continue
             status, address, _ = cu.cuGetProcAddress(b"cuMemcpyBatchAsync", version, 0)
-            if status == cu.CUresult.CUDA_SUCCESS and address:
+            if status == RESULT.CUDA_SUCCESS and address:
                 return cls(address, version)
         return None
 
@@ -182,10 +173,11 @@ class BatchCopy:
 
 
 class CudaEvent:
-    """An `Event` of the driver's."""
+    """An `Event` of the driver."""
 
-    def __init__(self, enter: Callable[[], None], handle: Any) -> None:
-        self._enter = enter
+    def __init__(self, device: CudaDevice, handle: Any) -> None:
+        self._call = device.call
+        self._enter = device.enter
         self.cu_event = handle
 
     def is_done(self) -> bool:
@@ -197,44 +189,36 @@ class CudaEvent:
         return True
 
     def wait(self) -> None:
-        self._enter()
-        check(cu.cuEventSynchronize(self.cu_event), "work on the GPU")
+        self._call("work on the GPU", cu.cuEventSynchronize, self.cu_event)
 
     def handle(self) -> bytes:
-        self._enter()
-        handle = check(cu.cuIpcGetEventHandle(self.cu_event), "naming an event")
-        return handle_of(handle)
+        made = self._call("exporting an event", cu.cuIpcGetEventHandle, self.cu_event)
+        return handle_of(made)
 
     def close(self) -> None:
-        self._enter()
-        check(cu.cuEventDestroy(self.cu_event), "closing an event")
+        self._call("closing an event", cu.cuEventDestroy, self.cu_event)
 
 
 class CudaStream:
-    """A `Stream` of the driver's."""
+    """A `Stream` of the driver."""
 
     def __init__(
-        self,
-        enter: Callable[[], None],
-        handle: Any,
-        pins: Pins,
-        batch: BatchCopy | None,
+        self, device: CudaDevice, handle: Any, pins: Pins, batch: BatchCopy | None
     ) -> None:
-        self._enter = enter
+        self._call = device.call
+        self._enter = device.enter
         self._stream = handle
         self.handle = int(handle)
         self._pins = pins
         self._batch = batch
 
     def record(self, event: Event) -> None:
-        self._enter()
-        check(cu.cuEventRecord(_own(event), self._stream), "recording an event")
+        self._call("recording an event", cu.cuEventRecord, _own(event), self._stream)
 
     def wait_for(self, event: Event) -> None:
-        self._enter()
         flags = cu.CUevent_wait_flags.CU_EVENT_WAIT_DEFAULT
-        waited = cu.cuStreamWaitEvent(self._stream, _own(event), flags)
-        check(waited, "waiting for an event")
+        wait = (cu.cuStreamWaitEvent, self._stream, _own(event), flags)
+        self._call("waiting for an event", *wait)
 
     def copy(self, destination: int, source: int, num_bytes: int) -> None:
         self._enter()
@@ -245,9 +229,14 @@ class CudaStream:
             check(copied, "a copy")
 
     def copy_many(
-        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+        self,
+        destinations: Addresses,
+        sources: Addresses,
+        sizes: Addresses,
+        *,
+        batched: bool,
     ) -> None:
-        if self._batch is None:
+        if self._batch is None or not batched:
             self._copy_each(destinations, sources, sizes)
             return
         whole = self._pins.whole(destinations, sources, sizes)
@@ -269,18 +258,14 @@ class CudaStream:
             self.copy(destination, source, size)
 
     def launch(self, function: Function, launch: Launch) -> None:
-        self._enter()
         arguments = (tuple(launch.arguments), tuple(launch.types))
         grid, block = (launch.programs, 1, 1), (launch.warps * 32, 1, 1)
-        shared = launch.shared_bytes
-        launched = cu.cuLaunchKernel(
-            function, *grid, *block, shared, self._stream, arguments, 0
-        )
-        check(launched, "launching a kernel")
+        shape = (*grid, *block, launch.shared_bytes)
+        kernel = (cu.cuLaunchKernel, function, *shape, self._stream, arguments, 0)
+        self._call("launching a kernel", *kernel)
 
     def close(self) -> None:
-        self._enter()
-        check(cu.cuStreamDestroy(self._stream), "closing a stream")
+        self._call("closing a stream", cu.cuStreamDestroy, self._stream)
 
 
 class Pins:
@@ -367,7 +352,7 @@ def open_devices() -> tuple[CudaDevice, ...]:
             )
         count = check(cu.cuDeviceGetCount(), "counting GPUs")
         pins = Pins()
-        batch = BatchCopy.find(cu, version)
+        batch = BatchCopy.find(version)
         devices = tuple(CudaDevice(number, pins, batch) for number in range(count))
     except RuntimeError as error:  # The bindings' own, when they find no library.
         raise SetupError(f"no NVIDIA driver: {error}") from None
@@ -407,10 +392,18 @@ class CudaDevice:
             self._retain()
         check(cu.cuCtxSetCurrent(self._context), f"entering {self.uuid}")
 
+    def call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Enter this device and return what a driver call gives; see `check`.
+
+        Raises:
+            DeviceFailed: the call failed; `what` names it.
+        """
+        self.enter()
+        return check(function(*arguments), what)
+
     def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
         """Load a kernel; see `Device`."""
-        self.enter()
-        module = check(cu.cuModuleLoadData(cubin), f"loading kernel {name}")
+        module = self.call(f"loading kernel {name}", cu.cuModuleLoadData, cubin)
         found = cu.cuModuleGetFunction(module, name.encode())
         function = check(found, f"finding kernel {name}")
         if shared_bytes > _MAX_STATIC_SHARED_BYTES:
@@ -427,66 +420,56 @@ class CudaDevice:
 
     def stream(self, *, urgent: bool = False) -> CudaStream:
         """Make a stream; see `Device`."""
-        self.enter()
+        least, greatest = self.call("priorities", cu.cuCtxGetStreamPriorityRange)
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
-        least, greatest = check(cu.cuCtxGetStreamPriorityRange(), "priorities")
         made = cu.cuStreamCreateWithPriority(flags, greatest if urgent else least)
         handle = check(made, "making a stream")
-        return CudaStream(self.enter, handle, self._pins, self._batch)
+        return CudaStream(self, handle, self._pins, self._batch)
 
     def event(self, *, shared: bool = False) -> CudaEvent:
         """Make an event; see `Device`."""
-        self.enter()
         kind = cu.CUevent_flags
         flags = kind.CU_EVENT_DISABLE_TIMING | kind.CU_EVENT_BLOCKING_SYNC
         if shared:
             flags |= kind.CU_EVENT_INTERPROCESS
-        handle = check(cu.cuEventCreate(flags), "making an event")
-        return CudaEvent(self.enter, handle)
+        return CudaEvent(self, self.call("making an event", cu.cuEventCreate, flags))
 
     def open_event(self, handle: bytes) -> CudaEvent:
         """Open another process's event; see `Device`. May wait for the GPU."""
         self.enter()
         opened = cu.cuIpcOpenEventHandle(named(cu.CUipcEventHandle(), handle))
-        return CudaEvent(self.enter, check_opened(opened, "an event"))
+        return CudaEvent(self, check_opened(opened, "an event"))
 
     def allocate(self, num_bytes: int) -> int:
-        """Take device memory; see `Device`."""
-        self.enter()
-        taken = cu.cuMemAlloc(num_bytes)
-        address = check(taken, f"{num_bytes:,} bytes of {self.name}")
-        return int(address)
+        """Allocate device memory; see `Device`."""
+        what = f"{num_bytes:,} bytes of {self.name}"
+        return int(self.call(what, cu.cuMemAlloc, num_bytes))
 
     def free(self, address: int) -> None:
-        """Give device memory back."""
-        self.enter()
-        check(cu.cuMemFree(address), "freeing device memory")
+        """Free device memory."""
+        self.call("freeing device memory", cu.cuMemFree, address)
 
     def allocate_host(self, num_bytes: int) -> int:
-        """Take page-locked host memory."""
-        self.enter()
-        taken = cu.cuMemHostAlloc(num_bytes, cu.CU_MEMHOSTALLOC_PORTABLE)
-        address = check(taken, f"{num_bytes:,} bytes of page-locked memory")
-        return int(address)
+        """Allocate page-locked host memory."""
+        what, portable = (
+            f"{num_bytes:,} bytes of page-locked memory",
+            cu.CU_MEMHOSTALLOC_PORTABLE,
+        )
+        return int(self.call(what, cu.cuMemHostAlloc, num_bytes, portable))
 
     def free_host(self, address: int) -> None:
-        """Give page-locked host memory back."""
-        self.enter()
-        check(cu.cuMemFreeHost(address), "freeing page-locked memory")
+        """Free page-locked host memory."""
+        self.call("freeing page-locked memory", cu.cuMemFreeHost, address)
 
     def pin(self, address: int, num_bytes: int) -> None:
         """Page-lock host memory; see `Device`."""
-        self.enter()
-        check(
-            cu.cuMemHostRegister(address, num_bytes, cu.CU_MEMHOSTREGISTER_PORTABLE),
-            f"page-locking {num_bytes:,} bytes",
-        )
+        pin = (cu.cuMemHostRegister, address, num_bytes, cu.CU_MEMHOSTREGISTER_PORTABLE)
+        self.call(f"page-locking {num_bytes:,} bytes", *pin)
         self._pins.add(address)
 
     def unpin(self, address: int) -> None:
         """Undo a `pin`."""
-        self.enter()
-        check(cu.cuMemHostUnregister(address), "undoing a page-lock")
+        self.call("undoing a page-lock", cu.cuMemHostUnregister, address)
         self._pins.remove(address)
 
     def export(self, address: int) -> ExportedAllocation:
@@ -540,8 +523,7 @@ class CudaDevice:
 
     def close_handle(self, address: int) -> None:
         """Unmap what `open` mapped."""
-        self.enter()
-        check(cu.cuIpcCloseMemHandle(address), "closing an opened allocation")
+        self.call("closing an opened allocation", cu.cuIpcCloseMemHandle, address)
 
     def _retain(self) -> None:
         with self._lock:

@@ -8,43 +8,41 @@ takes 20 to 50 us.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from ctypes import c_int32, c_int64, sizeof
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Protocol
 
-import numpy as np
-
-from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotation_factors
-from kvcore.cuda.copy_plan import I64, PartRows
+from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation
+from kvcore.cuda.copy_plan import PartRows
 from kvcore.cuda.device_interface import Device, Function, Integer, Launch, Stream
-from kvcore.cuda.staging import FilledBuffer
-from kvcore.errors import DeviceFailed, LayoutError
+from kvcore.cuda.staging import KernelTable
+from kvcore.errors import DeviceFailed
 from kvcore.layout import KVLayout
 from kvcore.rope import Rope
 
 PROGRAMS = 6
-"""Blocks of a launch, so at most as many SMs: gathers and scatters share twelve."""
+"""Blocks per launch, and so the most SMs. Gathers and scatters together take twelve."""
 WARPS = 16
-"""Of a block. A whole SM has twice as many: ours need not be empty of others."""
+"""Per block. An SM has room for twice as many, so it need not be idle."""
 LOADS = 4
-"""Words that a thread reads of one piece before it writes; see `programs`."""
+"""Words of one piece that a thread reads before it writes; see `triton_kernels`."""
 TILES = (1024, 256, 64, 16, 4, 1)
-"""Words that a row is cut into pieces of."""
+"""Sizes of pieces of a row, in words."""
 MAX_WASTE = 1 / 8
-"""Share of a row's last piece that may be nothing, before smaller pieces are taken."""
+"""Most of a row, as a share, that the last piece may exceed it by."""
 _PARAMETER = re.compile(r"\.param \.[bsuf](\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class RowCopy:
-    """A stretch [begin, end) of a plan's line, between the caches and staging.
+    """A copy of [begin, end) of a plan's line: cache to staging, or the way back.
 
-    `planes`, `ranges` and `blocks` are addresses of the plan's tables on the device:
-    int64 `[planes]`, int64 `[spans, 2]`, int32 `[spans, blocks a chunk]`. Bytes that
-    the line does not have there (null blocks, ranges) are left as they are on the
-    side that is written. `staging` is where `begin` lies.
+    `planes`, `ranges` and `blocks` are device addresses of the plan's tables: int64
+    `[planes]`, int64 `[spans, 2]`, int32 `[spans, blocks per chunk]`. `staging` is the
+    address of `begin`. Bytes that the line does not have (null blocks, bytes outside
+    the ranges) are left unchanged on the side that is written.
     """
 
     rows: PartRows
@@ -54,56 +52,53 @@ class RowCopy:
     staging: int
     begin: int
     end: int
+    is_gather: bool
+    """From the cache to staging."""
 
     @property
     def first_plane(self) -> int:
-        """Count of planes on the line before the one that `begin` lies in."""
+        """Number of the plane that `begin` lies in, counted along the line."""
         return self.begin // self.rows.plane_bytes
 
     @property
     def end_plane(self) -> int:
-        """One past the last plane of which something is meant."""
+        """One past the number of the last plane that is copied from or to."""
         return -(-self.end // self.rows.plane_bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class RotateLaunch:
-    """Keys of the blocks [first_block, end_block) that move by one distance.
+class KeyRotation:
+    """A rotation of some blocks' keys in place, in double precision, then rounded.
 
-    `planes` is the address of K's planes' addresses, int64 `[planes]`; `factors` of
-    cosines and sines, float64 `[rotary_dim / 2, 2]`. A slot's heads lie together.
+    `planes` is the device address of the addresses of K's planes, int64 `[layers]`;
+    `factors` that of cosines and sines, float64 `[rotary_dim / 2, 2]`. The heads of a
+    slot are contiguous.
     """
 
+    layout: KVLayout
     rope: Rope
-    dtype: str
+    rotation: BlockRotation
     planes: int
     factors: int
-    num_planes: int
-    first_block: int
-    end_block: int
-    block_slots: int
-    block_stride: int
-    slot_stride: int
-    num_heads: int
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of a slot."""
+        part = self.layout.part
+        head_bytes = self.rope.head_dim * RAW_DTYPES[part.dtype].itemsize
+        return part.unit_bytes // head_bytes
+
+
+KernelTask = KernelTable | RowCopy | KeyRotation
+"""What a kernel does. A `KernelTable` is uploaded by a kernel: a copy engine would do
+it only after the large copies that are queued there."""
 
 
 class Kernels(Protocol):
-    """Work that a device's SMs do. A call returns before it has run."""
+    """Runs tasks on a device's SMs."""
 
-    def upload(self, stream: Stream, table: FilledBuffer) -> None:
-        """Copy a table from page-locked memory to the device.
-
-        A copy engine would do it behind whatever large copy it has under way.
-        """
-
-    def gather(self, stream: Stream, move: RowCopy) -> None:
-        """Copy from caches to staging."""
-
-    def scatter(self, stream: Stream, move: RowCopy) -> None:
-        """Copy from staging to caches."""
-
-    def turn(self, stream: Stream, turn: RotateLaunch) -> None:
-        """Turn keys in place, computed in double precision and rounded."""
+    def launch(self, stream: Stream, task: KernelTask) -> None:
+        """Queue a task; returns before it has run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,34 +140,21 @@ class CompiledKernel:
 
 @dataclass(frozen=True, slots=True)
 class _LoadedKernel:
-    """A program on the device, and what else its launches take."""
+    """A program on the device, and what its launches take."""
 
     function: Function
     shared_bytes: int
     types: tuple[Integer, ...]
-    added: tuple[int, ...]
 
 
 class NoKernels:
-    """`Kernels` of a device that cannot have any; each call says why."""
+    """`Kernels` of a device that cannot run any; a launch raises the reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def upload(self, stream: Stream, table: FilledBuffer) -> None:
-        """Refuse."""
-        raise DeviceFailed(self.reason)
-
-    def gather(self, stream: Stream, move: RowCopy) -> None:
-        """Refuse."""
-        raise DeviceFailed(self.reason)
-
-    def scatter(self, stream: Stream, move: RowCopy) -> None:
-        """Refuse."""
-        raise DeviceFailed(self.reason)
-
-    def turn(self, stream: Stream, turn: RotateLaunch) -> None:
-        """Refuse."""
+    def launch(self, stream: Stream, task: KernelTask) -> None:
+        """Raise `DeviceFailed`."""
         raise DeviceFailed(self.reason)
 
 
@@ -189,28 +171,17 @@ class TritonKernels:
 
     def check(self) -> None:
         """Load one program; raises `DeviceFailed` where none can be."""
-        self._loaded_for(upload_arguments(FilledBuffer(0, 0, 0, ())))
+        self._loaded_for(arguments_of(KernelTable(0, 0, 0, ())))
 
-    def upload(self, stream: Stream, table: FilledBuffer) -> None:
-        """Copy a table from page-locked memory; see `Kernels`."""
-        self._launch(stream, upload_arguments(table))
-
-    def gather(self, stream: Stream, move: RowCopy) -> None:
-        """Copy from caches to staging; see `Kernels`."""
-        self._launch(stream, move_arguments(move, gather=True))
-
-    def scatter(self, stream: Stream, move: RowCopy) -> None:
-        """Copy from staging to caches; see `Kernels`."""
-        self._launch(stream, move_arguments(move, gather=False))
-
-    def turn(self, stream: Stream, turn: RotateLaunch) -> None:
-        """Turn keys in place; see `Kernels`."""
-        self._launch(stream, turn_arguments(turn))
-
-    def _launch(self, stream: Stream, arguments: Arguments) -> None:
+    def launch(self, stream: Stream, task: KernelTask) -> None:
+        """Queue a task; see `Kernels`."""
+        arguments = arguments_of(task)
         loaded = self._loaded_for(arguments)
-        values = (*arguments.longs.values(), *arguments.ints.values(), *loaded.added)
-        launch = Launch(PROGRAMS, WARPS, loaded.shared_bytes, values, loaded.types)
+        ours = (*arguments.longs.values(), *arguments.ints.values())
+        null_pointers = (0,) * (len(loaded.types) - len(ours))
+        launch = Launch(
+            PROGRAMS, WARPS, loaded.shared_bytes, ours + null_pointers, loaded.types
+        )
         stream.launch(loaded.function, launch)
 
     def _loaded_for(self, arguments: Arguments) -> _LoadedKernel:
@@ -225,12 +196,8 @@ class TritonKernels:
     def _load(self, arguments: Arguments) -> _LoadedKernel:
         made = compiled(arguments, self._device.compute_capability)
         types = types_of(arguments, made)
-        return _LoadedKernel(
-            self._device.load(made.cubin, made.name, made.shared_bytes),
-            made.shared_bytes,
-            types,
-            (0,) * (len(types) - len(arguments.longs) - len(arguments.ints)),
-        )
+        function = self._device.load(made.cubin, made.name, made.shared_bytes)
+        return _LoadedKernel(function, made.shared_bytes, types)
 
 
 def types_of(arguments: Arguments, made: CompiledKernel) -> tuple[Integer, ...]:
@@ -261,8 +228,18 @@ def tile_words(row_words: int) -> int:
     return TILES[-1]
 
 
-def upload_arguments(table: FilledBuffer) -> Arguments:
-    """Return what the program `upload` is launched with."""
+def arguments_of(task: KernelTask) -> Arguments:
+    """Return what a task's program is launched with."""
+    match task:
+        case KernelTable():
+            return _upload_arguments(task)
+        case RowCopy():
+            return _copy_arguments(task)
+        case KeyRotation():
+            return _rotation_arguments(task)
+
+
+def _upload_arguments(table: KernelTable) -> Arguments:
     return Arguments(
         "upload",
         longs={"destination": table.on_device, "source": table.on_host},
@@ -271,35 +248,34 @@ def upload_arguments(table: FilledBuffer) -> Arguments:
     )
 
 
-def move_arguments(move: RowCopy, *, gather: bool) -> Arguments:
-    """Return what the program `move` is launched with."""
-    rows = move.rows
+def _copy_arguments(copy: RowCopy) -> Arguments:
+    rows = copy.rows
     tile = tile_words(rows.row_bytes // rows.word)
     loads = LOADS if tile > 1 else 1
     words = tile // loads
     return Arguments(
-        "move",
+        "copy_rows",
         longs={
-            "planes": move.planes,
-            "ranges": move.ranges,
-            "blocks": move.blocks,
-            "staging": move.staging,
-            "skip": move.begin - move.first_plane * rows.plane_bytes,
-            "length": move.end - move.begin,
+            "planes": copy.planes,
+            "ranges": copy.ranges,
+            "blocks": copy.blocks,
+            "staging": copy.staging,
+            "skip": copy.begin - copy.first_plane * rows.plane_bytes,
+            "length": copy.end - copy.begin,
             "plane_bytes": rows.plane_bytes,
             "block_stride": rows.block_stride,
             "row_stride": rows.row_stride,
             "row_bytes": rows.row_bytes,
         },
         ints={
-            "first_plane": move.first_plane,
-            "end_plane": move.end_plane,
+            "first_plane": copy.first_plane,
+            "end_plane": copy.end_plane,
             "num_planes": rows.num_planes,
             "num_blocks": rows.num_blocks,
             "block_rows": rows.block_rows,
         },
         constants={
-            "gather": gather,
+            "gather": copy.is_gather,
             "word": rows.word,
             "loads": loads,
             "pieces": 32 * WARPS // words,
@@ -309,32 +285,31 @@ def move_arguments(move: RowCopy, *, gather: bool) -> Arguments:
     )
 
 
-def turn_arguments(turn: RotateLaunch) -> Arguments:
-    """Return what the program `turn` is launched with."""
-    rope = turn.rope
+def _rotation_arguments(task: KeyRotation) -> Arguments:
+    layout, rope = task.layout, task.rope
     num_pairs = rope.rotary_dim // 2
     width = 1 << (num_pairs - 1).bit_length()
     return Arguments(
-        "turn",
+        "rotate_keys",
         longs={
-            "planes": turn.planes,
-            "factors": turn.factors,
-            "block_stride": turn.block_stride,
-            "slot_stride": turn.slot_stride,
+            "planes": task.planes,
+            "factors": task.factors,
+            "block_stride": layout.block_stride,
+            "slot_stride": layout.slot_stride,
         },
         ints={
-            "first_block": turn.first_block,
-            "end_block": turn.end_block,
-            "num_planes": turn.num_planes,
-            "block_slots": turn.block_slots,
-            "num_heads": turn.num_heads,
+            "first_block": task.rotation.first_block,
+            "end_block": task.rotation.end_block,
+            "num_planes": layout.part.num_layers,
+            "block_slots": layout.block_size,
+            "num_heads": task.num_heads,
             "head_dim": rope.head_dim,
             "first_dim": rope.first_dim,
             "num_pairs": num_pairs,
         },
         constants={
             "interleaved": rope.interleaved,
-            "dtype": turn.dtype,
+            "dtype": layout.part.dtype,
             "heads": max(1, 2 * 32 * WARPS // width),
             "pairs": width,
             "programs": PROGRAMS,
@@ -376,66 +351,3 @@ def compiled(arguments: Arguments, capability: int) -> CompiledKernel:
         shared_bytes=made.metadata.shared,
         scratch_bytes=made.metadata.global_scratch_size,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceKeys:
-    """The keys of one cache in token order, as one rotation sees them.
-
-    `planes` are K's alone.
-    """
-
-    layout: KVLayout
-    planes: I64
-    rope: Rope
-
-    @classmethod
-    def of(cls, layout: KVLayout, planes: I64, rope: Rope) -> Self:
-        """Take K's planes, which come first.
-
-        Raises:
-            LayoutError: keys that do not lie at multiples of an element's size.
-        """
-        item = RAW_DTYPES[layout.part.dtype].itemsize
-        planes = planes[: layout.part.num_layers]
-        places = (layout.block_stride, layout.slot_stride, *planes.tolist())
-        if any(place % item for place in places):
-            raise LayoutError(f"rope: keys do not lie at multiples of {item} bytes")
-        return cls(layout, planes, rope)
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of one turn's factors."""
-        return self.rope.rotary_dim // 2 * 16
-
-    def max_turns(self, table_bytes: int) -> int:
-        """Return how many turns a table has room for, at least one."""
-        return max((table_bytes - self.planes.nbytes - 16) // self.factor_bytes, 1)
-
-    def arrays(self, turns: Sequence[BlockRotation]) -> list[np.ndarray[Any, Any]]:
-        """Return a table: planes' addresses, then the factors of each turn."""
-        by = [rotation_factors(self.rope, turn.distance) for turn in turns]
-        return [self.planes, np.array(by, np.complex128)]
-
-    def launches(
-        self, turns: Sequence[BlockRotation], planes: int, factors: int
-    ) -> list[RotateLaunch]:
-        """Return the work, with the table's two arrays at these addresses."""
-        layout, rope = self.layout, self.rope
-        head_bytes = rope.head_dim * RAW_DTYPES[layout.part.dtype].itemsize
-        return [
-            RotateLaunch(
-                rope=rope,
-                dtype=layout.part.dtype,
-                planes=planes,
-                factors=factors + number * self.factor_bytes,
-                num_planes=len(self.planes),
-                first_block=turn.first_block,
-                end_block=turn.end_block,
-                block_slots=layout.block_size,
-                block_stride=layout.block_stride,
-                slot_stride=layout.slot_stride,
-                num_heads=layout.part.unit_bytes // head_bytes,
-            )
-            for number, turn in enumerate(turns)
-        ]

@@ -21,11 +21,12 @@ from kvcore.errors import DeviceFailed
 from kvcore.shm import Bytes
 
 PIECE_BYTES = 1 << 30
-"""Registered at once: what fails, fails early, and others get at the driver between."""
+"""Registered per call: a failure shows early, and other threads reach the driver
+between two calls."""
 
 
 class PinnedMemory:
-    """Host memory that is page-locked until `close`; its owner keeps it mapped."""
+    """Host memory that is page-locked until `close`; the caller keeps it mapped."""
 
     def __init__(
         self, device: Device, memory: Bytes, piece_bytes: int = PIECE_BYTES
@@ -84,7 +85,7 @@ class StagingBuffer:
     host_table: int
     sizes: StagingSizes
 
-    def write(self, arrays: Sequence[np.ndarray[Any, Any]]) -> FilledBuffer:
+    def write(self, arrays: Sequence[np.ndarray[Any, Any]]) -> KernelTable:
         """Write arrays into the host table; they MUST fit `table_bytes`."""
         memory: Bytes = np.ctypeslib.as_array(
             (ctypes.c_uint8 * self.sizes.table_bytes).from_address(self.host_table)
@@ -96,12 +97,15 @@ class StagingBuffer:
             memory[end : end + raw.size] = raw
             places.append(self.table + end)
             end = rounded(end + raw.size)
-        return FilledBuffer(self.table, self.host_table, end, tuple(places))
+        return KernelTable(self.table, self.host_table, end, tuple(places))
 
 
 @dataclass(frozen=True, slots=True)
-class FilledBuffer:
-    """A table on the host, and the device addresses of it and of each of its arrays."""
+class KernelTable:
+    """Arrays for kernels in page-locked memory, and where they are uploaded to.
+
+    `places` are the device addresses of the arrays.
+    """
 
     on_device: int
     on_host: int

@@ -1,12 +1,13 @@
-"""Triton programs: rows of a paged cache into and out of staging, and keys turned.
+"""Triton programs: copies of rows between a paged cache and staging, key rotation.
 
 Every argument is an integer: an address, a size or a count. So a program needs no
-tensors and no torch, is compiled without a card and launched by the driver alone, and
-Triton's interpreter runs it on host addresses. `kernels` says what the arguments are.
+tensors and no torch, is compiled without a GPU and launched by the driver alone, and
+Triton's interpreter runs it on host addresses. `kernel_launches` documents the
+arguments.
 
-What a thread reads at once are 16 bytes where addresses allow it, and four such from
-one piece before it writes the first: finding out where a piece lies costs more than
-to copy 16 bytes of it.
+A thread reads 16 bytes at once where the addresses allow it, and four such words of one
+piece before it writes the first: to compute a piece's address costs more than to copy
+16 bytes of it.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -17,14 +18,14 @@ import triton
 import triton.language as tl
 
 
-def _move_name(made):
-    """Name it as profilers show it, and the stub of a driver knows it."""
+def _copy_name(made):
+    """Return the name of a row copy; profilers and the stub of the driver read it."""
     return "kvcore_gather" if made.constants["gather"] else "kvcore_scatter"
 
 
-def _turn_name(made):
+def _rotation_name(made):
     order = "pairs" if made.constants["interleaved"] else "halves"
-    return f"kvcore_turn_{order}_{made.constants['dtype']}"
+    return f"kvcore_rotate_{order}_{made.constants['dtype']}"
 
 
 def _upload(
@@ -43,7 +44,7 @@ def _upload(
         tl.store(destination + at, value, mask=at < num_words)
 
 
-def _move(
+def _copy_rows(
     planes,
     ranges,
     blocks,
@@ -66,7 +67,7 @@ def _move(
     words: tl.constexpr,
     programs: tl.constexpr,
 ):
-    """Copy pieces, `pieces` at a time, `loads` times `words` words each."""
+    """Copy pieces of `loads * words` words each, `pieces` of them at a time."""
     item: tl.constexpr = word if word < 16 else 8
     items: tl.constexpr = word // item
     step: tl.constexpr = words * items
@@ -96,7 +97,8 @@ def _move(
         range_at = (ranges + part.to(tl.int64) * 16).to(tl.pointer_type(tl.int64))
         first = tl.load(range_at, mask=live, other=0)
         end = tl.load(range_at + 1, mask=live, other=0)
-        # From the piece's first byte on: which of it are meant, and staged here.
+        # Bounds of the bytes to copy, counted from the piece's first byte: they are in
+        # the span's range and in this stretch of staging.
         begins = (number % row_pieces).to(tl.int64) * piece_bytes
         inside = row.to(tl.int64) * row_bytes + begins
         staged = plane.to(tl.int64) * plane_bytes - skip + inside
@@ -132,7 +134,7 @@ def _move(
         tl.store(there + at, value, mask=keep)
 
 
-def _turn(
+def _rotate_keys(
     planes,
     factors,
     block_stride,
@@ -151,7 +153,7 @@ def _turn(
     pairs: tl.constexpr,
     programs: tl.constexpr,
 ):
-    """Multiply pairs of elements by a complex number each, in double precision."""
+    """Multiply each pair of elements by its complex factor, in double precision."""
     element: tl.constexpr = (
         tl.float32 if dtype == "float32"
         else tl.bfloat16 if dtype == "bfloat16" else tl.float16
@@ -184,14 +186,14 @@ def _turn(
         keep = live[:, None] & known[None, :]
         a = tl.load(real, mask=keep, other=0.0).to(tl.float64)
         b = tl.load(real + apart, mask=keep, other=0.0).to(tl.float64)
-        turned_a, turned_b = a * cos - b * sin, a * sin + b * cos
-        tl.store(real, turned_a.to(tl.float32).to(element), mask=keep)
-        tl.store(real + apart, turned_b.to(tl.float32).to(element), mask=keep)
+        rotated_a, rotated_b = a * cos - b * sin, a * sin + b * cos
+        tl.store(real, rotated_a.to(tl.float32).to(element), mask=keep)
+        tl.store(real + apart, rotated_b.to(tl.float32).to(element), mask=keep)
 
 
-upload = triton.jit(_upload, repr=lambda _: "kvcore_upload")
-move = triton.jit(_move, repr=_move_name)
-turn = triton.jit(_turn, repr=_turn_name)
-
-KERNELS = {"upload": upload, "move": move, "turn": turn}
-"""By the name that `kvcore.cuda.kernel_launches` knows them by."""
+KERNELS = {
+    "upload": triton.jit(_upload, repr=lambda _: "kvcore_upload"),
+    "copy_rows": triton.jit(_copy_rows, repr=_copy_name),
+    "rotate_keys": triton.jit(_rotate_keys, repr=_rotation_name),
+}
+"""The programs by the names in `kvcore.cuda.kernel_launches`."""

@@ -114,7 +114,7 @@ static void upload(const int64_t *a, const char *name) {
     memcpy((void *)a[0], (void *)a[1], 8 * a[2]);
 }
 
-static void move(const int64_t *a, const char *name) {
+static void copy_rows(const int64_t *a, const char *name) {
     const int64_t *planes = (void *)a[0], *ranges = (void *)a[1];
     const int32_t *blocks = (void *)a[2];
     int64_t staging = a[3], skip = a[4], length = a[5], plane_bytes = a[6];
@@ -166,7 +166,7 @@ static void put_number(char *at, double value, const char *name) {
     }
 }
 
-static void turn(const int64_t *a, const char *name) {
+static void rotate_keys(const int64_t *a, const char *name) {
     const int64_t *planes = (void *)a[0];
     const double *factors = (void *)a[1];
     int64_t block_stride = a[2], slot_stride = a[3], first_block = a[4];
@@ -191,7 +191,9 @@ static void turn(const int64_t *a, const char *name) {
 }
 
 static const struct kernel kernels[] = {
-    {"kvcore_upload", 2, 1, upload},  {"kvcore_gather", 10, 5, move},
-    {"kvcore_scatter", 10, 5, move}, {"kvcore_turn", 4, 8, turn},
+    {"kvcore_upload", 2, 1, upload},
+    {"kvcore_gather", 10, 5, copy_rows},
+    {"kvcore_scatter", 10, 5, copy_rows},
+    {"kvcore_rotate", 4, 8, rotate_keys},
     {NULL, 0, 0, NULL},
 };

@@ -261,8 +261,14 @@ class FakeStream:
         self._copies([(destination, source, num_bytes)])
 
     def copy_many(
-        self, destinations: Addresses, sources: Addresses, sizes: Addresses
+        self,
+        destinations: Addresses,
+        sources: Addresses,
+        sizes: Addresses,
+        *,
+        batched: bool,
     ) -> None:
+        del batched
         for one in (destinations, sources, sizes):
             if one.dtype != np.int64 or not one.flags.c_contiguous:
                 raise Misuse("addresses go to the driver as contiguous int64")

@@ -1,7 +1,8 @@
 """The Triton programs under Triton's interpreter, on this process's memory.
 
-The interpreter is chosen when a program is declared, so the programs are loaded once
-more here, under no name. Tiles may be smaller than on a device: more edges, less work.
+Triton selects the interpreter when a program is declared, so the module of the programs
+is executed a second time here, outside `sys.modules`. Tiles may be smaller than on a
+device: more edges, less work.
 """
 
 from __future__ import annotations
@@ -13,15 +14,7 @@ from importlib.util import find_spec, module_from_spec
 from typing import Any
 from unittest.mock import patch
 
-from kvcore.cuda.kernel_launches import (
-    Arguments,
-    RotateLaunch,
-    RowCopy,
-    move_arguments,
-    turn_arguments,
-    upload_arguments,
-)
-from kvcore.cuda.staging import FilledBuffer
+from kvcore.cuda.kernel_launches import Arguments, KernelTask, arguments_of
 from tests.cuda.fake_gpu import FakeStream
 
 
@@ -47,19 +40,11 @@ def run(arguments: Arguments, **constants: int) -> None:
 
 
 class InterpretedKernels:
-    """`Kernels` of the fake device that are the real programs."""
+    """`Kernels` of the fake device that run the real programs."""
 
-    def upload(self, stream: FakeStream, table: FilledBuffer) -> None:  # noqa: D102
-        stream.call(lambda: run(upload_arguments(table), programs=1), [])
-
-    def gather(self, stream: FakeStream, move: RowCopy) -> None:  # noqa: D102
-        arguments = move_arguments(move, gather=True)
-        stream.call(lambda: run(arguments, pieces=32, programs=1), [])
-
-    def scatter(self, stream: FakeStream, move: RowCopy) -> None:  # noqa: D102
-        arguments = move_arguments(move, gather=False)
-        stream.call(lambda: run(arguments, pieces=32, programs=1), [])
-
-    def turn(self, stream: FakeStream, turn: RotateLaunch) -> None:  # noqa: D102
-        arguments = turn_arguments(turn)
-        stream.call(lambda: run(arguments, heads=16, programs=1), [])
+    def launch(self, stream: FakeStream, task: KernelTask) -> None:
+        """Queue a task, with fewer pieces or heads at a time than on a device."""
+        arguments = arguments_of(task)
+        tile = {"copy_rows": {"pieces": 32}, "rotate_keys": {"heads": 16}}
+        constants = tile.get(arguments.program, {}) | {"programs": 1}
+        stream.call(lambda: run(arguments, **constants), [])

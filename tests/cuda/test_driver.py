@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kvcore.cuda.ipc import open_caches, open_cuda_transports
-from kvcore.cuda.kernel_launches import TritonKernels, compiled, upload_arguments
-from kvcore.cuda.staging import FilledBuffer
+from kvcore.cuda.kernel_launches import TritonKernels, arguments_of, compiled
+from kvcore.cuda.staging import KernelTable
 from kvcore.errors import DeviceFailed, HandleError, SetupError
 
 pytestmark = pytest.mark.torch
@@ -84,6 +84,7 @@ def test_batches_suit_the_drivers_version(
         target + places * 8,
         source.ctypes.data + places[::-1].copy() * 8,
         np.full(64, 8, np.int64),
+        batched=True,
     )
     batches = stub.stub_num_batches() - before[0]
     assert (batches, stub.stub_num_copies() - before[1]) == (version != "12000", 64)
@@ -97,7 +98,7 @@ def test_no_pieces_are_no_call(stub: ctypes.CDLL) -> None:
     """An empty batch, which a driver refuses, is not handed to it."""
     stream = open_devices()[0].stream()
     none = np.empty(0, np.int64)
-    stream.copy_many(none, none, none)
+    stream.copy_many(none, none, none, batched=True)
     stream.copy(1, 1, 0)
     stream.close()
 
@@ -216,13 +217,13 @@ def test_a_kernel_is_loaded_and_launched(stub: ctypes.CDLL) -> None:
     device = open_devices()[0]
     with pytest.raises(DeviceFailed, match="loading kernel none"):
         device.load(b"no image", "none")
-    made = compiled(upload_arguments(FilledBuffer(0, 0, 0, ())), 90)
+    made = compiled(arguments_of(KernelTable(0, 0, 0, ())), 90)
     with pytest.raises(DeviceFailed, match="finding kernel none"):
         device.load(made.cubin, "none")
     stream, address = device.stream(), device.allocate(256)
     table = np.arange(200, dtype=np.uint8)
-    TritonKernels(device).upload(
-        stream, FilledBuffer(address, table.ctypes.data, table.size, ())
+    TritonKernels(device).launch(
+        stream, KernelTable(address, table.ctypes.data, table.size, ())
     )
     got = bytes((ctypes.c_uint8 * 256).from_address(address))
     assert got == table.tobytes() + bytes(56)

@@ -20,15 +20,13 @@ from kvcore.cuda.kernel_launches import (
     TILES,
     Arguments,
     CompiledKernel,
-    RotateLaunch,
+    KeyRotation,
     RowCopy,
+    arguments_of,
     compiled,
-    move_arguments,
-    turn_arguments,
     types_of,
-    upload_arguments,
 )
-from kvcore.cuda.staging import FilledBuffer, StagingSizes
+from kvcore.cuda.staging import KernelTable, StagingSizes
 from kvcore.errors import DeviceFailed
 from kvcore.rope import Rope
 from tests.blend.test_key_rotation import ROPES
@@ -40,6 +38,7 @@ from tests.cuda.layout_cases import (
     DTYPES,
     LAYOUTS,
     arena_of,
+    case,
     gathered,
     job,
     numbers,
@@ -103,11 +102,11 @@ class Work:
         staging = aligned(noise.integers(0, 256, 2 * rows.part_bytes, dtype=np.uint8))
         return cls(rows, cache, staging, (planes, ranges, blocks))
 
-    def move(self, begin: int, end: int) -> RowCopy:
-        """Return the move of a stretch of the line."""
-        planes, ranges, blocks = (table.ctypes.data for table in self.tables)
+    def row_copy(self, begin: int, end: int, *, is_gather: bool) -> RowCopy:
+        """Return the copy of a section of the line."""
+        tables = (table.ctypes.data for table in self.tables)
         at = self.staging.ctypes.data
-        return RowCopy(self.rows, planes, ranges, blocks, at, begin, end)
+        return RowCopy(self.rows, *tables, at, begin, end, is_gather)
 
     def after(self, run: Callable[[], None]) -> np.ndarray:
         """Return all memory after a run, and put it back."""
@@ -135,11 +134,10 @@ def test_every_tile_moves_its_rows_and_nothing_else(
     """Tiles of every size, by several programs, from and to the middle of planes."""
     work = Work.of(row_words, word)
     size, part = work.rows.row_bytes, work.rows.part_bytes
-    plainly = plain.gather if gather else plain.scatter
     for begin, end in [(0, 2 * part), (size - word, part + 3 * size + word)]:
-        move = work.move(begin, end)
-        arguments = move_arguments(move, gather=gather)
-        expected = work.after(partial(plainly, move))
+        copy = work.row_copy(begin, end, is_gather=gather)
+        arguments = arguments_of(copy)
+        expected = work.after(partial(plain.copy_rows, copy))
         got = work.after(partial(run, arguments, pieces=8, programs=3))
         assert np.array_equal(got, expected)
 
@@ -148,8 +146,8 @@ def test_tables_are_uploaded_whole() -> None:
     """Every byte of a table arrives, by several programs, and none behind it."""
     table = aligned(np.random.default_rng(0).integers(0, 256, 4800, dtype=np.uint8))
     there = aligned(np.zeros(4816, np.uint8))
-    written = FilledBuffer(there.ctypes.data, table.ctypes.data, 4800, ())
-    run(upload_arguments(written), words=64, programs=3)
+    written = KernelTable(there.ctypes.data, table.ctypes.data, 4800, ())
+    run(arguments_of(written), words=64, programs=3)
     assert np.array_equal(there[:4800], table)
     assert not there[4800:].any()
 
@@ -189,30 +187,31 @@ def name_of(arguments: Arguments) -> str:
     return "-".join(f"{k}={v}" for k, v in arguments.constants.items())
 
 
-def every_move() -> Iterator[Arguments]:
+def every_row_copy() -> Iterator[Arguments]:
     """List a launch of each shape that the launcher can ask for."""
     for tile, word, gather in product(TILES, WORDS, (True, False)):
         rows = PartRows(2, 10 * tile * word, 10, 1, tile * word, tile * word, 0, word)
-        yield move_arguments(RowCopy(rows, 0, 0, 0, 0, 0, 0), gather=gather)
+        yield arguments_of(RowCopy(rows, 0, 0, 0, 0, 0, 0, gather))
 
 
-def every_turn() -> Iterator[Arguments]:
+def every_rotation() -> Iterator[Arguments]:
     """List a launch of each kind of turn, by usual numbers of pairs."""
     for dtype, interleaved, dims in product(RAW_DTYPES, (True, False), (64, 96, 128)):
         rope = Rope(1e4, head_dim=128, rotary_dim=dims, interleaved=interleaved)
-        yield turn_arguments(RotateLaunch(rope, dtype, 0, 0, 1, 0, 1, 1, 256, 256, 1))
+        layout = case("blend buffer", dtype, width=128).layout
+        yield arguments_of(KeyRotation(layout, rope, BlockRotation(0, 1, 1), 0, 0))
 
 
 def test_the_launcher_asks_for_no_other_shapes() -> None:
     """Any row makes one of the moves that are compiled below."""
-    known = {tuple(one.constants.values()) for one in every_move()}
+    known = {tuple(one.constants.values()) for one in every_row_copy()}
     for row_words, word in product(range(1, 5000, 7), WORDS):
         rows = PartRows(2, row_words * word, 1, 1, row_words * word, 1, 0, word)
-        one = move_arguments(RowCopy(rows, 0, 0, 0, 0, 0, 0), gather=True)
+        one = arguments_of(RowCopy(rows, 0, 0, 0, 0, 0, 0, is_gather=True))
         assert tuple(one.constants.values()) in known
 
 
-@pytest.mark.parametrize("arguments", [*every_move()], ids=name_of)
+@pytest.mark.parametrize("arguments", [*every_row_copy()], ids=name_of)
 def test_moves_compile_for_hopper(arguments: Arguments) -> None:
     """Every word of 16 bytes is one load and one store; nothing spills to scratch."""
     made = compiled(arguments, HOPPER)
@@ -225,14 +224,14 @@ def test_moves_compile_for_hopper(arguments: Arguments) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [*every_turn(), upload_arguments(FilledBuffer(0, 0, 8, ()))],
+    [*every_rotation(), arguments_of(KernelTable(0, 0, 8, ()))],
     ids=name_of,
 )
 def test_the_others_compile_for_hopper(arguments: Arguments) -> None:
     """Keys are turned in double precision and rounded to nearest."""
     made = compiled(arguments, HOPPER)
     check_launch(arguments, made)
-    if arguments.program == "turn":
+    if arguments.program == "rotate_keys":
         assert "cvt.rn.f32.f64" in made.ptx
         kind = {"float16": "cvt.rn.f16.f32", "bfloat16": "cvt.rn.bf16.f32"}
         assert kind.get(str(arguments.constants["dtype"]), "") in made.ptx
@@ -284,7 +283,7 @@ def sections_of(elf: bytes) -> dict[str, bytes]:
 
 def test_other_parameters_than_ours_are_refused() -> None:
     """A Triton that packs differently has no kernels, and harms nothing."""
-    arguments = upload_arguments(FilledBuffer(0, 0, 8, ()))
+    arguments = arguments_of(KernelTable(0, 0, 8, ()))
     made = compiled(arguments, HOPPER)
     narrow = replace(made, ptx=made.ptx.replace(".param .u64", ".param .u32", 1))
     for other in (

@@ -141,11 +141,11 @@ def test_a_batch_moves_every_piece_to_its_place(
     there = address + places.astype(np.int64) * (24 << 10)
     here = bench.address + np.arange(count, dtype=np.int64) * size
     sizes = np.full(count, size, np.int64)
-    bench.stream.copy_many(there, here, sizes)
+    bench.stream.copy_many(there, here, sizes, batched=True)
     bench.wait()
     bench.host[:] = 0xA5
     back = bench.address + np.arange(count, dtype=np.int64)[::-1].copy() * size
-    bench.stream.copy_many(back, there, sizes)
+    bench.stream.copy_many(back, there, sizes, batched=True)
     bench.wait()
     got = bench.host[: count * size].reshape(count, size)
     assert (got == sent[::-1]).all()
@@ -171,7 +171,7 @@ def test_copies_cross_from_one_pinned_piece_to_the_next(
     firsts = np.array([0, MIB // 2, MIB // 8 * 7], np.int64)
     sizes = np.array([MIB // 2, MIB // 8 * 3, MIB // 8], np.int64)
     memory[:] = noise(4, MIB)
-    bench.stream.copy_many(address + firsts, start + firsts, sizes)
+    bench.stream.copy_many(address + firsts, start + firsts, sizes, batched=True)
     bench.stream.copy(bench.address, address, MIB)
     bench.wait()
     assert (bench.host[:MIB] == memory).all()
