@@ -12,15 +12,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from threading import Event as Flag
 from threading import Lock
 from typing import Any, Protocol
 
 from kvcore.copy.memory_transports import AttachedMemory, Transport
 from kvcore.copy.paged_cache import PagedCache
-from kvcore.cuda.device_interface import Device, Event
+from kvcore.cuda.device_interface import Device, Event, OpenedAllocation
+from kvcore.cuda.shared_resources import SharedResources, quietly
 from kvcore.cuda.staging import PinnedMemory
 from kvcore.errors import (
     BadRequest,
@@ -37,62 +37,11 @@ from kvcore.status import DeviceStatus
 log = logging.getLogger(__name__)
 
 _DRIVER = "libcuda.so.1"
-
-
-def open_cuda_transports(
-    device: str, arena: Bytes
-) -> Mapping[type[MemoryHandle], Transport]:
-    """Return the transport of GPU memory, or none; page-lock the arena for it.
-
-    Args:
-        device: "cuda", "cpu", or "auto", which uses CUDA where there is a driver and
-            logs why not.
-        arena: all of L1, `[bytes]`.
-
-    Raises:
-        SetupError: "cuda" without a working driver, or the arena cannot be page-locked.
-    """
-    if device == "cpu" or (device == "auto" and not _has_driver()):
-        return {}
-    try:
-        # Imported here: it is slow, and most servers have no GPU.
-        from kvcore.cuda.driver import open_devices
-
-        devices = open_devices()
-    except SetupError as error:
-        if device == "cuda":
-            raise SetupError(f"device = cuda: {error.message}") from None
-        log.warning("device = auto: caches in host memory only: %s", error.message)
-        return {}
-    from kvcore.cuda.ipc import CudaTransport
-
-    try:
-        cuda = CudaTransport(devices, arena)
-    except DeviceFailed as error:
-        raise SetupError(
-            f"device = {device}: {error.message}; make L1 smaller (--l1-size), or "
-            "start with --device cpu for caches in host memory"
-        ) from None
-    log.info("device = %s: %s", device, ", ".join(map(repr, devices)))
-    return {CudaIpc: cuda}
-
-
-def _has_driver() -> bool:
-    """Return whether the driver's library can be loaded, the cheapest check."""
-    try:
-        ctypes.CDLL(_DRIVER)
-    except OSError:
-        return False
-    return True
-
-
-log = logging.getLogger(__name__)
-
 FIRST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 500e-6
 """Pauses between polls of a worker's event: doubled from the first to the longest."""
 MAX_EVENTS = 256
-"""Per instance: a worker reuses its events."""
+"""Most events of one instance: a worker reuses its events."""
 
 
 # -- the worker's side ---------------------------------------------------------------
@@ -122,18 +71,63 @@ def export_tensor(tensor: Any) -> CudaIpc:
     Views' offsets count from the storage's first byte.
     """
     storage = tensor.untyped_storage()
-    device = _own_devices()[tensor.device.index or 0]
+    device = _worker_devices()[tensor.device.index or 0]
     return export(storage.data_ptr(), storage.nbytes(), device)
 
 
-@cache
-def _own_devices() -> Sequence[Device]:
+# -- the server's side ---------------------------------------------------------------
+
+
+def open_cuda_transports(
+    device: str, arena: Bytes
+) -> Mapping[type[MemoryHandle], Transport]:
+    """Return the transport of GPU memory, or none; page-lock the arena for it.
+
+    Args:
+        device: "cuda", "cpu", or "auto", which uses CUDA where there is a driver and
+            logs why not.
+        arena: all of L1, `[bytes]`.
+
+    Raises:
+        SetupError: "cuda" without a working driver, or the arena cannot be page-locked.
+    """
+    if device == "cpu" or (device == "auto" and not _has_driver()):
+        return {}
+    try:
+        devices = _open_devices()
+    except SetupError as error:
+        if device == "cuda":
+            raise SetupError(f"device = cuda: {error.message}") from None
+        log.warning("device = auto: caches in host memory only: %s", error.message)
+        return {}
+    try:
+        cuda = CudaTransport(devices, arena)
+    except DeviceFailed as error:
+        raise SetupError(
+            f"device = {device}: {error.message}; make L1 smaller (--l1-size), or "
+            "start with --device cpu for caches in host memory"
+        ) from None
+    log.info("device = %s: %s", device, ", ".join(map(repr, devices)))
+    return {CudaIpc: cuda}
+
+
+def _has_driver() -> bool:
+    """Return whether the driver's library can be loaded, the cheapest check."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
+
+
+def _open_devices() -> Sequence[Device]:
+    # Imported here: it is slow, and most servers have no GPU.
     from kvcore.cuda.driver import open_devices
 
     return open_devices()
 
 
-# -- the server's side ---------------------------------------------------------------
+_worker_devices = cache(_open_devices)
 
 
 class DeviceCaches(Protocol):
@@ -167,6 +161,20 @@ def open_caches(device: Device) -> DeviceCaches:
     return CudaCaches(device, kernels)
 
 
+def open_group_caches(
+    caches: DeviceCaches,
+    layouts: Sequence[KVLayout],
+    addresses: Sequence[int],
+    stack: ExitStack,
+) -> tuple[PagedCache, ...]:
+    """Return one cache per layout, on handles at `addresses`; `stack` closes them."""
+    made = []
+    for layout in layouts:
+        made.append(caches.cache(layout, addresses))
+        stack.callback(quietly, made[-1].close)
+    return tuple(made)
+
+
 class CudaTransport:
     """Caches in the memory of this process's GPUs, with the arena page-locked.
 
@@ -184,7 +192,7 @@ class CudaTransport:
         self._devices = {device.uuid: device for device in devices}
         self._open_caches = caches
         self._caches: dict[str, DeviceCaches] = {}
-        self._allocations = Allocations()
+        self._allocations = SharedResources[tuple[Device, bytes], OpenedAllocation]()
         self._pinned = PinnedMemory(devices[0], arena)
         self._attacher = ThreadPoolExecutor(1, "attacher")
 
@@ -222,16 +230,18 @@ class CudaTransport:
             caches = self._caches[device.uuid] = self._open_caches(device)
         with ExitStack() as stack:
             opened = [self._open(stack, device, handle) for handle in handles]
-            made = []
-            for layout in layouts:
-                made.append(caches.cache(layout, opened))
-                stack.callback(quietly, made[-1].close)
-            return CudaMemory(device, tuple(made), stack)
+            made = open_group_caches(caches, layouts, opened, stack)
+            return CudaMemory(device, made, stack)
 
     def _open(self, stack: ExitStack, device: Device, handle: CudaIpc) -> int:
         """Return the address of a handle's first byte; `stack` closes the handle."""
-        allocation = self._allocations.open(device, handle.handle)
-        stack.callback(self._allocations.close, allocation)
+        allocation = stack.enter_context(
+            self._allocations.use(
+                (device, handle.handle),
+                lambda: device.open(handle.handle),
+                lambda opened: device.close_handle(opened.address),
+            )
+        )
         if handle.offset + handle.length > allocation.num_bytes:
             raise HandleError(
                 f"the allocation has {allocation.num_bytes:,} bytes; the handle claims "
@@ -240,49 +250,6 @@ class CudaTransport:
                 claimed=handle.offset + handle.length,
             )
         return allocation.address + handle.offset
-
-
-@dataclass(slots=True, eq=False)
-class Allocation:
-    """Another process's allocation, mapped here once for all instances in it."""
-
-    device: Device
-    handle: bytes
-    address: int
-    num_bytes: int
-    num_users: int = 1
-
-
-class Allocations:
-    """Open allocations, each mapped once. Any thread."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._open: dict[tuple[str, bytes], Allocation] = {}
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def open(self, device: Device, handle: bytes) -> Allocation:
-        """Open an allocation, or count one more user; raises `HandleError`."""
-        with self._lock:
-            known = self._open.get((device.uuid, handle))
-            if known is not None:
-                known.num_users += 1
-                return known
-            opened = device.open(handle)
-            made = Allocation(device, handle, opened.address, opened.num_bytes)
-            self._open[device.uuid, handle] = made
-            return made
-
-    def close(self, allocation: Allocation) -> None:
-        """Drop one user; unmap the allocation after the last."""
-        with self._lock:
-            allocation.num_users -= 1
-            if allocation.num_users:
-                return
-            del self._open[allocation.device.uuid, allocation.handle]
-            quietly(partial(allocation.device.close_handle, allocation.address))
 
 
 class CudaMemory(AttachedMemory):
@@ -345,11 +312,3 @@ class CudaMemory(AttachedMemory):
                 known = self._events[handle] = self._device.open_event(handle)
                 self._stack.callback(quietly, known.close)
             return known
-
-
-def quietly(close: Callable[[], None]) -> None:
-    """Call `close`; log a `DeviceFailed` instead of raising it."""
-    try:
-        close()
-    except DeviceFailed as error:
-        log.warning("closing: %s", error.message)

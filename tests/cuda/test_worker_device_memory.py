@@ -128,12 +128,12 @@ def test_a_worker_copies_its_gpu_s_cache_itself(server: Server) -> None:
             client.end_session(key)
 
         move("first")
-        assert len(own._pinned) == 1
+        assert len(own._arenas) == 1
         server.kill()
-        wait_until(lambda: not own._pinned)
+        wait_until(lambda: not len(own._arenas))
         run = server.restart()
         wait_until(lambda: client.status().instances)
         move("second")
         client.unregister_kv_cache("gpu")
-        assert not own._pinned
+        assert not len(own._arenas)
     run.close()

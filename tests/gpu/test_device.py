@@ -8,6 +8,7 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcore.cuda.ipc import Allocations, export, export_tensor
+from kvcore.cuda.device_interface import OpenedAllocation
+from kvcore.cuda.ipc import export, export_tensor
+from kvcore.cuda.shared_resources import SharedResources
 from kvcore.cuda.staging import PinnedMemory
 from kvcore.errors import DeviceFailed, HandleError
 from kvcore.protocol import CudaIpc
@@ -257,12 +260,18 @@ def test_another_processs_memory_is_the_same_memory(
 
 def test_handles_are_opened_again(exporter: Exporter, device: Any) -> None:
     """Closed and opened, a handle leads to the same bytes; so in a hundred rounds."""
-    allocations = Allocations()
+    allocations = SharedResources[str, OpenedAllocation]()
+
+    def opened() -> AbstractContextManager[OpenedAllocation]:
+        return allocations.use(
+            "one",
+            lambda: device.open(exporter.handle.handle),
+            lambda allocation: device.close_handle(allocation.address),
+        )
+
     for _ in range(100):
-        first = allocations.open(device, exporter.handle.handle)
-        assert allocations.open(device, exporter.handle.handle) is first
-        allocations.close(first)
-        allocations.close(first)
+        with opened() as first, opened() as second:
+            assert second is first
         assert len(allocations) == 0
 
 
