@@ -13,6 +13,15 @@ from msgspec import Meta
 
 from kvcore.option_structs import ByteSize, Options, require
 
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+Heartbeat = Annotated[float, Meta(ge=0.001, le=86_400.0)]
+"""Seconds."""
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Patterns = tuple[Annotated[tuple[TokenId, ...], Meta(min_length=1)], ...]
+WritePolicy = Literal["write_through", "on_second_use", "on_eviction"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 
 class L1Config(Options, frozen=True):
     """L1: host memory for chunks."""
@@ -28,7 +37,11 @@ class L1Config(Options, frozen=True):
     ] = "lru"
     watermark: Annotated[
         float,
-        Meta(description="evict after stores until at most this share is used"),
+        Meta(
+            gt=0,
+            le=1,
+            description="evict after stores until at most this share is used",
+        ),
     ] = 1.0
     quotas: Annotated[
         dict[str, ByteSize],
@@ -43,20 +56,13 @@ class L1Config(Options, frozen=True):
     ] = None
 
     def check(self) -> None:
-        """Require a size of at least one page, and valid page, watermark and quotas."""
+        """Require a valid page size, a size of at least one page, and valid quotas."""
         require(
             self.page >= 4096 and self.page & (self.page - 1) == 0,
             "l1.page", self.page, "must be a power of two of at least 4KiB",
         )  # fmt: skip
-        require(
-            self.size >= self.page,
-            "l1.size",
-            self.size,
-            f"less than a page, {self.page}",
-        )
-        require(
-            0 < self.watermark <= 1, "l1.watermark", self.watermark, "above 0, up to 1"
-        )
+        need = f"less than a page, {self.page}"
+        require(self.size >= self.page, "l1.size", self.size, need)
         for name in self.quotas:
             require(
                 name.partition(":")[0] in {"salt", "model"} and not name.endswith(":"),
@@ -64,43 +70,27 @@ class L1Config(Options, frozen=True):
             )  # fmt: skip
 
 
-MIN_HEARTBEAT_S = 0.001
-MAX_HEARTBEAT_S = 86_400.0
-
-
 class WireConfig(Options, frozen=True):
     """Limits per client."""
 
     max_requests_per_client: Annotated[
-        int, Meta(description="requests in progress; more are answered `overloaded`")
+        Count, Meta(description="requests in progress; more are answered `overloaded`")
     ] = 1024
     max_message: Annotated[ByteSize, Meta(description="largest accepted request")] = (
         ByteSize(64 << 20)
     )
     slice_chunks: Annotated[
-        int, Meta(description="chunks hashed before other requests are served")
+        Count, Meta(description="chunks hashed before other requests are served")
     ] = 32
     heartbeat_s: Annotated[
-        float, Meta(description="heartbeat of clients that cannot be watched by pidfd")
+        Heartbeat,
+        Meta(description="heartbeat of clients that cannot be watched by pidfd"),
     ] = 5.0
 
     def check(self) -> None:
-        """Require limits that admit at least one request."""
-        requests, slices = self.max_requests_per_client, self.slice_chunks
-        require(requests >= 1, "wire.max_requests_per_client", requests, "at least 1")
-        require(
-            self.max_message >= 4096,
-            "wire.max_message",
-            self.max_message,
-            "at least 4KiB",
-        )
-        require(slices >= 1, "wire.slice_chunks", slices, "at least 1")
-        require(
-            MIN_HEARTBEAT_S <= self.heartbeat_s <= MAX_HEARTBEAT_S,
-            "wire.heartbeat_s",
-            self.heartbeat_s,
-            f"from {MIN_HEARTBEAT_S:g} to {MAX_HEARTBEAT_S:g}",
-        )
+        """Require room for the smallest requests."""
+        size = self.max_message
+        require(size >= 4096, "wire.max_message", size, "at least 4KiB")
 
 
 class SessionConfig(Options, frozen=True):
@@ -110,30 +100,16 @@ class SessionConfig(Options, frozen=True):
         float, Meta(description="seconds until a session without requests ends")
     ] = 600.0
     lease_s: Annotated[
-        float, Meta(description="seconds that found chunks are leased to a session")
+        Seconds, Meta(description="seconds that found chunks are leased to a session")
     ] = 60.0
     max_sessions: Annotated[
-        int, Meta(description="limit of sessions; the longest idle end first")
+        Count, Meta(description="limit of sessions; the longest idle end first")
     ] = 100_000
 
     def check(self) -> None:
         """Require that a lease ends no later than its session."""
-        require(self.lease_s > 0, "sessions.lease_s", self.lease_s, "more than 0")
-        require(
-            self.idle_s >= self.lease_s,
-            "sessions.idle_s",
-            self.idle_s,
-            f"less than sessions.lease_s, {self.lease_s}",
-        )
-        require(
-            self.max_sessions >= 1,
-            "sessions.max_sessions",
-            self.max_sessions,
-            "at least 1",
-        )
-
-
-Patterns = tuple[tuple[int, ...], ...]
+        need = f"less than sessions.lease_s, {self.lease_s}"
+        require(self.idle_s >= self.lease_s, "sessions.idle_s", self.idle_s, need)
 
 
 class BlendConfig(Options, frozen=True):
@@ -156,8 +132,7 @@ class BlendConfig(Options, frozen=True):
         Patterns, Meta(description="token ids before which a paragraph ends")
     ] = ()
     max_tier_chunks: Annotated[
-        int,
-        Meta(description="anywhere: limit of known chunks in tiers, LRU"),
+        Count, Meta(description="anywhere: limit of known chunks in tiers, LRU")
     ] = 1 << 18
     keep: Annotated[
         str | None,
@@ -165,76 +140,48 @@ class BlendConfig(Options, frozen=True):
     ] = None
 
     def check(self) -> None:
-        """Require valid patterns, and a preset or patterns, not both."""
-        patterns = [*self.start, *self.end]
-        require(all(patterns), "blend.start", self.start, "no pattern may be empty")
-        known = all(0 <= token < 1 << 32 for p in patterns for token in p)
-        require(known, "blend.start", self.start, "token ids of 0 to 2**32-1")
+        """Require a preset or patterns, not both, and a matcher that `keep` serves."""
         require(
-            not (self.preset and patterns),
-            "blend.preset",
-            self.preset,
-            "takes no blend.start or blend.end beside it",
-        )
+            not (self.preset and (self.start or self.end)),
+            "blend.preset", self.preset, "takes no blend.start or blend.end beside it",
+        )  # fmt: skip
         require(
             self.keep is None or self.matcher == "anywhere",
             "blend.keep", self.keep, "blend.matcher = 'separated' has nothing to keep",
         )  # fmt: skip
-        most = self.max_tier_chunks
-        require(most >= 1, "blend.max_tier_chunks", most, "at least 1")
 
 
 class PrefetchConfig(Options, frozen=True):
     """Loads from tiers within lookups."""
 
     deadline_s: Annotated[
-        float, Meta(description="seconds that a lookup waits for tiers")
+        Seconds, Meta(description="seconds that a lookup waits for tiers")
     ] = 1.0
     max_jobs: Annotated[
-        int, Meta(description="lookups that load at once; others use L1 alone")
+        Count, Meta(description="lookups that load at once; others use L1 alone")
     ] = 256
     max_bytes: Annotated[
         ByteSize, Meta(description="bytes loaded at once from one tier")
     ] = ByteSize(128 << 20)
 
-    def check(self) -> None:
-        """Require positive limits."""
-        require(
-            self.deadline_s > 0, "prefetch.deadline_s", self.deadline_s, "more than 0"
-        )
-        require(self.max_jobs >= 1, "prefetch.max_jobs", self.max_jobs, "at least 1")
-
-
-WRITE_POLICIES = ("write_through", "on_second_use", "on_eviction")
-
 
 class WriteBackConfig(Options, frozen=True):
     """Asynchronous writes from L1 to tiers."""
 
-    policy: Annotated[str, Meta(description=f"when: {', '.join(WRITE_POLICIES)}")] = (
-        "write_through"
-    )
+    policy: Annotated[
+        WritePolicy, Meta(description="when a part is written to the tiers")
+    ] = "write_through"
     max_bytes: Annotated[
         ByteSize, Meta(description="queue per tier; more is skipped and counted")
     ] = ByteSize(256 << 20)
     watermark: Annotated[
         float,
-        Meta(description="on_eviction: start to write when this share of L1 is used"),
+        Meta(
+            ge=0,
+            le=1,
+            description="on_eviction: start to write when this share of L1 is used",
+        ),
     ] = 0.8
-
-    def check(self) -> None:
-        """Require a known policy and a watermark from 0 to 1."""
-        require(
-            self.policy in WRITE_POLICIES,
-            "write_back.policy", self.policy, f"one of {', '.join(WRITE_POLICIES)}",
-        )  # fmt: skip
-        require(
-            0 <= self.watermark <= 1,
-            "write_back.watermark", self.watermark, "a share, 0 to 1",
-        )  # fmt: skip
-
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class ServerConfig(Options, frozen=True):
@@ -244,7 +191,7 @@ class ServerConfig(Options, frozen=True):
         str, Meta(description="tcp://HOST:PORT or ipc://PATH; port 0 takes a free one")
     ] = "tcp://127.0.0.1:5555"
     chunk_size: Annotated[
-        int,
+        Count,
         Meta(description="tokens per chunk; a multiple of every engine's block size"),
     ] = 256
     engine: Annotated[
@@ -252,7 +199,7 @@ class ServerConfig(Options, frozen=True):
         Meta(description="blend also serves documents at any position (CB_ requests)"),
     ] = "prefix"
     copy_threads: Annotated[
-        int, Meta(description="threads per large copy in host memory")
+        Count, Meta(description="threads per large copy in host memory")
     ] = 2
     blend: BlendConfig = BlendConfig()
     device: Annotated[
@@ -272,7 +219,7 @@ class ServerConfig(Options, frozen=True):
     prefetch: PrefetchConfig = PrefetchConfig()
     write_back: WriteBackConfig = WriteBackConfig()
     metrics_port: Annotated[
-        int | None,
+        Annotated[int, Meta(ge=0, le=65535)] | None,
         Meta(description="port of Prometheus metrics"),
     ] = None
     metrics_host: Annotated[
@@ -286,27 +233,18 @@ class ServerConfig(Options, frozen=True):
         str | None, Meta(description="file that receives the bound address")
     ] = None
     log_level: Annotated[
-        str, Meta(description=f"lowest level logged to stderr: {', '.join(LOG_LEVELS)}")
+        LogLevel, Meta(description="lowest level logged to stderr")
     ] = "info"
 
     def check(self) -> None:
-        """Require a valid address, chunk size, port and log level."""
+        """Require a valid address, and for `blend.keep` a store that keeps chunks."""
         require(
             is_address(self.address),
             "address", self.address, "must be tcp://HOST:PORT or ipc://PATH",
         )  # fmt: skip
-        require(self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
         require(
             self.blend.keep is None or bool(self.l1.keep or self.tiers),
             "blend.keep", self.blend.keep, "needs l1.keep or a tier",
-        )  # fmt: skip
-        threads = self.copy_threads
-        require(threads >= 1, "copy_threads", threads, "at least 1")
-        port = self.metrics_port
-        require(port is None or 0 <= port < 1 << 16, "metrics_port", port, "0 to 65535")
-        require(
-            self.log_level in LOG_LEVELS,
-            "log_level", self.log_level, f"one of {', '.join(LOG_LEVELS)}",
         )  # fmt: skip
 
 

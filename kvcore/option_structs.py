@@ -10,8 +10,11 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
 from msgspec import NODEFAULT, inspect
@@ -30,10 +33,10 @@ class ByteSize(int):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a size; units are B, kB, MB, GB, TB, KiB, MiB, GiB, TiB in any case.
+        """Parse a size; units are B, kB, MB, GB, TB, KiB, MiB, GiB, TiB in any case.
 
         Raises:
-            ValueError: no such number, no such unit, or not whole bytes.
+            ValueError: not a number and a known unit, or not a whole number of bytes.
         """
         match = _SIZE.fullmatch(text)
         if match is None:
@@ -42,14 +45,13 @@ class ByteSize(int):
         factor = units.get(match[2].lower() or "b")
         if factor is None:
             raise ValueError(f"{text!r}: the units of a size are {', '.join(UNITS)}")
-        whole, _, decimals = match[1].partition(".")
-        scaled = int(whole + decimals) * factor
-        if scaled % 10 ** len(decimals):
+        size = Fraction(match[1]) * factor
+        if size.denominator > 1:
             raise ValueError(f"{text!r} is not a whole number of bytes")
-        return cls(scaled // 10 ** len(decimals))
+        return cls(size)
 
     def __str__(self) -> str:
-        """Render exactly, as `parse` reads it."""
+        """Return the exact size in a form that `parse` accepts."""
         for name, factor in UNITS.items():
             if self and self % factor == 0 and "i" in name:
                 return f"{int(self) // factor}{name}"
@@ -57,17 +59,34 @@ class ByteSize(int):
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of option Structs. Values of every subclass are checked by `check`."""
+    """Base of option Structs.
+
+    Construction validates every value: first its type and bounds, then `check`.
+
+    Raises:
+        SetupError: naming the field, its value and what it must be.
+    """
 
     def __post_init__(self) -> None:
+        kinds = _field_types(type(self))
+        for name, value in msgspec.structs.asdict(self).items():
+            try:
+                msgspec.convert(value, kinds[name], dec_hook=decode_hook)
+            except msgspec.ValidationError as error:
+                require(False, f"{type(self).__name__}.{name}", value, str(error))
         self.check()
 
     def check(self) -> None:
-        """Raise `SetupError` for a value that its type allows but nothing can use."""
+        """Raise `SetupError` for values that their types allow but nothing can use."""
+
+
+@cache
+def _field_types(cls: type[Options]) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(cls)}
 
 
 def require(condition: bool, key: str, value: object, need: str) -> None:
-    """Raise `SetupError` naming the key, its value and what it needs to be."""
+    """Raise `SetupError` with the key, its value and what it must be, unless met."""
     if not condition:
         shown = repr(value) if isinstance(value, str) else value
         raise SetupError(f"{key} = {shown}: {need}", key=key)
@@ -87,16 +106,16 @@ def load(
 ) -> ConfigT:
     """Read an option Struct from a TOML file, then overrides, then flags.
 
-    An override reads `key.sub=value`; its value is read as TOML, and as a string where
-    it is not TOML. Flags are values by dotted key; one that is None was not given. One
-    whose flag is not named after its key has its name in `flag_names`.
+    An override is `key.sub=value`; its value is parsed as TOML, or is a string if that
+    fails. `flags` holds values by dotted key; None means that the flag was not given.
+    `flag_names` holds the names of flags that `flag_name` does not derive.
 
     Raises:
         SetupError: naming the file and line or the override, the key, and for an
             unknown key the nearest known one.
     """
     text = _read(path) if path else ""
-    source = _Source(str(path or ""), text)
+    source = _Source(str(path or ""), text, {})
     data = source.parse()
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -108,16 +127,18 @@ def load(
             name = (flag_names or {}).get(key, flag_name(key))
             source.put(data, key, given, f"{name} {given}")
     _name_kinds(cls, data)
-    unknown = _unknown_key(inspect.type_info(cls), data, "")
-    if unknown is not None:
-        raise SetupError(f"{source.place(unknown.key)}{unknown.message}")
+    keys = list(_walk([inspect.type_info(cls)], data, ""))
+    for key, _, siblings in keys:
+        if siblings:
+            near = _nearest(key, siblings)
+            raise SetupError(f"{source.place(key)}unknown key {key}; {near}")
     try:
         return msgspec.convert(data, cls, dec_hook=decode_hook)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
         key = where.removeprefix("$").removeprefix(".").removesuffix("`")
         shown = f"{key}: " if key else ""
-        choices = _choices([inspect.type_info(cls)], re.sub(r"\[[^\]]*\]", "", key))
+        choices = next((found.choices for found in keys if found.name == key), [])
         known = f"; known are {', '.join(choices)}" if choices else ""
         raise SetupError(f"{source.place(key)}{shown}{message}{known}") from None
     except SetupError as error:
@@ -131,7 +152,7 @@ def flag_name(key: str) -> str:
 
 
 def _name_kinds(cls: type[msgspec.Struct], data: dict[str, Any]) -> None:
-    """Give a table that names no kind the kind of its default."""
+    """Set the kind of tables that name none to the kind of the field's default."""
     for field in msgspec.structs.fields(cls):
         table = data.get(field.encode_name)
         config = getattr(field.default, "__struct_config__", None)
@@ -148,7 +169,12 @@ def _read(path: Path) -> str:
 
 
 def decode_hook(kind: type, value: object) -> object:
-    """Read what msgspec does not know; pass it as `dec_hook`."""
+    """Decode a `ByteSize`; the `dec_hook` of msgspec.
+
+    Raises:
+        ValueError: not a size.
+        NotImplementedError: another type.
+    """
     if kind is ByteSize:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return ByteSize(value)
@@ -159,20 +185,24 @@ def decode_hook(kind: type, value: object) -> object:
 
 
 def encode_hook(value: object) -> object:
-    """Write what msgspec does not know; pass it as `enc_hook`."""
+    """Encode a `ByteSize` as an integer; the `enc_hook` of msgspec.
+
+    Raises:
+        NotImplementedError: another type.
+    """
     if isinstance(value, ByteSize):
         return int(value)
     raise NotImplementedError(f"no way to write {type(value).__name__}")
 
 
+@dataclass
 class _Source:
-    """Where values came from, so that an error can say it."""
+    """Origin of each value: a line of the file, an override or a flag."""
 
-    def __init__(self, name: str, text: str) -> None:
-        self.name = name
-        self.text = text
-        self.given: dict[str, str] = {}
-        """Keys set beside the file, and how."""
+    name: str
+    text: str
+    given: dict[str, str]
+    """Overrides and flags as the user wrote them, by key."""
 
     def parse(self) -> dict[str, Any]:
         try:
@@ -219,13 +249,13 @@ def _toml_value(text: str) -> object:
 
 
 def _stems(key: str) -> list[str]:
-    """`a.b[0].c` -> `a.b.c`, `a.b`, `a`: where the key or a table of it may stand."""
+    """Return a key without indices, and its parents: `a[0].b` -> `a.b`, `a`."""
     names = re.sub(r"\[[^\]]*\]", "", key).split(".")
     return [".".join(names[:size]) for size in range(len(names), 0, -1)]
 
 
 def _line_of(text: str, key: str) -> int | None:
-    """Find the line that sets a dotted key; the first, when an array repeats it."""
+    """Return the number of the first line that sets a dotted key, else None."""
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
         header = re.match(r"\s*\[{1,2}\s*([^\]]+?)\s*\]", line)
@@ -242,105 +272,67 @@ def _line_of(text: str, key: str) -> int | None:
     return None
 
 
-class _Unknown(msgspec.Struct, frozen=True):
-    key: str
-    message: str
+class _Key(NamedTuple):
+    """One key of the data."""
+
+    name: str
+    """With its parents and indices: `a.b[0].c`."""
+    choices: list[str]
+    """The words that it accepts; empty if it accepts others."""
+    siblings: list[str]
+    """If no Struct declares it, the keys that are declared in its place."""
 
 
-def _unknown_key(kind: inspect.Type, data: object, where: str) -> _Unknown | None:
-    """Find the first key of `data` that no Struct declares, depth first."""
-    if isinstance(kind, inspect.Metadata):
-        return _unknown_key(kind.type, data, where)
-    if isinstance(kind, inspect.UnionType):
-        return _unknown_in_union(kind, data, where)
-    if isinstance(kind, inspect.StructType) and isinstance(data, Mapping):
-        return _unknown_in_struct(kind, data, where)
-    if isinstance(kind, inspect.ListType | inspect.VarTupleType):
-        items = data if isinstance(data, list) else []
-        return _first(
-            _unknown_key(kind.item_type, item, f"{where}[{index}]")
-            for index, item in enumerate(items)
-        )
-    if isinstance(kind, inspect.DictType) and isinstance(data, Mapping):
-        return _first(
-            _unknown_key(kind.value_type, item, _join(where, str(name)))
-            for name, item in data.items()
-        )
-    return None
+def _walk(kinds: Sequence[inspect.Type], data: object, name: str) -> Iterator[_Key]:
+    """Yield all keys of `data`, a value of one of these types, depth first."""
+    kinds = [*_members(kinds)]
+    literals = [kind for kind in kinds if isinstance(kind, inspect.LiteralType)]
+    yield _Key(name, [str(word) for kind in literals for word in kind.values], [])
+    if isinstance(data, dict):
+        yield from _walk_table(kinds, data, name)
+    elif isinstance(data, list):
+        lists = (inspect.ListType, inspect.VarTupleType)
+        items = [kind.item_type for kind in kinds if isinstance(kind, lists)]
+        for index, item in enumerate(data):
+            yield from _walk(items, item, f"{name}[{index}]")
 
 
-def _unknown_in_union(
-    kind: inspect.UnionType, data: object, where: str
-) -> _Unknown | None:
-    """Look only into the member that a tag names, or the one Struct there is."""
-    structs = [t for t in kind.types if isinstance(t, inspect.StructType)]
-    if isinstance(data, Mapping):
-        for struct in structs:
-            if len(structs) == 1 or data.get(struct.tag_field) == struct.tag:
-                return _unknown_in_struct(struct, data, where)
-        return None
-    return _first(
-        _unknown_key(member, data, where)
-        for member in kind.types
-        if not isinstance(member, inspect.StructType)
-    )
-
-
-def _unknown_in_struct(
-    kind: inspect.StructType, data: Mapping[str, Any], where: str
-) -> _Unknown | None:
-    fields = {field.encode_name: field for field in kind.fields}
-    for name, value in data.items():
-        if name == kind.tag_field:
-            continue
-        if name not in fields:
-            key = _join(where, name)
-            return _Unknown(
-                key, f"unknown key {key}{_nearest(where, name, list(fields))}"
-            )
-        found = _unknown_key(fields[name].type, value, _join(where, name))
-        if found is not None:
-            return found
-    return None
-
-
-def _choices(kinds: Sequence[inspect.Type], key: str) -> list[str]:
-    """Return the words that a key without indices takes; none where it takes more."""
-    name, _, rest = key.partition(".")
-    inner: list[inspect.Type] = []
-    words: list[str] = []
-    for kind in _members(kinds):
-        if isinstance(kind, inspect.LiteralType) and not key:
-            words += map(str, kind.values)
-        if isinstance(kind, inspect.StructType) and key:
-            if name == kind.tag_field:
-                words.append(str(kind.tag))
-            inner += [f.type for f in kind.fields if f.encode_name == name]
-    return words + (_choices(inner, rest) if inner else [])
+def _walk_table(
+    kinds: Sequence[inspect.Type], table: dict[str, Any], where: str
+) -> Iterator[_Key]:
+    """Yield the keys of a table; its tag chooses among the Structs of a union."""
+    values = [kind.value_type for kind in kinds if isinstance(kind, inspect.DictType)]
+    structs = [kind for kind in kinds if isinstance(kind, inspect.StructType)]
+    chosen = [s for s in structs if table.get(s.tag_field or "", s.tag) == s.tag]
+    fields = {field.encode_name: field.type for s in chosen for field in s.fields}
+    for name, value in table.items():
+        key = _join(where, name)
+        tags = [str(struct.tag) for struct in structs if struct.tag_field == name]
+        if tags:
+            yield _Key(key, tags, [])
+        elif name in fields or values:
+            yield from _walk([fields[name]] if name in fields else values, value, key)
+        else:
+            yield _Key(key, [], list(fields))
 
 
 def _members(kinds: Sequence[inspect.Type]) -> Iterator[inspect.Type]:
-    """Yield what values of these types are, and the items of lists of them."""
+    """Yield these types, with the members of unions in place of the unions."""
     for kind in kinds:
         if isinstance(kind, inspect.Metadata):
             yield from _members([kind.type])
         elif isinstance(kind, inspect.UnionType):
             yield from _members(kind.types)
-        elif isinstance(kind, inspect.ListType | inspect.VarTupleType):
-            yield from _members([kind.item_type])
         else:
             yield kind
 
 
-def _nearest(where: str, name: str, known: list[str]) -> str:
+def _nearest(key: str, known: list[str]) -> str:
+    where, _, name = key.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if near:
-        return f"; did you mean {_join(where, near[0])}?"
-    return f"; known are {', '.join(known)}"
-
-
-def _first(found: Any) -> _Unknown | None:
-    return next((item for item in found if item is not None), None)
+        return f"did you mean {_join(where, near[0])}?"
+    return f"known are {', '.join(known)}"
 
 
 def _join(where: str, name: str) -> str:
@@ -351,7 +343,7 @@ def _join(where: str, name: str) -> str:
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One option, as help texts and documents show it."""
+    """One option, as shown in help texts and documents; all fields are text."""
 
     key: str
     type: str
@@ -360,7 +352,7 @@ class Option(msgspec.Struct, frozen=True):
 
 
 def describe(cls: type[msgspec.Struct]) -> list[Option]:
-    """List the options of a Struct and of the Structs in it, in their order."""
+    """Return the options of a Struct and of its nested Structs, in declared order."""
     return _options(inspect.type_info(cls), "")
 
 
@@ -404,7 +396,7 @@ _NAMES: Mapping[type[inspect.Type], str] = {
 
 
 def type_name(kind: inspect.Type) -> str:
-    """Name a type as the user of a TOML file knows it."""
+    """Return the name of a type as help texts and errors show it, such as `integer`."""
     if isinstance(kind, inspect.Metadata):
         return type_name(kind.type)
     if isinstance(kind, inspect.UnionType):

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Generic, NewType, TypeVar
 import msgspec
 from msgspec import Meta
 
-from kvcore.config import MAX_HEARTBEAT_S, MIN_HEARTBEAT_S
+from kvcore.config import Heartbeat
 from kvcore.extents import PartLocation
 from kvcore.keys import ExtraKey, SessionKey
 from kvcore.layout import CacheGroup
@@ -132,12 +132,8 @@ class HelloReply(msgspec.Struct, frozen=True):
         bool, Meta(description="the server watches the client's process by pidfd")
     ]
     heartbeat_s: Annotated[
-        float,
-        Meta(
-            ge=MIN_HEARTBEAT_S,
-            le=MAX_HEARTBEAT_S,
-            description="longest interval between requests of an unwatched client",
-        ),
+        Heartbeat,
+        Meta(description="longest interval between requests of an unwatched client"),
     ]
     max_message_bytes: int
 

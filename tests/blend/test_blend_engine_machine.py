@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from hypothesis import settings
@@ -28,7 +28,7 @@ from kvcore.blend.document_lookups import (
     FoundDocuments,
     document_lease_owner,
 )
-from kvcore.config import WRITE_POLICIES
+from kvcore.config import WritePolicy
 from kvcore.errors import (
     BadRequest,
     ChunksMissing,
@@ -143,7 +143,7 @@ class BlendMachine(RuleBasedStateMachine):
         num_pages=st.sampled_from([4, 9, 40]),
         num_tiers=st.sampled_from([0, 1, 1, 2]),
         world_size=st.sampled_from([1, 1, 2]),
-        policy=st.sampled_from(WRITE_POLICIES),
+        policy=st.sampled_from(get_args(WritePolicy)),
         max_jobs=st.sampled_from([1, 100, 100]),
         max_tier_chunks=st.sampled_from([2, 1000]),
         collide=st.booleans(),

@@ -82,5 +82,5 @@ def test_an_unknown_preset_is_named() -> None:
 )
 def test_patterns_that_cannot_be_are_refused(options: dict[str, object]) -> None:
     """An empty pattern, a negative token, or patterns beside a preset."""
-    with pytest.raises(SetupError, match=r"^blend\."):
+    with pytest.raises(SetupError, match=r"^(blend|BlendConfig)\."):
         BlendConfig(**options)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def test_flags_take_their_help_from_the_options() -> None:
         (("serve", "--set", "l1.sise=1"), "did you mean l1.size?"),
         (("serve", "--set", "l1"), "--set l1: must read key=value"),
         (("serve", "--l1-size", "1XiB"), "--l1-size 1XiB: l1.size: '1XiB'"),
-        (("serve", "--log-level", "loud"), "--log-level loud: log_level = 'loud'"),
+        (("serve", "--log-level", "loud"), "--log-level loud: log_level: Invalid enum"),
         (("serve", "--config", "/nowhere.toml"), "/nowhere.toml: No such file"),
         (("serve", "--address", "ipc:///run/x", "--port", "1"), "has no port"),
         ((*QUIET, "--set", "l1.eviction=zzz"), "'zzz': known policies"),

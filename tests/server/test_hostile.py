@@ -188,7 +188,7 @@ class Whole:
         self.segment.close()
 
 
-@pytest.fixture(scope="module", params=["plain", "blend"])
+@pytest.fixture(scope="module", params=["prefix", "blend"])
 def whole(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Whole]:

@@ -10,13 +10,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 
-from kvcore.config import WRITE_POLICIES
+from kvcore.config import WritePolicy
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.shm import SHM_DIR
 from kvcore.storage import journal
@@ -38,7 +39,7 @@ class KeptMachine(TierManagerMachine):
         self.patch = mock.patch.object(journal, "SPARE_RECORDS", SPARE_RECORDS)
         self.patch.start()
 
-    @initialize(policy=st.sampled_from(WRITE_POLICIES), quota=st.integers(0, 12))
+    @initialize(policy=st.sampled_from(get_args(WritePolicy)), quota=st.integers(0, 12))
     def build(self, policy: str, quota: int) -> None:
         """A first server, in which a tenant and the model have a quota."""
         self.policy = policy

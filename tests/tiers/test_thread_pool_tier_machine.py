@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 from hypothesis import settings
@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcore.config import WRITE_POLICIES
+from kvcore.config import WritePolicy
 from kvcore.errors import DeadlineExceeded, Unavailable
 from kvcore.extents import checksum_of
 from kvcore.keys import ChunkHash
@@ -138,7 +138,9 @@ class ThreadPoolTierMachine(RuleBasedStateMachine):
         """Return the time that rules set."""
         return self.fixture.now
 
-    @initialize(policy=st.sampled_from(WRITE_POLICIES), threads=st.integers(1, 3))
+    @initialize(
+        policy=st.sampled_from(get_args(WritePolicy)), threads=st.integers(1, 3)
+    )
     def build(self, policy: str, threads: int) -> None:
         """A store that has not been asked for anything."""
         self.store = UnreliableBackend(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -12,7 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcore.config import WRITE_POLICIES
+from kvcore.config import WritePolicy
 from kvcore.keys import ChunkHash
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.required_parts import RequiredParts, count_hits
@@ -45,7 +47,7 @@ class TierManagerMachine(RuleBasedStateMachine):
         self.has_condemned = False
         self.late: list[PrefetchJob] = []
 
-    @initialize(policy=st.sampled_from(WRITE_POLICIES))
+    @initialize(policy=st.sampled_from(get_args(WritePolicy)))
     def build(self, policy: str) -> None:
         """Write at once, on second use, or ahead of eviction."""
         self.fixture = TierFixture(
