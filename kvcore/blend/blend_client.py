@@ -84,7 +84,8 @@ def prepare_retrieve_pre_computed(
         timeout_s: seconds until the deadline; None takes the client's.
 
     Raises:
-        ChunksMissing: a chunk is not there; nothing was written.
+        ChunksMissing: a chunk is not there, or not of the lookup; nothing was written.
+        TokensNeeded: the server knows no lookup of the session; without `tokens`.
     """
     request = CBRetrievePreComputed(
         session,

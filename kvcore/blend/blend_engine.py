@@ -43,7 +43,6 @@ from kvcore.engine.sessions import Session
 from kvcore.engine.transfers import AfterScatter
 from kvcore.errors import (
     BadRequest,
-    ChunksMissing,
     HandleError,
     TokensNeeded,
     UnknownInstance,
@@ -74,8 +73,6 @@ from kvcore.rope import Rope
 from kvcore.status import TicketStatus
 from kvcore.storage.chunk import Removal
 from kvcore.wire import wire_name
-
-HASH_BYTES = 32
 
 BLEND_REQUESTS: tuple[type[Request[Any]], ...] = (
     CBRegisterKVCache,
@@ -339,7 +336,9 @@ class BlendEngine(_BlendService):
         self, request: CBLookupPreComputed, context: RequestContext
     ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
         """Find and lease the documents of a prompt that all ranks have."""
-        keyspace, _ = self.engine.registry.lookup(request.model, request.world_size)
+        keyspace, _ = self.engine.registry.lookup(
+            request.model, request.world_size, context.scope
+        )
         session = self.engine.sessions.open(request.session, keyspace, context.client)
         tokens = read_tokens(request.tokens, request.extras)
         space = self._space(request.model, request.world_size, request.extras)
@@ -363,16 +362,21 @@ class BlendEngine(_BlendService):
         instance = self._buffer(request.instance_id, context)
         if request.ranges and request.matches:
             raise BadRequest("give ranges or matches, not both")
+        rope = self._rope(instance) if request.rotate_keys else None
+        if request.matches:
+            self._check_targets(instance, request.offset, request.matches)
         session = self.engine.sessions.open(
             request.session, instance.space, context.client
         )
-        matches: Sequence[CBMatch] = request.matches
-        if request.ranges:
-            matches = yield from self._matches_of_ranges(session, request, context)
-        if not matches:
+        if not (request.ranges or request.matches):
             return RetrieveReply(0)
-        self._check_matches(matches, instance, request.offset)
-        rotation = self._key_rotation(instance, request, matches)
+        found = yield from self._last_result(session, request, context)
+        numbers = found.select(request.ranges, request.matches, self.chunk_size)
+        matches = [found.matches[number] for number in numbers]
+        if not matches:  # Ranges without tokens.
+            return RetrieveReply(0)
+        self._check_targets(instance, request.offset, matches)
+        rotation = self._rotation(rope, request.offset, matches) if rope else None
         lease = self.lookups.lease_number(session)
         self.engine.registry.check_registered(instance)
         num_tokens = len(matches) * self.chunk_size
@@ -392,42 +396,31 @@ class BlendEngine(_BlendService):
             self._counters.document_retrieves += 1
             num_bytes = self.engine.transfers.result(future)
             self.engine.counters.bytes_retrieved += num_bytes
-            self.lookups.note_read(request.session, matches, instance.rank, lease)
+            self.lookups.note_read(request.session, numbers, instance.rank, lease)
             return RetrieveReply(num_tokens, instance.memory.result().event)
 
         return DeferredReply(future, finish)
 
-    def _matches_of_ranges(
+    def _last_result(
         self, session: Session, request: CBRetrievePreComputed, context: RequestContext
-    ) -> Generator[None, None, list[CBMatch]]:
-        """Return the chunks of a request's ranges.
+    ) -> Generator[None, None, FoundDocuments]:
+        """Return the result of the session's lookup, or of one more in the prompt.
 
         Raises:
             TokensNeeded: the session's lookup is unknown, and no prompt was sent.
-            ChunksMissing: the lookup did not find every chunk of a range.
         """
         found = self.lookups.found(request.session)
-        if found is None:
-            if not request.tokens:
-                raise TokensNeeded("no lookup of this session is known", have=0)
-            tokens = read_tokens(request.tokens, request.extras)
-            model, world_size = session.space.model, session.space.world_size
-            space = self._space(model, world_size, request.extras)
-            found = yield from self.lookups.find_in_l1(session, tokens, space, context)
-        matches = []
-        for each in request.ranges:
-            for start in range(each.start, each.end, self.chunk_size):
-                number = found.numbers.get(start)
-                if number is None or start + self.chunk_size > each.end:
-                    raise ChunksMissing(
-                        f"no chunk was found at token {start} of range "
-                        f"{each.start} to {each.end}"
-                    )
-                matches.append(found.matches[number])
-        return matches
+        if found is not None:
+            return found
+        if not request.tokens:
+            raise TokensNeeded("no lookup of this session is known", have=0)
+        tokens = read_tokens(request.tokens, request.extras)
+        model, world_size = session.space.model, session.space.world_size
+        space = self._space(model, world_size, request.extras)
+        return (yield from self.lookups.find_in_l1(session, tokens, space, context))
 
-    def _check_matches(
-        self, matches: Sequence[CBMatch], instance: Instance, offset: int
+    def _check_targets(
+        self, instance: Instance, offset: int, matches: Sequence[CBMatch]
     ) -> None:
         # Before the array, which holds 63 bits: the wire's integers have 64.
         last = max(match.start for match in matches)
@@ -435,33 +428,22 @@ class BlendEngine(_BlendService):
         starts = np.sort(np.array([match.start for match in matches], np.int64))
         if (np.diff(starts) < self.chunk_size).any():
             raise BadRequest("two of the chunks would be written to the same slots")
-        if any(len(match.hash) != HASH_BYTES for match in matches):
-            raise BadRequest(f"a chunk's hash has {HASH_BYTES} bytes")
-        # A part's number means something else in another model, and the caller chose
-        # the hash. A hash never changes its model, so one check is enough.
-        [group] = instance.groups
-        for chunk in self.engine.l1.peek([ChunkHash(match.hash) for match in matches]):
-            part = chunk.parts.get(group.part) if chunk else None
-            if part is not None and part.name != group.name:
-                raise BadRequest("a chunk of another model cannot be retrieved")
 
-    def _key_rotation(
-        self,
-        instance: Instance,
-        request: CBRetrievePreComputed,
-        matches: Sequence[CBMatch],
-    ) -> AfterScatter | None:
-        if not request.rotate_keys:
-            return None
+    def _rope(self, instance: Instance) -> Rope:
         rope = self._buffers[instance]
         if rope is None:
             raise BadRequest(
-                f"instance {request.instance_id!r} was registered without rope: "
+                f"instance {instance.instance_id!r} was registered without rope: "
                 "its keys cannot be rotated"
             )
+        return rope
+
+    def _rotation(
+        self, rope: Rope, offset: int, matches: Sequence[CBMatch]
+    ) -> AfterScatter:
         rotations = []
         for match in matches:
-            first = request.offset + match.start
+            first = offset + match.start
             distance = match.start - match.old_start
             rotations.append(BlockRotation(first, first + self.chunk_size, distance))
         return partial(rotate_cached_keys, rope, rotations)

@@ -24,6 +24,7 @@ from kvcore.engine.lookups import ACQUIRE_CHUNKS
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session
 from kvcore.engine.tiering import PrefetchTask
+from kvcore.errors import ChunksMissing
 from kvcore.keys import ChunkHash, SaltedKey, ScopedKey, SessionKey, scope_of
 from kvcore.protocol import CBMatch, CBRange
 from kvcore.storage.l1 import Chunk
@@ -47,6 +48,33 @@ class FoundDocuments:
     matches: tuple[CBMatch, ...] = ()
     numbers: dict[int, int] = field(default_factory=dict)
     """By a match's position in the prompt, its index in `matches` and in the lease."""
+
+    def select(
+        self, ranges: Sequence[CBRange], matches: Sequence[CBMatch], chunk_size: int
+    ) -> list[int]:
+        """Return the indexes of requested matches, and of all matches of ranges.
+
+        Raises:
+            ChunksMissing: the lookup did not find one of them.
+        """
+        numbers = []
+        for match in matches:
+            number = self.numbers.get(match.start)
+            if number is None or self.matches[number] != match:
+                raise ChunksMissing(
+                    f"the session's lookup found no such chunk at token {match.start}"
+                )
+            numbers.append(number)
+        for each in ranges:
+            for start in range(each.start, each.end, chunk_size):
+                number = self.numbers.get(start)
+                if number is None or start + chunk_size > each.end:
+                    raise ChunksMissing(
+                        f"no chunk was found at token {start} of range "
+                        f"{each.start} to {each.end}"
+                    )
+                numbers.append(number)
+        return numbers
 
 
 @dataclass(slots=True)
@@ -143,8 +171,8 @@ class DocumentLookups:
             return self._grant(session, held, context)
 
     def _required_parts(self, session: Session) -> RequiredParts:
-        space = session.space
-        return self._engine.registry.lookup(space.model, space.world_size)[1]
+        space, scope = session.space, scope_of(session.key)
+        return self._engine.registry.lookup(space.model, space.world_size, scope)[1]
 
     def _hold(
         self, tokens: Tokens, space: DocumentSpace, needs: RequiredParts
@@ -290,19 +318,16 @@ class DocumentLookups:
     def note_read(
         self,
         key: SessionKey,
-        matches: Sequence[CBMatch],
+        numbers: Sequence[int],
         rank: int,
         lease: LeaseNumber | None,
     ) -> None:
-        """Take a rank off the matches it has read under `lease`, if it still lives."""
-        found, owner = self._found.get(key), document_lease_owner(key)
-        if found is None or lease is None or lease != self._engine.leases.number(owner):
+        """Remove a rank from the readers of matches, if the lease is still this one."""
+        owner = document_lease_owner(key)
+        if lease is None or lease != self._engine.leases.number(owner):
             return
-        for match in matches:
-            number = found.numbers.get(match.start)
-            # A caller may name another chunk at this position than the reply did.
-            if number is not None and found.matches[number].hash == match.hash:
-                self._engine.leases.read(owner, number, number + 1, rank)
+        for number in numbers:
+            self._engine.leases.read(owner, number, number + 1, rank)
 
     def _end_session(self, key: SessionKey) -> None:
         self._cancel(key)

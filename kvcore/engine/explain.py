@@ -23,6 +23,9 @@ HASH_DIGITS = 64
 """Hexadecimal digits of a whole chunk hash."""
 MIN_KEY_DIGITS = 8
 """Fewest hexadecimal digits that name a chunk; a request's id may be shorter."""
+SHOWN_DIGITS = 16
+"""Digits in findings. Any client may ask, so no finding has the whole hash of a chunk:
+with a secret salt a client knows it only if it knows the salt."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -131,8 +134,7 @@ class MissHistory:
         findings = [*self.why_request(about)]
         if len(about) >= MIN_KEY_DIGITS and not set(about) - set("0123456789abcdef"):
             findings += self.why_chunk(about)
-            if len(about) == HASH_DIGITS:
-                findings += _list_parts(l1.peek([ChunkHash(bytes.fromhex(about))]))
+            findings += _list_parts(l1.peek(self._chunks(about)))
         return tuple(findings) or (
             Finding(
                 "unknown",
@@ -164,12 +166,19 @@ class MissHistory:
                 yield self._describe_miss(session, miss)
                 yield from self._explain(miss)
 
+    def _chunks(self, digits: str) -> list[ChunkHash]:
+        """Return the recorded chunks that the digits name, or the one named in full."""
+        if len(digits) == HASH_DIGITS:
+            return [ChunkHash(bytes.fromhex(digits))]
+        recorded = {*self._removals, *(miss.chunk for miss in self._misses.values())}
+        return [key for key in recorded if key.hex().startswith(digits)]
+
     def _describe_miss(self, session: SessionKey, miss: MissRecord) -> Finding:
         return Finding(
             "missed",
             f"lookup {session.engine_id}/{session.request_id}, {self._ago(miss.at)}: "
             f"{miss.num_hits} of {miss.num_chunks} chunks; the next one is "
-            f"{miss.chunk.hex()}",
+            f"{_show(miss.chunk)}",
         )
 
     def _explain(self, miss: MissRecord) -> Iterator[Finding]:
@@ -200,7 +209,7 @@ class MissHistory:
         saved = "" if removed.was_saved else "; no tier had it"
         return Finding(
             removed.reason.value,
-            f"chunk {key.hex()[:16]} was {words[removed.reason]}"
+            f"chunk {_show(key)} was {words[removed.reason]}"
             f"{whom} {self._ago(removed.at)}{saved}",
         )
 
@@ -236,6 +245,10 @@ def _list_parts(chunks: Sequence[Chunk | None]) -> list[Finding]:
         for number, part in [*chunk.parts.items()]
         if part.name is not None
     ]
+
+
+def _show(key: ChunkHash) -> str:
+    return key.hex()[:SHOWN_DIGITS]
 
 
 def _is_named(session: SessionKey, name: str) -> bool:

@@ -27,7 +27,7 @@ from kvcore.copy.block_arrays import (
 from kvcore.copy.paged_cache import ChunkCopier, PagedCache
 from kvcore.engine.counters import EngineCounters
 from kvcore.engine.leases import LeaseNumber, LeaseTable
-from kvcore.engine.registrations import GONE_MEANWHILE, Instance, Registry
+from kvcore.engine.registrations import GONE_MEANWHILE, Group, Instance, Registry
 from kvcore.engine.request_context import RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.errors import (
@@ -40,7 +40,7 @@ from kvcore.extents import Checksum, PartLocation
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import Retrieve, RetrieveReply, Store, StoreReply
 from kvcore.storage.arena import Arena
-from kvcore.storage.l1 import L1, Chunk, PartId, Reservation, Reserved
+from kvcore.storage.l1 import L1, Chunk, Reservation, Reserved
 
 Places = tuple[tuple[PartLocation, ...], ...]
 AfterScatter = Callable[[Sequence[PagedCache]], None]
@@ -415,7 +415,7 @@ class Transfers:
         With `l1.verify` the places carry checksums.
 
         Raises:
-            ChunksMissing: L1 lacks a part of a chunk.
+            ChunksMissing: L1 lacks a part of a chunk, or has another layout's.
             DeadlineExceeded: it has passed already.
         """
         self._check_deadline(deadline_ns)
@@ -427,18 +427,26 @@ class Transfers:
             raise ChunksMissing(
                 f"not every chunk of tokens {tokens.start} to {tokens.end} is present"
             )
-        places = tuple(
-            tuple(
-                self._place(i, chunk, group.part)
-                for i, chunk in enumerate(chunks)
-                if want[i] and chunk is not None
+        try:
+            places = tuple(
+                tuple(
+                    self._place(i, chunk, group)
+                    for i, chunk in enumerate(chunks)
+                    if want[i] and chunk is not None
+                )
+                for group, want in zip(instance.groups, wants, strict=True)
             )
-            for group, want in zip(instance.groups, wants, strict=True)
-        )
+        except ChunksMissing:
+            self._l1.release(chunks)
+            raise
         return HeldChunks(instance, chunks, places)
 
-    def _place(self, index: int, chunk: Chunk, part: PartId) -> PartLocation:
-        place = chunk.parts[part]
+    def _place(self, index: int, chunk: Chunk, group: Group) -> PartLocation:
+        place = chunk.parts[group.part]
+        # A part id has this meaning in its keyspace only. The hold is what makes the
+        # check valid until the copy.
+        if place.name != group.name:
+            raise ChunksMissing(f"chunk {index} is of another model or layout")
         if not self._verify:
             return PartLocation(index, place.extents)
         return PartLocation(index, place.extents, place.checksum)

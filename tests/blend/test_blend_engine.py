@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from kvcore.blend.blend_engine import slot_rows
 from kvcore.blend.document_lookups import document_lease_owner
-from kvcore.keys import SessionKey
+from kvcore.engine.registrations import Instance
+from kvcore.errors import ChunksMissing, TokensNeeded
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
     CBLookupPreComputed,
     CBLookupReply,
+    CBMatch,
     CBRetrievePreComputed,
     CBStoreFinal,
     CBStorePreComputed,
@@ -19,6 +25,7 @@ from kvcore.protocol import (
     StoreReply,
 )
 from tests.blend.blend_fixture import MODEL, BlendFixture, Operation, packed
+from tests.blend.blend_model import SIZE
 
 KEY = SessionKey("e", "1")
 ONE = (1, 1, 1, 1, 2, 2, 2, 2)
@@ -77,6 +84,11 @@ def found(fixture: BlendFixture, tokens: tuple[int, ...]) -> CBLookupReply:
     return reply
 
 
+def retrieve(fixture: BlendFixture, match: CBMatch, key: SessionKey = KEY) -> Operation:
+    """Begin to retrieve a chunk."""
+    return begin(fixture, CBRetrievePreComputed(key, "i0", 0, (), (match,)), "w0")
+
+
 def leased(fixture: BlendFixture) -> int:
     """Return the number of document chunks leased to the session."""
     lease = fixture.engine.leases._leases.get(document_lease_owner(KEY))
@@ -106,7 +118,7 @@ def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
     fixture = build()
     [match, _] = found(fixture, ONE).matches
     for tokens, left in ((TWO, 1), (ONE, 2)):
-        late = begin(fixture, CBRetrievePreComputed(KEY, "i0", 0, (), (match,)), "w0")
+        late = retrieve(fixture, match)
         reply = found(fixture, tokens)
         fixture.drive(late)
         assert leased(fixture) == left
@@ -118,14 +130,50 @@ def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
 def test_a_chunk_that_no_lookup_found_is_under_no_lease(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """A worker names it for a position where the lookup found another."""
+    """A worker that names it for a position of another chunk reads nothing."""
     fixture = build()
     [other] = found(fixture, TWO).matches
     assert found(fixture, ONE).num_tokens == len(ONE)
-    fixture.drive(
-        begin(fixture, CBRetrievePreComputed(KEY, "i0", 0, (), (other,)), "w0")
-    )
+    operation = retrieve(fixture, other)
+    fixture.drive(operation)
+    assert isinstance(operation.error, ChunksMissing)
     assert leased(fixture) == 2
+
+
+def test_a_session_without_a_lookup_retrieves_nothing(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """A chunk hash that a client learned elsewhere is not a right to read the chunk."""
+    fixture = build()
+    [match] = found(fixture, TWO).matches
+    operation = retrieve(fixture, match, SessionKey("e", "other"))
+    fixture.drive(operation)
+    assert isinstance(operation.error, TokensNeeded)
+
+
+def test_a_chunk_of_another_model_is_not_read_in_its_place(
+    build: Callable[..., BlendFixture],
+) -> None:
+    """The chunk is replaced between the request's check and its copy."""
+    fixture = build()
+    [match] = found(fixture, TWO).matches
+    retrieve(fixture, match)
+    fixture.engine.end_session(EndSession(KEY), fixture.caller("s"))
+    key = ChunkHash(match.hash)
+    assert fixture.l1.drop([key]) == 1
+    other = Instance(
+        fixture.caller("w0"),
+        replace(fixture.instance(0).request, model="other"),
+        fixture.engine.registry.space("other", 1),
+        fixture.instance(0).layouts,
+        Future(),
+    )
+    transfers = fixture.engine.transfers
+    transfers.commit(transfers.reserve(other, [key], (slot_rows([0], SIZE),), 0), ())
+    _, call, (*args, named) = fixture.instance(0).retrieve_lane.queue.pop()
+    with pytest.raises(ChunksMissing, match="another model"):
+        call(*args, **named)
+    assert fixture.l1.stats().num_held == 0
 
 
 def test_an_ended_sessions_lookup_leaves_its_successor_alone(

@@ -573,6 +573,9 @@ class BlendMachine(RuleBasedStateMachine):
             self.note(operation, found)
         if operation.running and not operation.lease and not operation.is_void:
             operation.lease = self.leases.get(key, NO_LEASE)
+            if operation.kind == "retrieve":
+                told = {match.hash for match in self.known[key].matches}
+                assert told.issuperset(operation.copied)
         if not operation.is_over or operation.error is not None:
             return
         if operation.kind == "lookup":
@@ -600,8 +603,7 @@ class BlendMachine(RuleBasedStateMachine):
         if isinstance(error, ChunksMissing):  # `BlendFixture.copy` knows which.
             return operation.kind in ("retrieve", "retrieve_prefix")
         if isinstance(error, TokensNeeded):
-            known = self.known.get(operation.session)
-            return bool(operation.kind == "retrieve" and request.ranges and not known)
+            return operation.kind == "retrieve" and operation.session not in self.known
         if isinstance(error, BadRequest) and operation.kind == "store":
             return request.offset + len(operation.tokens) > SLOTS
         if isinstance(error, BadRequest) and operation.kind == "retrieve":
