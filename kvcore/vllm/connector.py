@@ -95,9 +95,10 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
         )
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
-        is_own = self._config.driver == "worker"
-        self._memory: SharedCacheMemory | PrivateCacheMemory = (
-            PrivateCacheMemory() if is_own else SharedCacheMemory()
+        self._memory = (
+            PrivateCacheMemory()
+            if self._config.driver == "worker"
+            else SharedCacheMemory()
         )
         self._collected = Collected()
         # A failed load must be recomputed; vLLM's default can fail the request.
@@ -347,24 +348,22 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
 def _scheduled(output: Any) -> list[ScheduledRequest]:
     """Convert vLLM's `SchedulerOutput`: new requests first, then running ones."""
     new = output.num_scheduled_tokens
-    scheduled = [
+    started = [
         ScheduledRequest(
             one.req_id, one.num_computed_tokens, new[one.req_id], one.block_ids, True
         )
         for one in output.scheduled_new_reqs
     ]
     cached = output.scheduled_cached_reqs
-    for index, req_id in enumerate(cached.req_ids):
-        scheduled.append(
-            ScheduledRequest(
-                req_id,
-                cached.num_computed_tokens[index],
-                new[req_id],
-                cached.new_block_ids[index],
-                req_id in cached.resumed_req_ids,
-            )
+    running = zip(
+        cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+    )
+    return started + [
+        ScheduledRequest(
+            req_id, num_computed, new[req_id], blocks, req_id in cached.resumed_req_ids
         )
-    return scheduled
+        for req_id, num_computed, blocks in running
+    ]
 
 
 def _groups(config: VllmConfig, kv_cache_config: Any) -> tuple[EngineGroup, ...]:

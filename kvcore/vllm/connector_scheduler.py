@@ -164,9 +164,9 @@ class ConnectorScheduler:
         state = self._track(request)
         if state is None or state.load_failed:
             return 0
+        if state.match is None or state.match.is_expired:
+            state.match = self._look_up(state, num_computed)
         match = state.match
-        if match is None or match.is_expired:
-            match = state.match = self._look_up(state, num_computed)
         if match is None:
             return 0
         if not match.future.done():
@@ -200,24 +200,17 @@ class ConnectorScheduler:
     ) -> None:
         start = computed - computed % match.chunk_size
         self._free(state, 0, start)
-        packed = tuple(
-            pack_blocks(
-                ids[start // group.block_size : -(-match.hit // group.block_size)]
-            )
-            for group, ids in zip(self._groups, blocks, strict=True)
-        )
         self._send_tokens(state, match.hit)
         load = LoadOp(
-            op=OpId(next(self._ops)),
+            # The engine itself holds the blocks until every rank has ended the load.
+            op=self._start_operation(state, []),
             request_id=state.session.request_id,
             start=start,
             end=match.hit,
             skip=computed - start,
-            blocks=packed,
+            blocks=self._pack_blocks(blocks, start, match.hit),
         )
         self._plan.loads.append(load)
-        # The engine itself holds the blocks of a load until every rank has ended it.
-        self._start_operation(load.op, state, [])
 
     def _look_up(self, state: RequestState, num_computed: int) -> PendingLookup | None:
         server = self._link.server
@@ -286,19 +279,25 @@ class ConnectorScheduler:
         state.num_stored = end
         state.is_known = True
         self._send_tokens(state, end)
-        packed = self._blocks_of(state, one.num_computed, start, end)
-        store = StoreOp(
-            OpId(next(self._ops)), state.session.request_id, start, end, packed
+        blocks = self._pack_blocks(state.blocks, start, end, one.num_computed)
+        op = self._start_operation(state, real_blocks(blocks))
+        self._plan.stores.append(
+            StoreOp(op, state.session.request_id, start, end, blocks)
         )
-        self._plan.stores.append(store)
-        self._start_operation(store.op, state, real_blocks(packed))
 
-    def _blocks_of(
-        self, state: RequestState, num_computed: int, start: int, end: int
+    def _pack_blocks(
+        self,
+        blocks: Sequence[list[int]],
+        start: int,
+        end: int,
+        num_computed: int = 0,
     ) -> GroupBlocks:
-        """Pack the blocks of [start, end); those outside a window become NULL_BLOCK."""
+        """Pack the blocks of [start, end) of each group.
+
+        Blocks that are outside a window at `num_computed` become NULL_BLOCK.
+        """
         packed = []
-        for group, ids in zip(self._groups, state.blocks, strict=True):
+        for group, ids in zip(self._groups, blocks, strict=True):
             first, last = start // group.block_size, -(-end // group.block_size)
             num_skipped = max(group.num_skipped(num_computed) - first, 0)
             packed.append(pack_blocks(ids[first:last], num_skipped))
@@ -314,11 +313,14 @@ class ConnectorScheduler:
         )
         state.num_sent = end
 
-    def _start_operation(self, op: OpId, state: RequestState, held: list[int]) -> None:
+    def _start_operation(self, state: RequestState, held: list[int]) -> OpId:
+        """Hold blocks until every rank has acknowledged the returned operation."""
         if self.pool is not None:
             self.pool.hold(held)
         state.num_ops += 1
+        op = OpId(next(self._ops))
         self._operations[op] = PendingOperation(state, held, self._world_size)
+        return op
 
     # -- completion -------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -98,20 +97,17 @@ def is_cacheable(request: Any) -> bool:
 
 def extra_keys(request: Any) -> tuple[ExtraKey, ...]:
     """Return the extra keys of a request: cache salt, LoRA adapter, images."""
-    return tuple(_extra_keys(request))
-
-
-def _extra_keys(request: Any) -> Iterator[ExtraKey]:
+    keys = []
     if request.cache_salt:
-        yield ExtraKey(0, _material("salt", request.cache_salt))
+        keys.append(_key(0, "salt", request.cache_salt))
     lora = request.lora_request
     if lora is not None:
         weights = _adapter_weights(lora)
-        yield ExtraKey(0, _material("lora", lora.lora_name, lora.lora_path, weights))
+        keys.append(_key(0, "lora", lora.lora_name, lora.lora_path, weights))
     for feature in request.mm_features or ():
         place = feature.mm_position
-        material = _material("mm", str(feature.identifier), place.length)
-        yield ExtraKey(place.offset, material)
+        keys.append(_key(place.offset, "mm", str(feature.identifier), place.length))
+    return tuple(keys)
 
 
 _adapters: dict[tuple[int, str], str] = {}
@@ -128,5 +124,5 @@ def _adapter_weights(lora: Any) -> str:
     return _adapters[key]
 
 
-def _material(*parts: object) -> bytes:
-    return json.dumps(parts).encode()
+def _key(start: int, *parts: object) -> ExtraKey:
+    return ExtraKey(start, json.dumps(parts).encode())

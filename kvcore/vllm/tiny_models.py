@@ -31,6 +31,10 @@ _COMMON = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
 }
 
 
@@ -59,12 +63,8 @@ def _llama() -> Any:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=128,
-            intermediate_size=256,
             num_hidden_layers=4,
-            num_attention_heads=4,
             num_key_value_heads=2,
-            tie_word_embeddings=False,
             initializer_range=LARGE_WEIGHTS,
             **_COMMON,
         )
@@ -76,10 +76,7 @@ def _mla() -> Any:
 
     return DeepseekV2ForCausalLM(
         DeepseekV2Config(
-            hidden_size=128,
-            intermediate_size=256,
             num_hidden_layers=3,
-            num_attention_heads=4,
             num_key_value_heads=4,
             kv_lora_rank=512,
             q_lora_rank=None,
@@ -88,7 +85,6 @@ def _mla() -> Any:
             v_head_dim=128,
             n_routed_experts=2,  # unused: the first layers are dense
             first_k_dense_replace=3,
-            tie_word_embeddings=False,
             initializer_range=SMALL_WEIGHTS,
             **_COMMON,
         )
@@ -100,14 +96,10 @@ def _hybrid() -> Any:
 
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            hidden_size=128,
-            intermediate_size=256,
             num_hidden_layers=6,
-            num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
             sliding_window=WINDOW,
-            tie_word_embeddings=False,
             initializer_range=LARGE_WEIGHTS,
             **_COMMON,
         )

@@ -22,7 +22,7 @@ def torch() -> Any:
 
 
 def test_a_handle_covers_the_storage_and_events_rotate(torch: Any) -> None:
-    """A view's handle is its storage's; each event handle can be opened."""
+    """A view's handle is its storage's; 64 events are used in rotation."""
     memory = SharedCacheMemory()
     assert memory.record_event() == b""
     cache = torch.zeros((8, 4096), dtype=torch.uint8, device="cuda")
