@@ -91,7 +91,8 @@ class ServerLink:
         self._engine_key = engine.key
         self._on_available = on_available
         self._make_client = make_client
-        self._client: KVClient | None = None
+        self.last_client: KVClient | None = None
+        """The client, even if the server is unavailable, for cleanup requests."""
         self._is_down = Event()
         self._is_down.set()
         self._closed = Event()
@@ -104,7 +105,7 @@ class ServerLink:
     @property
     def server(self) -> ServerEndpoint | None:
         """The server, or None while it is unavailable."""
-        client = self._client
+        client = self.last_client
         if client is None or self._is_down.is_set():
             return None
         try:
@@ -112,11 +113,6 @@ class ServerLink:
         except Unavailable as error:
             self.record_failure(error)
             return None
-
-    @property
-    def last_client(self) -> KVClient | None:
-        """The client, even if the server is unavailable, for cleanup requests."""
-        return self._client
 
     def record_success(self) -> None:
         """Record a reply in time: reset the back-off."""
@@ -141,8 +137,8 @@ class ServerLink:
         self._closed.set()
         self._is_down.set()
         self._thread.join(PROBE_S + 1)
-        if self._client is not None and not self._thread.is_alive():
-            self._client.close()
+        if self.last_client is not None and not self._thread.is_alive():
+            self.last_client.close()
 
     # -- background thread -----------------------------------------------------------
 
@@ -165,7 +161,7 @@ class ServerLink:
     def _try(self) -> KVError | None:
         """Connect to the server or ping it; return the error, if any."""
         try:
-            client = self._client
+            client = self.last_client
             if client is None:
                 client = self._make_client(
                     self._address,
@@ -174,7 +170,7 @@ class ServerLink:
                     engine_key=self._engine_key,
                 )
                 client.timeout_s = REGISTER_S
-                self._client = client
+                self.last_client = client
             else:
                 client.call(Ping(), PROBE_S)
             if self._on_available is not None:
