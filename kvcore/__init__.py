@@ -1,4 +1,4 @@
-"""KV-cache server for LLM inference: its client, and what describes a cache to it.
+"""KV-cache server for LLM inference: its client, and descriptions of caches.
 
 The names of `__all__` are the public API; docs/library.md explains them. They are
 imported on first use, so that `import kvcore` is cheap. Modules of the package are
@@ -117,33 +117,22 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BlendClient": "kvcore.blend.blend_client",
-    "CopyingClient": "kvcore.worker.copying_client",
-    "EvictionPolicy": "kvcore.storage.eviction",
-    "KVClient": "kvcore.client.client",
-    "Rope": "kvcore.rope",
-    "Segment": "kvcore.shm",
-    "ServerConfig": "kvcore.config",
-    "register_policy": "kvcore.storage.eviction",
-    "register_tier": "kvcore.tiers.tier_url",
-    **dict.fromkeys(("ExtraKey", "SessionKey"), "kvcore.keys"),
-    **dict.fromkeys(("CacheGroup", "TensorView", "token_buffer"), "kvcore.layout"),
-    **dict.fromkeys(
-        (
-            "CBRegisterKVCache",
-            "CudaIpc",
-            "LookupReply",
-            "PosixShm",
-            "Private",
-            "RegisterKVCache",
-            "RetrieveReply",
-            "StatusReply",
-            "StoreReply",
-        ),
-        "kvcore.protocol",
+    "kvcore.blend.blend_client": ("BlendClient",),
+    "kvcore.client.client": ("KVClient",),
+    "kvcore.config": ("ServerConfig",),
+    "kvcore.keys": ("ExtraKey", "SessionKey"),
+    "kvcore.layout": ("CacheGroup", "TensorView", "token_buffer"),
+    "kvcore.protocol": (
+        "CBRegisterKVCache", "CudaIpc", "LookupReply", "PosixShm", "Private",
+        "RegisterKVCache", "RetrieveReply", "StatusReply", "StoreReply",
     ),
-}
-"""Module of each public name that is not an error."""
+    "kvcore.rope": ("Rope",),
+    "kvcore.shm": ("Segment",),
+    "kvcore.storage.eviction": ("EvictionPolicy", "register_policy"),
+    "kvcore.tiers.tier_url": ("register_tier",),
+    "kvcore.worker.copying_client": ("CopyingClient",),
+}  # fmt: skip
+"""Public names by module; those of `kvcore.errors` are left out."""
 
 
 def __getattr__(name: str) -> Any:
@@ -153,8 +142,8 @@ def __getattr__(name: str) -> Any:
 
         found: Any = run
     elif name in __all__:
-        module = import_module(_MODULES.get(name, "kvcore.errors"))
-        found = vars(module)[name]
+        owners = (module for module, names in _MODULES.items() if name in names)
+        found = vars(import_module(next(owners, "kvcore.errors")))[name]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found

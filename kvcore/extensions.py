@@ -1,8 +1,8 @@
 """Registry of the optional parts: GPU memory, tiers, worker-driven copies, blend.
 
 The core imports none of them. Each package of `PACKAGES` has a function `register` in
-its `__init__`, which enters what it offers here and imports nothing heavy until that is
-opened. A package that is not installed offers nothing.
+its `__init__`, which adds its factories to `Extensions`; heavy imports wait until a
+factory is called. Packages that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ PACKAGES = ("kvcore.cuda", "kvcore.tiers", "kvcore.worker", "kvcore.blend")
 
 Result = msgspec.Struct | DeferredReply
 ServiceHandler = Callable[[Any, RequestContext], Result | Generator[None, None, Result]]
-"""Takes a request and its context; as `kvcore.engine.engine` describes handlers."""
+"""Takes a request and its context; see `kvcore.engine.engine` for handlers."""
 
 
 class RequestService(Protocol):
-    """Requests that an optional part serves. Loop thread only."""
+    """Requests that an optional part serves. Called on the loop thread only."""
 
     def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
-        """Return the handler of each request type that it serves."""
+        """Return the handlers by request type."""
 
     def counters(self) -> dict[str, int]:
-        """Return its counters by name; each only grows."""
+        """Return monotonic counters by name."""
 
     def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
-        """Describe the `limit` oldest tickets."""
+        """Return the `limit` oldest tickets, oldest first."""
 
     def num_tickets(self) -> int:
         """Return the number of live tickets."""
 
     def close(self) -> None:
-        """Release what it holds, before the engine is closed."""
+        """Release all resources; called before the engine is closed."""
 
 
 OpenTransports = Callable[[str, Bytes], Mapping[type[MemoryHandle], Transport]]
-"""Makes the transports of a `device` option, of the option and the arena."""
+"""Takes the `device` option and the arena; returns transports by handle type."""
 OpenService = Callable[[ServerConfig, Engine], RequestService]
 OpenTiers = Callable[[Sequence[str], ServerConfig], OpenTiering]
-"""Opens tiers by URL; returns what makes them the engine's tiering."""
+"""Takes URLs; returns a factory of the engine's tiering."""
 
 
 @dataclass(slots=True)
 class Extensions:
-    """What the installed optional parts offer."""
+    """Factories of the installed optional parts."""
 
     transports: list[OpenTransports] = field(default_factory=list)
     tiers: list[OpenTiers] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Extensions:
 
 @cache
 def load_extensions() -> Extensions:
-    """Import the installed packages of `PACKAGES` and return what they offer."""
+    """Import the installed packages of `PACKAGES` and return their factories."""
     extensions = Extensions()
     for name in PACKAGES:
         try:

@@ -34,14 +34,14 @@ NO_CHECKSUM = Checksum(b"")
 
 
 def buffers_of(memory: memoryview, extents: Allocation) -> Buffers:
-    """Return a part's bytes in the arena, in order, without copying."""
+    """Return views of a part's bytes in the arena, in order."""
     return tuple(
         memory[extent.offset : extent.offset + extent.length] for extent in extents
     )
 
 
 def checksum_of(buffers: Iterable[memoryview]) -> Checksum:
-    """Return xxh3-128 over the buffers in order; some 35 GB/s, without the GIL."""
+    """Return xxh3-128 over the buffers in order, computed without the GIL."""
     state = xxhash.xxh3_128()
     for buffer in buffers:
         state.update(buffer)

@@ -6,7 +6,7 @@ material that begins in it. The chain starts from a seed that names the space
 mean equal bytes up to rank, group and layout, which the stored part carries.
 SHA-256 because a key must resist forging: in a shared cache, whoever can make two
 prompts collide can feed one user's KV to another. With SHA extensions it is also the
-fastest cryptographic hash here (docs/performance.md).
+fastest cryptographic hash measured (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ HASH_ALGORITHM = "sha256/chain-1"
 
 
 class SessionKey(msgspec.Struct, frozen=True, array_like=True):
-    """One request of one engine. Never part of a chunk's identity."""
+    """One request of one engine. Not part of a chunk's identity."""
 
     engine_id: Annotated[str, msgspec.Meta(max_length=1024)]
     request_id: Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 class ScopedKey(SessionKey, frozen=True, array_like=True):
-    """A session inside the server: `scope` names the engine key that it belongs to.
+    """A session inside the server; `scope` identifies the engine key that owns it.
 
-    The server sets it from the client, so that no client reaches a session of another
-    engine by its name.
+    The server derives the scope from the client, so that no client can address a
+    session of another engine by its name.
     """
 
     scope: bytes = b""
@@ -51,7 +51,7 @@ def scope_of(key: SessionKey) -> bytes:
 
 
 class SaltedKey(SessionKey, frozen=True, array_like=True):
-    """A session as the owner of stores and loads: its salt names the quota."""
+    """A session as the owner of stores and loads; `salt` selects the quota."""
 
     salt: str | None = None
 
@@ -59,8 +59,8 @@ class SaltedKey(SessionKey, frozen=True, array_like=True):
 class ExtraKey(msgspec.Struct, frozen=True, array_like=True):
     """Hash material beside the tokens (cache salt, LoRA, image) from `start` on.
 
-    It is mixed into the chunk that holds token `start`, and through the chain into
-    every later one.
+    It is hashed into the chunk that holds token `start`, and through the chain into all
+    later chunks.
     """
 
     start: Annotated[int, msgspec.Meta(ge=0, description="position of a token")]
@@ -83,9 +83,9 @@ Tokens = Sequence[int] | np.ndarray[Any, np.dtype[np.integer]]
 
 
 def pack_tokens(tokens: Tokens) -> bytes:
-    """Pack token ids as little-endian uint32.
+    """Return token ids packed as little-endian uint32.
 
-    An array of integers packs some 100 times faster than a list.
+    Packing an array of integers is some 100 times faster than packing a list.
 
     Raises:
         BadRequest: an id is negative or over 2**32 - 1.
@@ -104,10 +104,13 @@ def pack_tokens(tokens: Tokens) -> bytes:
 
 
 def view_tokens(tokens: Tokens) -> memoryview:
-    """Pack as `pack_tokens`, but without a copy where the ids are packed already.
+    """Return packed tokens as `pack_tokens` does, without a copy of packed arrays.
 
-    The view is valid while the caller does not change the array. Worth it for
-    long prompts: fresh memory costs more than the copy (docs/performance.md).
+    A contiguous `uint32[n]` is returned as a view of its bytes, which is valid until
+    the caller changes the array (docs/performance.md has the gain).
+
+    Raises:
+        BadRequest: an id is negative or over 2**32 - 1.
     """
     packed = (
         isinstance(tokens, np.ndarray)
@@ -128,7 +131,7 @@ def chain_seed(
     chunk_size: int,
     materials: Sequence[bytes] = (),
 ) -> ChunkHash:
-    """Return the parent of a first chunk; `materials` make a space of their own."""
+    """Return the parent of first chunks; other `materials` give separate keys."""
     identity = (HASH_ALGORITHM, space, model, world_size, chunk_size, *materials)
     return ChunkHash(sha256(msgspec.msgpack.encode(identity)).digest())
 
@@ -141,11 +144,11 @@ def child_hash(parent: ChunkHash, packed: bytes | memoryview) -> ChunkHash:
 
 
 class HashChain:
-    """Chained chunk hashes of one token sequence, extended piece by piece.
+    """Chained chunk hashes of one token sequence, extended incrementally.
 
-    Holds hashes and the tokens after the last whole chunk, not the tokens hashed.
-    `extend` is a generator so that the caller's loop can serve others between
-    slices: one SHA-256 over 1 KiB holds the GIL, and 512 in a row hold everyone.
+    It keeps the hashes and the tokens after the last whole chunk, not the hashed
+    tokens. `extend` is a generator so that an event loop can serve other clients
+    between slices: SHA-256 over 1 KiB holds the GIL.
     """
 
     __slots__ = ("chunk_bytes", "extras", "hashes", "seed", "tail")
@@ -161,11 +164,11 @@ class HashChain:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known: the hashed ones and the tail."""
+        """Number of tokens: the hashed ones and the tail."""
         return (len(self.hashes) * self.chunk_bytes + len(self.tail)) // TOKEN_BYTES
 
     def rewind(self, num_chunks: int) -> None:
-        """Forget everything after the first `num_chunks` chunks."""
+        """Discard everything after the first `num_chunks` chunks."""
         del self.hashes[num_chunks:]
         self.tail = b""
 
@@ -175,8 +178,8 @@ class HashChain:
             packed = b"".join((self.tail, packed))
         size = self.chunk_bytes
         num_chunks = len(packed) // size
-        # Until the end, what is left over follows hashes that are not there yet: who
-        # stops in between leaves a shorter chain, not a wrong one.
+        # The new tail follows hashes that do not exist yet, so it is set last: a
+        # caller that stops between slices leaves a shorter chain, not a wrong one.
         self.tail = b""
         parent = self.hashes[-1] if self.hashes else self.seed
         extras = self._extras_by_chunk() if self.extras else None

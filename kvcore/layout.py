@@ -1,11 +1,11 @@
-"""Where K and V lie: in an engine's paged cache, and in a chunk's part in L1.
+"""Locations of K and V in an engine's paged cache, and in a chunk's part in L1.
 
-A worker registers `CacheGroup`s. From each, with the chunk size, `KVLayout` derives
-everything that is asked later, once, validated at construction:
+A worker registers `CacheGroup`s. `KVLayout.derive` validates each against the chunk
+size and the registered memory, and derives from it:
 
-- the `PartLayout`, what a part's bytes mean: equal for every instance that may share
-  chunks, whatever its paging, and named by a fingerprint;
-- the planes: where each (K or V, layer) begins and how far apart its blocks are.
+- the `PartLayout`, the meaning of a part's bytes: equal for all instances that may
+  share chunks, independent of their paging, and identified by a fingerprint;
+- the planes: the offset of each (K or V, layer), and the stride of its blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPE_BYTES = {
 
 
 MAX_PLANES = 16_384
-"""Bound of the work that one cache group makes: K and V of 8,192 layers."""
+"""Limit of planes per cache group: K and V of 8,192 layers."""
 
 
 class TensorView(msgspec.Struct, frozen=True, array_like=True):
@@ -47,10 +47,10 @@ class TensorView(msgspec.Struct, frozen=True, array_like=True):
 class CacheGroup(msgspec.Struct, frozen=True):
     """Layers of one attention kind that share block ids.
 
-    `axes` gives one letter for each dimension of every tensor: L layer, K the pair K
-    and V, N block, S slot in the block, H head, D element of a head; a dimension
-    that does not exist (no K with MLA, no L with one tensor per layer) is left out. In
-    opaque groups, P stands for every dimension inside a block's page.
+    `axes` has one letter per dimension of the tensors: L layer, K the pair K and V, N
+    block, S slot in the block, H head, D element of a head. Dimensions that a tensor
+    lacks (K with MLA, L with one tensor per layer) are left out. In opaque groups, P
+    stands for each dimension inside a block's page.
     """
 
     axes: Annotated[str, Meta(min_length=1, max_length=16)]
@@ -70,7 +70,7 @@ class CacheGroup(msgspec.Struct, frozen=True):
 
 
 def token_buffer(shape: tuple[int, ...], dtype: str) -> CacheGroup:
-    """Describe a contiguous buffer `[K, L, T, D]` as T blocks of one token.
+    """Return the group of a contiguous buffer `[K, L, T, D]`: T blocks of one token.
 
     K is 2, or 1 with MLA, where every rank holds the same bytes.
 
@@ -81,12 +81,9 @@ def token_buffer(shape: tuple[int, ...], dtype: str) -> CacheGroup:
         raise LayoutError(
             f"shape {shape}: a blend buffer is [2, L, T, D], or [1, L, T, D]"
         )
-    if dtype not in DTYPE_BYTES:
-        known = ", ".join(sorted(DTYPE_BYTES))
-        raise LayoutError(f"dtype {dtype!r}: known are {known}")
     num_kv, num_layers, num_tokens, width = shape
     axes = (num_kv, num_layers, num_tokens, 1, width)
-    item = DTYPE_BYTES[dtype]
+    item = _item_bytes(dtype)
     strides = tuple(item * math.prod(axes[at + 1 :]) for at in range(len(axes)))
     return CacheGroup(
         axes="KLNSD",
@@ -97,6 +94,13 @@ def token_buffer(shape: tuple[int, ...], dtype: str) -> CacheGroup:
     )
 
 
+def _item_bytes(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        known = ", ".join(sorted(DTYPE_BYTES))
+        raise LayoutError(f"dtype {dtype!r}: known are {known}")
+    return DTYPE_BYTES[dtype]
+
+
 class MemoryLayoutDesc(msgspec.Struct, frozen=True):
     """Shapes and dtypes of the buffers that hold some tokens of a chunk."""
 
@@ -105,13 +109,13 @@ class MemoryLayoutDesc(msgspec.Struct, frozen=True):
 
 
 class PartLayout(msgspec.Struct, frozen=True):
-    """What the bytes of a part mean: planes of units, `[KV, L, units, unit bytes]`.
+    """Meaning of the bytes of a part: planes of units, `[KV, L, units, unit bytes]`.
 
-    `order` is "token" when a unit is one token, so a part is `[KV, L, T, D]`; "block"
-    when a unit is a block with its inside as the engine has it, where single tokens
-    would be tiny pieces; "page" when a block is opaque. `inner` names the
-    axes inside a unit with their sizes, outermost first; it is empty for a token
-    that is `[head, dim]` and for a page.
+    `order` is "token" if a unit is one token, so that a part is `[KV, L, T, D]`;
+    "block" if a unit is a whole block in the engine's own order, because its tokens are
+    not contiguous; "page" if blocks are opaque. `inner` names the axes inside a unit
+    with their sizes, outermost first; it is empty for pages and for tokens that are
+    `[head, dim]`.
     """
 
     order: Literal["token", "block", "page"]
@@ -127,7 +131,7 @@ class PartLayout(msgspec.Struct, frozen=True):
 
     @property
     def num_planes(self) -> int:
-        """Pairs of (K or V, layer), K first."""
+        """Number of pairs (K or V, layer); the planes of K come first."""
         return self.num_kv * self.num_layers
 
     @property
@@ -142,11 +146,11 @@ class PartLayout(msgspec.Struct, frozen=True):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Name of this value, the same in every process."""
+        """Identifier of this value, equal in all processes."""
         return Fingerprint(sha256(msgspec.msgpack.encode(self)).hexdigest()[:16])
 
     def desc(self, num_tokens: int) -> MemoryLayoutDesc:
-        """Shape and dtype of the first `num_tokens` tokens, whole units of them."""
+        """Return shape and dtype of the units that hold the first `num_tokens`."""
         units = -(-num_tokens // self.unit_tokens)
         if self.order != "page":
             size = self.unit_bytes // DTYPE_BYTES[self.dtype]
@@ -156,24 +160,25 @@ class PartLayout(msgspec.Struct, frozen=True):
         return MemoryLayoutDesc((pages,), ("uint8",))
 
     def __str__(self) -> str:
-        heads = "" if self.num_kv == 2 else ", one plane a layer"
+        heads = "" if self.num_kv == 2 else ", one plane per layer"
         window = f", window {self.window}" if self.window else ""
         layers = f"{self.num_layers} layer{'s' * (self.num_layers != 1)}"
         size = "" if self.order == "token" else f"{self.unit_tokens}-token "
         replicated = ", replicated" if self.replicated else ""
         return (
-            f"{layers}{heads}, {self.unit_bytes} bytes a "
+            f"{layers}{heads}, {self.unit_bytes} bytes per "
             f"{size}{self.order} ({self.dtype}){window}{replicated}"
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVLayout:
-    """One cache group of one instance, ready to be copied.
+    """Locations of one cache group of one instance; offsets and strides in bytes.
 
-    A token t of block b of plane p lies in handle `plane_handles[p]` at
-    `plane_offsets[p] + b * block_stride + t * slot_stride`, `part.unit_bytes` long; in
-    block and page order, block b of plane p is `part.unit_bytes` contiguous bytes.
+    Token t of block b of plane p lies in handle `plane_handles[p]` at
+    `plane_offsets[p] + b * block_stride + t * slot_stride` and is `part.unit_bytes`
+    long. In block and page order, block b of plane p is `part.unit_bytes` contiguous
+    bytes. `plane_offsets` is `int64[part.num_planes]`.
     """
 
     part: PartLayout
@@ -188,16 +193,18 @@ class KVLayout:
     def derive(
         cls, group: CacheGroup, handle_bytes: Sequence[int], chunk_size: int
     ) -> KVLayout:
-        """Validate a registered group against the sizes of its handles.
+        """Return the layout of a registered group.
+
+        `handle_bytes` holds the size of each handle, `chunk_size` counts tokens.
 
         Raises:
-            LayoutError: naming the field that cannot be right.
+            LayoutError: naming the field that is invalid.
         """
         return _Derivation(group, handle_bytes, chunk_size).layout()
 
 
 _AXES = {"tokens": ("LKNSHD", "NSD"), "pages": ("LNP", "NP")}
-"""Of each kind, the axes that may be there and those that must be."""
+"""By kind: the axes that are allowed, and those that are required."""
 
 
 class _Dim(NamedTuple):
@@ -209,7 +216,7 @@ class _Dim(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """What moves as one; see `PartLayout` and `KVLayout`."""
+    """Bytes that are copied as one; see `PartLayout` and `KVLayout`."""
 
     order: Literal["token", "block", "page"]
     num_bytes: int
@@ -218,7 +225,7 @@ class _Unit(NamedTuple):
 
 
 class _Derivation:
-    """One registered group on its way to a `KVLayout`."""
+    """Derivation of a `KVLayout` from a registered group."""
 
     def __init__(
         self, group: CacheGroup, handle_bytes: Sequence[int], chunk_size: int
@@ -227,8 +234,8 @@ class _Derivation:
         self.handle_bytes = handle_bytes
         self.chunk_size = chunk_size
         self._check_axes()
+        self.item = _item_bytes(group.dtype)
         self._check_values()
-        self.item = DTYPE_BYTES[group.dtype]
         for index, tensor in enumerate(group.tensors):
             self._check_tensor(f"tensors[{index}]", tensor)
         self.dims = self._dims(group.tensors[0])
@@ -236,7 +243,7 @@ class _Derivation:
         self.stride = {dim.axis: dim.stride for dim in self.dims}
 
     def layout(self) -> KVLayout:
-        """Derive what was validated; a few checks need the unit and come here."""
+        """Return the layout, after the checks that need the sizes of the axes."""
         group, stride = self.group, self.stride
         unit = self._unit()
         num_kv, num_layers = self.size.get("K", 1), self.size.get("L", 1)
@@ -288,9 +295,6 @@ class _Derivation:
 
     def _check_values(self) -> None:
         group = self.group
-        if group.dtype not in DTYPE_BYTES:
-            known = ", ".join(sorted(DTYPE_BYTES))
-            raise LayoutError(f"dtype {group.dtype!r}: known are {known}")
         if self.chunk_size % group.block_size:
             raise LayoutError(
                 f"block_size {group.block_size} does not divide the chunk size "
@@ -308,7 +312,7 @@ class _Derivation:
         if (tensor.shape, tensor.strides) != (first.shape, first.strides):
             raise LayoutError(
                 f"{where}: shape and strides differ from tensors[0]'s; layers of other "
-                "shapes make a group of their own"
+                "shapes need a group of their own"
             )
         if tensor.handle >= len(self.handle_bytes):
             raise LayoutError(f"{where}: no handle {tensor.handle}")

@@ -11,9 +11,9 @@ from pathlib import Path
 def open_private(path: Path, flags: int) -> int:
     """Open a file, or create it with O_CREAT, and set its mode to 0600.
 
-    The umask does not matter. A symbolic link is refused: in a shared folder another
-    user may have put it there. What is not a regular file, a FIFO for one, keeps its
-    mode. Returns a descriptor.
+    The mode does not depend on the umask. Symbolic links are refused: in a shared
+    folder, another user may have created them. Files that are not regular, such as a
+    FIFO, keep their mode. Returns a descriptor that the caller closes.
 
     Raises:
         OSError: the path is a symbolic link or another user's file, or cannot be
@@ -33,7 +33,7 @@ def open_private(path: Path, flags: int) -> int:
         if stat.S_ISREG(os.fstat(file).st_mode):
             os.fchmod(file, 0o600)
             if truncate:
-                # Not before the mode could be set: the file is this user's own.
+                # Only now: setting the mode fails for another user's file.
                 os.ftruncate(file, 0)
     except OSError:
         os.close(file)

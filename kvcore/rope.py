@@ -27,7 +27,7 @@ class LinearScaling(msgspec.Struct, frozen=True, tag="linear"):
 
 
 class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
-    """Llama 3.1's scaling: low frequencies divided, high ones kept, a ramp between."""
+    """Llama 3.1's scaling: divides low frequencies, keeps high ones, a ramp between."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -36,9 +36,10 @@ class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
 
 
 class YarnScaling(msgspec.Struct, frozen=True, tag="yarn"):
-    """YaRN's ramp by rotations in the original context (Peng et al., 2023).
+    """YaRN's ramp over rotations in the original context (Peng et al., 2023).
 
-    Its attention factor scales a key's length, which a rotation preserves.
+    Its attention factor is not needed: it scales a key's length, which a rotation
+    preserves.
     """
 
     factor: float
@@ -51,7 +52,7 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 class Rope(msgspec.Struct, frozen=True):
-    """Rotation of a model's keys. Frequencies MUST NOT depend on a prompt's length."""
+    """Rotation of a model's keys; its frequencies must not depend on prompt length."""
 
     theta: Annotated[float, Meta(description="base of the frequencies")]
     head_dim: Annotated[int, Meta(ge=1, description="elements of a head in the buffer")]
@@ -65,18 +66,23 @@ class Rope(msgspec.Struct, frozen=True):
     scaling: RopeScaling | None = None
 
     def check(self) -> None:
-        """Raise `LayoutError` if the parameters describe no rotation."""
+        """Check that the parameters describe a rotation.
+
+        Raises:
+            LayoutError: the rotated elements are not pairs of a head's, or a number is
+                not positive and finite.
+        """
         if self.rotary_dim % 2 or self.first_dim + self.rotary_dim > self.head_dim:
             raise LayoutError(
                 f"rope: elements {self.first_dim} to {self.first_dim + self.rotary_dim}"
-                f" of a head of {self.head_dim} are no pairs"
+                f" are not pairs of a head of {self.head_dim}"
             )
         scaling = msgspec.structs.astuple(self.scaling) if self.scaling else ()
         if not all(0 < value < math.inf for value in (self.theta, *scaling)):
             raise LayoutError("rope: theta and scaling's numbers must be positive")
 
     def frequencies(self) -> Frequencies:
-        """Return each pair's radians per position, `[rotary_dim / 2]`."""
+        """Return the radians per position of each pair, `float64[rotary_dim / 2]`."""
         powers = np.arange(0, self.rotary_dim, 2) / self.rotary_dim
         with np.errstate(all="ignore"):
             plain = np.float64(self.theta) ** -powers
@@ -102,7 +108,7 @@ def _yarn(plain: Frequencies, scaling: YarnScaling, theta: float) -> Frequencies
     dim = 2 * plain.size
 
     def pair(rotations: float) -> float:
-        """Return the pair that completes `rotations` in the original context."""
+        """Return the index of the pair that completes `rotations` in that context."""
         wave = scaling.original_max_position / (np.float64(rotations) * 2 * math.pi)
         return float(dim * np.log(wave) / (2 * np.log(theta)))
 

@@ -1,4 +1,4 @@
-"""Request types derived from their declarations, and their encoding in frames.
+"""Request types, derived from their declarations, and their encoding in frames.
 
 One ZeroMQ message carries one request or one reply, msgpack in a single frame:
 
@@ -26,8 +26,8 @@ from kvcore.protocol import BootToken, Lane, Request
 class RequestType:
     """One declared request and the values derived from its declaration.
 
-    What takes a millisecond to derive is derived when first asked for: a client uses
-    a few requests, and imports them all.
+    Fingerprint and decoders take a millisecond to derive, so they are derived on first
+    use: a client imports all requests and uses a few.
     """
 
     name: str
@@ -43,24 +43,24 @@ class RequestType:
 
     @cached_property
     def decoder(self) -> msgspec.msgpack.Decoder[Any]:
-        """Reads the request's body."""
+        """Decoder of the request's body."""
         return msgspec.msgpack.Decoder(self.request)
 
     @cached_property
     def reply_decoder(self) -> msgspec.msgpack.Decoder[Any]:
-        """Reads the reply's body."""
+        """Decoder of the reply's body."""
         return msgspec.msgpack.Decoder(self.reply)
 
 
 def wire_name(cls: type[Request[Any]]) -> str:
-    """`RegisterKVCache` is REGISTER_KV_CACHE on the wire."""
+    """Return a request's name: REGISTER_KV_CACHE for `RegisterKVCache`."""
     return re.sub(
         r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
     ).upper()
 
 
 def _describe(kind: Any) -> Any:
-    """Render a type so that equal renderings mean equal bytes on the wire."""
+    """Return a description of a type; equal ones mean the same bytes on the wire."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         config = kind.__struct_config__
         fields = [
@@ -80,7 +80,7 @@ def _describe(kind: Any) -> Any:
 
 
 def derive(cls: type[Request[Any]]) -> RequestType:
-    """Derive what follows from a request's declaration, and from nothing else."""
+    """Return the type of a request; it depends on the declaration alone."""
     reply = get_args(cls.__orig_bases__[0])[0]  # type: ignore[attr-defined]
     return RequestType(wire_name(cls), cls, reply, cls.lane)
 
@@ -127,30 +127,31 @@ _pieces = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _ids = msgspec.msgpack.Decoder(int)
 
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
-"""What decoding raises for foreign bytes; ValueError where text is not UTF-8."""
+"""Exceptions of decoders for invalid bytes; ValueError for text that is not UTF-8."""
+
+MAX_ERROR_TEXT = 400
+"""Characters."""
 
 
-MAX_SAID = 400
+def _text_of(error: Exception) -> str:
+    """Return a decoder's message on one line of bounded length.
 
-
-def _said(error: Exception) -> str:
-    """Put what a decoder says on a short line: it may quote foreign text as it is.
-
-    Where it stands is said at the end, so the middle goes.
+    The message may quote a client's text. It ends with the field's path, so characters
+    are removed from the middle.
     """
     text = str(error)
     if not text.isprintable():
         text = ascii(text)[1:-1]
-    if len(text) <= MAX_SAID:
+    if len(text) <= MAX_ERROR_TEXT:
         return text
-    half = MAX_SAID // 2
+    half = MAX_ERROR_TEXT // 2
     return f"{text[:half]}...{text[-half:]}"
 
 
 def encode_request(
     request: Request[Any], request_id: int, boot: BootToken, deadline_ns: int
 ) -> bytes:
-    """Encode one request; `deadline_ns` is on the host's monotonic clock."""
+    """Return a request's frame; `deadline_ns` is on the host's monotonic clock."""
     kind = BY_CLASS[type(request)]
     # The body is encoded in place: one copy of the tokens instead of two.
     return _encoder.encode(
@@ -159,16 +160,16 @@ def encode_request(
 
 
 def decode_envelope(frame: bytes | memoryview) -> RequestEnvelope:
-    """Read the outer part of a request.
+    """Decode the envelope of a request.
 
     Raises:
-        BadRequest: not a request; `details["id"]` names it when that much was read.
+        BadRequest: not a request; `details["id"]` is its id, or 0 if unreadable.
     """
     try:
         return _request_envelopes.decode(frame)
     except UNREADABLE as error:
         raise BadRequest(
-            f"not a request: {_said(error)}", id=_salvage_id(frame)
+            f"not a request: {_text_of(error)}", id=_salvage_id(frame)
         ) from None
 
 
@@ -181,53 +182,58 @@ def _salvage_id(frame: bytes | memoryview) -> int:
 
 
 def decode_request(envelope: RequestEnvelope) -> tuple[RequestType, Request[Any]]:
-    """Read a request's body. Packed fields are views into the frame.
+    """Decode a request's body; packed fields are views of the frame.
 
     Raises:
-        UnknownRequest, RequestMismatch, BadRequest: naming the request and field.
+        UnknownRequest: no request has this name.
+        RequestMismatch: the client declares it differently.
+        BadRequest: a field is invalid; the message names it.
     """
     kind = REQUESTS.get(envelope.name)
     if kind is None:
         raise UnknownRequest(f"no request is called {envelope.name[:64]!r}")
     if envelope.fingerprint != kind.fingerprint:
         raise RequestMismatch(
-            f"{kind.name}: declared otherwise by the client "
-            f"({envelope.fingerprint[:16]}) than here ({kind.fingerprint}); "
-            "their versions differ"
+            f"{kind.name}: the client's declaration ({envelope.fingerprint[:16]}) "
+            f"differs from the server's ({kind.fingerprint}); use the same version"
         )
     try:
         return kind, kind.decoder.decode(envelope.body)
     except UNREADABLE as error:
-        raise BadRequest(f"{kind.name}: {_said(error)}") from None
+        raise BadRequest(f"{kind.name}: {_text_of(error)}") from None
 
 
 def encode_reply(request_id: int, reply: Any) -> bytes:
-    """Encode a result."""
+    """Return the frame of a result."""
     return _encoder.encode((request_id, "", reply))
 
 
 def encode_error(request_id: int, error: KVError) -> bytes:
-    """Encode an error; the client raises the class that its code names."""
+    """Return the frame of an error; the client raises the class of its code."""
     details = {name: _within_64_bits(value) for name, value in error.details.items()}
     body = ErrorBody(error.message, details)
     return _encoder.encode((request_id, error.code, body))
 
 
 def _within_64_bits(value: int | str) -> int | str:
-    """Return a detail as msgpack can carry it: an integer beyond 64 bits as text."""
+    """Return a detail that msgpack can encode: integers beyond 64 bits as text."""
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         return str(value)
     return value
 
 
 def decode_reply(frame: bytes | memoryview) -> ReplyEnvelope:
-    """Read the outer part of a reply; raises `BadRequest` for anything else."""
+    """Decode the envelope of a reply.
+
+    Raises:
+        BadRequest: not a reply.
+    """
     try:
         return _reply_envelopes.decode(frame)
     except UNREADABLE as error:
-        raise BadRequest(f"not a reply: {_said(error)}") from None
+        raise BadRequest(f"not a reply: {_text_of(error)}") from None
 
 
 def decode_error(body: msgspec.Raw) -> ErrorBody:
-    """Read an error's body."""
+    """Decode an error's body."""
     return _error_bodies.decode(body)

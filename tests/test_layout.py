@@ -262,13 +262,13 @@ def test_a_part_s_size_is_its_desc_s() -> None:
 @pytest.mark.parametrize(
     ("group", "text"),
     [
-        (FLASH, "1 layer, 64 bytes a token (float16)"),
+        (FLASH, "1 layer, 64 bytes per token (float16)"),
         (
             replace(tokens("NSD", BLOCKS, 16, 36), window=8, replicated=True),
-            "1 layer, one plane a layer, 72 bytes a token (float16), window 8, "
+            "1 layer, one plane per layer, 72 bytes per token (float16), window 8, "
             "replicated",
         ),
-        (HEAD_MAJOR, "1 layer, 1024 bytes a 16-token block (float16)"),
+        (HEAD_MAJOR, "1 layer, 1024 bytes per 16-token block (float16)"),
     ],
 )
 def test_parts_describe_themselves(group: CacheGroup, text: str) -> None:

@@ -176,7 +176,7 @@ def test_a_fingerprint_does_not_depend_on_other_requests() -> None:
 def test_a_request_declared_otherwise_is_refused(kind: RequestType) -> None:
     """Two versions that differ in a used request say so."""
     frame = msgspec.msgpack.encode((3, kind.name, "00000000", 0, 0, {}))
-    with pytest.raises(RequestMismatch, match=f"{kind.name}: declared otherwise"):
+    with pytest.raises(RequestMismatch, match=f"{kind.name}: the client's declaration"):
         decode_request(decode_envelope(frame))
 
 
