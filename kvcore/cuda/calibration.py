@@ -230,6 +230,4 @@ class _Bench:
         self._kernels.launch(self._stream, table)
         self._wait()
         rows = PartRows(1, count * size, count, 1, size, size, 0, 16)
-        at_planes, at_ranges, at_blocks = table.places
-        places = (at_planes, at_ranges, at_blocks, self._staging)
-        return RowCopy(rows, *places, 0, count * size, to_host)
+        return RowCopy(rows, table.places, self._staging, 0, count * size, to_host)

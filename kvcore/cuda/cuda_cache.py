@@ -21,8 +21,8 @@ import numpy as np
 from kvcore.blend.key_rotation import RAW_DTYPES, BlockRotation, rotation_factors
 from kvcore.copy.block_arrays import ChunkSpans
 from kvcore.cuda.calibration import CopyMethod, choose_method, measure
-from kvcore.cuda.copy_plan import I64, ByteRanges, CopyPlan, PartRows
-from kvcore.cuda.device_interface import Device, Stream
+from kvcore.cuda.copy_plan import I64, ByteRanges, CopyPieces, CopyPlan, PartRows
+from kvcore.cuda.device_interface import Device
 from kvcore.cuda.kernel_launches import Kernels, KeyRotation, RowCopy
 from kvcore.cuda.staging import (
     NUM_SLOTS,
@@ -66,12 +66,13 @@ class CopyStream:
     unless the device has failed for good.
     """
 
-    def __init__(self, device: Device, kernels: Kernels, launches: Stream) -> None:
-        self._kernels = kernels
-        self._launches = launches
-        self._copies = device.stream()
-        self._packed = [device.event() for _ in range(NUM_SLOTS)]
-        self._copied = [device.event() for _ in range(NUM_SLOTS)]
+    def __init__(self, shared: CudaCaches, *, to_host: bool) -> None:
+        self._to_host = to_host
+        self._kernels = shared.kernels
+        self._launches = shared.gathers if to_host else shared.scatters
+        self._copies = shared.device.stream()
+        self._packed = [shared.device.event() for _ in range(NUM_SLOTS)]
+        self._copied = [shared.device.event() for _ in range(NUM_SLOTS)]
 
     def close(self) -> None:
         """Destroy stream and events. No call is running."""
@@ -79,43 +80,72 @@ class CopyStream:
         for event in (*self._packed, *self._copied):
             event.close()
 
-    def gather(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
-        """Pack one slot from the cache while the other is copied to the arena."""
+    def copy_staged(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
+        """Copy by way of a buffer; its table MUST have room for the plan's tables."""
         with self._all_done():
-            table = self._upload(plan, buffer)
-            slot = 0
-            for number, load in enumerate(loads(plan, buffer.sizes.slot_bytes)):
-                slot = number % NUM_SLOTS
-                if number >= NUM_SLOTS:
-                    self._copied[slot].wait()
-                self._copy_rows(load, plan, table, buffer, slot, is_gather=True)
-                self._copies.wait_for(self._packed[slot])
-                self._cross(load, buffer, slot, to_host=True)
-            self._copied[slot].wait()
+            table = buffer.write((plan.planes, plan.ranges, plan.spans.blocks))
+            self._kernels.launch(self._launches, table)
+            (self._gather if self._to_host else self._scatter)(plan, table, buffer)
 
-    def scatter(self, plan: CopyPlan, buffer: StagingBuffer) -> None:
-        """Copy one slot from the arena while the other is unpacked into the cache."""
-        with self._all_done():
-            table = self._upload(plan, buffer)
-            todo = loads(plan, buffer.sizes.slot_bytes, backwards=True)
-            for slot, load in enumerate(todo[:NUM_SLOTS]):
-                self._cross(load, buffer, slot, to_host=False)
-            slot = 0
-            for number, load in enumerate(todo):
-                slot = number % NUM_SLOTS
-                self._copied[slot].wait()
-                self._copy_rows(load, plan, table, buffer, slot, is_gather=False)
-                if number + NUM_SLOTS < len(todo):
-                    self._copies.wait_for(self._packed[slot])
-                    self._cross(todo[number + NUM_SLOTS], buffer, slot, to_host=False)
-            self._packed[slot].wait()
-
-    def copy_pieces(
-        self, destinations: I64, sources: I64, sizes: I64, *, batched: bool
+    def _gather(
+        self, plan: CopyPlan, table: KernelTable, buffer: StagingBuffer
     ) -> None:
-        """Copy pieces without staging."""
+        """Pack one slot from the cache while the other is copied to the arena."""
+        slot = 0
+        for number, load in enumerate(loads(plan, buffer.sizes.slot_bytes)):
+            slot = number % NUM_SLOTS
+            if number >= NUM_SLOTS:
+                self._copied[slot].wait()
+            self._copy_rows(plan.rows, load, table, buffer, slot)
+            self._copies.wait_for(self._packed[slot])
+            self._cross(load, buffer, slot)
+        self._copied[slot].wait()
+
+    def _scatter(
+        self, plan: CopyPlan, table: KernelTable, buffer: StagingBuffer
+    ) -> None:
+        """Copy one slot from the arena while the other is unpacked into the cache."""
+        todo = loads(plan, buffer.sizes.slot_bytes, backwards=True)
+        for slot, load in enumerate(todo[:NUM_SLOTS]):
+            self._cross(load, buffer, slot)
+        slot = 0
+        for number, load in enumerate(todo):
+            slot = number % NUM_SLOTS
+            self._copied[slot].wait()
+            self._copy_rows(plan.rows, load, table, buffer, slot)
+            if number + NUM_SLOTS < len(todo):
+                self._copies.wait_for(self._packed[slot])
+                self._cross(todo[number + NUM_SLOTS], buffer, slot)
+        self._packed[slot].wait()
+
+    def _copy_rows(
+        self,
+        rows: PartRows,
+        load: LaunchLoad,
+        table: KernelTable,
+        buffer: StagingBuffer,
+        slot: int,
+    ) -> None:
+        """Queue a load's kernel; the slot's `_packed` is reached after it."""
+        begin = (buffer.slots[slot], load.begin)
+        task = RowCopy(rows, table.places, *begin, load.end, self._to_host)
+        self._kernels.launch(self._launches, task)
+        self._launches.record(self._packed[slot])
+
+    def _cross(self, load: LaunchLoad, buffer: StagingBuffer, slot: int) -> None:
+        """Queue a load's copy across the link; `_copied` is reached after it."""
+        arena = load.extents
+        staged = arena.starts + (buffer.slots[slot] - load.begin)
+        ends = (arena.at, staged) if self._to_host else (staged, arena.at)
+        self._copies.copy_many(*ends, arena.sizes, batched=len(arena) > FEW)
+        self._copies.record(self._copied[slot])
+
+    def copy_pieces(self, pieces: CopyPieces, *, batched: bool) -> None:
+        """Copy without staging; the pieces are `here` in the cache."""
+        ends = pieces.here, pieces.there
+        destinations, sources = reversed(ends) if self._to_host else ends
         with self._all_done():
-            self._copies.copy_many(destinations, sources, sizes, batched=batched)
+            self._copies.copy_many(destinations, sources, pieces.sizes, batched=batched)
             self._copies.record(self._copied[0])
             self._copied[0].wait()
 
@@ -142,38 +172,6 @@ class CopyStream:
                 self._kernels.launch(self._launches, task)
             self._launches.record(self._packed[0])
             self._packed[0].wait()
-
-    def _upload(self, plan: CopyPlan, buffer: StagingBuffer) -> KernelTable:
-        table = buffer.write((plan.planes, plan.ranges, plan.spans.blocks))
-        self._kernels.launch(self._launches, table)
-        return table
-
-    def _copy_rows(
-        self,
-        load: LaunchLoad,
-        plan: CopyPlan,
-        table: KernelTable,
-        buffer: StagingBuffer,
-        slot: int,
-        *,
-        is_gather: bool,
-    ) -> None:
-        """Launch a load's kernel; the slot's `_packed` is reached after it."""
-        planes, ranges, blocks = table.places
-        at = (buffer.slots[slot], load.begin, load.end)
-        task = RowCopy(plan.rows, planes, ranges, blocks, *at, is_gather)
-        self._kernels.launch(self._launches, task)
-        self._launches.record(self._packed[slot])
-
-    def _cross(
-        self, load: LaunchLoad, buffer: StagingBuffer, slot: int, *, to_host: bool
-    ) -> None:
-        """Copy a load across the link; the slot's `_copied` is reached after it."""
-        arena = load.extents
-        staged = arena.starts + (buffer.slots[slot] - load.begin)
-        ends = (arena.at, staged) if to_host else (staged, arena.at)
-        self._copies.copy_many(*ends, arena.sizes, batched=len(arena) > FEW)
-        self._copies.record(self._copied[slot])
 
     @contextmanager
     def _all_done(self) -> Iterator[None]:
@@ -298,8 +296,8 @@ class CudaCache:
         self._planes = layout.plane_offsets + handles
         self._rows = PartRows.of(layout, self._planes)
         self._shared = shared
-        self._gathers = CopyStream(shared.device, shared.kernels, shared.gathers)
-        self._scatters = CopyStream(shared.device, shared.kernels, shared.scatters)
+        self._gathers = CopyStream(shared, to_host=True)
+        self._scatters = CopyStream(shared, to_host=False)
 
     def close(self) -> None:
         """Destroy the streams. No call is running."""
@@ -347,24 +345,9 @@ class CudaCache:
         plan = CopyPlan.of(self.layout, self._rows, self._planes, spans, address)
         if not plan.num_bytes:
             return
-        stream = self._gathers if to_host else self._scatters
-        method = self._choose_method(plan, to_host=to_host)
-        if method is not CopyMethod.STAGED:
-            pieces = plan.pieces
-            ends = pieces.here, pieces.there
-            destinations, sources = reversed(ends) if to_host else ends
-            batched = method is CopyMethod.BATCHED
-            stream.copy_pieces(destinations, sources, pieces.sizes, batched=batched)
-            return
-        staged = stream.gather if to_host else stream.scatter
-        for some in plan.split(self._max_spans):
-            if some.num_bytes:
-                with self._shared.staging.buffer() as buffer:
-                    staged(some, buffer)
-
-    def _choose_method(self, plan: CopyPlan, *, to_host: bool) -> CopyMethod:
-        rates = self._shared.rates
-        one_way = rates.to_host if to_host else rates.to_device
+        one_way = (
+            self._shared.rates.to_host if to_host else self._shared.rates.to_device
+        )
         method = choose_method(
             one_way,
             plan.num_bytes,
@@ -374,7 +357,15 @@ class CudaCache:
             can_stage=self._max_spans > 0 and bool(one_way.kernels),
         )
         self._shared.count_copy(method, "to_host" if to_host else "to_device")
-        return method
+        stream = self._gathers if to_host else self._scatters
+        if method is not CopyMethod.STAGED:
+            batched = method is CopyMethod.BATCHED
+            stream.copy_pieces(plan.pieces, batched=batched)
+            return
+        for some in plan.split(self._max_spans):
+            if some.num_bytes:
+                with self._shared.staging.buffer() as buffer:
+                    stream.copy_staged(some, buffer)
 
     @property
     def _max_spans(self) -> int:

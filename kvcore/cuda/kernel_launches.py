@@ -39,16 +39,14 @@ _PARAMETER = re.compile(r"\.param \.[bsuf](\d+)")
 class RowCopy:
     """A copy of [begin, end) of a plan's line: cache to staging, or the way back.
 
-    `planes`, `ranges` and `blocks` are device addresses of the plan's tables: int64
-    `[planes]`, int64 `[spans, 2]`, int32 `[spans, blocks per chunk]`. `staging` is the
+    `tables` are the device addresses of the plan's planes, int64 `[planes]`, ranges,
+    int64 `[spans, 2]`, and blocks, int32 `[spans, blocks per chunk]`. `staging` is the
     address of `begin`. Bytes that the line does not have (null blocks, bytes outside
     the ranges) are left unchanged on the side that is written.
     """
 
     rows: PartRows
-    planes: int
-    ranges: int
-    blocks: int
+    tables: tuple[int, ...]
     staging: int
     begin: int
     end: int
@@ -250,15 +248,16 @@ def _upload_arguments(table: KernelTable) -> Arguments:
 
 def _copy_arguments(copy: RowCopy) -> Arguments:
     rows = copy.rows
+    planes, ranges, blocks = copy.tables
     tile = tile_words(rows.row_bytes // rows.word)
     loads = LOADS if tile > 1 else 1
     words = tile // loads
     return Arguments(
         "copy_rows",
         longs={
-            "planes": copy.planes,
-            "ranges": copy.ranges,
-            "blocks": copy.blocks,
+            "planes": planes,
+            "ranges": ranges,
+            "blocks": blocks,
             "staging": copy.staging,
             "skip": copy.begin - copy.first_plane * rows.plane_bytes,
             "length": copy.end - copy.begin,

@@ -23,11 +23,12 @@ def table(address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
 def rows_of(copy: RowCopy) -> Iterator[tuple[int, int, int]]:
     """Yield cache address, staging address and size of every row that is copied."""
     rows = copy.rows
-    planes = table(copy.planes, (rows.num_planes,), np.int64).tolist()
+    at_planes, at_ranges, at_blocks = copy.tables
+    planes = table(at_planes, (rows.num_planes,), np.int64).tolist()
     for number in range(copy.first_plane, copy.end_plane):
         part, plane = divmod(number, rows.num_planes)
-        first, end = table(copy.ranges + 16 * part, (2,), np.int64).tolist()
-        at = copy.blocks + 4 * part * rows.num_blocks
+        first, end = table(at_ranges + 16 * part, (2,), np.int64).tolist()
+        at = at_blocks + 4 * part * rows.num_blocks
         blocks = table(at, (rows.num_blocks,), np.int32).tolist()
         for row in range(rows.num_blocks * rows.block_rows):
             block = blocks[row // rows.block_rows]
@@ -129,10 +130,11 @@ class PlainKernels:
 def memory_of(copy: RowCopy) -> list[Touch]:
     """Return a copy's tables and its part of staging."""
     rows = copy.rows
+    planes, ranges, blocks = copy.tables
     spans = -(-copy.end // rows.part_bytes)
     return [
-        Touch(copy.planes, 8 * rows.num_planes),
-        Touch(copy.ranges, 16 * spans),
-        Touch(copy.blocks, 4 * spans * rows.num_blocks),
+        Touch(planes, 8 * rows.num_planes),
+        Touch(ranges, 16 * spans),
+        Touch(blocks, 4 * spans * rows.num_blocks),
         Touch(copy.staging, copy.end - copy.begin),
     ]

@@ -104,9 +104,9 @@ class Work:
 
     def row_copy(self, begin: int, end: int, *, is_gather: bool) -> RowCopy:
         """Return the copy of a section of the line."""
-        tables = (table.ctypes.data for table in self.tables)
+        tables = tuple(table.ctypes.data for table in self.tables)
         at = self.staging.ctypes.data
-        return RowCopy(self.rows, *tables, at, begin, end, is_gather)
+        return RowCopy(self.rows, tables, at, begin, end, is_gather)
 
     def after(self, run: Callable[[], None]) -> np.ndarray:
         """Return all memory after a run, and put it back."""
@@ -191,7 +191,7 @@ def every_row_copy() -> Iterator[Arguments]:
     """List a launch of each shape that the launcher can ask for."""
     for tile, word, gather in product(TILES, WORDS, (True, False)):
         rows = PartRows(2, 10 * tile * word, 10, 1, tile * word, tile * word, 0, word)
-        yield arguments_of(RowCopy(rows, 0, 0, 0, 0, 0, 0, gather))
+        yield arguments_of(RowCopy(rows, (0, 0, 0), 0, 0, 0, gather))
 
 
 def every_rotation() -> Iterator[Arguments]:
@@ -207,7 +207,7 @@ def test_the_launcher_asks_for_no_other_shapes() -> None:
     known = {tuple(one.constants.values()) for one in every_row_copy()}
     for row_words, word in product(range(1, 5000, 7), WORDS):
         rows = PartRows(2, row_words * word, 1, 1, row_words * word, 1, 0, word)
-        one = arguments_of(RowCopy(rows, 0, 0, 0, 0, 0, 0, is_gather=True))
+        one = arguments_of(RowCopy(rows, (0, 0, 0), 0, 0, 0, is_gather=True))
         assert tuple(one.constants.values()) in known
 
 
