@@ -42,7 +42,7 @@ from kvcore.protocol import NULL_BLOCK
 from kvcore.shm import Bytes
 
 CHECKSUM_STEP = 2 << 20
-"""Bytes per checksum update: they still fit the CPU's caches, and take few calls."""
+"""Bytes per checksum update: few enough for the CPU's caches, and for few calls."""
 _SHARED_RUN = 1 << 20
 """Bytes. Calls whose parts have at least this size and are one run each, as a blend
 buffer's, use several threads: a view is copied without the GIL in both directions."""

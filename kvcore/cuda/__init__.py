@@ -1,4 +1,4 @@
-"""Caches in GPU memory: reached by CUDA IPC, copied on streams of their own."""
+"""Caches in GPU memory: opened by CUDA IPC, copied on separate streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def register(extensions: Extensions) -> None:
-    """Offer the transport of CUDA IPC handles."""
+    """Register the transport of CUDA IPC handles."""
     extensions.transports.append(_open)
 
 

@@ -1,9 +1,9 @@
-"""Where the bytes of a copy lie, as arrays: planned in a few numpy calls.
+"""Plan of a copy: where its bytes lie, as arrays, computed in a few numpy calls.
 
-The parts of a call's spans, one after the other, make one line of bytes, and `x` is a
-place on it: part s, plane p, byte b lies at `(s * num_planes + p) * plane_bytes + b`.
-Staging holds a stretch of that line as it is; the arena holds it in extents; a cache
-holds it in rows, each of them some bytes of a plane that lie together.
+The parts of a call's spans, one after the other, form one line of bytes. `x` is an
+offset on it: byte b of plane p of part s is at `(s * num_planes + p) * plane_bytes +
+b`. Staging holds a section of that line unchanged; the arena holds it in extents; a
+cache holds it in rows, each of them contiguous bytes of a plane.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from kvcore.protocol import NULL_BLOCK
 I64 = np.ndarray[Any, np.dtype[np.int64]]
 
 WORDS = (16, 4, 1)
-"""Bytes that a kernel moves at once, the widest first."""
+"""Bytes that a kernel loads at once, the widest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartRows:
-    """One cache's rows: `block_rows` in a block's plane, `row_bytes` each.
+    """The rows of a cache: `block_rows` per block and plane, of `row_bytes` each.
 
-    Row r of a block begins `r * row_stride` bytes after it, and block b `b *
-    block_stride` after its plane. `word` divides every address, stride and range.
+    Block b starts `b * block_stride` bytes after its plane, and row r of a block `r *
+    row_stride` bytes after the block. `word` divides every address, stride and range.
     """
 
     num_planes: int
@@ -45,7 +45,7 @@ class PartRows:
 
     @classmethod
     def of(cls, layout: KVLayout, planes: I64) -> Self:
-        """Take the rows from a layout; `planes` are addresses, `[planes]`."""
+        """Return the rows of a layout; `planes` are addresses, `[planes]`."""
         part = layout.part
         units, size = block_units(layout), part.unit_bytes
         is_row = units == 1 or layout.slot_stride == size
@@ -70,10 +70,10 @@ class PartRows:
 
 @dataclass(frozen=True, slots=True)
 class ByteRanges:
-    """Stretches of the line, in order and apart, each whole somewhere.
+    """Disjoint ranges of the line in order, each contiguous in memory.
 
-    `starts` and `ends` are places on the line, `at` is where each begins: all
-    `[stretches]`.
+    `starts` and `ends` are offsets on the line, `at` the addresses of the first bytes:
+    all `[ranges]`.
     """
 
     starts: I64
@@ -85,16 +85,16 @@ class ByteRanges:
 
     @property
     def sizes(self) -> I64:
-        """Bytes of each."""
+        """Bytes of each range."""
         return self.ends - self.starts
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all ranges."""
         return int(self.sizes.sum())
 
     def joined(self) -> ByteRanges:
-        """Return them with those that go on both on the line and there made one."""
+        """Return the ranges; those adjacent on the line and in memory are merged."""
         if len(self) < 2:
             return self
         on = self.starts[1:] == self.ends[:-1]
@@ -106,7 +106,7 @@ class ByteRanges:
         return ByteRanges(self.starts[first], self.ends[last], self.at[first])
 
     def cut(self, begin: int, end: int) -> ByteRanges:
-        """Return what lies in [begin, end)."""
+        """Return the ranges within [begin, end), clipped to it."""
         chosen = slice(
             int(np.searchsorted(self.ends, begin, "right")),
             int(np.searchsorted(self.starts, end, "left")),
@@ -118,7 +118,7 @@ class ByteRanges:
 
 @dataclass(frozen=True, slots=True)
 class CopyPieces:
-    """Copies between two sides, `[pieces]` each."""
+    """Addresses on both sides of a copy and sizes of its pieces, `[pieces]` each."""
 
     here: I64
     there: I64
@@ -126,7 +126,7 @@ class CopyPieces:
 
 
 def both(a: ByteRanges, b: ByteRanges) -> CopyPieces:
-    """Return the pieces that lie on both, as the first has them and the second."""
+    """Return the bytes that are in both, with their addresses in `a` and in `b`."""
     first = np.searchsorted(b.ends, a.starts, "right")
     count = np.searchsorted(b.starts, a.ends, "left") - first
     in_a = np.repeat(np.arange(len(a)), count)
@@ -143,7 +143,7 @@ def both(a: ByteRanges, b: ByteRanges) -> CopyPieces:
 
 @dataclass(frozen=True, eq=False)
 class CopyPlan:
-    """One gather or scatter of spans that were checked.
+    """One gather or scatter of checked spans.
 
     `ranges` `[spans, 2]` are the first and end byte in every plane of a span's part.
     """
@@ -164,34 +164,34 @@ class CopyPlan:
         spans: ChunkSpans,
         arena: int,
     ) -> Self:
-        """Plan the copy of checked spans; `arena` is the arena's address."""
+        """Return the plan of a copy; `arena` is the arena's address."""
         ranges = spans.tokens // layout.part.unit_tokens * layout.part.unit_bytes
         return cls(rows, planes, ranges, spans, arena)
 
     def split(self, max_spans: int) -> Iterator[CopyPlan]:
-        """Yield plans of at most so many spans each."""
+        """Yield plans of at most `max_spans` spans each."""
         for first in range(0, len(self.spans), max_spans):
             some = slice(first, first + max_spans)
             yield replace(self, ranges=self.ranges[some], spans=self.spans[some])
 
     @property
     def line_bytes(self) -> int:
-        """Length of the line: all parts whole."""
+        """Length of the line: all bytes of all parts."""
         return len(self.spans) * self.rows.part_bytes
 
     @property
     def num_bytes(self) -> int:
-        """Bytes to move, null blocks left out."""
+        """Bytes to copy, without null blocks."""
         return self._runs.num_bytes * self.rows.num_planes
 
     @property
     def num_pieces(self) -> int:
-        """Pieces that the cache's side falls into, neighbours merged."""
+        """Pieces on the cache's side, adjacent ones merged."""
         return len(self._runs) * self.rows.num_planes
 
     @cached_property
     def extents(self) -> ByteRanges:
-        """Where what is to be moved lies in the arena."""
+        """The arena's ranges of the bytes in `ranges`."""
         whole = self._whole_extents
         size, plane_bytes = self.rows.part_bytes, self.rows.plane_bytes
         if (self.ranges == (0, plane_bytes)).all():
@@ -201,15 +201,15 @@ class CopyPlan:
         starts = (x + self.ranges[:, :1]).ravel()
         ends = (x + self.ranges[:, 1:]).ravel()
         some = starts < ends
-        meant = ByteRanges(starts[some], ends[some], starts[some])
-        pieces = both(meant, whole)
+        wanted = ByteRanges(starts[some], ends[some], starts[some])
+        pieces = both(wanted, whole)
         return ByteRanges(
             pieces.here, pieces.here + pieces.sizes, pieces.there
         ).joined()
 
     @property
     def pieces(self) -> CopyPieces:
-        """Copies that need no staging: `here` in the cache, `there` in the arena."""
+        """Copies without staging: `here` in the cache, `there` in the arena."""
         rows, runs = self.rows, self._runs
         part, starts = np.divmod(runs.starts, rows.plane_bytes + 1)
         plane = np.arange(rows.num_planes)[:, np.newaxis]
@@ -231,10 +231,10 @@ class CopyPlan:
 
     @cached_property
     def _runs(self) -> ByteRanges:
-        """Return what lies together in one plane, `at` counting from its address.
+        """Contiguous runs in one plane; `at` counts from the plane's address.
 
-        The line is one of the parts' first planes alone, with a byte between a part
-        and the next, so that no run goes on from one to the other.
+        The line here consists of the parts' first planes only, with a gap of one byte
+        between two parts, so that no run crosses from one part to the next.
         """
         rows = self.rows
         row = np.arange(rows.num_blocks * rows.block_rows)

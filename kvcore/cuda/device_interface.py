@@ -1,8 +1,8 @@
 """Interfaces of a GPU, its streams and events, for the driver and for test fakes.
 
-Addresses are integers in one address space: device memory, page-locked host memory
-and what other processes exported are distinguished by the driver only. Nothing here
-imports CUDA; `driver.py` does.
+Addresses are integers in one address space; only the driver distinguishes device
+memory, page-locked host memory and memory of other processes. `driver.py` imports CUDA,
+this module does not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
 Integer = type[c_int32] | type[c_int64]
-"""Type of a kernel's argument."""
+"""C type of a kernel's argument."""
 
 HANDLE_BYTES = 64
-"""Of an IPC handle to memory or to an event (CU_IPC_HANDLE_SIZE)."""
+"""Bytes of an IPC handle to memory or to an event (CU_IPC_HANDLE_SIZE)."""
 
 Function = NewType("Function", int)
 """A loaded kernel: the driver's CUfunction."""
@@ -49,35 +49,37 @@ class Event(Protocol):
     def wait(self) -> None:
         """Block until `is_done`, without holding the GIL.
 
-        Never for another process's event: one that died may never reach it.
+        Not for events of other processes: the event of a dead process may never be
+        reached.
         """
 
     def handle(self) -> bytes:
         """Return its IPC handle; only for an event made with `shared=True`."""
 
     def close(self) -> None:
-        """Destroy it. Work that waits for it is not affected."""
+        """Destroy the event. Work that waits for it is not affected."""
 
 
 class Stream(Protocol):
-    """Work that runs in order, beside that of other streams.
+    """Work that runs in order, concurrently with that of other streams.
 
-    Every method returns before the work has run, and may raise `DeviceFailed` for this
-    work or any before it. Memory MUST stay allocated, pinned and open until it has.
+    Every method returns before its work has run, and may raise `DeviceFailed` for this
+    work or any before it. Memory MUST stay allocated, pinned and open until the work
+    has run.
     """
 
     @property
     def handle(self) -> int:
-        """The driver's CUstream, for launches by others."""
+        """The driver's CUstream, for launches by other libraries."""
 
     def record(self, event: Event) -> None:
         """Record an event after all work so far."""
 
     def wait_for(self, event: Event) -> None:
-        """Hold all later work until what the event recorded last has ended."""
+        """Delay all later work until the event's last record is reached."""
 
     def copy(self, destination: int, source: int, num_bytes: int) -> None:
-        """Copy between any two places; host memory MUST be pinned."""
+        """Copy between any two addresses; host memory MUST be pinned."""
 
     def copy_many(
         self,
@@ -93,10 +95,10 @@ class Stream(Protocol):
         """
 
     def launch(self, function: Function, launch: Launch) -> None:
-        """Run a kernel."""
+        """Launch a kernel."""
 
     def close(self) -> None:
-        """Destroy it, after its work has ended."""
+        """Destroy the stream, after its work has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Device(Protocol):
 
     @property
     def uuid(self) -> str:
-        """Its name in every process: `GPU-` and 32 hexadecimal digits in groups."""
+        """Its id in every process: `GPU-` and 32 hexadecimal digits in groups."""
 
     @property
     def name(self) -> str:
@@ -136,10 +138,10 @@ class Device(Protocol):
 
     @property
     def compute_capability(self) -> int:
-        """What its kernels are compiled for: 90 for Hopper."""
+        """Target architecture of its kernels: 90 for Hopper."""
 
     def load(self, cubin: bytes, name: str, shared_bytes: int = 0) -> Function:
-        """Load a kernel for as long as the process lives."""
+        """Load a kernel until the process exits."""
 
     def stream(self, *, urgent: bool = False) -> Stream:
         """Return a new non-blocking stream.
@@ -148,13 +150,13 @@ class Device(Protocol):
         """
 
     def event(self, *, shared: bool = False) -> Event:
-        """Make an event; a shared one has a handle."""
+        """Return a new event; a shared one has an IPC handle."""
 
     def open_event(self, handle: bytes) -> Event:
-        """Open another process's event; raises `HandleError` for none."""
+        """Open another process's event; raises `HandleError` if there is none."""
 
     def allocate(self, num_bytes: int) -> int:
-        """Allocate device memory; raises `DeviceFailed` when there is none."""
+        """Allocate device memory; raises `DeviceFailed` when none is left."""
 
     def free(self, address: int) -> None:
         """Free memory of `allocate`."""
@@ -175,14 +177,14 @@ class Device(Protocol):
         """Return the IPC handle of the allocation that contains an address.
 
         Raises:
-            HandleError: memory without an IPC handle; the message names the cure.
+            HandleError: memory without an IPC handle; the message says what to change.
         """
 
     def open(self, handle: bytes) -> OpenedAllocation:
         """Map another process's allocation.
 
         Raises:
-            HandleError: no process exported it, or that process is gone.
+            HandleError: no process exported it, or that process has exited.
         """
 
     def close_handle(self, address: int) -> None:

@@ -48,14 +48,14 @@ _FOREIGN = {
     RESULT.CUDA_ERROR_INVALID_HANDLE,
     RESULT.CUDA_ERROR_NOT_SUPPORTED,
 }
-"""How the driver answers a handle that it cannot open, where nothing is broken."""
+"""Statuses for a handle that the driver cannot open, where the device is sound."""
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:
-    """Return the one value that a driver call gave, a tuple of several, or None.
+    """Return a driver call's value, a tuple of several values, or None.
 
     Raises:
-        DeviceFailed: what the driver answered instead.
+        DeviceFailed: the call failed; with the driver's status.
     """
     status, *values = result
     if status != RESULT.CUDA_SUCCESS:
@@ -69,8 +69,8 @@ def check_opened(result: tuple[Any, ...], what: str) -> Any:
     """Return what a handle opened.
 
     Raises:
-        HandleError: it names nothing that this process can open.
-        DeviceFailed: anything else.
+        HandleError: this process cannot open the handle.
+        DeviceFailed: any other failure.
     """
     status = result[0]
     if status in _FOREIGN:
@@ -84,16 +84,16 @@ def check_opened(result: tuple[Any, ...], what: str) -> Any:
 def handle_of(made: Any) -> bytes:
     """Return the bytes of a CUipcMemHandle or CUipcEventHandle.
 
-    By its address: bindings since 13.5 no longer have a field for them.
+    Read from its address: bindings since 13.5 have no field for them.
     """
     return ctypes.string_at(int(made.getPtr()), HANDLE_BYTES)
 
 
 def named(empty: Any, handle: bytes) -> Any:
-    """Write a handle's bytes into an empty one of these, and return it.
+    """Write a handle's bytes into an empty CUipcMemHandle or CUipcEventHandle.
 
     Raises:
-        HandleError: not that many bytes.
+        HandleError: not the number of bytes of a handle.
     """
     if len(handle) != HANDLE_BYTES:
         raise HandleError(f"a handle has {HANDLE_BYTES} bytes, not {len(handle)}")
@@ -102,7 +102,7 @@ def named(empty: Any, handle: bytes) -> Any:
 
 
 def explain(status: Any) -> str:
-    """Name a status and say what it means."""
+    """Return a status's name and meaning."""
     _, name = cu.cuGetErrorName(status)
     _, text = cu.cuGetErrorString(status)
     known = (name or b"CUDA_ERROR").decode()
@@ -269,7 +269,7 @@ class CudaStream:
 
 
 class Pins:
-    """Where pinned pieces begin: a driver may refuse one copy across two of them."""
+    """Starts of pinned pieces; a driver may refuse a copy across two of them."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -277,13 +277,13 @@ class Pins:
         self._borders: Addresses = np.empty(0, np.int64)
 
     def add(self, address: int) -> None:
-        """Enter a piece."""
+        """Add a piece."""
         with self._lock:
             insort(self._starts, address)
             self._borders = np.array(self._starts, np.int64)
 
     def remove(self, address: int) -> None:
-        """Take a piece out."""
+        """Remove a piece."""
         with self._lock:
             self._starts.remove(address)
             self._borders = np.array(self._starts, np.int64)
@@ -291,7 +291,7 @@ class Pins:
     def split(
         self, destination: int, source: int, num_bytes: int
     ) -> list[tuple[int, int]]:
-        """Cut a copy at the borders that lie in either side: (offset, bytes) each."""
+        """Return (offset, bytes) of a copy's sections, cut at both sides' borders."""
         starts = self._starts
         cuts = {0, num_bytes}
         for address in (destination, source):
@@ -304,7 +304,7 @@ class Pins:
     def whole(
         self, destinations: Addresses, sources: Addresses, sizes: Addresses
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Say which copies cross no border."""
+        """Return for each copy whether it crosses no border, `[copies]`."""
         borders = self._borders
         crossed = np.zeros(len(sizes), np.bool_)
         for addresses in (destinations, sources):
@@ -315,7 +315,7 @@ class Pins:
 
 def _own(event: Event) -> Any:
     if not isinstance(event, CudaEvent):
-        raise DeviceFailed(f"{event} is no event of the driver's")
+        raise DeviceFailed(f"{event} is no event of the driver")
     return event.cu_event
 
 
@@ -330,17 +330,17 @@ except AttributeError:  # Newer bindings; in older ones this one ignores MIG.
 
 class _Thread(local):
     is_apart = False
-    """Captures of other threads are nothing to its calls."""
+    """Whether its calls are independent of stream captures in other threads."""
 
 
 _thread = _Thread()
 
 
 def open_devices() -> tuple[CudaDevice, ...]:
-    """Find the GPUs that this process may use; their contexts are made when needed.
+    """Return the GPUs that this process sees; contexts are made on first use.
 
     Raises:
-        SetupError: there is no driver, none that will do, or no GPU.
+        SetupError: there is no driver, it is too old, or it shows no GPU.
     """
     try:
         check(cu.cuInit(0), "the NVIDIA driver does not start")
@@ -364,7 +364,7 @@ def open_devices() -> tuple[CudaDevice, ...]:
 
 
 class CudaDevice:
-    """A `Device` of the driver's."""
+    """A `Device` of the driver."""
 
     def __init__(self, ordinal: int, pins: Pins, batch: BatchCopy | None) -> None:
         self.ordinal = ordinal
@@ -383,10 +383,13 @@ class CudaDevice:
         self._context: Any = None
 
     def enter(self) -> None:
-        """Make this device's context the calling thread's."""
+        """Make this device's context current in the calling thread."""
         if not _thread.is_apart:
             apart = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-            check(cu.cuThreadExchangeStreamCaptureMode(apart), "a thread of our own")
+            check(
+                cu.cuThreadExchangeStreamCaptureMode(apart),
+                "separating from stream captures",
+            )
             _thread.is_apart = True
         if self._context is None:
             self._retain()
@@ -419,7 +422,7 @@ class CudaDevice:
         return Function(int(function))
 
     def stream(self, *, urgent: bool = False) -> CudaStream:
-        """Make a stream; see `Device`."""
+        """Return a new stream; see `Device`."""
         least, greatest = self.call("priorities", cu.cuCtxGetStreamPriorityRange)
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
         made = cu.cuStreamCreateWithPriority(flags, greatest if urgent else least)
@@ -427,7 +430,7 @@ class CudaDevice:
         return CudaStream(self, handle, self._pins, self._batch)
 
     def event(self, *, shared: bool = False) -> CudaEvent:
-        """Make an event; see `Device`."""
+        """Return a new event; see `Device`."""
         kind = cu.CUevent_flags
         flags = kind.CU_EVENT_DISABLE_TIMING | kind.CU_EVENT_BLOCKING_SYNC
         if shared:
@@ -473,9 +476,9 @@ class CudaDevice:
         self._pins.remove(address)
 
     def export(self, address: int) -> ExportedAllocation:
-        """Name an allocation for other processes; see `Device`.
+        """Return an allocation's IPC handle; see `Device`.
 
-        Called in an engine's own thread, whose current GPU stays as it was.
+        The calling thread, which is an engine's, keeps its current GPU.
         """
         before = check(cu.cuCtxGetCurrent(), "the current context")
         try:

@@ -54,7 +54,7 @@ def export(address: int, num_bytes: int, device: Device) -> CudaIpc:
 
     Raises:
         HandleError: not memory of this device, longer than its allocation, or of a
-            kind that CUDA IPC cannot share; the message names the cure.
+            kind that CUDA IPC cannot share; the message says what to change.
     """
     exported = device.export(address)
     if exported.offset + num_bytes > exported.allocation_bytes:
@@ -68,7 +68,7 @@ def export(address: int, num_bytes: int, device: Device) -> CudaIpc:
 def export_tensor(tensor: Any) -> CudaIpc:
     """Return a handle of the whole storage of a `torch.Tensor`; see `export`.
 
-    Views' offsets count from the storage's first byte.
+    Offsets of views count from the storage's first byte.
     """
     storage = tensor.untyped_storage()
     device = _worker_devices()[tensor.device.index or 0]
@@ -131,10 +131,10 @@ _worker_devices = cache(_open_devices)
 
 
 class DeviceCaches(Protocol):
-    """What the caches of one device share: staging, kernels and copy rates."""
+    """State that the caches of one device share: staging, kernels, copy rates."""
 
     def cache(self, layout: KVLayout, addresses: Sequence[int]) -> PagedCache:
-        """Make a cache; `addresses` are those of its handles' first bytes."""
+        """Return a new cache; `addresses` are those of its handles' first bytes."""
 
     def status(self) -> DeviceStatus:
         """Describe the device and its caches. Any thread."""
@@ -144,7 +144,7 @@ class DeviceCaches(Protocol):
 
 
 def open_caches(device: Device) -> DeviceCaches:
-    """Return what the caches of a device share.
+    """Return the shared state of a device's caches.
 
     Without working kernels, copies use the copy engines only; a warning is logged.
     """
@@ -176,7 +176,7 @@ def open_group_caches(
 
 
 class CudaTransport:
-    """Caches in the memory of this process's GPUs, with the arena page-locked.
+    """Transport of workers' GPU memory, with the arena page-locked.
 
     Attaching runs on a separate thread: the first use of a GPU takes a third of a
     second, and opening a handle can wait for the GPU.
@@ -206,13 +206,13 @@ class CudaTransport:
         device = self._devices.get(uuids.pop())
         if device is None:
             raise HandleError(
-                f"GPU {handles[0].device} is none of the server's: it sees "
+                f"GPU {handles[0].device} is not visible to the server, which sees "
                 f"{', '.join(self._devices)} (CUDA_VISIBLE_DEVICES)"
             )
         return self._attacher.submit(self._attach, device, handles, layouts)
 
     def devices(self) -> tuple[DeviceStatus, ...]:
-        """Describe the GPUs that hold caches, or have held any."""
+        """Describe the GPUs that hold caches, or have held some."""
         return tuple(caches.status() for caches in [*self._caches.values()])
 
     def close(self) -> None:
@@ -258,7 +258,7 @@ class CudaMemory(AttachedMemory):
     def __init__(
         self, device: Device, caches: tuple[PagedCache, ...], stack: ExitStack
     ) -> None:
-        """Take ownership of what `stack` holds, unless this raises."""
+        """Take over what `stack` closes, unless this raises."""
         self.caches = caches
         self._device = device
         self._is_abandoned = Flag()
@@ -274,8 +274,8 @@ class CudaMemory(AttachedMemory):
     def wait(self, event: bytes, check: Callable[[], None]) -> None:
         """Poll the worker's event until it is reached.
 
-        The host polls: the event of a dead process may never be reached, and a wait
-        in a stream could not be cancelled.
+        A stream does not wait for it: the event of a dead process may never be
+        reached, and a wait in a stream cannot be cancelled.
         """
         if not event:
             return

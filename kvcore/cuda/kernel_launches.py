@@ -101,7 +101,7 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a launch gives to a program: its own arguments, then constants."""
+    """Arguments of one launch of a program, and its compile-time constants."""
 
     program: str
     longs: Mapping[str, int]
@@ -110,7 +110,7 @@ class Arguments:
 
     @property
     def signature(self) -> dict[str, str]:
-        """Names and Triton's types."""
+        """Triton's type of each argument, by name."""
         return {
             **dict.fromkeys(self.longs, "i64"),
             **dict.fromkeys(self.ints, "i32"),
@@ -130,7 +130,7 @@ class CompiledKernel:
 
     @property
     def parameter_bytes(self) -> tuple[int, ...]:
-        """Of each that it takes: those of ours, then pointers that Triton adds."""
+        """Bytes of each parameter: our arguments, then pointers that Triton adds."""
         entry = self.ptx[self.ptx.index(".entry") :]
         bits = _PARAMETER.findall(entry[: entry.index("{")])
         return tuple(int(each) // 8 for each in bits)
@@ -138,7 +138,7 @@ class CompiledKernel:
 
 @dataclass(frozen=True, slots=True)
 class _LoadedKernel:
-    """A program on the device, and what its launches take."""
+    """A program on the device, and the types of its arguments."""
 
     function: Function
     shared_bytes: int
@@ -199,10 +199,10 @@ class TritonKernels:
 
 
 def types_of(arguments: Arguments, made: CompiledKernel) -> tuple[Integer, ...]:
-    """Return what a launch packs: our arguments, then null pointers to scratch.
+    """Return the types of a launch: our arguments, then null pointers to scratch.
 
     Raises:
-        DeviceFailed: the program takes something else, and would read it amiss.
+        DeviceFailed: the program's parameters differ, so it would misread them.
     """
     ours: tuple[Integer, ...] = (
         *(c_int64 for _ in arguments.longs),
@@ -213,13 +213,13 @@ def types_of(arguments: Arguments, made: CompiledKernel) -> tuple[Integer, ...]:
     if made.scratch_bytes or tuple(map(sizeof, types)) != made.parameter_bytes:
         raise DeviceFailed(
             f"Triton's {made.name} takes parameters of {made.parameter_bytes} bytes "
-            f"and {made.scratch_bytes} of scratch: a version that is not known here"
+            f"and {made.scratch_bytes} of scratch: this Triton is not supported"
         )
     return types
 
 
 def tile_words(row_words: int) -> int:
-    """Return how many words of a row make a piece: many, but little beyond its end."""
+    """Return the size of a row's pieces in words; see `TILES` and `MAX_WASTE`."""
     for tile in TILES:
         if -row_words % tile <= MAX_WASTE * row_words:
             return tile
@@ -227,7 +227,7 @@ def tile_words(row_words: int) -> int:
 
 
 def arguments_of(task: KernelTask) -> Arguments:
-    """Return what a task's program is launched with."""
+    """Return the program and the arguments of a task."""
     match task:
         case KernelTable():
             return _upload_arguments(task)
@@ -317,10 +317,10 @@ def _rotation_arguments(task: KeyRotation) -> Arguments:
 
 
 def compiled(arguments: Arguments, capability: int) -> CompiledKernel:
-    """Compile a program for a compute capability, 90 for Hopper; needs no card.
+    """Return a program compiled for a compute capability, 90 for Hopper. Needs no GPU.
 
     Raises:
-        DeviceFailed: Triton is not there, or cannot compile it.
+        DeviceFailed: Triton is not installed, or cannot compile it.
     """
     try:
         import triton
@@ -336,13 +336,13 @@ def compiled(arguments: Arguments, capability: int) -> CompiledKernel:
         arguments.signature,
         dict(arguments.constants),
     )
-    # Fusing multiplications and additions rounds less; copies have neither.
+    # Fused multiply-adds round once less in key rotations; copies have none.
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
     try:
         made = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     except triton.TritonError as error:
-        *_, told = str(error).splitlines() or ("",)
-        raise DeviceFailed(f"Triton: {type(error).__name__}: {told}") from error
+        *_, reason = str(error).splitlines() or ("",)
+        raise DeviceFailed(f"Triton: {type(error).__name__}: {reason}") from error
     return CompiledKernel(
         cubin=made.asm["cubin"],
         name=made.metadata.name,

@@ -1,8 +1,8 @@
-"""Page-locked host memory, and the device memory that copies are staged in.
+"""Page-locked host memory, and staging buffers in device memory.
 
-A staging buffer is two slots, of which the kernels fill or empty one while the copy
-engine works on the other, and a table of the kernels' arguments, with page-locked host
-memory to write it in.
+A staging buffer has two slots and a table. Kernels fill or empty one slot while the
+copy engine works on the other. The table holds the kernels' arrays; it is written in
+page-locked host memory and uploaded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PinnedMemory:
             ) from None
 
     def close(self) -> None:
-        """Unlock it, after the last copy."""
+        """Unlock the memory, after the last copy."""
         while self._pieces:
             self._device.unpin(self._pieces.pop())
 
@@ -78,7 +78,7 @@ class StagingSizes:
 
 @dataclass(frozen=True, slots=True)
 class StagingBuffer:
-    """`slots` and `table` are addresses on the device, `host_table` is the host's."""
+    """Addresses of one buffer: `slots` and `table` on the device, `host_table` not."""
 
     slots: tuple[int, ...]
     table: int
@@ -86,7 +86,7 @@ class StagingBuffer:
     sizes: StagingSizes
 
     def write(self, arrays: Sequence[np.ndarray[Any, Any]]) -> KernelTable:
-        """Write arrays into the host table; they MUST fit `table_bytes`."""
+        """Write arrays into the host table; they MUST fit into `table_bytes`."""
         memory: Bytes = np.ctypeslib.as_array(
             (ctypes.c_uint8 * self.sizes.table_bytes).from_address(self.host_table)
         )
@@ -114,7 +114,7 @@ class KernelTable:
 
 
 def rounded(num_bytes: int) -> int:
-    """Round up to the alignment of a table's arrays, 16 bytes."""
+    """Return a size rounded up to the alignment of a table's arrays, 16 bytes."""
     return -(-num_bytes // 16) * 16
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be_reached_is_named(host: Host) -> None:
     device = host.worker["GPU-a"]
     one = export(device.allocate(512), 512, device)
     other = export(host.worker["GPU-b"].allocate(512), 512, host.worker["GPU-b"])
-    with pytest.raises(HandleError, match="GPU-c is none of the server's"):
+    with pytest.raises(HandleError, match="GPU-c is not visible to the server"):
         host.attach(CudaIpc("GPU-c", one.handle, 0, 512))
     with pytest.raises(HandleError, match="of 2 GPUs"):
         host.attach(one, other)
