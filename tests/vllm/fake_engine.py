@@ -27,7 +27,7 @@ BLOCK = 16
 PAGE = 512
 NUM_BLOCKS = 64
 
-PATIENCE = {"lookup_timeout_s": 20, "store_timeout_s": 20}
+LONG_TIMEOUTS = {"lookup_timeout_s": 20, "store_timeout_s": 20}
 """A busy machine changes no outcome; tests of slow servers set less."""
 
 _numbers = itertools.count()
@@ -77,7 +77,7 @@ class FakeEngine:
         name = f"kvadapter-{os.getpid()}-{number}"
         self.config = ConnectorConfig(
             address=address,
-            **{**PATIENCE, "retry_s": 0.05, **config},  # type: ignore[arg-type]
+            **{**LONG_TIMEOUTS, "retry_s": 0.05, **config},  # type: ignore[arg-type]
         )
         self.engine = EngineIdentity.derive(f"engine-{number}")
         group_bytes = NUM_BLOCKS * PAGE

@@ -18,7 +18,7 @@ from tests.vllm.tcp_proxy import SlowTcpProxy
 from tests.vllm.test_connector import BLOCKS, OTHERS, PER_CHUNK, RequestOf, again
 
 Serve = Callable[..., Server]
-HASTY = {"lookup_timeout_s": 0.2, "store_timeout_s": 0.2}
+SHORT_TIMEOUTS = {"lookup_timeout_s": 0.2, "store_timeout_s": 0.2}
 OTHER_VERSION = """
 import kvcore.protocol
 kvcore.protocol.PROTOCOL_VERSION += 1
@@ -114,7 +114,7 @@ def test_a_stopped_server_is_left_alone(
 ) -> None:
     """A lookup ends by its deadline; no more are sent until the server runs again."""
     server = serve()
-    engine = start(server.address, **HASTY).connect()
+    engine = start(server.address, **SHORT_TIMEOUTS).connect()
     server.pause()
     try:
         assert engine.match(request_of(CHUNK)) == 0
@@ -130,7 +130,7 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
 ) -> None:
     """A load ends with the server's reply; a store frees its blocks by the deadline."""
     server = serve()
-    engine = start(server.address, **HASTY).connect()
+    engine = start(server.address, **SHORT_TIMEOUTS).connect()
     request = request_of(2 * CHUNK)
     blocks = BLOCKS[: 2 * PER_CHUNK]
     engine.fill(blocks, seed=1)
@@ -166,7 +166,7 @@ def test_a_slow_server_is_left_alone(
     """A late reply is a miss, and has no effect when it arrives."""
     server = serve()
     with closing(SlowTcpProxy(server.address)) as line:
-        engine = start(line.address, **HASTY).connect()
+        engine = start(line.address, **SHORT_TIMEOUTS).connect()
         wait_until(lambda: is_shared(engine, request_of))
         late = [request_of(CHUNK) for _ in range(2)]
         with line.held():

@@ -1,4 +1,4 @@
-"""Real engines against real servers; everything here needs a vLLM installation."""
+"""Fixtures for real vLLM engines and real servers. Requires vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from kvcore.vllm import tiny_models as tiny
 from tests.system.server_fixture import Server
-from tests.vllm_engine.engine import Engine, in_nursery
+from tests.vllm_engine.engine import Engine, run_in_fork_server
 
 HERE = Path(__file__).resolve().parent
 
@@ -25,7 +25,7 @@ Serve = Callable[..., Server]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies here, and give engines the time they take on a busy machine."""
+    """Mark the tests of this folder and raise their timeout for busy machines."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("vllm")
@@ -34,13 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Write a tiny model, once."""
+    """Return a function that writes a tiny model once and returns its folder."""
     folder = tmp_path_factory.mktemp("models")
 
     def make(kind: str) -> Path:
         path = folder / kind
         if not path.exists():
-            in_nursery(tiny.write, kind, path)
+            run_in_fork_server(tiny.write, kind, path)
         return path
 
     return make
@@ -48,12 +48,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Start a server with these options."""
+    """Return a function that starts a server with the given options."""
     with ExitStack() as stack:
 
         def start(*options: str, **rest: str) -> Server:
             folder = tmp_path_factory.mktemp("server")
-            # Not forked: the one fork server of this process is for engines.
+            # Not forked: the fork server of this process imports vLLM.
             program = ("-m", "kvctl")
             server = Server(folder, *SERVER, *options, program=program, **rest)
             stack.callback(server.close)
@@ -66,7 +66,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 def start(
     model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Start]:
-    """Start an engine with a tiny model; `address` gives it the connector."""
+    """Return a function that starts an engine; `address` enables the connector."""
     with ExitStack() as stack:
 
         def make(kind: str = "llama", **options: Any) -> Engine:
@@ -80,7 +80,7 @@ def start(
 
 
 def make_prompt(num_tokens: int, seed: int = 0, shared: int = 0) -> list[int]:
-    """Make a prompt; the first `shared` tokens are those of every seed."""
+    """Return a prompt whose first `shared` tokens are the same for every seed."""
     common, own = random.Random("shared"), random.Random(seed)
     return [
         (common if number < shared else own).randrange(4, 512)
@@ -88,10 +88,12 @@ def make_prompt(num_tokens: int, seed: int = 0, shared: int = 0) -> list[int]:
     ]
 
 
-def ask_in_turn(engine: Engine, prompts: list[list[int]], max_tokens: int = 16) -> Any:
-    """Complete prompts one by one: a batch's make-up changes the last digits."""
+def generate_sequentially(
+    engine: Engine, prompts: list[list[int]], max_tokens: int = 16
+) -> Any:
+    """Complete prompts one by one: the composition of a batch changes rounding."""
     answers = [engine.generate([prompt], max_tokens) for prompt in prompts]
-    engine.ask("settle")
+    engine.call("settle")
     return {
         "tokens": [answer["tokens"][0] for answer in answers],
         "cached": [answer["cached"][0] for answer in answers],

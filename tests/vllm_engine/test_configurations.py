@@ -1,4 +1,4 @@
-"""Other ways to run: ranks, types, drafts, two engines, tiers."""
+"""Configurations: ranks, data types, draft tokens, LoRA, two engines, tiers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 from kvcore.client import KVClient
 from tests.system.server_fixture import CHUNK, wait_until
 from tests.vllm_engine import lora
-from tests.vllm_engine.conftest import Serve, Start, ask_in_turn, make_prompt
-from tests.vllm_engine.engine import in_nursery
+from tests.vllm_engine.conftest import Serve, Start, generate_sequentially, make_prompt
+from tests.vllm_engine.engine import run_in_fork_server
 from tests.vllm_engine.test_models import assert_nothing_held
 
 Prompts = list[list[int]]
 
 MAX_TOKENS = 8
-"""Of an answer: ranks that share two cores take their time for each."""
+"""Tokens per answer; few, because ranks that share two cores are slow."""
 
 TWO_RANKS = {"tensor_parallel_size": 2}
-WAYS: dict[str, dict[str, Any]] = {
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ranks": TWO_RANKS,
     "drafts": {
         "speculative_config": {
@@ -45,58 +45,62 @@ NEEDS = {
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=NEEDS.get(way, ())) for way in WAYS]
+    "way", [pytest.param(way, marks=NEEDS.get(way, ())) for way in CONFIGURATIONS]
 )
 def test_a_second_engine_answers_the_same(way: str, serve: Serve, start: Start) -> None:
-    """Without a connector, cold, and warm in a new process."""
-    options = {"max_num_batched_tokens": 256, **WAYS[way]}
+    """Answers agree without a connector, cold, and warm in a new process."""
+    options = {"max_num_batched_tokens": 256, **CONFIGURATIONS[way]}
     prompts = [make_prompt(length, seed) for seed, length in enumerate((200, 700, 192))]
     plain_options = {k: v for k, v in options.items() if k != "connector"}
     plain = start(**plain_options)
-    expected = ask_in_turn(plain, prompts, MAX_TOKENS)["tokens"]
+    expected = generate_sequentially(plain, prompts, MAX_TOKENS)["tokens"]
     plain.close()
     server = serve()
     for cached in ([0, 0, 0], [192, 640, 192]):
         engine = start(address=server.address, **options)
-        answers = ask_in_turn(engine, prompts, MAX_TOKENS)
+        answers = generate_sequentially(engine, prompts, MAX_TOKENS)
         assert answers == {"tokens": expected, "cached": cached}
         assert_nothing_held(server)
         engine.close()
 
 
-def test_changed_weights_find_nothing_older(serve: Serve, start: Start) -> None:
-    """After a reset with `reset_connector` the engine finds what it stored since."""
+def test_a_reset_after_changed_weights_hides_older_chunks(
+    serve: Serve, start: Start
+) -> None:
+    """After a reset with `reset_connector` only newly stored KV is found."""
     engine = start(address=serve().address)
     prompt = make_prompt(2 * CHUNK + 5)
 
     def ask() -> int:
-        assert engine.ask("reset")
-        found: int = ask_in_turn(engine, [prompt], 1)["cached"][0]
+        assert engine.call("reset")
+        found: int = generate_sequentially(engine, [prompt], 1)["cached"][0]
         return found
 
     assert [ask(), ask()] == [0, 2 * CHUNK]
-    assert engine.ask("reset", connector=True)
+    assert engine.call("reset", connector=True)
     assert [ask(), ask()] == [0, 2 * CHUNK]
     engine.close()
 
 
-def test_an_engine_that_cannot_share_says_why(serve: Serve, start: Start) -> None:
-    """It serves without the cache."""
+def test_an_engine_that_cannot_share_logs_the_reason(
+    serve: Serve, start: Start
+) -> None:
+    """It logs the reason and serves without the cache."""
     engine = start(address=serve().address, role="kv_producer", wait=False)
     prompt = make_prompt(2 * CHUNK + 5)
     for _ in range(2):
-        assert engine.ask("reset")
-        assert ask_in_turn(engine, [prompt], 1)["cached"] == [0]
-    assert "no KV cache: kv_role kv_producer" in engine.words
+        assert engine.call("reset")
+        assert generate_sequentially(engine, [prompt], 1)["cached"] == [0]
+    assert "no KV cache: kv_role kv_producer" in engine.log_text
     engine.close()
 
 
 def test_adapters_keep_requests_apart(
     serve: Serve, start: Start, tmp_path: Path
 ) -> None:
-    """What was computed with a LoRA adapter is found with it, and only with it."""
+    """KV computed with a LoRA adapter is found only by requests with it."""
     folder = tmp_path / "adapter"
-    in_nursery(lora.write, folder)
+    run_in_fork_server(lora.write, folder)
     engine = start(
         address=serve().address,
         enable_prefix_caching=False,
@@ -106,8 +110,8 @@ def test_adapters_keep_requests_apart(
     prompt = make_prompt(2 * CHUNK + 5)
 
     def ask(adapter: str) -> tuple[list[int], int]:
-        answer = engine.ask("generate", prompts=[prompt], max_tokens=8, lora=adapter)
-        engine.ask("settle")
+        answer = engine.call("generate", prompts=[prompt], max_tokens=8, lora=adapter)
+        engine.call("settle")
         return answer["tokens"][0], answer["cached"][0]
 
     with_it, without = ask(str(folder)), ask("")
@@ -119,7 +123,7 @@ def test_adapters_keep_requests_apart(
 
 
 def test_two_engines_at_once_share_prompts(serve: Serve, start: Start) -> None:
-    """What one has computed the other loads, while both are busy."""
+    """Each engine loads the other's KV while both are busy."""
     server = serve()
     options = {
         "address": server.address,
@@ -131,8 +135,8 @@ def test_two_engines_at_once_share_prompts(serve: Serve, start: Start) -> None:
     with ThreadPoolExecutor(2) as threads:
 
         def both(first: Prompts, second: Prompts) -> tuple[Any, Any]:
-            asked = threads.submit(ask_in_turn, one, first)
-            theirs = ask_in_turn(two, second)
+            asked = threads.submit(generate_sequentially, one, first)
+            theirs = generate_sequentially(two, second)
             return asked.result(), theirs
 
         cold = both(mine, yours)
@@ -147,15 +151,15 @@ def test_two_engines_at_once_share_prompts(serve: Serve, start: Start) -> None:
     two.close()
 
 
-def test_a_file_tier_outlives_the_server(
+def test_chunks_in_a_file_tier_survive_a_server_restart(
     serve: Serve, start: Start, tmp_path: Path
 ) -> None:
-    """A new server, with the same files, gives what the one before it was given."""
+    """A new server with the same files returns the chunks of its predecessor."""
     tier = ("--tier", f"file://{tmp_path}/tier")
     prompts = [make_prompt(length, seed) for seed, length in enumerate((200, 1050))]
     server = serve(*tier)
     first = start(address=server.address)
-    cold = ask_in_turn(first, prompts)
+    cold = generate_sequentially(first, prompts)
     first.close()
     with KVClient(server.address) as client:
         wait_until(lambda: _is_written(client))
@@ -163,7 +167,7 @@ def test_a_file_tier_outlives_the_server(
     server = server.restart()
     try:
         second = start(address=server.address)
-        warm = ask_in_turn(second, prompts)
+        warm = generate_sequentially(second, prompts)
         second.close()
         assert warm == {"tokens": cold["tokens"], "cached": [192, 1024]}
         assert_nothing_held(server)
@@ -172,6 +176,6 @@ def test_a_file_tier_outlives_the_server(
 
 
 def _is_written(client: KVClient) -> bool:
-    """Say whether nothing waits to be written to a tier."""
+    """Return whether all write-back to tiers has completed."""
     waiting = [tier.write_back for tier in client.status().tiers]
     return not any(one.num_parts or one.num_writing for one in waiting)

@@ -1,4 +1,4 @@
-"""However an engine ends, nothing of it stays in shared memory."""
+"""Shared memory of stopped and killed engines is removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvctl.lab.vllm.vllm_scenario import transfer_config
 from kvctl.lab.vllm.vllm_server import VLLMServer
 from tests.system.server_fixture import CHUNK, wait_until
 from tests.vllm_engine.conftest import Serve, Start, make_prompt
-from tests.vllm_engine.engine import ENVIRONMENT, PATIENCE
+from tests.vllm_engine.engine import ENVIRONMENT, LONG_TIMEOUTS
 
 API_SERVER = (
     "--dtype=float32", "--block-size=32", "--max-model-len=4096", "--enforce-eager",
@@ -24,21 +24,21 @@ API_SERVER = (
 )  # fmt: skip
 
 
-def names_of(pid: int) -> list[str]:
-    """List what a worker has in shared memory, or torch for it."""
+def segments_of(pid: int) -> list[str]:
+    """List the shared-memory segments of a worker, including torch's."""
     kinds = (f"kvcore-vllm-{pid}-*", f"torch_{pid}_*")
     return [path.name for kind in kinds for path in SHM_DIR.glob(kind)]
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_a_stopped_api_server_leaves_nothing(
+def test_a_stopped_api_server_leaves_no_segments(
     how: str,
     model: Callable[[str], Path],
     serve: Serve,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """VLLM kills its worker, and torch's daemon with it, when it is told to stop."""
+    """A stopping vLLM kills its worker together with torch's cleanup daemon."""
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     server = serve()
@@ -48,30 +48,32 @@ def test_a_stopped_api_server_leaves_nothing(
         with KVClient(server.address, timeout_s=30) as client:
             wait_until(lambda: client.status().instances)
             (instance,) = client.status().instances
-            assert len(names_of(instance.pid)) == 1
+            assert len(segments_of(instance.pid)) == 1
             engine.complete(make_prompt(2 * CHUNK), 1)
             wait_until(lambda: client.status().counters["parts_stored"] == 2)
             if how == "SIGTERM":
                 os.kill(engine.pid, signal.SIGTERM)
                 engine.wait()
             engine.stop()
-            wait_until(lambda: not names_of(instance.pid))
+            wait_until(lambda: not segments_of(instance.pid))
             wait_until(lambda: not client.status().instances)
     finally:
         engine.stop()
 
 
-def test_a_killed_engine_leaves_nothing(serve: Serve, start: Start) -> None:
-    """A server sees its death; without one, the next to start cleans up."""
+def test_a_killed_engine_leaves_no_segments(serve: Serve, start: Start) -> None:
+    """A running server removes them at once, otherwise the next one at its start."""
     server = serve()
     engine, other = (
-        start(address=server.address, connector=PATIENCE) for _ in range(2)
+        start(address=server.address, connector=LONG_TIMEOUTS) for _ in range(2)
     )
-    assert len(names_of(engine.process.pid)) == len(names_of(other.process.pid)) == 1
+    assert (
+        len(segments_of(engine.process.pid)) == len(segments_of(other.process.pid)) == 1
+    )
     engine.kill()
-    wait_until(lambda: not names_of(engine.process.pid))
-    assert len(names_of(other.process.pid)) == 1
+    wait_until(lambda: not segments_of(engine.process.pid))
+    assert len(segments_of(other.process.pid)) == 1
     server.kill()
     other.kill()
     serve()
-    assert not names_of(other.process.pid)
+    assert not segments_of(other.process.pid)
