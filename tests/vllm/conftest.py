@@ -1,4 +1,4 @@
-"""The adapter against real servers, without vLLM."""
+"""Fixtures for the connector with real servers and a fake engine."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ PAGE = 512
 NUM_BLOCKS = 64
 
 LONG_TIMEOUTS = {"lookup_timeout_s": 20, "store_timeout_s": 20}
-"""A busy machine changes no outcome; tests of slow servers set less."""
+"""Long enough for a busy machine; tests of slow servers set shorter ones."""
 
 _numbers = itertools.count()
 
 
 @dataclass
 class Request:
-    """A request as an engine has it."""
+    """A request with the fields of `EngineRequest`."""
 
     request_id: str
     tokens: list[int]
@@ -47,17 +47,17 @@ class Request:
 
 
 class Pool:
-    """Counts who holds which block."""
+    """A `BlockPool` that counts references."""
 
     def __init__(self) -> None:
         self.held: Counter[int] = Counter()
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Count up."""
+        """Add a reference to each block."""
         self.held.update(blocks)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Count down."""
+        """Remove a reference from each block."""
         self.held.subtract(blocks)
         self.held += Counter()
 
@@ -131,11 +131,11 @@ class FakeEngine:
         )
 
     def read(self, blocks: Sequence[int], group: int = 0) -> npt.NDArray[np.uint8]:
-        """Return a copy of blocks."""
+        """Return a copy of a group's blocks, uint8 [blocks, PAGE]."""
         return self.views[group, blocks].copy()
 
     def match(self, request: Request, num_computed: int = 0) -> int:
-        """Ask until the lookup has been answered."""
+        """Wait for the lookup; return the number of matched tokens."""
         answers: list[int] = []
 
         def ask() -> bool:
@@ -163,7 +163,7 @@ class FakeEngine:
         return collected
 
     def settle(self) -> Collected:
-        """Collect until nothing is under way; return all of it."""
+        """Collect until no operation is in progress; return all results."""
         total = Collected()
 
         def quiet() -> bool:
@@ -177,7 +177,7 @@ class FakeEngine:
         return total
 
     def compute(self, request: Request, blocks: Sequence[int]) -> None:
-        """Compute a whole prompt in one step, and wait for its store."""
+        """Compute a whole prompt in one step and wait for its store."""
         matched = self.match(request)
         assert matched == 0
         ids = tuple(list(blocks) for _ in self.views)
@@ -188,14 +188,14 @@ class FakeEngine:
         self.settle()
 
     def load(self, request: Request, blocks: Sequence[int]) -> Collected:
-        """Load all that is found into blocks, and wait for it."""
+        """Load all matched tokens into blocks and wait for it."""
         ids = tuple(list(blocks) for _ in self.views)
         self.scheduler.update_after_alloc(request.request_id, ids, self.match(request))
         self.step()
         return self.settle()
 
     def close(self) -> None:
-        """Say goodbye and remove the cache."""
+        """Close both sides and remove the cache."""
         self.scheduler.close()
         self.worker.close()
         del self.views

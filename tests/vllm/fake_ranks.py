@@ -1,4 +1,4 @@
-"""Simulated ranks: the content of their blocks, and what the server has stored."""
+"""Simulated ranks: the content of their blocks and the chunks stored for them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Extras = tuple[ExtraKey, ...]
 
 
 class KV(NamedTuple):
-    """What a block's bytes were made of, from the prompt's first token to its last."""
+    """Content of a block: the inputs that determine its KV, from the first token on."""
 
     weights: int
     extras: Extras
     tokens: Tokens
 
     def covers(self, other: KV) -> bool:
-        """Return whether it holds the other's tokens, same weights, and maybe more."""
+        """Return whether it has the other's weights and tokens, and possibly more."""
         end = len(other.tokens)
         return (
             self.weights == other.weights
@@ -41,22 +41,22 @@ CORRUPT = KV(-1, (), ())
 
 
 def extras_before(extras: Extras, end: int) -> Extras:
-    """Leave out what only shapes later tokens."""
+    """Return the extra keys that start before token `end`."""
     return tuple(extra for extra in extras if extra.start < end)
 
 
 def without_reset(extras: Extras) -> Extras:
-    """Leave out what the adapter adds after a reset."""
+    """Return the extra keys without the one that the connector adds by a reset."""
     return tuple(one for one in extras if not one.material.startswith(b"reset"))
 
 
 def kv_of(weights: int, extras: Extras, tokens: Sequence[int], end: int) -> KV:
-    """What the KV of tokens[:end] is made of."""
+    """Return the content of a block that ends with tokens[:end]."""
     return KV(weights, extras_before(without_reset(extras), end), tuple(tokens[:end]))
 
 
 class Blocks:
-    """The engine's blocks, with as many references as there are users."""
+    """The engine's blocks with their reference counts."""
 
     def __init__(self) -> None:
         self.refs: Counter[int] = Counter()
@@ -96,14 +96,14 @@ class Rank:
         self.worker._registration = Registration(request, tuple(range(num_groups)))
         self.content: dict[int, KV] = {}
         self.stored: dict[tuple[Extras, Tokens], int] = {}
-        """By a chunk's key, the weights that its bytes were computed with."""
+        """Weights that computed each chunk, by the chunk's extra keys and tokens."""
 
     def has(self, call: LinkCall, end: int) -> bool:
-        """Return whether the server has the chunk of a prompt that ends there."""
+        """Return whether the server has the chunk that ends at token `end`."""
         return (extras_before(call.extras, end), call.tokens[:end]) in self.stored
 
     def is_right(self, ids: Sequence[int], whole: KV, end: int) -> bool:
-        """Return whether blocks hold tokens[:end]; the last one may hold more."""
+        """Return whether blocks contain tokens[:end]; the last one may contain more."""
         return all(
             self.content.get(ids[i], CORRUPT).covers(
                 kv_of(
@@ -114,10 +114,10 @@ class Rank:
         )
 
     def check_store(self, call: LinkCall) -> int:
-        """What is stored has been computed from its tokens; return with what weights.
+        """Return the version of the weights that computed a store's blocks.
 
         Raises:
-            AssertionError: a block holds anything else.
+            AssertionError: a block does not contain the KV of its tokens.
         """
         seen = set()
         for ids in call.blocks:
@@ -132,7 +132,7 @@ class Rank:
         return seen.pop()
 
     def end_store(self, call: LinkCall, outcome: Any) -> None:
-        """A store's blocks are the same at its end."""
+        """Complete a store; assert that its blocks are unchanged."""
         weights = self.check_store(call)
         if outcome not in ("ok", "short"):
             call.future.set_exception(outcome("scripted"))
@@ -146,7 +146,7 @@ class Rank:
         call.future.set_result(StoreReply(0, 0, 0))
 
     def end_retrieve(self, call: LinkCall, outcome: Any) -> bool:
-        """Write the blocks, or some of them; say whether all went well."""
+        """Complete a retrieve; return whether it wrote all blocks."""
         size = self.link.chunk_size
         ends = range(call.start + size, call.end + 1, size)
         if outcome == "ok" and not all(self.has(call, end) for end in ends):
@@ -167,7 +167,7 @@ class Rank:
         return bool(outcome == "ok")
 
     def _loaded(self, call: LinkCall, index: int) -> KV:
-        """What the server writes into the block of a load at an index."""
+        """Return what the server writes into the load's block at `index`."""
         size = self.link.chunk_size
         end = call.start + (index + 1) * BLOCK
         chunk_end = -(-end // size) * size

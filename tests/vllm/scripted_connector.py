@@ -56,13 +56,13 @@ WINDOWS = st.sampled_from(
 
 
 def prompt_of(number: int, length: int) -> tuple[int, ...]:
-    """One of the prompts, or its beginning."""
+    """Return the first `length` tokens of a prompt."""
     return tuple(100 * number + i for i in range(length))
 
 
 @dataclass(eq=False)
 class RequestRecord:
-    """A request as the engine has it."""
+    """The engine's state of a request."""
 
     request: Request
     state: str = "waiting"
@@ -73,17 +73,17 @@ class RequestRecord:
 
     @property
     def name(self) -> str:
-        """Its name; another may have had it."""
+        """The request id, which an earlier request may have used."""
         return self.request.request_id
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are known."""
+        """Number of known tokens."""
         return len(self.request.tokens)
 
 
 class ScriptedConnector(RuleBasedStateMachine):
-    """What the server is call, and its answers: nothing ends but by a rule."""
+    """Requests to the server and their replies, which only rules deliver."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class ScriptedConnector(RuleBasedStateMachine):
         num_stored: int,
         recomputes: bool,
     ) -> None:
-        """One or two ranks; a failed load is computed, or fails its request."""
+        """Create one or two ranks; a failed load is recomputed or fails its request."""
         self.groups, self.recomputes = groups, recomputes
         config, size = ConnectorConfig(), CHUNKS[0]
         self.ranks = [Rank(config, i, len(groups), size) for i in range(num_ranks)]
@@ -131,14 +131,14 @@ class ScriptedConnector(RuleBasedStateMachine):
                 rank.stored[extras_before(extras, end), prompt_of(prompt, end)] = 0
 
     def expected_kv(self, record: RequestRecord) -> KV:
-        """What all of a request's KV is to be made of."""
+        """Return the expected content of a request's last block."""
         tokens = record.request.tokens
         return kv_of(self.weights, record.request.extras, tokens, len(tokens))
 
     # -- the engine's blocks ----------------------------------------------------------
 
     def free(self, record: RequestRecord) -> None:
-        """Take the engine's own references off."""
+        """Remove the engine's references to a request's blocks."""
         ids = (block for ids in record.blocks for block in ids if block)
         self.blocks.refs.subtract(ids)
         record.blocks = []
@@ -146,7 +146,7 @@ class ScriptedConnector(RuleBasedStateMachine):
     def grow(
         self, record: RequestRecord, end: int, first_needed: int = 0
     ) -> list[list[int]]:
-        """Give a request blocks up to a token; return the new ones."""
+        """Allocate a request's blocks up to token `end`; return the new ones."""
         more: list[list[int]] = []
         record.blocks = record.blocks or [[] for _ in self.groups]
         busy = {
@@ -163,7 +163,9 @@ class ScriptedConnector(RuleBasedStateMachine):
                     new.append(0)
                     continue
                 block = self.blocks.take()
-                assert block not in busy, "a block was given away that is being copied"
+                assert block not in busy, (
+                    "a block that is being copied was allocated again"
+                )
                 for rank in self.ranks:
                     rank.content[block] = CORRUPT
                 new.append(block)
@@ -172,17 +174,17 @@ class ScriptedConnector(RuleBasedStateMachine):
         return more
 
     def move_window(self, record: RequestRecord) -> None:
-        """Free what a window has left behind."""
+        """Free the blocks before a group's window."""
         for ids, group in zip(record.blocks, self.groups, strict=True):
             for i in range(min(group.num_skipped(record.num_computed), len(ids))):
                 if ids[i]:
                     self.blocks.refs[ids[i]] -= 1
                     ids[i] = 0
 
-    # -- what the server is call -----------------------------------------------------
+    # -- requests to the server -----------------------------------------------------
 
     def note_scheduler(self, call: LinkCall) -> None:
-        """A lookup is call once for one wait, a session ended after its copies."""
+        """Check that lookups are sent once and sessions end after their copies."""
         if call.kind == "lookup":
             record = self.records[call.name]
             assert not record.has_pending_lookup
@@ -200,7 +202,7 @@ class ScriptedConnector(RuleBasedStateMachine):
         call.future.set_result(None)
 
     def note_rank(self, rank: Rank, call: LinkCall) -> None:
-        """A copy names whole chunks, tokens, and blocks of them or for them."""
+        """Check a copy's tokens and blocks."""
         self.open_sessions.add(call.name)
         record = self.records.get(call.name)
         if record is not None:
@@ -215,7 +217,7 @@ class ScriptedConnector(RuleBasedStateMachine):
             rank.check_store(call)
 
     def end_lookup(self, call: LinkCall, outcome: Any, hit: int) -> None:
-        """Answer with at most what all ranks have."""
+        """Complete a lookup with at most `hit` chunks that all ranks have."""
         if outcome in ERRORS:
             call.future.set_exception(outcome("scripted"))
             return
@@ -229,7 +231,7 @@ class ScriptedConnector(RuleBasedStateMachine):
         call.future.set_result(LookupReply(n, n * size))
 
     def pending(self) -> list[tuple[Rank | None, LinkCall]]:
-        """Everything that waits for an end."""
+        """Return all pending requests, each with its rank."""
         waiting: list[tuple[Rank | None, LinkCall]] = [
             (None, call) for call in self.link.client.pending
         ]
@@ -240,7 +242,7 @@ class ScriptedConnector(RuleBasedStateMachine):
     def end_one(
         self, rank: Rank | None, call: LinkCall, outcome: Any, hit: int
     ) -> None:
-        """End a request of any kind."""
+        """Complete a request of any kind."""
         if rank is None:
             self.end_lookup(call, outcome, hit)
         elif call.kind == "store":
@@ -251,7 +253,7 @@ class ScriptedConnector(RuleBasedStateMachine):
 
     @rule(data=st.data(), outcome=OUTCOMES, hit=st.sampled_from([9, 9, 2, 1, 0]))
     def answer(self, data: st.DataObject, outcome: Any, hit: int) -> None:
-        """The server ends one, in any order."""
+        """Complete one request, in any order."""
         waiting = self.pending()
         if not waiting:
             return
@@ -260,13 +262,13 @@ class ScriptedConnector(RuleBasedStateMachine):
 
     @rule(outcome=OUTCOMES)
     def answer_all(self, outcome: Any) -> None:
-        """The server is quick."""
+        """Complete all requests."""
         for rank, call in self.pending():
             self.end_one(rank, call, outcome, 9)
 
     @rule(chunk_size=st.sampled_from(CHUNKS), is_empty=st.booleans())
     def replace_server(self, chunk_size: int, is_empty: bool) -> None:
-        """Another one is at the address, maybe with other chunks, or empty."""
+        """Replace the server, possibly with another chunk size or without chunks."""
         for rank, call in self.pending():
             self.end_one(rank, call, Unavailable, 0)
         for link in (self.link, *(rank.link for rank in self.ranks)):
@@ -277,7 +279,7 @@ class ScriptedConnector(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 2))
     def recover(self, which: int) -> None:
-        """A link finds the server well, or all do."""
+        """Make the server available to one link or to all."""
         links = [self.link, *(rank.link for rank in self.ranks)]
         for link in links[which : which + 1] or links:
             link.is_available = True

@@ -17,7 +17,7 @@ from kvcore.vllm.server_link import SERVER_ERRORS, ServerEndpoint
 
 @dataclass(eq=False)
 class LinkCall:
-    """One request, as it was sent."""
+    """A request and its future."""
 
     kind: str
     name: str
@@ -31,7 +31,7 @@ class LinkCall:
 
     @property
     def real_blocks(self) -> set[int]:
-        """The blocks that a copy may touch."""
+        """The blocks that a copy reads or writes."""
         return {b for ids in self.blocks for b in ids} - {NULL_BLOCK}
 
 
@@ -44,7 +44,7 @@ class ScriptedClient:
 
     @property
     def pending(self) -> list[LinkCall]:
-        """Requests that have not ended."""
+        """Requests that have not been completed."""
         self.calls = [one for one in self.calls if not one.future.done()]
         return self.calls
 
@@ -63,7 +63,7 @@ class ScriptedClient:
         extras: tuple[ExtraKey, ...] = (),
         **rest: object,
     ) -> Future[Any]:
-        """Take a lookup."""
+        """Record a lookup."""
         del model, world_size, rest
         name = session.request_id
         return self._submit(LinkCall("lookup", name, tuple(tokens), extras=extras))
@@ -80,7 +80,7 @@ class ScriptedClient:
         extras: tuple[ExtraKey, ...] = (),
         **rest: object,
     ) -> Future[Any]:
-        """Take a store."""
+        """Record a store."""
         del instance_id, rest
         name, ids = session.request_id, _ids(blocks)
         return self._submit(
@@ -100,7 +100,7 @@ class ScriptedClient:
         extras: tuple[ExtraKey, ...] = (),
         **rest: object,
     ) -> Future[Any]:
-        """Take a retrieve."""
+        """Record a retrieve."""
         del instance_id, rest
         name, skip, ids = session.request_id, skip_first_n_tokens, _ids(blocks)
         return self._submit(
@@ -110,11 +110,11 @@ class ScriptedClient:
     def submit_free_lookup_locks(
         self, session: SessionKey, start: int, end: int
     ) -> Future[Any]:
-        """Take the end of a lease."""
+        """Record the end of a lease."""
         return self._submit(LinkCall("free", session.request_id, (), start, end))
 
     def submit_end_session(self, session: SessionKey) -> Future[Any]:
-        """Take the end of a session."""
+        """Record the end of a session."""
         return self._submit(LinkCall("end", session.request_id))
 
 

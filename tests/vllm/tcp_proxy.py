@@ -1,4 +1,4 @@
-"""A TCP line between an engine and its server, which a test can make slow."""
+"""TCP proxy between an engine and its server that can delay replies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 
 class SlowTcpProxy:
-    """Passes on all that is said; what the server says can be held back."""
+    """Forwards both directions; `held` delays the server's data."""
 
     def __init__(self, address: str) -> None:
         self._server = ("127.0.0.1", int(address.rpartition(":")[2]))
@@ -31,7 +31,7 @@ class SlowTcpProxy:
             try:
                 engine, _ = self._listener.accept()
             except OSError:
-                return  # Closed: the test is over.
+                return  # The listener was closed.
             server = socket.create_connection(self._server)
             self._sockets += (engine, server)
             self._run(self._pass_on, engine, server, None)
@@ -51,7 +51,7 @@ class SlowTcpProxy:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep what the server says until the end of the block."""
+        """Delay the server's data until the end of the `with` block."""
         self._open.clear()
         try:
             yield
@@ -59,7 +59,7 @@ class SlowTcpProxy:
             self._open.set()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections and join the threads."""
         self._open.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

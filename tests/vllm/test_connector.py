@@ -23,12 +23,12 @@ OTHERS = list(range(21, 21 + 3 * PER_CHUNK))
 
 
 def again(request: Request, name: str = "again") -> Request:
-    """Make another request with the same prompt."""
+    """Return another request with the same prompt."""
     return Request(f"{name}-{request.request_id}", request.tokens, request.extras)
 
 
 def held(client: KVClient) -> tuple[int, int, int]:
-    """Count leases, chunks under one, and sessions."""
+    """Return the numbers of leases, leased chunks and sessions."""
     status = client.status()
     return status.num_leases, status.l1.num_leased, status.num_sessions
 
@@ -36,7 +36,7 @@ def held(client: KVClient) -> tuple[int, int, int]:
 def test_another_engine_loads_what_one_stored(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """Every byte of the whole chunks arrives, and nothing is held at the end."""
+    """All bytes of whole chunks are loaded, and nothing stays leased."""
     first, second = start().connect(), start().connect()
     request = request_of(3 * CHUNK + 5)
     first.fill(BLOCKS, seed=1)
@@ -55,7 +55,7 @@ def test_another_engine_loads_what_one_stored(
 def test_a_lookup_is_submitted_once_and_polled(
     start: Start, request_of: RequestOf, client: KVClient, server: Server
 ) -> None:
-    """None until it is answered; asking again asks no server."""
+    """The result is None until the reply; repeated calls send no request."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     before = client.status().counters["lookups"]
@@ -74,7 +74,7 @@ def test_a_lookup_is_submitted_once_and_polled(
 def test_computed_tokens_are_not_overwritten(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """Blocks before the first token to load are not written, nor their lease kept."""
+    """Blocks before the first loaded token are not written; their lease ends."""
     first, second = start().connect(), start().connect()
     request = request_of(3 * CHUNK)
     first.fill(BLOCKS, seed=2)
@@ -98,7 +98,7 @@ def test_computed_tokens_are_not_overwritten(
 def test_an_unused_lookup_is_freed(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """An engine that has it all already keeps no lease."""
+    """The lease ends if the engine has computed all tokens."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
@@ -115,7 +115,7 @@ def test_an_unused_lookup_is_freed(
 def test_blocks_are_held_until_every_copy_is_acknowledged(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """A finished request's blocks are not the engine's while a store reads them."""
+    """The blocks of a finished request stay held while a store reads them."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     assert engine.match(request) == 0
@@ -134,7 +134,7 @@ def test_blocks_are_held_until_every_copy_is_acknowledged(
 def test_copies_wait_for_the_engines_event(
     start: Start, request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each names the event of its step; one event is enough for all of a step."""
+    """Each copy names its step's event; a step records one event per direction."""
     engine = start(driver="server").connect()
     marks = iter((b"first", b"second"))
     engine.worker._registration = replace(
@@ -146,7 +146,7 @@ def test_copies_wait_for_the_engines_event(
 
         def note(*args: Any, event: bytes, submit: Any = submit, **rest: Any) -> Any:
             named.append(event)
-            return submit(*args, **rest)  # A server without a GPU waits for no event.
+            return submit(*args, **rest)  # A server without a GPU rejects events.
 
         monkeypatch.setattr(KVClient, name, note)
     request = request_of(2 * CHUNK)
@@ -166,7 +166,7 @@ def test_each_completion_is_reported_once(start: Start, request_of: RequestOf) -
     once_more = engine.collect()
     assert not once_more.loaded
     assert not once_more.acks
-    # Naming what ended twice, as asynchronous scheduling does, changes nothing.
+    # Asynchronous scheduling may report an end twice, which has no effect.
     engine.worker.forget([repeat.request_id, repeat.request_id])
     engine.scheduler.finish(repeat.request_id)
     engine.scheduler.finish(repeat.request_id)
@@ -174,7 +174,7 @@ def test_each_completion_is_reported_once(start: Start, request_of: RequestOf) -
     assert engine.scheduler.num_ops == 0
 
 
-def test_an_op_waits_for_all_ranks(start: Start, request_of: RequestOf) -> None:
+def test_an_operation_waits_for_all_ranks(start: Start, request_of: RequestOf) -> None:
     """Blocks stay held until the last rank has acknowledged."""
     engine = start().connect()
     engine.scheduler._world_size = 2
@@ -194,7 +194,7 @@ def test_an_op_waits_for_all_ranks(start: Start, request_of: RequestOf) -> None:
 def test_a_failed_load_is_reported_with_its_blocks(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """What was found and then dropped is computed, and not looked up again."""
+    """A chunk that was dropped after the lookup is recomputed without a new lookup."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     engine.compute(request, BLOCKS[: 2 * PER_CHUNK])
@@ -215,7 +215,7 @@ def test_a_failed_load_is_reported_with_its_blocks(
 def test_a_preempted_request_is_looked_up_again(
     start: Start, request_of: RequestOf
 ) -> None:
-    """With the tokens that it has by then."""
+    """The lookup covers the tokens generated before the preemption."""
     engine = start().connect()
     request = request_of(CHUNK)
     engine.compute(request, BLOCKS[:PER_CHUNK])
@@ -237,7 +237,7 @@ def test_a_preempted_request_is_looked_up_again(
 def test_draft_tokens_are_not_stored(
     start: Start, request_of: RequestOf, num_known: int
 ) -> None:
-    """Drafts and placeholders count as computed before anybody knows them."""
+    """The engine counts drafts and placeholders as computed."""
     engine = start().connect()
     request = request_of(num_known)
     engine.scheduler.get_num_matched_tokens(request, num_known)
@@ -250,7 +250,7 @@ def test_draft_tokens_are_not_stored(
 def test_blocks_outside_a_sliding_window_are_not_stored(
     start: Start, request_of: RequestOf
 ) -> None:
-    """They may be another request's by now."""
+    """The engine may have reused them for another request."""
     engine = start(windows=(None, CHUNK)).connect()
     request = request_of(3 * CHUNK)
     engine.scheduler.get_num_matched_tokens(request, 3 * CHUNK)
@@ -260,7 +260,7 @@ def test_blocks_outside_a_sliding_window_are_not_stored(
     )
     (store,) = plan.stores
     assert unpack_blocks(store.blocks[0]).tolist() == BLOCKS
-    # Token 2 * CHUNK still looks back at CHUNK + 1: the block of that token stays.
+    # The window of token 2 * CHUNK starts at CHUNK + 1, whose block is kept.
     gone = [NULL_BLOCK] * PER_CHUNK
     assert unpack_blocks(store.blocks[1]).tolist() == gone + OTHERS[PER_CHUNK:]
 
@@ -268,12 +268,15 @@ def test_blocks_outside_a_sliding_window_are_not_stored(
 def test_blocks_before_a_chunked_window_are_not_stored(
     start: Start, request_of: RequestOf
 ) -> None:
-    """With attention in chunks all before the last one's begin is gone."""
+    """Chunked attention keeps only blocks of the current chunk of attention."""
     engine = start(windows=(None, CHUNK)).connect()
-    half = engine.scheduler
-    half._groups = (half._groups[0], replace(half._groups[1], is_chunked=True))
+    scheduler = engine.scheduler
+    scheduler._groups = (
+        scheduler._groups[0],
+        replace(scheduler._groups[1], is_chunked=True),
+    )
     request = request_of(3 * CHUNK)
-    half.get_num_matched_tokens(request, 3 * CHUNK)
+    scheduler.get_num_matched_tokens(request, 3 * CHUNK)
     last = 3 * CHUNK - 1
     plan = engine.step(
         ScheduledRequest(request.request_id, last, 1, (BLOCKS, OTHERS), True)
@@ -304,8 +307,10 @@ def test_only_blocks_inside_a_window_are_loaded(
     assert not second.read([0], 1).any()
 
 
-def test_extras_keep_requests_apart(start: Start, request_of: RequestOf) -> None:
-    """A prompt is found with the same salt only."""
+def test_requests_with_other_extra_keys_do_not_match(
+    start: Start, request_of: RequestOf
+) -> None:
+    """A prompt is found only with the same salt."""
     engine = start().connect()
     request = request_of(2 * CHUNK)
     request.extras = (ExtraKey(0, b"salt"),)
@@ -317,10 +322,10 @@ def test_extras_keep_requests_apart(start: Start, request_of: RequestOf) -> None
     assert engine.match(again(request)) == 2 * CHUNK
 
 
-def test_after_a_reset_nothing_older_is_found(
+def test_a_reset_hides_older_chunks(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """Not what anybody stored before; what is stored after it is this engine's own."""
+    """Chunks stored after the reset are found only by this engine."""
     engine, other = start().connect(), start().connect()
     request, blocks = request_of(2 * CHUNK), BLOCKS[: 2 * PER_CHUNK]
     engine.compute(request, blocks)
@@ -337,7 +342,7 @@ def test_after_a_reset_nothing_older_is_found(
 def test_a_request_from_before_a_reset_is_not_stored(
     start: Start, request_of: RequestOf, client: KVClient
 ) -> None:
-    """Its first tokens were computed by other weights; its session ends."""
+    """Its first tokens were computed with other weights; its session ends."""
     before, engine = held(client), start().connect()
     request, blocks = request_of(2 * CHUNK), BLOCKS[: 2 * PER_CHUNK]
     assert engine.match(request) == 0

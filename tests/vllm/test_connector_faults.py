@@ -1,4 +1,4 @@
-"""What the adapter does with a server that is absent, stopped, killed or full."""
+"""The connector with a server that is absent, stopped, killed or full."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def is_shared(engine: FakeEngine, request_of: RequestOf) -> bool:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
-    """Return the messages that hold this text."""
+    """Return the messages that contain this text."""
     return [r.getMessage() for r in caplog.records if text in r.getMessage()]
 
 
@@ -109,7 +109,7 @@ def test_a_killed_server_fails_loads_and_its_successor_is_used(
 
 
 @worker_is_long
-def test_a_stopped_server_is_left_alone(
+def test_no_requests_are_sent_to_a_stopped_server(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
     """A lookup ends by its deadline; no more are sent until the server runs again."""
@@ -118,7 +118,7 @@ def test_a_stopped_server_is_left_alone(
     server.pause()
     try:
         assert engine.match(request_of(CHUNK)) == 0
-        # Nothing is sent: the answer is there at once.
+        # No request is sent, so the result is available immediately.
         assert engine.scheduler.get_num_matched_tokens(request_of(CHUNK), 0) == 0
     finally:
         server.resume()
@@ -160,18 +160,18 @@ def test_a_stopped_server_keeps_the_blocks_that_it_may_write(
 
 
 @worker_is_long
-def test_a_slow_server_is_left_alone(
+def test_no_requests_are_sent_to_a_slow_server(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
     """A late reply is a miss, and has no effect when it arrives."""
     server = serve()
-    with closing(SlowTcpProxy(server.address)) as line:
-        engine = start(line.address, **SHORT_TIMEOUTS).connect()
+    with closing(SlowTcpProxy(server.address)) as proxy:
+        engine = start(proxy.address, **SHORT_TIMEOUTS).connect()
         wait_until(lambda: is_shared(engine, request_of))
         late = [request_of(CHUNK) for _ in range(2)]
-        with line.held():
+        with proxy.held():
             assert engine.match(late[0]) == 0
-            # Nothing is sent: the answer is there at once.
+            # No request is sent, so the result is available immediately.
             assert engine.scheduler.get_num_matched_tokens(late[1], 0) == 0
             assert engine.match(late[0]) == 0
         for request in late:
@@ -223,7 +223,7 @@ def test_a_full_server_keeps_the_prefix(
     assert not engine.pool.held
 
 
-def test_a_server_with_other_chunks_takes_over(
+def test_a_successor_with_another_chunk_size_is_used(
     start: Start, request_of: RequestOf, serve: Serve
 ) -> None:
     """A running request is stored with the new chunk size."""

@@ -1,4 +1,4 @@
-"""What the adapter reads from an engine's configuration and tensors."""
+"""Cache groups and memory handles derived from an engine's tensors."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _numbers = itertools.count()
 
 @dataclass
 class Storage:
-    """A storage that is moved into shared memory as torch does it."""
+    """A storage that can be moved into shared memory as by torch."""
 
     size: int
     made_as: str = ""
 
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """Return the size in bytes."""
         return self.size
 
     def data_ptr(self) -> int:
-        """Where it lies."""
+        """Return the address."""
         return id(self)
 
     def is_shared(self) -> bool:
-        """Whether it is in shared memory."""
+        """Return whether it is in shared memory."""
         return bool(self.made_as)
 
     def _share_filename_cpu_(self) -> tuple[bytes, bytes, int]:
@@ -58,7 +58,7 @@ class Storage:
 
 @dataclass
 class Tensor:
-    """A float32 tensor of a storage."""
+    """A float32 view of a storage."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -68,23 +68,23 @@ class Tensor:
     device: Any = field(default_factory=lambda: SimpleNamespace(type="cpu"))
 
     def stride(self) -> tuple[int, ...]:
-        """Elements between neighbours."""
+        """Return the strides in elements."""
         return self.strides
 
     def storage_offset(self) -> int:
-        """Elements before the first."""
+        """Return the offset in elements."""
         return self.offset
 
     def element_size(self) -> int:
-        """Bytes of one."""
+        """Return the size of an element in bytes."""
         return 4
 
     def data_ptr(self) -> int:
-        """Where its first element lies."""
+        """Return the address of the first element."""
         return self.storage.data_ptr() + self.offset
 
     def untyped_storage(self) -> Storage:
-        """Return its storage."""
+        """Return the storage."""
         return self.storage
 
 
@@ -96,21 +96,21 @@ def storage() -> Storage:
 
 @pytest.fixture
 def memory() -> Iterator[SharedCacheMemory]:
-    """What is shared, until the test's end."""
+    """Shared memory, removed after the test."""
     memory = SharedCacheMemory()
     yield memory
     memory.close()
 
 
 def group(*layers: str, **changes: Any) -> groups.EngineGroup:
-    """Make a group of these layers."""
+    """Return a group of the named layers."""
     return groups.EngineGroup(32, layers=layers, **changes)
 
 
 def test_views_of_one_storage_share_a_handle(
     storage: Storage, memory: SharedCacheMemory
 ) -> None:
-    """Interleaved layers are one group of pages, in memory that begins after 64 B."""
+    """Interleaved layers are one group of pages in a segment after 64 header bytes."""
     caches = {
         f"layer{i}": Tensor((8, 2, 32, 4), (512, 128, 4, 1), storage, offset=i * 256)
         for i in range(2)
@@ -128,10 +128,10 @@ def test_views_of_one_storage_share_a_handle(
     assert layout.plane_offsets.tolist() == [0, 1024]
 
 
-def test_other_shapes_make_groups_of_their_own(
+def test_layers_of_different_shapes_are_separate_groups(
     storage: Storage, memory: SharedCacheMemory
 ) -> None:
-    """They take the blocks of the engine's group that they are in."""
+    """Each group uses the block ids of its engine group."""
     caches = {
         "wide": Tensor((8, 64), (64, 1), storage),
         "slim": Tensor((8, 32), (32, 1), storage, offset=1024),
@@ -151,13 +151,17 @@ def test_other_shapes_make_groups_of_their_own(
     assert [g.window for g in described.groups] == [None, None, 64]
 
 
-def test_k_and_v_apart_and_smaller_kernel_blocks(
+def test_separate_k_and_v_and_smaller_kernel_blocks(
     storage: Storage, memory: SharedCacheMemory
 ) -> None:
-    """K's half and V's are planes; kernel blocks that follow each other are a page."""
-    halves = Tensor((2, 8, 32), (256, 32, 1), storage)
+    """K and V are separate planes; consecutive kernel blocks form one page."""
+    separate = Tensor((2, 8, 32), (256, 32, 1), storage)
     described = groups.describe_caches(
-        [group("layer")], {"layer": halves}, 8, share=memory.share, replicate_mla=False
+        [group("layer")],
+        {"layer": separate},
+        8,
+        share=memory.share,
+        replicate_mla=False,
     )
     assert [t.offset for t in described.groups[0].tensors] == [0, 1024]
     small = Tensor((16, 32), (32, 1), storage)
@@ -168,10 +172,10 @@ def test_k_and_v_apart_and_smaller_kernel_blocks(
     assert (view.shape, view.strides) == ((8, 2, 32), (256, 128, 4))
 
 
-def test_what_cannot_be_described_is_refused(
+def test_unsupported_caches_are_refused(
     storage: Storage, memory: SharedCacheMemory
 ) -> None:
-    """A tensor without blocks, and layers without tokens."""
+    """A tensor without blocks, no layers, and a cache that is not a tensor."""
     odd = Tensor((7, 32), (32, 1), storage)
     with pytest.raises(LayoutError, match="8 blocks"):
         groups.describe_caches(
@@ -191,10 +195,10 @@ def test_what_cannot_be_described_is_refused(
         )
 
 
-def test_shared_memory_has_a_name_of_its_owners(
+def test_a_shared_segment_is_renamed_after_its_owner(
     storage: Storage, memory: SharedCacheMemory
 ) -> None:
-    """Torch's name is gone, and torch has a user left: it will remove none of ours."""
+    """Torch's name is removed, and its reference count keeps the segment."""
     handle = memory.share(Tensor((8, 32), (32, 1), storage))
     assert isinstance(handle, PosixShm)
     assert handle.name.startswith(f"{SEGMENT_PREFIX}{os.getpid()}-")
@@ -216,10 +220,10 @@ sys.stdin.read()
 """
 
 
-def test_the_next_engine_removes_what_a_killed_one_shared(
+def test_the_next_engine_removes_segments_of_a_killed_one(
     storage: Storage, memory: SharedCacheMemory
 ) -> None:
-    """What a living one shared stays."""
+    """Segments of running engines are kept."""
     living = memory.share(Tensor((8, 32), (32, 1), storage))
     with subprocess.Popen(
         [sys.executable, "-c", SHARE_AND_WAIT],
@@ -238,15 +242,15 @@ def test_the_next_engine_removes_what_a_killed_one_shared(
     assert (SHM_DIR / living.name).exists()
 
 
-def test_servers_know_the_names_of_shared_caches() -> None:
-    """They remove those of the dead."""
+def test_servers_recognize_segments_of_shared_caches() -> None:
+    """Servers remove the segments of dead processes."""
     assert SEGMENT_PREFIX.startswith(shm.SEGMENT_PREFIX)
 
 
 def test_memory_that_cannot_be_shared_is_refused(
     storage: Storage, memory: SharedCacheMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device's, what does not fit, and what is not where it should be."""
+    """Unknown devices, storages that do not fit, and missing segments."""
     tensor = Tensor((8, 32), (32, 1), storage)
     tensor.device = SimpleNamespace(type="tpu")
     with pytest.raises(HandleError, match="tpu device"):
@@ -265,10 +269,10 @@ def test_memory_that_cannot_be_shared_is_refused(
         memory.share(tensor)
 
 
-def test_a_gpus_memory_is_named_by_cuda_ipc(
+def test_gpu_memory_is_exported_by_cuda_ipc(
     storage: Storage, memory: SharedCacheMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an event behind the engine's work; without CUDA's libraries not at all."""
+    """It comes with an event; without CUDA's libraries it is refused."""
     tensor = Tensor((8, 32), (32, 1), storage)
     tensor.device = SimpleNamespace(type="cuda")
     handle = CudaIpc("GPU-0", bytes(64), 0, storage.size)

@@ -17,19 +17,19 @@ from kvcore.vllm.model_identity import extra_keys, is_cacheable, model_identity
 
 
 class HfConfig:
-    """A model's configuration."""
+    """A configuration with the interface of transformers."""
 
     def __init__(self, **values: object) -> None:
         self.values = values
         self._commit_hash = "abc"
 
     def to_dict(self) -> dict[str, object]:
-        """Return its values."""
+        """Return the values."""
         return self.values
 
 
 def engine_config(name: str = "org/model", **changes: Any) -> Any:
-    """Make what vLLM calls its configuration."""
+    """Return an object like vLLM's `VllmConfig`."""
     values: dict[str, Any] = {"dtype": "float32", "tp": 1, "hf": HfConfig(layers=4)}
     values.update(changes)
     return SimpleNamespace(
@@ -46,8 +46,8 @@ def engine_config(name: str = "org/model", **changes: Any) -> Any:
     )  # fmt: skip
 
 
-def test_identity_tells_apart_what_differs(tmp_path: Path) -> None:
-    """Revision, dtype, configuration, ranks, platform, and a folder's weights."""
+def test_identities_differ(tmp_path: Path) -> None:
+    """By dtype, configuration, ranks, platform, layout and a folder's weights."""
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(100_000))
     local = engine_config(str(tmp_path))
@@ -68,7 +68,7 @@ def test_identity_tells_apart_what_differs(tmp_path: Path) -> None:
 
 
 def test_one_file_of_weights_is_sampled_too(tmp_path: Path) -> None:
-    """A GGUF that is replaced in its place is another model; so is another draft."""
+    """Replacing a GGUF file changes the identity; so does another draft model."""
     weights, draft = tmp_path / "model.gguf", tmp_path / "draft.gguf"
     config = engine_config(str(weights))
     config.speculative_config = SimpleNamespace(model=str(draft))
@@ -80,8 +80,8 @@ def test_one_file_of_weights_is_sampled_too(tmp_path: Path) -> None:
     assert len(names) == 3
 
 
-def test_extras_name_salt_adapter_and_images() -> None:
-    """Each from the token on that it shapes."""
+def test_extra_keys_of_salt_adapter_and_images() -> None:
+    """Each starts at the first token that it affects."""
     image = SimpleNamespace(
         identifier="hash", mm_position=SimpleNamespace(offset=70, length=9)
     )
@@ -104,14 +104,14 @@ def test_extras_name_salt_adapter_and_images() -> None:
 def test_requests_not_determined_by_their_tokens_are_not_cached(
     values: dict[str, Any],
 ) -> None:
-    """Embeddings, requests that read no cache, sessions whose tokens change."""
+    """Prompt embeddings, requests that skip the cache, and streaming sessions."""
     plain = {"prompt_embeds": None, "skip_reading_prefix_cache": False}
     assert is_cacheable(SimpleNamespace(**plain))
     assert not is_cacheable(SimpleNamespace(**{**plain, **values}))
 
 
-def test_an_adapter_is_told_by_its_weights(tmp_path: Path) -> None:
-    """As they were when the engine took it up, or takes it up anew in its place."""
+def test_an_adapter_is_identified_by_its_weights(tmp_path: Path) -> None:
+    """By the weights when it was loaded; with `load_inplace` by the current ones."""
     weights = tmp_path / "adapter_model.safetensors"
 
     def key(number: int, *, load_inplace: bool = False) -> ExtraKey:
@@ -134,15 +134,15 @@ def test_an_adapter_is_told_by_its_weights(tmp_path: Path) -> None:
 
 
 def engine_group(kind: str, **spec: Any) -> groups.EngineGroup:
-    """Read a group of vLLM's with one spec of this kind."""
+    """Return the engine group for a vLLM group with one spec of this kind."""
     one = type(kind, (), {"block_size": 32, **spec})()
     layers = SimpleNamespace(layer_names=["layer"], kv_cache_spec=one)
     (read,) = groups.engine_groups(SimpleNamespace(kv_cache_groups=[layers]))
     return read
 
 
-def test_groups_whose_kv_is_not_its_tokens_are_refused() -> None:
-    """Mamba's state, what vLLM itself does not reuse, and layers that look ahead."""
+def test_groups_not_determined_by_preceding_tokens_are_refused() -> None:
+    """Mamba layers, layers without prefix caching, and non-causal layers."""
     for kind, spec, said in (
         ("MambaSpec", {}, "MambaSpec"),
         ("SlidingWindowMLASpec", {"prefix_cacheable": False}, "out of prefix caching"),
@@ -168,7 +168,7 @@ def test_groups_whose_kv_is_not_its_tokens_are_refused() -> None:
 def test_engines_whose_kv_cannot_be_shared_are_refused(
     place: str, values: dict[str, Any], said: str
 ) -> None:
-    """The line says why."""
+    """The error gives the reason."""
     config = engine_config()
     config.kv_transfer_config = SimpleNamespace(kv_role="kv_both")
     groups.check_engine(config)
@@ -177,8 +177,8 @@ def test_engines_whose_kv_cannot_be_shared_are_refused(
         groups.check_engine(config)
 
 
-def test_settings_of_the_connector() -> None:
-    """Defaults meet the server's; an unknown key and a wrong value are named."""
+def test_connector_options() -> None:
+    """The default address is the server's; errors name an unknown or invalid option."""
     assert config.parse_config({}).address == ServerConfig().address
     with pytest.raises(SetupError, match="adress"):
         config.parse_config({"adress": "x"})

@@ -1,4 +1,4 @@
-"""Both sides under a scheduler like vLLM's; the played server ends what it likes."""
+"""State machine: both sides under a scheduler like vLLM's and a scripted server."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LENGTHS = st.sampled_from([3, 4, 8, 9, 12, 16])
 
 
 class ConnectorMachine(ScriptedConnector):
-    """Requests come and go, are scheduled, preempted, aborted; weights change."""
+    """Requests are added, scheduled, preempted and aborted; weights change."""
 
-    # -- what the engine does ---------------------------------------------------------
+    # -- the engine ---------------------------------------------------------
 
     @rule(
         data=st.data(),
@@ -39,7 +39,7 @@ class ConnectorMachine(ScriptedConnector):
     def add(
         self, data: st.DataObject, prompt: int, length: int, extras: Extras
     ) -> None:
-        """A request comes, of a name that is not in use."""
+        """Add a request with an unused id."""
         names = [name for name in NAMES if name not in self.records]
         if not names:
             return
@@ -49,7 +49,7 @@ class ConnectorMachine(ScriptedConnector):
 
     @rule(data=st.data(), extras=st.sampled_from(EXTRAS), outcome=OUTCOMES)
     def find(self, data: st.DataObject, extras: Extras, outcome: Any) -> None:
-        """A request comes, and all is quick: what it finds, loads and stores."""
+        """Add a request; complete its lookup, load and store at once."""
         self.add(data, data.draw(st.integers(0, 1)), data.draw(LENGTHS), extras)
         for record in self.records.values():
             if record.state == "waiting":
@@ -63,7 +63,7 @@ class ConnectorMachine(ScriptedConnector):
 
     @rule(data=st.data(), budget=st.sampled_from([99, 99, 8, 3]))
     def step(self, data: st.DataObject, budget: int) -> None:
-        """Schedule what goes on and what waits, compute it, store it."""
+        """Schedule running and waiting requests, and run the step."""
         scheduled = []
         for record in list(self.records.values()):
             if not budget or data.draw(st.integers(0, 4)) == 4:
@@ -85,7 +85,7 @@ class ConnectorMachine(ScriptedConnector):
         self.run_step(scheduled)
 
     def continue_running(self, record: RequestRecord, num_new: int) -> ScheduledRequest:
-        """Schedule more of a running request, maybe with drafts."""
+        """Schedule more tokens of a running request, possibly drafts."""
         num_new = min(num_new, record.num_tokens + 2 - record.num_computed)
         more = self.grow(record, record.num_computed + num_new)
         new = tuple(more) if any(more) else None
@@ -102,7 +102,7 @@ class ConnectorMachine(ScriptedConnector):
     def start(
         self, record: RequestRecord, num_new: int, data: st.DataObject
     ) -> ScheduledRequest | None:
-        """Ask what can be loaded, and begin if that is known and there is room."""
+        """Start a waiting request once its lookup is complete."""
         shared = self.shared(record) if data.draw(st.integers(0, 3)) else []
         num_local = len(shared) * BLOCK
         matched = self.scheduler.get_num_matched_tokens(record.request, num_local)
@@ -127,7 +127,7 @@ class ConnectorMachine(ScriptedConnector):
         return self.start_running(record, num_new)
 
     def shared(self, record: RequestRecord) -> list[int]:
-        """Find blocks that another request has computed, as vLLM's prefix cache."""
+        """Return blocks computed by another request, like vLLM's prefix cache."""
         best: list[int] = []
         if len(self.groups) > 1:
             return best
@@ -145,7 +145,7 @@ class ConnectorMachine(ScriptedConnector):
         return best
 
     def run_step(self, scheduled: list[ScheduledRequest]) -> None:
-        """Do what every worker does in a step."""
+        """Run a step on every worker."""
         plan = self.scheduler.step(scheduled)
         for load in plan.loads:
             self.loads[load.request_id] = load
@@ -165,7 +165,7 @@ class ConnectorMachine(ScriptedConnector):
                 record.request.tokens.append(1000 + record.num_computed)
 
     def compute(self, one: ScheduledRequest) -> None:
-        """Fill the blocks of a step's tokens; after any rank's wrong ones come such."""
+        """Fill the blocks of a step; corrupt after a corrupt block."""
         record = self.records[one.request_id]
         whole, end = self.expected_kv(record), one.num_computed + one.num_new
         drafts = (-2,) * max(end - len(whole.tokens), 0)
@@ -179,13 +179,13 @@ class ConnectorMachine(ScriptedConnector):
                 made = kv_of(
                     self.weights, whole.extras, tokens, min(end, (i + 1) * BLOCK)
                 )
-                # What another has computed behind these tokens stays.
+                # Keep later tokens that another request has computed.
                 if ids[i] and not (right and rank.content[ids[i]].covers(made)):
                     rank.content[ids[i]] = made if right else CORRUPT
 
     @rule(which=st.integers(0, 2))
     def collect(self, which: int) -> None:
-        """A worker's results come late; a load has ended when all say so."""
+        """Collect one worker or all; a load ends when every rank has reported it."""
         for rank in self.ranks[which : which + 1] or self.ranks:
             collected = rank.worker.collect()
             for name in collected.loaded:
@@ -210,7 +210,7 @@ class ConnectorMachine(ScriptedConnector):
                 self.end_load(self.records[name])
 
     def end_load(self, record: RequestRecord) -> None:
-        """Every rank has reported: the request goes on, or its blocks are free."""
+        """Continue a request after its load, or free its blocks if it was aborted."""
         assert record.state == "loading"
         load, ends = self.loads.pop(record.name), self.load_results.pop(record.name)
         is_complete = ends.count(True) == len(self.ranks)
@@ -228,7 +228,7 @@ class ConnectorMachine(ScriptedConnector):
 
     @rule(data=st.data(), times=st.integers(1, 2))
     def finish(self, data: st.DataObject, times: int) -> None:
-        """A request ends or is aborted at any moment; the engine may say so twice."""
+        """Finish or abort a request; the engine may report it twice."""
         if not self.records:
             return
         name = data.draw(st.sampled_from(sorted(self.records)))
@@ -243,19 +243,19 @@ class ConnectorMachine(ScriptedConnector):
 
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
-        """A request loses its blocks and waits again."""
+        """Preempt a running request."""
         running = [n for n, record in self.records.items() if record.state == "running"]
         if running:
             self.preempt_request(self.records[data.draw(st.sampled_from(running))])
 
     def preempt_request(self, record: RequestRecord) -> None:
-        """Take a request's blocks."""
+        """Free a request's blocks and make it wait again."""
         self.free(record)
         record.state, record.num_computed = "waiting", 0
 
     @rule()
     def change_weights(self) -> None:
-        """All requests are preempted, and what was computed is worth nothing."""
+        """Preempt all requests and reset the connector."""
         if any(
             record.state in ("loading", "ready") for record in self.records.values()
         ):
@@ -267,11 +267,11 @@ class ConnectorMachine(ScriptedConnector):
         self.scheduler.reset()
         self.weights += 1
 
-    # -- what holds at any time -------------------------------------------------------
+    # -- invariants -------------------------------------------------------
 
     @invariant()
     def check_computed(self) -> None:
-        """What the engine takes for computed is right."""
+        """All tokens that the engine considers computed have the right KV."""
         for record in self.records.values():
             if record.state in ("running", "ready"):
                 whole = record.num_computed - record.num_computed % BLOCK
@@ -282,12 +282,12 @@ class ConnectorMachine(ScriptedConnector):
 
     @invariant()
     def check_held(self) -> None:
-        """The blocks of every copy under way are somebody's."""
+        """The blocks of every running copy are referenced."""
         for _, call in self.pending():
             assert all(self.blocks.refs[block] > 0 for block in call.real_blocks)
 
     def teardown(self) -> None:
-        """When all has ended nothing is left anywhere."""
+        """After all requests have ended, no state remains."""
         if not hasattr(self, "scheduler"):
             return
         self.run_step([])
@@ -312,7 +312,7 @@ class ConnectorMachine(ScriptedConnector):
 
 
 TestConnectorMachine = ConnectorMachine.TestCase
-# An example takes two milliseconds.
+# An example takes 2 ms.
 TestConnectorMachine.settings = settings(
     max_examples=6 * settings().max_examples, stateful_step_count=40
 )
