@@ -1,4 +1,4 @@
-"""Chunk spans one by one, as tests build and change them."""
+"""Single chunk spans, which tests build and change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ChunkSpan:
 
 
 def stack_spans(spans: Sequence[ChunkSpan]) -> ChunkSpans:
-    """Return the spans as the caches take them; at least one."""
+    """Return the spans in the form that caches take; at least one."""
     return ChunkSpans(
         [span.extents for span in spans],
         np.array([span.blocks for span in spans], np.int32),

@@ -1,4 +1,4 @@
-"""Threads that share one copy."""
+"""Threads that share one large copy."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ WAIT_S = 20
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
 @pytest.mark.parametrize("num_items", [0, 1, 2, 1000])
 def test_every_item_is_done_once(num_threads: int, num_items: int) -> None:
-    """However many threads there are, nothing is left out and nothing done twice."""
-    crew, done = CopyThreads(num_threads), Counter[int]()
-    crew.each(lambda item: done.update([item]), range(num_items))
-    crew.close()
+    """For any number of threads, every item is done exactly once."""
+    threads, done = CopyThreads(num_threads), Counter[int]()
+    threads.each(lambda item: done.update([item]), range(num_items))
+    threads.close()
     assert done == Counter(range(num_items))
 
 
-def test_items_are_worked_on_at_once() -> None:
-    """Two threads meet, each at an item of its own."""
-    crew, meeting = CopyThreads(2), Barrier(2)
-    crew.each(lambda _: meeting.wait(WAIT_S), [1, 2])
-    crew.close()
+def test_items_run_concurrently() -> None:
+    """Two threads meet at a barrier, each with its own item."""
+    threads, meeting = CopyThreads(2), Barrier(2)
+    threads.each(lambda _: meeting.wait(WAIT_S), [1, 2])
+    threads.close()
 
 
-def test_alone_means_this_thread() -> None:
-    """A crew of one wakes nobody."""
+def test_one_thread_is_the_calling_thread() -> None:
+    """With one thread, no helper is started."""
     seen = set()
     CALLING_THREAD.each(lambda _: seen.add(current_thread()), range(9))
     assert seen == {current_thread()}
 
 
-def test_busy_helpers_are_not_waited_for() -> None:
-    """A caller whose helpers are at another copy does all of its own."""
-    crew, begun, free = CopyThreads(2), Barrier(3), Event()
+def test_a_call_does_not_wait_for_busy_helpers() -> None:
+    """A caller whose helpers are busy with another copy does every item itself."""
+    threads, begun, free = CopyThreads(2), Barrier(3), Event()
 
     def occupy(_: int) -> None:
         begun.wait(WAIT_S)
         free.wait(WAIT_S)
 
-    other = Thread(target=crew.each, args=(occupy, [1, 2]))
+    other = Thread(target=threads.each, args=(occupy, [1, 2]))
     other.start()
     begun.wait(WAIT_S)
     seen = []
-    crew.each(lambda item: seen.append((item, current_thread())), [1, 2, 3])
+    threads.each(lambda item: seen.append((item, current_thread())), [1, 2, 3])
     free.set()
     other.join(WAIT_S)
-    crew.close()
+    threads.close()
     assert seen == [(item, current_thread()) for item in (1, 2, 3)]
 
 
-def test_an_error_ends_the_call_when_nobody_is_at_it_any_more() -> None:
-    """What a helper raises reaches the caller, after the caller's own item."""
-    crew, meeting, ended = CopyThreads(2), Barrier(2), Event()
+def test_a_helpers_error_is_raised_after_all_items_end() -> None:
+    """A helper's exception reaches the caller, after the caller's own item."""
+    threads, meeting, ended = CopyThreads(2), Barrier(2), Event()
     caller = current_thread()
 
     def work(_: int) -> None:
@@ -67,14 +67,14 @@ def test_an_error_ends_the_call_when_nobody_is_at_it_any_more() -> None:
         ended.set()
 
     with pytest.raises(LookupError, match="a helper's"):
-        crew.each(work, [1, 2])
-    crew.close()
+        threads.each(work, [1, 2])
+    threads.close()
     assert ended.is_set()
 
 
 def test_a_callers_error_waits_for_the_helper() -> None:
-    """Memory may be given back once the call has ended, so no helper still writes."""
-    crew, meeting, failed, ended = CopyThreads(2), Barrier(2), Event(), Event()
+    """Memory may be freed once the call has ended, so no helper still writes."""
+    threads, meeting, failed, ended = CopyThreads(2), Barrier(2), Event(), Event()
     caller = current_thread()
 
     def work(_: int) -> None:
@@ -86,14 +86,14 @@ def test_a_callers_error_waits_for_the_helper() -> None:
         ended.set()
 
     with pytest.raises(LookupError, match="the caller's"):
-        crew.each(work, [1, 2])
+        threads.each(work, [1, 2])
     assert ended.is_set()
-    crew.close()
+    threads.close()
 
 
 def test_a_helpers_error_waits_for_the_other_helper() -> None:
-    """Whichever of them fails, nobody is at it any more when the call has ended."""
-    crew, meeting, left = CopyThreads(3), Barrier(3), Event()
+    """Whichever thread fails, no thread still works when the call has ended."""
+    threads, meeting, left = CopyThreads(3), Barrier(3), Event()
     caller, failing, was_left = current_thread(), [], []
 
     def work(_: int) -> None:
@@ -106,7 +106,7 @@ def test_a_helpers_error_waits_for_the_other_helper() -> None:
         was_left.append(left.wait(0.2))
 
     with pytest.raises(LookupError, match="a helper's"):
-        crew.each(work, [1, 2, 3])
+        threads.each(work, [1, 2, 3])
     left.set()
-    crew.close()
+    threads.close()
     assert was_left == [False]

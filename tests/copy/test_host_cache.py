@@ -25,7 +25,7 @@ from tests.copy.chunk_spans import ChunkSpan, stack_spans
 
 POISON = 0xA5
 NO_SPANS = ChunkSpans([], np.empty((0, 2), np.int32), np.empty((0, 2), np.int64))
-"""Of a cache with two blocks per chunk."""
+"""No spans, of a cache with two blocks per chunk."""
 GEOMETRIES = {
     # name: (axes, their order in memory, axes that may be padded)
     "kv-outermost": ("KNSHD", "KNSHD", "KNS"),
@@ -54,7 +54,7 @@ class Case:
     layout: KVLayout
 
     def addresses(self, blocks: list[int]) -> list[tuple[int, np.ndarray]]:
-        """Handle and `[units, unit bytes]` byte addresses of each plane of a chunk."""
+        """Return handle and byte addresses, `[units, unit bytes]`, of each plane."""
         axes, item = self.group.axes, DTYPE_BYTES[self.group.dtype]
         tensors = []
         for tensor in self.group.tensors:
@@ -81,14 +81,14 @@ class Case:
         ]
 
     def units(self, span: ChunkSpan) -> slice:
-        """A span's token range in units."""
+        """Return a span's token range in units."""
         unit = self.layout.part.unit_tokens
         return slice(span.first_token // unit, span.end_token // unit)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any cache that can be described: shape, padding, dtype, place in its handles."""
+    """Any cache: its shape, padding, dtype and offset in its handles."""
     axes, memory, padded = GEOMETRIES[draw(st.sampled_from(sorted(GEOMETRIES)))]
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3", "uint8"]))
     block_size = 1 if "L" in axes and "H" not in axes else draw(st.integers(1, 4))
@@ -125,7 +125,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A case with memory, three chunks' spans in it, and as many blocks elsewhere."""
+    """A case, up to three chunks' spans in it, and as many other blocks."""
 
     case: Case
     spans: list[ChunkSpan]
@@ -134,7 +134,7 @@ class Move:
     seed: int
 
     def handles(self) -> list[np.ndarray]:
-        """Fresh random memory, the same on every call."""
+        """Return new random memory, the same on every call."""
         noise = np.random.default_rng(self.seed)
         return [
             noise.integers(0, 256, size, dtype=np.uint8)
@@ -142,13 +142,13 @@ class Move:
         ]
 
     def arena(self) -> np.ndarray:
-        """A poisoned arena."""
+        """Return a poisoned arena."""
         return np.full(self.arena_bytes, POISON, np.uint8)
 
 
 @st.composite
 def moves(draw: st.DrawFn, *, whole: bool = False) -> Move:
-    """Spans with blocks in any order, any range, and parts in any pieces."""
+    """Spans with blocks in any order, any token range, and parts in any extents."""
     case = draw(cases())
     layout, part = case.layout, case.layout.part
     per_chunk = case.chunk_size // layout.block_size
@@ -184,7 +184,7 @@ def moves(draw: st.DrawFn, *, whole: bool = False) -> Move:
 
 
 def part_addresses(move: Move, span: ChunkSpan) -> np.ndarray:
-    """Arena addresses of the units of a span's range, `[planes, units, unit bytes]`."""
+    """Return arena addresses of a span's units, `[planes, units, unit bytes]`."""
     part = move.case.layout.part
     flat = np.concatenate(
         [np.arange(e.offset, e.offset + e.length) for e in span.extents]
@@ -195,7 +195,7 @@ def part_addresses(move: Move, span: ChunkSpan) -> np.ndarray:
 
 @given(moves())
 def test_gather_is_logical_indexing(move: Move) -> None:
-    """A gather writes what indexing names, nothing else, and leaves the cache."""
+    """A gather writes the indexed bytes only, and does not change the cache."""
     handles, arena, expected = move.handles(), move.arena(), move.arena()
     for span in move.spans:
         there = part_addresses(move, span)
@@ -209,7 +209,7 @@ def test_gather_is_logical_indexing(move: Move) -> None:
 
 @given(moves(), st.data())
 def test_scatter_is_logical_assignment(move: Move, data: st.DataObject) -> None:
-    """A scatter writes what indexing names, skips null blocks, leaves other bytes."""
+    """A scatter writes the indexed bytes only, and skips null blocks."""
     for span in move.spans:
         dropped = data.draw(st.sets(st.integers(0, len(span.blocks) - 1)) | st.just(()))
         span.blocks[list(dropped)] = NULL_BLOCK
@@ -233,7 +233,7 @@ def test_scatter_is_logical_assignment(move: Move, data: st.DataObject) -> None:
 
 @given(moves(whole=True))
 def test_gather_then_scatter_elsewhere_is_identity(move: Move) -> None:
-    """What is gathered from some blocks and scattered into others reads the same."""
+    """Blocks gathered and scattered into others have the same bytes."""
     handles, arena = move.handles(), move.arena()
     cache = HostCache(move.case.layout, handles)
     cache.gather(stack_spans(move.spans), arena)
@@ -251,7 +251,7 @@ def test_gather_then_scatter_elsewhere_is_identity(move: Move) -> None:
 
 @contextmanager
 def in_small_steps(num_bytes: int) -> Iterator[None]:
-    """Have three threads share any copy, in steps and rows of a few bytes."""
+    """Make all copies shared, in steps and rows of a few bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "CHECKSUM_STEP", num_bytes)
         patch.setattr(host, "_MIN_ROW", 1)
@@ -263,7 +263,7 @@ def in_small_steps(num_bytes: int) -> Iterator[None]:
 
 @given(moves(whole=True), st.integers(1, 4000))
 def test_shared_copies_are_plain_ones_with_checksums(move: Move, step: int) -> None:
-    """Threads, steps and fine rows change no byte; checksums are the parts' own."""
+    """Threads, steps and split rows change no byte; checksums are those of the parts."""
     handles, arena, plain = move.handles(), move.arena(), move.arena()
     HostCache(move.case.layout, handles).gather(stack_spans(move.spans), plain)
     with in_small_steps(step):
@@ -282,8 +282,8 @@ def test_shared_copies_are_plain_ones_with_checksums(move: Move, step: int) -> N
     assert np.array_equal(there, plain)
 
 
-def test_rows_taken_apart_are_the_same_rows() -> None:
-    """A scatter of few rows, cut finer to let go of the GIL, writes what it should."""
+def test_split_rows_are_the_same_rows() -> None:
+    """A scatter of few rows, split to release the GIL, writes the right bytes."""
     layout = latent(8)
     arena = np.random.default_rng(1).integers(0, 256, layout.part.num_bytes, np.uint8)
     span = ChunkSpan((Extent(0, arena.size),), np.array([5, 2], np.int32), 0, 32)
@@ -296,8 +296,8 @@ def test_rows_taken_apart_are_the_same_rows() -> None:
     assert (handle.reshape(2, 8, -1)[:, others] == POISON).all()
 
 
-def test_checksums_are_made_only_where_they_are_wanted() -> None:
-    """Without, the list is empty, so that nobody takes it for checksums."""
+def test_checksums_are_computed_only_on_request() -> None:
+    """Otherwise the list is empty."""
     layout = latent(8)
     arena = np.zeros(layout.part.num_bytes, np.uint8)
     span = ChunkSpan((Extent(0, arena.size),), np.array([0, 3], np.int32), 0, 32)
@@ -310,8 +310,10 @@ def test_checksums_are_made_only_where_they_are_wanted() -> None:
 
 @settings(max_examples=30)
 @given(st.permutations(range(16)), st.sampled_from([2, 3, 7]))
-def test_layouts_of_other_paging_share_parts(order: list[int], stride: int) -> None:
-    """A part gathered from one paging scatters into another with the same tokens."""
+def test_layouts_with_other_block_sizes_share_parts(
+    order: list[int], stride: int
+) -> None:
+    """A part gathered from one layout scatters into another with the same tokens."""
     wide = np.arange(2 * 16 * 3 * 8, dtype=np.uint8).reshape(2, 16, 24)
     narrow = np.zeros((16, 2, 6, stride * 4), np.uint8)
     kv_first = CacheGroup(
@@ -344,7 +346,7 @@ def test_layouts_of_other_paging_share_parts(order: list[int], stride: int) -> N
 
 
 def latent(num_blocks: int, block_size: int = 16, chunk_size: int = 32) -> KVLayout:
-    """Two MLA layers of 1,152-byte tokens in one handle."""
+    """Return a layout of two MLA layers of 1,152-byte tokens in one handle."""
     size = num_blocks * block_size * 1152
     shape, strides = (num_blocks, block_size, 576), (block_size * 1152, 1152, 2)
     tensors = tuple(TensorView(0, i * size, shape, strides) for i in range(2))
@@ -364,10 +366,10 @@ def latent(num_blocks: int, block_size: int = 16, chunk_size: int = 32) -> KVLay
         ([1, 2], -1, 4, "no range"),
     ],
 )
-def test_bad_spans_move_nothing(
+def test_bad_spans_copy_nothing(
     way: str, blocks: list[int], first: int, end: int, message: str
 ) -> None:
-    """A wrong id or range in the last span is refused before the first one moves."""
+    """A wrong id or range in the last span is refused before any copy."""
     layout = latent(8)
     size = layout.part.num_bytes
     handles = [np.zeros(math.prod((2, 8, 16, 1152)), np.uint8)]
@@ -382,7 +384,7 @@ def test_bad_spans_move_nothing(
 
 
 def test_gathering_a_null_block_is_refused() -> None:
-    """Nobody may store what a null block would contain."""
+    """A null block has no content to store."""
     layout = latent(8)
     size = layout.part.num_bytes
     span = ChunkSpan((Extent(0, size),), np.array([2, NULL_BLOCK], np.int32), 0, 32)
@@ -392,7 +394,7 @@ def test_gathering_a_null_block_is_refused() -> None:
 
 
 def test_block_zero_after_a_null_block_is_written() -> None:
-    """Ids -1 and 0 follow each other but are no run."""
+    """Ids -1 and 0 are consecutive but not a run."""
     layout = latent(8)
     arena = np.full(layout.part.num_bytes, POISON, np.uint8)
     handle = np.zeros(2 * 8 * 16 * 1152, np.uint8)
@@ -407,13 +409,13 @@ def test_block_zero_after_a_null_block_is_written() -> None:
 
 @pytest.mark.parametrize("way", ["gather", "scatter"])
 def test_no_spans_are_no_work(way: str) -> None:
-    """A request whose chunks are all there already copies nothing."""
+    """A request whose chunks are all present copies nothing."""
     handle = np.zeros(2 * 8 * 16 * 1152, np.uint8)
     getattr(HostCache(latent(8), [handle]), way)(NO_SPANS, np.zeros(8, np.uint8))
     assert not handle.any()
 
 
 def test_handles_smaller_than_described_are_refused_at_construction() -> None:
-    """No view past a handle's end is ever made."""
+    """The constructor makes no view past a handle's end."""
     with pytest.raises((TypeError, ValueError)):
         HostCache(latent(8), [np.zeros(1152, np.uint8)])

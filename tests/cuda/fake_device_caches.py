@@ -1,4 +1,4 @@
-"""What caches on a fake device share: nothing, since its memory is this host's."""
+"""`DeviceCaches` of a fake device, whose memory is this host's: host caches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cuda.fake_gpu import array_at
 
 
 class HostCaches:
-    """`DeviceCaches` that copy at once, and count who is open."""
+    """`DeviceCaches` whose copies run at once; counts the open caches."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -23,19 +23,19 @@ class HostCaches:
         self.is_closed = False
 
     def cache(self, layout: KVLayout, addresses: Sequence[int]) -> HostCache:
-        """Make a cache over the fake device's memory."""
+        """Return a new cache in the fake device's memory."""
         self.num_open += 1
         end = int(layout.plane_offsets.max()) + layout.num_blocks * layout.block_stride
         arrays = [array_at(address, end) for address in addresses]
         return _Counted(self, layout, arrays)
 
     def status(self) -> DeviceStatus:
-        """Describe it, with figures that nobody measured."""
+        """Return its status, with rates that were not measured."""
         name = self.device.name
         return DeviceStatus(self.device.uuid, name, self.num_open, 0, {}, published())
 
     def close(self) -> None:
-        """Remember that it was closed."""
+        """Record that it was closed."""
         self.is_closed = True
 
 

@@ -1,10 +1,10 @@
-"""A GPU that runs its work as late, and in as unlucky an order, as it may.
+"""A fake GPU that runs work as late as allowed, and in a random order.
 
-Addresses are real ones of this process, so wrong bytes show as wrong bytes. Work is
-queued and run only when somebody waits or asks, one step at a time, of a stream that
-is chosen at random; a copy may be run in pieces. What a real device would answer with
-silent corruption is a `Misuse` here: work on memory that is not (or no longer)
-allocated, opened or pinned, and memory given back while queued work uses it.
+Addresses are real ones of this process, so that a wrong copy produces wrong bytes. Work
+is queued and runs only when a caller waits or polls, one step at a time, from a stream
+chosen at random; a copy may run in pieces. Errors that a real device would not report
+raise `Misuse` here: work on memory that is not (or no longer) allocated, opened or
+pinned, and memory freed while queued work uses it.
 
 Memory and events are memfds: handles work between processes, as CUDA's do.
 """
@@ -38,12 +38,12 @@ from kvcore.cuda.device_interface import (
 from kvcore.errors import DeviceFailed, HandleError
 
 POISON = 0xA5
-"""What fresh device memory holds."""
+"""Content of fresh device memory."""
 _HANDLE = struct.Struct("<QQ16s")
 
 
 class Misuse(AssertionError):
-    """The code under test did what a real device would not have told it of."""
+    """The code under test made an error that a real device would not report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class _Mark:
 
 @dataclass(slots=True)
 class _Work:
-    """One thing in a stream's queue. `step` answers whether it has ended."""
+    """One item of a stream's queue. `step` returns whether it has ended."""
 
     step: Callable[[], bool]
     touches: Sequence[Touch] = ()
@@ -71,9 +71,9 @@ class _Work:
 
 
 class FakeTimeline:
-    """The devices of one process, and the one clock that runs their queues.
+    """Runs the queues of all devices of one process.
 
-    `eager` runs work as soon as it is queued: for processes that wait for another.
+    `eager` runs work as soon as it is queued: for processes that wait for another one.
     """
 
     def __init__(self, seed: int = 0, *, eager: bool = False) -> None:
@@ -81,16 +81,16 @@ class FakeTimeline:
         self.lock = RLock()
         self.streams: list[FakeStream] = []
         self.regions: dict[int, int] = {}
-        """Memory that work may touch: address to bytes."""
+        """Memory that work may use: number of bytes by address."""
         self.pinned: set[int] = set()
         self.eager = eager
         self.num_done = 0
         self.breaks_after: int | None = None
-        """Steps until the devices fail for good, as after a kernel's bad access."""
+        """Steps until the devices fail for good, as after a kernel's illegal access."""
         self.on_step: Callable[[], None] = lambda: None
 
     def step(self) -> bool:
-        """Run one piece of work; False when none is ready."""
+        """Run one step of work; return whether any was ready."""
         with self.lock:
             ready = [s for s in self.streams if s.queue and s.queue[0].after()]
             if not ready:
@@ -104,12 +104,12 @@ class FakeTimeline:
             return True
 
     def step_some(self) -> None:
-        """Run a few pieces, or none."""
+        """Run 0 to 2 steps."""
         for _ in range(self.random.randrange(3)):
             self.step()
 
     def run(self) -> None:
-        """Run everything that is queued."""
+        """Run all queued work."""
         while self.step():
             pass
 
@@ -122,7 +122,7 @@ class FakeTimeline:
         self.breaks_after -= 1
 
     def add(self, stream: FakeStream, work: _Work) -> None:
-        """Queue work whose memory is all there."""
+        """Queue work; `Misuse` if it uses memory that is not known."""
         with self.lock:
             self.check_broken()
             self._require(work.touches)
@@ -131,12 +131,12 @@ class FakeTimeline:
                 self.run()
 
     def check_broken(self) -> None:
-        """Raise `DeviceFailed` once the devices have failed, without ageing them."""
+        """Raise `DeviceFailed` once the devices have failed; counts no step."""
         if self.breaks_after == 0:
             raise DeviceFailed("the fake device has failed", status=700)
 
     def enter(self, address: int, num_bytes: int, *, pinned: bool = False) -> None:
-        """Let work touch this memory."""
+        """Allow work to use this memory."""
         with self.lock:
             for base, size in self.regions.items():
                 if address < base + size and base < address + num_bytes:
@@ -146,20 +146,20 @@ class FakeTimeline:
                 self.pinned.add(address)
 
     def leave(self, address: int) -> int:
-        """Let no work touch this memory any more; `Misuse` if some still would."""
+        """Forbid work to use this memory; `Misuse` if queued work still does."""
         with self.lock:
             size = self.regions.pop(address, None)
             self.pinned.discard(address)
             if size is None:
-                raise Misuse(f"{address:#x} is not known, or was given back before")
+                raise Misuse(f"{address:#x} is not known, or was freed before")
             for stream in self.streams:
                 for work in stream.queue:
                     if any(_overlap(t, address, size) for t in work.touches):
-                        raise Misuse(f"{address:#x} is given back while work uses it")
+                        raise Misuse(f"{address:#x} is freed while work uses it")
             return size
 
     def _require(self, touches: Sequence[Touch]) -> None:
-        """Check that memory is there; pinned neighbours count as one."""
+        """Check that all memory is known; adjacent pinned regions count as one."""
         starts: list[int] = []
         ends: list[int] = []
         for address, size in sorted(self.regions.items()):
@@ -182,19 +182,19 @@ def _overlap(touch: Touch, address: int, size: int) -> bool:
 
 
 class FakeEvent:
-    """An `Event` of this process, or another's that was opened."""
+    """An `Event` of this process, or an opened one of another process."""
 
     def __init__(
-        self, world: FakeTimeline, shared: _Shared | None, *, ours: bool
+        self, timeline: FakeTimeline, shared: _Shared | None, *, ours: bool
     ) -> None:
-        self._world = world
+        self._timeline = timeline
         self._mark = _Mark()
         self._mark.is_done = True
         self._shared = shared
         self._ours = ours
 
     def mark(self) -> _Work:
-        """Return the work of reaching it."""
+        """Return the work that reaches the event."""
         self._mark = mark = _Mark()
         shared = self._shared
         number = shared.count(0) if shared else 0
@@ -208,7 +208,7 @@ class FakeEvent:
         return _Work(reach)
 
     def reached(self) -> Callable[[], bool]:
-        """Return a question: has what was recorded by now ended?"""
+        """Return a function that returns whether the records so far are reached."""
         if self._ours:
             mark = self._mark
             return lambda: mark.is_done
@@ -216,8 +216,8 @@ class FakeEvent:
         return lambda: shared is None or shared.is_reached()
 
     def is_done(self) -> bool:
-        self._world.check_broken()
-        self._world.step_some()
+        self._timeline.check_broken()
+        self._timeline.step_some()
         return self.reached()()
 
     def wait(self) -> None:
@@ -225,37 +225,37 @@ class FakeEvent:
             raise Misuse("another process's event may never be reached")
         reached = self.reached()
         while not reached():
-            if not self._world.step() and not reached():
-                raise Misuse("what the event waits for never runs")
-        self._world.check_broken()
+            if not self._timeline.step() and not reached():
+                raise Misuse("the work before the event never runs")
+        self._timeline.check_broken()
 
     def handle(self) -> bytes:
         if self._shared is None or not self._ours:
-            raise Misuse("only one's own shared event has a handle")
+            raise Misuse("only a shared event of this process has a handle")
         return self._shared.handle
 
     def close(self) -> None:
         if self._shared is not None:
             self._shared.close()
             self._shared = None
-        self._world = _CLOSED
+        self._timeline = _CLOSED
 
 
 class FakeStream:
-    """A `Stream`; `call` stands for a kernel, in numpy."""
+    """A `Stream`; `call` queues a Python function in place of a kernel."""
 
-    def __init__(self, world: FakeTimeline, number: int) -> None:
+    def __init__(self, timeline: FakeTimeline, number: int) -> None:
         self.queue: deque[_Work] = deque()
         self.handle = number
-        self._world = world
+        self._timeline = timeline
         self.num_copies = 0
 
     def record(self, event: Event) -> None:
-        self._world.add(self, _fake(event).mark())
+        self._timeline.add(self, _fake(event).mark())
 
     def wait_for(self, event: Event) -> None:
         reached = _fake(event).reached()
-        self._world.add(self, _Work(lambda: True, after=reached))
+        self._timeline.add(self, _Work(lambda: True, after=reached))
 
     def copy(self, destination: int, source: int, num_bytes: int) -> None:
         self._copies([(destination, source, num_bytes)])
@@ -271,33 +271,33 @@ class FakeStream:
         del batched
         for one in (destinations, sources, sizes):
             if one.dtype != np.int64 or not one.flags.c_contiguous:
-                raise Misuse("addresses go to the driver as contiguous int64")
+                raise Misuse("the driver takes addresses as contiguous int64")
         pieces = list(
             zip(destinations.tolist(), sources.tolist(), sizes.tolist(), strict=True)
         )
-        self._world.random.shuffle(pieces)
+        self._timeline.random.shuffle(pieces)
         self._copies(pieces)
 
     def call(self, kernel: Callable[[], None], touches: Iterable[Touch]) -> None:
-        """Queue a function; `touches` is all the memory that it reads and writes."""
+        """Queue a function; `touches` lists all memory that it reads and writes."""
 
         def run() -> bool:
             kernel()
             return True
 
-        self._world.add(self, _Work(run, tuple(touches)))
+        self._timeline.add(self, _Work(run, tuple(touches)))
 
     def launch(self, function: Function, launch: Launch) -> None:
-        raise Misuse("no fake device runs machine code: queue a function by `call`")
+        raise Misuse("the fake device runs no machine code: queue a function by `call`")
 
     def close(self) -> None:
         if self.queue:
             raise Misuse("a stream is closed before its work has ended")
-        self._world.streams.remove(self)
+        self._timeline.streams.remove(self)
 
     def _copies(self, pieces: Sequence[tuple[int, int, int]]) -> None:
         left = deque(piece for piece in pieces if piece[2])
-        random = self._world.random
+        random = self._timeline.random
         self.num_copies += len(left)
 
         def step() -> bool:
@@ -312,49 +312,49 @@ class FakeStream:
             return not left
 
         touches = [Touch(p[0], p[2]) for p in left] + [Touch(p[1], p[2]) for p in left]
-        self._world.add(self, _Work(step, touches))
+        self._timeline.add(self, _Work(step, touches))
 
 
 class FakeDevice:
-    """A `Device`. Two of one UUID are one GPU seen by two processes."""
+    """A `Device`. Two with one UUID are the views of two processes on one GPU."""
 
     def __init__(
         self,
-        world: FakeTimeline,
+        timeline: FakeTimeline,
         uuid: str = "GPU-0",
         ordinal: int = 0,
         name: str = "fake",
     ) -> None:
         self.uuid, self.ordinal, self.name = uuid, ordinal, name
         self.compute_capability = 90
-        self.world = world
+        self.timeline = timeline
         self.allocations: dict[int, _Shared] = {}
         self.opened: dict[int, _Shared] = {}
         self.no_ipc: set[int] = set()
-        """Allocations that are to be refused, as expandable segments are."""
+        """Allocations whose export is refused, as that of expandable segments."""
         self._num_streams = 0
 
     def stream(self, *, urgent: bool = False) -> FakeStream:
-        self.world.check_broken()
+        self.timeline.check_broken()
         self._num_streams += 1
-        stream = FakeStream(self.world, (self.ordinal + 1) << 16 | self._num_streams)
-        self.world.streams.append(stream)
+        stream = FakeStream(self.timeline, (self.ordinal + 1) << 16 | self._num_streams)
+        self.timeline.streams.append(stream)
         return stream
 
     def event(self, *, shared: bool = False) -> FakeEvent:
-        self.world.check_broken()
+        self.timeline.check_broken()
         memory = _Shared.create(mmap.PAGESIZE) if shared else None
-        return FakeEvent(self.world, memory, ours=True)
+        return FakeEvent(self.timeline, memory, ours=True)
 
     def open_event(self, handle: bytes) -> FakeEvent:
-        return FakeEvent(self.world, _Shared.open(handle), ours=False)
+        return FakeEvent(self.timeline, _Shared.open(handle), ours=False)
 
     def allocate(self, num_bytes: int) -> int:
-        self.world.check_broken()
+        self.timeline.check_broken()
         memory = _Shared.create(num_bytes)
         memory.array[:] = POISON
         self.allocations[memory.address] = memory
-        self.world.enter(memory.address, num_bytes)
+        self.timeline.enter(memory.address, num_bytes)
         return memory.address
 
     def allocate_host(self, num_bytes: int) -> int:
@@ -370,17 +370,17 @@ class FakeDevice:
         raise Misuse("no fake device runs machine code")
 
     def free(self, address: int) -> None:
-        self.world.check_broken()
-        self.world.leave(address)
+        self.timeline.check_broken()
+        self.timeline.leave(address)
         self.allocations.pop(address).close()
 
     def pin(self, address: int, num_bytes: int) -> None:
-        self.world.check_broken()
-        self.world.enter(address, num_bytes, pinned=True)
+        self.timeline.check_broken()
+        self.timeline.enter(address, num_bytes, pinned=True)
 
     def unpin(self, address: int) -> None:
-        self.world.check_broken()
-        self.world.leave(address)
+        self.timeline.check_broken()
+        self.timeline.leave(address)
 
     def export(self, address: int) -> ExportedAllocation:
         for base, memory in self.allocations.items():
@@ -397,12 +397,12 @@ class FakeDevice:
         if any(handle == other.handle for other in self.opened.values()):
             raise Misuse("an allocation is opened twice")
         self.opened[memory.address] = memory
-        self.world.enter(memory.address, memory.num_bytes)
+        self.timeline.enter(memory.address, memory.num_bytes)
         return OpenedAllocation(memory.address, memory.num_bytes)
 
     def close_handle(self, address: int) -> None:
-        self.world.check_broken()
-        self.world.leave(address)
+        self.timeline.check_broken()
+        self.timeline.leave(address)
         self.opened.pop(address).close()
 
 
@@ -412,7 +412,7 @@ def array_at(address: int, num_bytes: int) -> np.ndarray:
 
 
 class _Shared:
-    """Some memory with a handle by which another process can map it."""
+    """Memory with a handle by which another process can map it."""
 
     def __init__(self, fd: int, num_bytes: int, handle: bytes) -> None:
         self._close_fd = finalize(self, os.close, fd)
@@ -438,14 +438,14 @@ class _Shared:
         path = f"/proc/{pid}/fd/{number}"
         try:
             if name.decode("latin1") not in os.readlink(path):
-                raise HandleError("nobody has exported this handle")
+                raise HandleError("no process has exported this handle")
             fd = os.open(path, os.O_RDWR)
         except OSError as error:
             raise HandleError(f"the handle cannot be opened: {error}") from None
         return cls(fd, os.fstat(fd).st_size, handle)
 
     def count(self, at: int) -> int:
-        """Count up one of the two counters of an event: recorded, reached."""
+        """Increment one of the two counters of an event: recorded, reached."""
         counters = self.array[:16].view(np.int64)
         counters[at] += 1
         return int(counters[at])
@@ -465,7 +465,7 @@ class _Shared:
 
 
 class _Closed(FakeTimeline):
-    """Where a closed event's world is: nothing may be asked of it any more."""
+    """The timeline of a closed event; every use is a `Misuse`."""
 
     def check_broken(self) -> None:
         raise Misuse("the event is closed")

@@ -1,7 +1,7 @@
-"""Every layout and dtype that a cache may have, and what copies of it must do.
+"""Every layout and dtype of a cache, and the expected results of its copies.
 
-For the interpreter and for a card alike. What is expected comes from plain indexing
-by the tensors' axes (`Case.addresses`), not from any code that copies.
+Used with Triton's interpreter and on a GPU. Expected bytes come from plain indexing by
+the tensors' axes (`Case.addresses`), not from any code that copies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POISON = 0xA5
 def case(name: str, dtype: str, *, num_blocks: int = 24, width: int = 16) -> Case:
     """Return a cache of 3 layers and 2 heads, blocks of 4 and chunks of 16 tokens.
 
-    `width` elements are a head's, so that pieces are some tens of bytes.
+    A head has `width` elements, so that pieces have some tens of bytes.
     """
     axes, memory, num_tensors, num_handles, gap = LAYOUTS[name]
     block_size = 1 if name == "blend buffer" else 4
@@ -68,7 +68,7 @@ def case(name: str, dtype: str, *, num_blocks: int = 24, width: int = 16) -> Cas
 def job(name: str, dtype: str, seed: int, width: int = 16) -> Move:
     """Return three chunks in random blocks, their parts in two extents each.
 
-    One is whole, of the others the first and the last block are not meant.
+    One is copied whole, the others without their first or their last block.
     """
     one = case(name, dtype, width=width)
     layout, noise = one.layout, np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def job(name: str, dtype: str, seed: int, width: int = 16) -> Move:
 
 
 def gathered(move: Move) -> np.ndarray:
-    """Return the poisoned arena as it must be after a gather."""
+    """Return the expected arena after a gather into a poisoned one."""
     handles, arena = move.handles(), move.arena()
     for span in move.spans:
         there, units = part_addresses(move, span), move.case.units(span)
@@ -102,14 +102,14 @@ def gathered(move: Move) -> np.ndarray:
 
 
 def with_nulls(move: Move) -> Move:
-    """Make the second block of every span null."""
+    """Return the move with the second block of every span null."""
     for span in move.spans:
         span.blocks[1] = NULL_BLOCK
     return move
 
 
 def scattered(move: Move, arena: np.ndarray) -> list[np.ndarray]:
-    """Return the handles as they must be after a scatter."""
+    """Return the expected handles after a scatter."""
     handles = move.handles()
     block_size = move.case.layout.block_size
     unit_tokens = move.case.layout.part.unit_tokens
@@ -124,19 +124,19 @@ def scattered(move: Move, arena: np.ndarray) -> list[np.ndarray]:
 
 
 def arena_of(move: Move) -> np.ndarray:
-    """Return an arena full of noise."""
+    """Return an arena of random bytes."""
     noise = np.random.default_rng(move.seed + 1)
     return noise.integers(0, 256, move.arena_bytes, dtype=np.uint8)
 
 
 def places_apart(got: np.ndarray, expected: np.ndarray, dtype: str) -> np.ndarray:
-    """Return how many numbers lie between two of the same sign, for each."""
+    """Return the distance of each pair in units in the last place; signs are equal."""
     bits = f"i{DTYPE_BYTES[dtype]}"
     return np.abs(got.view(bits).astype(np.int64) - expected.view(bits))
 
 
 def numbers(move: Move) -> list[np.ndarray]:
-    """Return handles full of ordinary numbers of the case's dtype."""
+    """Return handles of normally distributed numbers of the case's dtype."""
     noise = np.random.default_rng(move.seed)
     dtype = move.case.group.dtype
     handles = []

@@ -1,4 +1,4 @@
-"""Which way a copy takes, by rates."""
+"""The choice of a copy method from rates."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ RATES = published().to_host
         (65536, 4096, CopyMethod.BATCHED),
     ],
 )
-def test_published_rates_choose_what_was_published(
+def test_published_rates_choose_the_published_methods(
     num_bytes: int, piece: int, expected: CopyMethod
 ) -> None:
-    """Small pieces of much are staged, large ones copied, little is handed over."""
+    """Many small pieces are staged, large ones copied singly, few bytes batched."""
     assert choose_method(
         RATES, num_bytes, num_bytes // piece, row_bytes=piece, word=16
     ) is (expected)
 
 
 def test_pieces_between_are_batched() -> None:
-    """Where the copy engines keep up with the link, kernels are not worth their SMs."""
+    """Where the copy engines reach the link's speed, kernels are not worth SMs."""
     way = choose_method(
         RATES, 8 * CHUNK, 8 * CHUNK // 262144, row_bytes=262144, word=16
     )
@@ -45,14 +45,14 @@ def test_pieces_between_are_batched() -> None:
 
 
 def test_merged_neighbours_need_no_kernels() -> None:
-    """The same rows go straight when runs of them lie together."""
+    """The same rows need no staging when they form contiguous runs."""
     scattered = choose_method(RATES, 8 * CHUNK, 65536, row_bytes=4096, word=16)
     in_a_row = choose_method(RATES, 8 * CHUNK, 512, row_bytes=4096, word=16)
     assert (scattered, in_a_row) == (CopyMethod.STAGED, CopyMethod.SINGLE)
 
 
-def test_what_cannot_be_staged_is_not() -> None:
-    """Without kernels, or a table that is large enough, the second best is taken."""
+def test_no_staging_where_it_is_impossible() -> None:
+    """Without kernels, or with too small a table, the second-best method is used."""
     way = choose_method(
         RATES, 8 * CHUNK, 65536, row_bytes=4096, word=16, can_stage=False
     )
@@ -60,7 +60,7 @@ def test_what_cannot_be_staged_is_not() -> None:
 
 
 def test_rows_of_single_bytes_are_slow_to_pack() -> None:
-    """A kernel that moves a byte at a time loses against the copy engines."""
+    """A kernel that copies single bytes is slower than the copy engines."""
     assert (
         choose_method(RATES, CHUNK, 2048, row_bytes=16384, word=16) is CopyMethod.STAGED
     )
@@ -71,8 +71,8 @@ def test_rows_of_single_bytes_are_slow_to_pack() -> None:
 
 
 @given(st.integers(1, 1 << 30))
-def test_speed_lies_between_what_was_measured(piece: int) -> None:
-    """Beyond the smallest and the largest size it stays as it was there."""
+def test_speed_is_within_the_measured_rates(piece: int) -> None:
+    """Beyond the smallest and the largest size the rate is constant."""
     rates = (PieceRate(4096, 4e9), PieceRate(65536, 40e9))
     assert 4e9 * 0.999 <= speed(rates, piece) <= 40e9 * 1.001
     assert speed(rates, 16384) == pytest.approx((4e9 * 40e9) ** 0.5)

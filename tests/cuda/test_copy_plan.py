@@ -1,4 +1,4 @@
-"""Where bytes lie on a copy's line, and how the line is cut into loads."""
+"""Byte ranges of a copy plan, and its division into loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LINE = 60
 
 
 @st.composite
-def stretches(draw: st.DrawFn) -> ByteRanges:
-    """Stretches of a line of 60 bytes, somewhere."""
+def byte_ranges(draw: st.DrawFn) -> ByteRanges:
+    """Ranges of a line of 60 bytes, at any addresses."""
     edges = sorted(draw(st.sets(st.integers(0, LINE), min_size=2, max_size=12)))
     pairs = list(pairwise(edges))[:: draw(st.integers(1, 2))]
     at = [draw(st.integers(0, 3)) * 100 + start for start, _ in pairs]
@@ -30,31 +30,31 @@ def stretches(draw: st.DrawFn) -> ByteRanges:
 
 
 def places(one: ByteRanges) -> dict[int, int]:
-    """Tell for every byte of the line where it lies."""
+    """Return the address of every byte of the line."""
     each = zip(one.starts.tolist(), one.ends.tolist(), one.at.tolist(), strict=True)
     return {start + n: at + n for start, end, at in each for n in range(end - start)}
 
 
-@given(stretches())
-def test_joined_stretches_say_the_same_in_fewer(one: ByteRanges) -> None:
-    """No byte moves, and what goes on both on the line and there is one."""
+@given(byte_ranges())
+def test_joined_ranges_have_the_same_bytes(one: ByteRanges) -> None:
+    """No address changes, and ranges adjacent on both sides are merged."""
     joined = one.joined()
     assert places(joined) == places(one)
     again = joined.joined()
     assert len(again) == len(joined) <= len(one)
 
 
-@given(stretches(), st.integers(0, LINE), st.integers(0, LINE))
-def test_a_cut_has_what_lies_in_it(one: ByteRanges, begin: int, end: int) -> None:
-    """Stretches are clipped at the cut's ends."""
+@given(byte_ranges(), st.integers(0, LINE), st.integers(0, LINE))
+def test_a_cut_has_the_bytes_within_it(one: ByteRanges, begin: int, end: int) -> None:
+    """Ranges are clipped at the cut's ends."""
     begin, end = sorted((begin, end))
     expected = {x: at for x, at in places(one).items() if begin <= x < end}
     assert places(one.cut(begin, end)) == expected
 
 
-@given(stretches(), stretches())
-def test_pieces_lie_on_both(a: ByteRanges, b: ByteRanges) -> None:
-    """A byte that both have is in exactly one piece, any other in none."""
+@given(byte_ranges(), byte_ranges())
+def test_pieces_are_the_common_bytes(a: ByteRanges, b: ByteRanges) -> None:
+    """A byte of both sides is in exactly one piece, any other in none."""
     here, there = places(a), places(b)
     pieces = both(a, b)
     got = [
@@ -74,7 +74,7 @@ def test_pieces_lie_on_both(a: ByteRanges, b: ByteRanges) -> None:
     slot=st.sampled_from([4 * MIB, 16 * MIB]),
 )
 def test_cuts_grow_until_slots_are_full(total: int, step: int, slot: int) -> None:
-    """From end to end, on steps, none above a slot that a step fits into."""
+    """Cuts are multiples of the step; no load exceeds a slot that a step fits."""
     made = cuts(total, step, slot)
     assert (made[0], made[-1]) == (0, total)
     sizes = [end - begin for begin, end in pairwise(made)]
@@ -86,8 +86,8 @@ def test_cuts_grow_until_slots_are_full(total: int, step: int, slot: int) -> Non
     assert sizes[0] <= max(FIRST_BYTES, step)
 
 
-def plan_of(move: Move, word: int | None = None) -> CopyPlan:
-    """Plan a move at addresses of nothing."""
+def plan_of(move: Move) -> CopyPlan:
+    """Return a plan for made-up addresses."""
     layout = move.case.layout
     planes = layout.plane_offsets + 4096
     rows = PartRows.of(layout, planes)
@@ -98,7 +98,7 @@ def plan_of(move: Move, word: int | None = None) -> CopyPlan:
 
 @given(moves(), st.integers(1, 300), st.booleans())
 def test_loads_have_every_byte_once(move: Move, slot: int, backwards: bool) -> None:
-    """The arena's side of all loads is that of the plan, and each fits a slot."""
+    """All loads together have the plan's arena ranges, and each fits a slot."""
     plan = plan_of(move)
     assume(plan.num_bytes)
     slot = max(slot // plan.rows.word, 1) * plan.rows.word
@@ -111,8 +111,8 @@ def test_loads_have_every_byte_once(move: Move, slot: int, backwards: bool) -> N
     assert {x: at for part in parts for x, at in part.items()} == expected
 
 
-def test_small_loads_are_where_nothing_else_can_be_done() -> None:
-    """A gather begins with them, a scatter ends with them."""
+def test_small_loads_are_where_the_link_is_idle() -> None:
+    """A gather begins with small loads, a scatter ends with them."""
     move = job("block first", "bfloat16", seed=1)
     plan = plan_of(move)
     sizes = [
@@ -123,22 +123,22 @@ def test_small_loads_are_where_nothing_else_can_be_done() -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_neighbours_are_counted_as_one_piece(name: str) -> None:
-    """Blocks in a row make one piece a plane, where they lie together in the cache."""
+def test_adjacent_blocks_are_one_piece(name: str) -> None:
+    """Consecutive blocks are one piece per plane if contiguous in the cache."""
     move = job(name, "bfloat16", seed=1)
     whole = move.spans[0]
     whole.blocks[:] = np.arange(len(whole.blocks)) + 2
     plan = plan_of(Move(move.case, [whole], [], move.arena_bytes, 0))
     rows = plan.rows
-    lies_together = rows.block_stride == rows.row_bytes
-    pieces = 1 if lies_together else rows.num_blocks * rows.block_rows
+    is_contiguous = rows.block_stride == rows.row_bytes
+    pieces = 1 if is_contiguous else rows.num_blocks * rows.block_rows
     assert plan.num_pieces == pieces * rows.num_planes
     assert plan.num_bytes == move.case.layout.part.num_bytes
     assert plan.pieces.sizes.sum() == plan.num_bytes
 
 
-def test_words_are_the_widest_that_divide_everything() -> None:
-    """16 bytes at once where all lies at multiples of 16; else 4, else 1."""
+def test_the_word_is_the_widest_that_divides_everything() -> None:
+    """16 bytes if all addresses and strides are multiples of 16; else 4, else 1."""
     words = {name: plan_of(job(name, "uint8", 1)).rows.word for name in LAYOUTS}
     assert words["block first"] == 16
     assert words["padded blocks"] == 4

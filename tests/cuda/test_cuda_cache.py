@@ -1,4 +1,4 @@
-"""Copies by the fake device, whatever order it runs things in, against host copies."""
+"""Copies on the fake device, in every order of its work, against host copies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def drop_blocks(move: Move, data: st.DataObject) -> None:
 @pytest.mark.parametrize("way", CopyMethod)
 @given(move=moves(), seed=SEEDS)
 def test_gathers_as_a_host_cache_does(way: CopyMethod, move: Move, seed: int) -> None:
-    """Whatever order the device takes: the same bytes, and nothing else is touched."""
+    """In any order of work: the same bytes, and no other byte is written."""
     one = cuda_fixture(seed, way)
     placed = one.cache(move.case.layout, move.handles())
     expected = move.arena()
@@ -70,7 +70,7 @@ def test_gathers_as_a_host_cache_does(way: CopyMethod, move: Move, seed: int) ->
 def test_scatters_as_a_host_cache_does(
     way: CopyMethod, move: Move, seed: int, data: st.DataObject
 ) -> None:
-    """Null blocks are left out, and other blocks keep their bytes."""
+    """Null blocks are skipped, and other blocks keep their bytes."""
     drop_blocks(move, data)
     one = cuda_fixture(seed, way)
     placed = one.cache(move.case.layout, move.handles())
@@ -90,7 +90,7 @@ def test_scatters_as_a_host_cache_does(
 def test_two_instances_both_ways_at_once(
     way: CopyMethod, seed: int, num_buffers: int
 ) -> None:
-    """Four lanes share kernels' streams and few buffers, and no bytes."""
+    """Four threads share the kernels' streams and few buffers, but no bytes."""
     one = cuda_fixture(seed, way, StagingSizes(512, 2048, num_buffers))
     stores = [job("block first", "bfloat16", seed=n) for n in (1, 2)]
     loads = [job("padded blocks", "bfloat16", seed=n) for n in (3, 4)]
@@ -130,7 +130,7 @@ def test_two_instances_both_ways_at_once(
 def test_a_device_that_fails_ends_the_call(
     way: CopyMethod, direction: str, seed: int, steps: int
 ) -> None:
-    """A clear error, no endless wait, and the buffer is back for the next to fail."""
+    """The call raises an error, never hangs, and returns its buffer."""
     one = cuda_fixture(seed, way, StagingSizes(512, 2048, 1))
     move = job("block first", "bfloat16", seed=1)
     placed = one.cache(move.case.layout, move.handles())
@@ -139,7 +139,7 @@ def test_a_device_that_fails_ends_the_call(
     copy = partial(getattr(placed.cache, direction), stack_spans(move.spans), arena)
     with one.caches.staging.buffer():
         pass
-    one.device.world.breaks_after = steps
+    one.device.timeline.breaks_after = steps
     with pytest.raises(DeviceFailed):
         repeat(copy, 60)
     with one.caches.staging.buffer():
@@ -147,19 +147,19 @@ def test_a_device_that_fails_ends_the_call(
 
 
 def repeat(work: Callable[[], None], times: int) -> None:
-    """Do something again and again."""
+    """Call `work` several times."""
     for _ in range(times):
         work()
 
 
 class FailingKernels(PlainKernels):
-    """Kernels of which one launch is refused; the device itself is well."""
+    """Kernels whose n-th launch is refused; the device itself works."""
 
     def __init__(self, number: int) -> None:
         self.left = number
 
     def count(self) -> None:
-        """Count a launch, and refuse the one that was named."""
+        """Count a launch, and refuse the n-th."""
         self.left -= 1
         if self.left == 0:
             raise DeviceFailed("a launch was refused")
@@ -174,7 +174,7 @@ class FailingKernels(PlainKernels):
 def test_a_failed_call_leaves_nothing_behind(
     direction: str, seed: int, number: int
 ) -> None:
-    """What had been queued has ended when the error is told, and the lane goes on."""
+    """Queued work has ended when the error is raised, and later calls succeed."""
     kernels = FailingKernels(number)
     one = cuda_fixture(seed, sizes=StagingSizes(512, 2048, 1), kernels=kernels)
     move = job("block first", "bfloat16", seed=1)
@@ -188,16 +188,16 @@ def test_a_failed_call_leaves_nothing_behind(
         placed.cache.gather(stack_spans(move.spans), arena)
     placed.cache.close()
     one.caches.close()
-    assert one.device.world.streams == []
+    assert one.device.timeline.streams == []
 
 
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @given(seed=SEEDS)
-def test_keys_turn_where_they_lie(dtype: str, name: str, seed: int) -> None:
-    """As in host memory, however few turns a table has room for.
+def test_keys_are_rotated_in_place(dtype: str, name: str, seed: int) -> None:
+    """As in host memory, also when a table has room for few rotations.
 
-    But for the last place of a few numbers, which kernels round twice.
+    Except for the last place of a few numbers, which kernels round twice.
     """
     rope = ROPES[name]
     move = job("blend buffer", dtype, seed=1, width=2 * rope.head_dim)
@@ -217,7 +217,7 @@ def test_keys_turn_where_they_lie(dtype: str, name: str, seed: int) -> None:
 
 
 def test_keys_between_elements_are_refused() -> None:
-    """A device cannot read a number from an odd address; nothing is turned."""
+    """A device cannot read a number at an odd address; no key is rotated."""
     tensor = TensorView(0, 1, (1, 1, 4, 1, 16), (128, 128, 32, 32, 2))
     layout = KVLayout.derive(
         CacheGroup("KLNSD", "bfloat16", 1, (tensor,)), [129], chunk_size=2
@@ -228,8 +228,8 @@ def test_keys_between_elements_are_refused() -> None:
 
 
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
-def test_bad_spans_move_nothing(direction: str) -> None:
-    """A wrong id in the last span is refused before the first one moves."""
+def test_bad_spans_copy_nothing(direction: str) -> None:
+    """A wrong id in the last span is refused before the first one is copied."""
     one = cuda_fixture(0)
     move = job("block first", "bfloat16", seed=1)
     placed = one.cache(move.case.layout, move.handles())
@@ -242,7 +242,7 @@ def test_bad_spans_move_nothing(direction: str) -> None:
 
 
 def test_no_spans_are_no_work() -> None:
-    """A request whose chunks are all there already copies nothing."""
+    """A request whose chunks are all present copies nothing."""
     one = cuda_fixture(0)
     move = job("block first", "bfloat16", seed=1)
     placed = one.cache(move.case.layout, move.handles())
@@ -253,8 +253,8 @@ def test_no_spans_are_no_work() -> None:
     assert one.caches.staging.num_bytes == 0
 
 
-def test_requests_larger_than_a_table_go_in_turns() -> None:
-    """A table has room for two of the three spans; one without any room: no staging."""
+def test_requests_larger_than_a_table_are_split() -> None:
+    """A table has room for two of three spans; one without room: no staging."""
     move = job("block first", "bfloat16", seed=1)
     for table_bytes, way in ((48 + 16 + 64 + 16, "staged"), (80, "batched")):
         device = FakeDevice(FakeTimeline(0))
@@ -270,8 +270,8 @@ def test_requests_larger_than_a_table_go_in_turns() -> None:
         assert caches.status().copies == {f"{way}_to_host": 1}
 
 
-def test_turns_of_a_request_that_move_nothing_are_left_out() -> None:
-    """A table's worth of spans with empty ranges between others that are not."""
+def test_empty_parts_of_a_split_request_are_skipped() -> None:
+    """A whole table of spans with empty ranges precedes others with bytes."""
     device = FakeDevice(FakeTimeline(0))
     caches = CudaCaches(
         device,
@@ -291,7 +291,7 @@ def test_turns_of_a_request_that_move_nothing_are_left_out() -> None:
 
 
 def test_rates_are_measured_where_none_are_given() -> None:
-    """Every rate of both directions is there, and the memory for it is back."""
+    """Every rate of both directions is measured, and the memory is freed."""
     device = FakeDevice(FakeTimeline(1))
     sizes = StagingSizes(slot_bytes=1 << 20, table_bytes=16384, max_buffers=1)
     caches = CudaCaches(device, PlainKernels(), sizes=sizes)
@@ -307,18 +307,18 @@ def test_rates_are_measured_where_none_are_given() -> None:
     assert status.rates.measured_s > 0
     assert status.staging_bytes == sizes.buffer_bytes
     caches.close()
-    assert device.world.regions == {}
-    assert device.world.streams == []
+    assert device.timeline.regions == {}
+    assert device.timeline.streams == []
 
 
-def test_rates_of_a_small_buffer_leave_out_what_does_not_fit() -> None:
+def test_rates_of_a_small_buffer_omit_large_pieces() -> None:
     """Pieces larger than a slot are not measured."""
     caches = CudaCaches(FakeDevice(FakeTimeline(1)), PlainKernels(), sizes=SMALLER)
     assert [rate.piece_bytes for rate in caches.rates.to_host.batched] == [4096]
 
 
 def test_processes_measure_in_turn() -> None:
-    """Others of this installation wait until one has measured, and no longer."""
+    """Processes of one installation measure one at a time."""
     could: list[bool] = []
 
     class Watched(FakeDevice):
@@ -332,10 +332,10 @@ def test_processes_measure_in_turn() -> None:
     assert not any(could)
 
 
-def test_a_process_that_hangs_holds_up_no_other(
+def test_a_hung_process_does_not_block_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who has waited long enough measures all the same."""
+    """After `TURN_S` a process measures anyway."""
     monkeypatch.setattr(calibrate, "TURN_S", 0.02)
     with open(calibrate.__file__, "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -343,7 +343,7 @@ def test_a_process_that_hangs_holds_up_no_other(
 
 
 def could_measure() -> bool:
-    """Say whether another process would measure now."""
+    """Return whether another process could measure now."""
     with open(calibrate.__file__, "rb") as others:
         try:
             fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)

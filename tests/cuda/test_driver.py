@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 
 @pytest.fixture
 def stub() -> ctypes.CDLL:
-    """The stub's own knobs."""
+    """The stub's control functions."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         library.stub_hold(0)
@@ -29,14 +29,14 @@ def stub() -> ctypes.CDLL:
 
 
 def open_devices() -> tuple[Any, ...]:
-    """Open the stub's devices."""
+    """Return the stub's devices."""
     from kvcore.cuda.driver import open_devices
 
     return open_devices()
 
 
 @pytest.mark.parametrize(
-    ("knob", "value", "told"),
+    ("variable", "value", "message"),
     [
         ("STUB_INIT", "100", "the NVIDIA driver does not start: CUDA_ERROR_100"),
         ("STUB_INIT", "803", "the NVIDIA driver does not start: CUDA_ERROR_803"),
@@ -44,16 +44,16 @@ def open_devices() -> tuple[Any, ...]:
         ("STUB_DEVICES", "0", "the NVIDIA driver shows no GPU"),
     ],
 )
-def test_a_driver_that_will_not_do_is_one_line(
+def test_an_unusable_driver_is_a_one_line_error(
     stub: ctypes.CDLL,
     monkeypatch: pytest.MonkeyPatch,
-    knob: str,
+    variable: str,
     value: str,
-    told: str,
+    message: str,
 ) -> None:
-    """Missing, too old, of another version than its module, without a GPU."""
-    monkeypatch.setenv(knob, value)
-    with pytest.raises(SetupError, match=told) as caught:
+    """No driver, a mismatch with its kernel module, too old a driver, no GPU."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SetupError, match=message) as caught:
         open_cuda_transports("cuda", np.zeros(8, np.uint8))
     assert "\n" not in caught.value.message
     assert caught.value.message.startswith("device = cuda: ")
@@ -63,17 +63,17 @@ def test_a_driver_that_will_not_do_is_one_line(
 def test_an_arena_that_cannot_be_pinned_stops_the_server(
     stub: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that would copy at a third of its speed says so instead."""
+    """The server does not start, instead of copying at a third of its speed."""
     monkeypatch.setenv("STUB_MAX_PIN", "4096")
     with pytest.raises(SetupError, match=r"cannot be page-locked.*--l1-size"):
         open_cuda_transports("auto", np.zeros(8192, np.uint8))
 
 
 @pytest.mark.parametrize("version", ["13000", "12080", "12000"])
-def test_batches_suit_the_drivers_version(
+def test_batches_match_the_drivers_version(
     stub: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    """With either signature, and one by one where the driver has no batches."""
+    """With either signature, or one call per piece where the driver has no batches."""
     monkeypatch.setenv("STUB_VERSION", version)
     device = open_devices()[0]
     stream, target = device.stream(), device.allocate(64 * 8)
@@ -94,8 +94,8 @@ def test_batches_suit_the_drivers_version(
     device.free(target)
 
 
-def test_no_pieces_are_no_call(stub: ctypes.CDLL) -> None:
-    """An empty batch, which a driver refuses, is not handed to it."""
+def test_an_empty_batch_makes_no_call(stub: ctypes.CDLL) -> None:
+    """An empty batch, which the driver refuses, is not passed to it."""
     stream = open_devices()[0].stream()
     none = np.empty(0, np.int64)
     stream.copy_many(none, none, none, batched=True)
@@ -103,8 +103,8 @@ def test_no_pieces_are_no_call(stub: ctypes.CDLL) -> None:
     stream.close()
 
 
-def test_work_that_is_not_done_is_not_done(stub: ctypes.CDLL) -> None:
-    """The driver's NOT_READY is an answer, and no error."""
+def test_unfinished_work_is_not_done(stub: ctypes.CDLL) -> None:
+    """The driver's NOT_READY is a value, not an error."""
     device = open_devices()[0]
     stream, event = device.stream(), device.event()
     assert event.is_done()
@@ -119,8 +119,8 @@ def test_work_that_is_not_done_is_not_done(stub: ctypes.CDLL) -> None:
     stream.close()
 
 
-def test_a_sticky_failure_is_told_with_its_number(stub: ctypes.CDLL) -> None:
-    """After a kernel's bad access every call says so."""
+def test_a_sticky_failure_has_its_status(stub: ctypes.CDLL) -> None:
+    """After a kernel's illegal access every call raises it."""
     device = open_devices()[0]
     event = device.event()
     stub.stub_break(1)
@@ -135,26 +135,26 @@ def test_a_sticky_failure_is_told_with_its_number(stub: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "cure"),
+    ("kind", "advice"),
     [
         ("virtual", "expandable_segments:False.*sleep mode"),
         ("pooled", "backend:native"),
     ],
 )
-def test_memory_without_handles_is_refused_with_its_cure(
-    stub: ctypes.CDLL, kind: str, cure: str
+def test_memory_without_handles_is_refused_with_advice(
+    stub: ctypes.CDLL, kind: str, advice: str
 ) -> None:
-    """Expandable segments, sleep mode and pools are named."""
+    """The error names expandable segments, sleep mode and pools."""
     device = open_devices()[0]
     getattr(stub, f"stub_next_{kind}")()
     address = device.allocate(4096)
-    with pytest.raises(HandleError, match=cure):
+    with pytest.raises(HandleError, match=advice):
         device.export(address)
     device.free(address)
 
 
-def test_an_export_leaves_the_threads_gpu_as_it_was(stub: ctypes.CDLL) -> None:
-    """An engine's next tensors lie where it wanted them, also after a refusal."""
+def test_an_export_keeps_the_threads_current_gpu(stub: ctypes.CDLL) -> None:
+    """An engine's next tensors are on its own GPU, also after a refused export."""
     from kvcore.cuda.driver import check, cu
 
     first, second = open_devices()
@@ -172,7 +172,7 @@ def test_an_export_leaves_the_threads_gpu_as_it_was(stub: ctypes.CDLL) -> None:
 
 
 def test_memory_of_another_gpu_is_not_exported(stub: ctypes.CDLL) -> None:
-    """A worker that names the wrong device is told so."""
+    """The error names both GPUs."""
     first, second = open_devices()
     address = second.allocate(4096)
     with pytest.raises(HandleError, match="lies on GPU 1, not 0"):
@@ -180,8 +180,8 @@ def test_memory_of_another_gpu_is_not_exported(stub: ctypes.CDLL) -> None:
     second.free(address)
 
 
-def test_calls_go_on_beside_an_engines_capture(stub: ctypes.CDLL) -> None:
-    """From any thread of ours, while another thread captures a graph."""
+def test_calls_succeed_during_an_engines_capture(stub: ctypes.CDLL) -> None:
+    """Kvcore's threads work while another thread captures a graph."""
     device = open_devices()[0]
 
     def copy() -> bool:
@@ -202,10 +202,10 @@ def test_calls_go_on_beside_an_engines_capture(stub: ctypes.CDLL) -> None:
         stub.stub_capture(0)
 
 
-def test_a_gpu_that_is_anothers_alone_is_one_line(
+def test_a_gpu_in_exclusive_mode_is_a_one_line_error(
     stub: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In exclusive mode the cure is named, which is not a smaller L1."""
+    """The error advises MPS, not a smaller L1."""
     monkeypatch.setenv("STUB_RETAIN", "46")
     with pytest.raises(SetupError, match=r"compute mode exclusive.*MPS") as caught:
         open_cuda_transports("cuda", np.zeros(8, np.uint8))
@@ -213,7 +213,7 @@ def test_a_gpu_that_is_anothers_alone_is_one_line(
 
 
 def test_a_kernel_is_loaded_and_launched(stub: ctypes.CDLL) -> None:
-    """What was compiled for Hopper finds its arguments where it has them."""
+    """A kernel compiled for Hopper reads its arguments at the right offsets."""
     device = open_devices()[0]
     with pytest.raises(DeviceFailed, match="loading kernel none"):
         device.load(b"no image", "none")
@@ -234,7 +234,7 @@ def test_a_kernel_is_loaded_and_launched(stub: ctypes.CDLL) -> None:
 def test_a_driver_that_refuses_kernels_still_copies(
     stub: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Small pieces go as batches, and the log says so once."""
+    """Small pieces are batched, and one warning is logged."""
     monkeypatch.setenv("STUB_REFUSES_KERNELS", "1")
     caches: Any = open_caches(open_devices()[0])
     rates = caches.rates.to_host
@@ -245,8 +245,8 @@ def test_a_driver_that_refuses_kernels_still_copies(
     caches.close()
 
 
-def test_nothing_stays_open(stub: ctypes.CDLL) -> None:
-    """A thousand of everything end where they began."""
+def test_every_resource_is_closed(stub: ctypes.CDLL) -> None:
+    """A thousand resources of each kind are opened and closed."""
     device = open_devices()[0]
     before = stub.stub_num_open()
     memory = np.zeros(4096, np.uint8)

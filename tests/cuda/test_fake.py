@@ -1,4 +1,4 @@
-"""The fake device: orders what it must, nothing else, and tells what is misused."""
+"""The fake device guarantees only the documented order, and detects misuse."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ from tests.cuda.fake_gpu import (
 
 
 def filled(device: FakeDevice, num_bytes: int, value: int) -> int:
-    """Allocate memory that holds one value."""
+    """Allocate memory and fill it with one value."""
     address = device.allocate(num_bytes)
     array_at(address, num_bytes)[:] = value
     return address
 
 
-def test_work_runs_only_when_somebody_waits() -> None:
-    """A copy's bytes are not there before its event is."""
+def test_work_runs_only_when_a_caller_waits() -> None:
+    """A copy's bytes appear only after a wait for its event."""
     device = FakeDevice(FakeTimeline())
     source, target = filled(device, 64, 1), device.allocate(64)
     stream, event = device.stream(), device.event()
@@ -37,7 +37,7 @@ def test_work_runs_only_when_somebody_waits() -> None:
 
 @given(st.integers(0, 2**32))
 def test_streams_are_ordered_by_events_alone(seed: int) -> None:
-    """Two copies that an event ties run in order, whichever stream is chosen."""
+    """Two copies ordered by an event run in that order, whichever stream is chosen."""
     device = FakeDevice(FakeTimeline(seed))
     a, b, c = filled(device, 64, 1), filled(device, 64, 2), filled(device, 64, 3)
     first, second = device.stream(), device.stream()
@@ -52,7 +52,7 @@ def test_streams_are_ordered_by_events_alone(seed: int) -> None:
 
 
 def test_without_an_event_some_order_is_wrong() -> None:
-    """The order that nobody asked for is not given."""
+    """Without an event, both orders of two copies occur."""
     seen = set()
     for seed in range(50):
         device = FakeDevice(FakeTimeline(seed))
@@ -63,12 +63,12 @@ def test_without_an_event_some_order_is_wrong() -> None:
         second.record(done)
         done.wait()
         seen.add(int(array_at(c, 64)[0]))
-        device.world.run()
+        device.timeline.run()
     assert seen == {1, 2}
 
 
 def test_memory_must_be_there() -> None:
-    """Work on memory that nobody allocated, opened or pinned is refused."""
+    """Work on memory that is not allocated, opened or pinned is refused."""
     device = FakeDevice(FakeTimeline())
     host = np.zeros(64, np.uint8)
     target, stream = device.allocate(64), device.stream()
@@ -81,20 +81,20 @@ def test_memory_must_be_there() -> None:
         device.unpin(host.ctypes.data)
 
 
-def test_memory_is_not_given_back_under_work() -> None:
-    """Freeing what a kernel still reads is found, and freeing twice."""
+def test_memory_in_use_cannot_be_freed() -> None:
+    """Freeing memory that a kernel still reads is detected, and a second free."""
     device = FakeDevice(FakeTimeline())
     address, stream = device.allocate(64), device.stream()
     ran = []
     stream.call(lambda: ran.append(1), [Touch(address, 64)])
     with pytest.raises(Misuse, match="while work uses it"):
         device.free(address)
-    device.world.run()
+    device.timeline.run()
     assert ran == [1]
     other = device.allocate(64)
     device.free(other)
-    with pytest.raises(Misuse, match="given back before"):
-        device.world.leave(other)
+    with pytest.raises(Misuse, match="freed before"):
+        device.timeline.leave(other)
 
 
 def test_a_broken_device_stays_broken() -> None:
@@ -104,7 +104,7 @@ def test_a_broken_device_stays_broken() -> None:
     stream, event = device.stream(), device.event()
     stream.copy(target, source, 64)
     stream.record(event)
-    device.world.breaks_after = 0
+    device.timeline.breaks_after = 0
     with pytest.raises(DeviceFailed):
         event.wait()
     with pytest.raises(DeviceFailed):
@@ -112,9 +112,9 @@ def test_a_broken_device_stays_broken() -> None:
 
 
 def test_handles_open_the_same_memory_elsewhere() -> None:
-    """The opener sees the bytes at an address of its own, and counts its openings."""
-    world = FakeTimeline()
-    worker, server = FakeDevice(world), FakeDevice(world, ordinal=3)
+    """The opener sees the bytes at another address, and cannot open a handle twice."""
+    timeline = FakeTimeline()
+    worker, server = FakeDevice(timeline), FakeDevice(timeline, ordinal=3)
     address = filled(worker, 4096, 7)
     exported = worker.export(address + 100)
     assert (exported.offset, exported.allocation_bytes) == (100, 4096)
@@ -130,15 +130,15 @@ def test_handles_open_the_same_memory_elsewhere() -> None:
 
 
 def test_an_event_is_seen_through_its_handle() -> None:
-    """What one process records another sees reached, once it has been."""
-    world = FakeTimeline(eager=False)
-    worker, server = FakeDevice(world), FakeDevice(world)
+    """An event recorded by one process is seen as reached by another."""
+    timeline = FakeTimeline(eager=False)
+    worker, server = FakeDevice(timeline), FakeDevice(timeline)
     event, stream = worker.event(shared=True), worker.stream()
     seen = server.open_event(event.handle())
     assert seen.reached()()
     stream.record(event)
     assert not seen.reached()()
-    world.run()
+    timeline.run()
     assert seen.is_done()
     with pytest.raises(Misuse):
         seen.wait()

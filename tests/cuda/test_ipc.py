@@ -1,4 +1,4 @@
-"""A worker's GPU memory in the server: exported, opened once, ordered, closed."""
+"""A worker's GPU memory in the server: export, opening, events, closing."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ UUIDS = ("GPU-a", "GPU-b")
 
 
 def nothing() -> None:
-    """Check nothing."""
+    """Do nothing."""
 
 
 @dataclass
 class Host:
-    """A host with two GPUs: the worker's view of them and the server's."""
+    """A host with two GPUs: the worker's and the server's devices."""
 
-    world: FakeTimeline = field(default_factory=FakeTimeline)
+    timeline: FakeTimeline = field(default_factory=FakeTimeline)
     made: list[HostCaches] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.worker = {
-            uuid: FakeDevice(self.world, uuid, number)
+            uuid: FakeDevice(self.timeline, uuid, number)
             for number, uuid in enumerate(UUIDS)
         }
         # The server sees them in another order.
         self.server = [
-            FakeDevice(self.world, uuid, number)
+            FakeDevice(self.timeline, uuid, number)
             for number, uuid in enumerate(reversed(UUIDS))
         ]
         self.arena = np.zeros(1 << 16, np.uint8)
@@ -55,32 +55,32 @@ class Host:
         self.transports = TransportTable({CudaIpc: self.cuda})
 
     def caches(self, device: FakeDevice) -> HostCaches:
-        """Make what a device's caches share."""
+        """Return the shared state of a device's caches."""
         self.made.append(HostCaches(device))
         return self.made[-1]
 
     def attach(self, *handles: CudaIpc) -> AttachedMemory:
-        """Attach an instance of one cache and wait for it."""
+        """Return the attached memory of an instance with one cache."""
         return self.transports.attach(handles, [LAYOUT]).result(10)
 
     @property
     def num_open(self) -> int:
-        """Allocations that the server has open."""
+        """Number of allocations that the server has open."""
         return sum(len(device.opened) for device in self.server)
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """A host, closed at the end with nothing left."""
+    """A host; checks at the end that every resource is closed."""
     host = Host()
     yield host
     host.transports.close()
     assert host.num_open == 0
-    assert host.world.pinned == set()
+    assert host.timeline.pinned == set()
 
 
-def test_a_tensor_within_an_allocation_is_found_again(host: Host) -> None:
-    """The server sees the worker's live bytes, from the tensor's first one on."""
+def test_a_tensor_within_an_allocation_is_located(host: Host) -> None:
+    """The server sees the worker's live bytes from the tensor's first byte on."""
     device = host.worker["GPU-a"]
     base = device.allocate(4096)
     handle = export(base + 1024, CACHE_BYTES, device)
@@ -92,8 +92,8 @@ def test_a_tensor_within_an_allocation_is_found_again(host: Host) -> None:
     memory.close()
 
 
-def test_the_uuid_decides_not_the_number(host: Host) -> None:
-    """Each handle is opened on its own GPU, whatever number that has here."""
+def test_the_uuid_selects_the_gpu(host: Host) -> None:
+    """Each handle is opened on its GPU, which has another ordinal in the server."""
     memories = []
     for uuid, device in host.worker.items():
         memories.append(host.attach(export(device.allocate(512), 512, device)))
@@ -106,7 +106,7 @@ def test_the_uuid_decides_not_the_number(host: Host) -> None:
 
 
 def test_an_allocation_is_opened_once(host: Host) -> None:
-    """Several tensors and workers in one allocation share the opening, to the last."""
+    """Tensors and instances in one allocation share a mapping until the last ends."""
     device = host.worker["GPU-a"]
     base = device.allocate(4 * CACHE_BYTES)
     handles = [export(base + n * 512, 512, device) for n in range(4)]
@@ -119,8 +119,8 @@ def test_an_allocation_is_opened_once(host: Host) -> None:
     assert len(host.made) == 1
 
 
-def test_handles_keep_to_their_allocation(host: Host) -> None:
-    """A range past the end is refused on both sides, and nothing stays open."""
+def test_handles_end_within_their_allocation(host: Host) -> None:
+    """Both sides refuse a range past the end, and no allocation stays open."""
     device = host.worker["GPU-a"]
     base = device.allocate(1024)
     with pytest.raises(HandleError, match="the allocation has 1,024"):
@@ -133,8 +133,8 @@ def test_handles_keep_to_their_allocation(host: Host) -> None:
     assert host.num_open == 0
 
 
-def test_what_cannot_be_reached_is_named(host: Host) -> None:
-    """Unknown GPUs, several, mixed kinds, dead workers, unsharable memory."""
+def test_unreachable_memory_is_refused(host: Host) -> None:
+    """Unknown or several GPUs, mixed kinds, dead workers, memory without a handle."""
     device = host.worker["GPU-a"]
     one = export(device.allocate(512), 512, device)
     other = export(host.worker["GPU-b"].allocate(512), 512, host.worker["GPU-b"])
@@ -154,8 +154,8 @@ def test_what_cannot_be_reached_is_named(host: Host) -> None:
         export(virtual, 512, device)
 
 
-def test_a_lane_waits_for_the_worker(host: Host) -> None:
-    """What was recorded before the request is over when the wait returns."""
+def test_a_wait_ends_after_the_workers_event(host: Host) -> None:
+    """Work queued before the event has run when the wait returns."""
     device = host.worker["GPU-a"]
     base = device.allocate(CACHE_BYTES)
     memory = host.attach(export(base, CACHE_BYTES, device))
@@ -171,16 +171,16 @@ def test_a_lane_waits_for_the_worker(host: Host) -> None:
 
 
 def never(device: FakeDevice) -> bytes:
-    """Return the handle of an event that is recorded and never reached."""
+    """Return the handle of an event that is recorded but never reached."""
     stream, event = device.stream(), device.event(shared=True)
     stream.record(event)
-    device.world.streams.remove(stream)
+    device.timeline.streams.remove(stream)
     device.events = [event]  # type: ignore[attr-defined] # kept alive
     return event.handle()
 
 
-def test_a_dead_worker_is_not_waited_for(host: Host) -> None:
-    """An event that never comes ends with the worker's death, or at the deadline."""
+def test_a_wait_for_a_dead_worker_ends(host: Host) -> None:
+    """The wait for an unreachable event ends at the deadline or the worker's death."""
     device = host.worker["GPU-a"]
     memory = host.attach(export(device.allocate(CACHE_BYTES), CACHE_BYTES, device))
     handle = never(device)
@@ -196,7 +196,7 @@ def test_a_dead_worker_is_not_waited_for(host: Host) -> None:
 
 
 def test_events_are_bounded_and_opened_once(host: Host) -> None:
-    """A worker that never uses an event again is told so."""
+    """The 257th event of an instance is refused."""
     device = host.worker["GPU-a"]
     memory = host.attach(export(device.allocate(CACHE_BYTES), CACHE_BYTES, device))
     events = [device.event(shared=True) for _ in range(MAX_EVENTS + 1)]
@@ -210,41 +210,41 @@ def test_events_are_bounded_and_opened_once(host: Host) -> None:
         event.close()
 
 
-def test_our_event_orders_the_worker(host: Host) -> None:
-    """The handle that a reply carries is reached once the copies are."""
+def test_the_reply_event_follows_the_copies(host: Host) -> None:
+    """The event of a reply is reached after the copies."""
     device = host.worker["GPU-a"]
     memory = host.attach(export(device.allocate(CACHE_BYTES), CACHE_BYTES, device))
     seen = device.open_event(memory.event)
     memory.record()
     assert not seen.reached()()
-    host.world.run()
+    host.timeline.run()
     assert seen.is_done()
     memory.close()
 
 
-def test_a_thousand_instances_leave_nothing(host: Host) -> None:
-    """Registered and unregistered: openings, streams and caches end as they began."""
+def test_a_thousand_instances_leak_no_resource(host: Host) -> None:
+    """Numbers of allocations, streams and caches are the same as before."""
     device = host.worker["GPU-a"]
     base = device.allocate(CACHE_BYTES)
     event = device.event(shared=True)
-    before = (len(host.world.regions), len(host.world.streams))
+    before = (len(host.timeline.regions), len(host.timeline.streams))
     for _ in range(1000):
         memory = host.attach(export(base, CACHE_BYTES, device))
         memory.wait(event.handle(), nothing)
         memory.record()
-        host.world.run()
+        host.timeline.run()
         memory.close()
-    assert (len(host.world.regions), len(host.world.streams)) == before
+    assert (len(host.timeline.regions), len(host.timeline.streams)) == before
     assert host.num_open == 0
     assert [caches.num_open for caches in host.made] == [0]
 
 
 def test_a_broken_gpu_does_not_keep_a_server_from_closing() -> None:
-    """What fails while closing is logged, and the rest is closed."""
+    """A failure while closing is logged, and the rest is closed."""
     host = Host()
     device = host.worker["GPU-a"]
     memory = host.attach(export(device.allocate(CACHE_BYTES), CACHE_BYTES, device))
-    host.world.breaks_after = 0
+    host.timeline.breaks_after = 0
     with pytest.raises(DeviceFailed):
         memory.record()
     memory.close()
@@ -253,20 +253,20 @@ def test_a_broken_gpu_does_not_keep_a_server_from_closing() -> None:
 
 
 def test_memory_is_pinned_in_pieces() -> None:
-    """All of it, however long the last piece; and unpinned again."""
+    """All bytes are pinned, with a shorter last piece, and unpinned by `close`."""
     device = FakeDevice(FakeTimeline())
     memory = np.zeros(10_000, np.uint8)
     pinned = PinnedMemory(device, memory, 4096)
     start = memory.ctypes.data
-    assert device.world.regions == {
+    assert device.timeline.regions == {
         start: 4096, start + 4096: 4096, start + 8192: 10_000 - 8192
     }  # fmt: skip
     pinned.close()
-    assert device.world.regions == {}
+    assert device.timeline.regions == {}
 
 
 def test_pinning_is_all_or_nothing() -> None:
-    """A piece that cannot be pinned undoes those before it, and says how far it got."""
+    """If a piece cannot be pinned, earlier ones are unpinned; the error says so."""
     device = FakeDevice(FakeTimeline())
     memory = np.zeros(10_000, np.uint8)
     pin = device.pin
@@ -280,6 +280,6 @@ def test_pinning_is_all_or_nothing() -> None:
     with pytest.raises(DeviceFailed, match=r"10,000 bytes .* of which 8,192") as caught:
         PinnedMemory(device, memory, 4096)
     assert caught.value.details == {"status": 2}
-    assert device.world.regions == {}
+    assert device.timeline.regions == {}
     with pytest.raises(Misuse):
         device.unpin(memory.ctypes.data)

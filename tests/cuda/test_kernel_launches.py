@@ -1,4 +1,4 @@
-"""The Triton programs: interpreted against plain copies, and compiled for Hopper."""
+"""The Triton programs, interpreted against numpy and compiled for Hopper."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ SIZES = StagingSizes(slot_bytes=1 << 15, table_bytes=4096, max_buffers=1)
 
 
 def interpreted(seed: int) -> CudaFixture:
-    """Make a fake device that runs the real programs."""
+    """Return a fake device that runs the real programs."""
     return cuda_fixture(seed, sizes=SIZES, kernels=InterpretedKernels())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_and_dtype_byte_for_byte(name: str, dtype: str) -> None:
-    """What the programs pack and unpack is what plain indexing names, no byte more."""
+    """The programs copy exactly the bytes of plain indexing."""
     move = job(name, dtype, seed=len(name))
     one = interpreted(seed=1)
     placed = one.cache(move.case.layout, move.handles())
@@ -79,7 +79,7 @@ def test_every_layout_and_dtype_byte_for_byte(name: str, dtype: str) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """Memory for one launch: two parts, a null block, and ranges that cut rows."""
+    """Memory for one launch: two parts, a null block, ranges that cut rows."""
 
     rows: PartRows
     cache: np.ndarray
@@ -88,7 +88,7 @@ class Work:
 
     @classmethod
     def of(cls, row_words: int, word: int) -> Work:
-        """Make rows of so many words, 2 in each of a part's 5 blocks."""
+        """Return memory of 5 blocks per part, each with 2 rows of `row_words` words."""
         size = row_words * word
         rows = PartRows(2, 10 * size, 5, 2, size, 3 * size, size + word, word)
         noise = np.random.default_rng(row_words)
@@ -109,7 +109,7 @@ class Work:
         return RowCopy(self.rows, tables, at, begin, end, is_gather)
 
     def after(self, run: Callable[[], None]) -> np.ndarray:
-        """Return all memory after a run, and put it back."""
+        """Return all memory after a run, and restore it."""
         before = self.cache.copy(), self.staging.copy()
         run()
         memory = np.concatenate((self.cache, self.staging))
@@ -118,7 +118,7 @@ class Work:
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
-    """Copy bytes to an address that is a multiple of 16."""
+    """Return a copy at an address that is a multiple of 16."""
     room = np.empty(array.size + 15, np.uint8)
     first = -room.ctypes.data % 16
     room[first : first + array.size] = array
@@ -128,10 +128,10 @@ def aligned(array: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("row_words", [1, 5, 16, 63, 257, 1024])
-def test_every_tile_moves_its_rows_and_nothing_else(
+def test_every_tile_copies_exactly_its_rows(
     row_words: int, word: int, gather: bool
 ) -> None:
-    """Tiles of every size, by several programs, from and to the middle of planes."""
+    """Every tile size, several programs, ranges that begin and end within planes."""
     work = Work.of(row_words, word)
     size, part = work.rows.row_bytes, work.rows.part_bytes
     for begin, end in [(0, 2 * part), (size - word, part + 3 * size + word)]:
@@ -143,7 +143,7 @@ def test_every_tile_moves_its_rows_and_nothing_else(
 
 
 def test_tables_are_uploaded_whole() -> None:
-    """Every byte of a table arrives, by several programs, and none behind it."""
+    """Several programs copy every byte of a table, and no byte after it."""
     table = aligned(np.random.default_rng(0).integers(0, 256, 4800, dtype=np.uint8))
     there = aligned(np.zeros(4816, np.uint8))
     written = KernelTable(there.ctypes.data, table.ctypes.data, 4800, ())
@@ -155,13 +155,10 @@ def test_tables_are_uploaded_whole() -> None:
 @pytest.mark.parametrize("dtype", RAW_DTYPES)
 @pytest.mark.parametrize("name", ROPES)
 @pytest.mark.parametrize("layout", ["K and V inside a token", "blend buffer", "latent"])
-def test_keys_turn_as_they_do_in_host_memory(
-    layout: str, name: str, dtype: str
-) -> None:
-    """The same numbers, but for the last place of those that are rounded twice.
+def test_keys_are_rotated_as_in_host_memory(layout: str, name: str, dtype: str) -> None:
+    """The same numbers, except for the last place of those that are rounded twice.
 
-    Triton's interpreter cuts off what is beyond a bfloat16; a device rounds to nearest,
-    see below.
+    Triton's interpreter truncates to bfloat16; a device rounds to nearest (see below).
     """
     rope = ROPES[name]
     move = job(layout, dtype, seed=1, width=rope.head_dim)
@@ -179,31 +176,31 @@ def test_keys_turn_as_they_do_in_host_memory(
         assert dtype == "bfloat16" or (apart != 0).mean() < 0.01
 
 
-# -- compiled for Hopper, which needs no card -----------------------------------------
+# -- compiled for Hopper, which needs no GPU ------------------------------------------
 
 
 def name_of(arguments: Arguments) -> str:
-    """Name a launch by its constants."""
+    """Return a test id from a launch's constants."""
     return "-".join(f"{k}={v}" for k, v in arguments.constants.items())
 
 
 def every_row_copy() -> Iterator[Arguments]:
-    """List a launch of each shape that the launcher can ask for."""
+    """Yield the arguments of every shape of row copy."""
     for tile, word, gather in product(TILES, WORDS, (True, False)):
         rows = PartRows(2, 10 * tile * word, 10, 1, tile * word, tile * word, 0, word)
         yield arguments_of(RowCopy(rows, (0, 0, 0), 0, 0, 0, gather))
 
 
 def every_rotation() -> Iterator[Arguments]:
-    """List a launch of each kind of turn, by usual numbers of pairs."""
+    """Yield the arguments of every kind of rotation, with usual numbers of pairs."""
     for dtype, interleaved, dims in product(RAW_DTYPES, (True, False), (64, 96, 128)):
         rope = Rope(1e4, head_dim=128, rotary_dim=dims, interleaved=interleaved)
         layout = case("blend buffer", dtype, width=128).layout
         yield arguments_of(KeyRotation(layout, rope, BlockRotation(0, 1, 1), 0, 0))
 
 
-def test_the_launcher_asks_for_no_other_shapes() -> None:
-    """Any row makes one of the moves that are compiled below."""
+def test_no_other_shapes_are_launched() -> None:
+    """Rows of any size lead to one of the row copies that are compiled below."""
     known = {tuple(one.constants.values()) for one in every_row_copy()}
     for row_words, word in product(range(1, 5000, 7), WORDS):
         rows = PartRows(2, row_words * word, 1, 1, row_words * word, 1, 0, word)
@@ -212,8 +209,8 @@ def test_the_launcher_asks_for_no_other_shapes() -> None:
 
 
 @pytest.mark.parametrize("arguments", [*every_row_copy()], ids=name_of)
-def test_moves_compile_for_hopper(arguments: Arguments) -> None:
-    """Every word of 16 bytes is one load and one store; nothing spills to scratch."""
+def test_row_copies_compile_for_hopper(arguments: Arguments) -> None:
+    """A word of 16 bytes is one load and one store; no scratch memory is used."""
     made = compiled(arguments, HOPPER)
     word, loads = arguments.constants["word"], arguments.constants["loads"]
     kind = {16: r"v2\.b64", 4: "b32", 1: "b8"}[int(word)]
@@ -228,7 +225,7 @@ def test_moves_compile_for_hopper(arguments: Arguments) -> None:
     ids=name_of,
 )
 def test_the_others_compile_for_hopper(arguments: Arguments) -> None:
-    """Keys are turned in double precision and rounded to nearest."""
+    """Keys are rotated in double precision and rounded to nearest."""
     made = compiled(arguments, HOPPER)
     check_launch(arguments, made)
     if arguments.program == "rotate_keys":
@@ -238,7 +235,7 @@ def test_the_others_compile_for_hopper(arguments: Arguments) -> None:
 
 
 def check_launch(arguments: Arguments, made: CompiledKernel) -> None:
-    """A launch packs what the program takes, as PTX and cubin both have it."""
+    """A launch packs the parameters that PTX and cubin declare."""
     types = types_of(arguments, made)
     assert parameters_of(made) == [*map(sizeof, types)]
     assert len(types) == len(arguments.longs) + len(arguments.ints) + 2
@@ -246,7 +243,7 @@ def check_launch(arguments: Arguments, made: CompiledKernel) -> None:
 
 
 def parameters_of(made: CompiledKernel) -> list[int]:
-    """Return the parameters' bytes as the driver reads them, from a cubin's notes."""
+    """Return each parameter's bytes from a cubin's notes, as the driver does."""
     cubin = made.cubin
     assert cubin.startswith(b"\x7fELF")
     notes = sections_of(cubin)[f".nv.info.{made.name}"]
@@ -261,7 +258,7 @@ def parameters_of(made: CompiledKernel) -> list[int]:
             found[number] = offset, packed >> 18
         at += size
     ordered = [found[number] for number in sorted(found)]
-    # Each lies behind the one before it, at a multiple of its size.
+    # Each follows the one before it, at a multiple of its size.
     end = 0
     for offset, size in ordered:
         assert offset == -(-end // size) * size
@@ -281,8 +278,8 @@ def sections_of(elf: bytes) -> dict[str, bytes]:
     }
 
 
-def test_other_parameters_than_ours_are_refused() -> None:
-    """A Triton that packs differently has no kernels, and harms nothing."""
+def test_unexpected_parameters_are_refused() -> None:
+    """Kernels of a Triton that packs parameters differently are not used."""
     arguments = arguments_of(KernelTable(0, 0, 8, ()))
     made = compiled(arguments, HOPPER)
     narrow = replace(made, ptx=made.ptx.replace(".param .u64", ".param .u32", 1))

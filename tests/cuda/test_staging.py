@@ -1,4 +1,4 @@
-"""Buffers that are lent, few and never two at once."""
+"""The staging pool: few buffers, each lent to one borrower at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = StagingSizes(slot_bytes=64, table_bytes=64, max_buffers=2)
 
 
 class SmallDevice(FakeDevice):
-    """A device with room for a few buffers only."""
+    """A device with memory for `room` allocations."""
 
     def __init__(self, room: int) -> None:
         super().__init__(FakeTimeline())
@@ -24,7 +24,7 @@ class SmallDevice(FakeDevice):
         self.refused = Event()
 
     def allocate(self, num_bytes: int) -> int:
-        """Take memory while there is some."""
+        """Allocate while there is room."""
         if not self.room:
             self.refused.set()
             raise DeviceFailed("out of memory", status=2)
@@ -33,14 +33,14 @@ class SmallDevice(FakeDevice):
 
 
 def test_a_device_gives_256_mib_at_most() -> None:
-    """Buffers of full size, all of them, with their tables."""
+    """All buffers of the default size with their tables fit in 256 MiB."""
     sizes = StagingSizes()
     assert sizes.buffer_bytes * sizes.max_buffers <= 256 << 20
     assert sizes.slot_bytes % 256 == sizes.table_bytes % 256 == 0
 
 
-def test_who_finds_none_waits_for_one() -> None:
-    """Six borrowers, two buffers: never more than two lent, nor one to two."""
+def test_a_borrower_waits_for_a_free_buffer() -> None:
+    """Six borrowers of two buffers: at most two are lent, each to one borrower."""
     staging = StagingPool(FakeDevice(FakeTimeline()), SIZES)
     lock, lent, most = Lock(), set(), []
     first_two = Event()
@@ -63,8 +63,8 @@ def test_who_finds_none_waits_for_one() -> None:
     assert staging.num_bytes == 2 * SIZES.buffer_bytes
 
 
-def test_buffers_are_made_when_they_are_needed() -> None:
-    """One borrower after the other gets the same one."""
+def test_buffers_are_allocated_on_demand() -> None:
+    """Borrowers one after the other get the same buffer."""
     staging = StagingPool(FakeDevice(FakeTimeline()), SIZES)
     assert staging.num_bytes == 0
     tables = set()
@@ -76,8 +76,8 @@ def test_buffers_are_made_when_they_are_needed() -> None:
     assert staging.num_bytes == 0
 
 
-def test_a_full_device_makes_do_with_what_there_is() -> None:
-    """Short of memory for a second buffer, a borrower waits for the first."""
+def test_a_full_device_uses_the_buffers_it_has() -> None:
+    """Without memory for a second buffer, a borrower waits for the first."""
     device = SmallDevice(room=1)
     staging = StagingPool(device, SIZES)
 
@@ -94,7 +94,7 @@ def test_a_full_device_makes_do_with_what_there_is() -> None:
 
 
 def test_no_memory_at_all_is_an_error() -> None:
-    """Nobody waits for a buffer that cannot be; a later call may find room."""
+    """The call fails at once; a later call may find memory."""
     device = SmallDevice(room=0)
     staging = StagingPool(device, SIZES)
     with pytest.raises(DeviceFailed, match="out of memory"), staging.buffer():
@@ -104,8 +104,8 @@ def test_no_memory_at_all_is_an_error() -> None:
         pass
 
 
-def test_tables_are_written_apart() -> None:
-    """Arrays begin at multiples of 16, here and where they will be on the device."""
+def test_arrays_of_a_table_are_aligned() -> None:
+    """Arrays begin at multiples of 16, on the host and on the device."""
     device = FakeDevice(FakeTimeline())
     staging = StagingPool(device, SIZES)
     with staging.buffer() as buffer:
@@ -115,10 +115,10 @@ def test_tables_are_written_apart() -> None:
         host = array_at(buffer.host_table, 64)
         assert host[:24].view(np.int64).tolist() == [0, 1, 2]
         assert host[32:40].view(np.int32).tolist() == [0, 1]
-        assert_apart(buffer)
+        assert_disjoint(buffer)
 
 
-def assert_apart(buffer: StagingBuffer) -> None:
+def assert_disjoint(buffer: StagingBuffer) -> None:
     """A buffer's table and slots do not overlap."""
     first, second = buffer.slots
     assert buffer.table + SIZES.table_bytes <= first

@@ -1,4 +1,4 @@
-"""A worker's own memory on a fake device, beside arenas that come and go."""
+"""GPU memory of a worker that copies itself, on a fake device."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ GROUP = CacheGroup(
 
 @dataclass
 class Tensor:
-    """Device memory as torch has it."""
+    """Device memory with the interface of a torch tensor."""
 
     address: int
     nbytes: int
 
     def data_ptr(self) -> int:
-        """Where it is."""
+        """Return its address."""
         return self.address
 
 
 def allocate(device: FakeDevice, array: np.ndarray) -> Tensor:
-    """Put bytes onto a device."""
+    """Return device memory with the bytes of an array."""
     address = device.allocate(array.nbytes)
     array_at(address, array.nbytes)[:] = array
     return Tensor(address, array.nbytes)
 
 
-def test_an_arena_is_page_locked_once_for_all() -> None:
-    """By the first instance, until the last one; another arena is another matter."""
+def test_an_arena_is_page_locked_once() -> None:
+    """From the first instance to the last one of each arena."""
     made = cuda_fixture(0)
     own = DeviceWorkerMemory(made.device, made.caches)
     move = job("block first", "bfloat16", seed=1)
@@ -63,7 +63,7 @@ def test_an_arena_is_page_locked_once_for_all() -> None:
     arenas = [np.zeros(1 << 12, np.uint8) for _ in range(2)]
     first, second = (own.open([move.case.layout], memory, arenas[0]) for _ in "ab")
     other = own.open([move.case.layout], memory, arenas[1])
-    pinned = made.device.world.pinned
+    pinned = made.device.timeline.pinned
     assert len(pinned) == 2
     first.close()
     assert len(pinned) == 2
@@ -72,10 +72,10 @@ def test_an_arena_is_page_locked_once_for_all() -> None:
     assert not pinned
 
 
-def test_what_cannot_be_page_locked_leaves_nothing(
+def test_a_failed_page_lock_leaks_no_resource(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error says so, and another time it may go well."""
+    """The error is raised, and a later call succeeds."""
     made = cuda_fixture(0)
     own = DeviceWorkerMemory(made.device, made.caches)
     arena = np.zeros(1 << 12, np.uint8)
@@ -90,19 +90,19 @@ def test_what_cannot_be_page_locked_leaves_nothing(
         with pytest.raises(DeviceFailed, match="cannot be page-locked"):
             own.open([move.case.layout], memory, arena)
     own.open([move.case.layout], memory, arena).close()
-    assert not made.device.world.pinned
+    assert not made.device.timeline.pinned
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A real server, without any device."""
+    """A real server without a device."""
     server = Server(tmp_path)
     yield server
     server.close()
 
 
 def test_a_worker_copies_its_gpu_s_cache_itself(server: Server) -> None:
-    """By a real server, of which no process has the device; then by its next run."""
+    """With a real server that has no device, and with its next run."""
     made = cuda_fixture(3)
     own = DeviceWorkerMemory(made.device, made.caches)
     num_bytes = 8 * PART

@@ -81,16 +81,16 @@ class Bench:
         """Return the handle of an event that is recorded and never reached."""
         stream, self.event = self.worker.stream(), self.worker.event(shared=True)
         stream.record(self.event)
-        self.worker.world.streams.remove(stream)
+        self.worker.timeline.streams.remove(stream)
         return self.event.handle()
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     """An engine and a fake GPU; at the end no memory is open."""
-    world, gate = FakeTimeline(), Event()
+    timeline, gate = FakeTimeline(), Event()
     gate.set()
-    worker, server = FakeDevice(world), FakeDevice(world)
+    worker, server = FakeDevice(timeline), FakeDevice(timeline)
     opening = server.open
 
     def open_behind_the_gate(handle: bytes) -> OpenedAllocation:
@@ -108,7 +108,7 @@ def bench() -> Iterator[Bench]:
     engine.close()
     transports.close()
     assert server.opened == {}
-    assert world.pinned == set()
+    assert timeline.pinned == set()
     arena.close()
 
 
