@@ -179,9 +179,9 @@ class CopyingFixture:
         self.arena = Arena(self.num_pages * PAGE, PAGE)
         self.engine = Engine(self.config, self.arena, clock=lambda: self.now)
         self.engine.transfers._clock_ns = self.now_ns
-        self.copies = TicketService(self.engine, MAX_TICKETS)
+        self.tickets = TicketService(self.engine, MAX_TICKETS)
         answers = Answers(lambda *_: None, self._answered)
-        self.loop = ManualLoop(self.engine, self.copies, answers, lambda: self.now)
+        self.loop = ManualLoop(self.engine, self.tickets, answers, lambda: self.now)
 
     def _end(self) -> None:
         self.engine.close()

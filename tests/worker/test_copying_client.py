@@ -172,7 +172,7 @@ def test_ending_a_ticket_waits_for_a_full_send_queue(
 def test_ending_a_ticket_is_sent_after_its_deadline(
     scripted_server: ScriptedServer, client: CopyingClient
 ) -> None:
-    """It is sent even after its deadline; else the ticket would leak."""
+    """It is sent even after its deadline; otherwise the ticket would leak."""
     scripted_server.is_paused.set()
     requests = [client.submit(Ping(), 0.2) for _ in range(5000)]
     requests.append(client.submit(Abort(7), 0.2))

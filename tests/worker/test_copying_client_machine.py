@@ -194,7 +194,7 @@ class CopyingMachine(RuleBasedStateMachine):
             for worker, call in self.running_calls():
                 worker.resume(call)
         self.fixture.settle()
-        assert self.fixture.copies.num_tickets() == 0
+        assert self.fixture.tickets.num_tickets() == 0
         assert self.fixture.engine.l1.stats().num_reserved == 0
 
     # -- rules: faults and other requests ---------------------------------------------

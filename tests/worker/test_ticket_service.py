@@ -1,4 +1,4 @@
-"""Tickets under random orders of events: each ends exactly once, and only as asked."""
+"""Ticket service under random orders of events: each ticket ends exactly once."""
 
 from __future__ import annotations
 
@@ -96,25 +96,25 @@ class IssuedTicket:
 
 
 class Tickets(RuleBasedStateMachine):
-    """Two clients, more prompts than L1 has room for, and a model of the tickets."""
+    """Two clients, more prompts than fit in L1, and a model of the tickets."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
         self.engine = Engine(ServerConfig(chunk_size=CHUNK), self.arena)
-        self.requests = TicketService(self.engine, MAX_TICKETS)
+        self.service = TicketService(self.engine, MAX_TICKETS)
         self.issued: dict[int, IssuedTicket] = {}
         self.ended: list[int] = []
         for name in "ab":
             register(self.engine, name)
 
     def teardown(self) -> None:
-        """End both clients and check that nothing is left."""
+        """End both clients and check that nothing remains held or reserved."""
         for name in "ab":
             self.engine.end_client(name)
         stats = self.engine.l1.stats()
         assert (stats.num_reserved, stats.num_held) == (0, 0)
-        assert self.requests.num_tickets() == 0
+        assert self.service.num_tickets() == 0
         assert all(
             session.num_running == 0
             for session in self.engine.sessions._sessions.values()
@@ -149,23 +149,23 @@ class Tickets(RuleBasedStateMachine):
         request = Reserve(Store(**transfer_fields(name, prompt, count)))
         if self.num_tickets(name) >= MAX_TICKETS:
             with pytest.raises(Overloaded):
-                finish_request(self.requests.reserve(request, WATCHED[name]))
+                finish_request(self.service.reserve(request, WATCHED[name]))
             return
-        reply = finish_request(self.requests.reserve(request, WATCHED[name]))
+        reply = finish_request(self.service.reserve(request, WATCHED[name]))
         num_parts = sum(map(len, reply.parts))
         assert num_parts + reply.num_present + reply.num_dropped == count
         self.record_ticket(name, "reserved", reply)
 
     @rule(name=names, prompt=prompts, count=counts)
     def hold(self, name: str, prompt: int, count: int) -> None:
-        """Hold, which succeeds where L1 has every chunk."""
+        """Hold, which succeeds if L1 has every chunk."""
         request = Hold(Retrieve(**transfer_fields(name, prompt, count)))
         if self.num_tickets(name) >= MAX_TICKETS:
             with pytest.raises(Overloaded):
-                finish_request(self.requests.hold(request, WATCHED[name]))
+                finish_request(self.service.hold(request, WATCHED[name]))
             return
         try:
-            reply = finish_request(self.requests.hold(request, WATCHED[name]))
+            reply = finish_request(self.service.hold(request, WATCHED[name]))
         except ChunksMissing:
             return
         assert sum(map(len, reply.parts)) == count
@@ -176,9 +176,9 @@ class Tickets(RuleBasedStateMachine):
         live = list(self.issued)
         return live[number % len(live)] if live else None
 
-    @rule(number=picks, good=st.booleans())
-    def end(self, number: int, good: bool) -> None:
-        """End a ticket by its worker, with success or not."""
+    @rule(number=picks, is_complete=st.booleans())
+    def end(self, number: int, is_complete: bool) -> None:
+        """End a ticket by its worker, after a complete or a failed copy."""
         ticket = self.pick(number)
         if ticket is None:
             return
@@ -186,45 +186,47 @@ class Tickets(RuleBasedStateMachine):
         self.ended.append(ticket)
         me = WATCHED[issued.name]
         if issued.kind == "held":
-            reply = self.requests.release(Release(ticket, PART if good else None), me)
-            assert (reply.num_tokens > 0) == good
-        elif not good:
-            self.requests.abort(Abort(ticket), me)
+            reply = self.service.release(
+                Release(ticket, PART if is_complete else None), me
+            )
+            assert (reply.num_tokens > 0) == is_complete
+        elif not is_complete:
+            self.service.abort(Abort(ticket), me)
         elif issued.is_stale:
             with pytest.raises(UnknownInstance):
-                self.requests.commit(Commit(ticket), me)
+                self.service.commit(Commit(ticket), me)
         else:
-            assert self.requests.commit(Commit(ticket), me).num_stored == len(
+            assert self.service.commit(Commit(ticket), me).num_stored == len(
                 issued.pages
             )
 
     @rule(number=picks)
     def end_wrongly(self, number: int) -> None:
-        """End another client's ticket, or one of another kind: refused."""
+        """Ending another client's ticket, or one of another kind, is refused."""
         ticket = self.pick(number)
         if ticket is None:
             return
         issued = self.issued[ticket]
         other = WATCHED["a" if issued.name == "b" else "b"]
-        for end in (self.requests.commit, self.requests.abort):
+        for end in (self.service.commit, self.service.abort):
             with pytest.raises(UnknownTicket):
                 end(Commit(ticket), other)  # type: ignore[operator]
         with pytest.raises(UnknownTicket):
-            self.requests.release(Release(ticket), other)
-        unlike: Any = self.requests.commit
+            self.service.release(Release(ticket), other)
+        unlike: Any = self.service.commit
         if issued.kind == "reserved":
-            unlike = self.requests.release
+            unlike = self.service.release
         with pytest.raises(UnknownTicket):
             unlike(Release(ticket), WATCHED[issued.name])
 
     @rule(number=picks)
     def end_again(self, number: int) -> None:
-        """End a ticket a second time: refused."""
+        """Ending a ticket a second time is refused."""
         if self.ended:
             ticket = self.ended[number % len(self.ended)]
             for name in "ab":
                 with pytest.raises(UnknownTicket):
-                    self.requests.abort(Abort(ticket), WATCHED[name])
+                    self.service.abort(Abort(ticket), WATCHED[name])
 
     @rule(name=names, prompt=prompts)
     def end_session(self, name: str, prompt: int) -> None:
@@ -260,11 +262,11 @@ class Tickets(RuleBasedStateMachine):
         assert not set(taken) & {page for pages in read for page in pages}
         stats = self.engine.l1.stats()
         assert stats.num_reserved == len(taken)
-        assert self.requests.num_tickets() == len(self.issued)
+        assert self.service.num_tickets() == len(self.issued)
 
     @invariant()
-    def what_is_handed_out_is_not_free(self) -> None:
-        """Pages that somebody writes or reads are not given away."""
+    def pages_of_tickets_are_allocated(self) -> None:
+        """Check that the pages of live tickets are not free."""
         free = {
             page
             for start, count in self.arena._pages.free_runs()
@@ -279,10 +281,10 @@ TestTickets = Tickets.TestCase
 
 @dataclass
 class TicketServer:
-    """An engine and the ticket requests over it."""
+    """An engine and its ticket service."""
 
     engine: Engine
-    requests: TicketService
+    service: TicketService
 
 
 @pytest.fixture
@@ -296,7 +298,7 @@ def server() -> Iterator[TicketServer]:
 
 
 def test_an_unwatched_worker_is_refused(server: TicketServer) -> None:
-    """The server could miss its end, and reuse pages that it still writes to."""
+    """The server could miss the worker's end and reuse pages that it still writes."""
     request = RegisterKVCache("i", "e", "m", 1, 0, (Private(4 * PART),), (GROUP,))
     with pytest.raises(BadRequest, match="must live in the server's pid namespace"):
         server.engine.register_kv_cache(request, RequestContext("c", os.getpid()))
@@ -308,16 +310,16 @@ def test_concurrent_requests_respect_the_limit(server: TicketServer, ask: str) -
     register(server.engine, "a")
     if ask == "hold":
         request = Reserve(Store(**transfer_fields("a", 0, 1)))
-        ticket = finish_request(server.requests.reserve(request, WATCHED["a"])).ticket
-        server.requests.commit(Commit(ticket), WATCHED["a"])
+        ticket = finish_request(server.service.reserve(request, WATCHED["a"])).ticket
+        server.service.commit(Commit(ticket), WATCHED["a"])
     running = []
     for number in range(MAX_TICKETS + 1):
         if ask == "reserve":
-            steps = server.requests.reserve(
+            steps = server.service.reserve(
                 Reserve(Store(**transfer_fields("a", number, 1))), WATCHED["a"]
             )
         else:
-            steps = server.requests.hold(
+            steps = server.service.hold(
                 Hold(Retrieve(**transfer_fields("a", 0, 1))), WATCHED["a"]
             )
         with pytest.raises(StopIteration) as stop:
@@ -327,10 +329,10 @@ def test_concurrent_requests_respect_the_limit(server: TicketServer, ask: str) -
         assert one.finish().ticket
     with pytest.raises(Overloaded):
         running[-1].finish()
-    assert server.requests.num_tickets() == MAX_TICKETS
+    assert server.service.num_tickets() == MAX_TICKETS
     server.engine.end_client("a")
     stats = server.engine.l1.stats()
-    assert (stats.num_reserved, stats.num_held, server.requests.num_tickets()) == (
+    assert (stats.num_reserved, stats.num_held, server.service.num_tickets()) == (
         0,
         0,
         0,
@@ -343,22 +345,22 @@ def test_a_late_commit_is_aborted(server: TicketServer) -> None:
     caller = RequestContext("a", os.getpid(), is_watched=True, deadline_ns=1)
     request = Reserve(Store(**transfer_fields("a", 0, 2)))
     with pytest.raises(DeadlineExceeded):
-        finish_request(server.requests.reserve(request, caller))
+        finish_request(server.service.reserve(request, caller))
     clock = iter([0, 2])
     server.engine.transfers._clock_ns = lambda: next(clock)
-    ticket = finish_request(server.requests.reserve(request, caller)).ticket
+    ticket = finish_request(server.service.reserve(request, caller)).ticket
     with pytest.raises(DeadlineExceeded):
-        server.requests.commit(Commit(ticket), WATCHED["a"])
+        server.service.commit(Commit(ticket), WATCHED["a"])
     stats = server.engine.l1.stats()
     assert (stats.num_chunks, stats.num_reserved, stats.used_bytes) == (0, 0, 0)
-    assert server.requests.num_tickets() == 0
+    assert server.service.num_tickets() == 0
 
 
 def test_wrong_checksums_end_the_ticket(server: TicketServer) -> None:
-    """A refused COMMIT leaves no reservation behind."""
+    """A refused COMMIT leaves no reservation."""
     register(server.engine, "a")
     request = Reserve(Store(**transfer_fields("a", 0, 2)))
-    ticket = finish_request(server.requests.reserve(request, WATCHED["a"])).ticket
+    ticket = finish_request(server.service.reserve(request, WATCHED["a"])).ticket
     with pytest.raises(BadRequest, match="checksums: 5 bytes, but 0 parts"):
-        server.requests.commit(Commit(ticket, memoryview(b"12345")), WATCHED["a"])
+        server.service.commit(Commit(ticket, memoryview(b"12345")), WATCHED["a"])
     assert server.engine.l1.stats().num_reserved == 0
