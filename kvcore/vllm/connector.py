@@ -1,4 +1,4 @@
-"""`KVCtlConnector`: what vLLM loads by `kv_connector_module_path`.
+"""`KVCtlConnector`, which vLLM loads from its option `kv_connector_module_path`.
 
 It translates between vLLM's objects and `ConnectorScheduler` (scheduler side) or
 `ConnectorWorker` (worker side) and holds no other logic. It implements the methods of
@@ -131,7 +131,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """False: a lost store is only a later miss. vLLM reads it at the start."""
+        """False, because a lost store only causes a later miss. vLLM reads it at start."""
         return False
 
     def shutdown(self) -> None:
@@ -220,9 +220,8 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     ) -> tuple[set[str] | None, set[str] | None]:
         """Return the requests whose loads ended.
 
-        vLLM before 0.30 calls it after each step.
-
-        Stores are not reported here: the scheduler side counts acknowledgements.
+        vLLM before 0.30 calls it after each step. Stores are not reported here: the
+        scheduler side counts acknowledgements.
         """
         del finished_req_ids
         self._collect()

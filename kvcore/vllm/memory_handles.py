@@ -37,7 +37,7 @@ MARGIN_BYTES = 64 << 20
 
 NUM_CUDA_EVENTS = 64
 """Events per worker, used in rotation. A server keeps at most 256 per worker. If an
-event is recorded again while a copy waits for it, the copy only waits for more work."""
+event is recorded again while a copy waits for it, the copy waits longer."""
 
 
 class CudaEvents:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def register(extensions: Extensions) -> None:
-    """Offer the requests of workers that copy themselves."""
+    """Register the ticket service."""
     extensions.services.append(_open)
 
 

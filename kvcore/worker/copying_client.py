@@ -287,7 +287,7 @@ class CopyingClient(KVClient):
         retry: Retry | None,
         deadline_ns: int,
     ) -> TicketReply:
-        """Request a ticket. One that arrives after the deadline is ended at once."""
+        """Request a ticket. One that arrives after the deadline is ended."""
 
         def retry_ticket(error: KVError) -> Request[Any] | None:
             again = retry(error) if retry else None

@@ -156,7 +156,7 @@ class RunningCopies:
 class MappedCache:
     """A registered cache of this process, and its mapping of the current arena.
 
-    A thread of its own opens and closes the mapping after every server restart: both
+    A separate thread opens and closes the mapping after every server restart, since
     page-locking an arena and waiting for the last copy are slow.
     """
 

@@ -267,12 +267,12 @@ class TicketService:
 
 
 def run(lane: Executor, num_chunks: int, call: Callable[[], T]) -> Future[T]:
-    """Run a short call here and a longer one on a lane."""
+    """Run a short call on this thread and a longer one on a lane."""
     return run_here(call) if num_chunks <= LOOP_CHUNKS else lane.submit(call)
 
 
 def run_here(call: Callable[[], T]) -> Future[T]:
-    """Run a call at once; return its outcome as a lane would."""
+    """Run a call on this thread; return a completed future, as a lane does."""
     future: Future[T] = Future()
     try:
         future.set_result(call())
