@@ -263,7 +263,7 @@ def in_small_steps(num_bytes: int) -> Iterator[None]:
 
 @given(moves(whole=True), st.integers(1, 4000))
 def test_shared_copies_are_plain_ones_with_checksums(move: Move, step: int) -> None:
-    """Threads, steps and split rows change no byte; checksums are those of the parts."""
+    """Threads, steps and split rows change no byte or checksum."""
     handles, arena, plain = move.handles(), move.arena(), move.arena()
     HostCache(move.case.layout, handles).gather(stack_spans(move.spans), plain)
     with in_small_steps(step):

@@ -1,11 +1,11 @@
-"""What copies reach on a card, beside the raw copies of the same run.
+"""Speed of copies on a GPU, compared with raw copies of the same run.
 
     python -m tests.gpu.bench_copies > copies.jsonl
 
-A line for the device, one for each size and way, and one for each way beside a matrix
-product, as soon as it is known. Medians over repetitions in turn; a share is that of
-the raw page-locked copy of as many bytes, measured in the same repetition. A matrix
-product needs torch; without it, that figure is left out.
+Prints one JSON line for the device, one for each size and method, and one for each
+method during matrix products. Values are medians over repetitions; a share is relative
+to a raw page-locked copy of as many bytes in the same repetition. Matrix products need
+torch; without it, those lines are left out.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ NUM_CHUNKS = 8
 TOTAL = NUM_CHUNKS * PART
 PIECES = (4096, 8192, 16384, 24576, 32768, 65536, 262144, 2 << 20)
 BLOCKS = 16
-"""A chunk's: a piece is a plane's bytes of a block."""
+"""Blocks per chunk. A piece is one plane's bytes of a block."""
 REPEATS = 5
 BUSY_S = 1.5
 MATRIX = 8192
 
 
 def layout_of(piece: int) -> KVLayout:
-    """Return a cache of twice the bytes that are moved; all pieces of one size."""
+    """Return a cache of twice the copied bytes, with pieces of one size."""
     planes = max(PART // (BLOCKS * piece), 1)
     num_blocks = 2 * NUM_CHUNKS * BLOCKS
     tensors = tuple(
@@ -57,7 +57,7 @@ def layout_of(piece: int) -> KVLayout:
 
 
 def spans_of(layout: KVLayout, first_part: int, *, scattered: bool) -> ChunkSpans:
-    """Return chunks in blocks of their own, their parts one after the other."""
+    """Return chunks in distinct blocks, with adjacent parts."""
     size = layout.part.num_bytes
     ids = np.arange(NUM_CHUNKS * BLOCKS, dtype=np.int32)
     if scattered:
@@ -100,7 +100,7 @@ class Bench:
 
     @property
     def ways(self) -> tuple[CopyMethod, ...]:
-        """Every way that this device has; none is staged without kernels."""
+        """Copy methods of this device; without kernels none is staged."""
         has_kernels = self.caches.rates.to_host.kernels
         return tuple(
             way for way in CopyMethod if has_kernels or way is not CopyMethod.STAGED
@@ -108,7 +108,7 @@ class Bench:
 
     @contextmanager
     def cache(self, layout: KVLayout, way: CopyMethod | None) -> Iterator[CudaCache]:
-        """Make a cache whose copies take one way, or the one that was measured best."""
+        """Return a cache that copies by one method, or by the fastest one if None."""
         caches = self.caches
         measured = caches.rates
         caches.rates = favouring(way) if way else measured
@@ -121,14 +121,14 @@ class Bench:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Return the seconds that something takes."""
+    """Return the seconds that a call takes."""
     begun = perf_counter()
     work()
     return perf_counter() - begun
 
 
 def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
-    """Return both at once."""
+    """Return a function that runs both concurrently."""
 
     def run() -> None:
         with ThreadPoolExecutor(2) as pool:
@@ -139,7 +139,7 @@ def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], 
 
 
 def compared(work: Callable[[], None], raw: Callable[[], None], num_bytes: int) -> Any:
-    """Return the speed of some work, and its share of the raw copy's."""
+    """Return the speed of some work, and its share of the raw copy's speed."""
     work()
     pairs = [(timed(raw), timed(work)) for _ in range(REPEATS)]
     shares = sorted(a / b for a, b in pairs)
@@ -152,7 +152,7 @@ def compared(work: Callable[[], None], raw: Callable[[], None], num_bytes: int) 
 
 
 def cpu_us_per_chunk(work: Callable[[], None]) -> float:
-    """Return the calling thread's microseconds of CPU for 32 MiB."""
+    """Return the calling thread's CPU microseconds per 32 MiB."""
     begun = thread_time()
     for _ in range(REPEATS):
         work()
@@ -197,7 +197,7 @@ def copies(bench: Bench, piece: int, way: CopyMethod | None, *, scattered: bool)
 
 
 def matrix_products(work: Callable[[], None] | None) -> float:
-    """Return products a second, while some work goes on beside or nothing does."""
+    """Return products per second, with or without concurrent work."""
     import torch
 
     a, b = (torch.randn(MATRIX, MATRIX, device="cuda").bfloat16() for _ in range(2))
@@ -224,7 +224,7 @@ def matrix_products(work: Callable[[], None] | None) -> float:
 
 
 def slowdown(bench: Bench, way: CopyMethod) -> Any:
-    """Measure what copies both ways cost a matrix product of the same process."""
+    """Measure the slowdown of matrix products by copies in both directions."""
     layout = layout_of(16384)
     stored = spans_of(layout, 0, scattered=True)
     loaded = spans_of(layout, NUM_CHUNKS, scattered=True)
@@ -248,9 +248,9 @@ def slowdown(bench: Bench, way: CopyMethod) -> Any:
 
 
 def run() -> Iterator[Any]:
-    """Measure everything on the first GPU, the most telling first."""
+    """Measure on the first GPU; the most important values come first."""
     with ExitStack() as stack:
-        # Here: this file is read where the bindings are not installed, too.
+        # Imported here: tests import this module without the bindings installed.
         from kvcore.cuda.driver import open_devices
 
         bench = Bench(open_devices()[0], stack)

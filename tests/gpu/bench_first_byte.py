@@ -1,9 +1,9 @@
-"""From a scheduler's lookup to a worker's first bytes, through a real server.
+"""Time from a scheduler's lookup to a worker's first bytes, through a real server.
 
     python -m tests.gpu.bench_first_byte
 
-256 chunks in L1, looked up in one request of a new session; then the first of them is
-retrieved to a GPU's memory. No bytes can be had sooner.
+A new session looks up 256 chunks of L1 in one request, then retrieves the first of them
+into GPU memory: the earliest bytes that a worker can have.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NUM_CHUNKS = 256
 ROUNDS = 50
 WARM_UP_ROUNDS = 5
 GROUPS = (Group(shape=(8, 2, 0, BLOCK, 1024)),)
-"""A chunk has 1 MiB, in pieces of 16 KiB."""
+"""A chunk has 1 MiB in pieces of 16 KiB."""
 L1 = ("--l1-size", "320MiB")
 
 
 def run(address: str) -> dict[str, float]:
-    """Store the chunks, then look up and retrieve."""
+    """Store the chunks, then time lookups and retrieves."""
     commands = GpuWorkerCommands(address, "first-byte")
     try:
         num_blocks = NUM_CHUNKS * CHUNK // BLOCK
@@ -68,7 +68,7 @@ def _round(
 
 
 def main() -> None:
-    """Measure with a server of its own."""
+    """Start a server and measure."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder), "--device", "cuda", *L1)
         try:

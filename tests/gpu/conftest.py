@@ -1,4 +1,4 @@
-"""A GPU, or the stub of a driver that `.ci/stub` puts in its place."""
+"""Fixtures: a GPU or the stub of its driver (`.ci/stub`), a server, workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ StartWorker = Callable[[], Worker]
 
 @pytest.fixture(scope="session")
 def devices() -> tuple[Any, ...]:
-    """Every GPU there is."""
+    """All GPUs."""
     try:
         from kvcore.cuda.driver import open_devices
 
@@ -39,9 +39,9 @@ def device(devices: tuple[Any, ...]) -> Any:
 
 @pytest.fixture
 def stub(devices: tuple[Any, ...]) -> None:
-    """The driver is the stub, which does things on demand that a card does not."""
+    """Require the stub of the driver, which can hold events back on demand."""
     if not hasattr(ctypes.CDLL("libcuda.so.1"), "stub_hold"):
-        pytest.skip("a card's events cannot be held back on demand")
+        pytest.skip("needs the stub of the driver: events of a GPU cannot be held back")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-"""A process that exports GPU memory, and does as it is told on its standard input.
+"""A process that exports GPU memory and executes commands from its standard input.
 
-Prints one line of JSON when it is ready, and one for each order it was given:
-`fill N` writes N to all of its memory, `read` says which byte is everywhere, `record`
-records its event behind that; anything else ends it. argv: GPU number, bytes.
+Prints one JSON line when it is ready, and one after each command: `fill N` writes N to
+all of its memory, `read` returns the distinct byte values in it, `record` records its
+event after that work; any other line ends the process. argv: GPU number, bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvcore.cuda.ipc import export
 
 
 def main(number: int, num_bytes: int) -> None:
-    """Serve orders."""
+    """Export memory and serve commands."""
     device = open_devices()[number]
     address = device.allocate(num_bytes)
     staging = device.allocate_host(num_bytes)
@@ -27,7 +27,7 @@ def main(number: int, num_bytes: int) -> None:
         (np.ctypeslib.ctypes.c_uint8 * num_bytes).from_address(staging)
     )
     handle = export(address, num_bytes, device)
-    tell(
+    reply(
         device=handle.device, handle=handle.handle.hex(), offset=handle.offset,
         length=handle.length, event=event.handle().hex(),
     )  # fmt: skip
@@ -38,21 +38,21 @@ def main(number: int, num_bytes: int) -> None:
                 stream.copy(address, staging, num_bytes)
                 stream.record(done)
                 done.wait()
-                tell()
+                reply()
             case ["read"]:
                 stream.copy(staging, address, num_bytes)
                 stream.record(done)
                 done.wait()
-                tell(values=sorted(set(host.tolist())))
+                reply(values=sorted(set(host.tolist())))
             case ["record"]:
                 stream.record(event)
-                tell()
+                reply()
             case _:
                 return
 
 
-def tell(**facts: object) -> None:
-    """Answer with one line."""
+def reply(**facts: object) -> None:
+    """Print a reply line."""
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
 

@@ -1,7 +1,7 @@
 """A worker process whose caches lie in GPU memory; see tests/system/worker_process.py.
 
-Each cache has a mirror in page-locked host memory, by which blocks are written and
-read. Nothing here needs torch, so that it runs over the stub of a driver as well.
+Each cache has a mirror in page-locked host memory, through which blocks are written and
+read. Torch is not needed, so that it also runs over the stub of the driver.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.system.worker_process import PLAIN, Cache, Group, WorkerCommands, _co
 
 
 class GpuCache(Cache):
-    """A cache on a device, and its mirror."""
+    """A cache on a device, and its mirror in host memory."""
 
     def __init__(
         self, device: Any, name: str, groups: tuple[Group, ...], num_blocks: int
@@ -46,7 +46,7 @@ class GpuCache(Cache):
         self._done.wait()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all memory."""
         self._stream.close()
         self._done.close()
         self._device.unpin(self._mirror)
@@ -55,10 +55,10 @@ class GpuCache(Cache):
 
 
 class GpuWorkerCommands(WorkerCommands):
-    """What such a worker can be told to do, beside what any worker can."""
+    """Commands of a worker with GPU memory."""
 
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
-        # Here: this file is read where the bindings are not installed, too.
+        # Imported here: tests import this module without the bindings installed.
         from kvcore.cuda.driver import open_devices
 
         super().__init__(address, name, driver)
@@ -86,13 +86,13 @@ class GpuWorkerCommands(WorkerCommands):
         return reply
 
     def register_as(self, instance_id: str, model: str, **changes: Any) -> Any:
-        """Register a known cache with other facts in its handle."""
+        """Register a known cache with other fields in its handle."""
         handle = self.caches[instance_id].handles[0]
         facts = {field: getattr(handle, field) for field in handle.__struct_fields__}
         return self._register(instance_id, model, (type(handle)(**facts | changes),))
 
     def cycle(self, instance_id: str, model: str, times: int) -> None:
-        """Register a known cache and unregister it, over and over."""
+        """Register and unregister a known cache repeatedly."""
         for _ in range(times):
             self._register(instance_id, model, self.caches[instance_id].handles)
             self.client.unregister_kv_cache(instance_id)
@@ -118,7 +118,7 @@ class GpuWorkerCommands(WorkerCommands):
         )
 
     def hold(self, held: bool) -> None:
-        """Have events never reached, where the driver is the stub."""
+        """Stop events from being reached; needs the stub of the driver."""
         ctypes.CDLL("libcuda.so.1").stub_hold(int(held))
 
     def fill(self, instance_id: str, blocks: list[int], seed: int = 0) -> None:
@@ -127,7 +127,7 @@ class GpuWorkerCommands(WorkerCommands):
         self._cache(instance_id).push()
 
     def poison(self, instance_id: str, blocks: list[int]) -> None:
-        """Write what no store wrote."""
+        """Overwrite blocks with a value that no store writes."""
         super().poison(instance_id, blocks)
         self._cache(instance_id).push()
 

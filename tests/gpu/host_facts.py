@@ -1,8 +1,8 @@
-"""The card and what is installed beside it, as one line of JSON.
+"""The GPU and the installed software, as one line of JSON.
 
     python -m tests.gpu.host_facts
 
-Fails where there is no card, or where anything that later steps import is missing.
+Fails if there is no GPU, or if a module that later steps import is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 MODULES = ("kvctl.cli", "kvcore.server", "hypothesis", "pytest", "pytest_timeout")
 PACKAGES = ("torch", "triton", "numpy", "cuda-bindings", "pyzmq", "msgspec", "pytest")
-ASKED = (
+QUERY = (
     "name,uuid,driver_version,memory.total,memory.used,compute_mode,mig.mode.current,"
     "pcie.link.gen.max,pcie.link.gen.current,pcie.link.width.max,"
     "pcie.link.width.current,clocks.max.sm,power.limit,persistence_mode"
@@ -27,7 +27,7 @@ ASKED = (
 
 
 def facts() -> dict[str, Any]:
-    """Look around; raises SystemExit with one line where there is no use going on."""
+    """Return the facts; raises SystemExit with one line if later steps cannot run."""
     try:
         import torch
     except ImportError as error:
@@ -51,8 +51,8 @@ def facts() -> dict[str, Any]:
         "multiprocessors": card.multi_processor_count,
         "devices": [repr(device) for device in devices],
         "cuda": torch.version.cuda,
-        "driver": said("nvidia-smi", f"--query-gpu={ASKED}", "--format=csv"),
-        "topology": said("nvidia-smi", "topo", "-m"),
+        "driver": output_of("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"),
+        "topology": output_of("nvidia-smi", "topo", "-m"),
         "python": sys.version,
         "versions": {name: version(name) for name in PACKAGES},
         "num_cores": len(os.sched_getaffinity(0)),
@@ -68,8 +68,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def said(*command: str) -> list[str]:
-    """Return what a command prints, complaints included, or why it does not run."""
+def output_of(*command: str) -> list[str]:
+    """Return a command's output lines with stderr, or why it does not run."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -1,12 +1,12 @@
-"""`make gpu`: step after step, each within its limit, and what came out in one file.
+"""`make gpu`: runs steps one after the other within time limits; saves one result.
 
     python -m tests.gpu.run_steps FOLDER [--trace FILE] [--set KEY=VALUE ...]
 
-A step that fails or hangs hides no other: what it said goes to FOLDER/log.txt, with the
-stacks of all of its processes where it had to be ended. FOLDER/gpu.json has the card,
-the figures of the benchmarks, how each step ended, and what was asked of the card
-beside what it did (`targets`). `--set` is for all scenarios. Imports nothing of kvctl,
-which may be what fails.
+A step that fails or hangs does not stop the others. Its output goes to FOLDER/log.txt,
+with the stacks of all of its processes if it was stopped. FOLDER/gpu.json has the GPU,
+the figures of the benchmarks, how each step ended, and the targets with measured values
+(`targets`). `--set` applies to all scenarios. This module does not import kvctl, which
+may be what fails.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from tests.gpu.targets import Target, targets_of
 
 ROOT = Path(__file__).parents[2]
 BUDGET_S = 460
-"""For all steps together."""
-TELL_S = 2.0
-"""For the processes of a hung step to write where they are."""
+"""Time limit of all steps together."""
+STACKS_S = 2.0
+"""Time for the processes of a hung step to write their stacks."""
 END_S = 20.0
-"""For them to end once interrupted, with what they have so far."""
+"""Time for them to save partial results and end after SIGINT."""
 NUM_LINES_SHOWN = 20
 HEAD = "\n== "
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command of this Python's. Lines of JSON that it prints are its figures."""
+    """A command for this Python. Lines of JSON that it prints are its figures."""
 
     name: str
     limit_s: float
     arguments: tuple[str, ...]
     is_needed: bool = False
-    """Where it fails, no other would say more."""
+    """No other step runs if this one fails."""
 
 
 @dataclass(slots=True)
 class Ended:
-    """How a step went."""
+    """The outcome of a step."""
 
     name: str
     seconds: float = 0.0
     exit_code: int | None = None
-    """None: it was not begun, for want of time."""
+    """None: it was not started, because the time was used up."""
     hung: bool = False
     figures: list[Any] = field(default_factory=list)
 
     def __str__(self) -> str:
         if self.exit_code is None:
-            return f"{self.name}: not begun, the time is used up"
+            return f"{self.name}: not started, the time is used up"
         how = "ok" if self.exit_code == 0 else f"exit code {self.exit_code}"
         hung = f"; hung, stopped after {self.seconds:.0f} s" if self.hung else ""
         return f"{self.name}: {how}, {self.seconds:.1f} s{hung}"
@@ -71,17 +71,17 @@ class Ended:
 def steps(
     folder: Path, trace: str | None, settings: Sequence[str] = ()
 ) -> Iterator[Step]:
-    """List what is run, the most telling first."""
+    """Yield the steps, the most important first."""
 
     def bench(name: str, limit_s: float, scenario: str, *more: str) -> Step:
-        play = ("-m", "kvctl", "bench", "run", f"scenarios/{scenario}.toml")
+        command = ("-m", "kvctl", "bench", "run", f"scenarios/{scenario}.toml")
         given = (part for one in settings for part in ("--set", one))
-        return Step(name, limit_s, (*play, "--out", str(folder), *more, *given))
+        return Step(name, limit_s, (*command, "--out", str(folder), *more, *given))
 
     tests = (
         *("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
         *("-p", "pytest_timeout", "--timeout", "60", "--durations", "10"),
-        # Scenarios are played below, and not small.
+        # The steps below run the scenarios at full size.
         *("--ignore", "tests/gpu/test_scenarios.py", "tests/gpu"),
     )
     yield Step("facts", 60, ("-m", "tests.gpu.host_facts"), is_needed=True)
@@ -93,17 +93,17 @@ def steps(
     yield Step("first_byte", 30, ("-m", "tests.gpu.bench_first_byte"))
     if trace is not None:
         yield bench("trace", 100, "h100_llama8b_trace", "--trace", trace, l1(1 << 20))
-    # Last: of a step that is cut short, this one loses least.
+    # Last: it loses least if the time runs out.
     yield Step("copies", 90, ("-m", "tests.gpu.bench_copies"))
 
 
 def l1(wanted_gib: int) -> str:
-    """Return an option: so large an L1, or as large as the host allows."""
+    """Return the option for an L1 of the wanted size, or the largest that fits."""
     return f"--set=server.l1.size={min(wanted_gib, l1_gib())}GiB"
 
 
 def l1_gib() -> int:
-    """Return an L1 as large as the host allows: of free memory, and of /dev/shm."""
+    """Return the largest L1 that free memory and /dev/shm allow, in GiB."""
     shm = os.statvfs("/dev/shm")
     memory = Path("/proc/meminfo").read_text().split()
     free = int(memory[memory.index("MemAvailable:") + 1]) * 1024
@@ -111,15 +111,15 @@ def l1_gib() -> int:
 
 
 def run(step: Step, log: Path, stacks: Path, limit_s: float) -> Ended:
-    """Run one step and write down what it said."""
+    """Run one step and save its output."""
     ended = Ended(step.name)
     begun = monotonic()
-    with tempfile.TemporaryFile("w+") as said, log.open("a") as errors:
+    with tempfile.TemporaryFile("w+") as output, log.open("a") as errors:
         errors.write(f"{HEAD}{step.name}: {' '.join(step.arguments)}\n")
         errors.flush()
         process = subprocess.Popen(
             (sys.executable, *step.arguments),
-            stdout=said, stderr=errors, cwd=ROOT, start_new_session=True,
+            stdout=output, stderr=errors, cwd=ROOT, start_new_session=True,
             env={**os.environ, "STACKS": str(stacks)},
         )  # fmt: skip
         try:
@@ -127,27 +127,27 @@ def run(step: Step, log: Path, stacks: Path, limit_s: float) -> Ended:
         except subprocess.TimeoutExpired:
             ended.hung = True
             stop(process)
-        except BaseException:  # Ctrl-C or SIGTERM, which do not reach it by themselves.
+        except BaseException:  # Ctrl-C or SIGTERM, which do not reach its session.
             stop(process)
             raise
         ended.exit_code = process.wait()
         ended.seconds = round(monotonic() - begun, 1)
-        said.seek(0)
-        for line in said:
+        output.seek(0)
+        for line in output:
             figure = figure_of(line)
             if figure is None:
                 errors.write(line)
             else:
                 ended.figures.append(figure)
         if ended.hung:
-            errors.writelines(told(stacks))
+            errors.writelines(stack_lines(stacks))
     for left in stacks.iterdir():
         left.unlink()
     return ended
 
 
 def figure_of(line: str) -> Any:
-    """Return what a line of JSON says; None where it is none."""
+    """Return the value of a line of JSON; None for other lines."""
     with suppress(ValueError):
         if line.startswith("{"):
             return json.loads(line)
@@ -155,13 +155,13 @@ def figure_of(line: str) -> Any:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Have all processes of a step tell where they are, then end them."""
+    """Have all processes of a step write their stacks, then end them."""
     family = [process.pid, *descendants(process.pid)]
     for pid in family:
         if handles(pid, signal.SIGUSR1):
             send(pid, signal.SIGUSR1)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(TELL_S)
+        process.wait(STACKS_S)
     send(process.pid, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
@@ -170,13 +170,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Signal a process, if it is still there."""
+    """Send a signal to a process, if it still exists."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def descendants(pid: int) -> list[int]:
-    """Return a process's children, theirs, and so on."""
+    """Return all descendants of a process."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -189,7 +189,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Say whether a process has a handler for a signal, which would end it else."""
+    """Return whether a process handles a signal, which would end it otherwise."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -197,16 +197,16 @@ def handles(pid: int, number: signal.Signals) -> bool:
     return False
 
 
-def told(stacks: Path) -> Iterator[str]:
-    """Yield where each process was, those of them that were asked."""
+def stack_lines(stacks: Path) -> Iterator[str]:
+    """Yield the stacks that the processes wrote."""
     for path in sorted(stacks.iterdir()):
         command, _, threads = path.read_text().partition("\n")
         if threads:
-            yield f"\n-- where process {path.name} was: {command}\n{threads}"
+            yield f"\n-- stacks of process {path.name}: {command}\n{threads}"
 
 
-def play(todo: Iterable[Step], folder: Path, budget_s: float) -> list[Ended]:
-    """Run steps one after the other, and save what is known after each."""
+def run_steps(todo: Iterable[Step], folder: Path, budget_s: float) -> list[Ended]:
+    """Run steps one after the other, and save the results after each."""
     log = folder / "log.txt"
     give_up = monotonic() + budget_s
     done: list[Ended] = []
@@ -218,11 +218,11 @@ def play(todo: Iterable[Step], folder: Path, budget_s: float) -> list[Ended]:
                 ended = run(step, log, Path(stacks), min(step.limit_s, left))
             done.append(ended)
             save(folder, done)
-            tell(str(ended))
+            show(str(ended))
             if ended.hung or ended.exit_code:
-                said = log.read_text(errors="replace").rpartition(HEAD)[2]
-                lines = said.splitlines()
-                tell(*(f"    {line}" for line in lines[-NUM_LINES_SHOWN:]))
+                section = log.read_text(errors="replace").rpartition(HEAD)[2]
+                lines = section.splitlines()
+                show(*(f"    {line}" for line in lines[-NUM_LINES_SHOWN:]))
                 if step.is_needed:
                     break
     return done
@@ -241,28 +241,28 @@ def save(folder: Path, done: Sequence[Ended]) -> list[Target]:
 
 
 def results_in(folder: Path) -> list[Any]:
-    """Read what scenarios left."""
+    """Return the results that scenarios saved."""
     paths = sorted(folder.glob("h100_*.json"))
     return [json.loads(path.read_text()) for path in paths]
 
 
-def tell(*lines: str) -> None:
-    """Say it at once."""
+def show(*lines: str) -> None:
+    """Print lines and flush."""
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
 
 def main(given: argparse.Namespace) -> int:
-    """Run everything; 1 when a step failed or hung, whatever the targets."""
+    """Run all steps; return 1 if one failed or hung, whatever the targets."""
     folder: Path = given.folder
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in [folder / "log.txt", *folder.glob("h100_*.json")]:
         earlier.unlink(missing_ok=True)
-    done = play(steps(folder, given.trace, given.set), folder, BUDGET_S)
-    tell("", *map(str, save(folder, done)), "", *map(str, done))
-    tell("" if given.trace else "no TRACE given: the trace was not replayed")
-    tell(f"{folder}/gpu.json has the figures, {folder}/log.txt what each step said")
+    done = run_steps(steps(folder, given.trace, given.set), folder, BUDGET_S)
+    show("", *map(str, save(folder, done)), "", *map(str, done))
+    show("" if given.trace else "no TRACE given: the trace was not replayed")
+    show(f"{folder}/gpu.json has the figures, {folder}/log.txt each step's output")
     return int(any(one.hung or one.exit_code != 0 for one in done))
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a card, beside what it did: out of figures and results."""
+"""Performance targets of a GPU, and measured values from figures and results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 MIB = 1 << 20
 CHUNK_BYTES = 32 * MIB
 SMALL_BYTES = 24 << 10
-"""Pieces up to here may be slower, when scattered."""
+"""Scattered pieces up to this size have a lower target."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One number. `measured` is the worst of those that it is asked of, or None."""
+    """One target. `measured` is the worst of the values that it applies to, or None."""
 
     what: str
     by: str
@@ -24,7 +24,7 @@ class Target:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether it is; None where nothing was measured."""
+        """Whether the target is met; None if nothing was measured."""
         if self.measured is None:
             return None
         if self.least is not None:
@@ -45,7 +45,7 @@ Value = Callable[[Row], float | None]
 def targets_of(
     figures: Mapping[str, Sequence[Any]], results: Sequence[Any]
 ) -> list[Target]:
-    """List every target; `figures` by step, `results` as scenarios save them."""
+    """Return all targets; `figures` by step, `results` as scenarios save them."""
     made = []
     for driver in ("server", "worker"):
         rows = list(rows_of(results, "store_retrieve", driver))
@@ -68,14 +68,14 @@ def targets_of(
 
 
 def rows_of(results: Sequence[Any], name: str, driver: str) -> Iterator[Row]:
-    """Yield the rows of copies that a scenario measured by a driver."""
+    """Yield the rows of copies of one scenario and driver."""
     for result in results:
         if result["name"].endswith(name) and result["scenario"]["driver"] == driver:
             yield from result["copies"]
 
 
 def copies_of(rows: Sequence[Row], driver: str) -> Iterator[Target]:
-    """Yield what is asked of copies of 32 MiB chunks beside plain copies."""
+    """Yield the targets of copies of 32 MiB chunks."""
     alone = [row for row in rows if row["setting"]["workers"] == 1]
     small = [row for row in alone if is_small(row)]
     large = [row for row in alone if not is_small(row)]
@@ -95,13 +95,13 @@ def copies_of(rows: Sequence[Row], driver: str) -> Iterator[Target]:
 
 
 def is_small(row: Row) -> bool:
-    """Say whether pieces are small and scattered."""
+    """Return whether pieces are small and scattered."""
     setting = row["setting"]
     return setting["order"] == "scattered" and setting["piece_bytes"] <= SMALL_BYTES
 
 
 def server_s(row: Row) -> float | None:
-    """Return the server's CPU time for 32 MiB."""
+    """Return the server's CPU seconds per 32 MiB."""
     each: float | None = row["server_s_per_chunk"]
     return None if each is None else each * CHUNK_BYTES / row["chunk_bytes"]
 
@@ -109,6 +109,6 @@ def server_s(row: Row) -> float | None:
 def worst(
     choose: Callable[[Sequence[float]], float], rows: Sequence[Row], value: Value
 ) -> float | None:
-    """Return the worst value of rows that have one."""
+    """Return the worst value of the rows that have one."""
     found = [each for row in rows if (each := value(row)) is not None]
     return choose(found) if found else None

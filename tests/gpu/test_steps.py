@@ -1,4 +1,4 @@
-"""The steps of `make gpu`: each is told, ended in time, and hides no other."""
+"""The steps of `make gpu`: each is reported, and stopped after its time limit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.run_steps import ROOT, Step, play
+from tests.gpu.run_steps import ROOT, Step, run_steps
 from tests.gpu.targets import targets_of
 from tests.system.server_fixture import wait_until
 
 SITE = Path(__file__).parent / "site"
 HANGS = """\
 import subprocess, sys, threading
-def stands_here():
+def hang_here():
     threading.Event().wait()
 if "child" in sys.argv:
-    stands_here()
+    hang_here()
 subprocess.run([sys.executable, __file__, "child"], start_new_session=True)
 """
 
@@ -39,18 +39,18 @@ steps.main(Namespace(folder=Path(sys.argv[1]), trace=None, set=[]))
 
 @pytest.fixture(autouse=True)
 def site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every Python listen to SIGUSR1, as `make gpu` has."""
+    """Have every Python handle SIGUSR1, as `make gpu` does."""
     paths = f"{SITE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     monkeypatch.setenv("PYTHONPATH", paths)
 
 
 def known(folder: Path) -> Any:
-    """Read what was saved."""
+    """Return the saved result."""
     return json.loads((folder / "gpu.json").read_text())
 
 
 def left(script: Path) -> list[str]:
-    """List the processes that run a script."""
+    """Return the processes that run a script."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -62,11 +62,11 @@ def left(script: Path) -> list[str]:
     return found
 
 
-def test_a_step_that_fails_hides_no_other(tmp_path: Path) -> None:
-    """What both said is kept, and lines of JSON are figures."""
+def test_a_failed_step_does_not_stop_others(tmp_path: Path) -> None:
+    """The output of both is kept, and lines of JSON are figures."""
     bad = Step("bad", 30, ("-c", "print('before'); raise SystemExit('why')"))
     good = Step("good", 30, ("-c", "print('{\"one\": 1}'); print('after')"))
-    ended = play([bad, good], tmp_path, 60)
+    ended = run_steps([bad, good], tmp_path, 60)
     assert [one.exit_code for one in ended] == [1, 0]
     log = (tmp_path / "log.txt").read_text()
     assert all(f"{word}\n" in log for word in ("before", "why", "after"))
@@ -74,32 +74,32 @@ def test_a_step_that_fails_hides_no_other(tmp_path: Path) -> None:
 
 
 def test_a_hung_step_leaves_the_stacks_of_all_its_processes(tmp_path: Path) -> None:
-    """Of a child in a session of its own, too; the next step runs, and none is left."""
+    """Also of a child in its own session; the next step runs, no process is left."""
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
-    ended = play(
+    ended = run_steps(
         [Step("hangs", 2, (str(script),)), Step("good", 30, ("-c", "0"))], tmp_path, 60
     )
     assert [one.hung for one in ended] == [True, False]
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("-- where process") == 2
-    assert log.count("in stands_here") == 1
+    assert log.count("-- stacks of process") == 2
+    assert log.count("in hang_here") == 1
     assert "hangs.py child" in log
     assert not left(script)
 
 
-def test_what_needs_a_card_is_not_tried_without_one(tmp_path: Path) -> None:
-    """A needed step's failure ends all; so does the budget."""
+def test_steps_end_without_a_needed_step(tmp_path: Path) -> None:
+    """A needed step's failure ends the run; so does the time budget."""
     needed = Step("facts", 30, ("-c", "raise SystemExit('no card')"), is_needed=True)
     other = Step("other", 30, ("-c", "0"))
-    assert [one.name for one in play([needed, other], tmp_path, 60)] == ["facts"]
-    (late,) = play([other], tmp_path, 0)
+    assert [one.name for one in run_steps([needed, other], tmp_path, 60)] == ["facts"]
+    (late,) = run_steps([other], tmp_path, 0)
     assert late.exit_code is None
-    assert "not begun" in str(late)
+    assert "not started" in str(late)
 
 
 def row(workers: int, order: str, piece: int, **values: float) -> dict[str, Any]:
-    """Make a row as a scenario saves it; all is well but for `values`."""
+    """Return a row as a scenario saves it; targets are met except for `values`."""
     setting = {"workers": workers, "order": order, "piece_bytes": piece}
     well = {
         "store": 0.99,
@@ -113,8 +113,8 @@ def row(workers: int, order: str, piece: int, **values: float) -> dict[str, Any]
     return {"setting": setting, **well, **values}
 
 
-def test_targets_are_of_the_worst() -> None:
-    """Each kind of row has its own; what was not measured is not met."""
+def test_targets_use_the_worst_value() -> None:
+    """Each kind of row has its own targets; an unmeasured target has no result."""
     rows = [
         row(1, "scattered", 4096, store=0.8),
         row(1, "contiguous", 4096, retrieve=0.94),
@@ -152,8 +152,8 @@ def test_targets_are_of_the_worst() -> None:
     assert all(str(one) for one in made)
 
 
-def test_who_is_interrupted_ends_its_step_first(tmp_path: Path) -> None:
-    """Ctrl-C and SIGTERM reach no step by themselves; none is left behind."""
+def test_an_interrupted_run_ends_its_step_first(tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM do not reach a step's session; no process is left."""
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
     runner = (sys.executable, "-c", RUNNER, str(tmp_path), str(script))
