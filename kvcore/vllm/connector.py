@@ -131,7 +131,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """False, because a lost store only causes a later miss. vLLM reads it at start."""
+        """False: a lost store only causes a later miss. vLLM reads it at the start."""
         return False
 
     def shutdown(self) -> None:

@@ -19,7 +19,7 @@ WINDOW = 128
 """Sliding window of the hybrid model, in tokens."""
 
 LARGE_WEIGHTS = 0.15
-"""Standard deviation of the weights: large enough that rounding does not change the answer."""
+"""Standard deviation of the weights; with less, rounding could change an answer."""
 
 SMALL_WEIGHTS = 0.04
 """The same for MLA: with more, vLLM's CPU kernels for prompts and for single tokens
