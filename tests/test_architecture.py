@@ -1,4 +1,4 @@
-"""Imports go down only."""
+"""Imports between packages follow the layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CORE = (
     ("kvcore.extensions",),
     ("kvcore.server", "kvcore.client"),
 )
-"""Packages of the core, lowest first. A module imports its own floor and lower ones."""
+"""Packages of the core, lowest first. A module imports its own layer and lower ones."""
 
 OPTIONAL = (
     "kvcore.worker",
@@ -65,10 +65,10 @@ NEVER = {
     "kvctl.console": ("kvctl.lab", "kvctl.commands", "kvctl.views"),
     "kvctl.views": ("kvctl.commands", "kvcore.server", "kvcore.engine"),
 }
-"""Beside the floors: what a package never imports, though it lies beneath it."""
+"""Lower packages that a package must not import."""
 
 EXCEPT = {"kvctl.lab.workload.cache_simulation": ("kvcore.storage.eviction",)}
-"""Allowed all the same: the simulation runs the server's own policies."""
+"""Exceptions: the simulation runs the server's own policies."""
 
 TORCH = (
     "kvcore.vllm",
@@ -92,14 +92,14 @@ class Import:
 
 
 def module_name(path: Path) -> str:
-    """Name the module that a file holds."""
+    """Return the dotted name of a file's module."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @cache
 def trees() -> tuple[tuple[str, ast.Module], ...]:
-    """Parse every module of the two packages, once."""
+    """Return the imports of all modules of the two packages."""
     return tuple(
         (module_name(path), ast.parse(path.read_text()))
         for package in ("kvcore", "kvctl")
@@ -127,12 +127,12 @@ def imports() -> Iterator[Import]:
 
 
 def within(name: str, *packages: str) -> bool:
-    """Say whether a module is one of the packages or lies in one."""
+    """Return whether a module is one of the packages or inside one."""
     return any(name == one or name.startswith(f"{one}.") for one in packages)
 
 
 def floor_of(name: str) -> int | None:
-    """Return a module's floor, by the longest name that fits."""
+    """Return a module's layer, by the longest matching name."""
     fitting = [
         (len(package), floor)
         for floor, packages in enumerate(FLOORS)
@@ -143,18 +143,18 @@ def floor_of(name: str) -> int | None:
 
 
 def is_module(name: str) -> bool:
-    """Say whether a dotted name is a module of ours, and not a name in one."""
+    """Return whether a dotted name is one of the modules, not a name in one."""
     path = ROOT.joinpath(*name.split("."))
     return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def test_every_module_has_a_floor() -> None:
-    """A new package takes its place in the table first."""
+    """The table of layers lists all packages."""
     assert [name for name, _ in trees() if floor_of(name) is None] == []
 
 
 def test_imports_go_down_only() -> None:
-    """No module imports from a floor above its own."""
+    """No module imports from a higher layer."""
     upwards = [
         str(one)
         for one in imports()
@@ -166,7 +166,7 @@ def test_imports_go_down_only() -> None:
 
 @pytest.mark.parametrize("package", NEVER)
 def test_neighbours_stay_apart(package: str) -> None:
-    """Clients and workers know the wire, not what answers it."""
+    """Clients and workers import the protocol, not the server."""
     forbidden = [
         str(one)
         for one in imports()
@@ -177,7 +177,7 @@ def test_neighbours_stay_apart(package: str) -> None:
 
 
 def test_torch_stays_where_it_is_needed() -> None:
-    """A machine without torch runs everything but CUDA and vLLM."""
+    """Only CUDA and vLLM modules import torch."""
     strays = [
         str(one)
         for one in imports()
@@ -187,7 +187,7 @@ def test_torch_stays_where_it_is_needed() -> None:
 
 
 def test_only_the_console_prints() -> None:
-    """Output has one door."""
+    """All other modules print through `kvctl.console`."""
     strays = [
         f"{name}:{node.lineno}"
         for name, tree in trees()
@@ -201,7 +201,7 @@ def test_only_the_console_prints() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    """Bytes that came from elsewhere never become code."""
+    """No module imports pickle or another decoder that runs code."""
     strays = [
         str(one)
         for one in imports()

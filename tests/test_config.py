@@ -1,4 +1,4 @@
-"""Options: sizes, files, overrides, and what an error says."""
+"""Options: sizes, files, overrides, and error messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvcore.option_structs import (
 
 @pytest.fixture
 def write(tmp_path: Path):
-    """Give a function that writes a file of options."""
+    """Return a function that writes a file of options."""
 
     def write(text: str) -> Path:
         path = tmp_path / "server.toml"
@@ -49,7 +49,7 @@ class Right(Options, frozen=True, tag="right", tag_field="kind"):
 
 
 class Nested(Options, frozen=True):
-    """Options with everything that a scenario may hold."""
+    """Options with all kinds of fields that a scenario has."""
 
     name: str
     side: Left | Right = Left()
@@ -74,25 +74,25 @@ class Nested(Options, frozen=True):
     ],
 )
 def test_sizes_are_read_with_their_units(text: str, num_bytes: int) -> None:
-    """A size is a number and a unit, bytes where the unit is left out."""
+    """A size is a number and a unit; without a unit, bytes."""
     assert ByteSize.parse(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1MiB", "1XiB", "1.5", "1e3", "0.3B"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    """Neither a missing number, an unknown unit nor half a byte passes."""
+    """A missing number, an unknown unit and half a byte are refused."""
     with pytest.raises(ValueError, match=r"size|whole number|units"):
         ByteSize.parse(text)
 
 
 @given(st.integers(min_value=0, max_value=1 << 50))
 def test_a_size_reads_what_it_writes(num_bytes: int) -> None:
-    """Rendering a size loses nothing."""
+    """A rendered size parses to the same number."""
     assert ByteSize.parse(str(ByteSize(num_bytes))) == num_bytes
 
 
 def test_defaults_need_no_file() -> None:
-    """Without a file and overrides the defaults hold."""
+    """Without a file and overrides, all options have their defaults."""
     config = load(ServerConfig, None)
     assert config == ServerConfig()
     assert config.address == "tcp://127.0.0.1:5555"
@@ -100,7 +100,7 @@ def test_defaults_need_no_file() -> None:
 
 
 def test_flags_win_over_overrides_and_overrides_over_the_file(write) -> None:
-    """The nearer to the call, the stronger."""
+    """Flags override `--set`, which overrides the file."""
     path = write('chunk_size = 1\nlog_level = "debug"\n[l1]\nsize = "1MiB"\n')
     overrides = ("chunk_size=2", "l1.size=2MiB")
     config = load(ServerConfig, path, overrides, {"chunk_size": 3, "l1.page": None})
@@ -118,7 +118,7 @@ def test_flags_win_over_overrides_and_overrides_over_the_file(write) -> None:
 def test_a_wrong_word_is_told_beside_the_right_ones(
     override: str, known: str | None
 ) -> None:
-    """An option of few words lists them; one of any number lists none."""
+    """The error lists the choices of an option that has some."""
     with pytest.raises(SetupError, match=f"^--set {override}: ") as told:
         load(ServerConfig, None, [override])
     assert told.value.message.partition("known are ")[2] == (known or "")
@@ -126,7 +126,7 @@ def test_a_wrong_word_is_told_beside_the_right_ones(
 
 @pytest.mark.parametrize("key", ["side", "maybe", "sides"])
 def test_a_kind_that_is_none_is_told_beside_those_that_are(key: str) -> None:
-    """Tags of a union, wherever it stands."""
+    """The error lists the tags of a union at any depth."""
     table = "{kind='up'}" if key != "sides" else "[{kind='up'}]"
     with pytest.raises(
         SetupError, match=f"known are left{', right' * (key == 'side')}$"
@@ -135,7 +135,7 @@ def test_a_kind_that_is_none_is_told_beside_those_that_are(key: str) -> None:
 
 
 def test_an_override_is_read_as_toml_and_else_as_text() -> None:
-    """Numbers, quoted strings and bare words all work."""
+    """Numbers, quoted strings and bare words are accepted."""
     overrides = ("metrics_port=9000", "ready_file='a b'", "address=ipc:///run/kv")
     config = load(ServerConfig, None, overrides)
     assert config.metrics_port == 9000
@@ -144,7 +144,7 @@ def test_an_override_is_read_as_toml_and_else_as_text() -> None:
 
 
 def test_the_same_value_comes_back_from_json() -> None:
-    """A configuration can be kept in a result and read again."""
+    """A configuration encoded in a result decodes to the same value."""
     encoded = msgspec.json.encode(ServerConfig(), enc_hook=encode_hook)
     decoded = msgspec.json.decode(encoded, type=ServerConfig, dec_hook=decode_hook)
     assert decoded == ServerConfig()
@@ -167,7 +167,7 @@ def test_the_same_value_comes_back_from_json() -> None:
 def test_an_error_names_the_file_the_line_and_the_key(
     write, text: str, message: str
 ) -> None:
-    """Whoever wrote the file finds the place."""
+    """The message begins with the file, the line and the key."""
     path = write(text)
     with pytest.raises(SetupError) as failed:
         load(ServerConfig, path)
@@ -197,7 +197,7 @@ def test_an_error_names_the_file_the_line_and_the_key(
     ],
 )
 def test_an_error_names_the_override(override: str, message: str) -> None:
-    """Whoever typed the flag reads it back, with what is wrong with it."""
+    """The message begins with the override and says what is invalid."""
     with pytest.raises(SetupError) as failed:
         load(ServerConfig, None, [override])
     assert failed.value.message.startswith(f"--set {override}: ")
@@ -205,7 +205,7 @@ def test_an_error_names_the_override(override: str, message: str) -> None:
 
 
 def test_an_error_names_the_flag() -> None:
-    """A value that came as a flag is reported as that flag."""
+    """The message begins with the flag."""
     with pytest.raises(SetupError, match=r"^--l1-size 1XiB: l1\.size: "):
         load(ServerConfig, None, (), {"l1.size": "1XiB"})
 
@@ -223,7 +223,7 @@ def test_an_override_cannot_smuggle_in_another_key() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """A missing file and one that is no text are set-up errors."""
+    """A missing file and a binary file are set-up errors."""
     with pytest.raises(SetupError, match=r"nope\.toml: No such file"):
         load(ServerConfig, tmp_path / "nope.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
@@ -241,26 +241,26 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_keys_are_found_at_any_depth(override: str, key: str) -> None:
-    """Unions, lists and tables are searched too."""
+    """Unions, lists and tables are searched."""
     with pytest.raises(SetupError) as failed:
         load(Nested, None, ["name=x", override])
     assert f"unknown key {key}?" in failed.value.message
 
 
 def test_a_union_is_read_by_its_tag() -> None:
-    """The tag chooses the member, whose options are then checked."""
+    """The tag selects the member, whose options are then checked."""
     config = load(Nested, None, ["name=x", "side.kind=right", "side.height=3"])
     assert config.side == Right(height=3)
 
 
 def test_a_missing_value_is_named() -> None:
-    """An option without a default must be given."""
+    """The error names an option without a default."""
     with pytest.raises(SetupError, match="missing required field `name`"):
         load(Nested, None)
 
 
 def test_every_option_of_the_server_is_described() -> None:
-    """Help texts and documents have something to say about each option."""
+    """Each option has a description for help texts and documents."""
     options = describe(ServerConfig)
     assert [option.key for option in options if not option.description] == []
     size = next(option for option in options if option.key == "l1.size")
@@ -269,7 +269,7 @@ def test_every_option_of_the_server_is_described() -> None:
 
 
 def test_values_are_checked_without_a_file_too() -> None:
-    """A program that builds a configuration gets the same errors."""
+    """Constructing a configuration raises the same errors."""
     with pytest.raises(SetupError, match=r"l1\.size = 4KiB: less than a page"):
         L1Config(size=ByteSize(4096))
     with pytest.raises(SetupError, match=r"^L1Config\.watermark = 2: Expected"):

@@ -1,4 +1,4 @@
-"""Every example runs, ends, and prints what it is there to show."""
+"""All examples run to their end and print the expected text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MARKS = {
     "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in EXPECTED]
 )
 def test_an_example_runs(name: str) -> None:
-    """As its first line says, from any folder."""
+    """It runs as its first line says, from any folder."""
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py")],
@@ -48,7 +48,7 @@ def test_an_example_runs(name: str) -> None:
 
 
 def test_every_example_is_run() -> None:
-    """A new example needs its line above; `local_server` is their helper."""
+    """`EXPECTED` lists all examples; `local_server` is a helper of them."""
     found = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert found == {*EXPECTED, "local_server"}
 

@@ -1,4 +1,4 @@
-"""Chained hashes: equal for equal tokens however they come, else different."""
+"""Chained hashes: equal if and only if tokens and extra material are equal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ sequences = st.lists(ids, max_size=40)
 
 
 def extend(chain: HashChain, packed: bytes, slice_chunks: int = 3) -> int:
-    """Run an extension to its end; return how often it let others go first."""
+    """Run an extension to its end; return the number of pauses."""
     pauses = 0
     for _ in chain.extend(packed, slice_chunks):
         pauses += 1
@@ -40,14 +40,14 @@ def extend(chain: HashChain, packed: bytes, slice_chunks: int = 3) -> int:
 def hashes(
     tokens: list[int], *extras: ExtraKey, seed: ChunkHash = SEED
 ) -> list[ChunkHash]:
-    """The hashes of a sequence given in one piece."""
+    """The hashes of a sequence extended in one call."""
     chain = HashChain(seed, CHUNK, extras)
     extend(chain, pack_tokens(tokens))
     return chain.hashes
 
 
 def first_difference(one: list[ChunkHash], other: list[ChunkHash]) -> int:
-    """The number of leading hashes that are equal; after it none may be."""
+    """The number of equal leading hashes; all later ones must differ."""
     pairs = [a == b for a, b in zip(one, other, strict=True)]
     equal = pairs.index(False) if False in pairs else len(pairs)
     assert not any(pairs[equal:])
@@ -58,7 +58,7 @@ def first_difference(one: list[ChunkHash], other: list[ChunkHash]) -> int:
 def test_cuts_and_slices_do_not_matter(
     tokens: list[int], cuts: list[int], slice_chunks: int
 ) -> None:
-    """However a sequence is cut into extensions, its hashes are the same."""
+    """The hashes do not depend on how a sequence is cut into extensions."""
     chain = HashChain(SEED, CHUNK)
     edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
     for start, end in pairwise(edges):
@@ -72,7 +72,7 @@ def test_cuts_and_slices_do_not_matter(
 def test_a_token_changes_its_chunk_and_all_later(
     tokens: list[int], data: st.DataObject
 ) -> None:
-    """One other token leaves the chunks before it alone and no later one equal."""
+    """A changed token changes its chunk and all later ones, no earlier one."""
     place = data.draw(st.integers(0, len(tokens) - 1))
     other = [*tokens]
     other[place] ^= 1
@@ -84,7 +84,7 @@ def test_a_token_changes_its_chunk_and_all_later(
 def test_extras_change_their_chunk_and_all_later(
     tokens: list[int], data: st.DataObject
 ) -> None:
-    """Material counts from the chunk that it starts in, and not before."""
+    """Material changes the chunk that it starts in and all later ones."""
     start = data.draw(st.integers(0, len(tokens) - 1))
     salted = hashes(tokens, ExtraKey(start, b"salt"))
     whole = len(tokens) // CHUNK
@@ -105,13 +105,13 @@ def test_extras_change_their_chunk_and_all_later(
 def test_extras_differ_by_material_place_and_number(
     extras: tuple[ExtraKey, ...],
 ) -> None:
-    """No two of these mean the same, nor the same as one `ab` at the start."""
+    """No two of these give equal hashes, or those of one `ab` at the start."""
     tokens = [1, 2, 3, 4]
     assert hashes(tokens, *extras) != hashes(tokens, ExtraKey(0, b"ab"))
 
 
 def test_extras_count_in_extensions_too() -> None:
-    """Material of a later chunk is mixed in when the tokens come one by one."""
+    """Material of a later chunk is hashed if tokens arrive one by one."""
     extra = ExtraKey(5, b"image")
     chain = HashChain(SEED, CHUNK, (extra,))
     for token in range(9):
@@ -159,7 +159,7 @@ def test_others_go_first_between_slices() -> None:
 
 
 def test_packed_views_are_hashed_and_let_go() -> None:
-    """A view into a frame gives the same hashes, and the chain keeps none of it."""
+    """A view of a frame gives the same hashes, and the chain keeps no reference."""
     packed = bytearray(pack_tokens(range(10)))
     chain = HashChain(SEED, CHUNK)
     view = memoryview(packed)
@@ -171,7 +171,7 @@ def test_packed_views_are_hashed_and_let_go() -> None:
 
 
 def test_rewinding_forgets_the_tail_and_later_chunks() -> None:
-    """After a rewind the chain goes on as if it had never been longer."""
+    """After a rewind the chain equals one that was never longer."""
     chain = HashChain(SEED, CHUNK)
     extend(chain, pack_tokens(range(14)))
     assert chain.num_tokens == 14
@@ -185,7 +185,7 @@ def test_rewinding_forgets_the_tail_and_later_chunks() -> None:
 
 @given(sequences)
 def test_packing_keeps_every_id(tokens: list[int]) -> None:
-    """Four little-endian bytes a token."""
+    """Each token takes four little-endian bytes."""
     packed = pack_tokens(tokens)
     assert len(packed) == len(tokens) * TOKEN_BYTES
     assert np.frombuffer(packed, "<u4").tolist() == tokens
@@ -193,7 +193,7 @@ def test_packing_keeps_every_id(tokens: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", ["<u4", ">u4", "i4", "i8", "u2", "u8"])
 def test_arrays_pack_like_lists(dtype: str) -> None:
-    """Width and byte order of an array do not matter."""
+    """Packing does not depend on an array's width and byte order."""
     assert pack_tokens(np.array([1, 2, 65535], dtype)) == pack_tokens([1, 2, 65535])
 
 
@@ -214,13 +214,13 @@ def test_arrays_pack_like_lists(dtype: str) -> None:
     ],
 )
 def test_bad_ids_are_refused(tokens: list[int]) -> None:
-    """What is not a flat sequence of ids from 0 to 2**32 - 1 is a BadRequest."""
+    """Anything but a flat sequence of ids from 0 to 2**32 - 1 is a BadRequest."""
     with pytest.raises(BadRequest):
         pack_tokens(tokens)
 
 
 def test_no_tokens_pack_to_nothing() -> None:
-    """An empty request carries an empty field."""
+    """No tokens pack to zero bytes."""
     assert pack_tokens([]) == b""
     assert pack_tokens(deque()) == b""
 
@@ -237,5 +237,5 @@ def test_no_tokens_pack_to_nothing() -> None:
     ids=["packed", "strided", "wide", "list", "empty"],
 )
 def test_a_view_of_tokens_has_the_packed_bytes(tokens: Tokens) -> None:
-    """Whether they could be viewed in place or had to be packed."""
+    """The bytes equal packed ones, whether viewed in place or packed."""
     assert bytes(view_tokens(tokens)) == pack_tokens(tokens)

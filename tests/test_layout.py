@@ -1,4 +1,4 @@
-"""Derivation names what cannot be right; parts know their equals."""
+"""Derivation of layouts: errors by field, and fingerprints of parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def strides(*shape: int, item: int = 2) -> tuple[int, ...]:
 
 
 def view(*shape: int, memory: str = "", axes: str = "", handle: int = 0) -> TensorView:
-    """A contiguous tensor; `memory` orders the axes as they lie, if otherwise."""
+    """A contiguous tensor; `memory` is the order of its axes in memory."""
     if not memory:
         return TensorView(handle, 0, shape, strides(*shape))
     lying = strides(*(shape[axes.index(letter)] for letter in memory))
@@ -43,7 +43,7 @@ def pages(axes: str, *shape: int, block_size: int = 16) -> CacheGroup:
 
 
 def derive(group: CacheGroup, chunk_size: int = CHUNK) -> KVLayout:
-    """Derive with handles that are large enough."""
+    """Derive a layout with handles that are large enough."""
     return KVLayout.derive(group, [1 << 20] * 4, chunk_size)
 
 
@@ -71,7 +71,7 @@ FLASH = tokens("KNSHD", 2, BLOCKS, 16, 4, 8)
 def test_units_follow_the_memory(
     group: CacheGroup, order: str, unit_bytes: int, slot_stride: int, inner: str
 ) -> None:
-    """A unit is a token where heads lie together, else a block; pages stay closed."""
+    """A unit is a token if its heads are contiguous, else a block, or a page."""
     layout = derive(group)
     part = layout.part
     assert (part.order, part.unit_bytes, part.inner) == (order, unit_bytes, inner)
@@ -100,14 +100,14 @@ def test_planes_come_k_first_then_tensors_then_layers() -> None:
 
 
 def changed(tensor: TensorView | None = None, **fields: object) -> CacheGroup:
-    """The good group with something wrong in it."""
+    """The valid group with some fields changed."""
     if tensor is not None:
         fields["tensors"] = (FLASH.tensors[0], tensor)
     return replace(FLASH, **fields)
 
 
 def alone(**fields: object) -> CacheGroup:
-    """The good group with something wrong in its only tensor."""
+    """The valid group with changed fields in its only tensor."""
     return replace(FLASH, tensors=(replace(GOOD, **fields),))
 
 
@@ -158,7 +158,7 @@ GAPS = TensorView(0, 0, (4, 2, 8), (40, 10, 1))
 def test_wrong_descriptions_are_refused_by_field(
     group: CacheGroup, message: str
 ) -> None:
-    """What cannot be right is a LayoutError that begins with the field's name."""
+    """An invalid field is a LayoutError that begins with its name."""
     with pytest.raises(LayoutError, match=f"^{message}"):
         derive(group)
 
@@ -187,7 +187,7 @@ def fingerprint(group: CacheGroup, chunk_size: int = CHUNK) -> str:
     ],
 )
 def test_paging_does_not_change_a_part_of_tokens(group: CacheGroup) -> None:
-    """Blocks' size, number and place are the instance's own affair."""
+    """The size, number and location of blocks do not change the fingerprint."""
     assert fingerprint(group) == fingerprint(FLASH)
 
 
@@ -206,7 +206,7 @@ def test_paging_does_not_change_a_part_of_tokens(group: CacheGroup) -> None:
     ],
 )
 def test_what_changes_the_bytes_changes_the_fingerprint(group: CacheGroup) -> None:
-    """Parts that must not stand for each other have different names."""
+    """Parts with different bytes have different fingerprints."""
     assert fingerprint(group) != fingerprint(FLASH)
     assert fingerprint(FLASH, 64) != fingerprint(FLASH)
 
@@ -229,7 +229,7 @@ def test_what_changes_the_bytes_changes_the_fingerprint(group: CacheGroup) -> No
 def test_block_size_and_inside_count_where_blocks_stay_closed(
     one: CacheGroup, other: CacheGroup
 ) -> None:
-    """In block and page order, the inside of a block is part of the meaning."""
+    """In block and page order, the layout inside a block is part of the layout."""
     assert fingerprint(one) != fingerprint(other)
 
 
@@ -248,13 +248,13 @@ def test_block_size_and_inside_count_where_blocks_stay_closed(
 def test_descs_have_the_contract_s_shapes(
     group: CacheGroup, num_tokens: int, shape: tuple[int, ...], dtype: str
 ) -> None:
-    """`[KV, L, T, D]`, blocks instead of tokens where they stay closed, or pages."""
+    """The shape is `[KV, L, T, D]`, with blocks or pages in place of tokens."""
     part = derive(group).part
     assert part.desc(num_tokens) == MemoryLayoutDesc((shape,), (dtype,))
 
 
 def test_a_part_s_size_is_its_desc_s() -> None:
-    """Planes times units times their bytes."""
+    """A part's size is planes times units times bytes per unit."""
     part = derive(replace(FLASH, tensors=(GOOD, GOOD, GOOD))).part
     assert (part.num_planes, part.plane_bytes, part.num_bytes) == (6, 2048, 12288)
 
@@ -272,12 +272,12 @@ def test_a_part_s_size_is_its_desc_s() -> None:
     ],
 )
 def test_parts_describe_themselves(group: CacheGroup, text: str) -> None:
-    """Refusals name both layouts with this text."""
+    """Error messages contain this text."""
     assert str(derive(group).part) == text
 
 
 def test_a_fingerprint_survives_the_wire() -> None:
-    """The same value in another process has the same name."""
+    """An equal value in another process has the same fingerprint."""
     part = derive(FLASH).part
     wire = msgspec.msgpack.encode(part)
     assert msgspec.msgpack.decode(wire, type=PartLayout).fingerprint == part.fingerprint

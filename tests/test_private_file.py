@@ -1,4 +1,4 @@
-"""Files in shared folders: links refused, mode 0600 whatever the umask."""
+"""Files in shared folders: links refused, mode 0600 with any umask."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPORARY = {"ready file": "file.part", "journal": "file.new"}
 
 @pytest.fixture
 def no_umask() -> Iterator[None]:
-    """A umask that takes no permission away."""
+    """Set a umask that removes no permission."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -46,7 +46,7 @@ def no_umask() -> Iterator[None]:
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_file_is_this_user_s_alone(tmp_path: Path, writer: str, exists: bool) -> None:
-    """Also one that was there with another mode."""
+    """An existing file with another mode gets mode 0600."""
     path = tmp_path / "file"
     if exists:
         path.touch(0o666)
@@ -56,7 +56,7 @@ def test_a_file_is_this_user_s_alone(tmp_path: Path, writer: str, exists: bool) 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_symbolic_link_is_not_followed(tmp_path: Path, writer: str) -> None:
-    """The error names it; the file that the link names is as it was."""
+    """The error names the link; the link's target is unchanged."""
     target = tmp_path / "target"
     target.write_text("precious")
     link = tmp_path / TEMPORARY.get(writer, "file")
@@ -67,7 +67,7 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path, writer: str) -> None:
 
 
 def test_a_journal_is_not_read_through_a_symbolic_link(tmp_path: Path) -> None:
-    """Another user's file may not tell what L1 holds."""
+    """A journal that is a symbolic link is refused."""
     keep_journal(tmp_path / "target")
     (tmp_path / "file").symlink_to(tmp_path / "target")
     with pytest.raises(SetupError, match="symbolic link"):

@@ -1,10 +1,10 @@
-"""STORE and RETRIEVE of 64 MiB through a real server, beside a plain copy.
+"""STORE and RETRIEVE of 64 MiB through a real server, against a plain copy.
 
 Run as `python tests/benchmarks/bandwidth.py [rounds]`: for pieces of 32 KiB, 4 KiB and
 512 B, scattered, prints GB/s from call to reply and the share of a plain copy of the
-same bytes between warm shared memory in the same process and round. Servers take turns:
-one without checksums, one with (it has a tier that nothing is written to), and both
-again with one thread a copy.
+same bytes between warm shared memory in the same process and round. Four servers
+alternate: without checksums, with them (it has a tier that receives no writes), and
+both with one thread per copy.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ BLOCK_SIZE = 16
 MOVED = 64 << 20
 CACHE = 256 << 20
 WARM_UP = 12
-"""Rounds until a server has touched every page of the cache."""
+"""Rounds until a server has touched all pages of the cache."""
 
 
 class Bench:
-    """One cache whose pieces have a size, registered with a server."""
+    """A registered cache with one size of contiguous pieces."""
 
     def __init__(
         self, client: KVClient, segment: Segment, piece: int, name: str = "piece"
@@ -89,14 +89,14 @@ class Bench:
 
 
 def plain(source: np.ndarray, target: np.ndarray) -> float:
-    """Copy as much in one piece; return seconds."""
+    """Copy as many bytes at once; return seconds."""
     start = time.perf_counter()
     np.copyto(target[:MOVED], source[:MOVED])
     return time.perf_counter() - start
 
 
 def shares(copies: list[float], times: list[float]) -> str:
-    """Median and range of what share of its round's plain copy each one reached."""
+    """Return median and range of the shares of each round's plain copy."""
     each = [copy / took for copy, took in zip(copies, times, strict=True)]
     return f"{statistics.median(each):.0%} [{min(each):.0%}..{max(each):.0%}]"
 
@@ -121,7 +121,7 @@ def servers(folder: str) -> Iterator[dict[str, KVClient]]:
 def compare(
     clients: dict[str, KVClient], cache: Segment, other: Segment, piece: int, num: int
 ) -> None:
-    """Let the servers take turns, `num` rounds that count, and print each one's."""
+    """Alternate between the servers for `num` measured rounds; print the results."""
     benches = {kind: Bench(client, cache, piece) for kind, client in clients.items()}
     rows: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in benches}
     for number in range(WARM_UP + num):

@@ -1,18 +1,18 @@
-"""Lookups that L1 alone answers, beside what tiers do for others.
+"""Lookups answered from L1, while tiers load and store for other clients.
 
 Run as `PYTHONPATH=. python tests/benchmarks/beside.py FOLDER [rounds [rate]]`, with
-FOLDER on the disk that is meant. Lookups follow each other, or come so many a second.
-Quiet and busy periods of half a second take turns:
+FOLDER on the disk to measure. Lookups run back to back, or at `rate` per second. Quiet
+and busy periods of half a second alternate:
 
-- prefetch: another client looks up what only the file tier has, one prompt of 64 MiB
-  after another; nobody stores;
-- reads elsewhere: the same files are read by a process that has nothing to do with the
-  server, which says what of the first is the machine's;
-- write-back: 192 MiB were stored before, and go to the tier while nobody stores;
-- tiers: another client stores 64 MiB ten times a second and looks up what was evicted,
-  at a server with a file tier and at one without, which is the quiet side.
+- prefetch: another client looks up chunks that only the file tier has, in prompts of 64
+  MiB; no client stores;
+- reads elsewhere: an unrelated process reads the same files, which shows the machine's
+  share of the first;
+- write-back: 192 MiB stored before are written to the tier; no client stores;
+- tiers: another client stores 64 MiB ten times per second and looks up evicted chunks,
+  at a server with a file tier, and at one without, which is the quiet side.
 
-Each line has the median of a round's ratios of medians, and of 99th percentiles.
+Each line has the median over rounds of the ratios of medians and of 99th percentiles.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def read_files(folder: str) -> None:
 
 
 def load(kind: str, address: str) -> None:
-    """Be the other client until killed; say so when ready."""
+    """Act as the other client until killed; print a line when ready."""
     with_load = Load(address, "load")
     for number in range(NUM_PROMPTS if kind == "prefetch" else 0):
         with_load.store(number)
@@ -144,7 +144,7 @@ def load(kind: str, address: str) -> None:
 
 @contextmanager
 def other_client(kind: str, address: str) -> Iterator[int]:
-    """Start the load, stopped; give its process id."""
+    """Start the load, stopped; yield its process id."""
     command = [sys.executable, __file__, "--load", kind, address]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -159,10 +159,10 @@ def other_client(kind: str, address: str) -> Iterator[int]:
 
 
 class Lookups:
-    """A client whose prompt of 8k tokens is in L1, and stays there by use."""
+    """A client whose prompt of 8k tokens is in L1 and stays there by use."""
 
     pause_s = 0.0
-    """From one lookup's due time to the next one's."""
+    """Seconds between the due times of lookups."""
 
     def __init__(self, address: str) -> None:
         self.client = KVClient(address)
@@ -174,7 +174,7 @@ class Lookups:
         self.cycles = Cycles(self.client, 8192, "hits")
 
     def measure(self, goes_on: Callable[[], bool]) -> list[float]:
-        """Look up as long as something goes on; return each one's seconds."""
+        """Look up while a condition holds; return the seconds of each lookup."""
         self.cycles.lookups = []
         due = time.monotonic()
         while goes_on():
@@ -185,7 +185,7 @@ class Lookups:
         return self.cycles.lookups
 
     def period(self) -> list[float]:
-        """Look up for a while."""
+        """Look up for a fixed time."""
         end = time.monotonic() + PERIOD_S
         return self.measure(lambda: time.monotonic() < end)
 
@@ -201,7 +201,7 @@ Round = tuple[list[float], list[float]]
 
 
 def beside_prefetch(folder: str, rounds: int) -> Iterator[Round]:
-    """Yield lookups while nothing happens, and while others' chunks are loaded."""
+    """Yield lookups when quiet, and while others' chunks are loaded."""
     with served(*L1, "--tier", f"file://{folder}/prefetch") as address:
         lookups, watch = Lookups(address), Load(address, "watch")
         with other_client("prefetch", address) as pid:
@@ -215,7 +215,7 @@ def beside_prefetch(folder: str, rounds: int) -> Iterator[Round]:
 
 
 def beside_reads(folder: str, rounds: int) -> Iterator[Round]:
-    """Yield lookups while nothing happens, and while another process reads."""
+    """Yield lookups when quiet, and while another process reads."""
     with served(*L1) as address:
         lookups = Lookups(address)
         with other_client("reads", f"{folder}/prefetch") as pid:
@@ -235,7 +235,7 @@ def beside_another(
     moved: Callable[[], int],
     settle: Callable[[], None],
 ) -> Iterator[Round]:
-    """Yield lookups while a process stands still, and while it goes on."""
+    """Yield lookups while a process is stopped, and while it runs."""
     num_bytes, seconds = 0, 0.0
     for _ in range(rounds):
         settle()
@@ -252,7 +252,7 @@ def beside_another(
 
 
 def beside_write_back(folder: str, rounds: int) -> Iterator[Round]:
-    """Yield lookups after, and while, a queue is written."""
+    """Yield lookups after and during the writes of a queue."""
     with served(*L1, "--tier", f"file://{folder}/back?max=2GiB") as address:
         lookups, stores = Lookups(address), Load(address, "stores")
         number = 0
@@ -294,7 +294,7 @@ def beside_tiers(folder: str, rounds: int) -> Iterator[Round]:
 
 
 def spread(values: list[float]) -> str:
-    """Median and range."""
+    """Return median and range as text."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.2f} [{low:.2f}..{high:.2f}]"
 

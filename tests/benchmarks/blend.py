@@ -1,9 +1,9 @@
-"""Documents anywhere: lookups beside normal ones, scattered retrieves, the index.
+"""Documents at any position: lookups, scattered retrieves, memory of the index.
 
 Run as `python tests/benchmarks/blend.py`: starts a server with 100k stored chunks and
-takes turns between a normal 32k lookup and document lookups of 32k tokens, then
-retrieves scattered chunks beside plain copies of as many bytes, and turns keys. Then
-it measures the index's memory by the chunk. Prints medians and ratios.
+alternates between a normal 32k lookup and document lookups of 32k tokens, then
+retrieves scattered chunks beside plain copies of as many bytes, and rotates keys. Then
+it measures the index's memory per chunk. Prints medians and ratios.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROUNDS = 200
 
 
 class Buffer:
-    """A registered buffer and the memory it is in."""
+    """A registered buffer and its memory."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Buffer:
 
 
 def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Take turns between calls; return the median of what each says it took."""
+    """Alternate between calls; return the median of each one's seconds."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -73,7 +73,7 @@ def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def timed(call: Callable[[], object], after: Callable[[], object]) -> float:
-    """Time a call, and clear up after it."""
+    """Return a call's seconds, and clean up after it."""
     begun = time.perf_counter()
     call()
     seconds = time.perf_counter() - begun
@@ -82,7 +82,7 @@ def timed(call: Callable[[], object], after: Callable[[], object]) -> float:
 
 
 def lookups(client: KVClient) -> None:
-    """32k-token lookups with 100k chunks stored."""
+    """Measure lookups of 32k tokens with 100k chunks stored."""
     blend, rng = BlendClient(client), np.random.default_rng(0)
     size = PER_DOCUMENT * CHUNK
     buffer = Buffer(client, "lookups", (2, 1, PROMPT, 1), "uint8")
@@ -140,7 +140,7 @@ def lookups(client: KVClient) -> None:
 
 
 def retrieves(client: KVClient, dtype: str) -> None:
-    """Chunks of 1 MiB from many documents to scattered places, and a plain copy."""
+    """Measure retrieves of scattered chunks of 1 MiB, and a plain copy."""
     blend, rng = BlendClient(client), np.random.default_rng(1)
     shape, num_chunks = (2, 2, 256 * CHUNK, 512), 96
     rope = Rope(theta=5e5, head_dim=128, rotary_dim=128)
@@ -198,7 +198,7 @@ def end_of(steps: Generator[None, None, list[DocumentChunk]]) -> list[DocumentCh
 
 
 def index_memory() -> None:
-    """Bytes of the index by the chunk, the chunk hashes being L1's anyway."""
+    """Measure the index's bytes per chunk, without L1's chunk hashes."""
     print("index memory, filter apart")
     for num_chunks in (1_000, 10_000, 100_000):
         space = DocumentSpace("m", 1, CHUNK)

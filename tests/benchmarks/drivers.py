@@ -1,8 +1,8 @@
-"""Copies by the server beside copies by the worker, in turns, in one run.
+"""Server-driven and worker-driven copies, alternating in one run.
 
 Run as `python tests/benchmarks/drivers.py [rounds]`: a STORE and a RETRIEVE of 1, 8 and
-64 MiB in scattered pieces of 32 KiB by each driver, and a plain copy of as much, in
-each round. Prints the middle of the rounds' ratios, with their quartiles.
+64 MiB in scattered pieces of 32 KiB by each driver, and a plain copy of as many bytes,
+in each round. Prints median and quartiles of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ WARM_UP = 5
 
 
 def copied(memory: Bytes, size: int) -> float:
-    """Copy as much in one piece; return seconds."""
+    """Copy as many bytes at once; return seconds."""
     start = time.perf_counter()
     np.copyto(memory[:size], memory[-size:])
     return time.perf_counter() - start
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> str:
-    """The middle of two series' ratios, and its quartiles."""
+    """Return median and quartiles of the ratios of two series."""
     ratios = [a / b for a, b in zip(one, other, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"

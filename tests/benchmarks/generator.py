@@ -1,8 +1,8 @@
-"""How many requests a second the load generator makes, against a server of no time.
+"""Requests per second of the load generator, with a server that takes no time.
 
 Run as `python tests/benchmarks/generator.py`: one engine with one slot and one rank, in
-a closed loop and at rising rates, prints requests done a second and the lag of those
-that were due.
+a closed loop and at rising rates. Prints requests per second, and the lag behind due
+times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECONDS = 3
 
 
 class Instant(KVClient):
-    """A server that answers at once."""
+    """A server that answers immediately."""
 
     chunk_size = 64  # type: ignore[assignment]
 
@@ -38,15 +38,15 @@ class Instant(KVClient):
         """Connect to nothing."""
 
     def lookup(self, *_: object) -> LookupReply:  # type: ignore[override]
-        """Everything is there."""
+        """Report all chunks as found."""
         return LookupReply(9, 576)
 
     def end_session(self, session: SessionKey) -> None:  # type: ignore[override]
-        """Nothing was held."""
+        """Return at once: nothing is leased."""
 
 
 def obey(rank: Connection) -> None:
-    """Be a rank that has done at once what it is told."""
+    """Act as a rank that completes each command immediately."""
     decoder = msgspec.msgpack.Decoder(RunRequest)
     try:
         while True:
@@ -57,7 +57,7 @@ def obey(rank: Connection) -> None:
 
 
 def play(load: Load, num_requests: int) -> tuple[float, LoadReport | None]:
-    """Play; return requests a second, and what the journal tells."""
+    """Run the load; return requests per second and the journal's lag."""
     workload = SharedPrefix(
         num_requests=num_requests, num_prefixes=16, prefix_tokens=512, suffix_tokens=64
     )

@@ -1,8 +1,7 @@
-"""Prefetch from the file tier, checksums and all, against plain direct reads.
+"""Prefetch from the file tier, with checksums, against plain direct reads.
 
-Run as `PYTHONPATH=. python tests/benchmarks/prefetch.py FOLDER`, FOLDER on the disk
-that is meant. Ratios are of rounds that take turns. A script and not a test, since it
-decides nothing.
+Run as `PYTHONPATH=. python tests/benchmarks/prefetch.py FOLDER`, with FOLDER on the
+disk to measure. Ratios are of alternating rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from kvcore.tiers.tier_manager import TierManager, open_tiers
 CHUNK_BYTES = 1 << 20
 NUM_CHUNKS = 128
 THREADS = 4
-"""Of the file tier's loads, and of the plain reads."""
+"""Threads of the file tier's loads, and of the plain reads."""
 ROUNDS = 7
 NAME = PartName("bench", 1, 0, 0, Fingerprint("0" * 16))
 NEEDS = RequiredParts(1, (), (RequiredPart(PartId(0), NAME, CHUNK_BYTES, None),))
@@ -43,13 +42,13 @@ HASHES = [ChunkHash(i.to_bytes(32, "little")) for i in range(NUM_CHUNKS)]
 
 
 def spread(values: list[float]) -> str:
-    """Median and range."""
+    """Return median and range as text."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.2f} [{low:.2f}..{high:.2f}]"
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Ask until it is so."""
+    """Poll a condition until it is true."""
     while not condition():
         time.sleep(0.002)
 
@@ -78,7 +77,7 @@ def filled(folder: Path) -> Iterator[tuple[Arena, L1, TierManager]]:
 
 
 def prefetch_s(l1: L1, manager: TierManager) -> float:
-    """Seconds from the task to all chunks in L1."""
+    """Return the seconds from the task until all chunks are in L1."""
     wait_for(lambda: l1.stats().num_held == 0)
     l1.drop(HASHES)
     start = time.perf_counter()
@@ -99,7 +98,7 @@ def prefetch_s(l1: L1, manager: TierManager) -> float:
 
 
 def direct_s(files: list[Path], targets: list[list[memoryview]]) -> float:
-    """Seconds to read the same files with O_DIRECT, in as many threads."""
+    """Return the seconds to read the files with O_DIRECT, with as many threads."""
 
     def read(index: int) -> None:
         fd = os.open(files[index], os.O_RDONLY | os.O_DIRECT)
@@ -116,7 +115,7 @@ def direct_s(files: list[Path], targets: list[list[memoryview]]) -> float:
 
 
 def targets_in(arena: Arena, l1: L1, headers: memoryview) -> list[list[memoryview]]:
-    """Where each file goes: its header aside, its chunk where L1 has it."""
+    """Return each file's buffers: its header aside, its chunk in L1's memory."""
     return [
         [
             headers[index * PAGE : (index + 1) * PAGE],
@@ -129,8 +128,8 @@ def targets_in(arena: Arena, l1: L1, headers: memoryview) -> list[list[memoryvie
 def prefetch_share(folder: Path) -> None:
     """Prefetch of 128 MiB against plain reads of the same files to the same memory.
 
-    Other files and other memory lie otherwise on the disk and in RAM, which makes up to
-    three times the speed, and is the same for a whole run.
+    The location of files on the disk and of memory changes the speed by up to a factor
+    of three, so both sides of a run use the same.
     """
     headers = memoryview(mmap.mmap(-1, NUM_CHUNKS * PAGE))
     with filled(folder) as (arena, l1, manager):
@@ -138,7 +137,7 @@ def prefetch_share(folder: Path) -> None:
         os.sync()
         shares, speeds = [], []
         for number in range(ROUNDS):
-            # Taking turns at being first.
+            # The first of a pair alternates.
             if number % 2:
                 plain = direct_s(files, targets_in(arena, l1, headers))
                 ours = prefetch_s(l1, manager)
@@ -152,7 +151,7 @@ def prefetch_share(folder: Path) -> None:
 
 def main() -> None:
     """Measure and print."""
-    # A tier that an earlier run filled would take nothing.
+    # A tier filled by an earlier run would write nothing.
     with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
         prefetch_share(Path(folder))
 

@@ -1,9 +1,9 @@
-"""Block accesses a second of `kvctl bench simulate`, policy by policy.
+"""Block accesses per second of `kvctl bench simulate`, by policy.
 
     PYTHONPATH=. python tests/benchmarks/simulation.py TRACE...
 
-The traces are read once; what is timed is the policies' work at a tenth of the unique
-blocks, policies in turn. Medians and spread of the rounds.
+The traces are read once. Only the policies' work is timed, alternating, with a capacity
+of a tenth of the unique blocks. Prints medians and spread of the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def timed(requests: NumberedRequests, policy: str) -> float:
-    """Return the seconds of CPU that the policy takes: the machine may be shared."""
+    """Return the policy's CPU seconds, since the machine may be shared."""
     listed = [ids.tolist() for ids in requests.blocks]
     cache = SimulatedL1(
         make_policy(policy), capacity_blocks("10%", requests.num_unique)

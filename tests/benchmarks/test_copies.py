@@ -50,7 +50,7 @@ def described(piece: int, shape: str, layers: int, room: int) -> KVLayout:
 
 
 def block_ids(order: str, count: int, limit: int) -> np.ndarray:
-    """Ids without repetition: one by one in any order, in fours, or in a row."""
+    """Return distinct ids: shuffled, shuffled in fours, or in order."""
     noise = np.random.default_rng(7)
     if order == "consecutive":
         return np.arange(count, dtype=np.int32)
@@ -61,7 +61,7 @@ def block_ids(order: str, count: int, limit: int) -> np.ndarray:
 
 
 def mapped(num_bytes: int) -> np.ndarray:
-    """Touched shared memory, as caches and arena have it; its views keep it."""
+    """Return touched shared memory; its views keep it alive."""
     with Segment.create(f"bench-{token_hex(8)}", num_bytes, touch=True) as segment:
         array = segment.array
         segment.unlink()
@@ -129,7 +129,7 @@ def test_split_parts(benchmark: Any, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_small_request(benchmark: Any, way: str) -> None:
-    """8 chunks of 8 KiB parts: what planning costs."""
+    """8 chunks of 8 KiB parts: the cost of planning."""
     layout = described(512, "kv-outermost", 1, 1 << 20)
     part = layout.part.num_bytes
     ids = block_ids("scattered", 8 * CHUNK // BLOCK, layout.num_blocks)

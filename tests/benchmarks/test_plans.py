@@ -1,9 +1,9 @@
-"""What it costs the CPU to plan copies of a GPU's cache: all but the driver's calls.
+"""CPU time of planning copies of a GPU's cache, without the driver's calls.
 
     pytest tests/benchmarks/test_plans.py --benchmark-json=plans.json
 
-Chunks of 32 MiB of Llama-3.1-8B in blocks of 16, scattered: 1,024 pieces of 32 KiB a
-chunk. `extra_info` has the microseconds a chunk; 100 are allowed, driver included.
+Chunks of 32 MiB of Llama-3.1-8B in blocks of 16, scattered: 1,024 pieces of 32 KiB per
+chunk. `extra_info` has the microseconds per chunk; the target is 100 with the driver.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def layout_of() -> KVLayout:
 
 
 def spans_of(layout: KVLayout, count: int, extents: int) -> ChunkSpans:
-    """Return scattered chunks, each part in so many pieces of the arena."""
+    """Return scattered chunks, each part in this many pieces of the arena."""
     size = layout.part.num_bytes // extents
     ids = np.random.default_rng(1).permutation(BLOCKS).astype(np.int32)
     return ChunkSpans(

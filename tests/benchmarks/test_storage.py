@@ -1,9 +1,9 @@
-"""Cost of the storage floor's calls, and that it does not grow with what is held.
+"""Cost of the storage layer's calls by the number of stored chunks.
 
 `pytest tests/benchmarks/test_storage.py`; figures in docs/performance.md. A lookup
-of 128k tokens has 512 chunks. "same" looks up one prompt again and again; "any"
-takes another one each round, whose entries come from memory, not from the CPU's
-caches: at a million chunks that is what remains of a difference.
+of 128k tokens has 512 chunks. "same" looks up one prompt repeatedly; "any" another one
+each round, whose entries are not in the CPU's caches: the only difference at a million
+chunks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _fresh(count: int) -> list[ChunkHash]:
 
 @pytest.fixture(scope="module", params=[1_000, 100_000, 1_000_000])
 def filled(request: pytest.FixtureRequest) -> Iterator[Filled]:
-    """1k, 100k and 1M chunks held."""
+    """An L1 with 1k, 100k and 1M chunks."""
     arena = Arena(request.param * PAGE, PAGE)
     l1 = L1(arena, LRU())
     hashes = _fresh(request.param)
@@ -81,7 +81,7 @@ def test_look_up_and_end(
 
 @pytest.mark.timeout(300)
 def test_acquire_alone(benchmark: BenchmarkFixture, filled: Filled) -> None:
-    """Find and hold 512 chunks: the part of a lookup that is L1's."""
+    """Find and hold 512 chunks: L1's part of a lookup."""
     hashes = filled.prompt("same")
     l1 = filled.l1
     result = benchmark.pedantic(
@@ -108,7 +108,7 @@ def test_store_into_a_full_l1(benchmark: BenchmarkFixture, filled: Filled) -> No
 
 @pytest.mark.parametrize("num_pages", [1_000, 100_000, 1_000_000])
 def test_allocate_and_free(benchmark: BenchmarkFixture, num_pages: int) -> None:
-    """Take and give back a part of 8 pages, the free pages scattered in runs."""
+    """Allocate and free a part of 8 pages, with scattered free pages."""
     pages = PageAllocator(num_pages)
     runs = [pages.allocate(4 + i % 9) for i in range(num_pages // 9)]
     for run in runs[::2]:

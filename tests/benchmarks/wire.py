@@ -1,8 +1,7 @@
 """Round trips against a bare ZeroMQ echo, and lookups by prompt length.
 
-Run as `python tests/benchmarks/wire.py [seconds a point]`: starts a server and an
-echo, interleaves them, prints medians and ratios. A script and not a test, since it
-needs processes on both sides and decides nothing.
+Run as `python tests/benchmarks/wire.py [seconds per point]`: starts a server and an
+echo process, alternates between them, and prints medians and ratios.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BLOCK_BYTES = 16 * 64
 
 @contextmanager
 def served(*options: str) -> Iterator[str]:
-    """Run `kvctl serve` and give its address."""
+    """Run `kvctl serve` and yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready"
         command = [sys.executable, "-m", "kvctl", "serve", "--port", "0"]
@@ -51,7 +50,7 @@ def served(*options: str) -> Iterator[str]:
 
 
 def echo(address: str) -> None:
-    """Send back what comes: the least that a ROUTER can do."""
+    """Echo messages with a bare ROUTER."""
     socket = zmq.Context().socket(zmq.ROUTER)
     socket.bind(address)
     while True:
@@ -60,7 +59,7 @@ def echo(address: str) -> None:
 
 @contextmanager
 def echoed() -> Iterator[zmq.Socket[bytes]]:
-    """Run an echo process and give a socket connected to it."""
+    """Run an echo process and yield a socket connected to it."""
     address = "tcp://127.0.0.1:15999"
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=echo, args=(address,), daemon=True)
@@ -78,7 +77,7 @@ def echoed() -> Iterator[zmq.Socket[bytes]]:
 
 
 def p50_us(call: Callable[[], object], seconds: float) -> float:
-    """Median of one call's time over some seconds."""
+    """Return the median time of a call over some seconds."""
     times = []
     end = time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
@@ -88,7 +87,7 @@ def p50_us(call: Callable[[], object], seconds: float) -> float:
 
 
 def register(client: KVClient, segment: Segment) -> None:
-    """Register a cache of 64 bytes a token, so that lookups of it can be asked."""
+    """Register a cache of 64 bytes per token, which lookups require."""
     shape = (2, segment.num_bytes // (2 * 16 * 32), 16, 16)
     strides = tuple(int(np.prod(shape[i + 1 :])) * 2 for i in range(4))
     view = TensorView(0, 0, shape, strides)
@@ -100,7 +99,7 @@ def register(client: KVClient, segment: Segment) -> None:
 
 
 def prompt(num_tokens: int) -> np.ndarray:
-    """Tokens of one length's prompt."""
+    """Return the tokens of the prompt of a length."""
     return np.random.default_rng(num_tokens).integers(
         0, 128000, num_tokens, dtype=np.uint32
     )
@@ -141,7 +140,7 @@ class Cycles:
 def cycle_worker(
     address: str, num_tokens: int, seconds: float, start: Event, name: str, out: object
 ) -> None:
-    """Run cycles in a process of its own and report how many a second."""
+    """Run cycles in another process and report cycles per second."""
     with KVClient(address, label=name) as client:
         cycles = Cycles(client, num_tokens, name)
         cycles()
@@ -174,7 +173,7 @@ def beside(address: str, num_tokens: int, measure: Callable[[], float]) -> float
 
 
 def many(address: str, num_tokens: int, seconds: float) -> float:
-    """Return the cycles a second of four processes together."""
+    """Return the cycles per second of four processes together."""
     context = multiprocessing.get_context("spawn")
     start, queue = context.Event(), context.Queue()
     processes = [

@@ -1,4 +1,4 @@
-"""Pages: no two parts share one, and all of them come back."""
+"""Page allocation: no page is used twice, and all are freed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _is_merged(pages: PageAllocator) -> bool:
 
 @given(st.integers(1, 64), st.integers(2, 40))
 def test_equal_parts_stay_contiguous(count: int, num_parts: int) -> None:
-    """With parts of one size every part is one run, whatever order they end in."""
+    """Parts of one size are contiguous after frees in any order."""
     pages = PageAllocator(count * num_parts)
     parts = [pages.allocate(count) for _ in range(num_parts)]
     for part in parts[::2] + parts[1::2]:
@@ -111,7 +111,7 @@ def test_parts_cover_their_bytes_and_waste_under_a_page() -> None:
 
 
 def test_arena_is_shared_memory_until_closed() -> None:
-    """Its name can be attached while it is open, and is gone after close."""
+    """Its name can be attached until it is closed."""
     arena = Arena(4_096, 1_024)
     assert arena.name.startswith(f"kvcore-{os.getpid()}-")
     assert (SHM_DIR / arena.name).stat().st_size == 4_096
@@ -124,6 +124,6 @@ def test_arena_is_shared_memory_until_closed() -> None:
 
 
 def test_arena_without_a_page_is_refused() -> None:
-    """An arena smaller than its page says so."""
+    """An arena smaller than its page raises an error that says so."""
     with pytest.raises(SetupError, match="holds no page"):
         Arena(100, 4_096)

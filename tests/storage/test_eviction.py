@@ -37,12 +37,12 @@ def drain(policy: EvictionPolicy) -> list[ChunkHash]:
 
 @pytest.fixture(params=sorted(POLICIES))
 def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
-    """One of each."""
+    """Return a policy."""
     return make_policy(request.param)
 
 
 def test_each_chunk_is_evicted_once(policy: EvictionPolicy) -> None:
-    """Admitted and touched chunks all come out, each once, and then nothing."""
+    """All admitted and touched chunks are evicted, each once."""
     policy.admit(A)
     for key in (A, B, A, C):
         policy.touch(key)
@@ -52,7 +52,7 @@ def test_each_chunk_is_evicted_once(policy: EvictionPolicy) -> None:
 
 
 def test_discarded_chunks_are_forgotten(policy: EvictionPolicy) -> None:
-    """Neither a discarded nor an unknown chunk comes back."""
+    """Discarded and unknown chunks are not evicted."""
     policy.touch(A)
     policy.discard(A)
     policy.discard(B)
@@ -61,7 +61,7 @@ def test_discarded_chunks_are_forgotten(policy: EvictionPolicy) -> None:
 
 
 def test_held_chunks_are_passed_over_once(policy: EvictionPolicy) -> None:
-    """A chunk that cannot go is asked about once, until it is admitted again."""
+    """A held chunk is offered once, until it is admitted again."""
     asked: list[ChunkHash] = []
 
     def evictable(key: ChunkHash) -> bool:
@@ -78,7 +78,7 @@ def test_held_chunks_are_passed_over_once(policy: EvictionPolicy) -> None:
 
 
 def test_the_first_touch_is_not_a_second_use(policy: EvictionPolicy) -> None:
-    """Admitted and then touched comes to the same as touched."""
+    """Admission followed by a touch equals a touch alone."""
     other = type(policy)()
     for key in (A, B, C, D):
         policy.admit(key)
@@ -90,7 +90,7 @@ def test_the_first_touch_is_not_a_second_use(policy: EvictionPolicy) -> None:
 
 
 def test_what_is_coming_goes_next(policy: EvictionPolicy) -> None:
-    """`coming` names the next victims, and asking changes nothing."""
+    """`coming` returns the next victims without changing the order."""
     for key in (A, B, C, D):
         policy.touch(key)
     coming = policy.coming(2)
@@ -106,7 +106,7 @@ def test_what_is_coming_goes_next(policy: EvictionPolicy) -> None:
 def test_random_use_loses_and_doubles_nothing(
     name: str, steps: list[tuple[str, ChunkHash, set[ChunkHash]]]
 ) -> None:
-    """Whatever is done, a policy knows exactly what it should, and passes over once."""
+    """After random operations a policy holds exactly the model's chunks."""
     policy, known = make_policy(name), set[ChunkHash]()
     for step, key, held in steps:
         if step in "at":
@@ -125,7 +125,7 @@ def test_random_use_loses_and_doubles_nothing(
 
 
 def _evict_beside(policy: EvictionPolicy, held: set[ChunkHash]) -> list[ChunkHash]:
-    """Evict once; return the chunks that were asked about, the victim last."""
+    """Evict once; return the offered chunks, the victim last."""
     asked: list[ChunkHash] = []
 
     def evictable(key: ChunkHash) -> bool:
@@ -138,7 +138,7 @@ def _evict_beside(policy: EvictionPolicy, held: set[ChunkHash]) -> list[ChunkHas
 
 
 def test_an_unknown_policy_names_the_known_ones() -> None:
-    """The error lists what there is."""
+    """The error lists the registered policies."""
     with pytest.raises(SetupError, match="'zzz': known policies are lru, lru-uses"):
         make_policy("zzz")
 
@@ -147,7 +147,7 @@ def test_an_unknown_policy_names_the_known_ones() -> None:
 
 
 def test_lru_evicts_the_least_recently_touched() -> None:
-    """A touch moves a chunk to the safe end; being admitted again does not."""
+    """A touch moves a chunk to the end; a second admission does not."""
     lru = LRU()
     for key in (A, B, C, A):
         lru.touch(key)
@@ -167,7 +167,7 @@ class NaiveS3FIFO:
         self.freq: dict[ChunkHash, int] = {}
 
     def access(self, key: ChunkHash) -> bool:
-        """Read a key; say whether it was there."""
+        """Read a key; return whether it was a hit."""
         if key in self.freq:
             self.freq[key] = min(self.freq[key] + 1, 3)
             return True
@@ -220,7 +220,7 @@ def hits(
 def test_s3fifo_hits_what_the_paper_says(
     accesses: list[ChunkHash], capacity: int
 ) -> None:
-    """Access for access the same as the pseudocode."""
+    """Each access has the same result as the paper's pseudocode."""
     naive = NaiveS3FIFO(capacity)
     expected = [naive.access(key) for key in accesses]
     assert hits(S3FIFO(), capacity, accesses) == expected
@@ -230,7 +230,7 @@ def test_s3fifo_hits_what_the_paper_says(
 def test_lru_uses_hits_what_its_worth_says(
     accesses: list[ChunkHash], capacity: int
 ) -> None:
-    """Access for access the same as a minimum over everything resident."""
+    """Each access has the same result as a minimum over all resident chunks."""
     resident: dict[ChunkHash, tuple[int, int]] = {}
     ghosts: dict[ChunkHash, int] = {}
     expected = []

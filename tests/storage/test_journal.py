@@ -1,4 +1,4 @@
-"""The journal of a kept arena: what it says, torn or whole, and what is believed."""
+"""The journal of a kept arena: recovery from complete and torn files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def key(number: int) -> ChunkHash:
 
 @contextmanager
 def kept(path: Path, num_pages: int = 8) -> Iterator[Arena]:
-    """The arena of this journal, as one run of a server has it."""
+    """Open the journal's arena, as one run of a server does."""
     name = f"kvtest-{os.getpid()}-{path.parent.name}"
     arena = Arena(num_pages * PAGE, PAGE, name, kept=True)
     arena.keep()
@@ -49,13 +49,13 @@ def kept(path: Path, num_pages: int = 8) -> Iterator[Arena]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
-    """A journal's place; its arena is removed at the end."""
+    """The path of a journal; its arena is removed after the test."""
     yield tmp_path / "journal"
     Path(f"/dev/shm/kvtest-{os.getpid()}-{tmp_path.name}").unlink(missing_ok=True)
 
 
 def start(path: Path, arena: Arena) -> L1:
-    """Make L1 of what an earlier run left."""
+    """Recover an L1 from an earlier run's journal."""
     recovered = recover(path, arena)
     l1 = L1(arena, LRU(), recovered.journal)
     l1.restore(recovered.parts)
@@ -64,7 +64,7 @@ def start(path: Path, arena: Arena) -> L1:
 
 
 def write(arena: Arena, reservations: list[Reservation], seed: int = 0) -> None:
-    """Fill parts with bytes of their own, and sum them up."""
+    """Fill parts with distinct bytes; return their checksums."""
     for reservation in reservations:
         for extent in reservation.extents:
             where = slice(extent.offset, extent.offset + extent.length)
@@ -82,12 +82,12 @@ def store(l1: L1, arena: Arena, *numbers: int, part: PartId = PARTS[0]) -> None:
 
 
 def there(l1: L1, *numbers: int, needs: int = 1) -> list[bool]:
-    """Which chunks have all parts of a mask."""
+    """Return the chunks that have all parts of a mask."""
     return [bool(l1.present([key(number)], needs)) for number in numbers]
 
 
 def test_a_later_run_has_what_was_committed(path: Path) -> None:
-    """And neither what was being written, nor what was evicted or dropped."""
+    """Reserved, evicted and dropped parts are not recovered."""
     with kept(path, 12) as arena:
         l1 = start(path, arena)
         store(l1, arena, 1, 2, 3)
@@ -106,7 +106,7 @@ def test_a_later_run_has_what_was_committed(path: Path) -> None:
 
 
 def test_wrong_bytes_are_not_believed(path: Path) -> None:
-    """Whoever wrote them, and whatever the journal says."""
+    """A part whose checksum does not match is not recovered."""
     with kept(path) as arena:
         l1 = start(path, arena)
         store(l1, arena, 1, 2)
@@ -119,7 +119,7 @@ def test_wrong_bytes_are_not_believed(path: Path) -> None:
 
 
 def test_a_new_arena_has_nothing(path: Path) -> None:
-    """After a reboot the journal is of an arena that is gone; so after a resize."""
+    """A journal of a missing or resized arena recovers nothing."""
     with kept(path) as arena:
         store(start(path, arena), arena, 1)
     with kept(path, num_pages=9) as arena:
@@ -128,13 +128,13 @@ def test_a_new_arena_has_nothing(path: Path) -> None:
 
 
 def test_one_server_at_a_time(path: Path) -> None:
-    """A second one does not get the first one's memory."""
+    """A second server is refused the arena of a running one."""
     with kept(path), pytest.raises(SetupError, match="who lives"), kept(path):
         pass
 
 
 def test_every_torn_tail_leaves_what_came_before(path: Path) -> None:
-    """Cut at any byte: whole records count, the torn one does not."""
+    """A journal cut at any byte recovers all complete records."""
     with kept(path) as arena:
         store(start(path, arena), arena, 1, 2, 3)
         opened = JournalOpened(journals.VERSION, arena.total_bytes, PAGE)
@@ -151,7 +151,7 @@ def test_every_torn_tail_leaves_what_came_before(path: Path) -> None:
 
 
 def test_a_later_owner_of_a_page_is_believed(path: Path) -> None:
-    """An eviction that was not written down any more costs the evicted one only."""
+    """If two chunks claim a page, the later one is recovered."""
     with kept(path) as arena:
 
         def part(number: int, *pages: int) -> PartCommitted:
@@ -188,7 +188,7 @@ def test_a_wrong_record_is_skipped(
     name: PartName,
     extents: tuple[Extent, ...],
 ) -> None:
-    """A record with a right checksum that no server writes does not stop the start."""
+    """A valid record that no server writes is ignored at start."""
     with kept(path) as arena:
         l1 = start(path, arena)
         store(l1, arena, 1)
@@ -211,7 +211,7 @@ def test_a_wrong_record_is_skipped(
 
 
 def test_a_chunk_that_came_back_has_all_its_parts(path: Path) -> None:
-    """What it had before it left is forgotten, wherever its new parts lie."""
+    """A chunk stored again after eviction has only its new parts."""
     with kept(path) as arena:
 
         def part(number: PartId, page: int) -> PartCommitted:
@@ -226,7 +226,7 @@ def test_a_chunk_that_came_back_has_all_its_parts(path: Path) -> None:
 
 
 def test_claims_that_overlap_are_refused(path: Path) -> None:
-    """They would be two parts of the same bytes."""
+    """Overlapping extents are refused."""
     with kept(path) as arena:
         arena.claim([(Extent(PAGE, 2 * PAGE),), (Extent(5 * PAGE, 10),)])
         assert arena.used_bytes == 3 * PAGE
@@ -237,7 +237,7 @@ def test_claims_that_overlap_are_refused(path: Path) -> None:
 def test_compaction_keeps_what_is_live(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many stores later the journal is short, and still says everything."""
+    """Compaction shortens the journal and keeps all live parts."""
     whole = path.with_name("whole")
     for file, spare in ((whole, journals.SPARE_RECORDS), (path, 32)):
         monkeypatch.setattr(journals, "SPARE_RECORDS", spare)
@@ -248,7 +248,7 @@ def test_compaction_keeps_what_is_live(
             assert l1._journal is not None
             l1._journal.close()
             live = [number for number in range(300) if there(l1, number) == [True]]
-    # How much shorter depends on when the thread that writes it anew had its turn.
+    # How much shorter depends on when the compaction thread ran.
     assert path.stat().st_size < whole.stat().st_size
     with kept(path) as arena:
         again = start(path, arena)
@@ -265,9 +265,9 @@ def test_a_disk_that_takes_no_more_ends_the_keeping(
     failing: str,
     spare: int,
 ) -> None:
-    """L1 goes on as ever, also while the journal is written anew; the log has a line.
+    """L1 continues, also during compaction, and the failure is logged.
 
-    A later run believes what it still finds to be right, and no more.
+    A later run recovers the parts that the journal still has and that are right.
     """
     monkeypatch.setattr(journals, "SPARE_RECORDS", spare)
     with kept(path) as arena, monkeypatch.context() as patch:
@@ -300,7 +300,7 @@ def test_a_disk_that_takes_no_more_ends_the_keeping(
 
 
 def test_a_journal_that_is_none_is_refused_by_name(path: Path) -> None:
-    """A folder in its place says so, before anything is served."""
+    """The error names a journal path that is a folder, before the start."""
     for found in (False, True):
         with kept(path) as arena:
             assert arena.was_found is found

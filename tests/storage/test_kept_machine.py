@@ -1,7 +1,7 @@
-"""The manager's machine once more, with quotas and an L1 that outlives its server.
+"""The tier manager's state machine, with quotas and an L1 that outlives its server.
 
-Servers end and are killed at any moment; before the next one begins, its journal is cut
-or lost, or somebody has written into its memory.
+Servers stop and are killed at any moment; before the next one starts, its journal may
+be cut or lost, or its memory overwritten.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tests.tiers.test_tier_manager import TierFixture, chain
 from tests.tiers.test_tier_manager_machine import PROMPTS, TierManagerMachine
 
 SPARE_RECORDS = 12
-"""So that the journal is written anew now and then."""
+"""Small, so that the journal is compacted during a run."""
 
 
 class KeptMachine(TierManagerMachine):
-    """The model: what is readable when a server ends is what the next one has."""
+    """Model: the next server has what was readable when the last one ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class KeptMachine(TierManagerMachine):
 
     @initialize(policy=st.sampled_from(get_args(WritePolicy)), quota=st.integers(0, 12))
     def build(self, policy: str, quota: int) -> None:
-        """A first server, in which a tenant and the model have a quota."""
+        """Start a server with a quota for a tenant and the model."""
         self.policy = policy
         self.quotas = {"salt:tenant": quota * 100, "model:m": 900}
         self.open(now=0.0)
 
     def open(self, now: float) -> None:
-        """The next server begins, over the same tiers."""
+        """Start the next server over the same tiers."""
         self.fixture = TierFixture(
             num_pages=22,
             num_tiers=2,
@@ -62,7 +62,7 @@ class KeptMachine(TierManagerMachine):
 
     @rule(number=st.sampled_from(sorted(PROMPTS)), length=st.integers(1, 6))
     def store_of_tenant(self, number: int, length: int) -> None:
-        """A worker stores a prompt's chunks on the tenant's account."""
+        """A worker stores a prompt's chunks under the tenant's quota."""
         owner = SessionKey("e", "tenant")
         self.fixture.store(chain(number, length), PROMPTS[number], owner)
 
@@ -70,7 +70,7 @@ class KeptMachine(TierManagerMachine):
 
     @rule()
     def stop(self) -> None:
-        """A server ends well: all that was readable is there again."""
+        """After a clean stop, the next server has all readable chunks."""
         before = self.readable()
         self.fixture.manager.close()
         self.fixture.l1.close()
@@ -79,7 +79,7 @@ class KeptMachine(TierManagerMachine):
 
     @rule()
     def kill(self) -> None:
-        """A server is killed: the same, and what was under way is lost."""
+        """After a kill, it has them as well; pending work is lost."""
         before = self.readable()
         for tier in self.fixture.tiers:
             tier.pending.clear()
@@ -88,7 +88,7 @@ class KeptMachine(TierManagerMachine):
 
     @rule(harm=st.sampled_from(["cut", "lost", "bytes"]), place=st.floats(0, 0.999))
     def harm(self, harm: str, place: float) -> None:
-        """What a killed server left is not whole; what the next one has is right."""
+        """After damage to journal or memory, all recovered chunks are right."""
         before = self.readable()
         for tier in self.fixture.tiers:
             tier.pending.clear()
@@ -104,19 +104,19 @@ class KeptMachine(TierManagerMachine):
                 file.write(b"\xff")
         self.open(self.fixture.now + 1)
         after = self.readable()
-        # A cut may bring back what had gone: the invariants say that it is right.
+        # A cut journal may restore removed chunks; invariants check their bytes.
         assert harm == "cut" or set(after) <= set(before)
 
     def end(self) -> None:
-        """One server ends, the next begins."""
+        """End the server and start the next one."""
         self.close()
         self.open(self.fixture.now + 1)
 
     def close(self) -> None:
-        """Nobody has anything of a server that has ended but what it kept.
+        """Release all objects of the ended server, and give the next one copies.
 
-        The next one gets copies: here the memory stays mapped, and so locked, as long
-        as anything of the last one is about.
+        In one process the memory stays mapped, and so locked, while an object of the
+        last server refers to it.
         """
         self.jobs.clear()
         self.unwaited.clear()
@@ -127,7 +127,7 @@ class KeptMachine(TierManagerMachine):
         self.leave()
 
     def leave(self) -> None:
-        """Remove what a server kept."""
+        """Remove the kept arena."""
         self.fixture.journal.close()
         self.fixture.arena.close()
         (SHM_DIR / self.fixture.arena.name).unlink(missing_ok=True)
@@ -146,7 +146,7 @@ class KeptMachine(TierManagerMachine):
 
     @invariant()
     def accounts_add_up(self) -> None:
-        """Each has the bytes of its chunks' parts."""
+        """Each readable part has its chunk's bytes."""
         table = self.fixture.l1._table
         assert table.quotas is not None
         chunks = [*table.index.values(), *table._dropped]
@@ -155,7 +155,7 @@ class KeptMachine(TierManagerMachine):
             assert account.used_bytes == sum(p.num_bytes for ps in parts for p in ps)
 
     def teardown(self) -> None:
-        """Nothing is held when all is settled; the memory's name is removed."""
+        """At the end nothing is held, and the segment's name is removed."""
         try:
             super().teardown()
         finally:

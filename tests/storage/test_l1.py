@@ -1,4 +1,4 @@
-"""L1: parts become readable at commit, and held chunks stay."""
+"""L1: parts are readable after commit, and held chunks are not evicted."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def arena() -> Iterator[Arena]:
 
 @pytest.fixture
 def l1(arena: Arena) -> Iterator[L1]:
-    """Room for eight parts of a page; its state must be consistent at the end."""
+    """An L1 of eight pages; its state is checked after the test."""
     l1 = L1(arena, LRU())
     yield l1
     l1.check()
 
 
 def test_reserved_parts_are_not_readable(l1: L1) -> None:
-    """Only commit makes a part present."""
+    """A part is present only after commit."""
     hashes = chain("a", 3)
     reserved = l1.reserve(hashes, RANK0, PAGE)
     assert [r.index for r in reserved.reservations] == [0, 1, 2]
@@ -65,7 +65,7 @@ def test_reserved_parts_are_not_readable(l1: L1) -> None:
 
 
 def test_chunk_is_present_when_all_needed_parts_are(l1: L1) -> None:
-    """A chunk that one rank lacks ends the leading run."""
+    """A chunk that lacks a rank's part ends the leading run."""
     hashes = chain("a", 3)
     store(l1, hashes, RANK0)
     store(l1, hashes[:2], RANK1)
@@ -86,7 +86,7 @@ def test_second_writer_finds_parts_present(l1: L1) -> None:
 
 
 def test_aborted_parts_vanish(l1: L1) -> None:
-    """An abort frees the room, and a chunk without parts leaves the index."""
+    """An abort frees the pages, and a chunk without parts is removed."""
     store(l1, chain("a", 1), RANK1)
     l1.abort(l1.reserve(chain("a", 3), RANK0, 100).reservations)
     stats = l1.stats()
@@ -95,7 +95,7 @@ def test_aborted_parts_vanish(l1: L1) -> None:
 
 
 def test_settling_twice_is_harmless(l1: L1) -> None:
-    """A reservation has one end; a later one of the same part is not touched."""
+    """A second settlement does not affect a later reservation of the part."""
     stale = l1.reserve(chain("a", 1), RANK0, PAGE).reservations
     l1.abort(stale)
     fresh = l1.reserve(chain("a", 1), RANK0, PAGE).reservations
@@ -116,7 +116,7 @@ def test_room_is_made_by_evicting_leaves_first(l1: L1) -> None:
 
 
 def test_touched_prompts_stay(l1: L1) -> None:
-    """A touch puts a request's chunks at the safe end, its leaves last."""
+    """A touch moves a request's chunks to the end, its leaves first to go."""
     store(l1, chain("old", 4))
     store(l1, chain("new", 4))
     l1.touch(chain("old", 4))
@@ -136,7 +136,7 @@ def test_parts_of_a_chunk_go_together(l1: L1) -> None:
 
 
 def test_own_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
-    """Of a prompt larger than the room, the leading chunks are kept."""
+    """Of a prompt larger than L1, the leading chunks are kept."""
     store(l1, chain("a", 6))
     reserved = l1.reserve(chain("a", 12), RANK0, PAGE)
     assert [r.index for r in reserved.reservations] == [6, 7]
@@ -176,7 +176,7 @@ def test_passed_over_chunks_return_with_their_leaves_first(l1: L1) -> None:
 
 @pytest.mark.parametrize("end", ["commit", "abort"])
 def test_chunk_that_a_second_rank_writes_is_no_victim(l1: L1, end: str) -> None:
-    """Its first part stays while the second is written, and may go afterwards."""
+    """Its first part is not evicted until the second is written."""
     store(l1, chain("a", 4))
     writing = l1.reserve(chain("a", 4), RANK1, PAGE).reservations
     assert store(l1, chain("b", 1)) == 0
@@ -194,7 +194,7 @@ def test_impossible_part_evicts_nothing(l1: L1) -> None:
 
 
 def test_acquire_is_all_or_nothing(l1: L1) -> None:
-    """One missing part: nothing is held. A chunk that is not needed is not held."""
+    """With a missing part nothing is held; unneeded chunks are not held."""
     hashes = chain("a", 3)
     store(l1, hashes, RANK0)
     store(l1, hashes[2:], RANK1)
@@ -210,7 +210,7 @@ def test_acquire_is_all_or_nothing(l1: L1) -> None:
 
 
 def test_peek_shows_what_is_known(l1: L1) -> None:
-    """Unknown chunks are None, those being written have nothing ready."""
+    """Unknown chunks are None; reserved ones have no ready part."""
     store(l1, chain("a", 1))
     writing = l1.reserve(chain("a", 2)[1:], RANK0, PAGE)
     first, second, third = l1.peek(chain("a", 3))
@@ -235,7 +235,7 @@ def test_clear_keeps_what_is_used(l1: L1) -> None:
 
 
 def test_closed_l1_is_harmless(arena: Arena) -> None:
-    """After close nothing is found, reserved or committed, and nothing raises."""
+    """After close nothing is found, reserved or committed; no call raises."""
     l1 = L1(arena, LRU())
     store(l1, chain("a", 2))
     held = l1.acquire_leading(chain("a", 2), 1)
@@ -261,7 +261,7 @@ def test_check_sees_a_contradiction(l1: L1) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), max_size=30))
 def test_what_remains_of_a_prompt_is_its_prefix(uses: list[tuple[str, int]]) -> None:
-    """In whatever order prompts are used, their leaves are evicted first."""
+    """Leaves are evicted first, in any order of use."""
     arena = Arena(8 * PAGE, PAGE)
     try:
         l1 = L1(arena, LRU())
@@ -321,7 +321,7 @@ class Traffic:
 
 
 def test_readers_see_whole_parts_beside_writers_and_eviction(arena: Arena) -> None:
-    """Whatever other threads do, a held chunk has the bytes that were committed."""
+    """A held chunk keeps its committed bytes beside other threads."""
     traffic = Traffic(arena)
     traffic.run(num_threads=4)
     assert traffic.wrong == []
@@ -330,7 +330,7 @@ def test_readers_see_whole_parts_beside_writers_and_eviction(arena: Arena) -> No
 
 
 def test_watchers_hear_of_every_chunk_that_leaves(l1: L1) -> None:
-    """With the reason and the owner of the evicting store."""
+    """Watchers receive the reason and the owner of the evicting store."""
     heard: list[tuple[bytes, str, object]] = []
     l1.on_removed(
         lambda one: heard.append((one.chunk.hash, one.reason.value, one.owner))
@@ -363,7 +363,7 @@ def test_a_condemned_chunk_keeps_its_memory_until_its_last_hold_ends(l1: L1) -> 
 
 
 def test_a_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
-    """Although it is the least recently used."""
+    """A prefix stays although it is the least recently used."""
     store(l1, chain("a", 4))
     store(l1, chain("b", 4))
     prompt = chain("a", 8)
@@ -373,7 +373,7 @@ def test_a_prefix_is_not_evicted_for_its_suffix(l1: L1) -> None:
 
 
 def test_commit_can_hold_what_it_makes_readable(l1: L1) -> None:
-    """No eviction happens in between."""
+    """No eviction happens between commit and hold."""
     [held] = store_and_hold(l1, "a")
     assert held.holds == 1
     l1.release([held])

@@ -1,4 +1,4 @@
-"""L1 and leases under random operations, beside a model that cannot be wrong.
+"""L1 and leases under random operations, against a simple model.
 
 Every eviction policy, with and without quotas and a watermark; writers, readers and
 schedulers die at any step, chunks are found corrupt, reservations are settled twice.
@@ -38,7 +38,7 @@ PROMPTS = [[ChunkHash(bytes([p, i])) for i in range(5)] for p in range(3)]
 PART_BYTES = {PartId(0): 50, PartId(1): 100}
 TTL_S = 10.0
 LIMITS = {"salt:x": 3 * PAGE, "model:m0": 4 * PAGE}
-"""What sessions of the engine x, and the first prompt's model, may keep."""
+"""Quotas of the sessions of engine x, and of the first prompt's model."""
 
 prompts = st.sampled_from(PROMPTS)
 lengths = st.integers(1, 5)
@@ -53,7 +53,7 @@ readers = st.sampled_from([0, 1, 2, 3, 3])
 
 @dataclass
 class ModelLease:
-    """Who still has to read which chunk."""
+    """The model of a lease: ranks that have yet to read each chunk."""
 
     chunks: list[Chunk]
     waiting: list[int]
@@ -63,7 +63,7 @@ class ModelLease:
 
 @dataclass
 class Clock:
-    """Time that the machine moves."""
+    """A clock that the machine advances."""
 
     now: float = 0.0
 
@@ -73,7 +73,7 @@ class Clock:
 
 
 class L1Machine(RuleBasedStateMachine):
-    """The model: what was committed, what is being written, and who holds what."""
+    """Model of L1: committed parts, reservations and holds."""
 
     policy_name: str
     """Set by a class for each."""
@@ -92,7 +92,7 @@ class L1Machine(RuleBasedStateMachine):
         limits=st.sampled_from([{}, LIMITS]), watermark=st.sampled_from([1.0, 0.7])
     )
     def build(self, limits: dict[str, int], watermark: float) -> None:
-        """Make an empty L1."""
+        """Create an empty L1."""
         self.policy = make_order(self.policy_name, limits, lambda key: key.engine_id)
         self.l1 = L1(self.arena, self.policy, watermark=watermark)
         self.table = LeaseTable(self.l1, TTL_S, self.clock)
@@ -114,7 +114,7 @@ class L1Machine(RuleBasedStateMachine):
         part: PartId,
         owner: SessionKey,
     ) -> None:
-        """Reserve, and write the bytes at once; the prompt's beginning stays."""
+        """Reserve parts and write their bytes; the prompt's own prefix stays."""
         hashes, prefix = prompt[start : start + length], prompt[:start]
         known = [chunk for chunk in self.l1.peek(prefix) if chunk]
         name = PartName(f"m{prompt[0][0]}", 2, int(part), 0, Fingerprint("f"))
@@ -136,7 +136,7 @@ class L1Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.writing)
     @rule(data=st.data(), write=st.booleans())
     def settle(self, data: st.DataObject, write: bool) -> None:
-        """Commit or abort some, whoever reserved them and whatever came of it."""
+        """Commit or abort some reservations of any writer."""
         places = st.integers(0, len(self.writing) - 1)
         some = [self.writing[i] for i in sorted(data.draw(st.sets(places, min_size=1)))]
         self.writing = [each for each in self.writing if each not in some]
@@ -148,7 +148,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @rule(prompt=prompts, length=lengths, owner=owners)
     def store(self, prompt: list[ChunkHash], length: int, owner: SessionKey) -> None:
-        """Reserve and commit every part, as most stores go."""
+        """Reserve and commit all parts."""
         others = self.writing
         for part in PART_BYTES:
             self.writing = []
@@ -166,7 +166,7 @@ class L1Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.settled)
     @rule(write=st.booleans())
     def settle_again(self, write: bool) -> None:
-        """What was settled stays as it is, whatever a confused writer does."""
+        """A second settlement changes nothing."""
         before = self.l1.stats()
         if write:
             assert self.l1.commit(self.settled) == 0
@@ -176,7 +176,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @rule(prompt=prompts, place=st.integers(0, 4))
     def condemn(self, prompt: list[ChunkHash], place: int) -> None:
-        """A chunk's bytes are found wrong, though it may be read or written."""
+        """Condemn a chunk, possibly while it is read or written."""
         key = prompt[place]
         for chunk in self.l1.peek([key]):
             if chunk is not None:
@@ -221,7 +221,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        """Drop all that is idle."""
+        """Drop all chunks that are not in use."""
         used = {c.hash for c in self._in_use() if not c.dropped}
         before = self.l1.stats().num_chunks
         assert self.l1.drop(self.l1.hashes()) == before - len(used)
@@ -244,7 +244,7 @@ class L1Machine(RuleBasedStateMachine):
         client: str,
         stored: bool,
     ) -> None:
-        """Look up and lease, mostly what somebody has stored just now."""
+        """Look up and lease, mostly chunks that were just stored."""
         if stored:
             self.store(prompt, length, owner)
         chunks = self.l1.acquire_leading(prompt, needs)
@@ -258,7 +258,7 @@ class L1Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), start=starts, end=ends, rank=st.integers(0, 2))
     def read(self, data: st.DataObject, start: int, end: int, rank: int) -> None:
-        """A rank has read some."""
+        """A rank reads some chunks."""
         owner = self._leasing(data)
         self.table.read(owner, start, end, rank)
         self._take(owner, start, end, 1 << rank)
@@ -266,7 +266,7 @@ class L1Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), start=starts, end=ends)
     def free(self, data: st.DataObject, start: int, end: int) -> None:
-        """The scheduler does not want some."""
+        """The scheduler releases some chunks."""
         owner = self._leasing(data)
         self.table.free(owner, start, end)
         self._take(owner, start, end, 0b111)
@@ -309,7 +309,7 @@ class L1Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(seconds=st.sampled_from([0.5, 4.0, 11.0]))
     def expire(self, seconds: float) -> None:
-        """Time goes by."""
+        """Advance the clock."""
         self.clock.now += seconds
         late = [o for o, le in self.leases.items() if le.deadline <= self.clock.now]
         assert self.table.expire() == len(late)
@@ -320,7 +320,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @invariant()
     def state_is_consistent(self) -> None:
-        """L1's own judge finds nothing, and each account is the sum of its chunks."""
+        """`check` finds nothing, and each account is the sum of its chunks."""
         self.l1.check()
         if isinstance(self.policy, Quotas):
             chunks = {*self._known_chunks(), *self._in_use()}
@@ -332,7 +332,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @invariant()
     def what_may_go_can_go(self) -> None:
-        """The policy would evict every listed chunk once, and knows no other."""
+        """The policy evicts each listed chunk once, and no other."""
         order, gone = deepcopy(self.policy), []
         while (key := order.evict(lambda _: True)) is not None:
             gone.append(key)
@@ -358,7 +358,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_ready_was_committed(self) -> None:
-        """Chunks vanish as a whole, and every ready part has the bytes written."""
+        """All parts of a chunk leave together; ready parts have their bytes."""
         self.ready = {h: mask for h, mask in self.ready.items() if h in self._present()}
         for chunk in self._known_chunks():
             assert chunk.ready == self.ready.get(chunk.hash, 0)
@@ -372,7 +372,7 @@ class L1Machine(RuleBasedStateMachine):
 
     @invariant()
     def ledger_balances(self) -> None:
-        """Granted is ended plus live, and the live ones are the model's."""
+        """Granted leases are ended plus live ones, and live ones are the model's."""
         ended = sum(self.table.num_ended[reason] for reason in EndReason)
         assert self.table.num_granted == ended + len(self.table)
         live = {
@@ -386,7 +386,7 @@ class L1Machine(RuleBasedStateMachine):
         assert self.table.next_deadline() == min(deadlines, default=None)
 
     def teardown(self) -> None:
-        """End what is left: all pages come back."""
+        """After all holds and reservations end, all pages are free."""
         try:
             for owner in list(self.leases):
                 self.table.end(owner)
@@ -444,7 +444,7 @@ def _pattern(key: ChunkHash, part: PartId) -> int:
 
 
 def _places(extents: Allocation) -> npt.NDArray[np.int64]:
-    """Where a part's bytes lie, one by one."""
+    """Return the offsets of a part's bytes."""
     pieces = [np.arange(e.offset, e.offset + e.length) for e in extents]
     return np.concatenate(pieces)
 
@@ -472,5 +472,5 @@ TestLRU, TestUsesLRU, TestS3FIFO = map(_case, ("lru", "lru-uses", "s3fifo"))
 
 
 def test_every_policy_has_its_machine() -> None:
-    """One that is added is to be added above."""
+    """Each registered policy has a test case above."""
     assert set(POLICIES) == {"lru", "lru-uses", "s3fifo"}

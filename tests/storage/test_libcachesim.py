@@ -1,9 +1,10 @@
-"""Our policies beside an independent implementation, libCacheSim's (Yang et al.).
+"""Eviction policies against libCacheSim (Yang et al.).
 
-As a plain cache: requests of one block know no prefix. LRU has one meaning, and hits
-are the same. S3-FIFO's paper leaves open how an empty cache fills: libCacheSim puts
-what its small queue does not hold into the main one until the first eviction, ours
-keeps all on probation. Filled in its way, ours hits the same but for a handful.
+Requests have one block, so that prefix rules have no effect. LRU hits are equal. The
+paper of S3-FIFO does not define how an empty cache fills: until the first eviction,
+libCacheSim puts blocks that the small queue cannot hold into the main queue; this
+project keeps all in the small queue. Filled in libCacheSim's order, hits are equal but
+for a few.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def trace(request: pytest.FixtureRequest) -> list[int]:
 
 
 class FilledTheirWay(S3FIFO):
-    """Until the first eviction the main queue takes what the small one cannot hold."""
+    """S3-FIFO that fills an empty cache in libCacheSim's order."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class FilledTheirWay(S3FIFO):
             super().admit(key)
 
     def evict(self, evictable) -> ChunkHash | None:  # type: ignore[no-untyped-def]
-        """As ever, from now on."""
+        """Continue as the normal policy."""
         self.has_evicted = True
         return super().evict(evictable)
 
@@ -72,13 +73,13 @@ def theirs(policy: str, capacity: int, trace: list[int]) -> int:
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_lru_hits_the_same(capacity: int, trace: list[int]) -> None:
-    """Access for access the same count."""
+    """The number of hits is equal."""
     assert ours(LRU(), capacity, trace) == theirs("LRU", capacity, trace)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_s3fifo_filled_alike_hits_the_same(capacity: int, trace: list[int]) -> None:
-    """Within one access in ten thousand; filled our own way within one in a hundred."""
+    """Hits differ by at most 1 in 10,000; with our order by 1 in 100."""
     expected = theirs("S3FIFO", capacity, trace)
     alike = ours(FilledTheirWay(capacity), capacity, trace)
     assert abs(alike - expected) <= NUM_ACCESSES / 10_000

@@ -23,12 +23,12 @@ LIMITS = {"salt:a": 3 * PAGE, "model:m": 4 * PAGE}
 
 
 def salt_of(owner: SessionKey) -> str | None:
-    """Sessions of an engine named for a salt have it."""
+    """Return a session whose engine id is its salt."""
     return owner.engine_id or None
 
 
 def prompt(name: str, length: int) -> list[ChunkHash]:
-    """Hashes of so many chunks."""
+    """Return the hashes of a prompt's chunks."""
     return [ChunkHash(f"{name}{i}".encode()) for i in range(length)]
 
 
@@ -92,7 +92,7 @@ def test_room_that_nobody_needs_is_anyones(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize("by", [1, 8])
 def test_what_is_over_goes_first(shelf: Shelf, by: int) -> None:
-    """Stores of others evict from an account over its quota, down to it."""
+    """Stores evict from an account over its quota first, down to the quota."""
     shelf.store("old", 3)
     shelf.store("x", 6, salt="a")
     assert shelf.store("new", 4, by=by) == 4
@@ -147,7 +147,7 @@ def test_held_chunks_of_a_space_over_its_quota_stay(shelf: Shelf) -> None:
 
 
 def test_what_is_aborted_is_not_counted(shelf: Shelf) -> None:
-    """A part counts from its reservation to its end, whichever that is."""
+    """A part counts from its reservation until it is aborted or removed."""
     part = PartName("m", 1, 0, 0, Fingerprint("f"))
     got = shelf.l1.reserve(prompt("x", 3), PART, PAGE, name=part)
     assert shelf.used()["model:m"] == 3
@@ -156,7 +156,7 @@ def test_what_is_aborted_is_not_counted(shelf: Shelf) -> None:
 
 
 def test_what_is_coming_begins_with_who_is_over(shelf: Shelf) -> None:
-    """`coming` lists the chunks of accounts over quota first."""
+    """`coming` returns the chunks of accounts over quota first."""
     shelf.store("old", 4)
     shelf.store("x", 5, salt="a")
     coming = shelf.l1.coming(3)
@@ -180,7 +180,7 @@ def test_a_store_beyond_the_watermark_evicts_down_to_it(policy: str) -> None:
 
 
 def test_a_salt_is_read_from_the_extra_material() -> None:
-    """It is the one named so at the first token; other material is no salt."""
+    """The salt is the material of that form at the first token."""
     salted = ExtraKey(0, b'["salt", "tenant-7"]')
     lora = ExtraKey(0, b'["lora", "x", "y"]')
     assert cache_salt((lora, salted)) == "tenant-7"

@@ -23,7 +23,7 @@ _counter = itertools.count()
 
 
 class BlendWorkerCommands(WorkerCommands):
-    """Does what it is told with buffers `[K, L, T, D]`, by instance."""
+    """Commands on buffers `[K, L, T, D]`, by instance."""
 
     def __init__(self, address: str, name: str, driver: str) -> None:
         super().__init__(address, name, driver)
@@ -84,7 +84,7 @@ class BlendWorkerCommands(WorkerCommands):
         return self._view(instance_id)[:, :, first:end].copy()
 
     def poison_all(self, instance_id: str) -> None:
-        """Write what no store wrote, everywhere."""
+        """Fill all slots with bytes that no store wrote."""
         self.buffers[instance_id].array[:] = POISON
 
     def _view(self, instance_id: str) -> npt.NDArray[Any]:
@@ -97,7 +97,7 @@ class BlendWorkerCommands(WorkerCommands):
         segment.close()
 
     def close(self) -> None:
-        """Say goodbye and remove everything."""
+        """Close the client and remove the buffers."""
         super().close()
         for segment in self.buffers.values():
             self._remove(segment)

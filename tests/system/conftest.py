@@ -44,14 +44,14 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[KVClient]:
-    """The test's own connection to the module's server."""
+    """The test's connection to the module's server."""
     with connect(server.address, label="test", timeout_s=20) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def driver() -> str:
-    """Which side copies; `both_drivers` in a module that tests both."""
+    """The side that copies; a module that tests both uses `both_drivers`."""
     return "server"
 
 
@@ -85,13 +85,13 @@ def workers(server: Server, start_worker: Callable[[str], Worker]) -> list[Worke
 
 @pytest.fixture
 def model() -> str:
-    """A model that no other test has chunks of."""
+    """A model that no other test uses."""
     return f"model-{next(_counter)}"
 
 
 @pytest.fixture
 def session(client: KVClient) -> Iterator[SessionKey]:
-    """A session that no other test knows; after its end nothing may be held."""
+    """A session that no other test uses; after its end nothing may be held."""
     key = SessionKey("engine", f"request-{next(_counter)}")
     yield key
     client.end_session(key)
@@ -102,7 +102,7 @@ def session(client: KVClient) -> Iterator[SessionKey]:
 
 @pytest.fixture
 def prompt() -> Prompt:
-    """Make a prompt of so many tokens, unlike any other."""
+    """Return a unique prompt of this many tokens."""
 
     def make(num_tokens: int) -> list[int]:
         rng = np.random.default_rng(next(_counter))

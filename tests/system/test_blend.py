@@ -1,4 +1,4 @@
-"""Documents between processes: stored once, found and written anywhere."""
+"""Documents between processes: stored once, found and read at any position."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def blend(client: KVClient) -> BlendClient:
-    """The test's own blend client, which plays the scheduler."""
+    """The test's blend client, which acts as the scheduler."""
     return BlendClient(client)
 
 
@@ -106,7 +106,7 @@ def where(found: CBLookupReply) -> list[tuple[int, int]]:
 
 
 def test_it_serves_what_a_normal_server_does(client: KVClient) -> None:
-    """Control requests are the engine's, and the counters tell of documents."""
+    """Control requests work as on any server, and counters include documents."""
     assert client.get_chunk_size() == CHUNK
     assert client.ping().monotonic_ns > 0
     assert client.clear().num_kept == 0
@@ -132,7 +132,7 @@ def test_a_prefix_server_names_the_flag(serve: Callable[..., Server]) -> None:
 def test_a_buffer_is_registered_and_forgotten(
     workers: list[Worker], client: KVClient, model: str
 ) -> None:
-    """It is listed with its layout, and gone when it was unregistered."""
+    """It is listed with its layout until it is unregistered."""
     reply = workers[0].call("register_buffer", "a", model)
     assert reply.chunk_bytes == math.prod(SHAPE) // SLOTS * CHUNK
     (listed,) = client.status().instances
@@ -145,7 +145,7 @@ def test_a_buffer_is_registered_and_forgotten(
 def test_several_buffers_of_several_workers(
     pair: tuple[Worker, Worker], client: KVClient, model: str
 ) -> None:
-    """Instances are apart; an id belongs to its worker while that lives."""
+    """Instances are separate; an id belongs to its worker while that lives."""
     first, second = pair
     first.call("register_buffer", "c", model, shape=(2, 2, CHUNK, 32))
     assert {i.instance_id for i in client.status().instances} == {"a", "b", "c"}
@@ -159,7 +159,7 @@ def test_several_buffers_of_several_workers(
 def test_an_unknown_instance_is_a_clear_answer(
     pair: tuple[Worker, Worker], prompt: Prompt
 ) -> None:
-    """Whatever is asked of it, its name is said and others work on."""
+    """Each request's error names the instance; other instances work."""
     first, _ = pair
     key = SessionKey("e", "unknown")
     for method, *arguments in (
@@ -174,7 +174,7 @@ def test_an_unknown_instance_is_a_clear_answer(
 
 
 def test_a_paged_cache_is_no_buffer(pair: tuple[Worker, Worker], model: str) -> None:
-    """Blend requests name it; the cache stays registered."""
+    """The error of a blend request names it; the cache stays registered."""
     first, _ = pair
     first.call("register", "paged", model)
     with pytest.raises(UnknownInstance, match="'paged' is a paged cache"):
@@ -217,7 +217,7 @@ def test_a_buffer_that_its_worker_keeps_to_itself_is_refused(
 def test_a_buffer_larger_than_its_memory_is_refused(
     pair: tuple[Worker, Worker], model: str
 ) -> None:
-    """The shape is held against the handle."""
+    """The shape is checked against the size of the handle."""
     first, _ = pair
     with pytest.raises(LayoutError, match="ends at byte"):
         first.call("register_buffer", "short", model, missing=1)
@@ -226,7 +226,7 @@ def test_a_buffer_larger_than_its_memory_is_refused(
 def test_opaque_pages_and_a_buffer_of_one_model_are_refused(
     pair: tuple[Worker, Worker], model: str
 ) -> None:
-    """Chunks of pages mean something else: both layouts are named."""
+    """Their parts have another layout: the error names both."""
     first, _ = pair
     with pytest.raises(LayoutConflict, match=r"page .* token "):
         first.call("register", "pages", model, PAGES)
@@ -257,7 +257,7 @@ def test_storing_twice_changes_nothing(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """The first bytes stay, and the index does not grow."""
+    """The first bytes are kept, and the index does not grow."""
     first, second = pair
     tokens = prompt(2 * CHUNK)
     values = put(first, tokens, 1)
@@ -276,7 +276,7 @@ def test_storing_twice_changes_nothing(
 def test_slots_that_the_buffer_lacks_are_refused(
     pair: tuple[Worker, Worker], session: SessionKey, prompt: Prompt
 ) -> None:
-    """A store, a final store and a retrieve may not reach over the end."""
+    """A store, a final store and a retrieve beyond the end are refused."""
     first, _ = pair
     tokens = prompt(2 * CHUNK)
     match = CBMatch(0, CHUNK, bytes(32))
@@ -303,7 +303,7 @@ def test_documents_are_found_in_any_order_between_glue(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Ranges come in the prompt's order, with old and new positions."""
+    """Ranges are in the prompt's order, with old and new positions."""
     first, _ = pair
     one, two = prompt(2 * CHUNK + 3), prompt(3 * CHUNK)
     put(first, one, 1)
@@ -326,7 +326,7 @@ def test_a_part_of_a_document_is_found(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Whole chunks of its middle, by their own tokens."""
+    """Whole chunks of its middle are found by their tokens."""
     first, _ = pair
     tokens = prompt(4 * CHUNK)
     put(first, tokens, 1)
@@ -343,7 +343,7 @@ def test_the_longest_of_documents_with_a_common_chunk_wins(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Where a chunk is in several documents, the one that goes on is meant."""
+    """If a chunk is in several documents, the longest match is returned."""
     first, _ = pair
     head, shared, tail = prompt(CHUNK), prompt(CHUNK), prompt(CHUNK)
     put(first, [*shared], 1)
@@ -388,7 +388,7 @@ def test_documents_and_prefixes_are_apart(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """A normal lookup sees no document, and a blend lookup no prefix."""
+    """A normal lookup finds no document, and a blend lookup no prefix."""
     first, _ = pair
     document, text = prompt(2 * CHUNK), prompt(2 * CHUNK)
     put(first, document, 1)
@@ -434,7 +434,7 @@ def test_tenants_never_see_each_others_documents(
         read = second.call("read_slots", "b", 9, 9 + 2 * CHUNK)
         assert np.array_equal(read, values)
         client.end_session(session)
-        second.call(  # Found anew, from the prompt and its extras.
+        second.call(  # Found again, from the prompt and its extras.
             *("blend", "retrieve_pre_computed", session, "b", 50),
             ranges=found.ranges,
             tokens=text,
@@ -452,7 +452,7 @@ def test_material_in_the_middle_ends_what_is_stored_and_found(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """An image at a later token is in no document, and no match lies behind it."""
+    """An image at a later token ends a document, and no match follows it."""
     first, _ = pair
     tokens = prompt(3 * CHUNK)
     image = (ExtraKey(2 * CHUNK + 5, b"image"),)
@@ -501,7 +501,7 @@ def test_every_rank_must_have_stored(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """With two ranks a chunk counts when both have stored it."""
+    """With two ranks a chunk is found when both have stored it."""
     for rank, (worker, name) in enumerate(zip(workers, "ab", strict=True)):
         worker.call("register_buffer", name, model, rank=rank, world_size=2)
     tokens = prompt(2 * CHUNK)
@@ -527,7 +527,7 @@ def test_a_chunk_that_was_dropped_is_no_longer_found(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """The index shrinks with a clear, and takes the document again after it."""
+    """A clear shrinks the index, which accepts the document again."""
     first, _ = pair
     tokens = prompt(3 * CHUNK)
     put(first, tokens, 1)
@@ -546,7 +546,7 @@ def test_eviction_takes_documents_out_of_the_index(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Once L1 is full the oldest leave it; what was found is held until its end."""
+    """When L1 is full the oldest are removed; found ones are held until the end."""
     first, _ = pair
     held, old = prompt(2 * CHUNK), prompt(2 * CHUNK)
     put(first, held, 1)
@@ -575,7 +575,7 @@ def test_ranges_land_at_their_places_and_nothing_else_changes(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Byte for byte, at an offset, from two documents."""
+    """Bytes of two documents are right at an offset; other slots are unchanged."""
     first, second = pair
     one, two = prompt(2 * CHUNK), prompt(CHUNK)
     of_one, of_two = put(first, one, 1), put(first, two, 2)
@@ -602,7 +602,7 @@ def test_a_retrieve_ends_the_lease_when_all_was_read(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Piece by piece, beside the session's lease on its prefix."""
+    """In several retrieves, beside the session's lease on its prefix."""
     first, second = pair
     one, two = prompt(CHUNK), prompt(CHUNK)
     put(first, one, 1)
@@ -629,7 +629,7 @@ def test_one_missing_chunk_fails_the_whole_retrieve(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Nothing is written, nothing stays held, and the lease is as it was."""
+    """Nothing is written or held, and the lease is unchanged."""
     first, second = pair
     tokens = prompt(2 * CHUNK)
     put(first, tokens, 1)
@@ -671,7 +671,7 @@ def test_one_missing_chunk_fails_the_whole_retrieve(
 def test_a_retrieve_that_cannot_be_is_refused(
     pair: tuple[Worker, Worker], session: SessionKey, what: dict, says: str
 ) -> None:
-    """What is wrong is said; nothing is written."""
+    """The error says what is invalid; nothing is written."""
     with pytest.raises(BadRequest, match=says):
         pair[0].call("blend", "retrieve_pre_computed", session, "a", 0, **what)
 
@@ -682,7 +682,7 @@ def test_ranges_of_a_forgotten_lookup_need_the_prompt(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """The server says so; a client that has the prompt sends it by itself."""
+    """The server says so; a client that has the prompt sends it automatically."""
     first, second = pair
     tokens = prompt(2 * CHUNK)
     values = put(first, tokens, 1)
@@ -713,7 +713,7 @@ def test_what_comes_too_late_does_nothing(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """A retrieve and a store whose deadline passed while the server stood still."""
+    """A retrieve and a store past their deadline at a stopped server."""
     first, second = pair
     tokens = prompt(CHUNK)
     put(first, tokens, 1)
@@ -748,7 +748,7 @@ def test_a_killed_worker_leaves_nothing(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Its buffer goes and its reads are waited for no more; documents stay."""
+    """Its buffer and its pending reads are removed; documents stay."""
     third = Worker(server.address, BlendWorkerCommands)
     third.receive()
     third.call("register_buffer", "killed", model)
@@ -805,7 +805,7 @@ def test_keys_turn_when_asked_to(
 
 
 def turned(values: npt.NDArray[np.float32], rope: Rope, distance: int) -> npt.NDArray:
-    """Turn K, `[K, L, tokens, heads x D]`, in double precision."""
+    """Rotate K, `[K, L, tokens, heads x D]`, in double precision."""
     heads = values.astype(np.float64).reshape(*values.shape[:3], -1, 2, 4)
     angle = distance * rope.frequencies()
     real = heads[..., 0, :] * np.cos(angle) - heads[..., 1, :] * np.sin(angle)
@@ -847,7 +847,7 @@ def test_a_final_store_is_seen_by_normal_lookups(
 
 
 def test_the_example_of_the_documents_runs(server: Server) -> None:
-    """docs/blend.md's code, as it stands there, against a server of small chunks."""
+    """The code of docs/blend.md runs against a server with small chunks."""
     text = (ROOT / "docs" / "blend.md").read_text()
     _, code, _ = re.split(
         "```(?:python)?\\n", text[text.index("```python") :], maxsplit=2
@@ -887,7 +887,7 @@ def separated(serve: Callable[..., Server]) -> Iterator[Server]:
 def test_paragraphs_are_looked_up_each_on_its_own(
     separated: Server, prompt: Prompt
 ) -> None:
-    """Many paragraphs: the stored ones, as far as they are stored, in order."""
+    """Of many paragraphs, the stored leading chunks are found, in order."""
     worker = Worker(separated.address, BlendWorkerCommands)
     worker.receive()
     worker.call("register_buffer", "a", "m")

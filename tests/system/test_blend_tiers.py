@@ -1,4 +1,4 @@
-"""Documents beyond L1 and beyond a server's life: found, loaded, and byte for byte."""
+"""Documents in tiers and across restarts: found, loaded, and byte for byte."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def tier_of(folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Path]:
-    """A journal's path; the arena that it is about is removed at the end."""
+    """A journal's path; its arena is removed after the test."""
     path = tmp_path / "journal"
     yield path
     (SHM_DIR / arena_name(path)).unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def journal(tmp_path: Path) -> Iterator[Path]:
 def test_documents_that_only_a_tier_has_are_found_and_loaded(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """Two documents that left L1, in another order between glue, byte for byte."""
+    """Two documents evicted from L1, in another order between other text."""
     with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         one, two = prompt(3 * CHUNK), prompt(2 * CHUNK)
         of_one, of_two = put(fixture.worker, one, 1), put(fixture.worker, two, 2)
@@ -133,7 +133,7 @@ def test_documents_that_only_a_tier_has_are_found_and_loaded(
 def test_a_document_half_in_l1_is_one_range(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """Only what is missing is loaded, wherever in the document that is."""
+    """Only missing chunks are loaded, at any position of the document."""
     with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         tokens = prompt(5 * CHUNK)
         values = put(fixture.worker, tokens, 1)
@@ -150,7 +150,7 @@ def test_a_document_half_in_l1_is_one_range(
 def test_a_chunk_that_is_nowhere_is_no_longer_matched(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """What the tier has lost is asked for once; the document's rest is still found."""
+    """A lost chunk is requested once; the rest of the document is found."""
     with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder))) as fixture:
         tokens = prompt(3 * CHUNK)
         put(fixture.worker, tokens, 1)
@@ -174,7 +174,7 @@ def test_a_chunk_that_is_nowhere_is_no_longer_matched(
 def test_without_a_tier_an_evicted_chunk_is_no_longer_matched(
     serve: Serve, prompt: Prompt
 ) -> None:
-    """The index has what L1 has."""
+    """The index holds the chunks of L1."""
     with serve_blend(serve(*BLEND, *SMALL)) as fixture:
         tokens = prompt(3 * CHUNK)
         put(fixture.worker, tokens, 1)
@@ -186,7 +186,7 @@ def test_without_a_tier_an_evicted_chunk_is_no_longer_matched(
 def test_both_ranks_parts_come_from_the_tier(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """Each rank reads its own; a chunk of which one part is lost is not matched."""
+    """Each rank reads its own part; a chunk with a lost part is not matched."""
     model = "of-two"
     server = serve(*BLEND, *SMALL, *tier_of(folder))
     workers = [Worker(server.address, BlendWorkerCommands) for _ in range(2)]
@@ -241,7 +241,7 @@ def test_a_salts_documents_are_at_its_quotas_expense(
 def test_known_chunks_in_tiers_are_bounded(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """Beyond the limit the longest unused are not known any more."""
+    """Beyond the limit, the least recently used are removed."""
     limit = ("--set", "blend.max_tier_chunks=3")
     with serve_blend(serve(*BLEND, *SMALL, *tier_of(folder), *limit)) as fixture:
         old, new = prompt(2 * CHUNK), prompt(3 * CHUNK)
@@ -257,7 +257,7 @@ def test_known_chunks_in_tiers_are_bounded(
 def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """What L1 has of a document is served meanwhile, the rest when it is back."""
+    """Chunks in L1 are served meanwhile, the others after its return."""
     options = (*BLEND, *tier_of(folder), "--set", f"blend.keep={folder}.documents")
     with serve_blend(serve(*options)) as fixture:
         tokens = prompt(3 * CHUNK)
@@ -291,7 +291,7 @@ def test_a_tier_that_is_down_is_a_miss_and_forgets_nothing(
 def test_a_killed_server_with_a_tier_finds_documents_again(
     serve: Serve, folder: Path, prompt: Prompt, matcher: str
 ) -> None:
-    """The next run matches what the tier has, at any position, byte for byte."""
+    """The next run matches chunks of the tier at any position, byte for byte."""
     options = [*BLEND, *tier_of(folder), "--set", f"blend.matcher={matcher}"]
     if matcher == "anywhere":
         options += ["--set", f"blend.keep={folder}.documents"]
@@ -318,7 +318,7 @@ def test_a_killed_server_with_a_tier_finds_documents_again(
 def test_a_killed_server_with_a_kept_l1_finds_documents_again(
     serve: Serve, journal: Path, prompt: Prompt
 ) -> None:
-    """Every acknowledged document, twice over; a prefix is none after it either."""
+    """All acknowledged documents, after two kills; prefixes stay prefixes."""
     server = serve(*BLEND, "--set", f"l1.keep={journal}")
     known: list[tuple[list[int], Values]] = []
     text = prompt(2 * CHUNK)
@@ -345,7 +345,7 @@ def test_a_killed_server_with_a_kept_l1_finds_documents_again(
 def test_what_a_kept_index_knows_and_l1_has_lost_is_forgotten(
     serve: Serve, journal: Path, prompt: Prompt
 ) -> None:
-    """Without its memory a document is stored anew."""
+    """Without its memory a document is stored again."""
     server = serve(*BLEND, "--set", f"l1.keep={journal}")
     tokens = prompt(2 * CHUNK)
     with serve_blend(server) as fixture:
@@ -378,7 +378,7 @@ def valkey(tmp_path: Path) -> Iterator[ValkeyEngine]:
 def test_another_servers_document_is_found_where_a_paragraph_begins(
     serve: Serve, valkey: ValkeyEngine, prompt: Prompt, matcher: str
 ) -> None:
-    """Of two with one tier each finds what the other stored, beside its own."""
+    """Two servers with one tier find each other's documents and their own."""
     marks = ("--set", f"blend.matcher={matcher}", "--set", "blend.start=[[7]]")
     options = [*BLEND, "--tier", valkey.url, *marks]
     with serve_blend(serve(*options)) as here, serve_blend(serve(*options)) as there:
@@ -400,7 +400,7 @@ def test_another_servers_document_is_found_where_a_paragraph_begins(
 def test_a_document_that_no_index_knows_is_found_where_a_paragraph_begins(
     serve: Serve, folder: Path, prompt: Prompt
 ) -> None:
-    """An earlier server's, in its tier: by marks, and not without."""
+    """A document of an earlier server is found by its separators only."""
     options = [*BLEND, *tier_of(folder)]
     tokens = prompt(2 * CHUNK)
     with serve_blend(server := serve(*options)) as fixture:
@@ -420,7 +420,7 @@ def test_a_document_that_no_index_knows_is_found_where_a_paragraph_begins(
 def test_all_paragraphs_are_asked_for_before_any_is_waited_for(
     serve: Serve, prompt: Prompt
 ) -> None:
-    """A tier that hangs has every paragraph's load; the session's end cancels them."""
+    """All loads are submitted to a hanging tier; the session's end cancels them."""
     options = ("--set", "blend.matcher=separated", "--set", "blend.start=[[7]]")
     deadline = ("--set", "prefetch.deadline_s=60")
     with closing(Hanging()) as hanging:

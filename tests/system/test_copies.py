@@ -35,7 +35,7 @@ def test_bytes_reach_another_process_in_other_blocks(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """What one worker stored, another reads into blocks of its own choice."""
+    """A worker reads another's chunks into other blocks."""
     first, second = pair
     tokens = prompt(3 * CHUNK)
     source = [5, 3, 9, 1, 20, 21, 22, 23, 40, 2, 41, 4]
@@ -57,7 +57,7 @@ def test_bytes_reach_another_process_in_other_blocks(
 def test_a_store_again_finds_its_chunks_present(
     pair: tuple[Worker, Worker], model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """The first bytes stay; nothing is copied twice."""
+    """The first bytes are kept; nothing is copied twice."""
     first, second = pair
     tokens, blocks = prompt(2 * CHUNK), list(range(8))
     first.call("store", session, "a", 0, len(tokens), [blocks], tokens)
@@ -72,7 +72,7 @@ def test_the_end_of_a_store_that_fills_no_chunk_is_left_out(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Of a chunk and a bit, the chunk is stored and found."""
+    """Only the whole chunk is stored and found."""
     first, _ = pair
     tokens = prompt(CHUNK + 40)
     blocks = list(range(7))
@@ -163,7 +163,7 @@ def test_a_retrieve_that_lacks_a_chunk_writes_nothing(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """One missing in the middle fails the whole, and nothing stays held."""
+    """A missing chunk in the middle fails the whole call; nothing stays held."""
     first, second = pair
     tokens, blocks = prompt(3 * CHUNK), list(range(12))
     first.call("store", session, "a", 0, CHUNK, [blocks[:4]], tokens)

@@ -45,7 +45,7 @@ def test_what_the_dead_left_is_removed(
 def store_and_be_killed(
     client: KVClient, victim: Worker, prompts: list[list[int]]
 ) -> None:
-    """Have a worker store, each prompt a request, and kill it at the first one."""
+    """Have a worker store prompts, one per request; kill it during the first."""
     client.clear()
     for n, (key, tokens) in enumerate(zip(REQUESTS, prompts, strict=True)):
         victim.call(
@@ -106,7 +106,7 @@ def test_the_end_of_a_session_does_not_stop_its_store(
     model: str,
     prompt: Prompt,
 ) -> None:
-    """The copy under way ends well; then the session's hashes are gone."""
+    """The running copy succeeds; then the session's hashes are removed."""
     worker, key, tokens = start_worker(server.address), REQUESTS[0], prompt(SIZE)
     worker.receive()
     worker.call("register", "w", model, LARGE, num_blocks=32)
@@ -132,7 +132,7 @@ def test_a_lease_does_not_wait_for_a_killed_worker(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Of two ranks one is killed: the lease waits for the other alone."""
+    """If one of two ranks is killed, the lease waits for the other only."""
     ranks = [start_worker(server.address) for _ in range(2)]
     tokens = prompt(CHUNK)
     for rank, worker in enumerate(ranks):
@@ -150,7 +150,7 @@ def test_a_lease_does_not_wait_for_a_killed_worker(
 def test_an_id_is_free_when_its_process_is_gone(
     server: Server, client: KVClient, start_worker: Callable[[str], Worker], model: str
 ) -> None:
-    """A worker that was killed is replaced by one of the same instance id."""
+    """A killed worker is replaced by one with the same instance id."""
     first, second = start_worker(server.address), start_worker(server.address)
     first.receive()
     second.receive()

@@ -75,7 +75,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Server]) -> Iterator[Server]:
-    """A server whose messages may be large."""
+    """A server that accepts large messages."""
     server = serve()
     yield server
     server.close()
@@ -83,14 +83,14 @@ def server(serve: Callable[..., Server]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module", autouse=True)
 def segment() -> Iterator[Segment]:
-    """Segment of one page, which handles may name."""
+    """A segment of one page for use in handles."""
     with Segment.create(SEGMENT, 4096, touch=False) as segment:
         yield segment
 
 
 @pytest.fixture
 def raw(server: Server) -> Iterator[Raw]:
-    """A client that sends requests as they are."""
+    """A client that sends requests without checks."""
     with opened(server.address) as raw:
         assert not raw.hello().code
         yield raw
@@ -174,7 +174,7 @@ def test_a_segment_that_shrinks_is_an_error_of_its_worker(server: Server) -> Non
 
 
 def test_the_servers_own_memory_is_no_cache(server: Server) -> None:
-    """A client cannot have the server copy within its arena."""
+    """A client cannot register the server's arena as a cache."""
     with connect(server.address) as client:
         [arena] = SHM_DIR.glob(f"kvcore-{client.status().pid}-*")
         with pytest.raises(HandleError, match="the server's own memory"):
@@ -194,7 +194,7 @@ def test_the_servers_own_memory_is_no_cache(server: Server) -> None:
 def test_another_engines_layout_does_not_hinder_a_model(
     server: Server, prompt: Prompt
 ) -> None:
-    """Each engine finds the chunks of its own layout; a squatter gains nothing."""
+    """Each engine finds the chunks of its own layout only."""
     odd = CacheGroup("NSD", "uint8", 8, (TensorView(0, 0, (8, 8, 64), (512, 64, 1)),))
     tokens, blocks = prompt(CHUNK), [list(range(4))]
     name = f"{SEGMENT}-squat"

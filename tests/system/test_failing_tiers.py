@@ -68,7 +68,7 @@ def test_a_hanging_tier_is_a_miss_within_the_deadline(
     model: str,
     hanging: Hanging,
 ) -> None:
-    """A lookup of it waits its time, pings and hits in L1 meanwhile do not."""
+    """A lookup of it waits until the deadline; pings and hits in L1 do not wait."""
     server = serve(
         "--tier",
         f"valkey://127.0.0.1:{hanging.port}?timeout=3",
@@ -105,7 +105,7 @@ def test_a_lookup_that_does_not_wait_is_answered_before_its_tier(
     model: str,
     hanging: Hanging,
 ) -> None:
-    """What L1 has now; the tier has not answered when the reply arrives."""
+    """It is answered from L1 before the tier has answered."""
     server = serve(
         "--tier",
         f"valkey://127.0.0.1:{hanging.port}?timeout=10",
@@ -134,7 +134,7 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline(
     model: str,
     tmp_path: Path,
 ) -> None:
-    """Reads that hang keep only their reserved room; other requests are served.
+    """Hanging reads keep only their reserved pages; other requests are served.
 
     A read of a pipe that no process writes to never ends.
     """

@@ -46,7 +46,7 @@ for_s = 0.1
 
 @pytest.mark.long
 def test_a_run_continues_after_deaths(tmp_path: Path) -> None:
-    """Both are noticed and recovered from; no byte is wrong, no lease leaks."""
+    """The run recovers from both; no byte is wrong, no lease leaks."""
     path = tmp_path / "s.toml"
     path.write_text(SCENARIO)
     result = driver.run("faults", read(path), 0, None)

@@ -151,7 +151,7 @@ FRAMES: dict[str, tuple[tuple[bytes, ...], str, int]] = {
 
 @pytest.mark.parametrize("kind", FRAMES)
 def test_what_is_no_request_is_answered(raw: Raw, client: KVClient, kind: str) -> None:
-    """With the code that says why, and the id where it could be read."""
+    """The error has a code, and the request's id if it could be decoded."""
     frames, code, request_id = FRAMES[kind]
     raw.send(*frames)
     reply = raw.receive()
@@ -162,7 +162,7 @@ def test_what_is_no_request_is_answered(raw: Raw, client: KVClient, kind: str) -
 
 
 def test_random_bytes_do_not_end_it(raw: Raw, client: KVClient) -> None:
-    """Whatever is changed in a request, there is one answer to each."""
+    """Each changed request gets one answer."""
     raw.hello()
     rng = random.Random(2)
     request = Lookup(
@@ -192,7 +192,7 @@ def test_a_request_of_another_run_is_stale(raw: Raw) -> None:
 def test_a_pid_that_cannot_be_is_not_watched(
     raw: Raw, client: KVClient, pid: int
 ) -> None:
-    """Such a client counts by its heartbeats, and the server serves on."""
+    """Such a client is watched by heartbeats; the server continues."""
     hello = msgspec.msgpack.decode(raw.hello(pid=pid).body, type=HelloReply)
     assert not hello.watched
     assert raw.call(Ping()).code == ""
@@ -231,7 +231,7 @@ def registered(client: KVClient) -> Iterator[str]:
 def test_fields_that_cannot_be_are_refused(
     registered: str, raw: Raw, client: KVClient
 ) -> None:
-    """Numbers beyond all bounds, blocks that are no ids, someone else's instance."""
+    """Numbers out of range, invalid block ids, another client's instance."""
     raw.hello()
     key, none = SessionKey("e", "r"), memoryview(b"")
     for request, code in (

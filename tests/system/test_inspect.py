@@ -1,4 +1,4 @@
-"""`kvctl inspect` over real servers: why a lookup missed, and what is under way."""
+"""`kvctl inspect` over real servers: reasons of misses, and pending work."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def missed(client: KVClient, name: str, model: str, tokens: list[int]) -> int:
 def test_never_stored(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
-    """A miss names the first chunk that was no hit; a name that is none is unknown."""
+    """A miss names the first missing chunk; an unknown name is refused."""
     server = serve()
     with connected(server) as client:
         [worker] = start_workers(start_worker, server, model, PLAIN, 1)
@@ -80,7 +80,7 @@ def test_never_stored(
 def test_evicted_names_the_time_and_the_evicting_request(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
-    """By the request that missed, and by digits of the chunk; saved by no tier."""
+    """Found by the request that missed and by the chunk's digits; no tier has it."""
     server = serve(*SMALL)
     with connected(server) as client:
         [worker] = start_workers(start_worker, server, model, PLAIN, 1)
@@ -101,7 +101,7 @@ def test_evicted_names_the_time_and_the_evicting_request(
 def test_cleared(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
-    """What CLEAR dropped says so; what is there again says which parts."""
+    """Chunks removed by CLEAR are reported so; present ones with their parts."""
     server = serve()
     with connected(server) as client:
         [worker] = start_workers(start_worker, server, model, PLAIN, 1)
@@ -121,7 +121,7 @@ def test_cleared(
 def test_not_all_ranks_other_layout_and_expired(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str
 ) -> None:
-    """Of two ranks one has stored; then both lay out otherwise; a lease ran out."""
+    """One of two ranks stored; then another layout; then an expired lease."""
     server = serve("--set", "sessions.lease_s=0.3")
     with connected(server) as client:
         workers = start_workers(start_worker, server, model, PLAIN, 2)
@@ -152,7 +152,7 @@ def test_not_all_ranks_other_layout_and_expired(
 def test_a_tier_that_failed_was_late_or_had_nothing(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, model: str, tmp_path: Path
 ) -> None:
-    """Three servers' tiers: one refuses, one hangs past the deadline, one is empty."""
+    """Tiers of three servers: one refuses, one hangs, one is empty."""
     hanging = Hanging()
     silent = f"valkey://127.0.0.1:{hanging.port}?timeout=3"
     expected = {
@@ -187,7 +187,7 @@ def test_a_server_s_tables_show_what_is_under_way(
     tmp_path: Path,
     hanging: Hanging,
 ) -> None:
-    """Leases, prefetch jobs, tiers and what waits for them, quotas."""
+    """Leases, prefetch jobs, tiers with their queues, quotas."""
     server = serve(
         *("--tier", f"valkey://:secret@127.0.0.1:{hanging.port}?timeout=8&name=slow"),
         *("--tier", f"valkey+unix://{tmp_path}/absent?name=gone&retry=30"),

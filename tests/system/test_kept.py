@@ -33,7 +33,7 @@ Serve = Callable[..., Server]
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Path]:
-    """Where the journal is; the arena that it is about is removed at the end."""
+    """A journal's path; its arena is removed after the test."""
     path = tmp_path / "journal"
     yield path
     (SHM_DIR / arena_name(path)).unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def bytes_of(number: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
 
 @contextmanager
 def registered(address: str, name: str) -> Iterator[tuple[KVClient, Cache]]:
-    """A client with a cache of its own, of one prompt's size."""
+    """A client with a cache of one prompt's size."""
     cache = Cache(f"kvtest-{os.getpid()}-{name}", PLAIN, NUM_CHUNKS * PER_CHUNK)
     try:
         with connect(address, timeout_s=20) as client:
@@ -91,7 +91,7 @@ def receive_all(pipe: Connection) -> Iterator[int]:
 def kill_under_load(server: Server, num_stores: int, first: int) -> list[int]:
     """Kill the server while two processes store; return the stored prompts.
 
-    `num_stores` prompts are awaited from the first one before.
+    The kill waits until the first process has stored `num_stores` prompts.
     """
     context = fork_server()
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
@@ -117,7 +117,7 @@ def kill_under_load(server: Server, num_stores: int, first: int) -> list[int]:
 
 
 def count_served(client: KVClient, cache: Cache, numbers: list[int]) -> int:
-    """Retrieve what is found of each prompt, and compare; return the chunks found."""
+    """Retrieve and compare the found chunks of each prompt; return their number."""
     found = 0
     view = cache.views[0]
     for number in numbers:
@@ -160,7 +160,7 @@ def crash_and_check(
 def test_a_killed_server_serves_what_it_had_committed(
     serve: Serve, journal: Path
 ) -> None:
-    """Every acknowledged store, right byte for byte, and nothing half written."""
+    """All acknowledged stores, byte for byte, and nothing half written."""
     crash_and_check(serve, journal, random.Random(0))
 
 
@@ -168,7 +168,7 @@ def test_a_killed_server_serves_what_it_had_committed(
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(100, 135))
 def test_many_killed_servers(serve: Serve, journal: Path, seed: int) -> None:
-    """A hundred kills at random points, some in a memory that evicts all the time."""
+    """A hundred kills at random points, some with constant eviction."""
     crash_and_check(serve, journal, random.Random(seed), evicts=seed % 2 == 0)
 
 

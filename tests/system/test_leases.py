@@ -82,7 +82,7 @@ def test_a_new_lookup_replaces_the_lease(
 def test_a_lease_is_freed_by_range(
     stored: list[int], client: KVClient, model: str, session: SessionKey
 ) -> None:
-    """What the engine will not read is given up chunk by chunk."""
+    """The engine releases chunks that it will not read."""
     before = ended(client)
     client.lookup(session, model, 1, stored)
     client.free_lookup_locks(session, CHUNK, 3 * CHUNK)
@@ -126,7 +126,7 @@ def test_leased_chunks_are_never_evicted(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """A flood takes all room but theirs, and theirs once the lease has ended."""
+    """Other stores evict all other chunks, and these after the lease has ended."""
     client.lookup(session, model, 1, stored)
     assert flood(worker, prompt) == NUM_CHUNKS
     worker.call("retrieve", session, "a", 0, len(stored), [BLOCKS])
@@ -142,7 +142,7 @@ def test_the_leaves_go_first(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """With room for some of a prompt, it is its beginning that stays."""
+    """If only a part of a prompt fits, its prefix stays."""
     client.clear()
     tokens = prompt(14 * CHUNK)
     worker.call("store", session, "a", 0, len(tokens), [[*range(56)]], tokens)
@@ -159,7 +159,7 @@ def test_a_killed_scheduler_leaves_no_lease(
     server: Server,
     start_worker: Callable[[str], Worker],
 ) -> None:
-    """Its process ends, so do its leases."""
+    """Its leases end with its process."""
     before = ended(client)
     scheduler = start_worker(server.address)
     scheduler.receive()
@@ -214,7 +214,7 @@ def test_an_unread_lease_expires(
     with connect(brief.address) as client:
         before = ended(client)
         client.lookup(key, "m", 1, tokens)
-        # Long enough for the server to have looked ahead to the session's end.
+        # Long enough that the server has scheduled the session's expiry.
         began = client.ping().monotonic_ns
         wait_until(lambda: client.ping().monotonic_ns - began > 3e8)
         worker.call("store", key, "a", 0, CHUNK, [[0, 1, 2, 3]])

@@ -61,7 +61,7 @@ def test_each_rank_reads_its_own_bytes(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """The lease lives until both have read, each for itself."""
+    """The lease ends when both ranks have read."""
     tokens = prompt(CHUNK)
     for rank, worker in enumerate(ranks):
         worker.call("store", session, f"rank{rank}", 0, CHUNK, [ONE], tokens)
@@ -111,7 +111,7 @@ def test_a_replicated_part_is_stored_once_for_all(
     prompt: Prompt,
     writer: int,
 ) -> None:
-    """Whichever rank stores, all read it, and the lease ends with the last."""
+    """Any rank may store; all read it, and the lease ends with the last."""
     tokens = prompt(CHUNK)
     for rank, worker in enumerate(workers):
         name = f"mla{rank}"
@@ -136,7 +136,7 @@ def test_a_replicated_part_is_stored_once_for_all(
 def store_hybrid(
     worker: Worker, session: SessionKey, tokens: list[int], windows: list[bool]
 ) -> None:
-    """Store chunks, the window group's only where it says so."""
+    """Store chunks; those of the window group only where given."""
     blocks = list(range(len(windows) * PER_CHUNK))
     there = [b if windows[b // PER_CHUNK] else -1 for b in blocks]
     stored = worker.call("store", session, "h", 0, len(tokens), [blocks, there], tokens)
@@ -150,7 +150,7 @@ def store_hybrid(
         ([True, True, True, True], 4),
         ([False, False, True, True], 4),  # older window parts are never read
         ([True, True, False, True], 2),  # the last window has a hole
-        ([True, False, True, False], 1),  # one chunk needs but itself
+        ([True, False, True, False], 1),  # one chunk needs only itself
         ([False, True, False, True], 0),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_hit_needs_the_window_before_its_end(
     windows: list[bool],
     hit: int,
 ) -> None:
-    """And the full-attention parts of all; older window parts may be missing."""
+    """It needs all full-attention parts; older window parts may be missing."""
     worker, tokens = workers[0], prompt(4 * CHUNK)
     worker.call("register", "h", model, HYBRID)
     store_hybrid(worker, session, tokens, windows)
@@ -177,7 +177,7 @@ def test_blocks_out_of_the_window_are_not_written(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Null blocks stand for them, and their parts need not be there."""
+    """They are null blocks, and their parts may be missing."""
     worker, tokens = workers[0], prompt(3 * CHUNK)
     source = list(range(12))
     target = list(range(20, 32))

@@ -1,4 +1,4 @@
-"""`kvctl serve --record`: what it writes, replayed, finds the same."""
+"""`kvctl serve --record`: a replay of the recording has the same hits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ concurrency = 1
 
 
 def scenario(folder: Path, *settings: str) -> Scenario:
-    """A scenario whose L1 is too small, so that what is found depends on the order."""
+    """A scenario with a small L1, so that hits depend on the order of requests."""
     path = folder / "s.toml"
     path.write_text(SCENARIO)
     return read(path, settings)
@@ -40,7 +40,7 @@ def scenario(folder: Path, *settings: str) -> Scenario:
 
 @pytest.mark.long
 def test_a_recording_replays_to_the_same_hits(tmp_path: Path) -> None:
-    """Hashes only, in Mooncake's format; evictions and all come out the same."""
+    """The recording has hashes only; hits and evictions are the same."""
     recorded = tmp_path / "r.jsonl"
     live = driver.run("a", scenario(tmp_path, f"server.record={recorded}"), 0, None)
     assert live.problems == ()

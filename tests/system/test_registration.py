@@ -38,7 +38,7 @@ def names(client: KVClient) -> set[str]:
 def test_instances_come_and_go(
     workers: list[Worker], client: KVClient, model: str, session: SessionKey
 ) -> None:
-    """Registered ones are listed with what they are; unregistered ones are not."""
+    """Registered instances are listed with their layout, others are not."""
     first, second = workers
     reply = first.call("register", "x", model, rank=0, world_size=2)
     second.call("register", "y", model, rank=1, world_size=2)
@@ -55,7 +55,7 @@ def test_instances_come_and_go(
 
 
 def test_an_unknown_instance_is_named(workers: list[Worker]) -> None:
-    """Whether to unregister or to store."""
+    """Both UNREGISTER and STORE name it."""
     with pytest.raises(UnknownInstance, match="'unknown'"):
         workers[0].call("unregister_kv_cache", "unknown")
     with pytest.raises(UnknownInstance, match="'unknown'"):
@@ -65,7 +65,7 @@ def test_an_unknown_instance_is_named(workers: list[Worker]) -> None:
 def test_another_clients_instance_is_not_ones_own(
     workers: list[Worker], model: str
 ) -> None:
-    """Its id is refused while its process lives; nor can others use or end it."""
+    """Its id is refused while its process lives; others cannot use or end it."""
     first, second = workers
     first.call("register", "mine", model)
     with pytest.raises(InstanceExists, match=rf"process {first.process.pid}"):
@@ -81,7 +81,7 @@ def test_registering_again_replaces(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """The new cache is the one that is read, alone it may have another layout."""
+    """The new cache is used; a sole instance may change its layout."""
     worker, tokens = workers[0], prompt(CHUNK)
     worker.call("register", "again", model)
     worker.call("register", "again", model, WIDER)
@@ -115,7 +115,7 @@ def test_a_later_layout_never_reaches_old_bytes(
 def test_a_layout_that_disagrees_is_refused_with_both_named(
     workers: list[Worker], client: KVClient, model: str
 ) -> None:
-    """While an instance of that rank lives, all its chunks are laid out alike."""
+    """While an instance of the rank lives, its chunks keep one layout."""
     first, second = workers
     first.call("register", "one", model)
     with pytest.raises(LayoutConflict) as refused:
@@ -179,7 +179,7 @@ def test_memory_that_cannot_be_is_refused(
     error: type[Exception],
     says: str,
 ) -> None:
-    """Larger than its segment, missing, no name, no such rank: each says which."""
+    """The error names a wrong size, a missing segment, a bad name, a bad rank."""
     name = f"kvtest-{model}"
     with Segment.create(name, 4096, touch=False):
         request = RegisterKVCache(
@@ -198,7 +198,7 @@ def test_memory_that_cannot_be_is_refused(
 def test_a_client_that_closes_leaves_nothing(
     server: Server, client: KVClient, model: str
 ) -> None:
-    """Its instances end with its goodbye, without its process ending."""
+    """Its instances end when it closes, before its process ends."""
     name = f"kvtest-{model}"
     before = client.status().num_clients
     with Segment.create(name, 512, touch=False):
@@ -215,7 +215,7 @@ def test_a_client_that_closes_leaves_nothing(
 def test_a_client_that_has_left_loses_no_reply(
     server: Server, client: KVClient
 ) -> None:
-    """A goodbye has no waiting client; the counter is for replies with one."""
+    """Replies to a closed client do not count as lost."""
     before = client.status().counters
     clients = [connect(server.address) for _ in range(8)]
     server.pause()

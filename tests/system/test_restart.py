@@ -137,7 +137,7 @@ def test_requests_sent_while_it_is_down_are_served_by_the_next_run(
 
 
 def is_gone(client: KVClient) -> bool:
-    """Return whether the client knows that its server is gone."""
+    """Return whether the client has noticed that its server ended."""
     try:
         return client.server is None
     except Unavailable:

@@ -1,4 +1,4 @@
-"""How `kvctl serve` starts, refuses to start, and stops."""
+"""`kvctl serve`: start, refusal to start, and stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = pytest.mark.long
 
 
 def refused(*options: str) -> str:
-    """Start a server that cannot start; return its one line on stderr."""
+    """Run a server that cannot start; return its line on stderr."""
     # At level info it may log that it removed a dead server's memory.
     quiet = ("--log-level", "warning")
     ended = run_command("serve", *quiet, *options)
@@ -52,7 +52,7 @@ def test_it_stops_cleanly(serve: Callable[..., Server], number: int) -> None:
 
 
 def is_unavailable(client: KVClient) -> bool:
-    """Return whether the client knows that its server is gone."""
+    """Return whether the client has noticed that its server ended."""
     try:
         return not client.server
     except KVError:
@@ -101,7 +101,7 @@ def test_signals_after_the_first_change_nothing(serve: Callable[..., Server]) ->
 
 
 def test_a_port_that_is_taken_is_refused(serve: Callable[..., Server]) -> None:
-    """One line that names the address; the first server serves on."""
+    """One line names the address; the first server continues."""
     server = serve()
     line = refused("--port", server.address.rpartition(":")[2], "--l1-size", "1MiB")
     assert server.address in line
@@ -153,7 +153,7 @@ def test_it_serves_at_a_unix_socket(
 def test_what_does_not_allow_to_start_is_one_line(
     options: tuple[str, ...], says: str
 ) -> None:
-    """That names it, with exit code 2; tests/cli has the flags that are wrong."""
+    """It names the reason, with exit code 2; tests/cli has wrong flags."""
     port = () if "--address" in options else ("--port", "0")
     assert says in refused(*port, *options)
 
@@ -174,7 +174,7 @@ def test_a_dead_servers_memory_is_removed(serve: Callable[..., Server]) -> None:
 def test_two_servers_share_nothing(
     serve: Callable[..., Server], start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
-    """A client of one knows nothing of the other's instances."""
+    """A client of one cannot see the other's instances."""
     one, two = serve(), serve()
     worker = start_worker(one.address)
     worker.receive()
@@ -203,7 +203,7 @@ def scrape(port: int) -> dict[str, float]:
 def test_metrics_are_served(
     serve: Callable[..., Server], start_worker: Callable[[str], Worker], prompt: Prompt
 ) -> None:
-    """Prometheus text with what STATUS counts, on this host only."""
+    """Prometheus text with the counters of STATUS, on this host only."""
     port = free_port()
     server = serve("--metrics-port", str(port))
     worker = start_worker(server.address)

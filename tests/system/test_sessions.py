@@ -49,7 +49,7 @@ def num_hit(
 def test_a_worker_without_tokens_uses_the_schedulers(
     worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """They share the session over separate sockets."""
+    """Both share the session over separate sockets."""
     tokens = prompt(2 * CHUNK)
     client.lookup(session, model, 1, tokens)
     stored = worker.call("store", session, "a", 0, len(tokens), [ONE + TWO])
@@ -104,7 +104,7 @@ def test_a_gap_or_a_cut_in_the_tokens_is_an_error(
 def test_a_new_lookup_replaces_the_prompt(
     worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """A request id used for other tokens never reaches the old prompt's chunks."""
+    """A request id reused for other tokens does not reach the old prompt's chunks."""
     old, new = prompt(2 * CHUNK), prompt(2 * CHUNK)
     client.lookup(session, model, 1, old)
     worker.call("store", session, "a", 0, len(old), [ONE + TWO])
@@ -203,7 +203,7 @@ def test_an_image_changes_what_follows_it_only(
 def test_an_image_may_come_with_later_tokens(
     worker: Worker, client: KVClient, model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """Extras of tokens that are still to come extend a session like the tokens do."""
+    """Extras of later tokens extend a session like the tokens do."""
     tokens, blocks = prompt(3 * CHUNK), list(range(12))
     cat = (ExtraKey(2 * CHUNK, b"cat"),)
     worker.call("store", session, "a", 0, len(tokens), [blocks], tokens, extras=cat)

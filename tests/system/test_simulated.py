@@ -22,13 +22,13 @@ from tests.system.worker_process import BLOCK, Group, Worker
 
 PAGE = 4096
 SMALL = (Group(shape=(1, 2, 0, BLOCK, 1)),)
-"""32 bytes a block: a chunk of up to 2,048 tokens takes one page."""
+"""32 bytes per block: a chunk of up to 2,048 tokens takes one page."""
 TRACES = os.environ.get("KVCTL_TRACES")
 REAL_ROWS = 400
 
 
 def generated(size: int) -> list[TraceRow]:
-    """Conversations that begin alike, take turns and are dropped again."""
+    """Interleaved conversations with common prefixes, some abandoned."""
     rng = np.random.default_rng(5)
     talks = [[number] for number in range(1, 4)]
     rows, fresh = [], 100
@@ -55,7 +55,7 @@ def full_blocks(rows: list[TraceRow]) -> list[TraceRow]:
 
 
 def simulated(rows: list[TraceRow], policy: str, capacity: int) -> list[int]:
-    """What the simulation says of each request."""
+    """Return the simulated hits of each request."""
     cache = SimulatedL1(make_policy(policy), capacity)
     return [cache.serve(ids.tolist()) for ids in number("cut", rows).blocks]
 
@@ -118,7 +118,7 @@ def compare(
 def test_a_generated_trace_hits_as_simulated(
     policy: str, serve: Callable[..., Server], start_worker: Callable[[str], Worker]
 ) -> None:
-    """Every request finds what the simulation says, through many evictions."""
+    """Each request has the simulated hits, through many evictions."""
     compare(generated(64), policy, 60, serve, start_worker)
 
 

@@ -84,7 +84,7 @@ def test_a_copy_stopped_past_its_deadline_is_not_kept(
 ) -> None:
     """Stopped in the middle of a store, past its deadline, and continued: aborted.
 
-    Where the copy was faster than the stop, its bytes are those from before.
+    If the copy was faster than the stop, its bytes are the earlier ones.
     """
     tokens = prompt(SIZE)
     client.lookup(session, model, 1, tokens)
@@ -166,7 +166,7 @@ def test_a_retrieve_stopped_while_it_writes_ends_right(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """It began in time, so it may end late; until then its blocks are not reused."""
+    """It began in time and may end late; until then its blocks are not reused."""
     tokens = prompt(SIZE)
     worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
     expected = worker.call("digest", "a", BLOCKS)

@@ -152,7 +152,7 @@ def test_only_a_read_takes_the_rank_off_the_lease(
 def test_what_is_there_needs_no_ticket(
     client: KVClient, private: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """Nor does a part that another client writes, or an empty store."""
+    """Present parts, parts that another client writes, and empty stores."""
     tokens = prompt(CHUNK)
     first = client.call(reserve(private, session, tokens))
     again = client.call(reserve(private, session, tokens))
@@ -233,7 +233,7 @@ def test_a_client_that_ends_nothing_gets_no_more(
     server.close()
 
 
-# -- a worker that stands still, or dies ---------------------------------------------
+# -- a stopped or killed worker ------------------------------------------------------
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def freeze(worker: Worker) -> None:
 def test_a_stopped_worker_keeps_its_pages_and_nothing_else(
     pair: list[Worker], client: KVClient, model: str, prompt: Prompt
 ) -> None:
-    """Late, it writes only its reserved pages, then aborts; others continue."""
+    """It writes only its reserved pages, late, then aborts; others continue."""
     first, second = pair
     slow, key = SessionKey("engine", "slow"), SessionKey("engine", "quick")
     tokens, others = prompt(SIZE), prompt(12 * CHUNK)
@@ -299,7 +299,7 @@ def test_a_retrieve_that_has_not_begun_ends_in_time(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Its server is stopped, but only the worker writes, and it has not begun."""
+    """The stopped server does not write, and the worker has not begun."""
     worker, tokens = pair[0], prompt(SIZE)
     worker.call("store", session, "a", 0, SIZE, [BLOCKS], tokens)
     worker.call("poison", "a", BLOCKS)
@@ -371,7 +371,7 @@ def test_the_memory_of_a_killed_server_is_unmapped(
 def test_a_kept_arena_is_not_shared_with_workers(
     serve: Callable[..., Server], start_worker: Callable[[str], Worker], tmp_path: Path
 ) -> None:
-    """Its next server could meet a worker that still writes."""
+    """A worker might still write when the next server has started."""
     journal = tmp_path / "journal"
     server = serve("--set", f"l1.keep={journal}")
     worker = start_worker(server.address)

@@ -95,7 +95,7 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
     ranks: int,
     groups: tuple[Group, ...],
 ) -> None:
-    """All ranks, all groups, byte for byte, in blocks of the reader's choice."""
+    """All ranks and groups, byte for byte, in other blocks."""
     tokens, stored = prompt(5 * CHUNK), chunk_blocks(5)
     first = serve("--tier", tier)
     truth = []
@@ -140,7 +140,7 @@ def test_a_later_server_serves_what_an_earlier_one_stored(
 def test_a_lookup_that_does_not_wait_prefetches_behind(
     serve: Serve, start_worker: StartWorker, prompt: Prompt, tier: str, model: str
 ) -> None:
-    """The first answer has nothing; a later lookup finds all of it in memory."""
+    """The first lookup finds nothing; a later one finds all chunks in L1."""
     tokens = prompt(4 * CHUNK)
     first = serve("--tier", tier)
     with connected(first) as client:
@@ -177,6 +177,6 @@ def window_chunks(group: Group, num_chunks: int) -> int:
 
 
 def masked(blocks: list[int], group: Group, num_chunks: int) -> list[int]:
-    """Null what lies before the window's chunks."""
+    """Set the blocks before the window's chunks to null."""
     null = (num_chunks - window_chunks(group, num_chunks)) * PER_CHUNK
     return [-1] * null + blocks[null:]

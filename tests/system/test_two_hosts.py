@@ -1,8 +1,8 @@
-"""Two servers on two hosts share a Mooncake Store: what one stored the other serves.
+"""Two servers on two hosts share chunks through a Mooncake Store.
 
-The hosts are network namespaces joined by a wire, where this machine lets us make
-some, and loopback addresses where it does not. Engines reach their server by a Unix
-socket and shared memory, as on a host of their own.
+The hosts are network namespaces joined by a virtual wire if this machine permits them,
+else loopback addresses. Engines reach their server by a Unix socket and shared memory,
+as on separate hosts.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def hosts() -> Iterator[list[Host]]:
 
 
 class Master(ProcessEngine):
-    """Mooncake's master on a host; it has no memory of its own to give."""
+    """Mooncake's master on a host; it contributes no memory."""
 
     def __init__(self, folder: Path, host: Host) -> None:
         super().__init__(folder)
@@ -117,7 +117,7 @@ class Master(ProcessEngine):
         raise NotImplementedError
 
     def tier(self, host: Host) -> tuple[str, ...]:
-        """Options of a server on a host, which gives the store some memory."""
+        """Options of a server on a host, which contributes memory to the store."""
         url = (
             f"mooncake://{self.host.ip}:{self.port}"
             f"?local={host.ip}&segment=32MiB&retry=0.1"
@@ -152,7 +152,7 @@ def store(
 
 
 def await_written(client: KVClient, num_parts: int) -> None:
-    """Wait until the tier has so many of this server's parts."""
+    """Wait until the tier has this many of this server's parts."""
     wait_until(lambda: written(client) == num_parts)
 
 
@@ -197,7 +197,7 @@ def test_what_one_host_stored_the_other_serves(
     prompt: Prompt,
     model: str,
 ) -> None:
-    """Both ways, all ranks, byte for byte; nothing of it was ever stored there."""
+    """In both directions, for all ranks, byte for byte."""
     with connected(servers[0]) as here, connected(servers[1]) as there:
         clients = [here, there]
         teams = [
@@ -230,7 +230,7 @@ def test_a_host_that_dies_takes_only_what_it_held(
         truth = store(workers, client, lost)
         await_written(client, 5 * RANKS)
         dying.kill()
-        # As the next start does, maybe of a server of another test.
+        # As the next server's start does, possibly in another test.
         remove_dead(f"{SEGMENT_PREFIX}{dying.pid}-")
     with connected(living) as client:
         workers = start_workers(start_worker, living, model, PLAIN, RANKS)

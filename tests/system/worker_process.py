@@ -57,7 +57,7 @@ PAGES = (Group("LNP", (2, 0, 1024), kind="pages"),)
 
 
 class Cache:
-    """Cache groups one after the other, in a shared segment or in private memory."""
+    """Consecutive cache groups, in a shared segment or in private memory."""
 
     def __init__(
         self, name: str | None, groups: tuple[Group, ...], num_blocks: int
@@ -160,7 +160,7 @@ class WorkerCommands:
             view[blocks] = rng.integers(0, 256, view[blocks].shape, np.uint8)
 
     def poison(self, instance_id: str, blocks: list[int]) -> None:
-        """Write what no store wrote."""
+        """Fill blocks with bytes that no store wrote."""
         for view in self.caches[instance_id].views:
             for block in blocks:  # In place: these caches may be large.
                 view[block] = POISON
@@ -185,7 +185,7 @@ class WorkerCommands:
         return any((v[block] != POISON).any() for v in self.caches[instance_id].views)
 
     def pause_copy(self, step: str) -> None:
-        """Have the next copy stand still half-way, until `go_on`."""
+        """Pause the next copy half-way, until `go_on`."""
         moved = getattr(HostCache, step)
 
         def half(
@@ -200,7 +200,7 @@ class WorkerCommands:
         setattr(HostCache, step, half)
 
     def is_copy_paused(self) -> bool:
-        """Return whether a copy has come half-way."""
+        """Return whether a copy is paused half-way."""
         return self.half_way.is_set()
 
     def resume_copy(self) -> None:
@@ -212,11 +212,11 @@ class WorkerCommands:
         self.client.call(Ping(), timeout_s)
 
     def state(self) -> str:
-        """Return the connection's own report."""
+        """Return the connection's status."""
         return repr(self.client._connection)
 
     def is_server_gone(self) -> bool:
-        """Return whether the client knows that its server is gone."""
+        """Return whether the client has noticed that its server ended."""
         try:
             return not self.client.server
         except Unavailable:
