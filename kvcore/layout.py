@@ -233,12 +233,15 @@ class _Derivation:
         self.group = group
         self.handle_bytes = handle_bytes
         self.chunk_size = chunk_size
-        self._check_axes()
         self.item = _item_bytes(group.dtype)
-        self._check_values()
+        self._check_group()
         for index, tensor in enumerate(group.tensors):
             self._check_tensor(f"tensors[{index}]", tensor)
-        self.dims = self._dims(group.tensors[0])
+        first = group.tensors[0]
+        dims = zip(first.strides, first.shape, group.axes, strict=True)
+        self.dims = sorted(map(_Dim._make, dims))
+        """Those of all tensors, from the innermost out."""
+        self._check_bounds()
         self.size = {dim.axis: dim.size for dim in self.dims}
         self.stride = {dim.axis: dim.stride for dim in self.dims}
 
@@ -282,19 +285,16 @@ class _Derivation:
             plane_offsets=np.array([offset for _, offset in planes], dtype=np.int64),
         )
 
-    def _check_axes(self) -> None:
-        axes, kind = self.group.axes, self.group.kind
-        allowed, needed = _AXES[kind]
+    def _check_group(self) -> None:
+        group, axes = self.group, self.group.axes
+        allowed, needed = _AXES[group.kind]
         names = axes.replace("P", "") + "P" * ("P" in axes)
         known = set(needed) <= set(names) <= set(allowed)
         if not known or len(set(names)) != len(names):
             raise LayoutError(
-                f"axes {axes!r}: {kind} take each of {allowed} at most once (P may be "
-                f"several) and need {needed}"
+                f"axes {axes!r}: {group.kind} take each of {allowed} at most once (P "
+                f"may be several) and need {needed}"
             )
-
-    def _check_values(self) -> None:
-        group = self.group
         if self.chunk_size % group.block_size:
             raise LayoutError(
                 f"block_size {group.block_size} does not divide the chunk size "
@@ -318,22 +318,19 @@ class _Derivation:
             raise LayoutError(f"{where}: no handle {tensor.handle}")
         if min(tensor.shape) < 1 or min(tensor.strides) < 1:
             raise LayoutError(f"{where}: sizes and strides must be positive")
-        self._check_bounds(where, tensor)
 
-    def _check_bounds(self, where: str, tensor: TensorView) -> None:
-        extent = self.item
-        for dim in self._dims(tensor):
+    def _check_bounds(self) -> None:
+        extent, tensors = self.item, self.group.tensors
+        for dim in self.dims:
             if dim.size > 1 and dim.stride < extent:
-                raise LayoutError(f"{where}: strides {tensor.strides} overlap")
+                raise LayoutError(f"tensors[0]: strides {tensors[0].strides} overlap")
             extent += (dim.size - 1) * dim.stride
-        end, room = tensor.offset + extent, self.handle_bytes[tensor.handle]
-        if end > room:
-            raise LayoutError(f"{where}: ends at byte {end} of a handle of {room}")
-
-    def _dims(self, tensor: TensorView) -> list[_Dim]:
-        """Return the dimensions from the innermost out."""
-        dims = zip(tensor.strides, tensor.shape, self.group.axes, strict=True)
-        return sorted(_Dim(*dim) for dim in dims)
+        for index, tensor in enumerate(tensors):
+            end, room = tensor.offset + extent, self.handle_bytes[tensor.handle]
+            if end > room:
+                raise LayoutError(
+                    f"tensors[{index}]: ends at byte {end} of a handle of {room}"
+                )
 
     def _unit(self) -> _Unit:
         if self.group.kind == "pages":
@@ -350,8 +347,7 @@ class _Derivation:
         if token is not None:
             inner = self._inner("HD")
             transposed = inner.startswith("D") and "," in inner
-            inner = inner if transposed else ""
-            return _Unit("token", token, self.stride["S"], inner)
+            return _Unit("token", token, self.stride["S"], inner if transposed else "")
         if block is not None:
             return _Unit("block", block, self.item, self._inner("SHD"))
         raise LayoutError(
