@@ -114,26 +114,24 @@ def load(
         SetupError: naming the file and line or the override, the key, and for an
             unknown key the nearest known one.
     """
-    text = _read(path) if path else ""
-    source = _Source(str(path or ""), text, {})
-    data = source.parse()
+    source = _Source.read(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise SetupError(f"--set {override}: must read key=value or key.sub=value")
-        source.put(data, key.strip(), _toml_value(value.strip()), f"--set {override}")
+        source.put(key.strip(), _toml_value(value.strip()), f"--set {override}")
     for key, given in (flags or {}).items():
         if given is not None:
             name = (flag_names or {}).get(key, flag_name(key))
-            source.put(data, key, given, f"{name} {given}")
-    _name_kinds(cls, data)
-    keys = list(_walk([inspect.type_info(cls)], data, ""))
+            source.put(key, given, f"{name} {given}")
+    _name_kinds(cls, source.data)
+    keys = list(_walk([inspect.type_info(cls)], source.data, ""))
     for key, _, siblings in keys:
         if siblings:
             near = _nearest(key, siblings)
             raise SetupError(f"{source.place(key)}unknown key {key}; {near}")
     try:
-        return msgspec.convert(data, cls, dec_hook=decode_hook)
+        return msgspec.convert(source.data, cls, dec_hook=decode_hook)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
         key = where.removeprefix("$").removeprefix(".").removesuffix("`")
@@ -158,14 +156,6 @@ def _name_kinds(cls: type[msgspec.Struct], data: dict[str, Any]) -> None:
         config = getattr(field.default, "__struct_config__", None)
         if isinstance(table, dict) and config is not None and config.tag is not None:
             table.setdefault(config.tag_field, config.tag)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise SetupError(f"{path}: {reason}") from None
 
 
 def decode_hook(kind: type, value: object) -> object:
@@ -197,27 +187,37 @@ def encode_hook(value: object) -> object:
 
 @dataclass
 class _Source:
-    """Origin of each value: a line of the file, an override or a flag."""
+    """Values, and the origin of each: a line of the file, an override or a flag."""
 
     name: str
     text: str
+    data: dict[str, Any]
     given: dict[str, str]
     """Overrides and flags as the user wrote them, by key."""
 
-    def parse(self) -> dict[str, Any]:
+    @classmethod
+    def read(cls, path: Path | None) -> _Source:
+        if path is None:
+            return cls("", "", {}, {})
         try:
-            return tomllib.loads(self.text)
+            text = path.read_text()
+            return cls(str(path), text, tomllib.loads(text), {})
         except tomllib.TOMLDecodeError as error:
             message, _, where = str(error).partition(" (at ")
             found = re.match(r"line (\d+)", where)
-            line = found[1] if found else len(self.text.splitlines())
-            raise SetupError(f"{self.name}:{line}: {message}") from None
+            line = found[1] if found else len(text.splitlines())
+            raise SetupError(f"{path}:{line}: {message}") from None
+        except OSError as error:
+            raise SetupError(f"{path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SetupError(f"{path}: not UTF-8 text") from None
 
-    def put(self, data: dict[str, Any], key: str, value: object, shown: str) -> None:
+    def put(self, key: str, value: object, shown: str) -> None:
+        """Set a value that the user wrote as `shown`."""
         names = key.split(".")
         if not all(names):
             raise SetupError(f"{shown}: must read key=value or key.sub=value")
-        table = data
+        table = self.data
         for name in names[:-1]:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
