@@ -323,9 +323,6 @@ class Lookup(Request[LookupReply], frozen=True):
     tokens: Annotated[Packed, Meta(description="packed uint32 ids")] = memoryview(b"")
     token_offset: Annotated[Count, Meta(description="position of tokens[0]")] = 0
     extras: tuple[ExtraKey, ...] = ()
-    wait: Annotated[
-        bool, Meta(description="false: reply at once and load from tiers afterwards")
-    ] = True
 
 
 class FreeLookupLocks(Request[Done], frozen=True):

@@ -151,7 +151,6 @@ def prepare_lookup(
     *,
     known: int = 0,
     extras: tuple[ExtraKey, ...] = (),
-    wait: bool = True,
     timeout_s: float | None = None,
 ) -> PreparedRequest[LookupReply]:
     """Count the leading chunks of `tokens` that all ranks have, and lease them.
@@ -163,8 +162,6 @@ def prepare_lookup(
         tokens: the session's token ids from its first one.
         known: number of leading tokens that the server has from an earlier lookup.
         extras: hash material beside the tokens.
-        wait: whether to wait for chunks that the tiers have. If not, the reply counts
-            what is in L1; the rest is loaded for a later lookup of the session.
         timeout_s: seconds until the deadline; None takes the client's.
 
     Raises:
@@ -178,7 +175,6 @@ def prepare_lookup(
         view_tokens(tokens[known:] if known else tokens),
         known,
         extras,
-        wait,
     )
     return PreparedRequest(request, timeout_s, resend(request, tokens))
 

@@ -316,7 +316,7 @@ class Engine:
             hashes = session.chain.hashes[:num_chunks]
             for hook in self.hooks.lookup:
                 hook(request, hashes)
-            find = self.lookups.find(session, needs, hashes, context, wait=request.wait)
+            find = self.lookups.find(session, needs, hashes, context)
             reply = yield from find
             if isinstance(reply, DeferredReply):
                 reply.resources.push(session_use.pop_all())

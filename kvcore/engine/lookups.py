@@ -66,8 +66,6 @@ class Lookups:
         needs: RequiredParts,
         hashes: Sequence[ChunkHash],
         context: RequestContext,
-        *,
-        wait: bool,
     ) -> Generator[None, None, LookupReply | DeferredReply]:
         """Answer a lookup of chunks `hashes`, in steps.
 
@@ -95,11 +93,8 @@ class Lookups:
             chunk_size=self._chunk_size,
             deadline=self.deadline(context),
             owner=session.owner,
-            wait=wait,
         )
         task = self._tasks[session.key] = _PrefetchWait(job, context.client)
-        if not wait:
-            return self._answer(session, needs, hashes, chunks, context, "")
 
         def finish() -> LookupReply:
             self._complete(task, hashes, chunks, needs, context)

@@ -50,11 +50,10 @@ class Tiering(Protocol):
         chunk_size: int,
         deadline: float,
         owner: SessionKey,
-        wait: bool = True,
     ) -> PrefetchTask:
         """Load the leading chunks of `hashes` that L1 lacks; `settle` must follow.
 
-        Only where `has_tiers`. Without `wait` the task settles automatically.
+        Only where `has_tiers`.
         """
 
     def stored(self, chunks: Sequence[Chunk]) -> None:
@@ -95,7 +94,6 @@ class NoTiering:
         chunk_size: int,
         deadline: float,
         owner: SessionKey,
-        wait: bool = True,
     ) -> PrefetchTask:
         """Raise `RuntimeError`: there is nothing to load from."""
         raise RuntimeError("prefetch without tiers")

@@ -367,7 +367,7 @@ class Prefetcher:
 
     def _due(self, job: PrefetchJob) -> None:
         if not job.future.done():
-            self.counters.prefetches_late += job.waited
+            self.counters.prefetches_late += 1
             job.future.set_result(None)
 
     def _cancel(self, job: PrefetchJob) -> None:
@@ -384,8 +384,6 @@ class Prefetcher:
             job.timer.cancel()
         if not job.future.done():
             job.future.set_result(None)
-        if not job.waited:
-            self._settle(job)
 
     def _settle(self, job: PrefetchJob) -> None:
         job.settled = True

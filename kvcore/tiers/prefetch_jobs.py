@@ -49,8 +49,6 @@ class PrefetchJob:
     deadline: float
     on_settle: Callable[[PrefetchJob], None]
     on_cancel: Callable[[PrefetchJob], None]
-    waited: bool = True
-    """A lookup waits for the future and settles the job; else it settles itself."""
     future: Future[None] = field(default_factory=Future)
     state: JobState = JobState.WAITING
     begun: float = 0.0
@@ -89,7 +87,7 @@ class PrefetchJob:
 
     @property
     def outcome(self) -> str:
-        """Why a job that was waited for loaded no more."""
+        """Why no more was loaded."""
         if self.tier_failed:
             return "failed"
         if self.state is JobState.REFUSED:

@@ -116,7 +116,6 @@ class TierManager:
         chunk_size: int,
         deadline: float,
         owner: SessionKey,
-        wait: bool = True,
     ) -> PrefetchJob:
         """Load the leading chunks of `hashes` missing in L1; see `Tiering.prefetch`.
 
@@ -131,7 +130,6 @@ class TierManager:
             deadline,
             on_settle=self.prefetcher.settle,
             on_cancel=self.prefetcher.cancel,
-            waited=wait,
         )
         self.prefetcher.submit(job)
         return job

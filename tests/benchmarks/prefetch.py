@@ -87,7 +87,6 @@ def prefetch_s(l1: L1, manager: TierManager) -> float:
         chunk_size=256,
         deadline=time.monotonic() + 60,
         owner=SessionKey("bench", "bench"),
-        wait=True,
     )
     job.future.result()
     took = time.perf_counter() - start

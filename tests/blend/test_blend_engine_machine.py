@@ -229,11 +229,9 @@ class BlendMachine(RuleBasedStateMachine):
             assert [match.start for match in operation.reply.matches] == expected
 
     @precondition(lambda self: self.prefixes)
-    @rule(
-        data=st.data(), key=sessions, wait=st.booleans(), now=at_once, wait_s=deadlines
-    )
+    @rule(data=st.data(), key=sessions, now=at_once, wait_s=deadlines)
     def look_up_prefix(
-        self, data: st.DataObject, key: SessionKey, wait: bool, now: bool, wait_s: float
+        self, data: st.DataObject, key: SessionKey, now: bool, wait_s: float
     ) -> None:
         """A scheduler looks for a prefix."""
         tokens, salt = self.prefix(data)
@@ -246,7 +244,6 @@ class BlendMachine(RuleBasedStateMachine):
             packed(tokens),
             0,
             extras,
-            wait,
         )
         self.begin(
             "prefix", request, now, wait_s=wait_s, tokens=tokens, salt=salt, session=key

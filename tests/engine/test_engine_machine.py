@@ -762,11 +762,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         at=engines_at, request=requests, prompt=prompts, length=lengths,
-        sent=sendings, wait=st.sampled_from([True, True, False]), deadline=deadlines,
-        hurry=hurries,
+        sent=sendings, deadline=deadlines, hurry=hurries,
     )  # fmt: skip
     def look_up(
-        self, at: int, request: str, prompt: int, length: int, sent: str, wait: bool,
+        self, at: int, request: str, prompt: int, length: int, sent: str,
         deadline: float, hurry: bool,
     ) -> None:  # fmt: skip
         """A scheduler looks up."""
@@ -786,7 +785,6 @@ class EngineMachine(RuleBasedStateMachine):
                 model=engine.model,
                 world_size=engine.world_size,
                 end=length * CHUNK + 1,
-                wait=wait,
                 **named,
             ),
         )
@@ -885,7 +883,7 @@ class EngineMachine(RuleBasedStateMachine):
             )
             for number in [n for n, t in self.tickets.items() if t.is_written]:
                 self.end_ticket([*self.tickets].index(number), "well")
-        self.look_up(at, request, prompt, length, "all", True, 0.0, True)
+        self.look_up(at, request, prompt, length, "all", 0.0, True)
 
     @rule(
         at=engines_at, rank=ranks, pick=picks, request=requests, prompt=prompts,

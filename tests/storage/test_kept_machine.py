@@ -119,7 +119,6 @@ class KeptMachine(TierManagerMachine):
         last server refers to it.
         """
         self.jobs.clear()
-        self.unwaited.clear()
         self.leases.clear()
         earlier, self.path = self.path, self.path.with_name(f"{self.fixture.now}")
         shutil.copy(earlier, self.path)

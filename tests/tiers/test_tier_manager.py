@@ -160,8 +160,6 @@ class TierFixture:
         self,
         hashes: Sequence[ChunkHash],
         needs: RequiredParts = ONE,
-        *,
-        wait: bool = True,
     ) -> PrefetchJob:
         """Begin a job with ten seconds' time."""
         job = self.manager.prefetch(
@@ -170,7 +168,6 @@ class TierFixture:
             chunk_size=CHUNK_SIZE,
             deadline=self.now + 10,
             owner=SessionKey("e", str(hashes[0][0])),
-            wait=wait,
         )
         self.run()
         return job
@@ -456,16 +453,6 @@ def test_no_more_is_loaded_than_there_is_room_for(fixture: TierFixture) -> None:
     fixture.answer_all()
     assert fixture.num_present(prompt) == 8
     fixture.settle(job)
-
-
-def test_without_waiting_it_ends_on_its_own(fixture: TierFixture) -> None:
-    """Nobody settles it, and nothing stays held."""
-    prompt = chain(1, 3)
-    fixture.keep(prompt)
-    job = fixture.submit(prompt, wait=False)
-    fixture.answer_all()
-    assert fixture.num_present(prompt) == 3
-    assert job.held == []
 
 
 def test_the_second_tier_is_asked_for_the_rest_and_promoted(
