@@ -1,8 +1,8 @@
-/* Kernels without a GPU: what `programs.py` says of them, done again on the host.
+/* The kernels of `triton_kernels.py`, implemented on the host.
 
-   Their code in a cubin cannot run here, but the rest is taken from it as a driver
-   takes it: the kernel's name, how many parameters there are and how wide each is.
-   A launch that packs others reads what is not there, here as well. */
+   The code in a cubin cannot run here. Like a driver, this file reads the kernel's name
+   and the number and sizes of its parameters from the cubin. A launch that packs other
+   parameters reads wrong values, as on a GPU. */
 
 #include "cubin.h"
 
@@ -33,7 +33,7 @@ struct program {
     int sizes[MAX_PARAMETERS];
 };
 
-/* -- what a cubin says ----------------------------------------------------------- */
+/* -- contents of a cubin ---------------------------------------------------------- */
 
 static const Elf64_Shdr *section(const char *cubin, const char *name) {
     const Elf64_Ehdr *head = (const void *)cubin;

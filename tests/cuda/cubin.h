@@ -1,11 +1,11 @@
-/* What the stub of a driver runs of kernels; see cubin.c. */
+/* Kernels for the stub of the driver; see cubin.c. */
 
 #include <stddef.h>
 
 struct program;
 
-/* Find a kernel of ours in a cubin for Hopper; NULL where there is none. */
+/* Find one of our kernels in a cubin for Hopper; NULL if there is none. */
 const struct program *program_of(const void *cubin, const char *name);
 
-/* Run one launch to its end: an address for each parameter. 0: it is no such launch. */
+/* Run a launch, given each parameter's address; 0 if the parameters do not fit. */
 int program_run(const struct program *program, void **parameters);

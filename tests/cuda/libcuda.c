@@ -1,12 +1,12 @@
-/* A driver without a GPU, for what calls the real one: `test_driver.py`.
+/* A stub of NVIDIA's driver without a GPU; see `test_driver.py`.
 
    Its functions have the types that cuda.h declares, or this file does not compile.
-   Device memory is this host's, work is done when it is queued, and handles work
-   between processes (memfds, opened through /proc). Kernels are done again in C, see
-   cubin.c. What a real driver refuses and the tests are about, it refuses: copies
-   across two registrations, unknown handles, memory without handles. `stub_hold` keeps
-   events from being reached; `stub_break` is a sticky failure, and `stub_capture` the
-   capture of a thread that is not ours. */
+   Device memory is host memory, work is done when it is queued, and handles work
+   between processes (memfds, opened through /proc). Kernels are implemented in C, see
+   cubin.c. Like a real driver it refuses copies across two registrations, unknown
+   handles, and handles of memory that cannot have any. `stub_hold` keeps events from
+   being reached, `stub_break` simulates a sticky failure, and `stub_capture` a stream
+   capture in another thread. */
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -515,10 +515,10 @@ static CUresult batch(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t 
 }
 
 #if CUDA_VERSION >= 13000
-static __typeof__(cuMemcpyBatchAsync) batch; /* as of this header */
+static __typeof__(cuMemcpyBatchAsync) batch; /* the signature of this header */
 #endif
 
-/* As of CUDA 12.8, with the place of the copy that failed. */
+/* The signature of CUDA 12.8, with the index of the copy that failed. */
 static CUresult batch_12(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes,
                          size_t count, CUmemcpyAttributes *attributes, size_t *firsts,
                          size_t num, size_t *failed, CUstream stream) {
@@ -567,7 +567,7 @@ static CUresult stub_cuLaunchKernel(CUfunction function, unsigned int grid_x,
     return program_run(program, parameters) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-/* -- errors, and finding all this -------------------------------------------------- */
+/* -- errors and function lookup -------------------------------------------------- */
 
 DECLARE(cuGetErrorName);
 static CUresult stub_cuGetErrorName(CUresult status, const char **text) {

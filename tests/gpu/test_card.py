@@ -1,4 +1,4 @@
-"""Torch's tensors; and what only a card shows: kernels that last, device memory."""
+"""Torch tensors; on a real GPU also long kernels and use of device memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 FROM, INTO = [9, 3, 4, 60], [20, 7, 40, 11]
 GROWTH_BYTES = 32 << 20
-"""What others on the card may take meanwhile; a leak of 1,000 caches is far more."""
+"""Allowance for other processes; a leak of 1,000 caches is far larger."""
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,10 @@ def commands() -> type[WorkerCommands]:
     return TorchWorkerCommands
 
 
-def test_a_tensor_comes_to_another_process(
+def test_a_tensor_reaches_another_process(
     workers: list[Worker], model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """Random bfloat16 through L1 into other blocks; the rest is left alone."""
+    """Random bfloat16 through L1 into other blocks; the rest is unchanged."""
     first, second = workers
     tokens = prompt(CHUNK)
     first.call("register", "a", model)
@@ -40,11 +40,11 @@ def test_a_tensor_comes_to_another_process(
     second.call("poison", "b", list(range(64)))
     second.call("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
     for sent, got in zip(
-        first.call("sums", "a", FROM), second.call("sums", "b", INTO), strict=True
+        first.call("values", "a", FROM), second.call("values", "b", INTO), strict=True
     ):
         assert np.array_equal(sent, got)
     others = sorted(set(range(64)) - set(INTO))
-    assert all((layer == -7).all() for layer in second.call("sums", "b", others))
+    assert all((layer == -7).all() for layer in second.call("values", "b", others))
 
 
 @pytest.mark.card
@@ -55,16 +55,16 @@ def test_a_store_waits_for_the_kernel_that_writes(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """What was only queued when the request was sent is what is stored."""
+    """Data is stored that was only queued when the request was sent."""
     first, second = workers
     tokens = prompt(CHUNK)
     first.call("register", "a", model)
     second.call("register", "b", model)
     reply, was_early = first.call("store_late", session, "a", CHUNK, FROM, tokens)
-    assert was_early, "the kernel did not last: the test shows nothing"
+    assert was_early, "the kernel was too short: the test shows nothing"
     assert reply.num_stored == 1
     second.call("retrieve", session, "b", 0, CHUNK, [INTO], tokens)
-    got = second.call("sums", "b", INTO)
+    got = second.call("values", "b", INTO)
     assert [set(layer.reshape(-1)) for layer in got] == [
         {float(layer + 1)} for layer in range(LAYERS)
     ]
@@ -72,7 +72,7 @@ def test_a_store_waits_for_the_kernel_that_writes(
 
 @pytest.mark.card
 def test_device_memory_does_not_grow(workers: list[Worker], model: str) -> None:
-    """A thousand instances, registered and unregistered."""
+    """A thousand instances are registered and unregistered."""
     worker = workers[0]
     worker.call("cycle", "c", model, 20)
     before = worker.call("free_bytes")

@@ -46,12 +46,12 @@ SMALL = StagingSizes(slot_bytes=4096, table_bytes=4096, max_buffers=2)
 
 @lru_cache
 def kernels_of(device: Any) -> TritonKernels:
-    """Load every kernel once for all tests."""
+    """Return the kernels, loaded once for all tests."""
     return TritonKernels(device)
 
 
 class Bench:
-    """A device's caches, and page-locked memory for an arena and for a look."""
+    """A device's caches, and page-locked memory for an arena and for reading back."""
 
     def __init__(
         self, device: Any, way: CopyMethod, sizes: StagingSizes, room: int = ROOM
@@ -67,7 +67,7 @@ class Bench:
         self.placed: list[tuple[CudaCache, list[int]]] = []
 
     def place(self, layout: KVLayout, handles: Sequence[np.ndarray]) -> CudaCache:
-        """Put a cache onto the device."""
+        """Return a cache on the device, with the handles' bytes."""
         addresses = [self.device.allocate(handle.size) for handle in handles]
         for address, handle in zip(addresses, handles, strict=True):
             self.mirror[: handle.size] = handle
@@ -77,7 +77,7 @@ class Bench:
         return cache
 
     def bytes(self, number: int, sizes: Sequence[int]) -> list[np.ndarray]:
-        """Read what a cache's handles hold."""
+        """Return the bytes of a cache's handles."""
         read = []
         for address, size in zip(self.placed[number][1], sizes, strict=True):
             self.copy(self.hosts[1], address, size)
@@ -91,7 +91,7 @@ class Bench:
         self.event.wait()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all memory."""
         for cache, addresses in self.placed:
             cache.close()
             for address in addresses:
@@ -105,7 +105,7 @@ class Bench:
 
 @pytest.fixture
 def bench(device: Any, way: CopyMethod) -> Iterator[Bench]:
-    """Make a bench whose copies all go one way."""
+    """A bench whose copies all use one method."""
     bench = Bench(device, way, SMALL)
     yield bench
     bench.close()
@@ -115,7 +115,7 @@ def bench(device: Any, way: CopyMethod) -> Iterator[Bench]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
-    """Random blocks, parts in pieces, ranges and null blocks; poison all around."""
+    """Random blocks, split parts, ranges and null blocks; no other byte is written."""
     move = job(name, dtype, seed=len(name))
     cache = bench.place(move.case.layout, move.handles())
     arena = bench.arena[: move.arena_bytes]
@@ -133,7 +133,7 @@ def test_every_layout_and_dtype(bench: Bench, name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("way", CopyMethod)
 def test_four_lanes_at_once(bench: Bench) -> None:
-    """Two stores and two retrieves share streams and two buffers, and no bytes."""
+    """Two stores and two retrieves share streams and buffers, but no bytes."""
     works = [job("block first", "bfloat16", seed=n) for n in range(4)]
     caches = [bench.place(work.case.layout, work.handles()) for work in works]
     size = works[0].arena_bytes
@@ -162,7 +162,7 @@ def test_four_lanes_at_once(bench: Bench) -> None:
 
 
 def large(num_blocks: int) -> KVLayout:
-    """Return Llama-3.1-8B's: 32 layers, 8 heads of 128; a chunk has 32 MiB."""
+    """Return the layout of Llama-3.1-8B: 32 layers, 8 heads of 128; 32 MiB chunks."""
     shape = (2, num_blocks, 16, 8, 128)
     strides = tuple(2 * int(np.prod(shape[n + 1 :])) for n in range(5))
     size = 2 * int(np.prod(shape))
@@ -173,7 +173,7 @@ def large(num_blocks: int) -> KVLayout:
 
 @pytest.mark.parametrize("way", CopyMethod)
 def test_large_chunks_by_buffers_of_full_size(device: Any, way: CopyMethod) -> None:
-    """Two chunks of 32 MiB there and back: into other blocks, all bytes the same."""
+    """Two chunks of 32 MiB are stored and retrieved into other blocks."""
     layout = large(96)
     part = layout.part.num_bytes
     bench = Bench(device, way, StagingSizes(), room=4 * part)
@@ -205,7 +205,7 @@ def test_large_chunks_by_buffers_of_full_size(device: Any, way: CopyMethod) -> N
 
 
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
-    """Every figure of a size of pieces is there; what it is worth only a card says."""
+    """The benchmark returns every figure; only a GPU makes them meaningful."""
     for name, value in {"PART": 1 << 20, "NUM_CHUNKS": 2, "TOTAL": 2 << 20}.items():
         monkeypatch.setattr(bench_copies, name, value)
     monkeypatch.setattr(bench_copies, "REPEATS", 1)
@@ -220,8 +220,8 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: Any) -> Non
 @pytest.mark.parametrize("way", [CopyMethod.STAGED])
 @pytest.mark.parametrize("dtype", RAW_DTYPES)
 @pytest.mark.parametrize("name", ROPES)
-def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
-    """As in host memory, but for the last place of what is rounded twice or fused."""
+def test_keys_are_rotated_on_the_gpu(bench: Bench, name: str, dtype: str) -> None:
+    """As in host memory, except for last places of numbers rounded twice or fused."""
     rope: Rope = ROPES[name]
     move = job("blend buffer", dtype, seed=1, width=2 * rope.head_dim)
     handles = numbers(move)
@@ -241,8 +241,8 @@ def test_keys_turn_on_the_card(bench: Bench, name: str, dtype: str) -> None:
         assert (apart != 0).mean() < 0.01
 
 
-def test_a_card_is_measured(device: Any) -> None:
-    """Every rate is there."""
+def test_a_gpu_is_measured(device: Any) -> None:
+    """Every rate is measured."""
     caches = CudaCaches(device, kernels_of(device))
     rates: DeviceRates = caches.rates
     caches.close()

@@ -1,4 +1,4 @@
-"""The device over its driver: memory, streams, events, handles between processes."""
+"""`CudaDevice`: memory, streams, events, handles between processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 class Exporter:
-    """Another process, that exports memory of a GPU; see exporter.py."""
+    """Another process, which exports GPU memory; see exporter.py."""
 
     def __init__(self, number: int, num_bytes: int) -> None:
         command = (sys.executable, "-m", "tests.gpu.exporter")
@@ -42,20 +42,20 @@ class Exporter:
         facts["handle"] = bytes.fromhex(facts["handle"])
         self.handle = CudaIpc(**facts)
 
-    def tell(self, order: str) -> dict[str, Any]:
-        """Give an order and return the answer."""
+    def send(self, command: str) -> dict[str, Any]:
+        """Send a command and return the reply."""
         assert self._process.stdin is not None
-        self._process.stdin.write(order + "\n")
+        self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
         return self._answer()
 
     def kill(self) -> None:
-        """End it without a word, by SIGKILL."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait(10)
 
     def close(self) -> None:
-        """End it, however it is."""
+        """End the process in any state."""
         self._process.kill()
         self._process.communicate(timeout=10)
 
@@ -74,7 +74,7 @@ def exporter() -> Iterator[Exporter]:
 
 
 class Bench:
-    """Page-locked memory, a stream and an event, to move bytes and look at them."""
+    """Page-locked memory, a stream and an event, to copy and read bytes."""
 
     def __init__(self, device: Any, num_bytes: int) -> None:
         self.device = device
@@ -90,7 +90,7 @@ class Bench:
         assert self.event.is_done()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all memory."""
         self.stream.close()
         self.event.close()
         self.device.free_host(self.address)
@@ -105,12 +105,14 @@ def bench(device: Any) -> Iterator[Bench]:
 
 
 def noise(seed: int, num_bytes: int) -> np.ndarray:
-    """Return bytes that nothing else has."""
+    """Return random bytes."""
     return np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
 
 
-def test_a_device_has_a_name_in_every_process(exporter: Exporter, device: Any) -> None:
-    """The UUID is a well-formed one, and the same for both."""
+def test_a_device_has_one_uuid_in_every_process(
+    exporter: Exporter, device: Any
+) -> None:
+    """The UUID is well formed, and the same in both processes."""
     assert exporter.handle.device == device.uuid
     assert len(device.uuid) == 40
     assert device.uuid.startswith("GPU-")
@@ -118,8 +120,8 @@ def test_a_device_has_a_name_in_every_process(exporter: Exporter, device: Any) -
     assert device.compute_capability >= 70
 
 
-def test_bytes_go_to_the_device_and_back(bench: Bench, device: Any) -> None:
-    """One stream's copies run in order."""
+def test_bytes_are_copied_to_the_device_and_back(bench: Bench, device: Any) -> None:
+    """Copies of one stream run in order."""
     address = device.allocate(MIB)
     sent = noise(1, MIB)
     bench.host[:MIB] = sent
@@ -132,10 +134,8 @@ def test_bytes_go_to_the_device_and_back(bench: Bench, device: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 4096, 24 << 10])
-def test_a_batch_moves_every_piece_to_its_place(
-    bench: Bench, device: Any, size: int
-) -> None:
-    """Scattered pieces, from page-locked memory to the device and back, and no more."""
+def test_a_batch_copies_every_piece(bench: Bench, device: Any, size: int) -> None:
+    """Scattered pieces are copied to the device and back, and no other bytes."""
     count = 100
     address = device.allocate(4 * MIB)
     sent = noise(size, count * size).reshape(count, size)
@@ -159,7 +159,7 @@ def test_a_batch_moves_every_piece_to_its_place(
 def test_copies_cross_from_one_pinned_piece_to_the_next(
     bench: Bench, device: Any
 ) -> None:
-    """Whatever a driver says to a copy across two registrations, ours goes through."""
+    """Copies across two registrations succeed, even if the driver refuses them."""
     mapping = mmap.mmap(-1, MIB)
     memory = np.frombuffer(mapping, np.uint8)
     memory[:] = noise(3, MIB)
@@ -183,7 +183,7 @@ def test_copies_cross_from_one_pinned_piece_to_the_next(
 
 
 def test_streams_wait_for_events(bench: Bench, device: Any) -> None:
-    """What another stream does behind an event is seen behind it."""
+    """Work before an event is visible to a stream that waits for the event."""
     address = device.allocate(4 * MIB)
     other, between = device.stream(urgent=True), device.event()
     sent = noise(4, 4 * MIB)
@@ -200,8 +200,8 @@ def test_streams_wait_for_events(bench: Bench, device: Any) -> None:
     device.free(address)
 
 
-def test_what_cannot_be_had_is_said(device: Any) -> None:
-    """The driver's refusal has a name and a number, and changes nothing."""
+def test_an_impossible_allocation_fails(device: Any) -> None:
+    """The error has the driver's status, and the device still works."""
     with pytest.raises(DeviceFailed) as caught:
         device.allocate(1 << 50)
     assert caught.value.details["status"] == 2
@@ -209,15 +209,15 @@ def test_what_cannot_be_had_is_said(device: Any) -> None:
 
 
 def test_host_memory_has_no_handle(bench: Bench, device: Any) -> None:
-    """What is no memory of this GPU is not exported."""
+    """Memory that is not on this GPU is not exported."""
     with pytest.raises(HandleError, match="not in a GPU's memory"):
         export(bench.address, 1, device)
     with pytest.raises(HandleError, match="not in a GPU's memory"):
         export(np.zeros(1).ctypes.data, 1, device)
 
 
-def test_an_export_keeps_to_its_allocation(device: Any) -> None:
-    """The offset counts from the allocation's start; its end is the end."""
+def test_an_export_ends_within_its_allocation(device: Any) -> None:
+    """The offset counts from the allocation's start; the range may not pass its end."""
     address = device.allocate(4 * MIB)
     inside = export(address + 12345, 1000, device)
     assert inside.offset == 12345
@@ -228,7 +228,7 @@ def test_an_export_keeps_to_its_allocation(device: Any) -> None:
 
 
 def test_a_tensor_is_exported_with_its_whole_storage(device: Any) -> None:
-    """From the storage's first byte on, whatever view of it the tensor is."""
+    """The handle starts at the storage's first byte, whatever the view."""
     address = device.allocate(MIB)
     storage = SimpleNamespace(data_ptr=lambda: address + 512, nbytes=lambda: 4096)
     tensor = SimpleNamespace(
@@ -243,23 +243,23 @@ def test_a_tensor_is_exported_with_its_whole_storage(device: Any) -> None:
 def test_another_processs_memory_is_the_same_memory(
     exporter: Exporter, bench: Bench, device: Any
 ) -> None:
-    """What it wrote is read here, and what is written here it reads."""
+    """Each process reads what the other wrote."""
     opened = device.open(exporter.handle.handle)
     assert opened.num_bytes >= exporter.handle.offset + exporter.handle.length
     address = opened.address + exporter.handle.offset
-    exporter.tell("fill 7")
+    exporter.send("fill 7")
     bench.stream.copy(bench.address, address, 4 * MIB)
     bench.wait()
     assert (bench.host == 7).all()
     bench.host[:] = 9
     bench.stream.copy(address, bench.address, 4 * MIB)
     bench.wait()
-    assert exporter.tell("read") == {"values": [9]}
+    assert exporter.send("read") == {"values": [9]}
     device.close_handle(opened.address)
 
 
 def test_handles_are_opened_again(exporter: Exporter, device: Any) -> None:
-    """Closed and opened, a handle leads to the same bytes; so in a hundred rounds."""
+    """A handle can be opened and closed a hundred times."""
     allocations = SharedResources[str, OpenedAllocation]()
 
     def opened() -> AbstractContextManager[OpenedAllocation]:
@@ -276,7 +276,7 @@ def test_handles_are_opened_again(exporter: Exporter, device: Any) -> None:
 
 
 def test_foreign_handles_are_refused(device: Any) -> None:
-    """Handles of nobody and of this process open nothing."""
+    """Made-up handles and handles of this process are refused."""
     with pytest.raises(HandleError):
         device.open(bytes(64))
     with pytest.raises(HandleError, match="64 bytes"):
@@ -288,17 +288,17 @@ def test_foreign_handles_are_refused(device: Any) -> None:
 
 
 def test_another_processs_event_is_seen(exporter: Exporter, device: Any) -> None:
-    """It is reached when what it was recorded behind has ended."""
+    """The event is reached when the work before its record has ended."""
     event = device.open_event(exporter.event)
-    exporter.tell("fill 1")
-    exporter.tell("record")
+    exporter.send("fill 1")
+    exporter.send("record")
     while not event.is_done():
         pass
     event.close()
 
 
 def test_memory_of_a_killed_process_closes(exporter: Exporter, device: Any) -> None:
-    """The opener may still close what it opened, and opens nothing new."""
+    """The opener can still close its mapping, and cannot open the handle again."""
     opened = device.open(exporter.handle.handle)
     event = device.open_event(exporter.event)
     exporter.kill()
@@ -309,7 +309,7 @@ def test_memory_of_a_killed_process_closes(exporter: Exporter, device: Any) -> N
 
 
 def test_every_gpu_is_reached_by_its_uuid(devices: tuple) -> None:
-    """A process on each GPU, and each one's memory opened on that GPU."""
+    """A process on each GPU exports memory, which is opened on that GPU."""
     by_uuid = {device.uuid: device for device in devices}
     for number in range(len(devices)):
         exporter = Exporter(number, MIB)

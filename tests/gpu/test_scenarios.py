@@ -1,4 +1,4 @@
-"""The scenarios of `make gpu`, small, over the stub: real servers and real ranks."""
+"""The scenarios of `make gpu` at small sizes over the stub of the driver."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("server.l1.size=256MiB", "copies.chunk=1MiB", "copies.rounds=1")
-PLAY_S = 150
+RUN_S = 150
 
 
-def play(folder: Path, name: str, *settings: str, trace: Path | None = None) -> Result:
-    """Play a scenario in a process of its own; return what it saved."""
+def run_scenario(
+    folder: Path, name: str, *settings: str, trace: Path | None = None
+) -> Result:
+    """Run a scenario in a process; return its saved result."""
     command = [sys.executable, "-m", "kvctl", "bench", "run", f"scenarios/{name}.toml"]
     for setting in settings:
         command += ["--set", setting]
     command += ["--trace", str(trace)] if trace else []
     done = subprocess.run(
         [*command, "--out", str(folder)],
-        capture_output=True, text=True, timeout=PLAY_S, check=False, cwd=ROOT,
+        capture_output=True, text=True, timeout=RUN_S, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = folder.glob(f"{name}-*.json")
@@ -37,31 +39,31 @@ def play(folder: Path, name: str, *settings: str, trace: Path | None = None) -> 
 
 @pytest.mark.parametrize("driver", ["server", "worker"])
 def test_copies_by_several_workers(stub: None, tmp_path: Path, driver: str) -> None:
-    """Every size of piece, each order, and two workers at once."""
-    result = play(
+    """Every piece size, both orders, and two concurrent workers."""
+    result = run_scenario(
         tmp_path, "h100_store_retrieve", f"driver={driver}", *SMALL, "engines=2",
         "copies.workers=[1,2]", 'copies.pieces=["4KiB","2MiB"]', "copies.chunks=2",
     )  # fmt: skip
     assert [row.setting.workers for row in result.copies] == [1, 1, 1, 1, 2]
-    # A round of four calls a worker, whoever makes them.
+    # One round of four calls per worker, with either driver.
     assert [sum(row.ways.values()) for row in result.copies] == [4, 4, 4, 4, 8]
     rates = {len(one.rates.to_host.kernels) for one in result.devices}
     assert rates == ({3} if driver == "server" else set())
 
 
 @pytest.mark.parametrize("driver", ["server", "worker"])
-def test_copies_beside_a_matrix_product(
+def test_copies_during_a_matrix_product(
     stub: None, tmp_path: Path, driver: str
 ) -> None:
-    """Its slowdown is told, by either driver."""
-    result = play(
+    """Its slowdown is reported, with either driver."""
+    result = run_scenario(
         tmp_path, "h100_busy", f"driver={driver}", *SMALL, 'copies.pieces=["8KiB"]'
     )
     assert all(row.product_slowdown is not None for row in result.copies)
 
 
 def test_a_trace_with_a_real_models_geometry(stub: None, tmp_path: Path) -> None:
-    """Two requests of a conversation, the second of which finds the first's."""
+    """Two requests of a conversation; the second finds the chunks of the first."""
     lines = [
         {"timestamp": n, "input_length": 512 * len(ids), "output_length": 1}
         | {"hash_ids": ids}
@@ -70,6 +72,6 @@ def test_a_trace_with_a_real_models_geometry(stub: None, tmp_path: Path) -> None
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = ("cache_blocks=128", "server.l1.size=512MiB")
-    result = play(tmp_path, "h100_llama8b_trace", *settings, trace=trace)
+    result = run_scenario(tmp_path, "h100_llama8b_trace", *settings, trace=trace)
     assert result.counts.chunks_hit == 2
     assert result.counts.retrieved_bytes == 2 * 64 << 20

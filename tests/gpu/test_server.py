@@ -1,4 +1,4 @@
-"""A real server and real workers whose caches lie in a GPU's memory."""
+"""A real server and real workers whose caches are in GPU memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD_MAJOR = (Group("KLNHSD", (2, 2, 0, 2, 16, 16)),)
     [PLAIN, MLA, PAGES, HYBRID, TOKEN_IN_BLOCK, HEAD_MAJOR],
     ids=["plain", "mla", "pages", "hybrid", "kv in a block", "head-major"],
 )
-def test_one_workers_blocks_are_anothers(
+def test_a_worker_retrieves_anothers_blocks(
     workers: list[Worker],
     client: KVClient,
     model: str,
@@ -40,7 +40,7 @@ def test_one_workers_blocks_are_anothers(
     prompt: Prompt,
     groups: tuple[Group, ...],
 ) -> None:
-    """Scattered blocks, byte for byte, with every other block left as it was."""
+    """Scattered blocks arrive byte for byte, and no other block changes."""
     first, second = workers
     tokens = prompt(SIZE)
     lists = [FROM] * len(groups)
@@ -65,7 +65,7 @@ def test_one_workers_blocks_are_anothers(
 def test_single_tokens_are_skipped(
     workers: list[Worker], model: str, session: SessionKey, prompt: Prompt
 ) -> None:
-    """The first tokens stay unwritten, in the middle of a block."""
+    """The skipped tokens, which end within a block, are not written."""
     first, second = workers
     tokens = prompt(CHUNK)
     first.call("register", "a", model)
@@ -85,14 +85,14 @@ def test_single_tokens_are_skipped(
     assert (got[2:] == expected[2:]).all()
 
 
-def test_a_store_comes_after_the_workers_event(
+def test_a_store_follows_the_workers_event(
     workers: list[Worker],
     client: KVClient,
     model: str,
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """An event that was reached is no hindrance, again and again."""
+    """Stores after an event that is reached succeed repeatedly."""
     worker = workers[0]
     worker.call("register", "a", model)
     for _ in range(3):
@@ -103,7 +103,7 @@ def test_a_store_comes_after_the_workers_event(
         client.end_session(key)
 
 
-def test_a_copy_is_not_begun_before_its_event(
+def test_a_copy_does_not_start_before_its_event(
     stub: None,
     workers: list[Worker],
     client: KVClient,
@@ -111,7 +111,7 @@ def test_a_copy_is_not_begun_before_its_event(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """A store whose event is not reached by its deadline keeps nothing."""
+    """A store whose event is not reached by its deadline commits no chunk."""
     worker = workers[0]
     worker.call("register", "a", model)
     worker.call("hold", held=True)
@@ -124,7 +124,7 @@ def test_a_copy_is_not_begun_before_its_event(
     assert reply.num_stored == 1
 
 
-def test_a_worker_that_dies_before_its_event_is_let_go(
+def test_a_worker_that_dies_before_its_event_is_removed(
     stub: None,
     start_worker: StartWorker,
     workers: list[Worker],
@@ -133,7 +133,7 @@ def test_a_worker_that_dies_before_its_event_is_let_go(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """Its copies are void, its memory is closed, and others are served meanwhile."""
+    """Its copies end, its memory is closed, and other workers are served meanwhile."""
     victim, other = start_worker(), workers[0]
     tokens = prompt(CHUNK)
     victim.call("register", "v", model)
@@ -143,11 +143,11 @@ def test_a_worker_that_dies_before_its_event_is_let_go(
     victim.kill()
     wait_until(lambda: "v" not in {i.instance_id for i in client.status().instances})
     assert other.call("store", session, "o", 0, CHUNK, [FROM[:4]], tokens).num_stored
-    # The closer, which is one thread, has let go of the dead worker.
+    # The closer is one thread: after this call it has closed the dead worker's memory.
     other.call("unregister_kv_cache", "o")
 
 
-def test_a_worker_killed_in_a_copy_leaves_nothing_half_written(
+def test_a_worker_killed_during_a_copy_stores_all_or_nothing(
     start_worker: StartWorker,
     workers: list[Worker],
     client: KVClient,
@@ -155,7 +155,7 @@ def test_a_worker_killed_in_a_copy_leaves_nothing_half_written(
     session: SessionKey,
     prompt: Prompt,
 ) -> None:
-    """What it stored is there wholly or not at all; others go on."""
+    """Its chunks are all present or all absent; other workers continue."""
     victim, other = start_worker(), workers[0]
     tokens = prompt(4 * CHUNK)
     blocks = list(range(16))
@@ -175,29 +175,29 @@ def test_a_worker_killed_in_a_copy_leaves_nothing_half_written(
     other.call("unregister_kv_cache", "o")
 
 
-def test_what_is_forged_is_refused(
+def test_forged_handles_are_refused(
     workers: list[Worker], model: str, devices: tuple[object, ...]
 ) -> None:
-    """Ranges past the allocation, GPUs of others, handles of nobody."""
+    """Ranges past the allocation, made-up handles, unknown GPUs."""
     worker = workers[0]
     worker.call("register", "a", model)
     far = {"offset": 1 << 40}
-    nobody = {"handle": bytes(64)}
+    unknown = {"handle": bytes(64)}
     elsewhere = {"device": "GPU-00000000-0000-0000-0000-000000000000"}
-    for changes in (far, nobody, elsewhere):
+    for changes in (far, unknown, elsewhere):
         with pytest.raises(HandleError):
             worker.call("register_as", "a", model, **changes)
     worker.call("register_as", "a", model)
 
 
-def test_every_gpu_has_its_caches(
+def test_caches_on_every_gpu_share_chunks(
     workers: list[Worker],
     model: str,
     session: SessionKey,
     prompt: Prompt,
     devices: tuple[object, ...],
 ) -> None:
-    """Of one worker on each GPU in turn, all share the chunks."""
+    """One worker has a cache on each GPU; all share the chunks."""
     worker, tokens = workers[0], prompt(CHUNK)
     for number in range(len(devices)):
         worker.call("register", f"gpu-{number}", model, number=number)
@@ -210,14 +210,14 @@ def test_every_gpu_has_its_caches(
     assert (worker.call("read", last, INTO[:4]) == expected).all()
 
 
-def test_the_server_may_number_gpus_otherwise(
+def test_gpu_ordinals_may_differ_in_the_server(
     stub: None,
     serve: Callable[..., Server],
     monkeypatch: pytest.MonkeyPatch,
     model: str,
     prompt: Prompt,
 ) -> None:
-    """The worker's first GPU is the server's last, and is found by its UUID."""
+    """The worker's first GPU is the server's last; it is found by UUID."""
     monkeypatch.setenv("STUB_REVERSED", "1")
     server = serve("--device", "cuda")
     monkeypatch.delenv("STUB_REVERSED")
@@ -239,7 +239,7 @@ def test_the_server_may_number_gpus_otherwise(
         server.close()
 
 
-def test_a_thousand_registrations_leave_nothing(
+def test_a_thousand_registrations_leak_no_resource(
     workers: list[Worker], server: Server, client: KVClient, model: str
 ) -> None:
     """The server has as many descriptors and threads as before."""
@@ -254,18 +254,18 @@ def test_a_thousand_registrations_leave_nothing(
 
 
 def used(server: Server) -> tuple[int, int]:
-    """Count a server's descriptors and threads."""
+    """Return the numbers of a server's descriptors and threads."""
     folder = f"/proc/{server.pid}"
     return len(os.listdir(f"{folder}/fd")), len(os.listdir(f"{folder}/task"))
 
 
-def test_a_killed_server_is_met_again(
+def test_workers_continue_with_the_next_server(
     serve: Callable[..., Server],
     devices: tuple[object, ...],
     model: str,
     prompt: Prompt,
 ) -> None:
-    """The next run opens the same handles, and copies as the first did."""
+    """The next server opens the same handles, and copies work."""
     server = serve("--device", "cuda")
     worker = Worker(server.address, GpuWorkerCommands)
     key, tokens = SessionKey("engine", "again"), prompt(CHUNK)

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.card]
 
 @pytest.fixture
 def torch() -> Any:
-    """Torch, where it sees a GPU."""
+    """Torch, if it finds a GPU."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")

@@ -1,4 +1,4 @@
-"""A worker process whose cache is a torch tensor on a GPU, as an engine's is."""
+"""A worker process whose cache is torch tensors on a GPU, as in an engine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.system.worker_process import BLOCK, WorkerCommands
 
 LAYERS, HEADS, SIZE = 2, 2, 16
 SPIN_CYCLES = 400_000_000
-"""What a kernel spins before it writes: some 0.2 s, longer than a request takes."""
+"""Cycles of a kernel before it writes: some 0.2 s, longer than a request takes."""
 
 
 class TorchWorkerCommands(WorkerCommands):
-    """Caches of `[2, NB, BS, H, D]` bfloat16, a tensor a layer."""
+    """Caches of one tensor `[2, NB, BS, H, D]` bfloat16 per layer."""
 
     def __init__(self, address: str, name: str, driver: str = "server") -> None:
         import torch
@@ -27,7 +27,7 @@ class TorchWorkerCommands(WorkerCommands):
         super().__init__(address, name, driver)
         self.torch = torch
         self.tensors: dict[str, list[Any]] = {}
-        self.mark = CudaEvents().record
+        self.record_event = CudaEvents().record
 
     def register(  # type: ignore[override]
         self, instance_id: str, model: str, num_blocks: int = 64
@@ -60,19 +60,19 @@ class TorchWorkerCommands(WorkerCommands):
         blocks: list[int],
         tokens: list[int],
     ) -> Any:
-        """Queue a kernel that spins and then writes, and store behind it at once.
+        """Queue a slow kernel that writes, and store after it; do not wait for it.
 
-        Says whether the write was still to come when the request was sent.
+        Returns the reply, and whether the write was pending when the request was sent.
         """
         torch = self.torch
-        # Before: to bring it there would wait for all that is queued.
+        # First: this copy to the device waits for all queued work.
         where = torch.tensor(blocks, device="cuda")
         torch.cuda._sleep(SPIN_CYCLES)
         for layer, tensor in enumerate(self.tensors[instance_id]):
             tensor.index_fill_(1, where, float(layer + 1))
         probe = torch.cuda.Event()
         probe.record()
-        event = self.mark()
+        event = self.record_event()
         future = self.client.submit_store(
             key, instance_id, 0, end, [blocks], tokens, event=event
         )
@@ -87,7 +87,7 @@ class TorchWorkerCommands(WorkerCommands):
             tensor[:, blocks] = torch.randn_like(tensor[:, blocks])
 
     def poison(self, instance_id: str, blocks: list[int]) -> None:
-        """Write what no store wrote."""
+        """Overwrite blocks with a value that no store writes."""
         for tensor in self.tensors[instance_id]:
             tensor[:, blocks] = -7.0
         self.torch.cuda.synchronize()
@@ -100,13 +100,13 @@ class TorchWorkerCommands(WorkerCommands):
         blocks: list[int],
         tokens: list[int],
     ) -> Any:
-        """Store behind what has been queued."""
+        """Store after the queued work."""
         return self.client.store(
-            key, instance_id, 0, end, [blocks], tokens, event=self.mark()
+            key, instance_id, 0, end, [blocks], tokens, event=self.record_event()
         )
 
-    def sums(self, instance_id: str, blocks: list[int]) -> list[Any]:
-        """Return all of the blocks' numbers, a list a layer."""
+    def values(self, instance_id: str, blocks: list[int]) -> list[Any]:
+        """Return the blocks' numbers, one array per layer."""
         return [
             tensor[:, blocks].float().cpu().numpy()
             for tensor in self.tensors[instance_id]
@@ -118,13 +118,13 @@ class TorchWorkerCommands(WorkerCommands):
         return int(free)
 
     def cycle(self, instance_id: str, model: str, times: int) -> None:
-        """Register a cache and unregister it, over and over."""
+        """Register and unregister a cache repeatedly."""
         for _ in range(times):
             self.register(instance_id, model, num_blocks=256)
             self.client.unregister_kv_cache(instance_id)
 
     def export_virtual(self) -> str:
-        """Try to export memory of this process; return what was said."""
+        """Try to export memory; return the error message, or an empty string."""
         torch = self.torch
         tensor = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
         try:
@@ -134,5 +134,5 @@ class TorchWorkerCommands(WorkerCommands):
         return ""
 
     def close(self) -> None:
-        """Say goodbye."""
+        """Close the client."""
         self.client.close()

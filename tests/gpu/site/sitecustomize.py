@@ -1,6 +1,7 @@
-"""What every Python of `make gpu` starts with, its servers and workers included.
+"""Start-up code of every Python process of `make gpu`, including servers and workers.
 
-On SIGUSR1 each tells where its threads are. Over the stub of a driver, torch has a GPU.
+On SIGUSR1 a process writes its threads' stacks. Over the stub of the driver, torch has
+a GPU.
 """
 
 import faulthandler
@@ -10,9 +11,9 @@ import sys
 
 faulthandler.enable()
 if "STACKS" in os.environ:
-    _told = open(f"{os.environ['STACKS']}/{os.getpid()}", "w")  # noqa: SIM115
-    _told.write(" ".join(sys.orig_argv) + "\n")
-    _told.flush()
-    faulthandler.register(signal.SIGUSR1, _told, all_threads=True)
+    _stacks = open(f"{os.environ['STACKS']}/{os.getpid()}", "w")  # noqa: SIM115
+    _stacks.write(" ".join(sys.orig_argv) + "\n")
+    _stacks.flush()
+    faulthandler.register(signal.SIGUSR1, _stacks, all_threads=True)
 if "TORCH_OVER_STUB" in os.environ:
     import torch_over_stub  # noqa: F401

@@ -1,9 +1,9 @@
-"""A GPU for torch where the driver is the stub: tensors "on cuda" lie in its memory.
+"""A GPU for torch over the stub of the driver: tensors "on cuda" are in its memory.
 
-Torch's own runtime cannot work over the stub. What our code asks of `torch.cuda` is
-answered here instead, by our own device; tensors are ordinary ones of the host whose
-storage was taken from the stub, so that they have handles. As from torch's allocator,
-each begins somewhere inside an allocation.
+Torch's own runtime cannot work over the stub. The functions of `torch.cuda` that kvcore
+uses are replaced by kvcore's own device. Tensors are host tensors whose storage was
+allocated by the stub, so that they have handles. As with torch's allocator, each begins
+inside an allocation.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 INSIDE = 512
-"""Where in its allocation a tensor begins."""
+"""Offset of a tensor in its allocation."""
 MAKERS = ("empty", "full", "ones", "rand", "randn", "zeros")
 
 
 @cache
 def devices() -> Any:
-    """Return ours."""
+    """Return kvcore's devices."""
     from kvcore.cuda.driver import open_devices
 
     return open_devices()
@@ -33,12 +33,12 @@ def devices() -> Any:
 
 @cache
 def the_stream() -> Any:
-    """Return one that stands for all of torch's."""
+    """Return the stream that stands for all of torch's streams."""
     return devices()[0].stream()
 
 
 class Event:
-    """What is used of `torch.cuda.Event`; work is done when it is queued."""
+    """The used part of `torch.cuda.Event`; work is done when it is queued."""
 
     def __init__(self, *, interprocess: bool = False, blocking: bool = False) -> None:
         del blocking
@@ -60,7 +60,7 @@ class Event:
 
 
 def on_device(torch: ModuleType, make: Any) -> Any:
-    """Wrap a function that makes tensors."""
+    """Return a wrapped tensor constructor that supports `device="cuda"`."""
 
     @wraps(make)
     def made(*args: Any, device: Any = None, **options: Any) -> Any:
@@ -72,7 +72,7 @@ def on_device(torch: ModuleType, make: Any) -> Any:
 
 
 def placed(torch: ModuleType, plain: Any, number: int) -> Any:
-    """Copy a tensor to a device's memory, which goes with the last view of it."""
+    """Return a copy in a device's memory, which is freed with its last view."""
     size = max(plain.nbytes, 1)
     device = devices()[number]
     address = device.allocate(INSIDE + size)
@@ -89,7 +89,7 @@ def patch(torch: ModuleType) -> None:
         setattr(torch, name, on_device(torch, getattr(torch, name)))
     torch.Tensor.pin_memory = lambda self: self
     product = torch.mm
-    large = 1024  # The product of an engine's own, which takes a host minutes.
+    large = 1024  # Skip the large products of simulated engines: minutes on a CPU.
     torch.mm = lambda a, b, out: out if len(a) > large else product(a, b, out=out)
     torch.Tensor.__matmul__ = lambda a, b: a if len(a) > large else torch.matmul(a, b)
     torch.cuda.Event = Event
@@ -107,27 +107,27 @@ def patch(torch: ModuleType) -> None:
 
 
 class Patching(Loader):
-    """Loads torch as ever, and gives it a GPU."""
+    """Loads torch, and then patches it."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As ever."""
+        """Return the original loader's module."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """As ever, and then some."""
+        """Execute the module, then patch it."""
         self._loader.exec_module(module)
         patch(module)
 
 
 class Finder(PathFinder):
-    """Finds torch, and nothing else."""
+    """Finds torch only."""
 
     @classmethod
     def find_spec(cls, name: str, *rest: Any) -> ModuleSpec | None:
-        """Find it where it is."""
+        """Return the spec of torch with a patching loader."""
         spec = super().find_spec(name, *rest) if name == "torch" else None
         if spec is not None and spec.loader is not None:
             spec.loader = Patching(spec.loader)
