@@ -61,7 +61,7 @@ class StepReport(base.KVConnectorWorkerMetadata):  # type: ignore[misc]
         return StepReport(self.acks + other.acks, self.failed | other.failed)
 
 
-class _BlockPool:
+class _VllmBlockPool:
     """`BlockPool` over vLLM's block pool."""
 
     def __init__(self, pool: Any) -> None:
@@ -268,7 +268,7 @@ class KVCtlConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Set the pool whose blocks are held during copies. vLLM calls it once."""
         if self._scheduler is not None:
-            self._scheduler.pool = _BlockPool(gpu_block_pool)
+            self._scheduler.pool = _VllmBlockPool(gpu_block_pool)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
