@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvcore.config import ServerConfig
-    from kvcore.engine.engine import Engine
+    from kvcore.engine.extension_interface import ExtensionInterface
     from kvcore.extensions import Extensions, RequestService
 
 
@@ -15,7 +15,7 @@ def register(extensions: Extensions) -> None:
     extensions.services.append(_open)
 
 
-def _open(config: ServerConfig, engine: Engine) -> RequestService:
+def _open(config: ServerConfig, engine: ExtensionInterface) -> RequestService:
     from kvcore.blend.blend_engine import BlendDisabled, BlendEngine
 
     return BlendEngine(config, engine) if config.engine == "blend" else BlendDisabled()

@@ -7,7 +7,7 @@ another way to plan a copy, and a hash space for documents.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -36,10 +36,9 @@ from kvcore.blend.paragraphs import make_markers
 from kvcore.blend.rolling_hash import RollingHash, Tokens
 from kvcore.config import BlendConfig, ServerConfig
 from kvcore.copy.block_arrays import BlockArray, TokenRange
-from kvcore.engine.engine import Engine
+from kvcore.engine.extension_interface import ExtensionInterface
 from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
-from kvcore.engine.sessions import Session
 from kvcore.engine.transfers import AfterScatter
 from kvcore.errors import (
     BadRequest,
@@ -60,6 +59,7 @@ from kvcore.protocol import (
     CBStoreFinal,
     CBStorePreComputed,
     CBUnregisterKVCache,
+    Done,
     Private,
     RegisterKVCache,
     RegisterReply,
@@ -134,23 +134,25 @@ def _refuse(request: Request[Any], context: RequestContext) -> NoReturn:
 class BlendEngine(_BlendService):
     """Documents over an engine. Loop thread only, like the engine."""
 
-    def __init__(self, config: ServerConfig, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, config: ServerConfig, engine: ExtensionInterface) -> None:
+        self._engine = engine
         self.chunk_size = config.chunk_size
         self._slice_chunks = config.wire.slice_chunks
         self._counters = BlendCounters()
         self._journal = journal = open_document_journal(config)
         self.index = DocumentIndex(
             int(config.l1.size) // int(config.l1.page),
-            config.blend.max_tier_chunks if engine.tiering.has_tiers else 0,
+            config.blend.max_tier_chunks if engine.has_tiers else 0,
             journal,
             self._is_in_l1,
         )
         rolling = RollingHash(self.chunk_size, journal.base if journal else None)
         self._matcher = self._make_matcher(config.blend, rolling)
         self._buffers: WeakKeyDictionary[Instance, Rope | None] = WeakKeyDictionary()
-        self.lookups = DocumentLookups(engine, self._matcher, self.index)
-        engine.l1.on_removed(self._removed)
+        self.lookups = DocumentLookups(
+            engine, self._matcher, self.index, self.chunk_size
+        )
+        engine.on_chunk_removed(self._removed)
         if journal is not None:
             self._restore(journal)
 
@@ -159,14 +161,14 @@ class BlendEngine(_BlendService):
         separator = SeparatorMatcher(markers, self.chunk_size, self._slice_chunks)
         if config.matcher == "separated":
             return separator
-        asks_tiers = self.engine.tiering.has_tiers and (markers.start or markers.end)
+        asks_tiers = self._engine.has_tiers and (markers.start or markers.end)
         return RollingHashMatcher(
             self.index, rolling, separator if asks_tiers else None
         )
 
     def _restore(self, journal: DocumentJournal) -> None:
         """Add an earlier run's entries; a tier may have all of their chunks."""
-        in_tier = self.engine.tiering.has_tiers
+        in_tier = self._engine.has_tiers
         for entry in journal.read():
             self.index.add(entry)
             if in_tier or not self._is_in_l1(entry.hash):
@@ -193,7 +195,7 @@ class BlendEngine(_BlendService):
             self._journal.close()
 
     def _is_in_l1(self, key: ChunkHash) -> bool:
-        return self.engine.l1.peek([key]) != [None]
+        return self._engine.peek([key]) != [None]
 
     def _removed(self, removal: Removal) -> None:
         chunk = removal.chunk
@@ -231,8 +233,8 @@ class BlendEngine(_BlendService):
             handles=(request.handle,),
             groups=(group,),
         )
-        reply = self.engine.register_kv_cache(paged, context)
-        instance = self.engine.registry.get(context.client, request.instance_id)
+        reply = self._engine.register_kv_cache(paged, context)
+        instance = self._engine.instance(request.instance_id, context)
         self._buffers[instance] = request.rope
         return reply
 
@@ -241,12 +243,12 @@ class BlendEngine(_BlendService):
     ) -> DeferredReply:
         """Unregister a buffer; the reply comes when its memory is unmapped."""
         self._buffer(request.instance_id, context)
-        return self.engine.unregister_kv_cache(
+        return self._engine.unregister_kv_cache(
             UnregisterKVCache(request.instance_id), context
         )
 
     def _buffer(self, instance_id: str, context: RequestContext) -> Instance:
-        instance = self.engine.registry.get(context.client, instance_id)
+        instance = self._engine.instance(instance_id, context)
         if instance not in self._buffers:
             raise UnknownInstance(
                 f"instance {instance_id!r} is a paged cache, not a blend buffer"
@@ -277,13 +279,11 @@ class BlendEngine(_BlendService):
                 self.index.add(entry)
                 if number % MATCH_STEP == 0:
                     yield
-            self.engine.registry.check_registered(instance)
-            future = instance.store_lane.submit(
-                self.engine.transfers.store,
+            stored = self._engine.store_chunks(
                 instance,
                 chain.hashes,
                 (slots.reshape(-1, self.chunk_size),),
-                context.deadline_ns,
+                context,
                 space.owner(SessionKey(instance.engine_id, "document")),
                 event=request.event,
             )
@@ -291,17 +291,16 @@ class BlendEngine(_BlendService):
             self._settle(entries)
             raise
 
-        def finish() -> StoreReply:
+        def finish() -> msgspec.Struct:
             self._counters.document_stores += 1
             self._settle(entries)
-            transfers = self.engine.transfers
-            return transfers.count_parts(transfers.result(future))
+            return stored.make_reply()
 
-        return DeferredReply(future, finish)
+        return DeferredReply(stored.future, finish)
 
     def _settle(self, entries: Sequence[DocumentChunk]) -> None:
         """Keep the entries of chunks that L1 has after a store, or that tiers have."""
-        chunks = self.engine.l1.peek([entry.hash for entry in entries])
+        chunks = self._engine.peek([entry.hash for entry in entries])
         for entry, chunk in zip(entries, chunks, strict=True):
             if chunk is None:
                 self.index.note_evicted(entry.hash, in_tier=False)
@@ -328,7 +327,7 @@ class BlendEngine(_BlendService):
             extras=request.extras,
             event=request.event,
         )
-        return self.engine.store(store, context)
+        return self._engine.store(store, context)
 
     # -- lookups ------------------------------------------------------------------
 
@@ -336,21 +335,34 @@ class BlendEngine(_BlendService):
         self, request: CBLookupPreComputed, context: RequestContext
     ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
         """Find and lease the documents of a prompt that all ranks have."""
-        keyspace, _ = self.engine.registry.lookup(
-            request.model, request.world_size, context.scope
-        )
-        session = self.engine.sessions.open(request.session, keyspace, context.client)
-        tokens = read_tokens(request.tokens, request.extras)
-        space = self._space(request.model, request.world_size, request.extras)
+        num_tokens = len(read_tokens(request.tokens, request.extras))
 
         def make_reply(found: FoundDocuments) -> CBLookupReply:
             hit = len(found.matches) * self.chunk_size
             self._counters.document_lookups += 1
-            self._counters.document_lookup_tokens += len(tokens)
+            self._counters.document_lookup_tokens += num_tokens
             self._counters.document_tokens_hit += hit
             return CBLookupReply(found.ranges, found.matches, hit)
 
-        find = self.lookups.find(session, tokens, space, context, make_reply)
+        return (yield from self._find(request, context, make_reply))
+
+    def _find(
+        self,
+        request: CBLookupPreComputed,
+        context: RequestContext,
+        make_reply: Callable[[FoundDocuments], msgspec.Struct],
+        *,
+        loads: bool = True,
+    ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
+        model, world_size = request.model, request.world_size
+        session, needs = self._engine.open_lookup(
+            request.session, model, world_size, context
+        )
+        tokens = read_tokens(request.tokens, request.extras)
+        space = self._space(model, world_size, request.extras)
+        find = self.lookups.find(
+            session, needs, tokens, space, context, make_reply, loads=loads
+        )
         return (yield from find)
 
     # -- retrieves ----------------------------------------------------------------
@@ -365,59 +377,59 @@ class BlendEngine(_BlendService):
         rope = self._rope(instance) if request.rotate_keys else None
         if request.matches:
             self._check_targets(instance, request.offset, request.matches)
-        session = self.engine.sessions.open(
-            request.session, instance.space, context.client
-        )
+        self._engine.open_session(request.session, instance.space, context)
         if not (request.ranges or request.matches):
             return RetrieveReply(0)
-        found = yield from self._last_result(session, request, context)
+        found = yield from self._last_result(instance, request, context)
         numbers = found.select(request.ranges, request.matches, self.chunk_size)
         matches = [found.matches[number] for number in numbers]
         if not matches:  # Ranges without tokens.
             return RetrieveReply(0)
         self._check_targets(instance, request.offset, matches)
         rotation = self._rotation(rope, request.offset, matches) if rope else None
-        lease = self.lookups.lease_number(session)
-        self.engine.registry.check_registered(instance)
         num_tokens = len(matches) * self.chunk_size
         starts = [request.offset + match.start for match in matches]
-        future = instance.retrieve_lane.submit(
-            self.engine.transfers.retrieve,
+        retrieved = self._engine.retrieve_chunks(
             instance,
             [ChunkHash(match.hash) for match in matches],
             (slot_rows(starts, self.chunk_size),),
             TokenRange(0, num_tokens, 0, self.chunk_size),
-            context.deadline_ns,
+            context,
             rotation,
             request.event,
         )
 
-        def finish() -> RetrieveReply:
+        def finish() -> msgspec.Struct:
             self._counters.document_retrieves += 1
-            num_bytes = self.engine.transfers.result(future)
-            self.engine.counters.bytes_retrieved += num_bytes
-            self.lookups.note_read(request.session, numbers, instance.rank, lease)
-            return RetrieveReply(num_tokens, instance.memory.result().event)
+            reply = retrieved.make_reply()
+            self.lookups.note_read(request.session, found, numbers, instance.rank)
+            return reply
 
-        return DeferredReply(future, finish)
+        return DeferredReply(retrieved.future, finish)
 
     def _last_result(
-        self, session: Session, request: CBRetrievePreComputed, context: RequestContext
+        self,
+        instance: Instance,
+        request: CBRetrievePreComputed,
+        context: RequestContext,
     ) -> Generator[None, None, FoundDocuments]:
         """Return the result of the session's lookup, or of one more in the prompt.
 
         Raises:
             TokensNeeded: the session's lookup is unknown, and no prompt was sent.
         """
-        found = self.lookups.found(request.session)
-        if found is not None:
-            return found
-        if not request.tokens:
-            raise TokensNeeded("no lookup of this session is known", have=0)
-        tokens = read_tokens(request.tokens, request.extras)
-        model, world_size = session.space.model, session.space.world_size
-        space = self._space(model, world_size, request.extras)
-        return (yield from self.lookups.find_in_l1(session, tokens, space, context))
+        if self.lookups.found(request.session) is None:
+            if not request.tokens:
+                raise TokensNeeded("no lookup of this session is known", have=0)
+            again = CBLookupPreComputed(
+                request.session,
+                instance.space.model,
+                instance.space.world_size,
+                request.tokens,
+                request.extras,
+            )
+            yield from self._find(again, context, lambda _: Done(), loads=False)
+        return self.lookups.found(request.session) or FoundDocuments()
 
     def _check_targets(
         self, instance: Instance, offset: int, matches: Sequence[CBMatch]

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+import msgspec
+
 from kvcore.config import ServerConfig
+from kvcore.copy.block_arrays import BlockArray, TokenRange
 from kvcore.copy.memory_transports import TransportTable
 from kvcore.engine.counters import EngineCounters
 from kvcore.engine.explain import MissHistory
+from kvcore.engine.keyspace import Keyspace
 from kvcore.engine.leases import LeaseTable
-from kvcore.engine.lookups import Lookups
+from kvcore.engine.lookups import Lookups, PendingLookup
 from kvcore.engine.registrations import Instance, Registry, derive_layouts, is_private
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.engine.tiering import OpenTiering, no_tiering
-from kvcore.engine.transfers import Transfers
+from kvcore.engine.transfers import AfterScatter, Transfers
 from kvcore.errors import BadRequest, HandleError
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.protocol import (
@@ -50,9 +53,11 @@ from kvcore.protocol import (
 )
 from kvcore.status import InstanceStatus
 from kvcore.storage.arena import Arena
+from kvcore.storage.chunk import Chunk, RemovalCallback
 from kvcore.storage.l1 import L1
 from kvcore.storage.quotas import make_order
 from kvcore.storage.recovery import RecoveredArena
+from kvcore.storage.required_parts import RequiredParts
 
 __all__ = ["Engine"]
 
@@ -119,14 +124,12 @@ class Engine:
         self.lookups = Lookups(
             self.l1,
             self.leases,
-            self.counters,
-            config.chunk_size,
+            self.sessions,
             self.tiering,
-            self.history,
+            config.chunk_size,
             config.prefetch.deadline_s,
         )
-        self.hooks.session_end.append(self.leases.end)
-        self.hooks.session_end.append(self.lookups.cancel)
+        self.hooks.session_end.append(self.lookups.end)
         self.hooks.client_end.append(self.lookups.cancel_client)
         self.transfers = Transfers(
             self.l1,
@@ -244,26 +247,48 @@ class Engine:
         """Run a call on the closer thread, after the closes that are queued now."""
         self._closer.submit(call)
 
+    # -- for optional parts; see `ExtensionInterface` -----------------------------
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether chunks that L1 lacks may be in a tier."""
+        return self.tiering.has_tiers
+
+    def on_chunk_removed(self, callback: RemovalCallback) -> None:
+        """Call a function for each chunk that is removed from L1, on any thread."""
+        self.l1.on_removed(callback)
+
+    def on_session_end(self, callback: Callable[[SessionKey], None]) -> None:
+        """Call a function with the key of each session that ends."""
+        self.hooks.session_end.append(callback)
+
+    def instance(self, instance_id: str, context: RequestContext) -> Instance:
+        """Return a client's instance whose cache the server copies."""
+        return self.transfers.instance(instance_id, context)
+
+    def peek(self, hashes: Sequence[ChunkHash]) -> list[Chunk | None]:
+        """Return the chunks of L1, not held: they may be evicted at any time."""
+        return self.l1.peek(hashes)
+
     # -- copies -------------------------------------------------------------------
 
     def store(
         self, request: Store, context: RequestContext
     ) -> Generator[None, None, DeferredReply | StoreReply]:
         """Copy the whole chunks of a token range from an instance's blocks to L1."""
-        instance = self.transfers.instance(request.instance_id, context)
+        instance = self.instance(request.instance_id, context)
         plan = yield from self.transfers.plan_store(request, instance)
         if plan is None:
             return StoreReply(0, 0, 0)
-        future = instance.store_lane.submit(
-            self.transfers.store,
+        future = self.store_chunks(
             instance,
             plan.hashes,
             plan.blocks,
-            context.deadline_ns,
+            context,
             plan.session.owner,
             plan.prefix,
             request.event,
-        )
+        ).future
 
         def make_reply() -> StoreReply:
             return self.transfers.count_store(self.transfers.result(future))
@@ -274,38 +299,101 @@ class Engine:
         self, request: Retrieve, context: RequestContext
     ) -> Generator[None, None, DeferredReply | RetrieveReply]:
         """Copy a token range's chunks into an instance's blocks, all or none."""
-        instance = self.transfers.instance(request.instance_id, context)
+        instance = self.instance(request.instance_id, context)
         plan = yield from self.transfers.plan_retrieve(request, instance)
         if plan is None:
             return RetrieveReply(0)
-        future = instance.retrieve_lane.submit(
-            self.transfers.retrieve,
+        future = self.retrieve_chunks(
             instance,
             plan.hashes,
             plan.blocks,
             plan.tokens,
-            context.deadline_ns,
+            context,
             event=request.event,
-        )
+        ).future
 
         def make_reply() -> RetrieveReply:
             return self.transfers.count_retrieve(plan, self.transfers.result(future))
 
         return DeferredReply(future, make_reply, plan.session_use)
 
+    def store_chunks(
+        self,
+        instance: Instance,
+        hashes: Sequence[ChunkHash],
+        blocks: Sequence[BlockArray],
+        context: RequestContext,
+        owner: SessionKey,
+        prefix: Sequence[ChunkHash] = (),
+        event: bytes = b"",
+    ) -> DeferredReply:
+        """Copy whole chunks to L1 on the store lane; see `Transfers.store`.
+
+        Raises:
+            UnknownInstance: the instance was unregistered meanwhile.
+        """
+        self.registry.check_registered(instance)
+        future = instance.store_lane.submit(
+            self.transfers.store,
+            instance,
+            hashes,
+            blocks,
+            context.deadline_ns,
+            owner,
+            prefix,
+            event,
+        )
+
+        def make_reply() -> StoreReply:
+            return self.transfers.count_parts(self.transfers.result(future))
+
+        return DeferredReply(future, make_reply)
+
+    def retrieve_chunks(
+        self,
+        instance: Instance,
+        hashes: Sequence[ChunkHash],
+        blocks: Sequence[BlockArray],
+        tokens: TokenRange,
+        context: RequestContext,
+        after_scatter: AfterScatter | None = None,
+        event: bytes = b"",
+    ) -> DeferredReply:
+        """Copy chunks to blocks on the retrieve lane; see `Transfers.retrieve`.
+
+        Raises:
+            UnknownInstance: the instance was unregistered meanwhile.
+        """
+        self.registry.check_registered(instance)
+        future = instance.retrieve_lane.submit(
+            self.transfers.retrieve,
+            instance,
+            hashes,
+            blocks,
+            tokens,
+            context.deadline_ns,
+            after_scatter,
+            event,
+        )
+
+        def make_reply() -> RetrieveReply:
+            self.counters.bytes_retrieved += self.transfers.result(future)
+            num_tokens = tokens.end - tokens.first_token
+            return RetrieveReply(num_tokens, instance.memory.result().event)
+
+        return DeferredReply(future, make_reply)
+
     # -- lookups and sessions -----------------------------------------------------
 
     def lookup(
         self, request: Lookup, context: RequestContext
-    ) -> Generator[None, None, LookupReply | DeferredReply]:
+    ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
         """Count and lease the leading chunks that all ranks have stored."""
-        space, needs = self.registry.lookup(
-            request.model, request.world_size, context.scope
+        session, needs = self.open_lookup(
+            request.session, request.model, request.world_size, context
         )
         num_chunks = request.end // self.chunk_size
-        session = self.sessions.open(request.session, space, context.client)
-        with ExitStack() as session_use:
-            session_use.enter_context(self.sessions.use(session))
+        with self.sessions.use(session):
             yield from self.sessions.extend(
                 session,
                 request.tokens,
@@ -316,11 +404,37 @@ class Engine:
             hashes = session.chain.hashes[:num_chunks]
             for hook in self.hooks.lookup:
                 hook(request, hashes)
-            find = self.lookups.find(session, needs, hashes, context)
-            reply = yield from find
-            if isinstance(reply, DeferredReply):
-                reply.resources.push(session_use.pop_all())
-            return reply
+            lookup = PendingLookup(session, session.key, session.owner, needs, context)
+            lookup.runs = [hashes]
+            return (yield from self.lookups.run(lookup, self._lookup_reply))
+
+    def _lookup_reply(self, lookup: PendingLookup) -> LookupReply:
+        """Count a lookup of a prompt, and record its first miss."""
+        [hashes], hit = lookup.runs, sum(map(len, lookup.held))
+        self.counters.lookups += 1
+        self.counters.lookup_chunks += len(hashes)
+        self.counters.lookup_chunks_hit += hit
+        outcome = "".join(task.outcome for task in lookup.tasks)
+        if hit < len(hashes) and not lookup.cancelled:
+            [first] = self.l1.peek([hashes[hit]])
+            self.history.note_miss(
+                lookup.session.key, hashes, hit, first, lookup.needs, outcome
+            )
+        loaded = max(0, hit - lookup.num_in_l1) if lookup.tasks else 0
+        return LookupReply(hit, hit * self.chunk_size, loaded)
+
+    def open_lookup(
+        self, key: SessionKey, model: str, world_size: int, context: RequestContext
+    ) -> tuple[Session, RequiredParts]:
+        """Return a session, and the parts that a lookup of its engine requires."""
+        space, needs = self.registry.lookup(model, world_size, context.scope)
+        return self.open_session(key, space, context), needs
+
+    def open_session(
+        self, key: SessionKey, space: Keyspace, context: RequestContext
+    ) -> Session:
+        """Return a session of a keyspace, a new one if the key is unknown."""
+        return self.sessions.open(key, space, context.client)
 
     def free_lookup_locks(
         self, request: FreeLookupLocks, context: RequestContext

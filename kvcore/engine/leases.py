@@ -99,19 +99,19 @@ class LeaseTable:
         chunks: Sequence[Chunk | None],
         readers: int,
         client: Hashable,
-    ) -> None:
-        """Lease acquired chunks, the first ones of the prompt, to a mask of ranks.
+    ) -> LeaseNumber | None:
+        """Lease acquired chunks to a mask of ranks; return the lease's number.
 
         Takes over the caller's hold. The session's earlier lease ends under that hold,
         so chunks of both are never free in between. Without chunks or readers there is
-        no lease and the hold ends here.
+        no lease, and the hold ends.
         """
         earlier = self._leases.get(owner)
         if earlier is not None:
             self._end(earlier, EndReason.REPLACED)
         if not chunks or not readers:
             self._l1.release(chunks)
-            return
+            return None
         now = self._clock()
         runs = [_LeasedRange(0, len(chunks), readers)]
         self.num_granted += 1
@@ -120,6 +120,7 @@ class LeaseTable:
             number, owner, model, client, chunks, runs, now, now + self._ttl_s
         )
         self._by_client.setdefault(client, {})[owner] = None
+        return number
 
     def number(self, owner: SessionKey) -> LeaseNumber | None:
         """Return the number of a session's lease, None without one."""

@@ -25,8 +25,6 @@ class Session:
     last_used: float
     num_running: int = 0
     extending: bool = False
-    num_lookups: int = 0
-    """Lookups begun so far: the last one's lease is the session's."""
     ended: bool = False
     clients: set[Hashable] = field(default_factory=set)
     """Who has used it: the session ends with the last of them."""

@@ -16,7 +16,6 @@ from unittest import mock
 
 import numpy as np
 
-from kvcore.blend import document_lookups
 from kvcore.blend.blend_engine import BlendEngine
 from kvcore.blend.matchers import DocumentSpace
 from kvcore.config import (
@@ -124,8 +123,7 @@ class BlendFixture:
         self._num_pages = num_pages
         patch = self._stack.enter_context
         patch(small_steps())
-        for module in (lookups, document_lookups):
-            patch(mock.patch.object(module, "monotonic_ns", self.now_ns))
+        patch(mock.patch.object(lookups, "monotonic_ns", self.now_ns))
         if collide:  # A window's hash is the sum of its tokens.
             patch(mock.patch("secrets.randbits", return_value=1))
         self._start()

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from kvcore.blend import blend_engine as blend_engine
-from kvcore.blend import document_lookups, matchers
+from kvcore.blend import matchers
 from kvcore.engine import lookups
 from kvcore.tiers.timer_thread import Call, Timer, TimerThread
 
@@ -71,7 +71,6 @@ def small_steps() -> ExitStack:
         (matchers, "MATCH_STEP", 2),
         (blend_engine, "MATCH_STEP", 2),
         (matchers, "SLICE_WINDOWS", 8),
-        (document_lookups, "ACQUIRE_CHUNKS", 3),
         (lookups, "ACQUIRE_CHUNKS", 2),
     ):
         stack.enter_context(mock.patch.object(place, name, number))

@@ -748,7 +748,7 @@ class BlendMachine(RuleBasedStateMachine):
             assert (stats.num_held, stats.num_reserved) == (0, 0)
             assert len(fixture.engine.leases) == len(fixture.engine.sessions) == 0
             assert not fixture.blend.lookups._found
-            assert not fixture.blend.lookups._pending
+            assert not fixture.engine.lookups._pending
             fixture.check()
             fixture.l1.drop(fixture.l1.hashes())
             assert fixture.arena.used_bytes == 0
