@@ -194,8 +194,8 @@ def test_the_servers_own_memory_is_no_cache(server: Server) -> None:
 def test_another_engines_layout_does_not_hinder_a_model(
     server: Server, prompt: Prompt
 ) -> None:
-    """Each engine finds the chunks of its own layout only."""
-    odd = CacheGroup("NSD", "uint8", 8, (TensorView(0, 0, (8, 8, 64), (512, 64, 1)),))
+    """Each engine finds the chunks of its own layout; a squatter gains nothing."""
+    odd = CacheGroup("NSD", "uint8", 16, (TensorView(0, 0, (4, 16, 32), (512, 32, 1)),))
     tokens, blocks = prompt(CHUNK), [list(range(4))]
     name = f"{SEGMENT}-squat"
     with (
