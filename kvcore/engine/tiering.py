@@ -1,4 +1,4 @@
-"""Interface of the engine to the tiers behind L1, and its null object."""
+"""Interface of the engine to the tiers behind L1."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class PrefetchTask(Protocol):
         """Load nothing more; the future is done soon."""
 
 
-class Tiering(Protocol):
-    """The tiers behind one L1. Loop thread, except `stored`: any thread."""
+class Tiering:
+    """The tiers behind one L1; this base class is that of a server without tiers.
 
-    @property
-    def has_tiers(self) -> bool:
-        """Whether chunks that L1 lacks may be elsewhere."""
+    Loop thread, except `stored`: any thread.
+    """
+
+    has_tiers = False
+    """Whether chunks that L1 lacks may be elsewhere."""
 
     def prefetch(
         self,
@@ -53,8 +55,10 @@ class Tiering(Protocol):
     ) -> PrefetchTask:
         """Load the leading chunks of `hashes` that L1 lacks; `settle` must follow.
 
-        Only where `has_tiers`.
+        Raises:
+            RuntimeError: there are no tiers.
         """
+        raise RuntimeError("prefetch without tiers")
 
     def stored(self, chunks: Sequence[Chunk]) -> None:
         """Write back chunks of which parts were committed."""
@@ -64,15 +68,19 @@ class Tiering(Protocol):
 
     def status(self) -> tuple[TierStatus, ...]:
         """Describe each tier."""
+        return ()
 
     def prefetches(self, limit: int) -> tuple[PrefetchStatus, ...]:
         """Describe the `limit` oldest prefetches."""
+        return ()
 
     def num_prefetches(self) -> int:
         """Return the number of prefetches under way."""
+        return 0
 
     def counters(self) -> dict[str, int]:
         """Return counters by name; each only grows."""
+        return {}
 
     def close(self) -> None:
         """End all prefetches and writes, then the tiers; after the last copy."""
@@ -81,50 +89,7 @@ class Tiering(Protocol):
 OpenTiering = Callable[[L1, Arena], Tiering]
 
 
-class NoTiering:
-    """A server without tiers; see `Tiering`."""
-
-    has_tiers = False
-
-    def prefetch(
-        self,
-        hashes: Sequence[ChunkHash],
-        parts: RequiredParts,
-        *,
-        chunk_size: int,
-        deadline: float,
-        owner: SessionKey,
-    ) -> PrefetchTask:
-        """Raise `RuntimeError`: there is nothing to load from."""
-        raise RuntimeError("prefetch without tiers")
-
-    def stored(self, chunks: Sequence[Chunk]) -> None:
-        """Do nothing."""
-
-    def used(self, chunks: Sequence[Chunk]) -> None:
-        """Do nothing."""
-
-    def status(self) -> tuple[TierStatus, ...]:
-        """Return none."""
-        return ()
-
-    def prefetches(self, limit: int) -> tuple[PrefetchStatus, ...]:
-        """Return none."""
-        return ()
-
-    def num_prefetches(self) -> int:
-        """Return 0."""
-        return 0
-
-    def counters(self) -> dict[str, int]:
-        """Return none."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-def no_tiering(l1: L1, arena: Arena) -> NoTiering:
-    """Make the tiering of a server without tiers."""
+def no_tiering(l1: L1, arena: Arena) -> Tiering:
+    """Return the tiering of a server without tiers."""
     del l1, arena
-    return NoTiering()
+    return Tiering()

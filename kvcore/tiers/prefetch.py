@@ -8,27 +8,27 @@ Everything here runs on the timer thread, except `submit`, `cancel`, `settle` an
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
-from kvcore.extents import buffers_of
-from kvcore.keys import ChunkHash
+from kvcore.config import PrefetchConfig
+from kvcore.extents import buffers_of, checksum_of
+from kvcore.keys import ChunkHash, SessionKey
 from kvcore.shm import Bytes
 from kvcore.status import PrefetchStatus
-from kvcore.storage.l1 import L1, PartId
-from kvcore.storage.required_parts import RequiredPart
-from kvcore.tiers.prefetch_jobs import (
-    JobState,
-    LoadBatch,
-    LoadFaults,
-    MissingPart,
-    PrefetchJob,
-    TierLoad,
+from kvcore.storage.l1 import L1, Chunk, PartId, Reservation
+from kvcore.storage.required_parts import (
+    RequiredPart,
+    RequiredParts,
+    count_hits,
+    num_window_chunks,
 )
-from kvcore.tiers.tier import LoadItem, LoadResult, Tier
-from kvcore.tiers.timer_thread import TimerThread
+from kvcore.tiers.tier import LoadItem, LoadOutcome, LoadResult, Tier, results_of
+from kvcore.tiers.timer_thread import Timer, TimerThread
 from kvcore.tiers.write_back import WriteBack
 
 BATCH_BYTES = 16 << 20
@@ -52,9 +52,171 @@ class PrefetchCounters:
     loads_without_room: int = 0
     checksum_mismatches: int = 0
 
-    def as_dict(self) -> dict[str, int]:
-        """Return all of them by name."""
-        return asdict(self)
+
+class JobState(Enum):
+    """Progress of a job."""
+
+    WAITING = "waiting"
+    ASKING = "asking"
+    LOADING = "loading"
+    DONE = "done"
+    REFUSED = "refused"
+    """Too many jobs were in progress."""
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class MissingPart:
+    """One part of the job's chunk `index`, missing in L1, of `tier`."""
+
+    index: int
+    need: RequiredPart
+    tier: int
+
+
+@dataclass(slots=True, eq=False)
+class TierLoad:
+    """One part being loaded, and the other jobs that wait for it."""
+
+    part: MissingPart
+    reservation: Reservation
+    item: LoadItem
+    is_good: bool = False
+    waiting: list[PrefetchJob] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[ChunkHash, PartId]:
+        """The chunk and its part."""
+        return self.item.key.chunk, self.part.need.part
+
+
+@dataclass(slots=True, eq=False)
+class LoadBatch:
+    """Loads of one call of a tier, and their faults: missing parts are none."""
+
+    tier: int
+    loads: list[TierLoad]
+    num_bytes: int
+    done: bool = False
+    num_failed: int = 0
+    wrong: list[TierLoad] = field(default_factory=list)
+    """With other bytes than were stored."""
+
+    def check(self, outcomes: Sequence[LoadResult]) -> None:
+        """Mark the loads with correct bytes; note the faults."""
+        self.num_failed = len(self.loads) - len(outcomes)
+        for load, loaded in zip(self.loads, outcomes, strict=False):
+            if loaded.outcome is LoadOutcome.DONE:
+                load.is_good = checksum_of(load.item.buffers) == loaded.checksum
+                load.reservation.checksum = loaded.checksum
+                if not load.is_good:
+                    self.wrong.append(load)
+            elif loaded.outcome is LoadOutcome.FAILED:
+                self.num_failed += 1
+
+
+@dataclass(slots=True, eq=False)
+class PrefetchJob:
+    """One lookup's loads of the chunks missing in L1.
+
+    `future` is done when all available parts are in L1, at the latest at the
+    deadline. What was loaded by then is held until `settle`.
+    """
+
+    prefetcher: Prefetcher
+    owner: SessionKey
+    keys: Sequence[ChunkHash]
+    needs: RequiredParts
+    chunk_size: int
+    deadline: float
+    future: Future[None] = field(default_factory=Future)
+    state: JobState = JobState.WAITING
+    begun: float = 0.0
+    goal: int = 0
+    """Leading chunks of `keys` in L1 and the tiers, as far as is known."""
+    tier_failed: bool = False
+    num_loaded: int = 0
+    num_bytes: int = 0
+    # Of the timer thread only:
+    masks: list[int] = field(default_factory=list)
+    """Parts of each chunk that are in L1 or in a tier."""
+    found: list[MissingPart] = field(default_factory=list)
+    """Missing parts that a tier has."""
+    faulted: bool = False
+    """A part could not be loaded since the last plan."""
+    to_load: deque[MissingPart] = field(default_factory=deque)
+    batches: deque[LoadBatch] = field(default_factory=deque)
+    num_shared: int = 0
+    """Loads of other jobs that this one waits for."""
+    held: list[Chunk] = field(default_factory=list)
+    settled: bool = False
+    timer: Timer | None = None
+
+    def settle(self) -> None:
+        """Release the chunks held for this job; once, after the future."""
+        self.prefetcher.settle(self)
+
+    def cancel(self) -> None:
+        """Start no more loads, release the holds; the future is done soon."""
+        self.prefetcher.cancel(self)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job starts no more loads."""
+        return self.state in (JobState.DONE, JobState.REFUSED, JobState.CANCELLED)
+
+    @property
+    def outcome(self) -> str:
+        """Why no more was loaded."""
+        if self.tier_failed:
+            return "failed"
+        if self.state is JobState.REFUSED:
+            return "refused"
+        return "missing" if self.is_over else "late"
+
+    @property
+    def missing(self) -> Sequence[ChunkHash]:
+        """The first chunk that every tier said it lacks, if any."""
+        if self.state is not JobState.DONE or self.tier_failed:
+            return ()
+        return self.keys[self.goal : self.goal + 1]
+
+    def missing_parts(self, tier: int) -> list[MissingPart]:
+        """Return the parts not found so far, to be queried from a tier."""
+        return [
+            MissingPart(index, need, tier)
+            for index, mask in enumerate(self.masks)
+            for need in self.needs.parts
+            if not mask >> need.part & 1
+        ]
+
+    def is_useful(self, part: MissingPart) -> bool:
+        """Return whether the longest hit needs a part that was found."""
+        first = 0
+        if part.need.window is not None:
+            first = self.goal - num_window_chunks(part.need.window, self.chunk_size)
+        return first <= part.index < self.goal
+
+    def fault(self, index: int, part: PartId) -> None:
+        """Record that a part cannot be loaded, which ends the hit before it."""
+        self.masks[index] &= ~(1 << part)
+        self.goal = min(self.goal, index)
+        self.faulted = True
+        self.to_load.clear()
+
+    def status(self, now: float) -> PrefetchStatus:
+        """Return its description."""
+        return PrefetchStatus(
+            engine_id=self.owner.engine_id,
+            request_id=self.owner.request_id,
+            state=self.state.value,
+            num_chunks=len(self.keys),
+            num_found=self.goal,
+            num_loaded=self.num_loaded,
+            num_bytes=self.num_bytes,
+            age_s=now - self.begun,
+            due_in_s=self.deadline - now,
+        )
 
 
 class Prefetcher:
@@ -67,9 +229,7 @@ class Prefetcher:
         tiers: Sequence[Tier],
         write_back: WriteBack,
         timer_thread: TimerThread,
-        *,
-        max_jobs: int,
-        max_bytes: int,
+        config: PrefetchConfig,
     ) -> None:
         self.counters = PrefetchCounters()
         self._l1 = l1
@@ -77,9 +237,9 @@ class Prefetcher:
         self._tiers = tiers
         self._write_back = write_back
         self._timer_thread = timer_thread
-        self._max_jobs = max_jobs
-        self._max_bytes = max_bytes
-        self._jobs: dict[int, PrefetchJob] = {}
+        self._config = config
+        self._jobs: dict[PrefetchJob, None] = {}
+        """Jobs in progress, oldest first."""
         self._ready: dict[PrefetchJob, None] = {}
         """Jobs to advance, in order."""
         self._loads: dict[tuple[ChunkHash, PartId], TierLoad] = {}
@@ -96,14 +256,13 @@ class Prefetcher:
         self._timer_thread.post(partial(self._cancel, job))
 
     def settle(self, job: PrefetchJob) -> None:
-        """End the job's holds: what it loaded is leased, or nobody wants it."""
+        """End the job's holds: what it loaded is leased, or no client needs it."""
         self._timer_thread.post(partial(self._settle, job))
 
-    def status(self, limit: int) -> list[PrefetchStatus]:
+    def status(self, limit: int) -> tuple[PrefetchStatus, ...]:
         """Describe the `limit` oldest jobs."""
         now = self._timer_thread.clock()
-        jobs = list(self._jobs.values())[:limit]
-        return [job.status(now) for job in jobs]
+        return tuple(job.status(now) for job in list(self._jobs)[:limit])
 
     @property
     def num_jobs(self) -> int:
@@ -115,39 +274,39 @@ class Prefetcher:
     def _begin(self, job: PrefetchJob) -> None:
         self.counters.prefetches += 1
         job.begun = self._timer_thread.clock()
-        if len(self._jobs) >= self._max_jobs:
+        if len(self._jobs) >= self._config.max_jobs:
             self.counters.prefetches_refused += 1
             self._end(job, JobState.REFUSED)
             return
-        self._jobs[id(job)] = job
+        self._jobs[job] = None
         job.timer = self._timer_thread.at(job.deadline, partial(self._due, job))
         job.state = JobState.ASKING
-        job.held = self._l1.hold(job.keys)
-        job.masks = [chunk.ready if chunk else 0 for chunk in job.held]
-        self._ask(job, 0, [])
+        found = self._l1.hold(job.keys)
+        job.masks = [chunk.ready if chunk else 0 for chunk in found]
+        job.held = [chunk for chunk in found if chunk]
+        self._ask(job, 0)
 
-    def _ask(self, job: PrefetchJob, tier: int, found: list[MissingPart]) -> None:
-        """Query the next tier for missing parts; after the last one, plan."""
+    def _ask(self, job: PrefetchJob, tier: int) -> None:
+        """Query the next tier for missing parts; after the last one, load."""
         missing = job.missing_parts(tier)
         if not missing or tier == len(self._tiers):
-            self._plan(job, found)
+            job.found.sort(key=lambda part: part.index)
+            job.state = JobState.LOADING
+            self._plan(job)
+            self._pump()
             return
         keys = [part.need.name.key(job.keys[part.index]) for part in missing]
-        future = self._tiers[tier].contains(keys)
 
         def answered(future: Future[list[bool]]) -> None:
-            present = [] if future.exception() else future.result()
-            self._timer_thread.post(
-                partial(self._asked, job, tier, found, missing, present)
-            )
+            present = results_of(future)
+            self._timer_thread.post(partial(self._asked, job, tier, missing, present))
 
-        future.add_done_callback(answered)
+        self._tiers[tier].contains(keys).add_done_callback(answered)
 
     def _asked(
         self,
         job: PrefetchJob,
         tier: int,
-        found: list[MissingPart],
         missing: list[MissingPart],
         present: list[bool],
     ) -> None:
@@ -158,41 +317,20 @@ class Prefetcher:
         for part, has in zip(missing, present, strict=False):
             if has:
                 job.masks[part.index] |= 1 << part.need.part
-                found.append(part)
-        self._ask(job, tier + 1, found)
+                job.found.append(part)
+        self._ask(job, tier + 1)
 
-    def _plan(self, job: PrefetchJob, found: list[MissingPart]) -> None:
-        """Select the parts of the longest hit from those found, in order."""
-        found.sort(key=lambda part: part.index)
-        job.found = found
-        job.aim()
-        self._l1.release(job.held[job.goal :])
-        del job.held[job.goal :]
-        job.to_load.extend(job.useful())
-        job.state = JobState.LOADING
-        self._ready[job] = None
-        self._pump()
+    def _plan(self, job: PrefetchJob) -> None:
+        """Select the parts of the longest hit; release the holds beyond it.
 
-    def _plan_again(self, job: PrefetchJob) -> None:
-        """Plan the shorter hit after a fault, whose window is elsewhere.
-
-        Its full-attention parts are already loaded. Holds beyond the hit are released.
+        After a fault the hit is shorter, and its windows are elsewhere.
         """
         job.faulted = False
-        job.aim()
+        job.goal = count_hits(job.masks, job.needs, job.chunk_size)
         beyond = set(job.keys[job.goal :])
-        held, job.held = job.held, []
-        for chunk in held:
-            if chunk and chunk.hash in beyond:
-                self._l1.release([chunk])
-            else:
-                job.held.append(chunk)
-        job.to_load.extend(
-            part
-            for part in job.useful()
-            if part.need.window is not None
-            and job.masks[part.index] >> part.need.part & 1
-        )
+        self._l1.release([chunk for chunk in job.held if chunk.hash in beyond])
+        job.held = [chunk for chunk in job.held if chunk.hash not in beyond]
+        job.to_load.extend(filter(job.is_useful, job.found))
         self._ready[job] = None
 
     # -- loading ----------------------------------------------------------------------
@@ -214,50 +352,46 @@ class Prefetcher:
     def _start_batch(self, job: PrefetchJob) -> bool:
         """Load the job's next parts; return False if the tier's bound is reached."""
         tier = job.to_load[0].tier
-        room = self._max_bytes - self._num_bytes[tier]
-        parts_to_load = self._take_batch(job, tier, min(room, BATCH_BYTES))
-        if not parts_to_load:
+        parts = self._take_batch(job, tier)
+        if not parts:
             return False
-        loads = self._reserve(job, parts_to_load)
+        loads = self._reserve(job, parts)
         if not loads:
             return True
-        num_bytes = sum(load.part.need.num_bytes for load in loads)
-        batch = LoadBatch(tier, loads, num_bytes)
-        self._num_bytes[tier] += num_bytes
+        batch = LoadBatch(tier, loads, sum(load.part.need.num_bytes for load in loads))
+        self._num_bytes[tier] += batch.num_bytes
         job.batches.append(batch)
-        future = self._tiers[tier].load([load.item for load in loads])
 
         def loaded(future: Future[list[LoadResult]]) -> None:
             # On the tier's thread: checksums would occupy the timer thread.
-            outcomes = [] if future.exception() else future.result()
-            faults = batch.check(outcomes)
-            self._timer_thread.post(partial(self._loaded, job, batch, faults))
+            batch.check(results_of(future))
+            self._timer_thread.post(partial(self._loaded, job, batch))
 
+        future = self._tiers[tier].load([load.item for load in loads])
         future.add_done_callback(loaded)
         return True
 
-    def _take_batch(self, job: PrefetchJob, tier: int, room: int) -> list[MissingPart]:
+    def _take_batch(self, job: PrefetchJob, tier: int) -> list[MissingPart]:
         """Remove and return parts of one tier, at least one if it is idle."""
         taken: list[MissingPart] = []
-        idle = not self._num_bytes[tier]
+        loading = self._num_bytes[tier]
+        room = min(self._config.max_bytes - loading, BATCH_BYTES)
         while job.to_load and job.to_load[0].tier == tier:
-            first = job.to_load[0]
-            room -= first.need.num_bytes
-            if room < 0 and not (idle and not taken):
+            room -= job.to_load[0].need.num_bytes
+            if room < 0 and (loading or taken):
                 break
             taken.append(job.to_load.popleft())
         return taken
 
     def _reserve(
-        self, job: PrefetchJob, parts_to_load: Sequence[MissingPart]
+        self, job: PrefetchJob, parts: Sequence[MissingPart]
     ) -> list[TierLoad]:
         """Reserve space for parts that no job loads; join the loads of other jobs."""
+        mine = [part for part in parts if not self._share(job, part)]
         loads: list[TierLoad] = []
-        for need in {part.need.part: part.need for part in parts_to_load}.values():
-            mine = [part for part in parts_to_load if part.need is need]
-            mine = [part for part in mine if not self._share(job, part)]
-            if mine:
-                loads += self._reserve_part(job, need, mine)
+        for need in {part.need.part: part.need for part in mine}.values():
+            same = [part for part in mine if part.need is need]
+            loads += self._reserve_part(job, need, same)
         loads.sort(key=lambda load: load.part.index)
         return loads
 
@@ -271,9 +405,9 @@ class Prefetcher:
         return True
 
     def _reserve_part(
-        self, job: PrefetchJob, need: RequiredPart, parts_to_load: Sequence[MissingPart]
+        self, job: PrefetchJob, need: RequiredPart, parts: Sequence[MissingPart]
     ) -> list[TierLoad]:
-        hashes = [job.keys[part.index] for part in parts_to_load]
+        hashes = [job.keys[part.index] for part in parts]
         if not job.settled:
             # Parts that other jobs loaded since the query must stay, too.
             job.held += filter(None, self._l1.hold(hashes))
@@ -282,28 +416,26 @@ class Prefetcher:
         )
         if got.num_dropped:
             self.counters.loads_without_room += got.num_dropped
-            for part, chunk in zip(parts_to_load, self._l1.peek(hashes), strict=True):
+            for part, chunk in zip(parts, self._l1.peek(hashes), strict=True):
                 if not chunk or not (chunk.ready | chunk.reserved) >> need.part & 1:
                     job.fault(part.index, need.part)
         loads = []
         for reservation in got.reservations:
-            part = parts_to_load[reservation.index]
-            key = hashes[reservation.index]
-            buffers = buffers_of(self._memory, reservation.extents)
-            item = LoadItem(need.name.key(key), buffers)
-            load = TierLoad(part, key, reservation, item)
-            self._loads[key, need.part] = load
+            key = need.name.key(hashes[reservation.index])
+            item = LoadItem(key, buffers_of(self._memory, reservation.extents))
+            load = TierLoad(parts[reservation.index], reservation, item)
+            self._loads[load.key] = load
             loads.append(load)
         return loads
 
-    def _loaded(self, job: PrefetchJob, batch: LoadBatch, faults: LoadFaults) -> None:
+    def _loaded(self, job: PrefetchJob, batch: LoadBatch) -> None:
         self._num_bytes[batch.tier] -= batch.num_bytes
         batch.done = True
-        self.counters.loads_failed += faults.num_failed
-        self.counters.checksum_mismatches += len(faults.wrong)
-        job.tier_failed |= faults.num_failed > 0
-        if faults.wrong:
-            self._tiers[batch.tier].delete([load.item.key for load in faults.wrong])
+        self.counters.loads_failed += batch.num_failed
+        self.counters.checksum_mismatches += len(batch.wrong)
+        job.tier_failed |= batch.num_failed > 0
+        if batch.wrong:
+            self._tiers[batch.tier].delete([load.item.key for load in batch.wrong])
         while job.batches and job.batches[0].done:
             self._commit(job, job.batches.popleft())
         self._ready[job] = None
@@ -314,54 +446,51 @@ class Prefetcher:
         for load in batch.loads:
             if not load.is_good:
                 job.fault(load.part.index, load.part.need.part)
-        good = [load for load in batch.loads if load.part.index < job.goal]
-        bad = batch.loads[len(good) :]
-        for load in bad:
-            load.is_good = False
-        self._l1.commit([load.reservation for load in good], hold=True)
-        self._l1.abort([load.reservation for load in bad])
-        chunks = [load.reservation.chunk for load in good]
         for load in batch.loads:
-            del self._loads[load.key, load.part.need.part]
-        for load in good:
-            self._keep(job, load, batch.tier)
-        for load in bad:
+            load.is_good = load.part.index < job.goal
+        good = [load.reservation for load in batch.loads if load.is_good]
+        self._l1.commit(good, hold=True)
+        self._l1.abort([load.reservation for load in batch.loads if not load.is_good])
+        for load in batch.loads:
+            del self._loads[load.key]
+            if load.is_good:
+                self._count(job, load)
             self._release_waiting(load)
-        if job.settled or job.is_over:
+        chunks = [reservation.chunk for reservation in good]
+        if job.settled:
             self._l1.release(chunks)
         else:
             job.held += chunks
 
-    def _keep(self, job: PrefetchJob, load: TierLoad, tier: int) -> None:
-        """Count a loaded part; queue it for faster tiers; advance waiting jobs."""
+    def _count(self, job: PrefetchJob, load: TierLoad) -> None:
+        """Count a loaded part, and queue it for faster tiers."""
         job.num_loaded += 1
         job.num_bytes += load.part.need.num_bytes
         self.counters.parts_prefetched += 1
         self.counters.bytes_prefetched += load.part.need.num_bytes
         chunk, bit = load.reservation.chunk, 1 << load.part.need.part
         self._l1.mark_saved(chunk, bit)
-        if tier:
-            self._write_back.promote(chunk, bit, tier)
-        self._release_waiting(load)
+        if load.part.tier:
+            self._write_back.promote(chunk, bit, load.part.tier)
 
     def _release_waiting(self, load: TierLoad) -> None:
+        chunk, part = load.key
         for other in load.waiting:
             other.num_shared -= 1
             if not load.is_good:
-                index = other.keys.index(load.key)
-                other.fault(index, load.part.need.part)
-            elif not (other.settled or other.is_over):
-                other.held += self._l1.hold([load.key])
+                other.fault(other.keys.index(chunk), part)
+            elif not other.settled:
+                other.held += filter(None, self._l1.hold([chunk]))
                 other.num_loaded += 1
             self._ready[other] = None
 
     # -- ending -----------------------------------------------------------------------
 
     def _check_done(self, job: PrefetchJob) -> None:
-        if job.is_over or job.to_load or job.batches or job.num_shared:
+        if job.is_over or job.batches or job.num_shared:
             return
         if job.faulted and job.needs.windows and not job.future.done():
-            self._plan_again(job)
+            self._plan(job)
         else:
             self._end(job, JobState.DONE)
 
@@ -379,7 +508,7 @@ class Prefetcher:
     def _end(self, job: PrefetchJob, state: JobState) -> None:
         job.state = state
         job.to_load.clear()
-        self._jobs.pop(id(job), None)
+        self._jobs.pop(job, None)
         if job.timer is not None:
             job.timer.cancel()
         if not job.future.done():
@@ -387,10 +516,10 @@ class Prefetcher:
 
     def _settle(self, job: PrefetchJob) -> None:
         job.settled = True
-        held, job.held = job.held, []
-        self._l1.release(held)
+        self._l1.release(job.held)
+        job.held = []
 
     def close(self) -> None:
         """Cancel every job; loads in progress end with their tiers."""
-        for job in list(self._jobs.values()):
+        for job in list(self._jobs):
             self._cancel(job)

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import msgspec
 import xxhash
@@ -199,6 +199,14 @@ class Deadline:
         if remaining <= 0:
             raise DeadlineExceeded("the store has not answered in time")
         return remaining
+
+
+ResultT = TypeVar("ResultT")
+
+
+def results_of(done: Future[list[ResultT]]) -> list[ResultT]:
+    """Return the results of a tier's call that ended, none if it has a defect."""
+    return [] if done.exception() else done.result()
 
 
 # -- contracts --------------------------------------------------------------------

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 
-from msgspec.structs import asdict
+import msgspec
 
 from kvcore.config import PrefetchConfig, ServerConfig, WriteBackConfig
-from kvcore.engine.tiering import OpenTiering
+from kvcore.engine.tiering import OpenTiering, Tiering
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.status import PrefetchStatus, TierStatus, WriteBackStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.required_parts import RequiredParts
-from kvcore.tiers.prefetch import Prefetcher
-from kvcore.tiers.prefetch_jobs import PrefetchJob
+from kvcore.tiers.prefetch import Prefetcher, PrefetchJob
 from kvcore.tiers.tier import Tier
 from kvcore.tiers.tier_url import open_tier
 from kvcore.tiers.timer_thread import TimerThread
-from kvcore.tiers.write_back import WriteBack, WritePolicy
+from kvcore.tiers.write_back import WriteBack
 
 
 def open_tiers(urls: Sequence[str]) -> list[Tier]:
@@ -59,10 +59,10 @@ PROBE_S = 1.0
 """Period of probes of tiers that are down."""
 
 
-class TierManager:
+class TierManager(Tiering):
     """The tiers of one L1, and the thread that schedules transfers between them.
 
-    It owns the tiers. See `kvcore.engine.tiering.Tiering`.
+    It owns the tiers.
     """
 
     has_tiers = True
@@ -86,9 +86,7 @@ class TierManager:
             arena.array,
             tiers,
             self._timer_thread,
-            policy=WritePolicy(write_back.policy),
-            max_bytes=int(write_back.max_bytes),
-            watermark=write_back.watermark,
+            write_back,
         )
         self.prefetcher = Prefetcher(
             l1,
@@ -96,8 +94,7 @@ class TierManager:
             tiers,
             self.write_back,
             self._timer_thread,
-            max_jobs=prefetch.max_jobs,
-            max_bytes=int(prefetch.max_bytes),
+            prefetch,
         )
         self._timer_thread.post(self._probe)
         if coordinator is None:
@@ -123,13 +120,7 @@ class TierManager:
         """
         most = self._max_bytes // max(parts.chunk_bytes, 1) + 1
         job = PrefetchJob(
-            owner,
-            hashes[:most],
-            parts,
-            chunk_size,
-            deadline,
-            on_settle=self.prefetcher.settle,
-            on_cancel=self.prefetcher.cancel,
+            self.prefetcher, owner, hashes[:most], parts, chunk_size, deadline
         )
         self.prefetcher.submit(job)
         return job
@@ -164,14 +155,11 @@ class TierManager:
 
     def prefetches(self, limit: int) -> tuple[PrefetchStatus, ...]:
         """Describe the `limit` oldest prefetch jobs."""
-        return tuple(self.prefetcher.status(limit))
+        return self.prefetcher.status(limit)
 
     def counters(self) -> dict[str, int]:
         """Return all counters by name."""
-        return {
-            **self.prefetcher.counters.as_dict(),
-            **self.write_back.counters.as_dict(),
-        }
+        return asdict(self.prefetcher.counters) | asdict(self.write_back.counters)
 
     def close(self) -> None:
         """End every job, the tiers, and the thread; after the last copy."""
@@ -186,5 +174,5 @@ class TierManager:
 
 def _describe(tier: Tier, queue: WriteBackStatus) -> TierStatus:
     health = tier.health()
-    fields = asdict(health) | {"counters": asdict(health.counters)}
+    fields = msgspec.to_builtins(health)
     return TierStatus(**fields, write_back=queue)

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field
 from functools import partial
 
+from kvcore.config import WriteBackConfig
 from kvcore.extents import buffers_of
 from kvcore.keys import ChunkHash
 from kvcore.shm import Bytes
 from kvcore.status import WriteBackStatus
 from kvcore.storage.chunk import Removal
-from kvcore.storage.l1 import L1, Chunk, DropReason, Part, PartId
-from kvcore.tiers.tier import StoreItem, StoreResult, Tier
+from kvcore.storage.l1 import L1, Chunk, DropReason, PartId
+from kvcore.tiers.tier import StoreItem, StoreResult, Tier, results_of
 from kvcore.tiers.timer_thread import TimerThread
 
 BATCH_BYTES = 16 << 20
@@ -29,16 +29,6 @@ MAX_BATCHES = 2
 """Calls of one tier in progress: the next is queued when one ends."""
 COMING_CHUNKS = 512
 """Next eviction victims that are examined after a store."""
-
-
-class WritePolicy(Enum):
-    """When a chunk is written to the tiers."""
-
-    WRITE_THROUGH = "write_through"
-    ON_SECOND_USE = "on_second_use"
-    """Once a lookup has found it."""
-    ON_EVICTION = "on_eviction"
-    """Shortly before its eviction."""
 
 
 @dataclass(slots=True)
@@ -57,10 +47,6 @@ class WriteBackCounters:
     promotions: int = 0
     """Queued for a faster tier than the one they were found in."""
     chunks_evicted_unsaved: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """Return all of them by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +70,34 @@ class _WriteQueue:
     """Of the known ones."""
     num_batches: int = 0
 
+    def put(self, item: _QueuedPart) -> None:
+        """Queue a part."""
+        self.items.append(item)
+        self.known.add((item.chunk, item.part))
+        self.num_bytes += item.num_bytes
+
+    def take_batch(self) -> list[_QueuedPart]:
+        """Remove and return items from the front, at least one; they stay known."""
+        taken = [self.items.popleft()]
+        room = BATCH_BYTES - taken[0].num_bytes
+        while self.items and self.items[0].num_bytes <= room:
+            taken.append(self.items.popleft())
+            room -= taken[-1].num_bytes
+        return taken
+
+    def end(self, item: _QueuedPart) -> None:
+        """Forget a part that was written or dropped."""
+        self.known.discard((item.chunk, item.part))
+        self.num_bytes -= item.num_bytes
+
 
 @dataclass(frozen=True, slots=True)
-class _WriteBatch:
-    """Parts being written to a tier, with the holds on their chunks."""
+class _Write:
+    """A part being written to a tier; its chunk is held."""
 
-    items: list[_QueuedPart]
-    chunks: list[Chunk]
-    store_items: list[StoreItem]
+    queued: _QueuedPart
+    chunk: Chunk
+    item: StoreItem
 
 
 class WriteBack:
@@ -103,19 +109,14 @@ class WriteBack:
         arena: Bytes,
         tiers: Sequence[Tier],
         timer_thread: TimerThread,
-        *,
-        policy: WritePolicy,
-        max_bytes: int,
-        watermark: float,
+        config: WriteBackConfig,
     ) -> None:
         self.counters = WriteBackCounters()
         self._l1 = l1
         self._memory = arena.data
         self._queues = [_WriteQueue(tier) for tier in tiers]
         self._timer_thread = timer_thread
-        self._policy = policy
-        self._max_bytes = max_bytes
-        self._watermark = watermark
+        self._config = config
         self._looking = False
         l1.on_removed(self._count_removal)
 
@@ -123,15 +124,15 @@ class WriteBack:
 
     def stored(self, chunks: Sequence[Chunk]) -> None:
         """Apply the policy to chunks of which parts were committed."""
-        if self._policy is WritePolicy.WRITE_THROUGH:
+        if self._config.policy == "write_through":
             self._timer_thread.post(partial(self._offer, chunks))
-        elif self._policy is WritePolicy.ON_EVICTION and not self._looking:
+        elif self._config.policy == "on_eviction" and not self._looking:
             self._looking = True
             self._timer_thread.post(self._look_ahead)
 
     def used(self, chunks: Sequence[Chunk]) -> None:
         """Note that a lookup found these chunks."""
-        if self._policy is WritePolicy.ON_SECOND_USE:
+        if self._config.policy == "on_second_use":
             unsaved = [chunk for chunk in chunks if chunk.ready & ~chunk.saved]
             if unsaved:
                 self._timer_thread.post(partial(self._offer, unsaved))
@@ -166,7 +167,7 @@ class WriteBack:
         """Write the next eviction victims, as many bytes as exceed the watermark."""
         self._looking = False
         stats = self._l1.stats()
-        above = int((1 - self._watermark) * stats.total_bytes)
+        above = int((1 - self._config.watermark) * stats.total_bytes)
         if stats.used_bytes < stats.total_bytes - above:
             return
         coming = []
@@ -184,12 +185,10 @@ class WriteBack:
             known = (chunk.hash, part) in queue.known or place.name is None
             if known or not parts >> part & 1 or not place.checksum:
                 continue
-            if queue.num_bytes + place.num_bytes > self._max_bytes:
+            if queue.num_bytes + place.num_bytes > self._config.max_bytes:
                 self.counters.writes_skipped += 1
                 continue
-            queue.items.append(_QueuedPart(chunk.hash, part, place.num_bytes))
-            queue.known.add((chunk.hash, part))
-            queue.num_bytes += place.num_bytes
+            queue.put(_QueuedPart(chunk.hash, part, place.num_bytes))
             num_put += 1
         return num_put
 
@@ -198,49 +197,46 @@ class WriteBack:
             self._start_batch(queue)
 
     def _start_batch(self, queue: _WriteQueue) -> None:
-        batch = self._hold(queue, _take(queue.items))
-        if not batch.items:
+        writes = self._hold(queue, queue.take_batch())
+        if not writes:
             return
         queue.num_batches += 1
-        future = queue.tier.store(batch.store_items)
 
         def stored(future: Future[list[StoreResult]]) -> None:
-            outcomes = [] if future.exception() else future.result()
-            self._timer_thread.post(partial(self._stored, queue, batch, outcomes))
+            results = results_of(future)
+            self._timer_thread.post(partial(self._stored, queue, writes, results))
 
+        future = queue.tier.store([write.item for write in writes])
         future.add_done_callback(stored)
 
-    def _hold(self, queue: _WriteQueue, items: Sequence[_QueuedPart]) -> _WriteBatch:
+    def _hold(self, queue: _WriteQueue, items: Sequence[_QueuedPart]) -> list[_Write]:
         """Hold the chunks that are still in L1, and drop the other items."""
+        writes = []
         chunks = self._l1.hold([item.chunk for item in items])
-        batch = _WriteBatch([], [], [])
         for item, chunk in zip(items, chunks, strict=True):
-            place = _readable(chunk, item.part)
+            is_ready = chunk is not None and chunk.ready >> item.part & 1
+            place = chunk.parts[item.part] if chunk and is_ready else None
             if chunk is None or place is None or place.name is None:
                 self.counters.writes_too_late += 1
                 self._l1.release([chunk])
-                _drop(queue, item)
+                queue.end(item)
                 continue
-            batch.items.append(item)
-            batch.chunks.append(chunk)
+            key = place.name.key(item.chunk)
             buffers = buffers_of(self._memory, place.extents)
-            batch.store_items.append(
-                StoreItem(place.name.key(item.chunk), buffers, place.checksum)
-            )
-        return batch
+            writes.append(_Write(item, chunk, StoreItem(key, buffers, place.checksum)))
+        return writes
 
     def _stored(
-        self, queue: _WriteQueue, batch: _WriteBatch, outcomes: Sequence[StoreResult]
+        self, queue: _WriteQueue, writes: list[_Write], results: list[StoreResult]
     ) -> None:
         queue.num_batches -= 1
-        missing = len(batch.items) - len(outcomes)
-        padded = [*outcomes, *[StoreResult.FAILED] * missing]
-        for item, chunk, stored in zip(batch.items, batch.chunks, padded, strict=True):
-            self._count(item, stored)
-            if stored in (StoreResult.DONE, StoreResult.PRESENT):
-                self._l1.mark_saved(chunk, 1 << item.part)
-            _drop(queue, item)
-        self._l1.release(batch.chunks)
+        results = results or [StoreResult.FAILED] * len(writes)
+        for write, result in zip(writes, results, strict=True):
+            self._count(write.queued, result)
+            if result in (StoreResult.DONE, StoreResult.PRESENT):
+                self._l1.mark_saved(write.chunk, 1 << write.queued.part)
+            queue.end(write.queued)
+        self._l1.release([write.chunk for write in writes])
         self._pump(queue)
 
     def _count(self, item: _QueuedPart, stored: StoreResult) -> None:
@@ -262,26 +258,5 @@ class WriteBack:
         """Start no more writes; those in progress end with their tiers."""
         for queue in self._queues:
             for item in queue.items:
-                _drop(queue, item)
+                queue.end(item)
             queue.items.clear()
-
-
-def _take(items: deque[_QueuedPart]) -> list[_QueuedPart]:
-    """Remove and return a batch from the front, at least one item."""
-    taken = [items.popleft()]
-    room = BATCH_BYTES - taken[0].num_bytes
-    while items and items[0].num_bytes <= room:
-        taken.append(items.popleft())
-        room -= taken[-1].num_bytes
-    return taken
-
-
-def _drop(queue: _WriteQueue, item: _QueuedPart) -> None:
-    queue.known.discard((item.chunk, item.part))
-    queue.num_bytes -= item.num_bytes
-
-
-def _readable(chunk: Chunk | None, part: PartId) -> Part | None:
-    if chunk is None or not chunk.ready >> part & 1:
-        return None
-    return chunk.parts[part]

@@ -31,7 +31,7 @@ from kvcore.storage.l1 import Chunk
 from kvcore.storage.required_parts import RequiredParts, count_hits
 from kvcore.tiers import thread_pool_tier as pooled
 from kvcore.tiers import tier as contract
-from kvcore.tiers.prefetch_jobs import PrefetchJob
+from kvcore.tiers.prefetch import PrefetchJob
 from kvcore.tiers.thread_pool_tier import ThreadPoolTier
 from kvcore.tiers.tier import Deadline, PartKey, StoreItem, StoreResult, Usage
 from tests.tiers.fake_store import FakeBackend

@@ -24,7 +24,7 @@ from kvcore.storage.required_parts import (
     RequiredWindow,
     count_hits,
 )
-from kvcore.tiers.prefetch_jobs import JobState, PrefetchJob
+from kvcore.tiers.prefetch import JobState, PrefetchJob
 from kvcore.tiers.tier import Tier
 from kvcore.tiers.tier_manager import TierManager
 from kvcore.tiers.timer_thread import TimerThread

@@ -18,7 +18,7 @@ from kvcore.config import WritePolicy
 from kvcore.keys import ChunkHash
 from kvcore.storage.l1 import Chunk
 from kvcore.storage.required_parts import RequiredParts, count_hits
-from kvcore.tiers.prefetch_jobs import PrefetchJob
+from kvcore.tiers.prefetch import PrefetchJob
 from tests.tiers.test_tier_manager import (
     CHUNK_SIZE,
     ONE,
