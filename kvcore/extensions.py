@@ -7,6 +7,7 @@ factory is called. Packages that are not installed are skipped.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,20 +35,26 @@ ServiceHandler = Callable[[Any, RequestContext], Result | Generator[None, None, 
 class RequestService(Protocol):
     """Requests that an optional part serves. Called on the loop thread only."""
 
+    @abstractmethod
     def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
         """Return the handlers by request type."""
 
     def counters(self) -> dict[str, int]:
         """Return monotonic counters by name."""
+        return {}
 
     def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
         """Return the `limit` oldest tickets, oldest first."""
+        del limit
+        return ()
 
     def num_tickets(self) -> int:
         """Return the number of live tickets."""
+        return 0
 
     def close(self) -> None:
         """Release all resources; called before the engine is closed."""
+        return
 
 
 OpenTransports = Callable[[str, Bytes], Mapping[type[MemoryHandle], Transport]]

@@ -7,7 +7,7 @@ another way to plan a copy, and a hash space for documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from kvcore.blend.document_index import (
     DocumentChunk,
@@ -31,9 +30,10 @@ from kvcore.blend.matchers import (
     Matcher,
     RollingHashMatcher,
     SeparatorMatcher,
+    read_tokens,
 )
 from kvcore.blend.paragraphs import make_markers
-from kvcore.blend.rolling_hash import RollingHash, Tokens
+from kvcore.blend.rolling_hash import RollingHash
 from kvcore.config import BlendConfig, ServerConfig
 from kvcore.copy.block_arrays import BlockArray, TokenRange
 from kvcore.engine.extension_interface import ExtensionInterface
@@ -43,12 +43,11 @@ from kvcore.engine.transfers import AfterScatter
 from kvcore.errors import (
     BadRequest,
     HandleError,
-    TokensNeeded,
     UnknownInstance,
     UnknownRequest,
 )
-from kvcore.extensions import ServiceHandler
-from kvcore.keys import ChunkHash, ExtraKey, HashChain, SessionKey
+from kvcore.extensions import RequestService, ServiceHandler
+from kvcore.keys import ChunkHash, HashChain, SessionKey
 from kvcore.layout import token_buffer
 from kvcore.protocol import (
     CBLookupPreComputed,
@@ -59,7 +58,6 @@ from kvcore.protocol import (
     CBStoreFinal,
     CBStorePreComputed,
     CBUnregisterKVCache,
-    Done,
     Private,
     RegisterKVCache,
     RegisterReply,
@@ -70,7 +68,6 @@ from kvcore.protocol import (
     UnregisterKVCache,
 )
 from kvcore.rope import Rope
-from kvcore.status import TicketStatus
 from kvcore.storage.chunk import Removal
 from kvcore.wire import wire_name
 
@@ -95,27 +92,7 @@ class BlendCounters:
     document_retrieves: int = 0
 
 
-class _BlendService:
-    """Defaults of a `kvcore.extensions.RequestService`."""
-
-    def counters(self) -> dict[str, int]:
-        """Return counters by name."""
-        return {}
-
-    def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
-        """Return none: the server copies blend buffers."""
-        del limit
-        return ()
-
-    def num_tickets(self) -> int:
-        """Return 0."""
-        return 0
-
-    def close(self) -> None:
-        """Release what the service holds."""
-
-
-class BlendDisabled(_BlendService):
+class BlendDisabled(RequestService):
     """Null object of a server without `--engine blend`: refuses every blend request."""
 
     def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
@@ -131,7 +108,7 @@ def _refuse(request: Request[Any], context: RequestContext) -> NoReturn:
     )
 
 
-class BlendEngine(_BlendService):
+class BlendEngine(RequestService):
     """Documents over an engine. Loop thread only, like the engine."""
 
     def __init__(self, config: ServerConfig, engine: ExtensionInterface) -> None:
@@ -201,11 +178,6 @@ class BlendEngine(_BlendService):
         chunk = removal.chunk
         self.index.note_evicted(chunk.hash, in_tier=not chunk.ready & ~chunk.saved)
 
-    def _space(
-        self, model: str, world_size: int, extras: Sequence[ExtraKey]
-    ) -> DocumentSpace:
-        return DocumentSpace(model, world_size, self.chunk_size, extras)
-
     # -- registration -------------------------------------------------------------
 
     def cb_register_kv_cache(
@@ -268,7 +240,7 @@ class BlendEngine(_BlendService):
         if not len(tokens):
             return StoreReply(0, 0, 0)
         model, world_size = instance.space.model, instance.space.world_size
-        space = self._space(model, world_size, request.extras)
+        space = DocumentSpace(model, world_size, self.chunk_size, request.extras)
         chain = HashChain(space.seed, self.chunk_size)
         yield from chain.extend(tokens.data.cast("B"), self._slice_chunks)
         entries = yield from self._matcher.learn(tokens, chain.hashes, space)
@@ -344,26 +316,7 @@ class BlendEngine(_BlendService):
             self._counters.document_tokens_hit += hit
             return CBLookupReply(found.ranges, found.matches, hit)
 
-        return (yield from self._find(request, context, make_reply))
-
-    def _find(
-        self,
-        request: CBLookupPreComputed,
-        context: RequestContext,
-        make_reply: Callable[[FoundDocuments], msgspec.Struct],
-        *,
-        loads: bool = True,
-    ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
-        model, world_size = request.model, request.world_size
-        session, needs = self._engine.open_lookup(
-            request.session, model, world_size, context
-        )
-        tokens = read_tokens(request.tokens, request.extras)
-        space = self._space(model, world_size, request.extras)
-        find = self.lookups.find(
-            session, needs, tokens, space, context, make_reply, loads=loads
-        )
-        return (yield from find)
+        return (yield from self.lookups.find(request, context, make_reply))
 
     # -- retrieves ----------------------------------------------------------------
 
@@ -377,10 +330,10 @@ class BlendEngine(_BlendService):
         rope = self._rope(instance) if request.rotate_keys else None
         if request.matches:
             self._check_targets(instance, request.offset, request.matches)
-        self._engine.open_session(request.session, instance.space, context)
         if not (request.ranges or request.matches):
             return RetrieveReply(0)
-        found = yield from self._last_result(instance, request, context)
+        self._engine.open_session(request.session, instance.space, context)
+        found = yield from self.lookups.find_again(request, instance.space, context)
         numbers = found.select(request.ranges, request.matches, self.chunk_size)
         matches = [found.matches[number] for number in numbers]
         if not matches:  # Ranges without tokens.
@@ -406,30 +359,6 @@ class BlendEngine(_BlendService):
             return reply
 
         return DeferredReply(retrieved.future, finish)
-
-    def _last_result(
-        self,
-        instance: Instance,
-        request: CBRetrievePreComputed,
-        context: RequestContext,
-    ) -> Generator[None, None, FoundDocuments]:
-        """Return the result of the session's lookup, or of one more in the prompt.
-
-        Raises:
-            TokensNeeded: the session's lookup is unknown, and no prompt was sent.
-        """
-        if self.lookups.found(request.session) is None:
-            if not request.tokens:
-                raise TokensNeeded("no lookup of this session is known", have=0)
-            again = CBLookupPreComputed(
-                request.session,
-                instance.space.model,
-                instance.space.world_size,
-                request.tokens,
-                request.extras,
-            )
-            yield from self._find(again, context, lambda _: Done(), loads=False)
-        return self.lookups.found(request.session) or FoundDocuments()
 
     def _check_targets(
         self, instance: Instance, offset: int, matches: Sequence[CBMatch]
@@ -473,18 +402,3 @@ def slot_rows(starts: Sequence[int], num_tokens: int) -> BlockArray:
     """Return the slots of `num_tokens` tokens from each start on, a row per start."""
     slots: BlockArray = np.arange(num_tokens, dtype=np.int32)
     return slots + np.array(starts, np.int32)[:, np.newaxis]
-
-
-def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:
-    """Return packed tokens without a copy, up to the first extra at a later token.
-
-    Extra material at token 0 applies to the whole and makes another space. Tokens after
-    a later one (an image) are neither stored nor matched: their KV depends on it.
-
-    Raises:
-        BadRequest: not whole tokens.
-    """
-    if len(packed) % 4:
-        raise BadRequest(f"tokens: {len(packed)} bytes are not whole uint32")
-    tokens: npt.NDArray[np.uint32] = np.frombuffer(packed, "<u4")
-    return tokens[: min((e.start for e in extras if e.start), default=len(tokens))]

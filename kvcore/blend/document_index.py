@@ -71,11 +71,6 @@ class DocumentChunk(msgspec.Struct, eq=False, gc=False):
     older: DocumentChunk | None = None
 
 
-class _EvictedChunk(msgspec.Struct, frozen=True, gc=False):
-    hash: ChunkHash
-    in_tier: bool
-
-
 class DocumentIndex:
     """Entries by rolling hash and by chunk hash.
 
@@ -98,7 +93,8 @@ class DocumentIndex:
         self._by_rolling_hash: dict[int, DocumentChunk] = {}
         """The newest entry of each rolling hash."""
         self._by_hash: dict[ChunkHash, DocumentChunk] = {}
-        self._evicted: deque[_EvictedChunk] = deque()
+        self._evicted: deque[tuple[ChunkHash, bool]] = deque()
+        """Chunks that L1 evicted, and whether a tier has them."""
         self._max_in_tier = tier_chunks
         self._in_tier: dict[ChunkHash, None] = {}
         """Least recently used first."""
@@ -133,7 +129,7 @@ class DocumentIndex:
         The entry stays when a tier has the chunk, or was known to have it before.
         """
         if key in self._by_hash:
-            self._evicted.append(_EvictedChunk(key, in_tier))
+            self._evicted.append((key, in_tier))
 
     def remove(self, key: ChunkHash) -> None:
         """Remove a chunk that neither L1 nor a tier has; a no-op if unknown."""
@@ -187,17 +183,15 @@ class DocumentIndex:
 
     def _apply_evictions(self) -> None:
         while self._evicted:
-            evicted = self._evicted.popleft()
-            if evicted.hash not in self._by_hash:
-                continue
-            if evicted.hash in self._in_tier:
-                self.touch(evicted.hash)
-            elif evicted.in_tier:
-                self._in_tier[evicted.hash] = None
+            key, in_tier = self._evicted.popleft()
+            if key in self._in_tier:
+                self.touch(key)
+            elif not in_tier:
+                self.remove(key)
+            elif key in self._by_hash:
+                self._in_tier[key] = None
                 if len(self._in_tier) > self._max_in_tier:
                     self._remove_oldest()
-            else:
-                self.remove(evicted.hash)
 
     def _remove_oldest(self) -> None:
         """Remove a chunk in a tier; of one in L1, L1 will report the eviction."""

@@ -9,17 +9,21 @@ from itertools import chain
 import msgspec
 
 from kvcore.blend.document_index import DocumentIndex
-from kvcore.blend.matchers import DocumentSpace, Matcher, TokenRun
-from kvcore.blend.rolling_hash import Tokens
+from kvcore.blend.matchers import DocumentSpace, Matcher, TokenRun, read_tokens
 from kvcore.engine.extension_interface import ExtensionInterface
+from kvcore.engine.keyspace import Keyspace
 from kvcore.engine.leases import LeaseNumber
 from kvcore.engine.lookups import PendingLookup
 from kvcore.engine.request_context import DeferredReply, RequestContext
-from kvcore.engine.sessions import Session
-from kvcore.errors import ChunksMissing
+from kvcore.errors import ChunksMissing, TokensNeeded
 from kvcore.keys import ChunkHash, ScopedKey, SessionKey, scope_of
-from kvcore.protocol import CBMatch, CBRange
-from kvcore.storage.required_parts import RequiredParts
+from kvcore.protocol import (
+    CBLookupPreComputed,
+    CBMatch,
+    CBRange,
+    CBRetrievePreComputed,
+    Done,
+)
 
 
 class DocumentLeaseOwner(ScopedKey, frozen=True, array_like=True):
@@ -86,16 +90,9 @@ class DocumentLookups:
         self._found: dict[SessionKey, FoundDocuments] = {}
         engine.on_session_end(self._end_session)
 
-    def found(self, key: SessionKey) -> FoundDocuments | None:
-        """Return the result of the session's last lookup, if that is known."""
-        return self._found.get(key)
-
     def find(
         self,
-        session: Session,
-        needs: RequiredParts,
-        tokens: Tokens,
-        space: DocumentSpace,
+        request: CBLookupPreComputed,
         context: RequestContext,
         make_reply: Callable[[FoundDocuments], msgspec.Struct],
         *,
@@ -105,6 +102,12 @@ class DocumentLookups:
 
         A lookup that is cancelled by its session's end or next lookup finds nothing.
         """
+        model, world_size = request.model, request.world_size
+        session, needs = self._engine.open_lookup(
+            request.session, model, world_size, context
+        )
+        tokens = read_tokens(request.tokens, request.extras)
+        space = DocumentSpace(model, world_size, self._chunk_size, request.extras)
         owner = document_lease_owner(session.key)
         lookup = PendingLookup(
             session, owner, space.owner(session.key), needs, context, loads
@@ -129,6 +132,27 @@ class DocumentLookups:
             return make_reply(found)
 
         return (yield from self._engine.lookups.run(lookup, finish, search()))
+
+    def find_again(
+        self, request: CBRetrievePreComputed, space: Keyspace, context: RequestContext
+    ) -> Generator[None, None, FoundDocuments]:
+        """Return the result of the session's last lookup, or of one more in L1.
+
+        Raises:
+            TokensNeeded: the session's lookup is unknown, and no prompt was sent.
+        """
+        if request.session not in self._found:
+            if not request.tokens:
+                raise TokensNeeded("no lookup of this session is known", have=0)
+            again = CBLookupPreComputed(
+                request.session,
+                space.model,
+                space.world_size,
+                request.tokens,
+                request.extras,
+            )
+            yield from self.find(again, context, lambda _: Done(), loads=False)
+        return self._found.get(request.session, FoundDocuments())
 
     def _remove_missing(self, lookup: PendingLookup) -> None:
         """Remove the chunks that every tier lacks, and L1, from the index."""

@@ -18,6 +18,7 @@ import numpy as np
 from kvcore.blend.document_index import DocumentChunk, DocumentIndex
 from kvcore.blend.paragraphs import Markers, split_paragraphs
 from kvcore.blend.rolling_hash import SLICE_WINDOWS, RollingHash, Tokens
+from kvcore.errors import BadRequest
 from kvcore.keys import (
     ChunkHash,
     ExtraKey,
@@ -64,6 +65,21 @@ class DocumentSpace:
         state = sha256(self.seed)
         state.update(packed)
         return state.digest()
+
+
+def read_tokens(packed: memoryview, extras: Sequence[ExtraKey] = ()) -> Tokens:
+    """Return packed tokens without a copy, up to the first extra at a later token.
+
+    Extra material at token 0 applies to the whole and makes another space. Tokens after
+    a later one (an image) are neither stored nor matched: their KV depends on it.
+
+    Raises:
+        BadRequest: not whole tokens.
+    """
+    if len(packed) % 4:
+        raise BadRequest(f"tokens: {len(packed)} bytes are not whole uint32")
+    tokens: Tokens = np.frombuffer(packed, "<u4")
+    return tokens[: min((e.start for e in extras if e.start), default=len(tokens))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +129,17 @@ class SeparatorMatcher:
         return []
 
     def find(
-        self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
+        self,
+        tokens: Tokens,
+        space: DocumentSpace,
+        count_ready: CountReady,
+        runs: Sequence[TokenRun] = (),
     ) -> Runs:
-        """Return every paragraph, stored or not: a tier may have what L1 lacks."""
-        del count_ready
-        return (yield from self.find_between([], tokens, space))
+        """Return the paragraphs that begin outside `runs`, each up to the next run.
 
-    def find_between(
-        self, runs: list[TokenRun], tokens: Tokens, space: DocumentSpace
-    ) -> Runs:
-        """Return the paragraphs that begin outside `runs`, each up to the next run."""
+        Stored or not: a tier may have a document that no index here has.
+        """
+        del count_ready
         size = self._chunk_size
         found = []
         num_hashed = 0
@@ -188,7 +205,7 @@ class RollingHashMatcher:
         """Return the runs, cut where L1 has one side and not the other."""
         runs = yield from self._find_anywhere(tokens, space, count_ready)
         if self._separators is not None:
-            runs += yield from self._separators.find_between(runs, tokens, space)
+            runs += yield from self._separators.find(tokens, space, count_ready, runs)
             runs.sort(key=lambda run: run.start)
         return runs
 

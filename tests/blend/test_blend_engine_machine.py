@@ -564,7 +564,7 @@ class BlendMachine(RuleBasedStateMachine):
         if operation.error is not None:
             assert self.is_due(operation, operation.error), operation.error
         key = operation.session
-        found = self.fixture.blend.lookups.found(key) if key else None
+        found = self.fixture.blend.lookups._found.get(key) if key else None
         if found is not None and found is not self.known.get(key):
             assert not operation.is_void
             self.note(operation, found)
