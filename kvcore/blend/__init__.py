@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def register(extensions: Extensions) -> None:
-    """Offer the blend requests; without `--engine blend` they are refused by name."""
+    """Register the blend requests; their error names `--engine blend` if it is off."""
     extensions.services.append(_open)
 
 

@@ -38,7 +38,7 @@ def prepare_store_pre_computed(
     event: bytes = b"",
     timeout_s: float | None = None,
 ) -> PreparedRequest[StoreReply]:
-    """Store a document's whole chunks. After the reply lookups find them.
+    """Store a document's whole chunks; lookups find them after the reply.
 
     Args:
         instance_id: a registered buffer of this client.
@@ -85,7 +85,7 @@ def prepare_retrieve_pre_computed(
 
     Raises:
         ChunksMissing: a chunk is not there, or not of the lookup; nothing was written.
-        TokensNeeded: the server knows no lookup of the session; without `tokens`.
+        TokensNeeded: the server knows no lookup of the session, and `tokens` is None.
     """
     request = CBRetrievePreComputed(
         session,

@@ -1,8 +1,8 @@
 """Blend requests: documents stored once and reused at any position of a prompt.
 
-Built on the engine: a blend buffer is an instance whose blocks are single tokens, so
-its registration, lanes, copies and final stores are the engine's. This module adds
-another way to plan a copy, and a hash space for documents.
+A blend buffer is an instance of the engine whose blocks are single tokens. The engine
+registers it, copies its tokens, runs its lookups and stores its prompts; this module
+maps the blend requests to these operations, in a hash space of documents.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class BlendCounters:
 
 
 class BlendDisabled(RequestService):
-    """Null object of a server without `--engine blend`: refuses every blend request."""
+    """Service without `--engine blend`: refuses every blend request."""
 
     def handlers(self) -> Mapping[type[Request[Any]], ServiceHandler]:
         """Return the handler of each blend request."""
@@ -109,7 +109,7 @@ def _refuse(request: Request[Any], context: RequestContext) -> NoReturn:
 
 
 class BlendEngine(RequestService):
-    """Documents over an engine. Loop thread only, like the engine."""
+    """Handlers of the blend requests. Loop thread only."""
 
     def __init__(self, config: ServerConfig, engine: ExtensionInterface) -> None:
         self._engine = engine
@@ -144,7 +144,7 @@ class BlendEngine(RequestService):
         )
 
     def _restore(self, journal: DocumentJournal) -> None:
-        """Add an earlier run's entries; a tier may have all of their chunks."""
+        """Add the entries of an earlier run; with tiers, all chunks may be in one."""
         in_tier = self._engine.has_tiers
         for entry in journal.read():
             self.index.add(entry)
@@ -186,8 +186,8 @@ class BlendEngine(RequestService):
         """Register a buffer as a paged cache whose blocks are single tokens.
 
         Raises:
-            HandleError: the server cannot open the buffer's memory, as it must.
-            LayoutError: shape or rotation are unusable.
+            HandleError: the server cannot open the buffer's memory.
+            LayoutError: the shape or the rotation is invalid.
         """
         if isinstance(request.handle, Private):
             raise HandleError(
@@ -246,7 +246,7 @@ class BlendEngine(RequestService):
         entries = yield from self._matcher.learn(tokens, chain.hashes, space)
         slots = slot_rows([request.offset], len(tokens))
         try:
-            # Before L1 has the chunks: L1 cannot evict one that the index lacks.
+            # Before L1 has the chunks: an eviction must find its entry.
             for number, entry in enumerate(entries, 1):
                 self.index.add(entry)
                 if number % MATCH_STEP == 0:
@@ -271,7 +271,7 @@ class BlendEngine(RequestService):
         return DeferredReply(stored.future, finish)
 
     def _settle(self, entries: Sequence[DocumentChunk]) -> None:
-        """Keep the entries of chunks that L1 has after a store, or that tiers have."""
+        """Keep the entries whose chunks L1 or a tier has after a store."""
         chunks = self._engine.peek([entry.hash for entry in entries])
         for entry, chunk in zip(entries, chunks, strict=True):
             if chunk is None:
@@ -323,7 +323,7 @@ class BlendEngine(RequestService):
     def cb_retrieve_pre_computed(
         self, request: CBRetrievePreComputed, context: RequestContext
     ) -> Generator[None, None, DeferredReply | RetrieveReply]:
-        """Write matched chunks to their places in a buffer, all or none."""
+        """Copy chunks that the session's lookup found to a buffer, all or none."""
         instance = self._buffer(request.instance_id, context)
         if request.ranges and request.matches:
             raise BadRequest("give ranges or matches, not both")
@@ -363,7 +363,7 @@ class BlendEngine(RequestService):
     def _check_targets(
         self, instance: Instance, offset: int, matches: Sequence[CBMatch]
     ) -> None:
-        # Before the array, which holds 63 bits: the wire's integers have 64.
+        # Checked before the int64 array is made: positions may have 64 bits.
         last = max(match.start for match in matches)
         _check_slots(instance, offset + last, self.chunk_size)
         starts = np.sort(np.array([match.start for match in matches], np.int64))
@@ -399,6 +399,6 @@ def _check_slots(instance: Instance, first: int, num_tokens: int) -> None:
 
 
 def slot_rows(starts: Sequence[int], num_tokens: int) -> BlockArray:
-    """Return the slots of `num_tokens` tokens from each start on, a row per start."""
+    """Return the `num_tokens` slots from each start on, `[starts, num_tokens]`."""
     slots: BlockArray = np.arange(num_tokens, dtype=np.int32)
     return slots + np.array(starts, np.int32)[:, np.newaxis]

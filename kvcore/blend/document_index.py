@@ -5,11 +5,12 @@ of them. Most windows of a prompt are in no document: a counting Bloom filter wi
 probes (Fan et al., Summary Cache, 2000) excludes them in numpy.
 
 Memory: the filter takes 16 bytes per page of the arena, allocated at start, and an
-entry about 430 bytes (tests/benchmarks/blend.py), whatever their number.
+entry about 430 bytes (tests/benchmarks/blend.py), for any number of entries.
 
 A chunk that L1 evicts stays in the index when a tier has it. Tiers do not report their
-evictions: such an entry may be outdated, until a lookup asks the tier and `remove` ends
-it. Beyond a limit the least recently used of them are removed, unless L1 has them.
+evictions: such an entry may be outdated until a lookup queries the tier and calls
+`remove`. Beyond a limit the least recently used of them are removed, unless L1 has
+them.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ SLOTS_PER_CHUNK = 16
 """Filter slots per possible chunk: 1.4 % of the windows of no document pass."""
 MIN_BITS, MAX_BITS = 12, 30
 MAX_COUNT = 255
-"""A slot that reached it is never decremented: a false "no" would lose a match."""
+"""A slot at this count is never decremented: a false negative would lose a match."""
 PROBES = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
-"""Odd multipliers; a product's high bits pick a slot (Dietzfelbinger et al., 1997)."""
+"""Odd multipliers; a product's high bits give a slot (Dietzfelbinger et al., 1997)."""
 WORD = (1 << 64) - 1
 
 NO_SLOT = -1
@@ -52,7 +53,7 @@ _HEADER = struct.Struct("<8sQQQ")
 _MAGIC = b"KVDocs\0\1"
 _SLOT = struct.Struct("<32s32sQQQ")
 SLOT_BYTES = _SLOT.size
-"""88 bytes, of the header too."""
+"""88 bytes; the header has the same size."""
 _READ_SLOTS = 4096
 
 
@@ -74,8 +75,8 @@ class DocumentChunk(msgspec.Struct, eq=False, gc=False):
 class DocumentIndex:
     """Entries by rolling hash and by chunk hash.
 
-    For one thread, except `note_evicted`: any thread may call it, and its effect comes
-    with the next `add` or `candidates`.
+    For one thread. Any thread may call `note_evicted`, which takes effect at the next
+    `add` or `candidates`.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class DocumentIndex:
             self._filter[slot] = min(self._filter[slot] + 1, MAX_COUNT)
 
     def note_evicted(self, key: ChunkHash, *, in_tier: bool) -> None:
-        """Note that L1 no longer has a chunk. Any thread, under any lock.
+        """Record that L1 no longer has a chunk. Any thread, under any lock.
 
         The entry stays when a tier has the chunk, or was known to have it before.
         """
@@ -141,7 +142,7 @@ class DocumentIndex:
                 self._journal.blank(entry)
 
     def touch(self, key: ChunkHash) -> None:
-        """Note the use of a chunk: it is removed last of those in tiers."""
+        """Record the use of a chunk: of those in tiers it is removed last."""
         if key in self._in_tier:
             del self._in_tier[key]
             self._in_tier[key] = None
@@ -194,7 +195,10 @@ class DocumentIndex:
                     self._remove_oldest()
 
     def _remove_oldest(self) -> None:
-        """Remove a chunk in a tier; of one in L1, L1 will report the eviction."""
+        """Remove the least recently used chunk in a tier.
+
+        If L1 has it too, its entry stays until L1 evicts it.
+        """
         oldest = next(iter(self._in_tier))
         if self._is_in_l1(oldest):
             del self._in_tier[oldest]
@@ -223,10 +227,10 @@ class DocumentIndex:
 class DocumentJournal:
     """File of index entries in slots of equal size, reused by the next server.
 
-    A record says what a chunk's tokens hash to, not that the chunk is present: lookups
-    ask L1 or a tier. So nothing is synced, and a record that is torn or lost costs at
-    most a match. The file holds the rolling hash's secret base, and no tokens. It is as
-    long as the largest number of entries at one time. For one thread; `read` once
+    A record has the hashes of a chunk's tokens; whether the chunk is present, lookups
+    learn from L1 or a tier. So the file is never synced, and a torn or lost record
+    loses at most a match. The file has the rolling hash's secret base and no tokens. It
+    is as long as the largest number of entries at one time. For one thread; `read` once
     before the first write.
 
     Raises:
@@ -250,7 +254,7 @@ class DocumentJournal:
             raise SetupError(f"blend.keep = {path}: {reason}") from None
 
     def _read_base(self, fd: int, chunk_size: int) -> int:
-        """Return the base of the rolling hash; of a new or unusable file a new one."""
+        """Return the rolling hash's base; a new one if the file is new or invalid."""
         found = os.pread(fd, _HEADER.size, 0)
         if len(found) == _HEADER.size:
             base = int(_HEADER.unpack(found)[2])
@@ -264,7 +268,7 @@ class DocumentJournal:
         return base
 
     def read(self) -> Iterator[DocumentChunk]:
-        """Yield the entries; slots that are blank or torn become free."""
+        """Yield the entries; blank and torn slots become free."""
         for first in range(0, self._num_slots, _READ_SLOTS):
             if self._fd is None:
                 return
@@ -299,7 +303,7 @@ class DocumentJournal:
             entry.slot = NO_SLOT
 
     def _put(self, slot: int, data: bytes) -> None:
-        """Write a slot; a full disk ends the journal, not the server."""
+        """Write a slot; on an error close the journal and log it."""
         if self._fd is None:
             return
         try:
@@ -321,7 +325,7 @@ def open_document_journal(config: ServerConfig) -> DocumentJournal | None:
     """Return the journal of `blend.keep` or `l1.keep`; None if the index has none.
 
     Raises:
-        SetupError: as of `DocumentJournal`.
+        SetupError: as `DocumentJournal` raises it.
     """
     path = config.blend.keep
     if path is None and config.l1.keep is not None:

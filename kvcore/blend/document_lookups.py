@@ -27,7 +27,7 @@ from kvcore.protocol import (
 
 
 class DocumentLeaseOwner(ScopedKey, frozen=True, array_like=True):
-    """Owner of a session's lease on documents, beside the lease on its prefix."""
+    """Owner of a session's lease on documents; the session owns that on its prefix."""
 
 
 def document_lease_owner(key: SessionKey) -> DocumentLeaseOwner:
@@ -43,7 +43,7 @@ class FoundDocuments:
     matches: tuple[CBMatch, ...] = ()
     lease: LeaseNumber | None = None
     numbers: dict[int, int] = field(default_factory=dict)
-    """By a match's position in the prompt, its index in `matches` and in the lease."""
+    """Index in `matches` and in the lease, by position in the prompt."""
 
     def select(
         self, ranges: Sequence[CBRange], matches: Sequence[CBMatch], chunk_size: int
@@ -98,7 +98,7 @@ class DocumentLookups:
         *,
         loads: bool = True,
     ) -> Generator[None, None, msgspec.Struct | DeferredReply]:
-        """Answer a lookup, in steps, once L1 has all that can be loaded.
+        """Answer a lookup, in steps, when L1 has all chunks that can be loaded.
 
         A lookup that is cancelled by its session's end or next lookup finds nothing.
         """
@@ -155,7 +155,7 @@ class DocumentLookups:
         return self._found.get(request.session, FoundDocuments())
 
     def _remove_missing(self, lookup: PendingLookup) -> None:
-        """Remove the chunks that every tier lacks, and L1, from the index."""
+        """Remove the chunks that neither L1 nor a tier has from the index."""
         missing = [*chain.from_iterable(task.missing for task in lookup.tasks)]
         for key, chunk in zip(missing, self._engine.peek(missing), strict=True):
             if chunk is None:

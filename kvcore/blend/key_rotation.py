@@ -2,14 +2,14 @@
 
 Keys of some blocks move by a distance: each pair of their elements is multiplied by
 exp(i distance f). That factor is the same for every token, head and layer. This module
-does it in numpy, for keys in host memory, in double precision, rounded once to
-nearest; a GPU needs only the list of `BlockRotation` and `rotation_factors`.
+rotates keys in host memory in numpy, in double precision, rounded once to nearest.
+Caches in GPU memory use `BlockRotation` and `rotation_factors`.
 
-numpy has no bfloat16, and converts float16 one number at a time, subnormals slowest: it
-uses no instruction of the CPU's. The converters here are passes over whole arrays. The
-rare inputs they cannot handle are left to numpy.
+numpy has no bfloat16, and converts float16 one number at a time, without instructions
+of the CPU. The converters here are passes over whole arrays; for infinities, NaN and
+ties of float16 they call numpy.
 
-tests/benchmarks/blend.py measures it beside a plain copy.
+tests/benchmarks/blend.py compares it with a plain copy.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Raw = np.ndarray[Any, np.dtype[Any]]
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(np.uint16),  # numpy has none: its bits
+    "bfloat16": np.dtype(np.uint16),  # Its bits: numpy has no bfloat16.
 }
 
 STEP_PAIRS = 1 << 16
-"""Pairs rotated at once: four arrays of doubles, 2 MiB. With fewer, the interpreter
-takes a share, and a second thread would only wait for the GIL."""
+"""Pairs rotated at once: four arrays of doubles, 2 MiB. With fewer, the time in the
+interpreter counts, and a second thread waits for the GIL."""
 
 _LOW_BITS_BFLOAT16 = np.uint64((1 << 45) - 1)
 """Mantissa bits that a double has and bfloat16 lacks."""
@@ -61,7 +61,7 @@ _TOO_LARGE = 65520 * _DOWN
 
 @dataclass(frozen=True, slots=True)
 class BlockRotation:
-    """Keys of blocks [first_block, end_block) that move by `distance` positions."""
+    """Rotation of keys of blocks [first_block, end_block) by `distance` positions."""
 
     first_block: int
     end_block: int
@@ -70,7 +70,7 @@ class BlockRotation:
 
 @runtime_checkable
 class KeyRotator(Protocol):
-    """A paged cache that rotates its own keys, as one in GPU memory does."""
+    """A paged cache that rotates its keys, such as one in GPU memory."""
 
     def rotate_keys(self, rope: Rope, rotations: Sequence[BlockRotation]) -> None:
         """Rotate keys in place, after all scatters so far.
@@ -101,7 +101,7 @@ def check_rope(rope: Rope, dtype: str, token_bytes: int) -> None:
     """Check that keys of `token_bytes` per token can be rotated.
 
     Raises:
-        LayoutError: the rotation is none, or dtype or size do not fit it.
+        LayoutError: the rotation is invalid, or dtype or size do not fit it.
     """
     rope.check()
     if dtype not in RAW_DTYPES:
@@ -135,12 +135,12 @@ def rotate_keys(
         real, imaginary = rotary[..., :half], rotary[..., half:]
     step = max(1, STEP_PAIRS // (real[0, :1].size or 1))
     buffer = _RotationBuffer(real[0, :step].size, dtype)
-    # Infinities and NaN stay what they are.
+    # Infinities and NaN are valid keys: no warnings.
     with np.errstate(all="ignore"):
         for rotation in rotations:
             if not rotation.distance:
                 continue
-            # Repeated for all heads of a token: numpy's inner loops are longer.
+            # Repeated for all heads of a token, which makes numpy's inner loops longer.
             factors = rotation_factors(rope, rotation.distance)
             tiled = np.tile(factors, heads.shape[-2])
             cos, sin = tiled.real.copy(), tiled.imag.copy()
@@ -203,7 +203,7 @@ class Bfloat16Converter(Float32Converter):
         np.copyto(doubles, words.view(np.float32))
 
     def narrow(self, raw: Raw, doubles: Doubles) -> None:
-        """See `Float32Converter`. In integers: a float32 between would round twice."""
+        """See `Float32Converter`. In integers: by way of float32 it rounds twice."""
         bits = doubles.view(np.uint64)
         words = self._words[: raw.size].reshape(raw.shape)
         bits += _HALF_BFLOAT16
@@ -237,8 +237,8 @@ class Float16Converter(Float32Converter):
     def narrow(self, raw: Raw, doubles: Doubles) -> None:
         """See `Float32Converter`.
 
-        By way of float32. Rounding twice differs from rounding once only where the
-        first result is a tie between two float16: those numbers are rounded by numpy.
+        By way of float32. Rounding twice differs from rounding once only if the first
+        result is a tie between two float16; numpy rounds those numbers.
         """
         words, scratch = self._words[:, : raw.size].reshape(2, *raw.shape)
         floats = words.view(np.float32)

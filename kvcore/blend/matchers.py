@@ -1,8 +1,8 @@
 """Matchers: where stored documents occur in a prompt.
 
-A matcher returns runs of chunks that certainly have the prompt's tokens: by the
-document's chained hash from its start on, or by the digest of a chunk's own tokens.
-Whether the chunks are present is the storage's answer.
+A matcher returns runs of chunks that have the prompt's tokens, confirmed by the
+document's chained hashes from its start on, or by the digest of a chunk's own tokens.
+The caller finds out whether the chunks are present.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvcore.keys import (
 )
 
 MATCH_STEP = 128
-"""Chunks confirmed or entered between two yields, about 150 us."""
+"""Chunks confirmed or added between two yields, about 150 us."""
 
 CountReady = Callable[[list[ChunkHash]], int]
 """Returns how many leading chunks L1 has for all ranks."""
@@ -57,7 +57,7 @@ class DocumentSpace:
         self._cache_salt = cache_salt(extras)
 
     def owner(self, key: SessionKey) -> SaltedKey:
-        """Return the owner of stores and loads, to whose salt's quota they count."""
+        """Return the owner of stores and loads; its salt names their quota."""
         return SaltedKey(key.engine_id, key.request_id, self._cache_salt)
 
     def digest(self, packed: memoryview) -> bytes:
@@ -91,7 +91,7 @@ class TokenRun:
     start: int
     hashes: list[ChunkHash]
     continues: bool = False
-    """Whether it continues the run before it, cut where L1's chunks begin or end."""
+    """Whether it continues the previous run: both are pieces of one match."""
 
 
 Runs = Generator[None, None, list[TokenRun]]
@@ -99,7 +99,7 @@ Entries = Generator[None, None, list[DocumentChunk]]
 
 
 class Matcher(Protocol):
-    """Finds runs in a prompt, in order and disjoint; yields between bounded steps."""
+    """Finds disjoint runs in a prompt, in order; yields between bounded steps."""
 
     def learn(
         self, tokens: Tokens, hashes: list[ChunkHash], space: DocumentSpace
@@ -137,7 +137,7 @@ class SeparatorMatcher:
     ) -> Runs:
         """Return the paragraphs that begin outside `runs`, each up to the next run.
 
-        Stored or not: a tier may have a document that no index here has.
+        Includes paragraphs that L1 lacks, since a tier may have them.
         """
         del count_ready
         size = self._chunk_size
@@ -164,9 +164,9 @@ class SeparatorMatcher:
 class RollingHashMatcher:
     """Finds chunks at any offset: left to right, the longest run at each position.
 
-    Chunks that a tier should have count for the length of a run. With `separators`
-    also the paragraphs between the runs, which only a tier may know: so it finds what
-    another host has stored, from its document's start on.
+    Chunks that a tier should have count for the length of a run. With `separators` it
+    also returns the paragraphs between the runs, which find documents that another
+    host has stored in the tier, from their start on.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class RollingHashMatcher:
     def find(
         self, tokens: Tokens, space: DocumentSpace, count_ready: CountReady
     ) -> Runs:
-        """Return the runs, cut where L1 has one side and not the other."""
+        """Return the runs, each entirely in L1 or entirely missing there."""
         runs = yield from self._find_anywhere(tokens, space, count_ready)
         if self._separators is not None:
             runs += yield from self._separators.find(tokens, space, count_ready, runs)
@@ -256,7 +256,7 @@ class RollingHashMatcher:
         return length
 
     def _cut(self, run: TokenRun, count_ready: CountReady) -> list[TokenRun]:
-        """Cut a run where chunks that L1 has and chunks that it lacks meet."""
+        """Cut a run between chunks that L1 has and chunks that it lacks."""
         hashes = run.hashes
         if not self._index.num_in_tier:
             return [run]
@@ -275,7 +275,7 @@ class RollingHashMatcher:
         return cut
 
     def _extend(self, hashes: list[ChunkHash], packed: memoryview, start: int) -> bool:
-        """Append at most `MATCH_STEP` chunks of a run's document; False at its end.
+        """Append at most `MATCH_STEP` chunks of a run; return False at its end.
 
         The hash of a document's next chunk follows from its last one and the prompt's
         tokens, so finding it in the index confirms it.

@@ -20,7 +20,7 @@ class Markers:
 
     A start pattern also ends the paragraph before it. Without start patterns a
     paragraph begins at the prompt's start and after every end pattern; without end
-    patterns it ends at the next start pattern. The patterns are in no paragraph.
+    patterns it ends at the next start pattern. Paragraphs exclude the patterns.
     """
 
     start: Patterns = ()
@@ -67,7 +67,7 @@ class Paragraph:
 def split_paragraphs(tokens: Tokens, markers: Markers) -> Iterator[Paragraph]:
     """Yield a prompt's paragraphs in order, none of them empty.
 
-    Of overlapping patterns the one that begins first counts, and of those the longest.
+    Of overlapping patterns the first counts, and of several at one token the longest.
     """
     always = not markers.start
     found = [

@@ -3,8 +3,8 @@
 H(t) = sum of t[j] * base**-j modulo 2**64 over the window's tokens j. With prefix sums
 S of t[i] * base**-i, the window at o has H = (S[o + window] - S[o]) * base**o, so all
 windows cost a multiplication, a running sum, a difference and a multiplication. The
-base is odd, hence invertible, and secret: without it collisions are found by chance
-only. A collision costs a comparison; it never decides a match.
+base is odd, hence invertible, and secret: a client without it finds collisions only by
+chance. A collision costs a comparison, and never causes a match.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class ExtensionInterface(Protocol):
         blocks: Sequence[BlockArray],
         context: RequestContext,
         owner: SessionKey,
-        prefix: Sequence[ChunkHash] = (),
+        *,
         event: bytes = b"",
     ) -> DeferredReply:
         """Copy whole chunks to L1 on the store lane; see `Transfers.store`.

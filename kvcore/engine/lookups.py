@@ -2,7 +2,7 @@
 
 Chunks in L1 are held at once. Where tiers may have more, the reply waits until the
 prefetches have ended; then the chunks that L1 has by then are leased. The prefix of a
-prompt is one run of chunks; a lookup of documents has one for each of them.
+prompt is one run of chunks; a lookup of documents has several.
 """
 
 from __future__ import annotations

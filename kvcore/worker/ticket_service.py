@@ -24,7 +24,7 @@ from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.transfers import HeldChunks, PendingStore, TransferPlan
 from kvcore.errors import BadRequest, Overloaded, UnknownTicket
-from kvcore.extensions import ServiceHandler
+from kvcore.extensions import RequestService, ServiceHandler
 from kvcore.extents import CHECKSUM_BYTES, Checksum
 from kvcore.protocol import (
     Abort,
@@ -73,7 +73,7 @@ class Ticket(Generic[Work]):
         )
 
 
-class TicketService:
+class TicketService(RequestService):
     """Handlers of the ticket requests, and all live tickets. Loop thread only."""
 
     def __init__(self, engine: Engine, max_per_client: int) -> None:
@@ -93,10 +93,6 @@ class TicketService:
             Release: self.release,
         }
 
-    def counters(self) -> dict[str, int]:
-        """Return none: the engine counts these stores and retrieves."""
-        return {}
-
     def tickets(self, limit: int) -> tuple[TicketStatus, ...]:
         """Describe the `limit` oldest tickets."""
         live = chain.from_iterable(map(dict.values, self._tickets.values()))
@@ -106,9 +102,6 @@ class TicketService:
     def num_tickets(self) -> int:
         """Return the number of live tickets."""
         return sum(map(len, self._tickets.values()))
-
-    def close(self) -> None:
-        """Do nothing: tickets hold only the engine's own memory."""
 
     # -- tickets ----------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""In-process blend engine whose every step is taken by the test."""
+"""In-process blend engine; the test takes each step."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class BlendFixture:
         self.texts: dict[ChunkHash, Text] = {}
         """The text of every chunk that may be stored."""
         self.restored: set[ChunkHash] = set()
-        """In L1 since before the restart: charged to no salt, only to the model."""
+        """Chunks of an earlier run: their quota is the model's, of no salt."""
         self.operations: list[Operation] = []
         self.on_step: Callable[[Operation], None] = lambda _: None
         """Called after every step of a request."""
@@ -133,7 +133,7 @@ class BlendFixture:
             self.register(rank)
 
     def _start(self) -> None:
-        """Start a server with what an earlier one kept."""
+        """Start a server with the files that an earlier one kept."""
         keep = self.config.l1.keep
         kept = keep is not None
         size = self._num_pages * PART_BYTES
@@ -165,11 +165,11 @@ class BlendFixture:
         )
 
     def _stop(self) -> None:
-        """Stop the server with requests under way."""
+        """Stop the server with requests pending."""
         self.engine.close()
         self.blend.close()
         self.arena.close()
-        # Loads that it began refer to its memory, not to its successor's.
+        # Loads that it started refer to its memory, not to its successor's.
         for tier in self.tiers:
             tier.close()
 
@@ -180,7 +180,7 @@ class BlendFixture:
                 operation.steps.close()
         self.operations.clear()
         if self.keep == "l1":
-            # Live views of the arena would keep its lock, as a running server does.
+            # Live views of the arena keep its lock, as a running server does.
             fcntl.flock(self.arena._segment._lock, fcntl.LOCK_UN)
         self._stop()
         self._start()
@@ -313,7 +313,7 @@ class BlendFixture:
         self.operations.remove(operation)
 
     def _advance_copy(self, operation: Operation) -> None:
-        """Take a step of what a request waits for."""
+        """Take a step of the work that a request waits for."""
         lanes = self._lanes(operation)
         if lanes:
             self.copy(*lanes[0])
@@ -322,7 +322,7 @@ class BlendFixture:
         if operation.running and operation.running.future.done():
             return
         pending = [tier for tier in self.tiers if tier.pending]
-        assert pending, "nothing is under way that could end this"
+        assert pending, "no pending work can end this request"
         pending[0].answer(0)
         self.coordinator.run_due()
 
@@ -373,7 +373,7 @@ class BlendFixture:
     def distance(
         self, request: CBRetrievePreComputed, number: int, key: ChunkHash, slot: int
     ) -> int:
-        """Return how far a chunk's keys move: by its document, or its match."""
+        """Return the distance by which a chunk's keys are rotated."""
         if request.matches:
             old_start = request.matches[number].old_start
         else:
@@ -386,7 +386,7 @@ class BlendFixture:
         return all(chunk and chunk.ready & bit for chunk in self.l1.peek(hashes))
 
     def drive(self, operation: Operation) -> None:
-        """Run a request to its end; others advance when it may wait for them."""
+        """Run a request to its end; others take steps when it may wait for them."""
         for number in count(1):
             if operation.is_over:
                 return
@@ -420,7 +420,7 @@ class BlendFixture:
     # -- invariants --------------------------------------------------------------------
 
     def check(self) -> None:
-        """L1 is consistent, and each byte in it is of its chunk and rank."""
+        """Check that L1 is consistent, with the bytes of each chunk and rank."""
         self.l1.check()
         assert self.coordinator.errors == []
         used = dict.fromkeys(self.config.l1.quotas, 0)

@@ -21,13 +21,13 @@ SIZE = 4
 """Tokens per chunk."""
 SLOTS = 64
 SHAPE = (2, 2, SLOTS, 4)
-"""Of the bytes of a buffer: a token's are two numbers of float16, which are a pair."""
+"""Shape of a buffer in bytes. A token has two float16 numbers: one pair."""
 ROPE = Rope(theta=1e4, head_dim=2, rotary_dim=2)
 PART_BYTES = 64
 """One page."""
 MODEL = "m"
 START, END = 8, 9
-"""Marks around a paragraph."""
+"""Tokens that mark the start and the end of a paragraph."""
 
 Buffer = npt.NDArray[np.uint8]
 FAR_NS = 10**18
@@ -72,13 +72,13 @@ def packed(tokens: Sequence[int]) -> memoryview:
 
 @dataclass(eq=False)
 class Operation:
-    """A request under way, and its result."""
+    """A pending request, and its result."""
 
     kind: str
     client: str
     steps: Generator[None, None, Any] | None
     tokens: tuple[int, ...] = ()
-    """The prompt's tokens that are searched."""
+    """Tokens of the prompt that are searched."""
     salt: str = ""
     session: Any = None
     instance: Instance | None = None
@@ -86,11 +86,11 @@ class Operation:
     deadline: float = 0.0
     running: DeferredReply | None = None
     copied: Sequence[ChunkHash] = ()
-    """Chunks that its copy reads or writes."""
+    """Chunks that the copy reads or writes."""
     lease: Any = None
-    """The model's lease that it reads under."""
+    """The model's lease when the retrieve began."""
     reply: Any = None
     error: KVError | None = None
     is_over: bool = False
     is_void: bool = False
-    """Its session ended or looked up again, or its client is gone."""
+    """Whether its session ended or looked up again, or its client ended."""

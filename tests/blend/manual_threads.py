@@ -1,4 +1,4 @@
-"""Lanes and a timer thread whose work runs when the test calls for it."""
+"""Lanes and a timer thread whose work the test runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvcore.tiers.timer_thread import Call, Timer, TimerThread
 
 @dataclass
 class ManualLane:
-    """Copies of one direction, each run by the test."""
+    """Lane of one direction; the test runs each copy."""
 
     queue: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = field(
         default_factory=list
@@ -39,7 +39,7 @@ class ManualLane:
 
 
 class SteppedClock(TimerThread):
-    """Runs posted calls in `run_due`; collects their errors."""
+    """Timer thread that runs posted calls in `run_due` and collects their errors."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         super().__init__(name, lambda: clock() + self.ahead)

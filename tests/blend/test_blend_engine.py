@@ -96,7 +96,7 @@ def leased(fixture: BlendFixture) -> int:
 
 
 def save(fixture: BlendFixture) -> None:
-    """Write everything to the tiers and drop it from L1."""
+    """Write all chunks to the tiers and drop them from L1."""
     fixture.answer_tiers()
     fixture.l1.drop(fixture.l1.hashes())
 
@@ -114,7 +114,7 @@ def test_a_final_store_of_nothing_stores_nothing(
 def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """The same chunk or another: its reader has yet to come."""
+    """The later lease still waits for the rank, for the same chunk and for another."""
     fixture = build()
     [match, _] = found(fixture, ONE).matches
     for tokens, left in ((TWO, 1), (ONE, 2)):
@@ -130,7 +130,7 @@ def test_a_late_read_of_an_earlier_lookup_leaves_the_later_lease(
 def test_a_chunk_that_no_lookup_found_is_under_no_lease(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """A worker that names it for a position of another chunk reads nothing."""
+    """A match with another chunk's position is refused, and no lease changes."""
     fixture = build()
     [other] = found(fixture, TWO).matches
     assert found(fixture, ONE).num_tokens == len(ONE)
@@ -143,7 +143,7 @@ def test_a_chunk_that_no_lookup_found_is_under_no_lease(
 def test_a_session_without_a_lookup_retrieves_nothing(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """A chunk hash that a client learned elsewhere is not a right to read the chunk."""
+    """Knowledge of a chunk hash does not grant access to the chunk."""
     fixture = build()
     [match] = found(fixture, TWO).matches
     operation = retrieve(fixture, match, SessionKey("e", "other"))
@@ -179,7 +179,7 @@ def test_a_chunk_of_another_model_is_not_read_in_its_place(
 def test_an_ended_sessions_lookup_leaves_its_successor_alone(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """A request id that is used again has a lease of its own."""
+    """A session that reuses a request id has its own lease."""
     fixture = build()
     old = look_up(fixture, ONE)
     fixture.engine.end_session(EndSession(KEY), fixture.caller("s"))
@@ -192,7 +192,7 @@ def test_an_ended_sessions_lookup_leaves_its_successor_alone(
 def test_of_two_lookups_of_a_session_the_later_counts(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """However their steps fall, also while tiers load."""
+    """In any order of their steps, also while tiers load."""
     fixture = build(num_tiers=1)
     save(fixture)
     old, new = look_up(fixture, ONE), look_up(fixture, TWO)
@@ -205,7 +205,7 @@ def test_of_two_lookups_of_a_session_the_later_counts(
 def test_a_dead_client_gets_no_lease_for_any_of_its_lookups(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """Two of a session were under way."""
+    """Two lookups of one session are pending."""
     fixture = build(num_tiers=1)
     save(fixture)
     both = [look_up(fixture, ONE), look_up(fixture, TWO)]
@@ -221,7 +221,7 @@ def test_a_dead_client_gets_no_lease_for_any_of_its_lookups(
 def test_what_l1_has_is_known_however_much_tiers_have(
     build: Callable[..., BlendFixture],
 ) -> None:
-    """The bound on chunks in tiers is for those beyond L1."""
+    """The limit on chunks in tiers does not apply to chunks in L1."""
     fixture = build(num_tiers=1, max_tier_chunks=2)
     found_before = found(fixture, ONE)
     assert found_before.num_tokens == len(ONE)

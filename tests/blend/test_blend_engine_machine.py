@@ -1,6 +1,6 @@
 """State machine of blend requests, interleaved step by step.
 
-Rules alone advance requests: slices, copies, tier replies and ends come in any order,
+Only rules advance requests: slices, copies, tier replies and ends occur in any order,
 between evictions, ended sessions and lost workers.
 """
 
@@ -67,7 +67,7 @@ from tests.blend.blend_model import (
 )
 
 CHUNKS = [(1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1), (3, 1, 1, 1)]
-"""Few, and alike at odd offsets: documents share them, and have one twice."""
+"""Few, and similar at odd offsets: documents share and repeat them."""
 MOST_TOKENS = 40
 
 documents = st.builds(
@@ -114,7 +114,7 @@ HANDLERS = {
 
 @dataclass
 class Lease:
-    """The ranks that have yet to read each of a session's matches."""
+    """A session's matches, and the ranks that have not yet read each of them."""
 
     found: FoundDocuments
     client: str
@@ -126,7 +126,7 @@ NO_LEASE = object()
 
 
 class BlendMachine(RuleBasedStateMachine):
-    """The model: which tokens a stored chunk is of, and what is leased to whom."""
+    """The model: the tokens of each stored chunk, and the lease of each session."""
 
     matcher: str
 
@@ -137,7 +137,7 @@ class BlendMachine(RuleBasedStateMachine):
         self.leases: dict[SessionKey, Lease] = {}
         self.known: dict[SessionKey, FoundDocuments] = {}
         self.prompts: dict[SessionKey, tuple[Tokens, str]] = {}
-        """What each of them was found in."""
+        """Prompt and salt of each session's last lookup."""
 
     @initialize(
         num_pages=st.sampled_from([4, 9, 40]),
@@ -152,7 +152,7 @@ class BlendMachine(RuleBasedStateMachine):
         first=st.lists(documents, min_size=1, max_size=3),
     )
     def build(self, first: list[Tokens], **options: Any) -> None:
-        """A small L1, tiers or none, a rolling hash that may be bad, documents."""
+        """Build a small L1, with or without tiers, a good or a weak rolling hash."""
         has_index = self.matcher != "separated" and options["num_tiers"]
         if options["keep"] == "index" and not has_index:
             options["keep"] = ""
@@ -182,7 +182,7 @@ class BlendMachine(RuleBasedStateMachine):
         now: bool,
         wait_s: float,
     ) -> None:
-        """All ranks store a document, or one alone does."""
+        """All ranks store a document, or only one."""
         ranks = data.draw(st.sampled_from(RANKS[self.fixture.world_size]))
         self.put(tokens, salt, offset, image, ranks, now=now, wait_s=wait_s)
 
@@ -190,7 +190,7 @@ class BlendMachine(RuleBasedStateMachine):
     def store_final(
         self, data: st.DataObject, key: SessionKey, salt: str, now: bool, wait_s: float
     ) -> None:
-        """A computed prompt becomes a prefix."""
+        """Ranks store a computed prompt as a prefix."""
         tokens = self.prompt(data)
         self.prefixes.append((tokens, salt))
         end = data.draw(st.sampled_from([0, 7, len(tokens), len(tokens)]))
@@ -267,7 +267,7 @@ class BlendMachine(RuleBasedStateMachine):
         again: bool,
         rotate_keys: bool,
     ) -> None:
-        """A worker reads its session's lookup result, in ranges or chunk by chunk."""
+        """A worker retrieves its session's lookup result, as ranges or as chunks."""
         key = data.draw(st.sampled_from(sorted(self.known, key=str)))
         found = self.known[key]
         rank = data.draw(st.integers(0, self.fixture.world_size - 1))
@@ -321,7 +321,7 @@ class BlendMachine(RuleBasedStateMachine):
         rotate_keys: bool,
         wait_s: float,
     ) -> None:
-        """A worker names chunks of no lookup, present or not."""
+        """A worker requests chunks that no lookup returned, present or not."""
         known = sorted(self.fixture.texts)
         hashes = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
         starts = data.draw(
@@ -366,7 +366,7 @@ class BlendMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.fixture.operations)
     @rule(data=st.data(), steps=st.integers(1, 4))
     def go_on(self, data: st.DataObject, steps: int) -> None:
-        """Requests that are under way go on, in any order."""
+        """Pending requests take steps, in any order."""
         for _ in range(steps):
             if self.fixture.operations:
                 operation = data.draw(st.sampled_from(self.fixture.operations))
@@ -374,7 +374,7 @@ class BlendMachine(RuleBasedStateMachine):
 
     @rule(key=sessions)
     def end_session(self, key: SessionKey) -> None:
-        """A session ends, whatever of it is under way."""
+        """A session ends, with any of its requests pending."""
         self.fixture.engine.end_session(EndSession(key), self.fixture.caller("s"))
         self.leases.pop(key, None)
         self.known.pop(key, None)
@@ -383,11 +383,11 @@ class BlendMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), what=st.sampled_from(sorted(UPSETS)))
     def upset(self, data: st.DataObject, what: str) -> None:
-        """Something comes between that is rare."""
+        """A rare event occurs."""
         getattr(self, what)(data)
 
     def unregister(self, data: st.DataObject) -> None:
-        """A buffer is unregistered, usually to return; its queued copies fail."""
+        """A buffer is unregistered and usually registered again; queued copies fail."""
         rank = data.draw(st.integers(0, self.fixture.world_size - 1))
         request = CBUnregisterKVCache(f"i{rank}")
         try:
@@ -403,11 +403,11 @@ class BlendMachine(RuleBasedStateMachine):
             self.fixture.register(rank)
 
     def register(self, data: st.DataObject) -> None:
-        """A buffer comes, or comes anew."""
+        """A buffer is registered, or replaced."""
         self.fixture.register(data.draw(st.integers(0, self.fixture.world_size - 1)))
 
     def lose(self, data: st.DataObject) -> None:
-        """A process dies: no slice of its requests runs any more."""
+        """A process ends: no further slice of its requests runs."""
         fixture = self.fixture
         client = data.draw(st.sampled_from(["s", "w0", "w1"]))
         for operation in [each for each in fixture.operations if each.client == client]:
@@ -429,7 +429,7 @@ class BlendMachine(RuleBasedStateMachine):
                 fixture.register(rank)
 
     def restart(self, data: st.DataObject) -> None:
-        """The server ends and another starts; ranks come again, mostly."""
+        """The server ends and another starts; most ranks register again."""
         self.fixture.restart()
         self.leases.clear()
         self.known.clear()
@@ -438,7 +438,7 @@ class BlendMachine(RuleBasedStateMachine):
                 self.fixture.register(rank)
 
     def clear(self, _: st.DataObject) -> None:
-        """Somebody clears."""
+        """A client clears L1."""
         for _ in self.fixture.engine.clear(Clear(), self.fixture.caller("s")):
             pass
 
@@ -456,33 +456,33 @@ class BlendMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(tier.pending for tier in self.fixture.tiers))
     @rule(data=st.data(), well=st.sampled_from([True, True, True, False]))
     def answer(self, data: st.DataObject, well: bool) -> None:
-        """A call of a tier ends, well or not."""
+        """A call of a tier succeeds or fails."""
         tiers = [tier for tier in self.fixture.tiers if tier.pending]
         tier = data.draw(st.sampled_from(tiers))
         tier.answer(data.draw(st.integers(0, len(tier.pending) - 1)), well=well)
 
     @rule()
     def run_due(self) -> None:
-        """What was posted to the tiers' thread is done."""
+        """The tiers' thread runs the calls posted to it."""
         self.fixture.coordinator.run_due()
 
     @precondition(lambda self: self.fixture.tiers)
     @rule(forget=st.booleans())
     def save(self, forget: bool) -> None:
-        """Tiers catch up; then memory may be needed for something else."""
+        """Tiers complete all calls; then L1 may drop all chunks."""
         self.fixture.answer_tiers()
         if forget:
             self.fixture.l1.drop(self.fixture.l1.hashes())
 
     def hurry(self, _: st.DataObject) -> None:
-        """Lookups that wait for tiers come to their deadline."""
+        """Lookups that wait for tiers reach their deadline."""
         self.fixture.coordinator.run_due()
         self.fixture.coordinator.ahead = 1000.0
         self.fixture.coordinator.run_due()
         self.fixture.coordinator.ahead = 0.0
 
     def spoil(self, data: st.DataObject) -> None:
-        """A tier evicts a part, or will return other bytes for it."""
+        """A tier evicts a part, or will return wrong bytes for it."""
         tiers = [tier for tier in self.fixture.tiers if tier.kept]
         if not tiers:
             return
@@ -560,7 +560,7 @@ class BlendMachine(RuleBasedStateMachine):
         return operation
 
     def on_step(self, operation: Operation) -> None:
-        """Look at what a step of a request brought."""
+        """Check the result of a request's step."""
         if operation.error is not None:
             assert self.is_due(operation, operation.error), operation.error
         key = operation.session
@@ -588,7 +588,7 @@ class BlendMachine(RuleBasedStateMachine):
             assert self.fixture.texts.keys() >= {*hashes[: operation.reply.num_chunks]}
 
     def is_due(self, operation: Operation, error: KVError) -> bool:
-        """Say whether a request had to be refused like this."""
+        """Return whether this error is correct for the request."""
         fixture, request = self.fixture, operation.request
         if isinstance(error, UnknownModel):
             return not fixture.needs()
@@ -597,7 +597,7 @@ class BlendMachine(RuleBasedStateMachine):
             return instance is None or not fixture.engine.registry.has(instance)
         if isinstance(error, DeadlineExceeded):
             return 0 < operation.deadline < fixture.now
-        if isinstance(error, ChunksMissing):  # `BlendFixture.copy` knows which.
+        if isinstance(error, ChunksMissing):  # `BlendFixture.copy` checks it.
             return operation.kind in ("retrieve", "retrieve_prefix")
         if isinstance(error, TokensNeeded):
             return operation.kind == "retrieve" and operation.session not in self.known
@@ -608,14 +608,14 @@ class BlendMachine(RuleBasedStateMachine):
         return False
 
     def is_wrong(self, request: CBRetrievePreComputed) -> bool:
-        """Say whether slots are named twice, or such as there are not."""
+        """Return whether target slots overlap or exceed the buffer."""
         starts = sorted(match.start for match in request.matches)
         starts += [each.end - SIZE for each in request.ranges]
         twice = any(b - a < SIZE for a, b in pairwise(starts))
         return twice or request.offset + max(starts) + SIZE > SLOTS
 
     def note(self, operation: Operation, found: FoundDocuments) -> None:
-        """Note what a session knows and holds from here on."""
+        """Record a lookup's result and lease."""
         key = operation.session
         self.known[key] = found
         self.prompts[key] = (operation.tokens, operation.salt)
@@ -630,7 +630,7 @@ class BlendMachine(RuleBasedStateMachine):
     def check_told(
         self, operation: Operation, told: FoundDocuments | CBLookupReply
     ) -> None:
-        """Every match is true, and ranges are of one document each, apart."""
+        """Check that matches are correct, and ranges disjoint, of one document each."""
         ranges = {each.start: each.end for each in told.ranges}
         assert sum(b - a for a, b in ranges.items()) == SIZE * len(told.matches)
         end, before = 0, None
@@ -652,7 +652,7 @@ class BlendMachine(RuleBasedStateMachine):
         assert set(ranges) <= {match.start for match in told.matches}
 
     def read(self, operation: Operation) -> None:
-        """Take a rank off what it has read of its session's lease."""
+        """Remove a rank from the readers of the matches that it has read."""
         lease = self.leases.get(operation.session)
         if lease is None or lease is not operation.lease:
             return
@@ -678,7 +678,7 @@ class BlendMachine(RuleBasedStateMachine):
         return bool(fixture.needs()) and not fixture.operations
 
     def search(self, tokens: Tokens, salt: str) -> list[int]:
-        """Find documents by looking everywhere."""
+        """Find documents by exhaustive search; return the start of each chunk."""
         needs = self.fixture.needs()
         known = self.fixture.texts
         chunks = self.fixture.l1.peek(list(known))
@@ -723,7 +723,7 @@ class BlendMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_index_has_what_is_there(self) -> None:
-        """Between requests: all that L1 has, and nothing that is nowhere."""
+        """Between requests it has each chunk of L1, and none that L1 and tiers lack."""
         fixture, index = self.fixture, self.fixture.blend.index
         if self.matcher == "separated" or fixture.operations:
             return
@@ -731,13 +731,13 @@ class BlendMachine(RuleBasedStateMachine):
         known = [key for key, text in fixture.texts.items() if text.is_document]
         for key, chunk in zip(known, fixture.l1.peek(known), strict=True):
             if chunk is not None:
-                # What another server may have put into a tier, no index knows.
+                # No index has what another server may have stored in a tier.
                 assert key in index or (self.matcher == "both" and fixture.tiers)
             elif not fixture.tiers:
                 assert key not in index
 
     def teardown(self) -> None:
-        """When all is answered and ended, nothing is held."""
+        """After all replies and ends of sessions nothing is held."""
         fixture = self.fixture
         try:
             fixture.finish_all()
@@ -757,7 +757,7 @@ class BlendMachine(RuleBasedStateMachine):
 
 
 def anywhere(tokens: Tokens, there: set[Tokens]) -> Iterator[int]:
-    """Yield where chunks stand: left to right, the longest run at each place."""
+    """Yield each chunk's start: left to right, the longest run at each position."""
     at = 0
     while at + SIZE <= len(tokens):
         best = 0
@@ -769,7 +769,7 @@ def anywhere(tokens: Tokens, there: set[Tokens]) -> Iterator[int]:
 
 
 def follow(document: Tokens, tokens: Tokens, there: set[Tokens]) -> int:
-    """Count the chunks by which a prompt goes on with a document."""
+    """Count the chunks by which a prompt continues a document."""
     count = 0
     while len(tokens) >= SIZE and (*document, *tokens[:SIZE]) in there:
         document, tokens = (*document, *tokens[:SIZE]), tokens[SIZE:]
@@ -778,7 +778,7 @@ def follow(document: Tokens, tokens: Tokens, there: set[Tokens]) -> int:
 
 
 def separated(tokens: Tokens, there: set[Tokens]) -> Iterator[int]:
-    """Yield where chunks stand: of each paragraph, from its start on."""
+    """Yield the start of each chunk, of each paragraph from its start on."""
     for first, mark in enumerate(tokens, 1):
         if mark == START:
             marks = (
@@ -795,7 +795,7 @@ class Anywhere(BlendMachine):
 
 
 class AnywhereOrBetweenMarks(BlendMachine):
-    """Documents at any offset, and in tiers those between marks."""
+    """Documents at any offset, and documents in tiers between marks."""
 
     matcher = "both"
 

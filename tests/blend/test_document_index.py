@@ -1,4 +1,4 @@
-"""The document index: added entries are found, removed ones are not."""
+"""Document index: added entries are found, removed ones are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ names = st.integers(0, 30)
 
 
 def name(number: int) -> ChunkHash:
-    """Name a chunk."""
+    """Return a chunk hash."""
     return ChunkHash(number.to_bytes(32, "little"))
 
 
@@ -25,7 +25,7 @@ KEYS = (0, 1, 2**63, 2**64 - 1)
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """An index compared with a dict; few keys and digests, so many collide."""
+    """Compare an index with a dict; few keys and digests, so many collide."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class IndexMachine(RuleBasedStateMachine):
         self.open()
         self.known: dict[ChunkHash, tuple[int, bytes]] = {}
         self.in_tier: list[ChunkHash] = []
-        """The longest unused first."""
+        """Least recently used first."""
 
     def open(self) -> None:
-        """Make an index from what is kept."""
+        """Make an index with the kept journal."""
         self.kept = DocumentJournal(self.path, 4)
         self.index = DocumentIndex(64, MAX_IN_TIER, self.kept)
         for entry in self.kept.read():
@@ -45,14 +45,14 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(number=names, key=st.sampled_from(KEYS), twin=st.booleans())
     def add(self, number: int, key: int, twin: bool) -> None:
-        """Enter a chunk."""
+        """Add a chunk."""
         digest = (b"same" if twin else b"%d" % number).ljust(32)
         self.index.add(DocumentChunk(name(number), key, digest, number))
         self.known.setdefault(name(number), (key, digest))
 
     @rule(number=names, in_tier=st.booleans())
     def leave(self, number: int, in_tier: bool) -> None:
-        """Have a chunk leave L1: it stays when a tier has it, or had it before."""
+        """L1 evicts a chunk: it stays if a tier has it, or had it before."""
         self.index.note_evicted(name(number), in_tier=in_tier)
         if name(number) not in self.known:
             return
@@ -62,7 +62,7 @@ class IndexMachine(RuleBasedStateMachine):
             del self.known[name(number)]
 
     def use(self, key: ChunkHash) -> None:
-        """Put it last; the first goes when there are too many."""
+        """Move a chunk to the end; above the limit, remove the first."""
         if key in self.in_tier:
             self.in_tier.remove(key)
         self.in_tier.append(key)
@@ -79,7 +79,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(number=names)
     def forget(self, number: int) -> None:
-        """Find a chunk nowhere."""
+        """Neither L1 nor a tier has a chunk."""
         self.index.candidates(np.array([], np.uint64))
         self.index.remove(name(number))
         self.known.pop(name(number), None)
@@ -88,7 +88,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """Open what is kept again: every entry is there, and all of L1's, say."""
+        """Open the journal again: every entry is kept, and all chunks are in L1."""
         self.index.candidates(np.array([], np.uint64))
         self.kept.close()
         self.open()
@@ -96,7 +96,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @invariant()
     def all_are_found(self) -> None:
-        """Every entered chunk, and no other, is found under its key and digest."""
+        """Exactly the added chunks are found, by key and digest."""
         keys = {key for key, _ in self.known.values()}
         probed = np.array([*KEYS, 77], np.uint64)
         places = self.index.candidates(probed).tolist()
@@ -118,7 +118,7 @@ TestIndex = IndexMachine.TestCase
 
 
 def test_an_empty_index_again_has_no_candidates() -> None:
-    """The filter forgets with its entries, so that it stays as sharp as it began."""
+    """Removed entries leave the filter: it excludes as many windows as at first."""
     index = DocumentIndex(1000)
     keys = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
     for number, key in enumerate(keys.tolist()):
@@ -131,7 +131,7 @@ def test_an_empty_index_again_has_no_candidates() -> None:
 
 
 def test_few_foreign_windows_pass_the_filter() -> None:
-    """With as many chunks as it was made for, one window in fifty passes at most."""
+    """With the planned number of chunks, at most 2 % of foreign windows pass."""
     index = DocumentIndex(4096)
     rng = np.random.default_rng(1)
     for number, key in enumerate(

@@ -1,4 +1,4 @@
-"""The document journal: records kept, blanked and torn, disks full, files in use."""
+"""Document journal: kept, erased and torn records, full disks, locked files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def entry(number: int) -> DocumentChunk:
 
 
 def read(kept: DocumentJournal) -> set[tuple[ChunkHash, int, bytes, int]]:
-    """Everything that is kept."""
+    """The fields that are kept."""
     return {(e.hash, e.rolling_hash, e.digest, e.start) for e in kept.read()}
 
 
 def filled(path: Path, count: int) -> list[DocumentChunk]:
-    """Keep some entries in a file."""
+    """Write entries to a journal."""
     kept = DocumentJournal(path, CHUNK)
     entries = [entry(number) for number in range(count)]
     for one in entries:
@@ -38,12 +38,12 @@ def filled(path: Path, count: int) -> list[DocumentChunk]:
 
 
 def as_set(entries: list[DocumentChunk]) -> set[tuple[ChunkHash, int, bytes, int]]:
-    """What `read` gives."""
+    """The entries that `read` yields."""
     return {(e.hash, e.rolling_hash, e.digest, e.start) for e in entries}
 
 
 def test_entries_and_base_are_read_again(tmp_path: Path) -> None:
-    """Both are as they were, for a server with chunks of the same size."""
+    """Entries and base are kept for a server with the same chunk size."""
     path = tmp_path / "kept"
     entries = filled(path, 3)
     first = DocumentJournal(path, CHUNK)
@@ -57,7 +57,7 @@ def test_entries_and_base_are_read_again(tmp_path: Path) -> None:
 
 
 def test_another_chunk_size_begins_anew(tmp_path: Path) -> None:
-    """Entries of other chunks are of no use, nor is their base."""
+    """A server with another chunk size uses neither entries nor base."""
     path = tmp_path / "kept"
     filled(path, 3)
     before = DocumentJournal(path, CHUNK)
@@ -71,7 +71,7 @@ def test_another_chunk_size_begins_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", [0, 1, 3])
 def test_a_damaged_record_is_left_out(tmp_path: Path, damaged: int) -> None:
-    """A flipped bit costs one entry; in the header it costs all."""
+    """A flipped bit loses one entry; in the header it loses all."""
     path = tmp_path / "kept"
     entries = filled(path, 3)
     data = bytearray(path.read_bytes())
@@ -84,7 +84,7 @@ def test_a_damaged_record_is_left_out(tmp_path: Path, damaged: int) -> None:
 
 
 def test_a_file_cut_short_keeps_whole_records(tmp_path: Path) -> None:
-    """The last record of a copy that was cut off is not there."""
+    """A truncated last record is skipped."""
     path = tmp_path / "kept"
     entries = filled(path, 3)
     os.truncate(path, 4 * SLOT_BYTES - 1)
@@ -94,7 +94,7 @@ def test_a_file_cut_short_keeps_whole_records(tmp_path: Path) -> None:
 
 
 def test_slots_are_used_again(tmp_path: Path) -> None:
-    """The file is as long as the most entries at once, also over restarts."""
+    """The file's length is the maximum number of entries, also across restarts."""
     path = tmp_path / "kept"
     entries = filled(path, 4)
     size = path.stat().st_size
@@ -113,7 +113,7 @@ def test_slots_are_used_again(tmp_path: Path) -> None:
 
 
 def test_a_file_has_one_server(tmp_path: Path) -> None:
-    """The second is refused by name until the first has gone."""
+    """The second server is refused until the first has closed the file."""
     path = tmp_path / "kept"
     first = DocumentJournal(path, CHUNK)
     with pytest.raises(SetupError, match=r"blend.keep = .*kept: another server"):
@@ -123,7 +123,7 @@ def test_a_file_has_one_server(tmp_path: Path) -> None:
 
 
 def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    """The option and the reason are named."""
+    """The error names the option and the reason."""
     with pytest.raises(SetupError, match=r"blend.keep = .*: No such file"):
         DocumentJournal(tmp_path / "missing" / "kept", CHUNK)
 
@@ -131,7 +131,7 @@ def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_keeping_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One error is logged; entries work without the file; earlier records remain."""
+    """One error is logged; the index works without the file; old records remain."""
     path = tmp_path / "kept"
     entries = filled(path, 2)
     kept = DocumentJournal(path, CHUNK)

@@ -1,4 +1,4 @@
-"""Float conversions of keys, compared with numpy's."""
+"""Conversions of keys to and from double precision, compared with numpy's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_numpy(doubles: np.ndarray) -> np.ndarray:
 
 
 def apart(doubles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tell what float16 has from what it has not: a piece with any is numpy's."""
+    """Return whether float16 has all the numbers; others are left to numpy."""
     has = np.abs(doubles) < 65520
     return doubles[has], doubles[~has]
 
@@ -35,7 +35,7 @@ def apart(doubles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "bits", [ALL, ALL[ALL & 0x7C00 != 0x7C00]], ids=["all", "finite"]
 )
 def test_every_float16_widens_as_by_numpy(bits: np.ndarray) -> None:
-    """All 65,536: with infinities and NaN, and without."""
+    """All 65,536 values, with infinities and NaN and without."""
     doubles = np.empty(bits.shape)
     Float16Converter(bits.size).widen(doubles, bits.view(np.float16))
     expected = bits.view(np.float16).astype(np.float64)
@@ -43,7 +43,7 @@ def test_every_float16_widens_as_by_numpy(bits: np.ndarray) -> None:
 
 
 def test_every_float16_narrows_to_itself() -> None:
-    """The least and zeros of both signs too; infinities and NaN by numpy."""
+    """Includes the smallest numbers and zeros of both signs."""
     assert np.array_equal(narrowed(FINITE), by_numpy(FINITE))
     whole = ALL.view(np.float16).astype(np.float64)
     assert np.array_equal(narrowed(whole), by_numpy(whole))
@@ -51,7 +51,7 @@ def test_every_float16_narrows_to_itself() -> None:
 
 @pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
 def test_ties_round_to_even_and_what_is_beside_them_to_nearest(ulps: int) -> None:
-    """The middle of every two neighbours, and the next doubles and float32s to it."""
+    """The midpoint of any two neighbours, and the doubles and float32s next to it."""
     ordered = np.unique(FINITE)
     middle = (ordered[:-1] + ordered[1:]) / 2
     near = middle.copy()
@@ -64,7 +64,7 @@ def test_ties_round_to_even_and_what_is_beside_them_to_nearest(ulps: int) -> Non
 
 
 def test_many_numbers_narrow_as_by_numpy() -> None:
-    """Doubles and float32s of any bits, and those around float16's own range."""
+    """Doubles and float32s of any bits, and those around float16's range."""
     rng = np.random.default_rng(1)
     wide = rng.integers(0, 1 << 64, 1 << 20, np.uint64).view(np.float64)
     single = rng.integers(0, 1 << 32, 1 << 20, np.uint64).astype(np.uint32)
@@ -77,13 +77,13 @@ def test_many_numbers_narrow_as_by_numpy() -> None:
 
 @pytest.mark.parametrize("edge", [65504.0, 65519.999, 65520.0, 65536.0, np.inf, np.nan])
 def test_what_is_too_large_is_infinite_and_alone(edge: float) -> None:
-    """At the edge of the range, of either sign, beside numbers that are in it."""
+    """Numbers of either sign at the limit of the range, beside numbers within it."""
     doubles = np.array([edge, 1.0, -edge, 2.0**-24, -0.0])
     assert np.array_equal(narrowed(doubles), by_numpy(doubles))
 
 
 def test_bfloat16_comes_back() -> None:
-    """Every one but NaN, whose bits are anything, widens and narrows to itself."""
+    """Every value except NaN is unchanged by widening and narrowing."""
     floats = (ALL.astype(np.uint32) << 16).view(np.float32)
     bits = ALL[~np.isnan(floats)]
     doubles, back = np.empty(bits.shape), np.empty_like(bits)

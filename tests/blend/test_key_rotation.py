@@ -14,7 +14,7 @@ from kvcore.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnSca
 
 LAYERS, TOKENS, HEADS = 2, 7, 3
 BITS = {"float32": 24, "float16": 11, "bfloat16": 8}
-"""Significant ones."""
+"""Significant bits of a mantissa."""
 
 ROPES = {
     "plain": Rope(theta=1e4, head_dim=8, rotary_dim=8),
@@ -37,7 +37,7 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(keys: np.ndarray, dtype: str) -> np.ndarray:
-    """Return what bytes mean, `[L, T, heads, D]`, in double precision."""
+    """Decode bytes to double precision, `[L, T, heads, D]`."""
     if dtype == "bfloat16":
         bits = keys.view(np.uint16).astype(np.uint32) << 16
         values = bits.view(np.float32)
@@ -47,7 +47,7 @@ def decode(keys: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def turned(values: np.ndarray, rope: Rope, distance: int) -> np.ndarray:
-    """Rotate every pair on its own."""
+    """Rotate each pair separately."""
     result = values.copy()
     half = rope.rotary_dim // 2
     for pair, frequency in enumerate(rope.frequencies()):
@@ -65,7 +65,7 @@ def turned(values: np.ndarray, rope: Rope, distance: int) -> np.ndarray:
 def test_keys_turn_to_within_half_a_unit_of_their_dtype(
     dtype: str, name: str, distance: int
 ) -> None:
-    """What is stored is the double-precision rotation, rounded to nearest."""
+    """The result is the double-precision rotation, rounded to nearest."""
     rope = ROPES[name]
     rng = np.random.default_rng(distance % 97)
     keys = encode(rng.normal(size=(LAYERS, TOKENS, HEADS, rope.head_dim)), dtype)
@@ -91,7 +91,7 @@ def test_keys_turn_to_within_half_a_unit_of_their_dtype(
 
 @pytest.mark.parametrize("dtype", BITS)
 def test_nothing_is_rounded_twice(dtype: str) -> None:
-    """Of a million numbers none is off by more than half a unit of its dtype."""
+    """Of a million numbers none is wrong by more than half a unit of its dtype."""
     rope = Rope(theta=1e4, head_dim=1 << 14, rotary_dim=1 << 14)
     rng = np.random.default_rng(9)
     shape = (LAYERS, TOKENS, HEADS, rope.head_dim)
@@ -101,7 +101,7 @@ def test_nothing_is_rounded_twice(dtype: str) -> None:
     exact = np.concatenate((a * by.real - b * by.imag, a * by.imag + b * by.real), -1)
     rotate_keys(keys, dtype, rope, [BlockRotation(0, TOKENS, 77)])
     unit = 2.0 ** (np.frexp(exact)[1] - BITS[dtype])
-    # The least numbers of float16 have fewer bits.
+    # Subnormal numbers of float16 have fewer bits.
     unit = np.maximum(unit, 2.0**-24) if dtype == "float16" else unit
     assert (np.abs(decode(keys, dtype) - exact) / unit).max() <= 0.5 + 1e-6
 
@@ -111,7 +111,7 @@ def test_nothing_is_rounded_twice(dtype: str) -> None:
 def test_pieces_come_to_the_same(
     dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much is turned at once."""
+    """The result does not depend on the step size."""
     rope = ROPES[name]
     values = np.random.default_rng(3).normal(
         size=(LAYERS, TOKENS, HEADS, rope.head_dim)
@@ -127,14 +127,14 @@ def test_pieces_come_to_the_same(
 
 
 def test_keys_that_stay_keep_their_bits() -> None:
-    """A distance of nothing touches nothing, not even what is no number."""
+    """A distance of 0 changes no byte, not even a NaN's."""
     keys = np.full((LAYERS, TOKENS, 1, HEADS * 16), 0xFF, np.uint8)
     rotate_keys(keys, "bfloat16", ROPES["plain"], [BlockRotation(0, TOKENS, 0)])
     assert (keys == 0xFF).all()
 
 
 def test_an_overflow_of_one_key_harms_no_other() -> None:
-    """Infinities and NaNs stay in their pair, and keys far from them stay exact."""
+    """Infinities and NaNs affect only their pair; other keys stay exact."""
     keys = np.zeros((LAYERS, TOKENS, 1, HEADS * 16), np.uint8)
     numbers = keys.view(np.uint16)
     numbers[..., 0] = 0x7F80  # infinity
@@ -146,7 +146,7 @@ def test_an_overflow_of_one_key_harms_no_other() -> None:
 
 
 def reference(rope: Rope, pair: int) -> float:
-    """Return a pair's frequency by the formulas of the papers, one by one."""
+    """Return a pair's frequency by the formulas of the papers."""
     plain = rope.theta ** (-2 * pair / rope.rotary_dim)
     match rope.scaling:
         case LinearScaling(factor):
@@ -184,7 +184,7 @@ def reference(rope: Rope, pair: int) -> float:
     ],
 )
 def test_frequencies_are_those_of_the_papers(scaling: RopeScaling | None) -> None:
-    """Every scaling's frequencies, pair by pair."""
+    """The frequencies of each scaling, pair by pair."""
     rope = Rope(theta=500_000.0, head_dim=128, rotary_dim=128, scaling=scaling)
     expected = [reference(rope, pair) for pair in range(64)]
     assert np.allclose(rope.frequencies(), expected, rtol=1e-13)
@@ -208,6 +208,6 @@ def test_frequencies_are_those_of_the_papers(scaling: RopeScaling | None) -> Non
 def test_what_is_no_rotation_is_refused(
     rope: Rope, dtype: str, unit_bytes: int
 ) -> None:
-    """Odd pairs, dimensions outside the head, frequencies that are no numbers."""
+    """Odd dimensions, dimensions outside the head, invalid frequencies."""
     with pytest.raises(LayoutError, match="rope: "):
         check_rope(rope, dtype, unit_bytes)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def end_of(steps: Generator[None, None, T]) -> T:
-    """Run slices to their end."""
+    """Run all steps and return the result."""
     while True:
         try:
             next(steps)
@@ -40,7 +40,7 @@ def end_of(steps: Generator[None, None, T]) -> T:
 
 
 def hashes_of(tokens: list[int], space: DocumentSpace = SPACE) -> list[ChunkHash]:
-    """Chain the whole chunks of a document."""
+    """Return the chained hashes of a document's whole chunks."""
     chain = HashChain(space.seed, SIZE)
     for _ in chain.extend(np.array(tokens, np.uint32).tobytes(), 1 << 20):
         pass
@@ -49,7 +49,7 @@ def hashes_of(tokens: list[int], space: DocumentSpace = SPACE) -> list[ChunkHash
 
 @dataclass
 class Library:
-    """A matcher, and the documents that it knows."""
+    """A matcher, and the documents stored for it."""
 
     matcher: Matcher
     index: DocumentIndex
@@ -63,7 +63,7 @@ class Library:
         return hashes
 
     def find(self, tokens: list[int], space: DocumentSpace = SPACE) -> list[TokenRun]:
-        """Match a prompt."""
+        """Return the runs found in a prompt."""
         prompt = np.array(tokens, np.uint32)
         return end_of(self.matcher.find(prompt, space, len))
 
@@ -71,7 +71,7 @@ class Library:
 def anywhere(
     base: int | None = None, separators: SeparatorMatcher | None = None
 ) -> Library:
-    """Make an empty library; a base of 1 makes a window's hash its sum of tokens."""
+    """Make an empty library; with base 1 a window's hash is the sum of its tokens."""
     index = DocumentIndex(1024, 1024)
     rolling = RollingHash(SIZE, base)
     return Library(RollingHashMatcher(index, rolling, separators), index)
@@ -80,7 +80,7 @@ def anywhere(
 def brute_runs(
     prompt: list[int], documents: list[list[int]]
 ) -> Iterator[tuple[int, int]]:
-    """Yield (start, chunks): left to right, the longest run of any document there."""
+    """Yield (start, chunks): left to right, the longest run at each position."""
     start = 0
     while start + SIZE <= len(prompt):
         best = 0
@@ -105,7 +105,7 @@ def brute_runs(
 def check_hashes(
     runs: list[TokenRun], prompt: list[int], documents: list[list[int]]
 ) -> None:
-    """Each named chunk is one of a document, with the tokens of its place."""
+    """Each returned chunk belongs to a document and has the prompt's tokens."""
     chunks = {
         key: (number * SIZE, document[number * SIZE : (number + 1) * SIZE])
         for document in documents
@@ -125,7 +125,7 @@ document_lease_owner = st.lists(st.lists(few, max_size=24), max_size=5)
 
 @st.composite
 def planted(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
-    """Documents of few tokens, and a prompt with pieces of them between glue."""
+    """Draw documents of few tokens, and a prompt with pieces of them."""
     documents = draw(document_lease_owner)
     prompt: list[int] = []
     for _ in range(draw(st.integers(0, 4))):
@@ -145,7 +145,7 @@ def planted(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
 def test_anywhere_equals_a_brute_force_search(
     case: tuple[list[list[int]], list[int]], base: int | None, step: int
 ) -> None:
-    """Repeats, overlaps, shared chunks and colliding hashes, in steps of any size."""
+    """Repeated, overlapping and shared chunks, colliding hashes, any step size."""
     documents, prompt = case
     library = anywhere(base)
     with mock.patch.object(matchers, "MATCH_STEP", step):
@@ -161,7 +161,7 @@ def test_anywhere_equals_a_brute_force_search(
 def test_separated_finds_each_paragraph_from_its_start(
     case: tuple[list[list[int]], list[int]],
 ) -> None:
-    """A paragraph's chunks are chained as if it were a document."""
+    """A paragraph's chunks are hashed like a document's."""
     _, prompt = case
     markers = Markers(start=((0,),))
     matcher = SeparatorMatcher(markers, SIZE, 2)
@@ -183,7 +183,7 @@ def test_paragraphs_are_found_between_what_is_found_anywhere(
     start: list[tuple[int, ...]],
     end: list[tuple[int, ...]],
 ) -> None:
-    """What begins in no known run is a document, as far as the next; nothing else."""
+    """Each paragraph that begins outside known runs, up to the next run."""
     known, prompt = case
     markers = Markers(tuple(start), tuple(end))
     separators = SeparatorMatcher(markers, SIZE, 1)
@@ -209,7 +209,7 @@ def test_paragraphs_are_found_between_what_is_found_anywhere(
 
 
 def test_a_document_crosses_a_slice_of_windows() -> None:
-    """Where the hashing of a long prompt is cut, nothing is lost or found twice."""
+    """Nothing is missed or found twice where hashing continues in another slice."""
     library = anywhere()
     rng = np.random.default_rng(0)
     document = rng.integers(100, 200, 5 * SIZE).tolist()
@@ -222,7 +222,7 @@ def test_a_document_crosses_a_slice_of_windows() -> None:
 
 
 def test_forged_collisions_are_no_matches() -> None:
-    """Two chunks of one rolling hash are plain_runs apart by their content."""
+    """Two chunks with equal rolling hashes are distinguished by their digests."""
     base = 0x9E3779B97F4A7C15
     ours, forged = forge(base)
     rolling = RollingHash(SIZE, base)
@@ -240,7 +240,7 @@ def test_forged_collisions_are_no_matches() -> None:
 
 
 def forge(base: int) -> tuple[list[int], list[int]]:
-    """Make two chunks of one hash, as who knows the base can.
+    """Make two chunks of equal hash, which requires the base.
 
     Half of Euclid's algorithm gives small x and y with x + y * inverse = 0 mod 2**64.
     """
@@ -270,7 +270,7 @@ def test_models_share_no_documents() -> None:
 
 
 def test_only_ready_chunks_are_found() -> None:
-    """A run goes on as far as its chunks are ready, and another document may."""
+    """A run ends at the first missing chunk; another document may be longer."""
     library = anywhere()
     first = library.store([1] * SIZE + [2] * SIZE + [3] * SIZE)
     second = library.store([9] * SIZE + [2] * SIZE + [3] * SIZE)
@@ -288,7 +288,7 @@ def test_only_ready_chunks_are_found() -> None:
 def test_what_tiers_may_have_counts_and_is_cut_apart(
     case: tuple[list[list[int]], list[int]], data: st.DataObject
 ) -> None:
-    """Runs are as long as if L1 had all; each piece is wholly in L1 or not at all."""
+    """Chunks in tiers count as present; each piece is entirely in L1 or not at all."""
     documents, prompt = case
     library = anywhere()
     known = {key for document in documents for key in library.store(document)}
@@ -315,7 +315,7 @@ def test_what_tiers_may_have_counts_and_is_cut_apart(
 
 
 def test_whole_prompt_material_makes_another_space() -> None:
-    """A salt or adapter at token 0 keeps equal documents apart, one from another."""
+    """Equal documents with another salt or adapter at token 0 are different."""
     library = anywhere()
     tokens = list(range(2 * SIZE))
     spaces = [
@@ -331,7 +331,7 @@ def test_whole_prompt_material_makes_another_space() -> None:
 
 
 def many(num_chunks: int) -> None:
-    """Fill an index with random chunks, then match random prompts and one true one."""
+    """Fill an index with random chunks; match random prompts and a stored document."""
     size = 16
     space, index = DocumentSpace("m", 1, size), DocumentIndex(num_chunks)
     rng = np.random.default_rng(5)
@@ -353,7 +353,7 @@ def many(num_chunks: int) -> None:
 
 
 def test_no_random_prompt_matches_among_many_chunks() -> None:
-    """Twenty thousand chunks and 300k random windows: no wrong match, one right."""
+    """20,000 chunks and 300,000 random windows: only the stored document matches."""
     many(20_000)
 
 

@@ -1,4 +1,4 @@
-"""A prompt cut into paragraphs."""
+"""Splitting a prompt into paragraphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvcore.errors import SetupError
 
 
 def pieces(tokens: list[int], markers: Markers) -> list[list[int]]:
-    """Cut, and return the tokens of each paragraph."""
+    """Return the tokens of each paragraph."""
     array = np.array(tokens, np.uint32)
     return [tokens[p.start : p.end] for p in split_paragraphs(array, markers)]
 
@@ -48,7 +48,7 @@ def test_cuts(
 
 @given(tokens=st.lists(st.integers(0, 4), max_size=30))
 def test_paragraphs_are_apart_and_hold_no_single_marker(tokens: list[int]) -> None:
-    """What is between markers is in order, nonempty, and free of them."""
+    """Paragraphs are in order, not empty, and contain no marker."""
     markers = Markers(start=((0,),), end=((1,),))
     found = list(split_paragraphs(np.array(tokens, np.uint32), markers))
     assert all(p.start < p.end for p in found)
@@ -67,7 +67,7 @@ def test_a_preset_cuts_its_family_s_messages(family: str) -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    """A wrong preset says which there are."""
+    """The error of an unknown preset lists the known ones."""
     with pytest.raises(SetupError, match=r"blend\.preset = 'gpt': known are gemma-3"):
         make_markers(BlendConfig(preset="gpt"))
 
@@ -81,6 +81,6 @@ def test_an_unknown_preset_is_named() -> None:
     ],
 )
 def test_patterns_that_cannot_be_are_refused(options: dict[str, object]) -> None:
-    """An empty pattern, a negative token, or patterns beside a preset."""
+    """An empty pattern, a negative token, or patterns together with a preset."""
     with pytest.raises(SetupError, match=r"^(blend|BlendConfig)\."):
         BlendConfig(**options)  # type: ignore[arg-type]

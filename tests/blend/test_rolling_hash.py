@@ -12,7 +12,7 @@ WORD = 1 << 64
 
 
 def plain(window: list[int], base: int) -> int:
-    """Hash one window as the module's docstring says."""
+    """Hash one window by the formula of the module's docstring."""
     inverse = pow(base, -1, WORD)
     return sum(token * pow(inverse, j, WORD) for j, token in enumerate(window)) % WORD
 
@@ -22,7 +22,7 @@ tokens_of = st.lists(st.integers(0, (1 << 32) - 1), min_size=5, max_size=40)
 
 @given(tokens=tokens_of, base=st.integers(0, WORD - 1))
 def test_every_window_has_the_sum_of_its_tokens(tokens: list[int], base: int) -> None:
-    """The running sums give what each window on its own gives."""
+    """Prefix sums give the same hashes as separate windows."""
     rolling = RollingHash(5, base)
     array = np.array(tokens, np.uint32)
     expected = [plain(tokens[at : at + 5], base | 1) for at in range(len(tokens) - 4)]
@@ -32,7 +32,7 @@ def test_every_window_has_the_sum_of_its_tokens(tokens: list[int], base: int) ->
 
 
 def test_two_hashes_have_bases_of_their_own() -> None:
-    """Nobody knows the base of a server, so nobody can plan a collision."""
+    """Each server has a secret base, so no client can construct a collision."""
     tokens = np.arange(1, 9, dtype=np.uint32)
     made = {int(RollingHash(8).windows(tokens)[0]) for _ in range(5)}
     assert len(made) == 5
