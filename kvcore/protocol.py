@@ -569,9 +569,9 @@ class CBLookupPreComputed(Request[CBLookupReply], frozen=True):
 class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
     """Copy documents' chunks from L1 to their slots of a prompt: all or none.
 
-    Names either matches, or ranges of the session's last lookup. Ends this rank's share
-    of the session's lease on them. The target slots belong to the server until it
-    replies or its process ends, even past the deadline.
+    Names matches or ranges of the session's last lookup; only these can be retrieved.
+    Ends this rank's share of the session's lease on them. The target slots belong to
+    the server until it replies or its process ends, even past the deadline.
     """
 
     lane: ClassVar[Lane] = Lane.RETRIEVE
@@ -586,7 +586,8 @@ class CBRetrievePreComputed(Request[RetrieveReply], frozen=True):
         bool, Meta(description="rotate K from its old positions to those in the prompt")
     ] = False
     tokens: Annotated[
-        Packed, Meta(description="the whole prompt; ranges are then looked up again")
+        Packed,
+        Meta(description="the whole prompt, for a new lookup if none is known"),
     ] = memoryview(b"")
     extras: Annotated[
         tuple[ExtraKey, ...], Meta(description="the prompt's extra keys")
