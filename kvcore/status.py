@@ -40,7 +40,6 @@ class LeaseStatus(msgspec.Struct, frozen=True):
     waiting_readers: tuple[int, ...]
     age_s: float
     expires_in_s: float
-    why: Annotated[str, Meta(description="what it was granted for")] = "lookup"
 
 
 class TicketStatus(msgspec.Struct, frozen=True):

@@ -113,12 +113,11 @@ def _leases(leases: Sequence[LeaseStatus], num_leases: int) -> Table:
             format_age(lease.age_s),
             format_age(lease.expires_in_s),
             " ".join(map(str, lease.waiting_readers)),
-            lease.why,
         )
         for lease in leases
     )
     cut = f" ({len(leases)} of {num_leases})" if num_leases > len(leases) else ""
-    return Table(f"leases{cut}", (*columns, "ranks to read", "reason"), rows)
+    return Table(f"leases{cut}", (*columns, "ranks to read"), rows)
 
 
 def _tickets(tickets: Sequence[TicketStatus], num_tickets: int) -> Table:
