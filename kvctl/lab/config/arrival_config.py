@@ -13,8 +13,7 @@ Rate = Annotated[
 ]
 Seconds = Annotated[float, Meta(gt=0)]
 Slots = Annotated[
-    int,
-    Meta(ge=1, le=256, description="concurrent requests per engine at most"),
+    int, Meta(ge=1, le=256, description="concurrent requests per engine at most")
 ]
 
 

@@ -120,8 +120,7 @@ class CopyRow(msgspec.Struct, frozen=True):
         float | None, Meta(description="the server's CPU time per chunk")
     ] = None
     ways: Annotated[
-        dict[str, int],
-        Meta(description="copies on GPUs, by method and direction"),
+        dict[str, int], Meta(description="copies on GPUs, by method and direction")
     ] = {}
     product_slowdown: Annotated[
         float | None,

@@ -117,12 +117,10 @@ class Service(Options, frozen=True):
 
     name: str
     command: Annotated[
-        tuple[str, ...],
-        Meta(description="{folder}: a new folder, {port}: a free port"),
+        tuple[str, ...], Meta(description="{folder}: a new folder, {port}: a free port")
     ]
     ready: Annotated[
-        str,
-        Meta(description="path that exists, or host:port that accepts, when ready"),
+        str, Meta(description="path that exists, or host:port that accepts, when ready")
     ] = ""
 
 

@@ -21,8 +21,7 @@ class SharedPrefix(Options, frozen=True, tag="shared_prefix", tag_field="kind"):
     num_prefixes: Positive = 4
     prefix_tokens: Positive = 2048
     suffix_tokens: Annotated[
-        int,
-        Meta(ge=1, description="mean; uniform from 0.5 to 1.5 of it"),
+        int, Meta(ge=1, description="mean; uniform from 0.5 to 1.5 of it")
     ] = 512
     output_tokens: Count = 0
     vocabulary: Vocabulary = 32_000
@@ -51,8 +50,7 @@ class Rag(Options, frozen=True, tag="rag", tag_field="kind"):
         float, Meta(ge=0, description="Zipf exponent of popularity; 0: uniform")
     ] = 1.0
     ordered: Annotated[
-        bool,
-        Meta(description="documents in one global order, which shares prefixes"),
+        bool, Meta(description="documents in one global order, which shares prefixes")
     ] = False
     question_tokens: Positive = 64
     output_tokens: Count = 128
@@ -80,8 +78,7 @@ class Agents(Options, frozen=True, tag="agents", tag_field="kind"):
     ] = 512
     answer_tokens: Positive = 128
     subagents: Annotated[
-        int,
-        Meta(ge=0, description="forked halfway, with half the context"),
+        int, Meta(ge=0, description="forked halfway, with half the context")
     ] = 0
     vocabulary: Vocabulary = 32_000
 
@@ -121,8 +118,7 @@ class Reuse(Options, frozen=True):
     """Prompt reuse that is generated for traces which record lengths only."""
 
     share: Annotated[
-        Share,
-        Meta(description="of requests that extend an earlier prompt"),
+        Share, Meta(description="of requests that extend an earlier prompt")
     ] = 0.5
     system_tokens: Annotated[int, Meta(ge=0, description="shared by all")] = 512
     sessions: Annotated[int, Meta(ge=1, description="open at the same time")] = 64
@@ -159,8 +155,7 @@ class Documents(Options, frozen=True, tag="documents", tag_field="kind"):
     system_tokens: Annotated[int, Meta(ge=0, description="shared by all")] = 256
     num_documents: Positive = 100
     document_tokens: Annotated[
-        int,
-        Meta(ge=1, description="mean; uniform from 0.5 to 1.5 of it"),
+        int, Meta(ge=1, description="mean; uniform from 0.5 to 1.5 of it")
     ] = 512
     documents_per_request: Positive = 4
     glue_tokens: Annotated[
@@ -178,6 +173,5 @@ class Documents(Options, frozen=True, tag="documents", tag_field="kind"):
         )
 
 
-Workload = (
-    SharedPrefix | Chat | Rag | Agents | Uniform | Thrash | Giant | Trace | Documents
-)
+GeneratedWorkload = SharedPrefix | Chat | Rag | Agents | Uniform | Thrash | Giant
+Workload = GeneratedWorkload | Trace | Documents

@@ -27,7 +27,7 @@ from kvctl.lab.process_messages import (
     send,
 )
 from kvctl.lab.systems.system_interface import ExternalClient, call_duration_s
-from kvctl.lab.workload.access_generators import Tokens
+from kvctl.lab.traces.trace_rows import Tokens
 
 HASH_SLICE = 1 << 20
 """Chunks hashed per step: this thread has nothing else to do."""

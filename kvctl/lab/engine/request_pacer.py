@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic
 
-from kvctl.lab.workload.access_generators import Access, Tokens
+from kvctl.lab.traces.trace_rows import Tokens
+from kvctl.lab.workload.access_generators import Access
 from kvctl.lab.workload.arrivals import Due
 
 

@@ -19,11 +19,7 @@ from kvctl.lab.compare.comparison import (
 from kvctl.lab.compare.significance import Verdict
 from kvctl.lab.config.scenario import Scenario
 from kvctl.lab.page import svg
-from kvctl.lab.report.comparison_report import (
-    format_change,
-    format_interval,
-    words,
-)
+from kvctl.lab.report.comparison_report import format_change, format_interval, words
 from kvctl.lab.report.result_collection import RunGroup
 from kvctl.lab.report.result_tables import list_ceiling_shares
 from kvctl.lab.results.result import Result

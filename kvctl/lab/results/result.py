@@ -65,8 +65,7 @@ class TierHits(msgspec.Struct, frozen=True):
 
     name: Annotated[str, Meta(description="`L1`, or `tier 1: KIND` and so on")]
     hit_rate: Annotated[
-        float,
-        Meta(description="of prompt tokens; split between tiers by loaded bytes"),
+        float, Meta(description="of prompt tokens; split between tiers by loaded bytes")
     ]
     loaded_bytes: Annotated[
         int | None, Meta(description="loaded into memory during the load; none for L1")
@@ -81,8 +80,7 @@ class Throughput(msgspec.Struct, frozen=True):
     store_gb_per_s: float | None
     retrieve_gb_per_s: float | None
     plain_copy_gb_per_s: Annotated[
-        float | None,
-        Meta(description="by the ranks, of as many bytes, between calls"),
+        float | None, Meta(description="by the ranks, of as many bytes, between calls")
     ]
 
 
@@ -204,8 +202,7 @@ class Result(msgspec.Struct, frozen=True):
         ),
     ] = None
     tiers: Annotated[
-        tuple[TierHits, ...],
-        Meta(description="L1 and tiers; empty without tiers"),
+        tuple[TierHits, ...], Meta(description="L1 and tiers; empty without tiers")
     ] = ()
     hosts: Annotated[
         tuple[HostReport, ...], Meta(description="of a run with several hosts")

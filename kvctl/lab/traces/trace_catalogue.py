@@ -75,11 +75,7 @@ def open_url(url: str) -> BinaryIO:
     return opened
 
 
-def fetch(
-    trace: PublicTrace,
-    folder: Path,
-    fetcher: Fetcher = open_url,
-) -> Path:
+def fetch(trace: PublicTrace, folder: Path, fetcher: Fetcher = open_url) -> Path:
     """Download a trace into a folder unless it has a correct copy; return its path.
 
     A file with another sha256 is deleted.

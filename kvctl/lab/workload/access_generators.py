@@ -7,18 +7,18 @@ has to distribute requests. Requests depend on the workload and the seed alone.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from kvctl.lab.config.workload_config import (
     Agents,
     Chat,
     Documents,
+    GeneratedWorkload,
     Giant,
     Rag,
     SharedPrefix,
@@ -28,9 +28,12 @@ from kvctl.lab.config.workload_config import (
     Workload,
 )
 from kvctl.lab.traces import trace_reader as reader
-from kvctl.lab.workload.document_requests import DocumentPiece, requests
-
-Tokens = npt.NDArray[np.uint32]
+from kvctl.lab.traces.trace_rows import Tokens
+from kvctl.lab.workload.document_requests import (
+    DocumentPiece,
+    draw_tokens,
+    requests,
+)
 
 PREFIX, SUFFIX, CHOICE, SYSTEM, TURN, DOCUMENT, QUESTION, PROMPT, RESULT = range(9)
 """Streams of random numbers, distinct under one seed."""
@@ -94,18 +97,45 @@ def survey(workload: Workload, seed: int) -> Survey:
     return Survey(len(lengths), sum(lengths), max(lengths, default=0))
 
 
-def _draw(vocabulary: int, num_tokens: int, *stream: int) -> Tokens:
-    return np.random.default_rng(stream).integers(
-        vocabulary, size=num_tokens, dtype=np.uint32
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """The first `num_tokens` of one stream of random tokens."""
+
+    num_tokens: int
+    stream: int
+    number: int = 0
+
+
+def _request(
+    workload: GeneratedWorkload,
+    seed: int,
+    session: int,
+    output_length: int,
+    segments: Sequence[_Segment],
+    turn: int | None = None,
+    affinity: int | None = None,
+) -> Access:
+    """Return a request whose prompt is a sequence of segments.
+
+    Without a turn it is the only request of its session.
+    """
+    return Access(
+        request_id=f"{session}" if turn is None else f"{session}.{turn}",
+        session=str(session),
+        affinity=session if affinity is None else affinity,
+        num_tokens=sum(segment.num_tokens for segment in segments),
+        output_length=output_length,
+        arrival_s=None,
+        tokens=partial(_prompt, workload.vocabulary, seed, segments),
     )
 
 
-def _single(
-    index: int, num_tokens: int, output_length: int, tokens: Callable[[], Tokens]
-) -> Access:
-    """Return a request that is the only one of its session."""
-    return Access(
-        str(index), str(index), index, num_tokens, output_length, None, tokens
+def _prompt(vocabulary: int, seed: int, segments: Sequence[_Segment]) -> Tokens:
+    return np.concatenate(
+        [
+            draw_tokens(vocabulary, one.num_tokens, seed, one.stream, one.number)
+            for one in segments
+        ]
     )
 
 
@@ -115,76 +145,43 @@ def _shared_prefix(workload: SharedPrefix, seed: int) -> Iterator[Access]:
     for index in range(workload.num_requests):
         prefix = int(rng.integers(workload.num_prefixes))
         length = workload.suffix_tokens + int(rng.integers(-half, half + 1))
-        yield _single(
-            index,
-            workload.prefix_tokens + length,
-            workload.output_tokens,
-            partial(_prefix_tokens, workload, seed, prefix, index, length),
+        segments = (
+            _Segment(workload.prefix_tokens, PREFIX, prefix),
+            _Segment(length, SUFFIX, index),
         )
-
-
-def _prefix_tokens(
-    workload: SharedPrefix, seed: int, prefix: int, index: int, length: int
-) -> Tokens:
-    vocabulary = workload.vocabulary
-    return np.concatenate(
-        (
-            _draw(vocabulary, workload.prefix_tokens, seed, PREFIX, prefix),
-            _draw(vocabulary, length, seed, SUFFIX, index),
-        )
-    )
+        yield _request(workload, seed, index, workload.output_tokens, segments)
 
 
 def _chat(workload: Chat, seed: int) -> Iterator[Access]:
     """Yield the first turns of all sessions, then the second turns, and so on."""
+    system = _Segment(workload.system_tokens, SYSTEM)
     turn_tokens = workload.user_tokens + workload.answer_tokens
     for turn in range(workload.turns):
-        length = workload.system_tokens + turn * turn_tokens + workload.user_tokens
+        length = turn * turn_tokens + workload.user_tokens
         for session in range(workload.num_sessions):
-            yield Access(
-                request_id=f"{session}.{turn}",
-                session=str(session),
-                affinity=session,
-                num_tokens=length,
-                output_length=workload.answer_tokens,
-                arrival_s=None,
-                tokens=partial(_chat_tokens, workload, seed, session, length),
+            segments = (system, _Segment(length, TURN, session))
+            yield _request(
+                workload, seed, session, workload.answer_tokens, segments, turn
             )
-
-
-def _chat_tokens(workload: Chat, seed: int, session: int, length: int) -> Tokens:
-    """Return the prefix of a session's conversation, which ends with this turn."""
-    num_tokens = workload.turns * (workload.user_tokens + workload.answer_tokens)
-    system = _draw(workload.vocabulary, workload.system_tokens, seed, SYSTEM)
-    conversation = _draw(workload.vocabulary, num_tokens, seed, TURN, session)
-    return np.concatenate((system, conversation))[:length]
 
 
 def _rag(workload: Rag, seed: int) -> Iterator[Access]:
     rng = np.random.default_rng((seed, CHOICE))
     weights = (1.0 + np.arange(workload.num_documents)) ** -workload.skew
     weights /= weights.sum()
-    documents_tokens = workload.documents_per_request * workload.document_tokens
-    length = workload.system_tokens + documents_tokens + workload.question_tokens
+    size = workload.document_tokens
     for index in range(workload.num_requests):
         chosen = rng.choice(
             workload.num_documents, workload.documents_per_request, False, weights
         )
         if workload.ordered:
             chosen = np.sort(chosen)
-        tokens = partial(_rag_tokens, workload, seed, chosen.tolist(), index)
-        yield _single(index, length, workload.output_tokens, tokens)
-
-
-def _rag_tokens(workload: Rag, seed: int, chosen: list[int], index: int) -> Tokens:
-    vocabulary, size = workload.vocabulary, workload.document_tokens
-    return np.concatenate(
-        (
-            _draw(vocabulary, workload.system_tokens, seed, SYSTEM),
-            *(_draw(vocabulary, size, seed, DOCUMENT, one) for one in chosen),
-            _draw(vocabulary, workload.question_tokens, seed, QUESTION, index),
+        segments = (
+            _Segment(workload.system_tokens, SYSTEM),
+            *(_Segment(size, DOCUMENT, document) for document in chosen.tolist()),
+            _Segment(workload.question_tokens, QUESTION, index),
         )
-    )
+        yield _request(workload, seed, index, workload.output_tokens, segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,20 +190,44 @@ class _Agent:
 
     number: int
     parent: int
+    """Its own number for the first agent of a session."""
     shared_tokens: int
+    begin: int
+    """Step of the session at which it begins."""
     lengths: tuple[int, ...]
-    """Tokens of the context at each step."""
+    """Tokens of the context at each of its steps."""
+
+    def segments(self, length: int, system_tokens: int) -> tuple[_Segment, ...]:
+        """Return the segments of a context of this length.
+
+        A shorter context is the prefix of a longer one.
+        """
+        shared = length if self.parent == self.number else self.shared_tokens
+        system = min(system_tokens, shared)
+        return (
+            _Segment(system, SYSTEM),
+            _Segment(shared - system, RESULT, self.parent),
+            _Segment(length - shared, RESULT, self.number),
+        )
 
 
 def _agents(workload: Agents, seed: int) -> Iterator[Access]:
     """Yield each step of all agents; subagents begin after half of the steps."""
     agents = list(_agent_tree(workload, seed))
-    half = workload.steps // 2
     for step in range(workload.steps):
         for agent in agents:
-            begin = half if agent.parent != agent.number else 0
-            if begin <= step < begin + len(agent.lengths):
-                yield _agent_access(workload, seed, agent, step - begin)
+            own_step = step - agent.begin
+            if 0 <= own_step < len(agent.lengths):
+                length = agent.lengths[own_step]
+                yield _request(
+                    workload,
+                    seed,
+                    agent.number,
+                    workload.answer_tokens,
+                    agent.segments(length, workload.system_tokens),
+                    turn=own_step,
+                    affinity=agent.parent // (1 + workload.subagents),
+                )
 
 
 def _agent_tree(workload: Agents, seed: int) -> Iterator[_Agent]:
@@ -215,11 +236,11 @@ def _agent_tree(workload: Agents, seed: int) -> Iterator[_Agent]:
     for session in range(workload.num_sessions):
         number = session * (1 + workload.subagents)
         own = _growing(workload, rng, base, workload.steps)
-        yield _Agent(number, number, 0, own)
+        yield _Agent(number, number, 0, 0, own)
         for child in range(1, 1 + workload.subagents):
             shared = own[half] // 2
             lengths = _growing(workload, rng, shared, workload.steps - half)
-            yield _Agent(number + child, number, shared, lengths)
+            yield _Agent(number + child, number, shared, half, lengths)
 
 
 def _growing(
@@ -230,59 +251,30 @@ def _growing(
     return tuple(grown.tolist())
 
 
-def _agent_access(workload: Agents, seed: int, agent: _Agent, step: int) -> Access:
-    length = agent.lengths[step]
-    return Access(
-        request_id=f"{agent.number}.{step}",
-        session=str(agent.number),
-        affinity=agent.parent // (1 + workload.subagents),
-        num_tokens=length,
-        output_length=workload.answer_tokens,
-        arrival_s=None,
-        tokens=partial(_agent_tokens, workload, seed, agent, length),
-    )
-
-
-def _agent_tokens(workload: Agents, seed: int, agent: _Agent, length: int) -> Tokens:
-    vocabulary = workload.vocabulary
-    system = _draw(vocabulary, workload.system_tokens, seed, SYSTEM)
-    # Drawn at once, so that a shorter context is the prefix of a longer one.
-    context = _draw(vocabulary, length, seed, RESULT, agent.parent)
-    whole = np.concatenate((system, context))[:length]
-    if agent.parent != agent.number:
-        own = _draw(vocabulary, length, seed, RESULT, agent.number)
-        whole[agent.shared_tokens :] = own[: length - agent.shared_tokens]
-    return whole
-
-
 def _uniform(workload: Uniform, seed: int) -> Iterator[Access]:
     rng = np.random.default_rng((seed, CHOICE))
-    length, vocabulary = workload.prompt_tokens, workload.vocabulary
     for index in range(workload.num_requests):
         prompt = int(rng.integers(workload.num_prompts))
-        tokens = partial(_draw, vocabulary, length, seed, PROMPT, prompt)
-        yield _single(index, length, workload.output_tokens, tokens)
+        segments = (_Segment(workload.prompt_tokens, PROMPT, prompt),)
+        yield _request(workload, seed, index, workload.output_tokens, segments)
 
 
 def _thrash(workload: Thrash, seed: int) -> Iterator[Access]:
-    length, vocabulary = workload.prompt_tokens, workload.vocabulary
     for index in range(workload.num_requests):
         prompt = index % workload.num_prompts
-        tokens = partial(_draw, vocabulary, length, seed, PROMPT, prompt)
-        yield _single(index, length, 0, tokens)
+        segments = (_Segment(workload.prompt_tokens, PROMPT, prompt),)
+        yield _request(workload, seed, index, 0, segments)
 
 
 def _giant(workload: Giant, seed: int) -> Iterator[Access]:
     rng = np.random.default_rng((seed, CHOICE))
-    vocabulary = workload.vocabulary
     for index in range(workload.num_requests):
         if index % workload.every == workload.every - 1:
-            length, stream = workload.giant_tokens, (SUFFIX, index)
+            segment = _Segment(workload.giant_tokens, SUFFIX, index)
         else:
-            length = workload.prompt_tokens
-            stream = (PROMPT, int(rng.integers(workload.num_prompts)))
-        tokens = partial(_draw, vocabulary, length, seed, *stream)
-        yield _single(index, length, workload.output_tokens, tokens)
+            prompt = int(rng.integers(workload.num_prompts))
+            segment = _Segment(workload.prompt_tokens, PROMPT, prompt)
+        yield _request(workload, seed, index, workload.output_tokens, (segment,))
 
 
 def _trace(workload: Trace) -> Iterator[Access]:

@@ -14,12 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from kvctl.lab.config.workload_config import Documents
 from kvctl.lab.traces import ragpulse_trace as ragpulse
-
-Tokens = npt.NDArray[np.uint32]
+from kvctl.lab.traces.trace_rows import Tokens
 
 CHOICE, GLUE, LENGTH, PIECE = range(40, 44)
 """Streams of random numbers, distinct from those of other workloads."""
@@ -64,14 +62,15 @@ class DocumentRequest:
     def tokens(self, vocabulary: int) -> Tokens:
         """Return the prompt `[num_tokens]`; equal content ids have equal tokens."""
         made = [
-            content_tokens(p.content, p.num_tokens, vocabulary) for p in self.pieces
+            draw_tokens(vocabulary, piece.num_tokens, PIECE, piece.content)
+            for piece in self.pieces
         ]
         return np.concatenate(made) if made else np.zeros(0, np.uint32)
 
 
-def content_tokens(content: int, num_tokens: int, vocabulary: int) -> Tokens:
-    """Return the tokens of a content id."""
-    return np.random.default_rng((PIECE, content)).integers(
+def draw_tokens(vocabulary: int, num_tokens: int, *stream: int) -> Tokens:
+    """Return the first tokens of a stream of random numbers."""
+    return np.random.default_rng(stream).integers(
         vocabulary, size=num_tokens, dtype=np.uint32
     )
 
