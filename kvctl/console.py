@@ -57,6 +57,13 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def markdown(*parts: Table | str) -> str:
+    """Return tables and paragraphs as Markdown."""
+    return "\n\n".join(
+        part.markdown() if isinstance(part, Table) else part for part in parts
+    )
+
+
 def line(text: str = "") -> None:
     """Print one line to stdout and flush."""
     print(text, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,14 +114,9 @@ def run(
         if not _run(base, out, repeat, turns):
             raise typer.Exit(EXIT_PROBLEM)
         return
-    new = RunOptions(
-        versus or scenario,
-        settings,
-        trace,
-        seed,
-        server,
-        SystemSpec(versus_system or system, versus_system_python or system_python),
-        versus_set or [],
+    other = SystemSpec(versus_system or system, versus_system_python or system_python)
+    new = replace(
+        base, scenario=versus or scenario, system=other, versus=versus_set or ()
     )
     folder = out / f"{scenario.stem}-versus-{time.strftime('%Y%m%dT%H%M%S')}"
     found = _run_pairs(base, new, repeat, folder)

@@ -12,7 +12,7 @@ from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import html_sections as sections
 from kvctl.lab.page import plots
 from kvctl.lab.page.html_sections import legend, section
-from kvctl.lab.report import load_tables
+from kvctl.lab.report import load_report_tables
 from kvctl.lab.report.comparison_report import describe_comparison, format_runs
 from kvctl.lab.report.result_collection import ResultCollection, RunGroup
 from kvctl.lab.report.result_tables import CEILING_NOTE, copy_table, describe_result
@@ -139,7 +139,7 @@ def _load(side: RunGroup, *, several: bool) -> str:
         return ""
     drawn = [
         sections.table(part) if isinstance(part, Table) else _sentence(part)
-        for part in load_tables.build_tables(load)
+        for part in load_report_tables.build_tables(load)
     ]
     title = f"Load of {side.label}" if several else "Load"
     return section(title, "", *drawn, _plots("", plots.sweep(side)))

@@ -9,9 +9,9 @@ from html import escape
 from kvctl.console import duration
 from kvctl.lab.page import svg
 from kvctl.lab.page.svg import Axis, Line, Tick
-from kvctl.lab.report.load_tables import fault_name
+from kvctl.lab.report.load_report_tables import fault_name
 from kvctl.lab.report.result_collection import RunGroup, list_operations
-from kvctl.lab.results.time_series import Series, SeriesPoint
+from kvctl.lab.results.time_series import LatencyPoint, Series, SeriesPoint
 
 SHARES = (
     0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97,
@@ -135,8 +135,8 @@ def over_time(sides: Sequence[RunGroup]) -> Iterator[str]:
             _token_share("tokens_from_tiers"), "{:.0%}".format, top=1.0,
         )  # fmt: skip
     if any("request" in point.operations for _, s in courses for point in s.points):
-        yield plot("Request, p50", "", _request_p50, duration)
-        yield plot("Request, p99", "", _request_p99, duration)
+        yield plot("Request, p50", "", _request(lambda one: one.p50_s), duration)
+        yield plot("Request, p99", "", _request(lambda one: one.p99_s), duration)
     yield plot("Retrieved", "GB/s", _rate("retrieve_bytes", 1e9), _short)
     yield plot("Stored", "GB/s", _rate("store_bytes", 1e9), _short)
 
@@ -161,14 +161,13 @@ def _token_share(name: str) -> PointValue:
     return value
 
 
-def _request_p50(series: Series, point: SeriesPoint) -> float | None:
-    del series
-    return one.p50_s if (one := point.operations.get("request")) else None
+def _request(percentile: Callable[[LatencyPoint], float]) -> PointValue:
+    def value(series: Series, point: SeriesPoint) -> float | None:
+        del series
+        latency = point.operations.get("request")
+        return percentile(latency) if latency else None
 
-
-def _request_p99(series: Series, point: SeriesPoint) -> float | None:
-    del series
-    return one.p99_s if (one := point.operations.get("request")) else None
+    return value
 
 
 def _faults(side: RunGroup) -> Iterator[svg.Band]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from kvctl.console import Table, duration, plural
+from kvctl.console import Table, duration, markdown, plural
 from kvctl.lab.compare.comparison import Comparison, CountVerdict, Timing
 from kvctl.lab.compare.significance import Verdict
 
@@ -15,7 +15,7 @@ SUITE = "kvctl regress"
 def build_tables(comparison: Comparison) -> Iterator[Table | str]:
     """Yield tables and lines for `console.show`."""
     yield describe_comparison(comparison)
-    yield from filter(_has_rows, _tables(comparison))
+    yield from (table for table in _tables(comparison) if table.rows)
     yield _equal_counts(comparison)
     for key, (base, new) in comparison.settings.items():
         yield f"setting {key}: {base} -> {new}"
@@ -25,20 +25,8 @@ def build_tables(comparison: Comparison) -> Iterator[Table | str]:
 
 def render_markdown(comparison: Comparison) -> str:
     """Return a comparison as Markdown."""
-    lines = [f"**{describe_comparison(comparison)}**", ""]
-    for table in filter(_has_rows, _tables(comparison)):
-        lines += [table.markdown(), ""]
-    lines += [f"{_equal_counts(comparison)}.", ""]
-    lines += [
-        f"- setting `{key}`: {base} -> {new}"
-        for key, (base, new) in comparison.settings.items()
-    ]
-    lines += [f"- note: {note}" for note in comparison.notes]
-    return "\n".join(lines).strip()
-
-
-def _has_rows(table: Table) -> bool:
-    return bool(table.rows)
+    sentence, *parts = build_tables(comparison)
+    return markdown(f"**{sentence}**", *parts)
 
 
 def _tables(comparison: Comparison) -> Iterator[Table]:

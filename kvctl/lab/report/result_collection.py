@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kvcore.errors import SetupError
-from kvctl.console import Table
+from kvctl.console import Table, markdown
 from kvctl.lab.compare.comparison import COMPARISON, Comparison, compare, read_results
 from kvctl.lab.compare.paired_runs import BASE, NEW
 from kvctl.lab.latency import Histogram, decode
@@ -102,14 +102,11 @@ class ResultCollection:
 
     def render_markdown(self) -> str:
         """Return Markdown: the comparisons, then the tables of each side."""
-        lines = [comparison_report.render_markdown(one) for one in self.comparisons]
+        parts = [comparison_report.render_markdown(one) for one in self.comparisons]
         for side in self.sides:
-            lines.append(f"## {side.label}")
-            lines += [
-                part.markdown() if isinstance(part, Table) else part
-                for part in result_tables.build_tables(side.median_run)
-            ]
-        return "\n\n".join(lines)
+            tables = result_tables.build_tables(side.median_run)
+            parts.append(markdown(f"## {side.label}", *tables))
+        return "\n\n".join(parts)
 
 
 def _find_sides(path: Path) -> list[tuple[str, Path]]:

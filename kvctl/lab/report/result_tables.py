@@ -12,7 +12,7 @@ from kvctl.console import Table, duration, plural, size, sparkline
 from kvctl.lab.config.copy_settings import CopyRow
 from kvctl.lab.latency import Latency
 from kvctl.lab.rank.isolated_calls import IsolatedTimings
-from kvctl.lab.report import load_tables
+from kvctl.lab.report import load_report_tables
 from kvctl.lab.results.result import DocumentReuse, HostReport, Result, TierHits
 
 NOTHING = "-"
@@ -43,7 +43,7 @@ def build_tables(result: Result) -> Iterator[Table | str]:
     if result.copies:
         yield copy_table(result.copies)
     if result.load:
-        yield from load_tables.build_tables(result.load)
+        yield from load_report_tables.build_tables(result.load)
     for message, times in Counter(result.errors).items():
         if message not in result.problems:
             yield f"error: {message}" + (f" ({times} times)" if times > 1 else "")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from kvcore import __version__
 from kvctl.lab.ceilings import Ceilings
-from kvctl.lab.config.scenario import Limits, SystemSpec
 from kvctl.lab.config.workload_config import Documents
 from kvctl.lab.engine.engine_statistics import heads_of, unpack
 from kvctl.lab.latency import Latency, LatencySamples
@@ -36,7 +37,7 @@ MAX_ERRORS = 10
 
 def summarise(raw: RawMeasurements) -> Result:
     """Return the result of a run."""
-    tally = raw.tally()
+    tally, spec = raw.tally(), raw.spec
     samples = LatencySamples.merge(report.samples for report in raw.reports)
     operations = samples.summary() | LatencySamples.merge(raw.storms).summary()
     load = report_load(
@@ -53,8 +54,7 @@ def summarise(raw: RawMeasurements) -> Result:
     throughput = _throughput(tally, elapsed_s)
     errors = [message for report in raw.reports for message in report.errors]
     documents = _documents(raw, tally)
-    problems = _problems(counts, rates, raw) + missed_goodput(raw, load)
-    problems += _missed_documents(raw, documents)
+    problems = _problems(counts, raw) + _missed_limits(raw, rates, load, documents)
     return Result(
         version=RESULT_VERSION,
         name=raw.name,
@@ -82,7 +82,7 @@ def summarise(raw: RawMeasurements) -> Result:
         tiers=_tiers(raw, counts),
         server_bytes=raw.server_bytes,
         hosts=report_hosts(raw.reports, raw.counters) if raw.scenario.hosts > 1 else (),
-        system=_system(raw.spec),
+        system=System(spec.name, __version__ if spec.is_ours else spec.version),
         turns=samples.medians() if raw.turns else {},
     )
 
@@ -100,8 +100,8 @@ def report_hosts(
 def _report_host(
     reports: Sequence[EngineReport], growth: Mapping[str, int]
 ) -> HostReport:
-    seen = set[bytes]().union(*(heads_of(one.chunk_heads) for one in reports))
-    warm = set[bytes]().union(*(heads_of(one.warm_heads) for one in reports))
+    seen = _distinct(one.chunk_heads for one in reports)
+    warm = _distinct(one.warm_heads for one in reports)
     chunks = sum(one.tally.chunks for one in reports)
     return HostReport(
         requests=sum(one.tally.requests for one in reports),
@@ -113,20 +113,20 @@ def _report_host(
     )
 
 
+def _distinct(heads: Iterable[bytes]) -> set[bytes]:
+    return set[bytes]().union(*map(heads_of, heads))
+
+
 def _sum(counters: Sequence[Counter[str]]) -> dict[str, int]:
     names = dict.fromkeys(name for one in counters for name in one)
     return {name: sum(one[name] for one in counters) for name in names}
 
 
-def _system(spec: SystemSpec) -> System:
-    return System(spec.name, __version__ if spec.is_ours else spec.version)
-
-
 def _counts(raw: RawMeasurements, tally: Tally) -> Counts:
     """Sum the counts; in an infinite cache each chunk misses once."""
-    heads = [heads_of(report.chunk_heads) for report in raw.reports]
-    warm = set[bytes]().union(*(heads_of(r.warm_heads) for r in raw.reports))
-    chunks_hit_ideal = tally.chunks - len(set[bytes]().union(*heads) - warm)
+    seen = _distinct(report.chunk_heads for report in raw.reports)
+    warm = _distinct(report.warm_heads for report in raw.reports)
+    chunks_hit_ideal = tally.chunks - len(seen - warm)
     chunk_size = raw.scenario.server.chunk_size
     return Counts(
         requests=tally.requests,
@@ -172,7 +172,7 @@ def _documents(raw: RawMeasurements, tally: Tally) -> DocumentReuse | None:
     workload = raw.scenario.workload
     if not isinstance(workload, Documents):
         return None
-    heads = set[bytes]().union(*(heads_of(r.document_heads) for r in raw.reports))
+    heads = _distinct(report.document_heads for report in raw.reports)
     contents = count_contents(workload, raw.seed)
     return DocumentReuse(
         tokens_hit=tally.document_tokens_hit,
@@ -183,18 +183,6 @@ def _documents(raw: RawMeasurements, tally: Tally) -> DocumentReuse | None:
         contents_prefix=contents.num_prefix,
         contents_anywhere=contents.num_anywhere,
     )
-
-
-def _missed_documents(
-    raw: RawMeasurements, documents: DocumentReuse | None
-) -> Sequence[str]:
-    limit = raw.scenario.limits.min_documents_share
-    if limit is None or documents is None or raw.interrupted:
-        return ()
-    if documents.share_of_ideal >= limit:
-        return ()
-    reached = f"{documents.share_of_ideal:.3f}"
-    return (f"min_documents_share is {limit}, reached {reached}",)
 
 
 def _hit_rates(counts: Counts) -> HitRates:
@@ -252,8 +240,8 @@ def _shares(
     )
 
 
-def _problems(counts: Counts, rates: HitRates, raw: RawMeasurements) -> list[str]:
-    """Return the reasons for exit code 1; hit rates count for complete runs only."""
+def _problems(counts: Counts, raw: RawMeasurements) -> list[str]:
+    """Return the reasons for exit code 1 beside missed limits."""
     limits = raw.scenario.limits
     problems = list(raw.failures)
     if counts.bytes_wrong:
@@ -264,30 +252,29 @@ def _problems(counts: Counts, rates: HitRates, raw: RawMeasurements) -> list[str
         problems.append(
             f"{counts.errors} errors, limits.max_errors is {limits.max_errors}"
         )
-    if not (raw.interrupted or raw.failures):
-        problems += _missed(limits, rates)
-        if not counts.requests:
-            problems.append("no request was made")
+    if not (counts.requests or raw.interrupted or raw.failures):
+        problems.append("no request was made")
     return problems
 
 
-def _missed(limits: Limits, rates: HitRates) -> Sequence[str]:
-    share = _ratio(rates.by_token, rates.ideal_by_token)
-    reached = {"min_hit_rate": rates.by_token, "min_share_of_ideal": share}
-    return [
-        f"{name} is {limit}, reached {reached[name]:.3f}"
-        for name, limit in (
-            ("min_hit_rate", limits.min_hit_rate),
-            ("min_share_of_ideal", limits.min_share_of_ideal),
-        )
-        if limit is not None and reached[name] < limit
-    ]
-
-
-def missed_goodput(raw: RawMeasurements, load: LoadReport | None) -> list[str]:
-    """Return the problem of too few requests within the latency limits."""
-    limit = raw.scenario.limits.min_goodput
-    if limit is None or raw.interrupted:
+def _missed_limits(
+    raw: RawMeasurements,
+    rates: HitRates,
+    load: LoadReport | None,
+    documents: DocumentReuse | None,
+) -> list[str]:
+    """Return the limits that a complete run missed; hit rates count if none failed."""
+    if raw.interrupted:
         return []
-    reached = load.goodput.share if load and load.goodput else 0.0
-    return [f"min_goodput is {limit}, reached {reached:.3f}"] * (reached < limit)
+    reached = {"min_goodput": load.goodput.share if load and load.goodput else 0.0}
+    if documents is not None:
+        reached["min_documents_share"] = documents.share_of_ideal
+    if not raw.failures:
+        reached["min_hit_rate"] = rates.by_token
+        reached["min_share_of_ideal"] = _ratio(rates.by_token, rates.ideal_by_token)
+    limits = msgspec.structs.asdict(raw.scenario.limits)
+    return [
+        f"{name} is {limit}, reached {value:.3f}"
+        for name, value in reached.items()
+        if (limit := limits[name]) is not None and value < limit
+    ]

@@ -12,6 +12,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ BLOCK_SIZE = 64
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 MICROSECOND_DIGITS = 6
+FIRST_ID = (1 << 32) + 1
+"""First id of a block outside the system prompt."""
 SHOWN_CHARACTERS = 100
 """Limit of a wrong header in messages; lines of other formats may be long."""
 
@@ -48,7 +51,7 @@ def read(
     Raises:
         SetupError: with file, line number and reason.
     """
-    return _PrefixGenerator(reuse, block_size).rows(lengths(path, columns))
+    return _extend_prompts(lengths(path, columns), reuse, block_size)
 
 
 def lengths(path: Path, columns: Sequence[str]) -> Iterator[Length]:
@@ -90,50 +93,31 @@ def _seconds(text: str) -> float:
     return moment.timestamp() + float(f"0.{decimals[:MICROSECOND_DIGITS] or 0}")
 
 
-class _PrefixGenerator:
-    """Generates block ids; the prompt of a session begins with its previous one."""
-
-    def __init__(self, reuse: Reuse, block_size: int) -> None:
-        self._reuse = reuse
-        self._block_size = block_size
-        self._rng = np.random.default_rng(0)
-        self._next_id = 1 << 32
-        self._open: list[tuple[str, list[int]]] = []
-
-    def rows(self, source: Iterator[Length]) -> Iterator[TraceRow]:
-        for length in source:
-            num_blocks = length.num_tokens // self._block_size
-            place = self._continued(num_blocks)
-            if place is None:
-                name, known = str(length.line), self._system(num_blocks)
-            else:
-                name, known = self._open.pop(place)
-            ids = known + [self._new_id() for _ in range(num_blocks - len(known))]
-            self._open.append((name, ids))
-            del self._open[: -self._reuse.sessions]
-            yield TraceRow(
-                line=length.line,
-                arrival_s=length.arrival_s,
-                num_tokens=length.num_tokens,
-                output_length=length.output_length,
-                hash_ids=np.array(ids, np.uint64),
-                block_size=self._block_size,
-                session_id=name,
-            )
-
-    def _continued(self, num_blocks: int) -> int | None:
-        """Return the index of a random session with a shorter prompt, if any."""
-        if self._rng.random() >= self._reuse.share:
-            return None
-        shorter = [
-            at for at, (_, ids) in enumerate(self._open) if len(ids) < num_blocks
-        ]
-        return int(self._rng.choice(shorter)) if shorter else None
-
-    def _system(self, num_blocks: int) -> list[int]:
-        shared = self._reuse.system_tokens // self._block_size
-        return list(range(1, 1 + min(shared, num_blocks)))
-
-    def _new_id(self) -> int:
-        self._next_id += 1
-        return self._next_id
+def _extend_prompts(
+    lines: Iterator[Length], reuse: Reuse, block_size: int
+) -> Iterator[TraceRow]:
+    """Generate block ids; the prompt of a session begins with its previous one."""
+    rng = np.random.default_rng(0)
+    new_ids = count(FIRST_ID)
+    shared_blocks = reuse.system_tokens // block_size
+    sessions: list[tuple[str, list[int]]] = []
+    for line in lines:
+        num_blocks = line.num_tokens // block_size
+        name, known = str(line.line), [*range(1, 1 + min(shared_blocks, num_blocks))]
+        if rng.random() < reuse.share:
+            lengths = [len(ids) for _, ids in sessions]
+            shorter = [at for at, length in enumerate(lengths) if length < num_blocks]
+            if shorter:
+                name, known = sessions.pop(int(rng.choice(shorter)))
+        ids = known + list(islice(new_ids, num_blocks - len(known)))
+        sessions.append((name, ids))
+        del sessions[: -reuse.sessions]
+        yield TraceRow(
+            line=line.line,
+            arrival_s=line.arrival_s,
+            num_tokens=line.num_tokens,
+            output_length=line.output_length,
+            hash_ids=np.array(ids, np.uint64),
+            block_size=block_size,
+            session_id=name,
+        )

@@ -6,9 +6,10 @@ import hashlib
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import msgspec
 
@@ -44,15 +45,8 @@ CATALOGUE = msgspec.convert(
 )
 
 
-class Fetcher(Protocol):
-    """Opens a URL; replaced in tests."""
-
-    def __call__(self, url: str) -> BinaryIO:
-        """Return the bytes as a file.
-
-        Raises:
-            OSError: the URL cannot be opened.
-        """
+Fetcher = Callable[[str], BinaryIO]
+"""Opens a URL, or raises `OSError`; replaced in tests."""
 
 
 def find(name: str) -> list[PublicTrace]:
