@@ -1,4 +1,4 @@
-"""Tables as they fit what they are shown on."""
+"""Layout of tables by the width of the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDE = console.Table(
 
 
 def shown(capsys: pytest.CaptureFixture[str], width: int) -> list[str]:
-    """The table's lines where so many columns are."""
+    """Return the lines of the table on a terminal of this width."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "PLAIN_WIDTH", width)
         console.show(WIDE)
@@ -24,15 +24,15 @@ def shown(capsys: pytest.CaptureFixture[str], width: int) -> list[str]:
 def test_a_table_with_room_for_its_words_is_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A line a row."""
+    """One line per row."""
     lines = shown(capsys, 60)
     assert "1.aa-0/0   llama/1@1.aa   0 of 1" in lines
 
 
-def test_rows_that_are_too_wide_are_a_line_a_cell(
+def test_rows_that_are_too_wide_have_one_line_per_cell(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No word is broken, and what is empty is left out."""
+    """No word is broken, and empty cells are omitted."""
     lines = shown(capsys, 32)
     assert lines[:2] == ["registrations", ""]
     assert [line.split() for line in lines[2:-1]] == [
@@ -48,7 +48,7 @@ def test_rows_that_are_too_wide_are_a_line_a_cell(
 def test_a_long_path_is_folded_and_its_row_stays_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No room that is to be had is enough for it; the other cells keep their line."""
+    """A path wider than the terminal is folded; other cells stay on one line."""
     row = ("gone", "down", f"unix:///{'a-folder/' * 12}socket: no such file")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "PLAIN_WIDTH", 80)

@@ -1,4 +1,4 @@
-"""`kvctl inspect`: what is shown follows from what is declared."""
+"""`kvctl inspect`: output is derived from declarations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_protocol_s_page_is_up_to_date() -> None:
 
 
 def test_the_protocol_s_page_names_every_request_and_error() -> None:
-    """What is declared is documented, without anybody writing it down."""
+    """The page is generated from the declared requests and errors."""
     page = protocol.render_markdown()
     for kind in REQUESTS.values():
         assert f"### {kind.name}\n" in page
@@ -47,7 +47,7 @@ def test_the_protocol_s_page_names_every_request_and_error() -> None:
 
 
 def test_the_protocol_s_tables_are_the_page_s(capsys) -> None:
-    """On a terminal the same requests are shown."""
+    """The terminal shows the same requests."""
     inspect.protocol(markdown=False)
     shown = capsys.readouterr().out
     assert all(name in shown for name in REQUESTS)
@@ -68,14 +68,14 @@ def test_every_preset_has_a_layout(name: str, capsys) -> None:
         assert word in shown
 
 
-def test_bytes_a_chunk_are_those_of_the_model(capsys) -> None:
+def test_bytes_per_chunk_follow_from_the_model(capsys) -> None:
     """256 tokens x 32 layers x K and V x 8 heads x 128 x 2 bytes are 32 MiB."""
     inspect.layout(preset="llama-3.1-8b")
     assert "bytes per chunk: 32.0 MiB per rank" in capsys.readouterr().out
 
 
 def test_the_pieces_of_a_copy_are_counted() -> None:
-    """A block of a plane is a piece; neighbours in memory merge into one."""
+    """Each block of a plane is one piece; adjacent pieces are merged."""
     cache = PRESETS["llama-3.1-8b"].groups(64, 0, 1)
     page = LayoutTables("x", cache.groups, cache.handle_bytes, 1, 256)
     layout = page.layouts()[0]
@@ -118,7 +118,7 @@ STATUS = StatusReply(
 
 
 def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
-    """Registrations with layout, L1 use, sessions, leases and counters are there."""
+    """Output has registrations with layouts, L1 use, sessions, leases and counters."""
     console.show(*status.build_tables(STATUS))
     shown = capsys.readouterr().out
     for word in (
@@ -129,8 +129,8 @@ def test_a_server_s_status_shows_owner_and_age_of_leases(capsys) -> None:
         assert word in shown
 
 
-def test_what_is_watched_is_shown_as_it_is(capsys, monkeypatch) -> None:
-    """A bar's brackets are text on a terminal that is redrawn, too."""
+def test_brackets_are_not_markup_in_watch_mode(capsys, monkeypatch) -> None:
+    """A bar's brackets are printed as text on a terminal that is redrawn."""
     drawn = partial(Console, force_terminal=True, width=120, color_system=None)
     monkeypatch.setattr(console, "_console", drawn)
     with console.live(*status.build_tables(STATUS)):
@@ -139,7 +139,7 @@ def test_what_is_watched_is_shown_as_it_is(capsys, monkeypatch) -> None:
 
 
 def test_a_narrow_terminal_folds_and_cuts_nothing(capsys, monkeypatch) -> None:
-    """Names stay whole in 80 columns; what does not fit goes on in the next line."""
+    """Names are not broken in 80 columns; other cells continue on the next line."""
     monkeypatch.setattr(console, "_console", partial(Console, width=80))
     inspect.config()
     shown = capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_a_narrow_terminal_folds_and_cuts_nothing(capsys, monkeypatch) -> None:
 
 
 def test_gpus_are_shown_with_their_rates(capsys) -> None:
-    """What was measured, by direction and size of pieces, and the ways it chose."""
+    """Measured rates by direction and piece size, and copies by method."""
     copies = {"staged_to_host": 1234}
     card = DeviceStatus("GPU-1", "H100", 2, 32 << 20, copies, published())
     console.show(*status.build_device_tables([card]))
@@ -165,8 +165,8 @@ def test_gpus_are_shown_with_their_rates(capsys) -> None:
     )
 
 
-def test_an_instance_that_is_not_there_is_named() -> None:
-    """The error lists those that are."""
+def test_an_unknown_instance_is_named() -> None:
+    """The error lists the registered instances."""
     with pytest.raises(inspect.SetupError, match=r"--instance w: .*are worker-0"):
         inspect._instance(STATUS, "w")
     with pytest.raises(inspect.SetupError, match=f"registered at {STATUS.address}"):
@@ -175,7 +175,7 @@ def test_an_instance_that_is_not_there_is_named() -> None:
 
 
 def test_a_live_registration_s_layout_needs_no_handle_sizes() -> None:
-    """The server has checked them; the page has one entry a handle."""
+    """The server has checked the sizes; the tables use one entry per handle."""
     cache = PRESETS["small-hybrid"].groups(4, 0, 1)
     one = replace(STATUS.instances[0], group_descriptions=cache.groups)
     assert len(inspect._unbounded(one)) == len(cache.handle_bytes)
@@ -185,19 +185,19 @@ def test_a_live_registration_s_layout_needs_no_handle_sizes() -> None:
     ("num_bytes", "text"),
     [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (1 << 40, "1.0 TiB")],
 )
-def test_sizes_are_written_for_people(num_bytes: int, text: str) -> None:
-    """The unit follows the size."""
+def test_sizes_have_a_suitable_unit(num_bytes: int, text: str) -> None:
+    """The unit depends on the size."""
     assert console.size(num_bytes) == text
 
 
 def test_an_error_stays_on_one_line(capsys) -> None:
-    """Whatever a message holds, a caller can read it line by line."""
+    """Line breaks in a message are replaced, so that callers can read lines."""
     console.error("first\n  second")
     assert capsys.readouterr().err == "first second\n"
 
 
 def test_options_of_the_other_kind_of_layout_are_refused() -> None:
-    """A preset has no instance, and a server knows its sizes."""
+    """A preset has no instance; a server determines block and world size."""
     with pytest.raises(SetupError, match="--instance x: needs --server"):
         inspect.layout(preset="tiny-llama", address=None, instance="x")
     with pytest.raises(SetupError, match="need --preset"):

@@ -1,4 +1,4 @@
-"""Exact rank tests, their intervals, and what is said of them."""
+"""Exact rank tests, their intervals and their verdicts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kvctl.lab.compare.significance import Contrast, Verdict, judge
 
 
 def paired(base: Sequence[float], new: Sequence[float]) -> Contrast:
-    """Contrast durations in pairs."""
+    """Return the contrast of paired durations."""
     return judging.paired((np.log(new) - np.log(base)).tolist())
 
 
 def unpaired(base: Sequence[float], new: Sequence[float]) -> Contrast:
-    """Contrast durations measured apart."""
+    """Return the contrast of unpaired durations."""
     return judging.unpaired(np.log(base).tolist(), np.log(new).tolist())
 
 
 def test_signed_ranks_have_their_exact_distribution() -> None:
-    """As counted over every choice of signs of five ranks."""
+    """Equal to the count over all choices of signs of five ranks."""
     counts = np.zeros(16)
     for signs in product((0, 1), repeat=5):
         counts[sum(rank for rank, sign in enumerate(signs, 1) if sign)] += 1
@@ -32,7 +32,7 @@ def test_signed_ranks_have_their_exact_distribution() -> None:
 
 
 def test_two_samples_have_their_exact_distribution() -> None:
-    """As counted over every way to mix four runs with three."""
+    """Equal to the count over all orders of four runs and three."""
     counts = np.zeros(13)
     for new in combinations(range(7), 3):
         counts[sum(sum(b < n for b in range(7) if b not in new) for n in new)] += 1
@@ -40,16 +40,16 @@ def test_two_samples_have_their_exact_distribution() -> None:
     assert chances == pytest.approx(counts / math.comb(7, 3))
 
 
-def test_chances_are_those_of_the_tables() -> None:
-    """All of six pairs above zero: 2 in 64. All of four above all of four: 2 in 70."""
+def test_p_values_equal_the_published_tables() -> None:
+    """Six pairs above zero: 2 in 64. Four runs above four: 2 in 70."""
     up = [1.0 + 0.1 * place for place in range(6)]
     assert paired([1.0] * 6, [1.1 * one for one in up]).chance() == 2 / 64
     apart = unpaired([1.0, 1.1, 1.2, 1.3], [2.0, 2.1, 2.2, 2.3])
     assert apart.chance() == pytest.approx(2 / 70)
 
 
-def test_pairs_take_out_what_both_sides_share() -> None:
-    """A machine that slows down hides a tenth from runs apart, not from pairs."""
+def test_pairs_remove_common_drift() -> None:
+    """With drift, pairs detect a 10 % difference that unpaired runs do not."""
     drift = np.linspace(1, 3, 10)
     wobble = 1 + 0.01 * np.cos(np.arange(10))
     base, new = drift, drift * wobble * 1.1
@@ -62,8 +62,8 @@ def test_pairs_take_out_what_both_sides_share() -> None:
     assert apart.verdict is Verdict.CANNOT_TELL
 
 
-def test_one_outlier_decides_nothing() -> None:
-    """Nineteen pairs alike and one a hundred times as long are still the same."""
+def test_one_outlier_changes_no_verdict() -> None:
+    """Nineteen equal pairs and one of a ratio of 100 have the verdict `same`."""
     base = [1.0 + 0.001 * place for place in range(20)]
     new = [*base[:-1], 100.0]
     effect = judge({"x": paired(base, new)})["x"]
@@ -72,21 +72,21 @@ def test_one_outlier_decides_nothing() -> None:
 
 
 def test_too_few_runs_cannot_tell() -> None:
-    """Three pairs never suffice, however far apart; there are no bounds."""
+    """Three pairs never suffice: there are no bounds."""
     effect = judge({"x": paired([1.0, 1.0, 1.0], [2.0, 2.1, 2.2])})["x"]
     assert effect.verdict is Verdict.CANNOT_TELL
     assert (effect.low, effect.high) == (None, None)
 
 
 def test_identical_runs_are_the_same() -> None:
-    """No difference at all: chance 1, and the interval is a point."""
+    """Without a difference the p value is 1 and the interval a point."""
     effect = judge({"x": paired([1.0] * 10, [1.0] * 10)})["x"]
     assert (effect.verdict, effect.chance) == (Verdict.SAME, 1.0)
     assert (effect.low, effect.high) == (1.0, 1.0)
 
 
-def test_many_questions_share_one_chance_of_a_false_alarm() -> None:
-    """What one question alone would call worse, ten at once do not; Holm's order."""
+def test_operations_share_one_false_alarm_rate() -> None:
+    """A difference significant alone is not among ten operations (Holm)."""
     base = [1.0] * 6
     some = [1.2, 1.3, 1.1, 1.25, 1.15, 1.18]
     assert judge({"x": paired(base, some)})["x"].verdict is Verdict.WORSE

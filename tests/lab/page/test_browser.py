@@ -1,4 +1,4 @@
-"""A real browser opens the page: on a desk, on a phone, in the dark, on paper."""
+"""The page in a real browser: desktop, phone, dark mode and print."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROBE = """
   });
 });</script>
 """
-"""Added to a copy of the page, with leave to run: what a reader would see."""
+"""Script added to a copy of the page without its policy; reports the layout."""
 
 pytestmark = [
     pytest.mark.browser,
@@ -57,7 +57,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def browse(*arguments: str) -> str:
-    """Run the browser without a window."""
+    """Run the browser headless and return its output."""
     command = [
         str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu",
         "--virtual-time-budget=5000", *arguments,
@@ -68,7 +68,7 @@ def browse(*arguments: str) -> str:
 
 
 def look(file: Path, width: int, *flags: str) -> dict[str, Any]:
-    """Open a page this wide, in a frame since windows have a least width."""
+    """Return the layout of the page at this width, shown in a frame."""
     text = file.read_text().replace("default-src 'none'", "default-src 'unsafe-inline'")
     probed = file.with_name("probed.html")
     probed.write_text(text.replace("</body>", PROBE + "</body>"))
@@ -89,8 +89,8 @@ def look(file: Path, width: int, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [1280, 768, 390])
-def test_every_plot_shows_and_nothing_sticks_out(file: Path, width: int) -> None:
-    """On a desk, a tablet and a phone; text stays large enough to read."""
+def test_every_plot_is_visible_and_nothing_overflows(file: Path, width: int) -> None:
+    """On a desktop, a tablet and a phone; text has a readable size."""
     found = look(file, width, LIGHT)
     assert found["width"] <= width
     assert found["needed"] <= found["width"]
@@ -100,14 +100,14 @@ def test_every_plot_shows_and_nothing_sticks_out(file: Path, width: int) -> None
     assert found["requests"] == 0
 
 
-def test_it_is_dark_in_the_dark(file: Path) -> None:
-    """The reader's own setting decides."""
+def test_dark_mode_follows_the_browser(file: Path) -> None:
+    """The browser's colour scheme selects the colours."""
     assert look(file, 1280, LIGHT)["paper"] == "rgb(251, 251, 250)"
     assert look(file, 1280, DARK)["paper"] == "rgb(20, 24, 27)"
 
 
-def test_it_prints_and_is_seen(file: Path) -> None:
-    """To a PDF of some pages; a screenshot has the page in it."""
+def test_page_can_be_printed_and_captured(file: Path) -> None:
+    """The PDF has several pages; the screenshot is not blank."""
     paper, screen = file.with_suffix(".pdf"), file.with_suffix(".png")
     browse(f"--print-to-pdf={paper}", f"file://{file}")
     assert paper.read_bytes().startswith(b"%PDF")

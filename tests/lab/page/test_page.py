@@ -47,13 +47,13 @@ COPIES = tuple(
 
 
 def step(rate: float, request: Latency) -> SweepStep:
-    """One of a sweep."""
+    """Return one step of a sweep."""
     return SweepStep(rate, 9, 1.0, request, None, kept_up=True)
 
 
 @cache
-def planted(factor: float) -> Result:
-    """A run with everything that a page shows."""
+def complete_result(factor: float) -> Result:
+    """Return a result with data for every section of a page."""
     rng = np.random.default_rng(0)
     calls = rng.lognormal(-7, 0.5, 2000) * factor
     points = tuple(
@@ -64,7 +64,7 @@ def planted(factor: float) -> Result:
         )
         for place in range(1, 9)
     )
-    plain = result_of(RawMeasurements("planted", SCENARIO, 0, elapsed_s=4.0))
+    plain = result_of(RawMeasurements("complete_result", SCENARIO, 0, elapsed_s=4.0))
     request = summarise(calls * 10)
     return replace(
         plain,
@@ -78,17 +78,17 @@ def planted(factor: float) -> Result:
     )
 
 
-def storing(factor: float) -> Result:
-    """Such a run with a long count that differs from side to side."""
-    result, num_bytes = planted(factor), int(factor * 1_102_053_376)
+def result_storing(factor: float) -> Result:
+    """Return such a result with a long count that depends on the factor."""
+    result, num_bytes = complete_result(factor), int(factor * 1_102_053_376)
     return replace(result, counts=replace(result.counts, stored_bytes=num_bytes))
 
 
 @cache
 def page(*factors: float) -> str:
-    """A page of so many sides of ten runs each, which do not store as much."""
+    """Return a page of one side per factor, with ten runs each."""
     runs = [
-        [storing(factor * (1 + 0.001 * place)) for place in range(10)]
+        [result_storing(factor * (1 + 0.001 * place)) for place in range(10)]
         for factor in factors
     ]
     sides = [RunGroup.of(f"side {n}", n, results) for n, results in enumerate(runs)]
@@ -97,29 +97,29 @@ def page(*factors: float) -> str:
 
 
 class Nesting(HTMLParser):
-    """Checks that every element is closed where it was opened."""
+    """Check that elements are nested correctly."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        """Open it, unless it has no end."""
+        """Record an opened element unless it is void."""
         del attrs
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: object) -> None:
-        """Let what closes itself be."""
+        """Ignore self-closing elements."""
 
     def handle_endtag(self, tag: str) -> None:
-        """It closes the last one opened."""
+        """Check that the tag closes the last opened element."""
         assert self.open.pop() == tag
 
 
 @pytest.mark.parametrize("factors", [(1.0,), (1.0, 1.3), (1.0, 1.0, 0.5, 2.0)])
-def test_a_page_is_whole_and_needs_nothing(factors: tuple[float, ...]) -> None:
-    """Elements nest, nothing is loaded from anywhere, nothing runs."""
+def test_a_page_is_complete_and_self_contained(factors: tuple[float, ...]) -> None:
+    """Elements are nested; no resource is loaded and no script runs."""
     text = page(*factors)
     nesting = Nesting()
     nesting.feed(text)
@@ -127,22 +127,22 @@ def test_a_page_is_whole_and_needs_nothing(factors: tuple[float, ...]) -> None:
     assert not re.search(r"(src|href)=|url\(|@import|<script|https?://", text)
 
 
-def test_a_page_says_what_matters_first() -> None:
-    """The verdict as a sentence, before any figure."""
+def test_a_page_begins_with_the_verdict() -> None:
+    """The verdict is a sentence and precedes all figures."""
     text = page(1.0, 1.3)
     assert "new is slower in lookup (+30" in text
     assert text.index("is slower in") < text.index("requests/s")
     assert "▲ slower" in text
 
 
-def test_what_people_wrote_is_text() -> None:
-    """A scenario's question is no markup."""
+def test_text_of_a_scenario_is_escaped() -> None:
+    """A scenario's question is not interpreted as markup."""
     assert "&lt;b&gt;Is it &amp; fast?" in page(1.0)
     assert "<b>Is it" not in page(1.0)
 
 
 def test_faults_tiers_sweeps_and_limits_are_drawn() -> None:
-    """Each where a run has them, and escaped."""
+    """Each appears if the result has it, and is escaped."""
     text = page(1.0)
     assert "Shaded: faults" in text
     assert "kill server, recovered after 750 ms" in text
@@ -153,9 +153,9 @@ def test_faults_tiers_sweeps_and_limits_are_drawn() -> None:
     assert "1 fault recovered within 750 ms, 3 requests failed" in text
 
 
-def test_copies_are_listed_and_answer_the_question() -> None:
-    """A row each; the shares that were reached, and what a model beside them lost."""
-    copied = replace(planted(1), copies=COPIES)
+def test_copies_are_listed_and_summarised() -> None:
+    """One row per setting; the summary has shares and the slowdown of a product."""
+    copied = replace(complete_result(1), copies=COPIES)
     text = render(ResultCollection([RunGroup.of("side", 0, [copied])], []))
     for shown in (
         "<h2>Copies</h2>", "calls of 32MiB", "8 (50%)", "9 (95%)", ">6%<",
@@ -166,11 +166,11 @@ def test_copies_are_listed_and_answer_the_question() -> None:
     assert "<h2>Copies" not in page(1)
 
 
-def test_problems_are_told_above_all() -> None:
-    """A run that failed says so in its sentence."""
-    failed = replace(planted(1.0), problems=("3 bytes were wrong",))
+def test_problems_precede_other_figures() -> None:
+    """The sentence of a failed run names the problem."""
+    failed = replace(complete_result(1.0), problems=("3 bytes were wrong",))
     text = render(ResultCollection([RunGroup.of("a", 0, [failed])], []))
-    assert "planted failed: 3 bytes were wrong." in text
+    assert "complete_result failed: 3 bytes were wrong." in text
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,13 @@ def test_problems_are_told_above_all() -> None:
     [([7.0], ["0", "2", "4", "6", "8"]), ([0.0], ["0", "0.25", "0.5", "0.75", "1"])],
 )
 def test_axes_have_round_ticks(values: list[float], ticks: list[str]) -> None:
-    """From zero to above the highest value."""
+    """Ticks range from zero to at least the highest value."""
     axis = svg.linear(values, "{:g}".format)
     assert [tick.text for tick in axis.ticks] == ticks
 
 
-def test_a_line_stops_where_nothing_is_known() -> None:
-    """Of four points the last two are far from the first two: two pieces."""
+def test_a_line_has_gaps_without_values() -> None:
+    """Points farther apart than `reach` are not joined."""
     points = [svg.Point(x, 1.0) for x in (0.5, 1.0, 3.0, 3.5)]
     axis = svg.linear([4.0], "{:g}".format)
     drawn = svg.lines("t", [svg.Line("a", points, reach=0.75)], axis, axis)
@@ -194,7 +194,7 @@ def test_a_line_stops_where_nothing_is_known() -> None:
 
 
 def test_a_logarithmic_axis_places_by_ratio() -> None:
-    """The geometric middle lies half way."""
+    """The geometric mean is at the centre."""
     axis = svg.logarithmic([0.001, 0.1], duration)
     assert axis.share(0.01) == pytest.approx(0.5)
     assert "10 ms" in [tick.text for tick in axis.ticks]

@@ -11,14 +11,14 @@ from kvctl.console import sparkline
 from kvctl.lab.compare.paired_runs import Pair, PairedRuns
 from kvctl.lab.results.result import Result
 from tests.cli.test_cli import run_in_process
-from tests.lab.page.test_page import planted
+from tests.lab.page.test_page import complete_result
 
 
 def saved(folder: Path, factor: float, number: int = 10) -> Path:
-    """A folder of repetitions."""
+    """Return a folder with repetitions of a run."""
     for place in range(number):
         once = replace(
-            planted(factor + 0.001 * place), started=f"2026-01-01T{place:02}"
+            complete_result(factor + 0.001 * place), started=f"2026-01-01T{place:02}"
         )
         once.save(folder)
     return folder
@@ -28,7 +28,7 @@ def saved(folder: Path, factor: float, number: int = 10) -> Path:
 def test_compare_exits_by_what_it_finds(
     tmp_path: Path, factor: float, code: int
 ) -> None:
-    """Exit code 0 for the same and for better, 1 for a regression."""
+    """Exit code 0 if equal or better, 1 for a regression."""
     base, new = saved(tmp_path / "base", 1.0), saved(tmp_path / "new", factor)
     done = run_in_process("bench", "compare", str(base), str(new))
     assert done.returncode == code, done.stderr
@@ -48,7 +48,7 @@ def test_cannot_tell_is_no_failure(tmp_path: Path) -> None:
 def test_wrong_use_of_compare_is_exit_code_2(tmp_path: Path) -> None:
     """Different machines, a wrong rule, nothing to compare: one line each."""
     base = saved(tmp_path / "a", 1.0, 1)
-    other: Result = planted(1.0)
+    other: Result = complete_result(1.0)
     other = replace(other, environment=replace(other.environment, cpu="another"))
     new = other.save(tmp_path / "b")
     (tmp_path / "empty").mkdir()
@@ -71,7 +71,7 @@ def test_report_of_paired_runs_has_both_sides(tmp_path: Path) -> None:
     """One folder of `run --versus`: page, Markdown and SVG with both labels."""
 
     def run_pair(number: int) -> Pair:
-        return Pair(planted(1.0 + 0.001 * number), planted(1.3))
+        return Pair(complete_result(1.0 + 0.001 * number), complete_result(1.3))
 
     folder = tmp_path / "pairs"
     PairedRuns(("left", "right"), folder, run_pair).run(10).save(folder)

@@ -10,7 +10,7 @@ from kvctl.lab.results.time_series import MAX_POINTS, build_series
 
 
 def window(end_s: float, *lookups: float, **counts: int) -> Window:
-    """What one process measured until then."""
+    """Return the windows of one process up to this time."""
     return Window(end_s, {"lookup": Histogram.of(np.array(lookups))}, counts)
 
 
@@ -28,14 +28,14 @@ def test_windows_of_one_time_add_up() -> None:
     assert (first.p50_s, first.p99_s) == pytest.approx((0.1, 0.4), rel=1e-3)
 
 
-def test_a_stall_is_a_point_with_nothing_in_it() -> None:
-    """No window ended in it: no calls, and the time is still there."""
+def test_a_stall_is_an_empty_point() -> None:
+    """A span in which no window ended is a point without calls."""
     found = build_series(LatencySamples([window(0.5, 1.0), window(1.51, 1.0)]), 0.0)
     assert [len(point.operations) for point in found.points] == [1, 0, 1]
 
 
 def test_long_runs_have_wider_points() -> None:
-    """There are never more than a page shows."""
+    """The number of points is limited to those of a page."""
     windows = [window(second, 0.1) for second in range(1, 3600)]
     found = build_series(LatencySamples(windows), 0.0)
     assert len(found.points) <= MAX_POINTS

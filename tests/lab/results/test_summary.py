@@ -27,7 +27,7 @@ CEILINGS = Ceilings(1 << 20, 4096, 1000, 10.0, 8.0, 0.0001, 0.0002)
 
 
 def engine(*heads: bytes, **counts: int) -> EngineReport:
-    """What one engine measured: two lookups, and so many chunks."""
+    """Return the report of an engine with two lookups and these chunks."""
     tally = Tally(
         requests=2,
         tokens=2560,
@@ -43,7 +43,7 @@ def engine(*heads: bytes, **counts: int) -> EngineReport:
 
 
 def evidence(*reports: EngineReport, limits: Limits | None = None) -> RawMeasurements:
-    """A run of these engines."""
+    """Return the measurements of a run of these engines."""
     scenario = replace(SCENARIO, limits=limits or Limits())
     return RawMeasurements(
         "planted", scenario, 0, elapsed_s=2.0, reports=list(reports), ceilings=CEILINGS
@@ -77,7 +77,7 @@ def test_hits_are_split_between_memory_and_tiers() -> None:
 
 
 def test_a_long_run_shows_its_first_and_last_tenth() -> None:
-    """Twenty points: means of the first two and the last two; memory likewise."""
+    """Twenty points: means of the first two and the last two; memory too."""
     points = tuple(
         SeriesPoint(
             0.5 * (at + 1), {"requests": at, "tokens": 10, "tokens_hit": at // 2}, {}
@@ -110,7 +110,7 @@ def test_throughput_and_shares_follow_from_the_ceilings() -> None:
     ],
 )
 def test_wrong_bytes_and_errors_are_problems(counts: dict[str, int], says: str) -> None:
-    """Each makes the exit code 1."""
+    """Each is a reason for exit code 1."""
     result = summarise(evidence(engine(b"a", **counts)))
     assert result.problems == (says,)
 
@@ -137,13 +137,13 @@ def test_an_incomplete_run_has_no_minimum_hit_rate(failure: str | None) -> None:
     assert not any("min_share" in problem for problem in summarise(found).problems)
 
 
-def test_a_run_of_nothing_is_a_problem() -> None:
-    """No reports: rates are 0 and the result says so."""
+def test_a_run_without_requests_is_a_problem() -> None:
+    """Without reports the rates are 0 and a problem is listed."""
     assert summarise(evidence()).problems == ("no request was made",)
 
 
 def test_a_result_reads_back_as_it_was_saved(tmp_path: Path) -> None:
-    """Save, read: equal; the counts stand where scripts look for them."""
+    """A saved result reads back equal; counts have their documented keys."""
     result = summarise(evidence(engine(b"a", chunks_hit=9)))
     path = result.save(tmp_path / "new")
     assert read(path) == result
@@ -160,8 +160,10 @@ def test_a_result_reads_back_as_it_was_saved(tmp_path: Path) -> None:
         ('{"version": 1}', "not a result: .*missing required"),
     ],
 )
-def test_a_wrong_file_says_why(tmp_path: Path, text: str, says: str) -> None:
-    """Broken, from another version, or incomplete."""
+def test_an_invalid_file_is_reported_with_its_reason(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    """Invalid JSON, another version, or missing fields."""
     path = tmp_path / "r.json"
     path.write_text(text)
     with pytest.raises(SetupError, match=rf"r\.json: .*{says}"):
@@ -169,7 +171,7 @@ def test_a_wrong_file_says_why(tmp_path: Path, text: str, says: str) -> None:
 
 
 def rendered(result: Result) -> str:
-    """All text of a result's tables."""
+    """Return the text of a result's tables."""
     texts = []
     for part in result_tables.build_tables(result):
         rows = part.rows if isinstance(part, Table) else ((part,),)

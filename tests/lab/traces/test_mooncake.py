@@ -1,4 +1,4 @@
-"""The reader of Mooncake's JSONL, and the tokens that stand for its ids."""
+"""The reader of Mooncake's JSONL, and the tokens generated from its ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def trace(tmp_path: Path, text: str, name: str = "trace.jsonl") -> Path:
-    """Write a trace file of the kind that its name says."""
+    """Write a trace file, compressed according to its suffix."""
     path = tmp_path / name
     data = text.encode()
     if name.endswith(".gz"):
@@ -34,7 +34,7 @@ def trace(tmp_path: Path, text: str, name: str = "trace.jsonl") -> Path:
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.jsonl.zst"])
-def test_every_kind_of_file_reads_alike(tmp_path: Path, name: str) -> None:
+def test_compressed_files_give_the_same_rows(tmp_path: Path, name: str) -> None:
     """Plain, gzip and zstd files give the same rows."""
     first, second = read(trace(tmp_path, TEXT, name), 8)
     assert (first.num_tokens, first.output_length, first.line) == (20, 3, 1)
@@ -42,15 +42,15 @@ def test_every_kind_of_file_reads_alike(tmp_path: Path, name: str) -> None:
     assert second.hash_ids.tolist() == [1, 2, 9]
 
 
-def test_rows_may_name_their_block_size_and_session(tmp_path: Path) -> None:
-    """`block_size` and `session_id` of a row count for that row."""
+def test_rows_may_have_their_own_block_size_and_session(tmp_path: Path) -> None:
+    """`block_size` and `session_id` of a row apply to that row."""
     line = '{"input_length":4,"hash_ids":[1],"block_size":4,"session_id":"a"}'
     (row,) = read(trace(tmp_path, f"\n{line}\n\n"), 512)
     assert (row.block_size, row.session_id, row.line) == (4, "a", 2)
 
 
 def test_tokens_share_exactly_the_blocks_that_ids_share(tmp_path: Path) -> None:
-    """Equal ids give equal blocks, unequal ones unequal blocks; the last is partial."""
+    """Blocks are equal exactly if their ids are; the last one is partial."""
     first, second = (row.tokens() for row in read(trace(tmp_path, TEXT), 8))
     assert first.dtype == np.uint32
     assert (first.size, second.size) == (20, 24)
@@ -58,22 +58,22 @@ def test_tokens_share_exactly_the_blocks_that_ids_share(tmp_path: Path) -> None:
     assert (first[16:20] != second[16:20]).any()
 
 
-def test_all_64_bits_of_an_id_count() -> None:
-    """Ids that differ only in their highest or lowest bits are different blocks."""
+def test_all_64_bits_of_an_id_are_significant() -> None:
+    """Ids that differ only in their highest or lowest bits give different blocks."""
     ids = [0, 1, 2**32, 2**53, 2**53 + 1, 2**63, 2**64 - 1, 2**64 - 2]
     blocks = block_tokens(np.array(ids, np.uint64), 2)
     assert len({block.tobytes() for block in blocks}) == len(ids)
 
 
 def test_tokens_are_the_same_in_every_run(tmp_path: Path) -> None:
-    """Nothing but the ids decides the tokens."""
+    """Tokens depend on the ids alone."""
     path = trace(tmp_path, TEXT)
     one, two = ([row.tokens().tobytes() for row in read(path, 8)] for _ in range(2))
     assert one == two
 
 
 def test_tokens_without_an_id_belong_to_their_row(tmp_path: Path) -> None:
-    """A trace that names whole blocks only has a tail of its own in each row."""
+    """With ids of whole blocks only, the remaining tokens are unique to the row."""
     lines = '{"input_length":11,"hash_ids":[5]}\n{"input_length":11,"hash_ids":[5]}'
     first, second = (row.tokens() for row in read(trace(tmp_path, lines), 8))
     assert first.size == second.size == 11
@@ -95,10 +95,10 @@ def test_tokens_without_an_id_belong_to_their_row(tmp_path: Path) -> None:
         ('{"input_length":3,"hash_ids":[1],"block_size":1}', ">= 2"),
     ],
 )
-def test_a_bad_line_says_file_line_and_reason(
+def test_a_bad_line_is_reported_with_file_line_and_reason(
     tmp_path: Path, line: str, reason: str
 ) -> None:
-    """The rows before it are read; then the error names what is wrong where."""
+    """Earlier rows are returned; the error names file, line and reason."""
     rows = read(trace(tmp_path, f"{TEXT}{line}\n"), 8)
     assert [next(rows).line, next(rows).line] == [1, 2]
     with pytest.raises(SetupError, match=rf"trace\.jsonl:3: .*({reason})"):
@@ -106,8 +106,8 @@ def test_a_bad_line_says_file_line_and_reason(
 
 
 @pytest.mark.parametrize("name", ["t.jsonl.gz", "t.jsonl.zst"])
-def test_a_cut_file_is_an_error(tmp_path: Path, name: str) -> None:
-    """A compressed file that ends too early names itself."""
+def test_a_truncated_file_is_an_error(tmp_path: Path, name: str) -> None:
+    """The error names the truncated compressed file."""
     path = trace(tmp_path, TEXT * 100, name)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(SetupError, match=r"t\.jsonl"):
@@ -115,6 +115,6 @@ def test_a_cut_file_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    """No such file: its name and the reason."""
+    """The error has the file's name and the reason."""
     with pytest.raises(SetupError, match=r"none\.jsonl: No such file"):
         list(read(tmp_path / "none.jsonl", 8))

@@ -70,7 +70,7 @@ Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
 
 
 def rows(path: Path, **more: object) -> list[TraceRow]:
-    """Read a file, whatever it is."""
+    """Read a trace, detecting its format."""
     return list(reader.read(Trace(trace=str(path), **more)))  # type: ignore[arg-type]
 
 
@@ -86,8 +86,8 @@ def test_bailian_links_turns_to_sessions(tmp_path: Path) -> None:
     assert (first.tokens()[32:] != second.tokens()[32:40]).any()
 
 
-def test_weka_sessions_keep_their_ids_apart(tmp_path: Path) -> None:
-    """Sessions and subagents come in time's order; local ids never meet."""
+def test_local_ids_of_weka_sessions_are_distinct(tmp_path: Path) -> None:
+    """Rows of sessions and subagents are ordered by time; local ids are distinct."""
     (tmp_path / "one.json").write_text(json.dumps(WEKA, indent=1))
     (tmp_path / "two.json").write_text(json.dumps(WEKA | {"id": "t"}))
     found = rows(tmp_path)
@@ -118,7 +118,7 @@ def test_csv_of_lengths_gets_its_reuse_from_a_generator(
 
 
 def test_a_prompt_continues_an_earlier_one(tmp_path: Path) -> None:
-    """With a share of 1 each longer prompt begins with the one before it."""
+    """With `share` 1, each longer prompt begins with the previous one."""
     path = tmp_path / "t.csv"
     lines = [f"{number},m,{1000 + 500 * number},1,1,x" for number in range(5)]
     path.write_text(BURSTGPT.splitlines()[0] + "\n" + "\n".join(lines) + "\n")
@@ -143,15 +143,15 @@ def test_a_prompt_continues_an_earlier_one(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:
-    """File, line and reason."""
+    """The error has file, line and reason."""
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(SetupError, match=says):
         rows(path)
 
 
-def test_a_line_that_is_no_header_is_cut(tmp_path: Path) -> None:
-    """A file of another format may have one line of a megabyte."""
+def test_a_wrong_header_is_shortened_in_the_error(tmp_path: Path) -> None:
+    """A line of another format may have a megabyte."""
     path = tmp_path / "a.csv"
     path.write_text("x" * 10_000)
     with pytest.raises(SetupError, match=r":1: the header lacks TIMESTAMP") as raised:
@@ -160,7 +160,7 @@ def test_a_line_that_is_no_header_is_cut(tmp_path: Path) -> None:
 
 
 def test_a_ragpulse_file_stands_for_its_folder(tmp_path: Path) -> None:
-    """Its tables of lengths lie beside it."""
+    """The tables of lengths are in the same folder."""
     for stem, key in ragpulse.TABLES.values():
         (tmp_path / f"{stem}.jsonl").write_text(f'{{"{key}":1,"token_length":9}}\n')
     path = tmp_path / "0_trace.jsonl"
@@ -172,7 +172,7 @@ def test_a_ragpulse_file_stands_for_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_profile_counts_hits_of_an_infinite_cache(tmp_path: Path) -> None:
-    """Nine blocks, seven different: two of nine hit."""
+    """Of nine blocks seven are unique: two hits."""
     path = tmp_path / "b.jsonl"
     path.write_text(BAILIAN)
     found = profile(rows(path))
@@ -184,7 +184,7 @@ def test_a_profile_counts_hits_of_an_infinite_cache(tmp_path: Path) -> None:
 
 
 def test_a_fetched_trace_is_checked(tmp_path: Path) -> None:
-    """A file that differs from what was pinned is not kept."""
+    """A file with another sha256 is deleted."""
 
     def fetcher(url: str) -> BinaryIO:
         return io.BytesIO(url.encode())
@@ -199,20 +199,20 @@ def test_a_fetched_trace_is_checked(tmp_path: Path) -> None:
 
 
 class Files(SimpleHTTPRequestHandler):
-    """A server of one folder, which says nothing; half of what is named so."""
+    """A silent HTTP server of one folder; truncates files named `half`."""
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
-        """Keep quiet."""
+        """Log nothing."""
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
-        """Send a file, or the half of it."""
+        """Send a file, or its first half."""
         whole = source.read()
         outputfile.write(whole[: len(whole) // (2 if "half" in self.path else 1)])
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    """A real HTTP server of what lies in `tmp_path`/served."""
+    """Start an HTTP server of `tmp_path`/served and yield its address."""
     folder = tmp_path / "served"
     folder.mkdir()
     for name in ("whole.jsonl", "half.jsonl"):
@@ -224,37 +224,37 @@ def address(tmp_path: Path) -> Iterator[str]:
         serving.shutdown()
 
 
-def at(url: str, sha256: str | None) -> PublicTrace:
-    """A trace that is published somewhere."""
+def entry(url: str, sha256: str | None) -> PublicTrace:
+    """Return a catalogue entry for a URL."""
     return PublicTrace("t", "mooncake", url, "s", "l", "a", 5_000_000, sha256)
 
 
 def test_a_trace_is_fetched_over_http(tmp_path: Path, address: str) -> None:
-    """With the sha256 it is kept, and not fetched again; with another it is refused."""
+    """A file with the sha256 is kept and not fetched again; any other is refused."""
     into, right = tmp_path / "into", hashlib.sha256(b"x" * 5_000_000).hexdigest()
-    path = catalogue.fetch(at(f"{address}/whole.jsonl", right), into)
+    path = catalogue.fetch(entry(f"{address}/whole.jsonl", right), into)
     assert catalogue.sha256_of(path) == right
-    assert catalogue.fetch(at("http://127.0.0.1:9/gone.jsonl", right), into) == path
+    assert catalogue.fetch(entry("http://127.0.0.1:9/gone.jsonl", right), into) == path
     path.unlink()
     with pytest.raises(SetupError, match="has changed: 5000000 bytes"):
-        catalogue.fetch(at(f"{address}/whole.jsonl", "0" * 64), into)
+        catalogue.fetch(entry(f"{address}/whole.jsonl", "0" * 64), into)
     assert list(into.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("name", "says"), [("half.jsonl", "ended early"), ("none.jsonl", "not found")]
 )
-def test_half_a_trace_is_none(
+def test_a_truncated_download_is_an_error(
     tmp_path: Path, address: str, name: str, says: str
 ) -> None:
-    """Even where no sha256 is known: nothing stays, and the reason is said."""
+    """Without a known sha256 as well, no file remains; the error has the reason."""
     with pytest.raises(SetupError, match=says):
-        catalogue.fetch(at(f"{address}/{name}", None), tmp_path / "into")
+        catalogue.fetch(entry(f"{address}/{name}", None), tmp_path / "into")
     assert list((tmp_path / "into").iterdir()) == []
 
 
 def test_the_list_names_source_licence_size_and_sha256() -> None:
-    """Whole, so that it can be copied; what is not known is called unknown."""
+    """Checksums are not shortened; missing ones are listed as unknown."""
     done = run_in_process("bench", "traces")
     assert done.returncode == 0, done.stderr
     for one in catalogue.CATALOGUE:
@@ -266,8 +266,8 @@ def test_the_list_names_source_licence_size_and_sha256() -> None:
     assert "no trace 'nonsense'" in wrong.stderr
 
 
-def test_a_network_that_does_not_answer_is_said(tmp_path: Path) -> None:
-    """With the trace, its address and the reason."""
+def test_an_unreachable_host_is_reported(tmp_path: Path) -> None:
+    """The error has the trace, its URL and the reason."""
 
     def fetcher(url: str) -> BinaryIO:
         raise OSError(f"no way to {url}")
@@ -277,8 +277,8 @@ def test_a_network_that_does_not_answer_is_said(tmp_path: Path) -> None:
 
 
 @NEEDS_TRACES
-def test_known_sums_are_those_of_the_files() -> None:
-    """Of every catalogued file that is there, unpacked."""
+def test_catalogued_checksums_match_the_files() -> None:
+    """Checks every catalogued file that is present."""
     sums = {}
     for path in Path(str(TRACES)).rglob("*.zst"):
         with zstandard.open(path, "rb") as file:
@@ -290,7 +290,7 @@ def test_known_sums_are_those_of_the_files() -> None:
 
 
 def published(name: str) -> Profile:
-    """Profile a real trace."""
+    """Return the profile of a public trace."""
     return profile(rows(Path(str(TRACES)) / name))
 
 
@@ -305,14 +305,14 @@ def published(name: str) -> Profile:
         ("azure/AzureLLMInferenceTrace_conv.csv.zst", 19_366, None, None, None),
     ],
 )
-def test_real_traces_hold_what_was_published(
+def test_public_traces_have_the_published_figures(
     name: str,
     num_requests: int,
     span_s: float | None,
     unique: int | None,
     ideal: float | None,
 ) -> None:
-    """Requests, span, different blocks, and the ideal hit rate."""
+    """Requests, span, unique blocks and the ideal hit rate."""
     found = published(name)
     assert found.num_requests == num_requests
     assert span_s is None or found.span_s == pytest.approx(span_s, rel=0.01)
@@ -321,8 +321,8 @@ def test_real_traces_hold_what_was_published(
 
 
 @NEEDS_TRACES
-def test_the_conversation_trace_has_its_tokens() -> None:
-    """145 M of them, half of the requests under 6,909, up to 28 at one time."""
+def test_the_conversation_trace_has_the_published_lengths() -> None:
+    """145 M tokens, a median of 6,909, up to 28 requests with one timestamp."""
     found = published("mooncake_conversation.jsonl.zst")
     assert round(found.prompts.total / 1e6) == 145
     assert (found.prompts.p50, found.most_at_once) == (6_909, 28)
@@ -330,8 +330,8 @@ def test_the_conversation_trace_has_its_tokens() -> None:
 
 
 @NEEDS_TRACES
-def test_ragpulse_repeats_contents_at_any_place() -> None:
-    """7,106 requests of a week: .18 of their contents by prefix, .69 anywhere."""
+def test_ragpulse_repeats_contents_at_any_position() -> None:
+    """7,106 requests: 0.18 of contents repeat in prefixes, 0.69 at any position."""
     done = run_in_process("inspect", "trace", f"{TRACES}/ragpulse", "--json")
     found = msgspec.json.decode(done.stdout, type=Profile)
     assert (found.num_requests, round(found.span_s / 3600)) == (7_106, 168)

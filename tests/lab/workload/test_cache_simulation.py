@@ -1,4 +1,4 @@
-"""Simulated hits: by definition, beside textbooks, and as the command prints them."""
+"""Simulated hits against reference algorithms, and the command's output."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ROWS = [
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A trace whose rows have two block sizes."""
+    """Write a trace whose rows have two block sizes."""
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
 
 
 def prompts() -> st.SearchStrategy[list[Prompt]]:
-    """Requests over a small tree: a block's number says what lies before it."""
+    """Generate requests over a small prefix tree; a number implies its prefix."""
     branch = st.lists(st.integers(1, 2), min_size=1, max_size=6)
     return st.lists(branch.map(_chained), max_size=40)
 
@@ -75,13 +75,13 @@ def leading(prompt: Prompt, present: set[int] | OrderedDict[int, None]) -> int:
 
 
 def array(prompt: Prompt) -> Ids:
-    """Numbers as the simulation has them."""
+    """Return prompts as arrays of block numbers."""
     return np.array(prompt, np.int64)
 
 
 @given(prompts(), st.integers(1, 12))
-def test_lru_is_the_textbook_one(requests: list[Prompt], capacity: int) -> None:
-    """Every block of a request moves to the young end, tail to head."""
+def test_lru_equals_the_reference(requests: list[Prompt], capacity: int) -> None:
+    """Blocks of a request become the most recently used, last to first."""
     order: OrderedDict[int, None] = OrderedDict()
     expected = []
     for prompt in requests:
@@ -99,7 +99,7 @@ def test_lru_is_the_textbook_one(requests: list[Prompt], capacity: int) -> None:
 def test_no_policy_beats_the_optimum(
     name: str, requests: list[Prompt], capacity: int
 ) -> None:
-    """Policy <= optimum <= ideal, and a cache that holds everything is the ideal."""
+    """Policy <= optimum <= ideal; a cache of all blocks equals the ideal."""
     ideal, seen = [], set[int]()
     for prompt in requests:
         ideal.append(leading(prompt, seen))
@@ -111,10 +111,10 @@ def test_no_policy_beats_the_optimum(
 
 
 @given(prompts().map(lambda requests: requests[:6]), st.integers(1, 3))
-def test_the_optimum_is_what_trying_everything_finds(
+def test_the_optimum_equals_exhaustive_search(
     requests: list[Prompt], capacity: int
 ) -> None:
-    """No choice of blocks to keep gives more hits."""
+    """No choice of kept blocks gives more hits."""
     states = {frozenset[int](): 0}
     for prompt in requests:
         reached: dict[frozenset[int], int] = {}
@@ -131,13 +131,13 @@ def test_the_optimum_is_what_trying_everything_finds(
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_request_never_evicts_itself(name: str) -> None:
-    """Too long a request keeps its beginning, and the next like it finds that."""
+    """Of a request that does not fit, the first blocks are stored and found again."""
     long = _chained([1] * 9)
     assert serve(name, 6, [long[:4], long, long]) == [0, 4, 6]
 
 
-def test_tokens_are_what_the_length_leaves_the_last_block(path: Path) -> None:
-    """Blocks of two sizes are different blocks; a partial one has fewer tokens."""
+def test_a_partial_block_counts_its_own_tokens(path: Path) -> None:
+    """Blocks of different sizes are distinct; a partial one has fewer tokens."""
     requests = load(path)
     assert requests.num_unique == 4 + 4
     ideal, best, lru = simulate(requests, ["lru"], ["100%"])
@@ -152,19 +152,19 @@ def test_tokens_are_what_the_length_leaves_the_last_block(path: Path) -> None:
     [("50%", 100), ("0.1%", 1), ("7", 7), ("14.5%", 29), (" 2.5% ", 5)],
 )
 def test_a_capacity_is_a_number_or_a_share(text: str, blocks: int) -> None:
-    """A share is of the unique blocks; there is always room for one."""
+    """A share refers to the unique blocks; the capacity is at least one."""
     assert capacity_blocks(text, 200) == blocks
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-5", "0%", "5%x", "nan%", "1.5", "%"])
 def test_a_bad_capacity_is_refused(text: str) -> None:
-    """The error repeats it."""
+    """The error contains the given text."""
     with pytest.raises(SetupError, match=r"--capacity .*must be a number of blocks"):
         capacity_blocks(text, 200)
 
 
 def test_an_empty_trace_has_rows_without_hits() -> None:
-    """Nothing asked, nothing found, no division by it."""
+    """An empty trace causes no division by zero."""
     empty = NumberedRequests("none", [], [], [], 0)
     rows = list(simulate(empty, ["lru"], ["10%"]))
     assert [row.block_accesses for row in rows] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Settings of copies, the caches made for them, and what is put together."""
+"""Settings of the copy benchmark, their caches, and the merged rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ KIB = 1 << 10
 
 
 @pytest.mark.parametrize("kib", [4, 8, 16, 24, 32, 256, 2048])
-def test_a_chunk_has_pieces_as_large_as_asked_for(kib: int) -> None:
-    """Whatever the size, the geometry's blocks have it, and chunks are about right."""
+def test_a_chunk_has_pieces_of_the_given_size(kib: int) -> None:
+    """The geometry has the piece size and about the chunk size."""
     setting = Setting(kib * KIB, "scattered", 1)
     geometry = setting.geometry(32 << 20, 256)
     assert geometry.piece_bytes(1) == kib * KIB
@@ -28,8 +28,8 @@ def test_a_chunk_has_pieces_as_large_as_asked_for(kib: int) -> None:
     assert 0.75 < chunk_bytes / (32 << 20) < 1.25
 
 
-def test_settings_vary_one_thing_at_a_time() -> None:
-    """Pieces and orders by the first number of workers, others by the middle piece."""
+def test_settings_vary_one_parameter_at_a_time() -> None:
+    """Pieces and orders with the first number of workers; others with one piece."""
     pieces = tuple(ByteSize(kib * KIB) for kib in (4, 32, 256))
     copies = Copies(pieces=pieces, workers=(1, 2, 8))
     settings = list(copies.settings())
@@ -46,14 +46,14 @@ def test_settings_vary_one_thing_at_a_time() -> None:
         ({"pieces": (ByteSize(100),)}, "pieces"),
     ],
 )
-def test_what_cannot_be_copied_is_refused(given: dict[str, object], key: str) -> None:
+def test_invalid_copy_settings_are_refused(given: dict[str, object], key: str) -> None:
     """The error names the key."""
     with pytest.raises(SetupError, match=f"^{key} ="):
         Copies(**given)  # type: ignore[arg-type]
 
 
 def done(store_s: float, products: tuple[float, float] | None = None) -> CopyTimes:
-    """A worker whose calls took so long, and plain copies half of it."""
+    """Return times of a worker whose plain copies took half as long as its calls."""
     seconds = {
         "store": store_s, "plain_store": store_s / 2,
         "retrieve": 1.0, "plain_retrieve": 0.5, "both": 2.0, "plain_both": 1.5,
@@ -64,8 +64,8 @@ def done(store_s: float, products: tuple[float, float] | None = None) -> CopyTim
     return CopyTimes(10**9, 10**8, samples, 0, products)
 
 
-def test_a_row_tells_shares_spread_and_slowdown() -> None:
-    """Medians of all workers, the slowest against the fastest, the server's time."""
+def test_a_row_has_shares_spread_and_slowdown() -> None:
+    """Medians over workers, spread of the workers, and the server's CPU time."""
     setting = Setting(4 * KIB, "scattered", 2)
     both = [done(1.0, (100, 90)), done(2.0, (100, 80))]
     ways = {"staged_to_host": 7}
@@ -80,5 +80,5 @@ def test_a_row_tells_shares_spread_and_slowdown() -> None:
     assert row.both == pytest.approx(0.75, rel=0.01)
     assert row.spread == pytest.approx(0.5, rel=0.01)
     assert row.product_slowdown == pytest.approx(0.15)
-    # 4 calls a round, of 10 chunks each, in 4 rounds of 2 workers.
+    # 4 calls per round, of 10 chunks each, in 4 rounds of 2 workers.
     assert row.server_s_per_chunk == pytest.approx(12.0 / (4 * 4 * 2 * 10))

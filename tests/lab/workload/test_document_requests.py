@@ -25,7 +25,7 @@ LENGTHS = {
 
 
 def line(at: int, **ids: list[int]) -> dict[str, object]:
-    """Make a request of a trace."""
+    """Return a request of a trace."""
     return {
         "timestamp": str(at),
         "input_length": 0,
@@ -37,7 +37,7 @@ def line(at: int, **ids: list[int]) -> dict[str, object]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small trace."""
+    """Write a small trace and return its folder."""
     for stem, key in TABLES.values():
         rows = [{key: i, "token_length": n} for i, n in LENGTHS[stem].items()]
         write(tmp_path / f"{stem}.jsonl", rows)
@@ -54,8 +54,8 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_trace_is_read_in_the_order_of_time(folder: Path) -> None:
-    """Contents stand in the prompt's order, with lengths of their own tables."""
+def test_a_trace_is_ordered_by_time(folder: Path) -> None:
+    """Contents have the prompt's order, and lengths from the tables of their kinds."""
     first, second = read(folder)
     assert (first.arrival_s, first.output_length, first.session_id) == (10.0, 3, "s10")
     assert [c.num_tokens for c in first.contents] == [9, 4, 7, 3, 2, 6]
@@ -64,8 +64,8 @@ def test_a_trace_is_read_in_the_order_of_time(folder: Path) -> None:
     assert len({c.id for c in first.contents}) == 6
 
 
-def test_equal_contents_have_equal_tokens_wherever_they_stand(folder: Path) -> None:
-    """A replayed prompt repeats a passage at another place, and nothing else."""
+def test_equal_contents_have_equal_tokens_at_any_position(folder: Path) -> None:
+    """Two prompts share only a passage, at different positions."""
     first, second = requests(Documents(trace=str(folder)), 0)
     one, two = first.tokens(1000), second.tokens(1000)
     assert (one.size, two.size) == (first.num_tokens, second.num_tokens) == (31, 20)
@@ -77,8 +77,8 @@ def test_equal_contents_have_equal_tokens_wherever_they_stand(folder: Path) -> N
     assert not np.array_equal(one[13:16], two[9:12])
 
 
-def test_a_trace_s_own_reuse_is_counted_in_contents(folder: Path) -> None:
-    """Of ten contents one is reused as a prefix, three anywhere."""
+def test_reuse_of_a_trace_is_counted_in_contents(folder: Path) -> None:
+    """Of ten contents one is reused as a prefix, three at any position."""
     counted = count_contents(Documents(trace=str(folder)), 0)
     assert (counted.num_asked, counted.num_prefix, counted.num_anywhere) == (10, 1, 3)
     found = profile_contents(read(folder))
@@ -101,10 +101,10 @@ def test_a_trace_s_own_reuse_is_counted_in_contents(folder: Path) -> None:
         ("0_trace.jsonl", None, r"no 0_trace\.jsonl; a RAGPulse trace has one"),
     ],
 )
-def test_what_is_wrong_with_a_trace_is_named(
+def test_errors_of_a_trace_are_located(
     folder: Path, name: str, text: str | None, says: str
 ) -> None:
-    """File, line and reason."""
+    """The error has file, line and reason."""
     (folder / name).unlink()
     if text is not None:
         (folder / name).write_text(text)
@@ -112,8 +112,8 @@ def test_what_is_wrong_with_a_trace_is_named(
         read(folder)
 
 
-def test_generated_requests_repeat_documents_and_nothing_else() -> None:
-    """A system prompt, glue that is never the same, documents in random order."""
+def test_generated_requests_repeat_documents_only() -> None:
+    """A system prompt, unique glue, and documents in random order."""
     workload = Documents(num_requests=30, num_documents=6, documents_per_request=3)
     made = list(requests(workload, 1))
     assert [r.pieces for r in made] == [r.pieces for r in requests(workload, 1)]
@@ -129,7 +129,7 @@ def test_generated_requests_repeat_documents_and_nothing_else() -> None:
     )
 
 
-def test_more_documents_a_request_than_there_are_is_refused() -> None:
-    """The key is named."""
+def test_more_documents_per_request_than_exist_are_refused() -> None:
+    """The error names the key."""
     with pytest.raises(SetupError, match=r"workload\.documents_per_request"):
         Documents(num_documents=2, documents_per_request=3)

@@ -26,19 +26,19 @@ CHAT = Chat(num_sessions=3, turns=2, system_tokens=8, user_tokens=16, answer_tok
 
 
 def tokens(workload: Workload, seed: int) -> list[bytes]:
-    """Every prompt of a workload, in order."""
+    """Return the prompts of a workload in order."""
     return [access.tokens().tobytes() for access in accesses(workload, seed)]
 
 
 def test_generators_repeat_under_a_seed() -> None:
-    """One seed gives one workload, another seed another."""
+    """A seed determines the workload."""
     for workload in (PREFIX, CHAT):
         assert tokens(workload, 7) == tokens(workload, 7)
         assert tokens(workload, 7) != tokens(workload, 8)
 
 
-def test_lengths_are_known_without_making_tokens() -> None:
-    """`num_tokens` is what `tokens()` will have; the survey adds it up."""
+def test_lengths_are_known_without_generating_tokens() -> None:
+    """`num_tokens` is the size of `tokens()`; the survey is their sum."""
     for workload in (PREFIX, CHAT):
         found = list(accesses(workload, 1))
         assert all(access.tokens().size == access.num_tokens for access in found)
@@ -48,15 +48,15 @@ def test_lengths_are_known_without_making_tokens() -> None:
         assert total.longest == max(access.num_tokens for access in found)
 
 
-def test_shared_prefixes_are_few_and_suffixes_are_not() -> None:
-    """Twenty requests begin in two ways and end in twenty."""
+def test_prefixes_are_shared_and_suffixes_unique() -> None:
+    """Twenty requests have two prefixes and twenty suffixes."""
     prompts = tokens(PREFIX, 1)
     assert len({prompt[: 64 * 4] for prompt in prompts}) == 2
     assert len({prompt[64 * 4 :] for prompt in prompts}) == 20
 
 
-def test_a_chat_turn_begins_with_all_before_it() -> None:
-    """Turn two holds turn one and its answer; sessions share the system prompt."""
+def test_a_chat_turn_begins_with_the_previous_turns() -> None:
+    """Turn two contains turn one and its answer; sessions share the system prompt."""
     first, second = (
         [access.tokens() for access in accesses(CHAT, 1)][turn * 3] for turn in (0, 1)
     )
@@ -68,7 +68,7 @@ def test_a_chat_turn_begins_with_all_before_it() -> None:
 
 
 def test_a_session_stays_with_one_engine() -> None:
-    """All turns of a session have one affinity."""
+    """All turns of a session have the same affinity."""
     by_session: dict[str, set[int]] = {}
     for access in accesses(CHAT, 1):
         by_session.setdefault(access.session, set()).add(access.affinity)
@@ -76,7 +76,7 @@ def test_a_session_stays_with_one_engine() -> None:
 
 
 def test_a_trace_is_cut_after_max_requests(tmp_path: Path) -> None:
-    """`max_requests` ends a replay early; requests without a session are their own."""
+    """`max_requests` limits a replay; a request without a session has its own."""
     path = tmp_path / "t.jsonl"
     path.write_text('{"input_length":4,"hash_ids":[1],"timestamp":250}\n' * 5)
     found = list(accesses(Trace(trace=str(path), block_size=4, max_requests=3), 0))
@@ -95,8 +95,8 @@ GENERATORS = [
 
 
 @pytest.mark.parametrize("workload", GENERATORS, ids=lambda one: type(one).__name__)
-def test_generators_make_what_they_announce(workload: Workload) -> None:
-    """Lengths are right, names unique, and a repetition is the same."""
+def test_generated_prompts_have_the_announced_lengths(workload: Workload) -> None:
+    """Lengths are correct, request ids unique, and repetitions equal."""
     first, again = (list(accesses(workload, 5)) for _ in range(2))
     assert [one.num_tokens for one in first] == [one.tokens().size for one in first]
     assert len({one.request_id for one in first}) == len(first)
@@ -104,8 +104,8 @@ def test_generators_make_what_they_announce(workload: Workload) -> None:
         assert (one.tokens() == other.tokens()).all()
 
 
-def test_an_agents_context_only_grows() -> None:
-    """Each step begins with the one before; a subagent with half its parent's."""
+def test_an_agent_context_only_grows() -> None:
+    """Each step begins with the previous one; a subagent with half its parent's."""
     steps: dict[str, list[Any]] = {}
     for access in accesses(Agents(num_sessions=2, steps=6, subagents=1), 0):
         steps.setdefault(access.session, []).append(access.tokens())
@@ -118,8 +118,8 @@ def test_an_agents_context_only_grows() -> None:
     assert (child[:shared] == parent[:shared]).all()
 
 
-def test_thrash_goes_round_and_giants_never_repeat() -> None:
-    """A circle of prompts; each giant prompt is new."""
+def test_thrash_is_cyclic_and_giants_never_repeat() -> None:
+    """Prompts repeat cyclically; each giant prompt is unique."""
     circle = [
         one.tokens() for one in accesses(Thrash(num_requests=7, num_prompts=3), 0)
     ]
