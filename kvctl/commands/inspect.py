@@ -169,7 +169,7 @@ def trace(
     from kvctl.lab.config.workload_config import Trace
     from kvctl.lab.traces import ragpulse_trace as ragpulse
     from kvctl.lab.traces import trace_reader as reader
-    from kvctl.lab.traces.trace_profile import profile, profile_contents
+    from kvctl.lab.traces.trace_profile import profile
     from kvctl.views import trace_tables as trace_view
 
     settings = {"kind": "trace", "trace": str(file), "format": format_name}
@@ -179,10 +179,8 @@ def trace(
         known = ", ".join(("auto", *reader.SIGNS))
         raise SetupError(f"--format {format_name}: known are {known}") from None
     name = reader.detect(file) if config.format == "auto" else config.format
-    if name == "ragpulse":
-        found = profile_contents(ragpulse.read(file))
-    else:
-        found = profile(reader.read(config))
+    rows = ragpulse.read(file) if name == "ragpulse" else reader.read(config)
+    found = profile(rows)
     if as_json:
         console.line(msgspec.json.encode(found).decode())
     else:

@@ -64,14 +64,15 @@ def _memory(l1: L1Status) -> list[str]:
 
 def _quotas(quotas: Sequence[QuotaStatus]) -> Table:
     rows = tuple(
-        (one.space, size(one.used_bytes), size(one.max_bytes), _share(one))
+        (
+            one.space,
+            size(one.used_bytes),
+            size(one.max_bytes),
+            f"{one.used_bytes / one.max_bytes:.0%}" if one.max_bytes else "-",
+        )
         for one in quotas
     )
     return Table("quotas", ("space", ">used", ">limit", ">share"), rows)
-
-
-def _share(quota: QuotaStatus) -> str:
-    return f"{quota.used_bytes / quota.max_bytes:.0%}" if quota.max_bytes else "-"
 
 
 def _instances(instances: Sequence[InstanceStatus]) -> Table:

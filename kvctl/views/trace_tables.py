@@ -66,7 +66,8 @@ def _plots(profile: Profile) -> list[str]:
     first = next((power for power in powers if profile.prompt_lengths[power]), 0)
     lengths = profile.prompt_lengths[first:]
     return [
-        f"arrivals over time, {_most(profile.arrivals)}",
+        f"arrivals over time, at most {max(profile.arrivals, default=0):,} per "
+        "sixtieth of the span",
         f"  {sparkline(profile.arrivals)}",
         "ideal hit rate over requests, "
         f"at most {max(profile.hit_rates, default=0):.2f}",
@@ -75,10 +76,6 @@ def _plots(profile: Profile) -> list[str]:
         f"{2**first:,} to {2 ** (first + len(lengths)):,} tokens",
         f"  {sparkline(lengths)}",
     ]
-
-
-def _most(values: Sequence[int]) -> str:
-    return f"at most {max(values, default=0):,} per sixtieth of the span"
 
 
 def list_catalogue(traces: Sequence[PublicTrace]) -> list[Table]:

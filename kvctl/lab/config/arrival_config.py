@@ -94,5 +94,5 @@ class Sweep(LoadOptions, frozen=True, tag="sweep", tag_field="kind"):
     concurrency: Slots = 32
 
 
-Load = ClosedLoop | TraceTimes | Constant | Poisson | Bursts | Sweep
-OpenLoop = TraceTimes | Constant | Poisson | Bursts | Sweep
+RateLoad = Constant | Poisson | Bursts | Sweep
+Load = ClosedLoop | TraceTimes | RateLoad

@@ -14,6 +14,12 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Vocabulary = Annotated[int, Meta(ge=2, description="number of token ids")]
 
 
+def _require_documents(per_request: int, num_documents: int) -> None:
+    need = f"at most workload.num_documents, {num_documents}"
+    fits = per_request <= num_documents
+    require(fits, "workload.documents_per_request", per_request, need)
+
+
 class SharedPrefix(Options, frozen=True, tag="shared_prefix", tag_field="kind"):
     """Requests with one of a few long shared prefixes and a unique suffix."""
 
@@ -58,12 +64,7 @@ class Rag(Options, frozen=True, tag="rag", tag_field="kind"):
 
     def check(self) -> None:
         """Raise `SetupError` if a request needs more documents than exist."""
-        require(
-            self.documents_per_request <= self.num_documents,
-            "workload.documents_per_request",
-            self.documents_per_request,
-            f"at most workload.num_documents, {self.num_documents}",
-        )
+        _require_documents(self.documents_per_request, self.num_documents)
 
 
 class Agents(Options, frozen=True, tag="agents", tag_field="kind"):
@@ -165,12 +166,7 @@ class Documents(Options, frozen=True, tag="documents", tag_field="kind"):
 
     def check(self) -> None:
         """Raise `SetupError` if a request needs more documents than exist."""
-        require(
-            self.documents_per_request <= self.num_documents,
-            "workload.documents_per_request",
-            self.documents_per_request,
-            f"at most workload.num_documents, {self.num_documents}",
-        )
+        _require_documents(self.documents_per_request, self.num_documents)
 
 
 GeneratedWorkload = SharedPrefix | Chat | Rag | Agents | Uniform | Thrash | Giant

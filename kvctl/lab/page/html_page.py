@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from kvctl.console import Table, write_text
+from kvctl.console import Table, plural, write_text
 from kvctl.lab.compare.comparison import Comparison
 from kvctl.lab.page import html_sections as sections
 from kvctl.lab.page import plots
@@ -37,12 +37,13 @@ def render(collection: ResultCollection) -> str:
     summary = [describe_comparison(one) for one in comparisons]
     summary = summary or [describe_result(first)]
     body = "".join(_body(sides, comparisons))
+    style = files("kvctl.lab.page").joinpath("style.css").read_text()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(first.name)}: {escape(summary[0])}</title>"
-        f"<style>{_style()}</style></head><body><main>"
+        f"<style>{style}</style></head><body><main>"
         f"<header><h1>{escape(_names(sides))}</h1>"
         + "".join(f'<p class="verdict">{escape(line)}</p>' for line in summary)
         + f'<p class="lead">{escape(first.scenario.question)}</p></header>'
@@ -52,14 +53,10 @@ def render(collection: ResultCollection) -> str:
     )
 
 
-def _style() -> str:
-    return files("kvctl.lab.page").joinpath("style.css").read_text()
-
-
 def _names(sides: Sequence[RunGroup]) -> str:
     names = list(dict.fromkeys(side.median_run.name for side in sides))
-    runs = sum(len(side.results) for side in sides)
-    return f"{', '.join(names)} · {runs} {'run' if runs == 1 else 'runs'}"
+    runs = plural(sum(len(side.results) for side in sides), "run")
+    return f"{', '.join(names)} · {runs}"
 
 
 def _body(

@@ -22,7 +22,6 @@ from kvctl.lab.page import svg
 from kvctl.lab.report.comparison_report import format_change, format_interval, words
 from kvctl.lab.report.result_collection import RunGroup
 from kvctl.lab.report.result_tables import list_ceiling_shares
-from kvctl.lab.results.result import Result
 
 SMALLEST_REACH = 1.25
 """The smallest range of an interval plot: 1/1.25 to 1.25 times the base."""
@@ -48,6 +47,14 @@ def section(title: str, note: str, *inner: str) -> str:
     body = "".join(inner)
     lead = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>" if body else ""
+
+
+def _box(style: str, rows: str, heads: str = "") -> str:
+    head = f"<thead><tr>{heads}</tr></thead>" if heads else ""
+    return (
+        f'<div class="box"><table class="{style}">{head}<tbody>{rows}</tbody></table>'
+        "</div>"
+    )
 
 
 def chip(text: str, style: str = "") -> str:
@@ -90,7 +97,11 @@ def tiles(sides: Sequence[RunGroup]) -> str:
     }
     shown = [_tile(name, values, more.get(name, "")) for name, values in rates]
     shown[2:2] = [
-        _tile(f"{name}, p50", _medians(results, name), _tails(results, name))
+        _tile(
+            f"{name}, p50",
+            [duration(result.operations[name].p50_s) for result in results],
+            "p99 " + ", ".join(duration(r.operations[name].p99_s) for r in results),
+        )
         for name in ("ttft", "request", "lookup", "retrieve")
         if all(name in result.operations for result in results)
     ]
@@ -98,26 +109,15 @@ def tiles(sides: Sequence[RunGroup]) -> str:
 
 
 def _tile(name: str, values: Sequence[str], more: str) -> str:
-    same = len(set(values)) == 1
+    marks = [f'<i class="side{place}"></i>' for place in range(len(values))]
+    marks = [""] if len(set(values)) == 1 else marks
     lines = "".join(
-        f'<div class="value">{"" if same else _mark(place)}{escape(value)}</div>'
-        for place, value in enumerate(values[:1] if same else values)
+        f'<div class="value">{mark}{escape(value)}</div>'
+        for mark, value in zip(marks, values[: len(marks)], strict=True)
     )
     detail = f'<div class="more">{escape(more)}</div>' if more else ""
     head = f'<div class="name">{escape(name)}</div>'
     return f'<div class="tile">{head}{lines}{detail}</div>'
-
-
-def _mark(place: int) -> str:
-    return f'<i class="side{place}"></i>'
-
-
-def _medians(results: Sequence[Result], name: str) -> list[str]:
-    return [duration(result.operations[name].p50_s) for result in results]
-
-
-def _tails(results: Sequence[Result], name: str) -> str:
-    return "p99 " + ", ".join(duration(r.operations[name].p99_s) for r in results)
 
 
 # -- comparison -------------------------------------------------------------------
@@ -143,10 +143,7 @@ def timings(comparison: Comparison) -> str:
             ("", ""),
         )
     )
-    return (
-        f'<div class="box"><table class="stacked"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    return _box("stacked", rows, heads)
 
 
 def _reach(comparison: Comparison) -> float:
@@ -193,7 +190,7 @@ def _counts(counts: Mapping[str, Count]) -> str:
         "</td></tr>"
         for name, count in counts.items()
     )
-    return f'<div class="box"><table class="counts"><tbody>{rows}</tbody></table></div>'
+    return _box("counts", rows)
 
 
 # -- sources of tokens, and ceilings ----------------------------------------------
@@ -272,10 +269,7 @@ def table(part: Table) -> str:
         for row in part.rows
     )
     caption = f'<p class="note">{escape(part.title)}</p>' if part.title else ""
-    return (
-        f'{caption}<div class="box"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    return caption + _box("", rows, heads)
 
 
 def settings(sides: Sequence[RunGroup]) -> str:
@@ -333,5 +327,4 @@ def _keys(columns: Sequence[dict[str, object]]) -> str:
         cells = "<br>".join(escape(value) for value in (values[:1] if same else values))
         row = f'<td class="key">{escape(key)}</td><td class="key">{cells}</td>'
         (equal if same else unequal).append(f"<tr>{row}</tr>")
-    body = "".join(unequal + equal)
-    return f'<div class="box"><table class="keys"><tbody>{body}</tbody></table></div>'
+    return _box("keys", "".join(unequal + equal))

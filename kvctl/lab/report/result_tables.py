@@ -10,7 +10,6 @@ from statistics import fmean
 from kvcore.option_structs import ByteSize
 from kvctl.console import Table, duration, plural, size, sparkline
 from kvctl.lab.config.copy_settings import CopyRow
-from kvctl.lab.latency import Latency
 from kvctl.lab.rank.isolated_calls import IsolatedTimings
 from kvctl.lab.report import load_report_tables
 from kvctl.lab.results.result import DocumentReuse, HostReport, Result, TierHits
@@ -234,15 +233,15 @@ def _series_row(
 
 def _operations(result: Result) -> Table:
     rows = tuple(
-        (name, f"{latency.count:,}", *map(duration, _percentiles(latency)))
-        for name, latency in result.operations.items()
+        (
+            name,
+            f"{one.count:,}",
+            *map(duration, (one.p50_s, one.p90_s, one.p99_s, one.p999_s, one.max_s)),
+        )
+        for name, one in result.operations.items()
     )
     columns = ("call", ">count", ">p50", ">p90", ">p99", ">p99.9", ">max")
     return Table("latency", columns, rows)
-
-
-def _percentiles(one: Latency) -> tuple[float, ...]:
-    return (one.p50_s, one.p90_s, one.p99_s, one.p999_s, one.max_s)
 
 
 def copy_table(rows: Sequence[CopyRow]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Annotated
 
 import msgspec
@@ -241,12 +242,12 @@ def _saturated_at(steps: Sequence[SweepStep]) -> float | None:
 
 
 def _engines(scenario: Scenario) -> dict[str, range]:
-    engines: dict[str, range] = {}
-    first = 0
-    for name, part in scenario.parts().items():
-        engines[name] = range(first, first + part.engines)
-        first += part.engines
-    return engines
+    parts = scenario.parts()
+    ends = [*accumulate(part.engines for part in parts.values())]
+    return {
+        name: range(end - part.engines, end)
+        for (name, part), end in zip(parts.items(), ends, strict=True)
+    }
 
 
 def _tenants(

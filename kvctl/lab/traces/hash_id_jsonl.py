@@ -55,10 +55,8 @@ class _BailianLine(_RequestLine, kw_only=True):
     parent_chat_id: int = NO_PARENT
 
 
-def read_mooncake(
-    path: Path, block_size: int = MOONCAKE_BLOCK_SIZE
-) -> Iterator[TraceRow]:
-    """Yield the rows of a file; `block_size` is for rows without their own.
+def read_mooncake(path: Path, block_size: int | None = None) -> Iterator[TraceRow]:
+    """Yield the rows of a file; `block_size` (512) is for rows without one.
 
     Raises:
         SetupError: the file cannot be read, or a line is no request; with file, line
@@ -69,15 +67,13 @@ def read_mooncake(
     def row(text: bytes, number: int) -> TraceRow:
         line = decoder.decode(text)
         session = None if line.session_id is None else str(line.session_id)
-        size = line.block_size or block_size
+        size = line.block_size or block_size or MOONCAKE_BLOCK_SIZE
         return line.row(number, line.timestamp / 1000, size, session)
 
     return parse(path, row)
 
 
-def read_bailian(
-    path: Path, block_size: int = BAILIAN_BLOCK_SIZE
-) -> Iterator[TraceRow]:
+def read_bailian(path: Path, block_size: int | None = None) -> Iterator[TraceRow]:
     """Yield the rows of a file; a session is named after its first chat.
 
     Raises:
@@ -86,6 +82,7 @@ def read_bailian(
     """
     decoder = msgspec.json.Decoder(_BailianLine)
     roots: dict[int, int] = {}
+    size = block_size or BAILIAN_BLOCK_SIZE
 
     def row(text: bytes, number: int) -> TraceRow:
         line = decoder.decode(text)
@@ -93,6 +90,6 @@ def read_bailian(
         # A parent from before the start of the trace is its own root.
         root = line.chat_id if parent == NO_PARENT else roots.get(parent, parent)
         roots[line.chat_id] = root
-        return line.row(number, line.timestamp, block_size, str(root))
+        return line.row(number, line.timestamp, size, str(root))
 
     return parse(path, row)

@@ -10,7 +10,7 @@ from hashlib import sha256
 import msgspec
 import numpy as np
 
-from kvctl.lab.traces import ragpulse_trace as ragpulse
+from kvctl.lab.traces.ragpulse_trace import RagPulseRow
 from kvctl.lab.traces.trace_rows import TraceRow
 
 NUM_BINS = 60
@@ -69,8 +69,14 @@ class Profiler:
     _prefixes: set[bytes] = field(default_factory=set)
     _num_anywhere: int | None = None
 
-    def add(self, row: TraceRow) -> None:
-        """Add a row of blocks."""
+    def add(self, row: TraceRow | RagPulseRow) -> None:
+        """Add a row of blocks, or of contents at any position."""
+        if isinstance(row, TraceRow):
+            self._add_blocks(row)
+        else:
+            self._add_contents(row)
+
+    def _add_blocks(self, row: TraceRow) -> None:
         ids = row.hash_ids.tolist()
         hit = 0
         for one in ids:
@@ -81,8 +87,7 @@ class Profiler:
         self._record(row, row.num_tokens, ids, hit)
         self._tokens_hit += min(hit * row.block_size, row.num_tokens)
 
-    def add_contents(self, row: ragpulse.RagPulseRow) -> None:
-        """Add a row of contents, which may be at any position."""
+    def _add_contents(self, row: RagPulseRow) -> None:
         ids = [content.id for content in row.contents]
         lengths = [content.num_tokens for content in row.contents]
         prefix, hit = b"", 0
@@ -98,7 +103,7 @@ class Profiler:
 
     def _record(
         self,
-        row: TraceRow | ragpulse.RagPulseRow,
+        row: TraceRow | RagPulseRow,
         num_tokens: int,
         ids: list[int],
         hit: int,
@@ -141,19 +146,11 @@ class Profiler:
         )
 
 
-def profile(rows: Iterable[TraceRow]) -> Profile:
-    """Return the profile of a trace of blocks."""
+def profile(rows: Iterable[TraceRow] | Iterable[RagPulseRow]) -> Profile:
+    """Return the profile of a trace of blocks, or of contents."""
     profiler = Profiler()
     for row in rows:
         profiler.add(row)
-    return profiler.profile()
-
-
-def profile_contents(rows: Iterable[ragpulse.RagPulseRow]) -> Profile:
-    """Return the profile of a trace of contents."""
-    profiler = Profiler()
-    for row in rows:
-        profiler.add_contents(row)
     return profiler.profile()
 
 

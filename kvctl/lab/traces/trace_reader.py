@@ -68,13 +68,9 @@ def read(trace: Trace) -> Iterator[TraceRow]:
     name = detect(path) if trace.format == "auto" else trace.format
     match name:
         case "mooncake":
-            return jsonl.read_mooncake(
-                path, trace.block_size or jsonl.MOONCAKE_BLOCK_SIZE
-            )
+            return jsonl.read_mooncake(path, trace.block_size)
         case "bailian":
-            return jsonl.read_bailian(
-                path, trace.block_size or jsonl.BAILIAN_BLOCK_SIZE
-            )
+            return jsonl.read_bailian(path, trace.block_size)
         case "weka":
             return weka.read(path)
         case "azure" | "burstgpt":

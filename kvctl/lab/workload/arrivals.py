@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, cycle
-from typing import assert_never
+from itertools import chain, count, cycle, groupby, pairwise
+from math import inf
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from kvctl.lab.config.arrival_config import (
     ClosedLoop,
     Constant,
     Load,
-    OpenLoop,
     Poisson,
+    RateLoad,
     Sweep,
     TraceTimes,
 )
@@ -66,15 +66,17 @@ def schedule(load: Load, accesses: Iterable[Access], seed: int) -> Iterator[Due]
     rng = np.random.default_rng((seed, ARRIVALS))
     moments = _moments(_segments(load), None if isinstance(load, Constant) else rng)
     return (
-        Due(access, index, moment.at_s, moment.step)
-        for index, (access, moment) in enumerate(zip(accesses, moments, strict=False))
+        Due(access, index, at_s, step)
+        for index, (access, (at_s, step)) in enumerate(
+            zip(accesses, moments, strict=False)
+        )
     )
 
 
-def _segments(load: OpenLoop) -> Iterator[RateSegment]:
+def _segments(load: RateLoad) -> Iterator[RateSegment]:
     match load:
         case Constant() | Poisson():
-            return iter([RateSegment(load.rate, float("inf"))])
+            return iter([RateSegment(load.rate, inf)])
         case Bursts():
             quiet = RateSegment(load.rate, load.every_s - load.burst_s)
             return cycle([quiet, RateSegment(load.burst_rate, load.burst_s)])
@@ -83,26 +85,16 @@ def _segments(load: OpenLoop) -> Iterator[RateSegment]:
                 RateSegment(load.rate * load.factor**step, load.step_s, step)
                 for step in range(load.max_steps)
             )
-        case TraceTimes():
-            return iter(())
-        case _:
-            assert_never(load)
-
-
-@dataclass(frozen=True, slots=True)
-class _ArrivalTime:
-    at_s: float
-    step: int
 
 
 def _moments(
     segments: Iterator[RateSegment], rng: np.random.Generator | None
-) -> Iterator[_ArrivalTime]:
-    """Yield arrivals of a piecewise constant rate, by distances of its integral.
+) -> Iterator[tuple[float, int]]:
+    """Yield times and steps of arrivals at a piecewise constant rate.
 
-    Distances are 1 without a random generator, else exponential: a Poisson process of
-    varying rate has rate 1 on the axis of expected arrivals. Source: Lewis and
-    Shedler, 1979.
+    Distances on the axis of the rate's integral are 1 without a random generator, else
+    exponential: a Poisson process of varying rate has rate 1 on that axis. Source:
+    Lewis and Shedler, 1979.
     """
     begin, passed = 0.0, 0.0
     target = _distance(rng)
@@ -110,7 +102,7 @@ def _moments(
         expected = segment.rate * segment.seconds
         while target - passed < expected:
             at_s = begin + (target - passed) / segment.rate
-            yield _ArrivalTime(at_s, segment.step)
+            yield at_s, segment.step
             target += _distance(rng)
         passed += expected
         begin += segment.seconds
@@ -122,34 +114,24 @@ def _distance(rng: np.random.Generator | None) -> float:
 
 def _trace_times(load: TraceTimes, accesses: Iterable[Access]) -> Iterator[Due]:
     """Yield the trace's times; equal ones are spread up to the next time."""
-    first: float | None = None
-    tied: list[Access] = []
+    ties = ((at_s, list(tied)) for at_s, tied in groupby(accesses, _arrival_s))
+    end: tuple[float, list[Access]] = (inf, [])
+    first_s: float | None = None
     numbers = count()
-    for access in accesses:
-        if access.arrival_s is None:
-            raise SetupError("load.kind = 'trace': the trace has no times")
-        first = access.arrival_s if first is None else first
-        if tied and access.arrival_s != tied[0].arrival_s:
-            gap = access.arrival_s - _time(tied[0])
-            if gap < 0:
-                raise SetupError(
-                    f"request {access.request_id} of the trace is {-gap} s earlier "
-                    "than the one before it: sort the trace by time"
-                )
-            yield from _spread(tied, first, gap, load.speed, numbers)
-            tied = []
-        tied.append(access)
-    yield from _spread(tied, first or 0.0, LAST_GAP_S, load.speed, numbers)
+    for (at_s, tied), (next_s, following) in pairwise(chain(ties, [end])):
+        first_s = at_s if first_s is None else first_s
+        gap = next_s - at_s if following else LAST_GAP_S
+        if gap < 0:
+            raise SetupError(
+                f"request {following[0].request_id} of the trace is {-gap} s earlier "
+                "than the one before it: sort the trace by time"
+            )
+        for place, access in enumerate(tied):
+            due_s = at_s - first_s + gap * place / len(tied)
+            yield Due(access, next(numbers), due_s / load.speed)
 
 
-def _spread(
-    tied: list[Access], first: float, gap: float, speed: float, numbers: Iterator[int]
-) -> Iterator[Due]:
-    gap = gap if len(tied) > 1 else 0.0
-    for place, access in enumerate(tied):
-        at_s = _time(access) - first + gap * place / len(tied)
-        yield Due(access, next(numbers), at_s / speed)
-
-
-def _time(access: Access) -> float:
-    return access.arrival_s or 0.0
+def _arrival_s(access: Access) -> float:
+    if access.arrival_s is None:
+        raise SetupError("load.kind = 'trace': the trace has no times")
+    return access.arrival_s

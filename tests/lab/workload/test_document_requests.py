@@ -11,7 +11,7 @@ import pytest
 from kvcore.errors import SetupError
 from kvctl.lab.config.workload_config import Documents
 from kvctl.lab.traces.ragpulse_trace import TABLES, read
-from kvctl.lab.traces.trace_profile import profile_contents
+from kvctl.lab.traces.trace_profile import profile
 from kvctl.lab.workload.document_requests import count_contents, requests
 
 PASSAGE = '{"passage_id": 0, "token_length": 7}\n'
@@ -81,7 +81,7 @@ def test_reuse_of_a_trace_is_counted_in_contents(folder: Path) -> None:
     """Of ten contents one is reused as a prefix, three at any position."""
     counted = count_contents(Documents(trace=str(folder)), 0)
     assert (counted.num_asked, counted.num_prefix, counted.num_anywhere) == (10, 1, 3)
-    found = profile_contents(read(folder))
+    found = profile(read(folder))
     assert (found.num_requests, found.num_sessions, found.span_s) == (2, 2, 10.0)
     assert (found.num_blocks, found.num_unique_blocks) == (10, 7)
     assert (found.ideal_hit_rate, found.anywhere_hit_rate) == (0.1, 0.3)
