@@ -1,4 +1,4 @@
-"""The bundled scenarios, what is said of them, and the schema for editors."""
+"""The bundled scenarios, their documentation, and the schema for editors."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ NEEDS_TRACE = ('workload.trace="x.jsonl"',)
 
 
 def load(path: Path) -> Scenario:
-    """Read a bundled scenario; a replay is given some trace."""
+    """Read a bundled scenario; a replay gets the path of a trace."""
     replays = 'kind = "trace"' in path.read_text()
     return read(path, NEEDS_TRACE if replays else ())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_each_answers_a_question(path: Path) -> None:
-    """Its header says which, and so does its `question`."""
+    """The file's header and its `question` state it."""
     header = path.read_text().splitlines()[0]
     assert header.startswith("# ")
     assert header.endswith("?")
     assert load(path).question.endswith("?")
 
 
-def test_all_that_are_promised_are_there() -> None:
-    """By their names."""
+def test_the_main_scenarios_are_bundled() -> None:
+    """Checks the names of their files."""
     names = {path.stem for path in FILES}
     assert names >= {
         "quickstart", "chat", "rag", "agents", "pressure", "cold_tier", "many_models",
@@ -49,15 +49,15 @@ def test_all_that_are_promised_are_there() -> None:
     }  # fmt: skip
 
 
-def test_the_docs_list_every_one() -> None:
-    """A row each in docs/scenarios.md, and no row of one that is not there."""
+def test_docs_list_every_scenario() -> None:
+    """docs/scenarios.md has one row per scenario and no other row."""
     text = (ROOT / "docs" / "scenarios.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     assert sorted(rows) == sorted(one.stem for one in ROOT.glob("scenarios/*.toml"))
 
 
 def shown(path: Path) -> str:
-    """All that is said of a scenario."""
+    """Return the text of `kvctl inspect scenario`."""
     texts = []
     for part in scenario_view.build_tables(path.stem, load(path), 0):
         rows = part.rows if isinstance(part, Table) else ((part,),)
@@ -66,7 +66,7 @@ def shown(path: Path) -> str:
 
 
 def test_a_scenario_is_explained() -> None:
-    """Its question, what it asks of whom, the room for it, its load and its faults."""
+    """Output has the question, engines, workload, L1, load and faults."""
     text = shown(ROOT / "scenarios" / "faults.toml")
     for part in ("What do servers and workers", "tiny-llama", "1,300", "poisson"):
         assert part in text
@@ -90,25 +90,25 @@ def test_a_scenario_is_explained() -> None:
     ],
 )
 def test_a_typo_is_located(setting: str, says: str) -> None:
-    """By its key, with the nearest one that is known."""
+    """The error has the key and the nearest known one."""
     with pytest.raises(SetupError, match=says):
         read(ROOT / "scenarios" / "faults.toml", [setting])
 
 
-def test_the_schema_in_the_docs_is_the_codes() -> None:
-    """`make docs` writes it again."""
+def test_the_published_scenario_schema_is_up_to_date() -> None:
+    """`make docs` was run after the last change of an option."""
     saved = json.loads((ROOT / "docs" / "scenario.schema.json").read_text())
     assert saved == json.loads(json.dumps(scenario_view.schema()))
 
 
 def properties(schema: dict[str, Any], name: str) -> dict[str, Any]:
-    """The properties of one definition."""
+    """Return the properties of one definition."""
     found: dict[str, Any] = schema["$defs"][name]["properties"]
     return found
 
 
-def test_the_schema_knows_every_key() -> None:
-    """Those of the scenario, of each kind, and of the server with its tables."""
+def test_the_schema_has_every_key() -> None:
+    """Keys of the scenario, of each kind, and of the server with its tables."""
     schema = scenario_view.schema()
     assert properties(schema, "Scenario").keys() == set(Scenario.__struct_fields__)
     assert "max_steps" in properties(schema, "Sweep")

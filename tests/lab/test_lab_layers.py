@@ -69,13 +69,13 @@ def modules() -> dict[str, Path]:
 
 @pytest.mark.parametrize("module", modules())
 def test_a_module_imports_only_lower_layers(module: str) -> None:
-    """Its own layer, and those below it."""
+    """A module imports its own layer and lower ones."""
     for imported in lab_imports(modules()[module]):
         assert layer_of(imported) >= layer_of(module), f"{module}: {imported}"
 
 
 def test_imports_have_no_cycles() -> None:
-    """Also not those under `TYPE_CHECKING` or inside functions."""
+    """Includes imports under `TYPE_CHECKING` and inside functions."""
     known = modules()
     graph = {
         module: {name for name in lab_imports(path) if name in known} - {module}
@@ -86,7 +86,7 @@ def test_imports_have_no_cycles() -> None:
 
 
 def test_names_of_files_and_classes_are_unique() -> None:
-    """A name means one thing in the whole of kvctl."""
+    """A name has one meaning in all of kvctl."""
     files: list[str] = []
     classes: list[str] = []
     for path in LAB.parent.rglob("*.py"):

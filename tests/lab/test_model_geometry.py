@@ -21,14 +21,14 @@ def derive(geometry: Geometry, rank: int = 0, world_size: int = 1) -> list[KVLay
 @pytest.mark.parametrize("shape", CACHE_SHAPES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_derives_in_every_cache_shape(name: str, shape: str) -> None:
-    """A part holds exactly the bytes of a chunk, however the cache is laid out."""
+    """A part has exactly the bytes of a chunk in every cache shape."""
     geometry = replace(PRESETS[name], cache_shape=shape)
     total = sum(layout.part.num_bytes for layout in derive(geometry))
     assert total == geometry.token_bytes(1) * CHUNK
 
 
-def test_known_models_have_their_published_bytes_a_token() -> None:
-    """Llama-3.1-8B keeps 128 KiB a token, DeepSeek-V3 68.6 KiB, in bfloat16."""
+def test_known_models_have_their_published_bytes_per_token() -> None:
+    """Llama-3.1-8B has 128 KiB per token, DeepSeek-V3 68.6 KiB, in bfloat16."""
     assert PRESETS["llama-3.1-8b"].token_bytes(1) == 131072
     assert PRESETS["llama-3.1-70b"].token_bytes(8) == 40960
     assert PRESETS["deepseek-v3"].token_bytes(8) == 61 * 576 * 2
@@ -59,8 +59,8 @@ def test_uneven_heads_are_refused() -> None:
         PRESETS["llama-3.1-8b"].groups(4, 0, 3)
 
 
-def test_unknown_names_say_what_was_meant() -> None:
-    """A typo in a preset names the nearest one; a wrong shape lists the known ones."""
+def test_unknown_names_suggest_known_ones() -> None:
+    """An unknown preset names the nearest one; an unknown shape lists all."""
     with pytest.raises(SetupError, match=r"did you mean 'llama-3.1-8b'"):
         preset("lama-3.1-8b")
     with pytest.raises(SetupError, match="KNHSD"):

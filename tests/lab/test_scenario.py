@@ -1,4 +1,4 @@
-"""Scenario files: what they say, and what is said about a wrong one."""
+"""Scenario files: reading, and errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scenario(tmp_path: Path, text: str = TEXT) -> Path:
 
 
 def test_a_scenario_reads_with_presets_and_overrides(tmp_path: Path) -> None:
-    """The preset's fields, those that the file changes, and those that --set does."""
+    """Fields come from the preset, the file and --set."""
     found = read(scenario(tmp_path), ["load.concurrency=8", "server.chunk_size=512"])
     assert found.model.geometry().block_size == 32
     assert found.model.geometry().num_layers == 2
@@ -45,7 +45,7 @@ def test_a_scenario_reads_with_presets_and_overrides(tmp_path: Path) -> None:
 
 
 def test_another_workload_can_be_set(tmp_path: Path) -> None:
-    """The kind of a workload decides its keys."""
+    """The kind of a workload determines its keys."""
     text = '[model]\npreset = "tiny-mla"\n[workload]\nkind = "trace"\n'
     found = read(scenario(tmp_path, text), ["workload.trace=a.jsonl"])
     assert found.workload == Trace(trace="a.jsonl")
@@ -66,10 +66,10 @@ def test_another_workload_can_be_set(tmp_path: Path) -> None:
         ("concurrency = 2", "concurrency = 0", r"s\.toml:12: load\.concurrency"),
     ],
 )
-def test_a_wrong_file_says_where_and_what(
+def test_errors_of_a_file_are_located(
     tmp_path: Path, old: str, new: str, says: str
 ) -> None:
-    """File, line and key of what is wrong, and the nearest known key."""
+    """The error has file, line, key and the nearest known key."""
     with pytest.raises(SetupError, match=says):
         read(scenario(tmp_path, TEXT.replace(old, new)))
 
@@ -77,7 +77,7 @@ def test_a_wrong_file_says_where_and_what(
 def test_a_bundled_scenario_is_found_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From any folder; a file is a file, whatever its name."""
+    """A name is found from any folder; an existing file takes precedence."""
     monkeypatch.chdir(tmp_path)
     assert find_scenario("quickstart").read_text().startswith("# ")
     assert find_scenario("x.toml") == Path("x.toml")
@@ -86,6 +86,6 @@ def test_a_bundled_scenario_is_found_by_its_name(
 
 
 def test_an_unknown_name_lists_the_nearest_ones() -> None:
-    """Of the bundled scenarios."""
+    """The error lists similar bundled scenarios."""
     with pytest.raises(SetupError, match=r"quikstart: no such file.*: quickstart"):
         find_scenario("quikstart")

@@ -1,4 +1,4 @@
-"""Every bundled scenario, played to its end."""
+"""Complete runs of every bundled scenario."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRACE = {"mooncake_conversation": "mooncake_conversation.jsonl.zst"}
 
 
 def lacking(path: Path) -> str | None:
-    """What a scenario needs and this machine lacks."""
+    """Return a requirement of the scenario that this machine lacks."""
     name = path.stem
     if load(path).device == "cuda":
         return "it needs a GPU: `make gpu` plays it"
@@ -37,8 +37,8 @@ def lacking(path: Path) -> str | None:
 @pytest.mark.soak
 @pytest.mark.timeout(PLAY_S + 20)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_scenario_plays_to_its_end(path: Path, tmp_path: Path) -> None:
-    """Exit code 0: no byte wrong, no lease leaked, its own limits met."""
+def test_a_scenario_completes(path: Path, tmp_path: Path) -> None:
+    """Exit code 0: no wrong byte, no leaked lease, no missed limit."""
     if missing := lacking(path):
         pytest.skip(missing)
     command = [sys.executable, "-m", "kvctl", "bench", "run", str(path)]

@@ -6,7 +6,7 @@ from kvctl.lab.config.scenario import publish
 
 
 def test_docstrings_lose_their_indentation() -> None:
-    """At any depth; a property named `description` is not a docstring."""
+    """Applies at any depth, except to a property named `description`."""
     made = {"anyOf": [{"description": "One.\n\n    Two."}], "description": {"a": 1}}
     published = publish(made)
     assert published.pop("$schema")

@@ -56,7 +56,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def browse(*arguments: str) -> str:
+def run_browser(*arguments: str) -> str:
     """Run the browser headless and return its output."""
     command = [
         str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu",
@@ -67,7 +67,7 @@ def browse(*arguments: str) -> str:
     return done.stdout
 
 
-def look(file: Path, width: int, *flags: str) -> dict[str, Any]:
+def read_layout(file: Path, width: int, *flags: str) -> dict[str, Any]:
     """Return the layout of the page at this width, shown in a frame."""
     text = file.read_text().replace("default-src 'none'", "default-src 'unsafe-inline'")
     probed = file.with_name("probed.html")
@@ -79,7 +79,7 @@ def look(file: Path, width: int, *flags: str) -> dict[str, Any]:
         'document.body.dataset.found = document.querySelector("iframe")'
         ".contentDocument.body.dataset.found}, 500))</script>"
     )
-    shown = browse(
+    shown = run_browser(
         "--allow-file-access-from-files", *flags, "--dump-dom", f"file://{frame}"
     )
     match = re.search(r'data-found="([^"]+)"', shown)
@@ -91,7 +91,7 @@ def look(file: Path, width: int, *flags: str) -> dict[str, Any]:
 @pytest.mark.parametrize("width", [1280, 768, 390])
 def test_every_plot_is_visible_and_nothing_overflows(file: Path, width: int) -> None:
     """On a desktop, a tablet and a phone; text has a readable size."""
-    found = look(file, width, LIGHT)
+    found = read_layout(file, width, LIGHT)
     assert found["width"] <= width
     assert found["needed"] <= found["width"]
     assert found["plots"] == found["all"] > 8
@@ -102,14 +102,14 @@ def test_every_plot_is_visible_and_nothing_overflows(file: Path, width: int) -> 
 
 def test_dark_mode_follows_the_browser(file: Path) -> None:
     """The browser's colour scheme selects the colours."""
-    assert look(file, 1280, LIGHT)["paper"] == "rgb(251, 251, 250)"
-    assert look(file, 1280, DARK)["paper"] == "rgb(20, 24, 27)"
+    assert read_layout(file, 1280, LIGHT)["paper"] == "rgb(251, 251, 250)"
+    assert read_layout(file, 1280, DARK)["paper"] == "rgb(20, 24, 27)"
 
 
 def test_page_can_be_printed_and_captured(file: Path) -> None:
     """The PDF has several pages; the screenshot is not blank."""
     paper, screen = file.with_suffix(".pdf"), file.with_suffix(".png")
-    browse(f"--print-to-pdf={paper}", f"file://{file}")
+    run_browser(f"--print-to-pdf={paper}", f"file://{file}")
     assert paper.read_bytes().startswith(b"%PDF")
-    browse(f"--screenshot={screen}", "--window-size=1280,2000", f"file://{file}")
+    run_browser(f"--screenshot={screen}", "--window-size=1280,2000", f"file://{file}")
     assert screen.stat().st_size > 50_000

@@ -9,7 +9,7 @@ from kvctl.lab.rank.isolated_calls import IsolatedTimings
 from kvctl.lab.report.result_tables import list_ceiling_shares
 from kvctl.lab.results.result import Result
 from kvctl.lab.results.result_builder import summarise
-from tests.lab.results.test_summary import engine, evidence
+from tests.lab.results.test_summary import engine, measurements
 
 ALONE = IsolatedTimings(
     copy_bytes=10**6,
@@ -32,7 +32,7 @@ def shares(result: Result) -> dict[str, float]:
 
 def test_ceiling_of_a_copy_is_a_copy_and_a_round_trip() -> None:
     """1 MB in 0.5 ms, where a plain copy takes 0.1 ms and a bare trip as long: 40 %."""
-    found = shares(replace(summarise(evidence(engine(b"a"))), alone=ALONE))
+    found = shares(replace(summarise(measurements(engine(b"a"))), alone=ALONE))
     assert found["store, alone"] == pytest.approx(0.4)
     assert found["retrieve, alone"] == pytest.approx(0.2)
     assert found["lookup, alone"] == pytest.approx(0.5)
@@ -40,6 +40,6 @@ def test_ceiling_of_a_copy_is_a_copy_and_a_round_trip() -> None:
 
 def test_ceiling_under_load_is_a_concurrent_copy() -> None:
     """2 GB/s of 10; calls without a measurement are omitted."""
-    found = shares(summarise(evidence(engine(b"a"))))
+    found = shares(summarise(measurements(engine(b"a"))))
     assert found["store, under load"] == pytest.approx(0.2)
     assert found.keys() == {"store, under load", "lookup, under load"}

@@ -42,7 +42,9 @@ def engine(*heads: bytes, **counts: int) -> EngineReport:
     return EngineReport(tally, samples, b"".join(head.ljust(8) for head in heads))
 
 
-def evidence(*reports: EngineReport, limits: Limits | None = None) -> RawMeasurements:
+def measurements(
+    *reports: EngineReport, limits: Limits | None = None
+) -> RawMeasurements:
     """Return the measurements of a run of these engines."""
     scenario = replace(SCENARIO, limits=limits or Limits())
     return RawMeasurements(
@@ -54,7 +56,7 @@ def test_rates_beside_those_of_an_infinite_cache() -> None:
     """20 chunks, 5 unique: an infinite cache misses 5."""
     one = engine(b"a", b"b", b"c", chunks_hit=6, tokens_hit=1536)
     two = engine(b"c", b"d", b"e", chunks_hit=4, tokens_hit=1024)
-    result = summarise(evidence(one, two))
+    result = summarise(measurements(one, two))
     assert result.counts.chunks_hit_ideal == 15
     assert result.hit_rates.by_block == 0.5
     assert result.hit_rates.ideal_by_block == 0.75
@@ -64,7 +66,7 @@ def test_rates_beside_those_of_an_infinite_cache() -> None:
 
 def test_hits_are_split_between_memory_and_tiers() -> None:
     """Half of the tokens hit; half of these were loaded, 3 to 1 from two tiers."""
-    found = evidence(engine(b"a", tokens_hit=1280, tokens_from_tiers=640))
+    found = measurements(engine(b"a", tokens_hit=1280, tokens_from_tiers=640))
     assert summarise(found).tiers == ()
     found.tier_bytes = [TierBytes("file", 3000), TierBytes("s3", 1000)]
     result = summarise(found)
@@ -84,7 +86,7 @@ def test_a_long_run_shows_its_first_and_last_tenth() -> None:
         )
         for at in range(20)
     )
-    found = evidence(engine(b"a"))
+    found = measurements(engine(b"a"))
     found.server_bytes = (30 << 20, 31 << 20)
     text = rendered(replace(summarise(found), series=Series(0.5, points)))
     assert "▇██ 1 37 38" in text, text
@@ -94,7 +96,7 @@ def test_a_long_run_shows_its_first_and_last_tenth() -> None:
 
 def test_throughput_and_shares_follow_from_the_ceilings() -> None:
     """1 GB in half a second is 2 GB/s, a fifth of the 10 GB/s of plain copies."""
-    result = summarise(evidence(engine(b"a")))
+    result = summarise(measurements(engine(b"a")))
     assert result.throughput.store_gb_per_s == 2.0
     assert result.throughput.retrieve_gb_per_s is None
     assert result.shares.store == 0.2
@@ -111,13 +113,13 @@ def test_throughput_and_shares_follow_from_the_ceilings() -> None:
 )
 def test_wrong_bytes_and_errors_are_problems(counts: dict[str, int], says: str) -> None:
     """Each is a reason for exit code 1."""
-    result = summarise(evidence(engine(b"a", **counts)))
+    result = summarise(measurements(engine(b"a", **counts)))
     assert result.problems == (says,)
 
 
 def test_leaks_failures_and_missed_limits_are_problems() -> None:
     """Failed processes, leaked leases and missed limits of the scenario."""
-    found = evidence(engine(b"a", b"b"), limits=Limits(min_hit_rate=0.5))
+    found = measurements(engine(b"a", b"b"), limits=Limits(min_hit_rate=0.5))
     found.leases_leaked = 1
     leaked, missed = summarise(found).problems
     assert "1 leases left" in leaked
@@ -131,7 +133,7 @@ def test_leaks_failures_and_missed_limits_are_problems() -> None:
 @pytest.mark.parametrize("failure", [None, "the server ended early"])
 def test_an_incomplete_run_has_no_minimum_hit_rate(failure: str | None) -> None:
     """Interrupted, or stopped by a failure."""
-    found = evidence(engine(b"a"), limits=Limits(min_share_of_ideal=0.9))
+    found = measurements(engine(b"a"), limits=Limits(min_share_of_ideal=0.9))
     found.interrupted = failure is None
     found.failures += [failure] if failure else []
     assert not any("min_share" in problem for problem in summarise(found).problems)
@@ -139,12 +141,12 @@ def test_an_incomplete_run_has_no_minimum_hit_rate(failure: str | None) -> None:
 
 def test_a_run_without_requests_is_a_problem() -> None:
     """Without reports the rates are 0 and a problem is listed."""
-    assert summarise(evidence()).problems == ("no request was made",)
+    assert summarise(measurements()).problems == ("no request was made",)
 
 
 def test_a_result_reads_back_as_it_was_saved(tmp_path: Path) -> None:
     """A saved result reads back equal; counts have their documented keys."""
-    result = summarise(evidence(engine(b"a", chunks_hit=9)))
+    result = summarise(measurements(engine(b"a", chunks_hit=9)))
     path = result.save(tmp_path / "new")
     assert read(path) == result
     counts = msgspec.json.decode(path.read_bytes())["counts"]
@@ -181,6 +183,6 @@ def rendered(result: Result) -> str:
 
 def test_the_tables_show_what_was_measured() -> None:
     """Counts, rates beside the ideal, latencies with units, shares, problems."""
-    text = rendered(summarise(evidence(engine(b"a", bytes_wrong=7))))
+    text = rendered(summarise(measurements(engine(b"a", bytes_wrong=7))))
     for shown in ("bytes wrong 7", "400 us", "20%", "problem: 7 bytes were wrong"):
         assert shown in text
