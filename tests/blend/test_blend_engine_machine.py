@@ -424,6 +424,10 @@ class BlendMachine(RuleBasedStateMachine):
         fixture.await_closed()
         for key in [k for k, each in self.leases.items() if each.client == client]:
             del self.leases[key]
+        # A session ends with the last of its clients.
+        find = fixture.engine.sessions.find
+        self.known = {key: found for key, found in self.known.items() if find(key)}
+        self.leases = {key: one for key, one in self.leases.items() if find(key)}
         for rank in range(fixture.world_size):
             if client == f"w{rank}" and not data.draw(rarely):
                 fixture.register(rank)
