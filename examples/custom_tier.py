@@ -8,7 +8,6 @@ from urllib.parse import SplitResult
 
 import kvcore
 from kvcore.tiers.tier import (
-    HEADER_BYTES,
     MISSING,
     Backend,
     Deadline,
@@ -38,21 +37,14 @@ class MemoryBackend(Backend):
         """Copy records into L1's own pages."""
         for item in items:
             record = self.records.get(item.key)
-            if record is None:
-                yield MISSING
-                continue
-            start = HEADER_BYTES
-            for buffer in item.buffers:
-                buffer[:] = record[start : start + buffer.nbytes]
-                start += buffer.nbytes
-            yield item.result_of(record)
+            yield MISSING if record is None else item.fill(record)
 
     def store(
         self, items: Sequence[StoreItem], deadline: Deadline
     ) -> Iterator[StoreResult]:
         """Keep a copy of each part with its header."""
         for item in items:
-            self.records[item.key] = b"".join([item.header(), *item.buffers])
+            self.records[item.key] = item.record()
             yield StoreResult.DONE
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:

@@ -16,9 +16,7 @@ from urllib.parse import SplitResult
 
 from kvcore.errors import DeadlineExceeded, SetupError, Unavailable
 from kvcore.tiers.tier import (
-    HEADER_BYTES,
     MISSING,
-    REJECTED,
     Backend,
     Deadline,
     LoadItem,
@@ -85,17 +83,15 @@ class ObjectStoreBackend(Backend):
         """Get, then copy."""
         for item in items:
             value = self._run(self._get(item), deadline)
-            yield MISSING if value is None else _copy_into(item, value)
+            yield MISSING if value is None else item.fill(value)
 
     def store(
         self, items: Sequence[StoreItem], deadline: Deadline
     ) -> Iterator[StoreResult]:
         """Put copies of the absent items: an upload may outlive the deadline."""
         for item in items:
-            if self._run(self._exists(item.key), deadline):
-                yield StoreResult.PRESENT
-                continue
-            yield self._put(item, deadline)
+            is_present = self._run(self._exists(item.key), deadline)
+            yield StoreResult.PRESENT if is_present else self._put(item, deadline)
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
         """Delete all keys; object stores do not report which were present."""
@@ -126,9 +122,8 @@ class ObjectStoreBackend(Backend):
             await self._api.delete_async(self._store, str(key))
 
     async def _upload(self, item: StoreItem) -> None:
-        value = b"".join([item.header(), *item.buffers])
         put = self._api.put_async
-        await put(self._store, str(item.key), value, use_multipart=False)
+        await put(self._store, str(item.key), item.record(), use_multipart=False)
 
     def _put(self, item: StoreItem, deadline: Deadline) -> StoreResult:
         try:
@@ -157,18 +152,6 @@ async def _gather(
     call: Callable[[PartKey], Awaitable[ResultT]], keys: Sequence[PartKey]
 ) -> list[ResultT]:
     return await asyncio.gather(*map(call, keys))
-
-
-def _copy_into(item: LoadItem, value: memoryview) -> LoadResult:
-    if value.nbytes != item.record_bytes:
-        return REJECTED
-    result = item.result_of(value)
-    if result is not REJECTED:
-        start = HEADER_BYTES
-        for buffer in item.buffers:
-            buffer[:] = value[start : start + buffer.nbytes]
-            start += buffer.nbytes
-    return result
 
 
 def _first_line(error: Exception) -> str:

@@ -42,18 +42,6 @@ OutcomeT = TypeVar("OutcomeT")
 Work = Callable[[Sequence[ItemT], Deadline], Iterator[OutcomeT]]
 Clock = Callable[[], float]
 
-_LOAD_COUNTERS = {
-    LoadOutcome.DONE: "loaded",
-    LoadOutcome.MISSING: "missing",
-    LoadOutcome.REJECTED: "rejected",
-    LoadOutcome.FAILED: "load_failed",
-}
-_STORE_COUNTERS = {
-    StoreResult.DONE: "stored",
-    StoreResult.PRESENT: "present",
-    StoreResult.FULL: "full",
-    StoreResult.FAILED: "store_failed",
-}
 _MAX_BACKOFF = 16
 """Bound of the back-off, in multiples of the first: it doubles per failed probe."""
 
@@ -98,7 +86,7 @@ class ThreadPoolTier:
 
     def contains(self, keys: Sequence[PartKey]) -> Future[list[bool]]:
         """See `Tier.contains`."""
-        self._count(asked=len(keys))
+        self._count("asked", len(keys))
         return self._submit(self._queries, keys, len(keys), self._contains, False)
 
     def load(self, items: Sequence[LoadItem]) -> Future[list[LoadResult]]:
@@ -109,7 +97,7 @@ class ThreadPoolTier:
     def store(self, items: Sequence[StoreItem]) -> Future[list[StoreResult]]:
         """See `Tier.store`."""
         if self._clock() < self._full_until:
-            self._count(full=len(items))
+            self._count(StoreResult.FULL.value, len(items))
             return _done([StoreResult.FULL] * len(items))
         size = self._batch_size(len(items))
         return self._submit(self._stores, items, size, self._store, StoreResult.FAILED)
@@ -222,7 +210,7 @@ class ThreadPoolTier:
         except Exception as error:  # noqa: BLE001 - every failure becomes an outcome
             if isinstance(error, DeadlineExceeded) and remaining < self.timeout_s / 2:
                 # It was queued for most of its time: not the store's fault.
-                self._count(late=len(items) - num_done)
+                self._count("late", len(items) - num_done)
             else:
                 self._record_failure(error)
         finally:
@@ -243,11 +231,11 @@ class ThreadPoolTier:
 
     def _contains(self, keys: Sequence[PartKey], deadline: Deadline) -> Iterator[bool]:
         found = self._backend.contains(keys, deadline)
-        self._count(found=sum(found))
+        self._count("found", sum(found))
         return iter(found)
 
     def _delete(self, keys: Sequence[PartKey], deadline: Deadline) -> Iterator[None]:
-        self._count(deleted=self._backend.delete(keys, deadline))
+        self._count("deleted", self._backend.delete(keys, deadline))
         return iter([None] * len(keys))
 
     def _load(
@@ -255,9 +243,9 @@ class ThreadPoolTier:
     ) -> Iterator[LoadResult]:
         results = self._backend.load(items, deadline)
         for result, item in zip(results, items, strict=False):
-            self._count(**{_LOAD_COUNTERS[result.outcome]: 1})
+            self._count(result.outcome.value, 1)
             if result.outcome is LoadOutcome.DONE:
-                self._count(loaded_bytes=item.num_bytes)
+                self._count("loaded_bytes", item.num_bytes)
             elif result.outcome is LoadOutcome.REJECTED:
                 self._backend.delete([item.key], deadline)
             yield result
@@ -267,25 +255,24 @@ class ThreadPoolTier:
     ) -> Iterator[StoreResult]:
         results = self._backend.store(items, deadline)
         for result, item in zip(results, items, strict=False):
-            self._count(**{_STORE_COUNTERS[result]: 1})
+            self._count(result.value, 1)
             if result is StoreResult.DONE:
-                self._count(stored_bytes=item.num_bytes)
+                self._count("stored_bytes", item.num_bytes)
             elif result is StoreResult.FULL:
                 self._full_until = self._clock() + self._retry_s
             yield result
 
     # -- counters -----------------------------------------------------------------
 
-    def _count(self, **counts: int) -> None:
+    def _count(self, name: str, number: int) -> None:
         with self._lock:
-            for name, number in counts.items():
-                self._counts[name] += number
+            self._counts[name] += number
 
     def _count_failed(self, failed: object, number: int) -> None:
         if failed is FAILED:
-            self._count(load_failed=number)
+            self._count(LoadOutcome.FAILED.value, number)
         elif failed is StoreResult.FAILED:
-            self._count(store_failed=number)
+            self._count(StoreResult.FAILED.value, number)
 
 
 class _BatchResults(Generic[OutcomeT]):

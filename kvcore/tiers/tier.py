@@ -80,6 +80,10 @@ class StoreItem(PartItem, frozen=True):
         length, digest = self.num_bytes, self._digest()
         return _HEADER.pack(_MAGIC, _VERSION, 0, length, self.checksum, digest)
 
+    def record(self) -> bytes:
+        """Return a copy of this part's record."""
+        return b"".join([self.header(), *self.buffers])
+
 
 class LoadItem(PartItem, frozen=True):
     """A part to load into L1; the buffers together have its exact size.
@@ -97,13 +101,24 @@ class LoadItem(PartItem, frozen=True):
             return REJECTED
         return LoadResult(LoadOutcome.DONE, Checksum(checksum))
 
+    def fill(self, record: bytes | memoryview) -> LoadResult:
+        """Copy a whole record's payload into the buffers; REJECTED as `result_of`."""
+        if len(record) != self.record_bytes:
+            return REJECTED
+        result = self.result_of(record)
+        payload = memoryview(record)[HEADER_BYTES:]
+        for buffer in self.buffers if result is not REJECTED else ():
+            buffer[:] = payload[: buffer.nbytes]
+            payload = payload[buffer.nbytes :]
+        return result
+
 
 class LoadOutcome(Enum):
-    """Outcome of one item to load."""
+    """Outcome of one item to load; the value is its counter in `TierCounters`."""
 
-    DONE = "done"
+    DONE = "loaded"
     MISSING = "missing"
-    FAILED = "failed"
+    FAILED = "load_failed"
     REJECTED = "rejected"
     """The stored record is not that of the item; the tier has removed it."""
 
@@ -121,14 +136,14 @@ REJECTED = LoadResult(LoadOutcome.REJECTED)
 
 
 class StoreResult(Enum):
-    """Outcome of one item to store."""
+    """Outcome of one item to store; the value is its counter in `TierCounters`."""
 
-    DONE = "done"
+    DONE = "stored"
     PRESENT = "present"
     """The key was present; nothing was written."""
     FULL = "full"
     """No space, or no permission to write; the tier then stores nothing for a while."""
-    FAILED = "failed"
+    FAILED = "store_failed"
 
 
 class TierCounters(msgspec.Struct):

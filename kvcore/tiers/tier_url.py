@@ -6,10 +6,10 @@ modules of built-in backends are imported when a URL first names them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import msgspec
@@ -48,37 +48,14 @@ BackendOpener = Callable[[SplitResult, OptionsT], Backend]
 """Makes a backend from a URL and its decoded options. Raises `SetupError`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _TierKind(Generic[OptionsT]):
-    open_backend: BackendOpener[OptionsT]
-    options: type[OptionsT]
-
-    def open(self, url: SplitResult, shown: str) -> Tier:
-        query = dict(parse_qsl(url.query, keep_blank_values=True))
-        options = _decode(self.options, query)
-        return ThreadPoolTier(
-            options.name or _name_of(url),
-            shown,
-            self.open_backend(url, options),
-            timeout_s=options.timeout,
-            retry_s=options.retry,
-            threads=options.threads,
-        )
-
-
-_KINDS: dict[str, _TierKind[Any]] = {}
+_KINDS: dict[str, tuple[BackendOpener[Any], type[Any]]] = {}
+"""Opener and options of every registered scheme."""
+_VALKEY = ("valkey", "valkeys", "valkey+unix", "redis", "rediss", "redis+unix")
 _MODULES = {
-    "file": "kvcore.tiers.file_backend",
-    "valkey": "kvcore.tiers.valkey_backend",
-    "valkeys": "kvcore.tiers.valkey_backend",
-    "valkey+unix": "kvcore.tiers.valkey_backend",
-    "redis": "kvcore.tiers.valkey_backend",
-    "rediss": "kvcore.tiers.valkey_backend",
-    "redis+unix": "kvcore.tiers.valkey_backend",
-    "s3": "kvcore.tiers.object_store_backend",
-    "gs": "kvcore.tiers.object_store_backend",
-    "az": "kvcore.tiers.object_store_backend",
-    "mooncake": "kvcore.tiers.mooncake_backend",
+    "file": "file_backend",
+    **dict.fromkeys(_VALKEY, "valkey_backend"),
+    **dict.fromkeys(("s3", "gs", "az"), "object_store_backend"),
+    "mooncake": "mooncake_backend",
 }
 """Modules that register the built-in schemes."""
 
@@ -90,7 +67,7 @@ def register_tier(
 
     `options` is `TierOptions` or a subclass: what the URL's query is decoded to.
     """
-    _KINDS[scheme] = _TierKind(open_backend, options)
+    _KINDS[scheme] = open_backend, options
 
 
 def open_tier(url: str) -> Tier:
@@ -103,12 +80,20 @@ def open_tier(url: str) -> Tier:
     try:
         parts = _split(url)
         if parts.scheme not in _KINDS and parts.scheme in _MODULES:
-            import_module(_MODULES[parts.scheme])
-        kind = _KINDS.get(parts.scheme)
-        if kind is None:
+            import_module(f"kvcore.tiers.{_MODULES[parts.scheme]}")
+        if parts.scheme not in _KINDS:
             known = ", ".join(dict.fromkeys([*_MODULES, *_KINDS]))
             raise SetupError(f"no such kind; known: {known}")
-        return kind.open(parts, shown)
+        open_backend, kind = _KINDS[parts.scheme]
+        options = _decode(kind, dict(parse_qsl(parts.query, keep_blank_values=True)))
+        return ThreadPoolTier(
+            options.name or _name_of(parts),
+            shown,
+            open_backend(parts, options),
+            timeout_s=options.timeout,
+            retry_s=options.retry,
+            threads=options.threads,
+        )
     except SetupError as error:
         raise SetupError(f"tier {shown}: {error.message}") from None
 
@@ -166,21 +151,11 @@ def _without_secrets(url: str) -> str:
     kind, slashes, place = start.partition("://")
     login, at, host = place.rpartition("@")
     user = login.partition(":")[0]
-    shown = [
-        item
-        for item in query.split("&")
-        if item and not any(word in item.lower() for word in _SECRETS)
-    ]
+    shown = [item for item in query.split("&") if item and not _SECRETS.search(item)]
     question = "?" if shown else ""
     return f"{kind}{slashes}{user}{at}{host}{question}{'&'.join(shown)}"
 
 
-_SECRETS = (
-    "secret",
-    "token",
-    "password",
-    "access_key",
-    "account_key",
-    "sas",
-    "service",
+_SECRETS = re.compile(
+    "secret|token|password|access_key|account_key|sas|service", re.IGNORECASE
 )

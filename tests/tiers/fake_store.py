@@ -9,9 +9,7 @@ from pathlib import Path
 from kvcore.errors import DeadlineExceeded, Unavailable
 from kvcore.tiers.thread_pool_tier import ThreadPoolTier
 from kvcore.tiers.tier import (
-    HEADER_BYTES,
     MISSING,
-    REJECTED,
     Backend,
     Deadline,
     LoadItem,
@@ -51,18 +49,7 @@ class FakeBackend(Backend):
         for item in items:
             self._enter(deadline)
             record = self.records.get(item.key)
-            if record is None:
-                yield MISSING
-                continue
-            result = item.result_of(record)
-            if len(record) != item.record_bytes or result is REJECTED:
-                yield REJECTED
-                continue
-            payload = memoryview(record)[HEADER_BYTES:]
-            for buffer in item.buffers:
-                buffer[:] = payload[: buffer.nbytes]
-                payload = payload[buffer.nbytes :]
-            yield result
+            yield MISSING if record is None else item.fill(record)
 
     def store(
         self, items: Sequence[StoreItem], deadline: Deadline
@@ -76,8 +63,7 @@ class FakeBackend(Backend):
             elif used + item.num_bytes > self.max_bytes:
                 yield StoreResult.FULL
             else:
-                record = b"".join([item.header(), *item.buffers])
-                self.records[item.key] = record
+                self.records[item.key] = item.record()
                 yield StoreResult.DONE
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
