@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import Pipe
@@ -25,17 +25,16 @@ from urllib.parse import SplitResult
 import msgspec
 
 from kvcore.errors import DeadlineExceeded, SetupError, Unavailable
-from kvcore.extents import Buffers
 from kvcore.option_structs import ByteSize
 from kvcore.shm import SEGMENT_PREFIX, Bytes, Segment
 from kvcore.tiers.direct_io import address_of
 from kvcore.tiers.mooncake_process import (
     SETUP,
-    BufferSlice,
     Code,
     MooncakeRequest,
     SegmentName,
     Setup,
+    Slices,
 )
 from kvcore.tiers.tier import (
     FAILED,
@@ -46,6 +45,7 @@ from kvcore.tiers.tier import (
     Deadline,
     LoadItem,
     LoadResult,
+    PartItem,
     PartKey,
     StoreItem,
     StoreResult,
@@ -99,16 +99,16 @@ class MooncakeBackend(Backend):
 
     def contains(self, keys: Sequence[PartKey], deadline: Deadline) -> list[bool]:
         """Query the master for all keys at once."""
-        with self._call(deadline) as call:
-            return call.exist(self._names(keys))
+        with self._channel(deadline) as channel:
+            return channel.exist(self._names(keys), deadline)
 
     def load(
         self, items: Sequence[LoadItem], deadline: Deadline
     ) -> Iterator[LoadResult]:
         """Get all items at once."""
         names = self._names([item.key for item in items])
-        with self._call(deadline) as call:
-            loaded = call.get(names, items)
+        with self._channel(deadline) as channel:
+            loaded = channel.get(names, items, deadline)
         yield from loaded
 
     def store(
@@ -116,29 +116,31 @@ class MooncakeBackend(Backend):
     ) -> Iterator[StoreResult]:
         """Put all absent items at once: a second put keeps the first."""
         names = self._names([item.key for item in items])
-        with self._call(deadline) as call:
-            present = call.exist(names)
+        with self._channel(deadline) as channel:
+            present = channel.exist(names, deadline)
             absent = [
-                index for index, is_present in enumerate(present) if not is_present
+                (name, item)
+                for name, item, has in zip(names, items, present, strict=True)
+                if not has
             ]
-            outcomes = call.put(
-                tuple(names[index] for index in absent),
-                [items[index] for index in absent],
+            stored = iter(
+                channel.put(
+                    [name for name, _ in absent], [item for _, item in absent], deadline
+                )
             )
-        stored = [StoreResult.PRESENT] * len(items)
-        for index, outcome in zip(absent, outcomes, strict=True):
-            stored[index] = outcome
-        yield from stored
+        for has in present:
+            yield StoreResult.PRESENT if has else next(stored)
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
         """Remove keys, even while they are read."""
-        with self._call(deadline) as call:
-            return call.ask(MooncakeRequest("remove", self._names(keys))).count(0)
+        request = MooncakeRequest("remove", self._names(keys))
+        with self._channel(deadline) as channel:
+            return channel.ask(request, deadline).count(0)
 
     def usage(self, deadline: Deadline) -> Usage:
         """Query one key; only the master's metrics have the size."""
-        with self._call(deadline) as call:
-            call.exist((f"{self._prefix}probe",))
+        with self._channel(deadline) as channel:
+            channel.exist([f"{self._prefix}probe"], deadline)
         return Usage()
 
     def close(self) -> None:
@@ -150,102 +152,16 @@ class MooncakeBackend(Backend):
     def _names(self, keys: Sequence[PartKey]) -> tuple[str, ...]:
         return tuple(f"{self._prefix}{key}" for key in keys)
 
-    @contextmanager
-    def _call(self, deadline: Deadline) -> Iterator[_Call]:
-        """Borrow a channel; an error kills the client, and with it all other calls."""
-        client = self._running_client()
-        try:
-            with client.channel(deadline) as channel:
-                yield _Call(client, channel, deadline)
-        except BaseException:
-            client.kill()
-            raise
-
-    def _running_client(self) -> MooncakeClient:
+    def _channel(self, deadline: Deadline) -> AbstractContextManager[Channel]:
+        """Borrow a channel of the client, which is started if there is none."""
         with self._lock:
             if self._client is None or self._client.dead:
+                if self._arena is None:
+                    raise Unavailable("no memory was attached")
                 self._client = MooncakeClient(
                     self._setup, self._arena, self._num_channels
                 )
-            return self._client
-
-
-class _Call:
-    """Requests of one thread over one channel until one deadline."""
-
-    def __init__(
-        self, client: MooncakeClient, channel: Channel, deadline: Deadline
-    ) -> None:
-        self._client = client
-        self._channel = channel
-        self._deadline = deadline
-
-    def ask(self, request: MooncakeRequest) -> list[int]:
-        """Return a number for each key."""
-        return self._client.ask(self._channel, request, self._deadline)
-
-    def exist(self, names: tuple[str, ...]) -> list[bool]:
-        """Return for each name whether the master has it."""
-        return [code == 1 for code in self.ask(MooncakeRequest("exists", names))]
-
-    def get(
-        self, names: tuple[str, ...], items: Sequence[LoadItem]
-    ) -> list[LoadResult]:
-        """Fill items."""
-        with self._staged_transfer([item.buffers for item in items]) as transfer:
-            codes = self.ask(
-                MooncakeRequest("get", names, transfer.slices, transfer.extra)
-            )
-            transfer.copy_out()
-            headers = [bytes(transfer.header(index)) for index in range(len(items))]
-        found = zip(names, items, codes, headers, strict=True)
-        return [self._loaded(*one) for one in found]
-
-    def put(
-        self, names: tuple[str, ...], items: Sequence[StoreItem]
-    ) -> list[StoreResult]:
-        """Store absent items."""
-        if not items:
-            return []
-        with self._staged_transfer([item.buffers for item in items]) as transfer:
-            for index, item in enumerate(items):
-                transfer.header(index)[:] = item.header()
-            transfer.copy_in()
-            codes = self.ask(
-                MooncakeRequest("put", names, transfer.slices, transfer.extra)
-            )
-        return [_stored(code) for code in codes]
-
-    @contextmanager
-    def _staged_transfer(self, parts: Sequence[Buffers]) -> Iterator[StagedTransfer]:
-        transfer = StagedTransfer(self._client, self._channel, parts)
-        try:
-            yield transfer
-        except BaseException:
-            self._client.kill()  # Before memory that it may write to is unmapped.
-            raise
-        finally:
-            transfer.end()
-
-    def _loaded(
-        self, name: str, item: LoadItem, code: int, header: bytes
-    ) -> LoadResult:
-        size = item.record_bytes
-        if code == size:
-            return item.result_of(header)
-        if code == Code.NOT_FOUND:
-            return MISSING
-        # The code of a dead owner, and of a value of another size.
-        stored = self.ask(MooncakeRequest("size", (name,)))[0]
-        if stored >= 0 and stored != size:
-            return REJECTED
-        return FAILED
-
-
-def _stored(code: int) -> StoreResult:
-    if code == 0:
-        return StoreResult.DONE
-    return StoreResult.FULL if code == Code.NO_ROOM else StoreResult.FAILED
+            return self._client.channel(deadline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,33 +171,24 @@ class ArenaLocation:
     name: SegmentName
     start: int
 
-    def offset_of(self, buffer: memoryview) -> int | None:
-        """Return a buffer's offset in the arena; None if it is elsewhere."""
+    def offset_of(self, buffer: memoryview) -> int:
+        """Return a buffer's offset in the arena; raises `ValueError` elsewhere."""
         offset = address_of(buffer) - self.start
-        inside = 0 <= offset <= self.name.num_bytes - buffer.nbytes
-        return offset if inside else None
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """A pipe to one thread of the process, and the offset of its calls' headers."""
-
-    pipe: Connection
-    headers_at: int
+        if not 0 <= offset <= self.name.num_bytes - buffer.nbytes:
+            raise ValueError("a buffer is outside the memory that was attached")
+        return offset
 
 
 class MooncakeClient:
     """The client process and its channels; unusable after `kill`."""
 
-    def __init__(
-        self, setup: Setup, arena: ArenaLocation | None, num_channels: int
-    ) -> None:
+    def __init__(self, setup: Setup, arena: ArenaLocation, num_channels: int) -> None:
         self.arena = arena
         self.dead = False
         self._lock = threading.Lock()
         self.headers = _new_segment(num_channels * MAX_PARTS * HEADER_BYTES)
-        names = [_name_of(self.headers), *([arena.name] if arena else [])]
-        setup = msgspec.structs.replace(setup, mapped=tuple(names))
+        headers = SegmentName(self.headers.name, self.headers.num_bytes)
+        setup = msgspec.structs.replace(setup, mapped=(headers, arena.name))
         pipes = [Pipe() for _ in range(num_channels)]
         try:
             self._process = _start(setup, [theirs for _, theirs in pipes])
@@ -290,35 +197,21 @@ class MooncakeClient:
             raise
         self._channels: queue.LifoQueue[Channel] = queue.LifoQueue()
         for index, (ours, _) in enumerate(pipes):
-            self._channels.put(Channel(ours, index * MAX_PARTS * HEADER_BYTES))
+            self._channels.put(Channel(self, ours, index * MAX_PARTS * HEADER_BYTES))
 
     @contextmanager
     def channel(self, deadline: Deadline) -> Iterator[Channel]:
-        """Borrow a channel; after an error the caller MUST kill the client."""
+        """Borrow a channel; an error kills the client, and with it all other calls."""
         try:
             channel = self._channels.get(timeout=deadline.remaining())
+            yield channel
         except queue.Empty:
+            self.kill()
             raise DeadlineExceeded("all channels to the client are busy") from None
-        yield channel
+        except BaseException:
+            self.kill()
+            raise
         self._channels.put(channel)
-
-    def ask(
-        self, channel: Channel, request: MooncakeRequest, deadline: Deadline
-    ) -> list[int]:
-        """Make one call; raises `Unavailable` if process or master are gone."""
-        try:
-            channel.pipe.send_bytes(msgspec.msgpack.encode(request))
-            if not channel.pipe.poll(deadline.remaining()):
-                raise DeadlineExceeded(f"no answer to {request.call} in time")
-            reply = channel.pipe.recv_bytes()
-        except (EOFError, OSError) as error:
-            raise Unavailable("the client process ended") from error
-        codes = msgspec.msgpack.decode(reply, type=list[int])
-        if Code.NOT_STARTED in codes:
-            raise Unavailable("the client cannot reach the master")
-        if Code.RPC_FAILED in codes or Code.RPC_TIMEOUT in codes:
-            raise Unavailable("the master is gone")
-        return codes
 
     def kill(self) -> None:
         """End the process: after return it accesses no memory."""
@@ -335,84 +228,92 @@ class MooncakeClient:
         self.headers.close()
 
 
-class StagedTransfer:
-    """The records of one call in segments that the process maps.
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A pipe to one thread of the process, and the offset of its calls' headers."""
 
-    Buffers in the arena are used in place; others are copied through a segment of this
-    call, which is slow and only needed without an arena.
-    """
+    client: MooncakeClient
+    pipe: Connection
+    headers_at: int
 
-    def __init__(
-        self, client: MooncakeClient, channel: Channel, parts: Sequence[Buffers]
-    ) -> None:
-        self._parts = parts
-        first = channel.headers_at
-        self._headers = client.headers.array.data[
-            first : first + len(parts) * HEADER_BYTES
-        ]
-        self._staged: list[tuple[int, memoryview]] = []
-        arena = client.arena
-        extra_index = 1 if arena is None else 2
-        end = 0
-        slices = []
-        for index, buffers in enumerate(parts):
-            record = [BufferSlice(_HEADERS, first + index * HEADER_BYTES, HEADER_BYTES)]
-            for buffer in buffers:
-                offset = arena.offset_of(buffer) if arena else None
-                if offset is not None:
-                    record.append(BufferSlice(_ARENA, offset, buffer.nbytes))
-                    continue
-                record.append(BufferSlice(extra_index, end, buffer.nbytes))
-                self._staged.append((end, buffer))
-                end += buffer.nbytes
-            slices.append(tuple(record))
-        self.slices = tuple(slices)
-        self._extra = _new_segment(end) if end else None
+    def ask(self, request: MooncakeRequest, deadline: Deadline) -> list[int]:
+        """Return a number per key; raises `Unavailable` if the store is gone."""
+        try:
+            self.pipe.send_bytes(msgspec.msgpack.encode(request))
+            if not self.pipe.poll(deadline.remaining()):
+                raise DeadlineExceeded(f"no answer to {request.call} in time")
+            reply = self.pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise Unavailable("the client process ended") from error
+        codes = msgspec.msgpack.decode(reply, type=list[int])
+        if Code.NOT_STARTED in codes:
+            raise Unavailable("the client cannot reach the master")
+        if Code.RPC_FAILED in codes or Code.RPC_TIMEOUT in codes:
+            raise Unavailable("the master is gone")
+        return codes
 
-    @property
-    def extra(self) -> SegmentName | None:
-        """The segment of this call."""
-        return _name_of(self._extra) if self._extra else None
+    def exist(self, names: Sequence[str], deadline: Deadline) -> list[bool]:
+        """Return for each name whether the master has it."""
+        request = MooncakeRequest("exists", tuple(names))
+        return [code == 1 for code in self.ask(request, deadline)]
 
-    def header(self, index: int) -> memoryview:
-        """The header of one record."""
-        return self._headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
+    def get(
+        self, names: Sequence[str], items: Sequence[LoadItem], deadline: Deadline
+    ) -> list[LoadResult]:
+        """Fill items."""
+        request = MooncakeRequest("get", tuple(names), self._slices(items))
+        codes = self.ask(request, deadline)
+        headers = [bytes(self._header(index)) for index in range(len(items))]
+        results = []
+        for name, item, code, header in zip(names, items, codes, headers, strict=True):
+            if code == item.record_bytes:
+                results.append(item.result_of(header))
+            elif code == Code.NOT_FOUND:
+                results.append(MISSING)
+            else:
+                # The code of a dead owner, and of a value of another size.
+                size = MooncakeRequest("size", (name,))
+                [stored] = self.ask(size, deadline)
+                is_foreign = stored >= 0 and stored != item.record_bytes
+                results.append(REJECTED if is_foreign else FAILED)
+        return results
 
-    def copy_in(self) -> None:
-        """Copy buffers outside the arena to the segment."""
-        for view, buffer in self._pairs():
-            view[:] = buffer
+    def put(
+        self, names: Sequence[str], items: Sequence[StoreItem], deadline: Deadline
+    ) -> list[StoreResult]:
+        """Store absent items."""
+        for index, item in enumerate(items):
+            self._header(index)[:] = item.header()
+        request = MooncakeRequest("put", tuple(names), self._slices(items))
+        codes = self.ask(request, deadline) if items else []
+        return [_STORED.get(code, StoreResult.FAILED) for code in codes]
 
-    def copy_out(self) -> None:
-        """Copy the segment back to buffers outside the arena."""
-        for view, buffer in self._pairs():
-            buffer[:] = view
+    def _header(self, index: int) -> memoryview:
+        start = self.headers_at + index * HEADER_BYTES
+        return self.client.headers.array.data[start : start + HEADER_BYTES]
 
-    def end(self) -> None:
-        """Free the segment of this call."""
-        self._headers.release()
-        if self._extra:
-            self._extra.unlink()
-            self._extra.close()
+    def _slices(self, items: Sequence[PartItem]) -> tuple[Slices, ...]:
+        """Return where the process finds each item's record."""
+        return tuple(
+            (
+                (_HEADERS, self.headers_at + index * HEADER_BYTES, HEADER_BYTES),
+                *(
+                    (_ARENA, self.client.arena.offset_of(buffer), buffer.nbytes)
+                    for buffer in item.buffers
+                ),
+            )
+            for index, item in enumerate(items)
+        )
 
-    def _pairs(self) -> Iterator[tuple[memoryview, memoryview]]:
-        if self._extra is None:
-            return
-        extra = self._extra.array.data
-        for start, buffer in self._staged:
-            yield extra[start : start + buffer.nbytes], buffer
+
+_STORED = {0: StoreResult.DONE, Code.NO_ROOM: StoreResult.FULL}
 
 
 def _start(setup: Setup, channels: list[Connection]) -> subprocess.Popen[bytes]:
     fds = [channel.fileno() for channel in channels]
     try:
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "kvcore.tiers.mooncake_process",
-                *map(str, fds),
-            ],
+            [sys.executable, "-m", "kvcore.tiers.mooncake_process", *map(str, fds)],
             env=os.environ | {SETUP: msgspec.json.encode(setup).decode()},
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
@@ -433,10 +334,6 @@ def _new_segment(num_bytes: int) -> Segment:
         return Segment.create(name, num_bytes, touch=True)
     except SetupError as error:
         raise Unavailable(error.message) from error
-
-
-def _name_of(segment: Segment) -> SegmentName:
-    return SegmentName(segment.name, segment.num_bytes)
 
 
 def open_mooncake(url: SplitResult, options: MooncakeOptions) -> MooncakeBackend:

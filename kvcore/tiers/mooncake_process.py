@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable
 from enum import IntEnum
 from multiprocessing.connection import Connection
-from typing import Any
 
 import msgspec
 
@@ -48,12 +47,8 @@ class SegmentName(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-class BufferSlice(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Bytes of a segment: its index in `Setup.mapped`, or the next for `extra`."""
-
-    segment: int
-    offset: int
-    length: int
+Slices = tuple[tuple[int, int, int], ...]
+"""Bytes of a record in order: index in `Setup.mapped`, offset and length of each."""
 
 
 class MooncakeRequest(msgspec.Struct, frozen=True):
@@ -61,9 +56,8 @@ class MooncakeRequest(msgspec.Struct, frozen=True):
 
     call: str
     keys: tuple[str, ...]
-    slices: tuple[tuple[BufferSlice, ...], ...] = ()
-    extra: SegmentName | None = None
-    """Mapped for this call only."""
+    slices: tuple[Slices, ...] = ()
+    """Of each key."""
 
 
 class Code(IntEnum):
@@ -77,21 +71,6 @@ class Code(IntEnum):
     RPC_TIMEOUT = -901
     NOT_STARTED = -10_000
     """Not Mooncake's: the client could not be set up."""
-
-
-class _MappedSegment:
-    """A mapped and registered segment."""
-
-    def __init__(self, client: Any, name: SegmentName) -> None:
-        self._client = client
-        self._segment = Segment.attach(name.name, offset=0, length=name.num_bytes)
-        self.address: int = self._segment.array.__array_interface__["data"][0]
-        client.register_buffer(self.address, name.num_bytes)
-
-    def close(self) -> None:
-        """Unregister and unmap."""
-        self._client.unregister_buffer(self.address)
-        self._segment.close()
 
 
 class _Service:
@@ -111,7 +90,7 @@ class _Service:
             setup.master,
         )
         names = setup.mapped if self.started else ()
-        self._mapped = [_MappedSegment(self._client, name) for name in names]
+        self._mapped = [self._map(name) for name in names]
         self._calls: dict[str, Callable[[MooncakeRequest], list[int]]] = {
             "exists": lambda request: self._client.batch_is_exist(request.keys),
             "size": lambda request: [self._client.get_size(k) for k in request.keys],
@@ -126,28 +105,29 @@ class _Service:
             return [Code.NOT_STARTED] * len(request.keys)
         return list(self._calls[request.call](request))
 
+    def _map(self, name: SegmentName) -> Segment:
+        segment = Segment.attach(name.name, offset=0, length=name.num_bytes)
+        self._client.register_buffer(_address(segment), name.num_bytes)
+        return segment
+
     def _move(
         self, call: Callable[..., list[int]]
     ) -> Callable[[MooncakeRequest], list[int]]:
+        bases = [_address(segment) for segment in self._mapped]
+
         def move(request: MooncakeRequest) -> list[int]:
-            extra = (
-                [_MappedSegment(self._client, request.extra)] if request.extra else []
+            return call(
+                list(request.keys),
+                [[bases[s] + at for s, at, _ in record] for record in request.slices],
+                [[length for _, _, length in record] for record in request.slices],
             )
-            bases = [memory.address for memory in (*self._mapped, *extra)]
-            try:
-                return call(
-                    list(request.keys),
-                    [
-                        [bases[p.segment] + p.offset for p in ps]
-                        for ps in request.slices
-                    ],
-                    [[p.length for p in ps] for ps in request.slices],
-                )
-            finally:
-                for memory in extra:
-                    memory.close()
 
         return move
+
+
+def _address(segment: Segment) -> int:
+    address: int = segment.array.__array_interface__["data"][0]
+    return address
 
 
 def _serve(channel: Connection, service: _Service) -> None:

@@ -239,9 +239,9 @@ class Tier(Protocol):
         """Longest time from a call to its future's end."""
 
     def attach(self, name: str, arena: Bytes) -> None:
-        """Receive the shared memory that contains most buffers, before first use.
+        """Receive the shared memory that contains the buffers, before first use.
 
-        A tier MAY use it (registered memory) and MUST work without it.
+        A tier MAY register it, and MAY then refuse buffers that lie elsewhere.
         """
 
     def contains(self, keys: Sequence[PartKey]) -> Future[list[bool]]:

@@ -21,7 +21,14 @@ from pathlib import Path
 from kvcore.extents import checksum_of
 from kvcore.keys import ChunkHash
 from kvcore.layout import Fingerprint
-from kvcore.tiers.tier import LoadItem, LoadOutcome, PartKey, StoreItem, Tier
+from kvcore.tiers.tier import (
+    LoadItem,
+    LoadOutcome,
+    PartKey,
+    StoreItem,
+    StoreResult,
+    Tier,
+)
 from kvcore.tiers.tier_url import open_tier
 
 ROUNDS = 15
@@ -47,7 +54,7 @@ def fill(tier: Tier, source: memoryview, count: int) -> None:
     checksum = checksum_of([source])
     for number in range(count):
         done = tier.store([StoreItem(key_of(number), (source,), checksum)]).result()
-        if done[0].value not in ("done", "present"):
+        if done[0] not in (StoreResult.DONE, StoreResult.PRESENT):
             raise SystemExit(f"cannot store: {done} {tier.health().last_error}")
 
 
