@@ -64,7 +64,7 @@ def write_record(
         OSError: from the file system.
         DeadlineExceeded: between two system calls.
     """
-    edge = _edge_pages()
+    edge = _thread.pages
     edge[:HEADER_BYTES] = item.header()
     edge[HEADER_BYTES:] = bytes(2 * PAGE - HEADER_BYTES)
     vectors, tail = _vectors(item.buffers, edge)
@@ -87,7 +87,7 @@ def read_record(
         OSError: from the file system.
         DeadlineExceeded: between two system calls.
     """
-    edge = _edge_pages()
+    edge = _thread.pages
     vectors, tail = _vectors(item.buffers, edge)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _direct_flag(vectors, direct))
     try:
@@ -110,10 +110,6 @@ class _ThreadPages(threading.local):
 
 
 _thread = _ThreadPages()
-
-
-def _edge_pages() -> memoryview:
-    return _thread.pages
 
 
 def _vectors(buffers: Buffers, edge: memoryview) -> tuple[list[memoryview], memoryview]:

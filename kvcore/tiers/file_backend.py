@@ -17,7 +17,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote
 
@@ -123,7 +122,10 @@ class FileBackend(Backend):
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
         """Remove files, whether the index has them or not."""
         self._open(deadline)
-        return sum(self._remove(str(key)) for key in keys)
+        names = [str(key) for key in keys]
+        known = [self._index.remove(name) for name in names]
+        self._unlink(names)
+        return sum(known)
 
     def usage(self, deadline: Deadline) -> Usage:
         """Return the bytes of the files known so far."""
@@ -158,10 +160,10 @@ class FileBackend(Backend):
         if name in self._index:
             return StoreResult.PRESENT
         size = file_bytes(item.num_bytes)
-        space = self._index.reserve(size)
-        self._unlink(space.evicted)
-        if not space.granted:
+        evicted = self._index.reserve(size)
+        if evicted is None:
             return StoreResult.FULL
+        self._unlink(evicted)
         try:
             self._write(name, item, deadline)
         except OSError as error:
@@ -191,11 +193,6 @@ class FileBackend(Backend):
         except BaseException:
             incoming.unlink(missing_ok=True)
             raise
-
-    def _remove(self, name: str) -> bool:
-        known = self._index.remove(name)
-        self._unlink([name])
-        return known
 
     def _unlink(self, names: Iterable[str]) -> None:
         for name in names:
@@ -317,15 +314,6 @@ def _is_part(name: str, folder: str) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class ReservedSpace:
-    """Result of `FileIndex.reserve`; unless `granted`, nothing was reserved."""
-
-    granted: bool
-    evicted: tuple[str, ...] = ()
-    """Least recently used names, removed to make room: the caller unlinks them."""
-
-
 class FileIndex:
     """Names and sizes of files by last use, and reservations of incomplete files.
 
@@ -338,6 +326,8 @@ class FileIndex:
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._used = 0
+        self._reserved = 0
+        """Of the used bytes."""
         self._removed: set[str] | None = None
         """While old files are listed: names removed since `clear`."""
 
@@ -367,28 +357,32 @@ class FileIndex:
                     self._sizes[name] = size
                     self._sizes.move_to_end(name, last=False)
                     self._used += size
-            return self._evict(0)
+            return self._evict()
 
-    def reserve(self, size: int) -> ReservedSpace:
-        """Reserve space for a file to be written."""
+    def reserve(self, size: int) -> tuple[str, ...] | None:
+        """Reserve space for a file to be written; return evicted names.
+
+        None, and nothing is reserved, if other reservations leave too little space.
+        The caller unlinks what was evicted.
+        """
         with self._lock:
-            if self.max_bytes is not None and size > self.max_bytes:
-                return ReservedSpace(False)
-            evicted = self._evict(size)
-            if self.max_bytes is not None and self._used + size > self.max_bytes:
-                return ReservedSpace(False, evicted)  # Reserved by others.
+            if self.max_bytes is not None and self._reserved + size > self.max_bytes:
+                return None
             self._used += size
-            return ReservedSpace(True, evicted)
+            self._reserved += size
+            return self._evict()
 
     def add(self, name: str, size: int) -> None:
         """Turn a reservation into the most recently used file."""
         with self._lock:
+            self._reserved -= size
             self._used -= self._sizes.pop(name, 0)
             self._sizes[name] = size
 
     def release(self, size: int) -> None:
         """End a reservation without a file."""
         with self._lock:
+            self._reserved -= size
             self._used -= size
 
     def remove(self, name: str) -> bool:
@@ -403,7 +397,7 @@ class FileIndex:
     def shrink(self, num_bytes: int) -> tuple[str, ...]:
         """Remove at least `num_bytes` of the least recently used files."""
         with self._lock:
-            return self._evict_to(max(0, self._used - num_bytes))
+            return self._evict(self._used - num_bytes)
 
     def clear(self) -> None:
         """Remove all files, before a listing; reservations stay."""
@@ -412,12 +406,10 @@ class FileIndex:
             self._used -= sum(self._sizes.values())
             self._sizes.clear()
 
-    def _evict(self, size: int) -> tuple[str, ...]:
-        if self.max_bytes is None:
-            return ()
-        return self._evict_to(self.max_bytes - size)
-
-    def _evict_to(self, bound: int) -> tuple[str, ...]:
+    def _evict(self, bound: int | None = None) -> tuple[str, ...]:
+        """Remove files until `bound` is met; by default that of the directory."""
+        if bound is None:
+            bound = self._used if self.max_bytes is None else self.max_bytes
         evicted = []
         while self._used > bound and self._sizes:
             name, size = self._sizes.popitem(last=False)

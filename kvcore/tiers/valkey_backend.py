@@ -13,9 +13,10 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import SplitResult, unquote
 
@@ -40,7 +41,11 @@ log = logging.getLogger(__name__)
 _MAX_BLOCK = 2 << 20
 """Bytes per system call, at most."""
 _BUFFER = 64 << 10
-_NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_TLS_EVENTS: dict[type[OSError], int] = {
+    ssl.SSLWantReadError: select.POLLIN,
+    ssl.SSLWantWriteError: select.POLLOUT,
+}
+_NOT_READY: tuple[type[OSError], ...] = (BlockingIOError, *_TLS_EVENTS)
 _NUMBER = re.compile(rb"-?[0-9]{1,19}")
 _READ_ONLY = ("OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM")
 """Errors on a write from a server that still serves reads: full, a replica, one that
@@ -167,21 +172,15 @@ class RespConnection:
         raise Unavailable(f"the server does not speak RESP: {line[:32]!r}")
 
     def receive_into(self, buffers: Sequence[memoryview], deadline: Deadline) -> None:
-        """Receive a value, or its first bytes, into the buffers."""
-        for buffer in buffers:
+        """Receive a value into buffers of exactly its size."""
+        for buffer in (*buffers, memoryview(bytearray(2))):
             self._receive_into(buffer, deadline)
 
-    def skip(self, num_bytes: int, deadline: Deadline) -> None:
-        """Receive and discard bytes."""
-        scratch = memoryview(bytearray(min(num_bytes, _BUFFER)))
-        while num_bytes:
-            block = scratch[:num_bytes]
-            self._receive_into(block, deadline)
-            num_bytes -= block.nbytes
-
-    def end_value(self, deadline: Deadline) -> None:
-        """Receive the end of a value."""
-        self.skip(2, deadline)
+    def skip(self, reply: BulkReply, deadline: Deadline) -> None:
+        """Receive and discard a value."""
+        whole, rest = divmod(reply.num_bytes, _BUFFER)
+        scratch = memoryview(bytearray(_BUFFER))
+        self.receive_into((*[scratch] * whole, scratch[:rest]), deadline)
 
     # -- bytes --------------------------------------------------------------------
 
@@ -199,11 +198,8 @@ class RespConnection:
     def _send(self, data: memoryview, deadline: Deadline) -> None:
         with _translated_errors():
             while data.nbytes:
-                deadline.remaining()
-                try:
-                    data = data[self._socket.send(data[:_MAX_BLOCK]) :]
-                except _NOT_READY as error:
-                    self._wait(error, select.POLLOUT, deadline)
+                send = partial(self._socket.send, data[:_MAX_BLOCK])
+                data = data[self._when_ready(send, select.POLLOUT, deadline) :]
 
     def _receive_into(self, buffer: memoryview, deadline: Deadline) -> None:
         held = min(self._end - self._start, buffer.nbytes)
@@ -211,30 +207,28 @@ class RespConnection:
         self._start += held
         buffer = buffer[held:]
         while buffer.nbytes:
-            deadline.remaining()
             buffer = buffer[self._receive_some(buffer[:_MAX_BLOCK], deadline) :]
 
     def _receive_some(self, buffer: memoryview, deadline: Deadline) -> int:
+        receive = partial(self._socket.recv_into, buffer)
         with _translated_errors():
-            while True:
-                try:
-                    received = self._socket.recv_into(buffer)
-                    break
-                except _NOT_READY as error:
-                    self._wait(error, select.POLLIN, deadline)
+            received = self._when_ready(receive, select.POLLIN, deadline)
         if not received:
             raise Unavailable("the server closed the connection")
         return received
 
-    def _wait(self, error: OSError, event: int, deadline: Deadline) -> None:
-        """Wait until the socket is ready; TLS may need the other direction first."""
-        if isinstance(error, ssl.SSLWantReadError):
-            event = select.POLLIN
-        elif isinstance(error, ssl.SSLWantWriteError):
-            event = select.POLLOUT
-        poller = select.poll()
-        poller.register(self._socket, event)
-        poller.poll(deadline.remaining() * 1000)
+    def _when_ready(
+        self, move: Callable[[], int], event: int, deadline: Deadline
+    ) -> int:
+        """Return the bytes moved; TLS may need the other direction first."""
+        while True:
+            remaining = deadline.remaining()
+            try:
+                return move()
+            except _NOT_READY as error:
+                poller = select.poll()
+                poller.register(self._socket, _TLS_EVENTS.get(type(error), event))
+                poller.poll(remaining * 1000)
 
     def _line(self, deadline: Deadline) -> bytes:
         while True:
@@ -251,23 +245,19 @@ class RespConnection:
 
 
 def _connect(address: ServerAddress, deadline: Deadline) -> socket.socket:
-    if address.path is not None:
+    if address.path is None:
+        place = (address.host, address.port)
+        connection = socket.create_connection(place, deadline.remaining())
+    else:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(deadline.remaining())
-        try:
-            connection.connect(str(address.path))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-    connection = socket.create_connection(
-        (address.host, address.port), deadline.remaining()
-    )
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if address.tls is None:
-        return connection
     try:
         connection.settimeout(deadline.remaining())
+        if address.path is not None:
+            connection.connect(str(address.path))
+            return connection
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if address.tls is None:
+            return connection
         return address.tls.wrap_socket(connection, server_hostname=address.host)
     except BaseException:
         connection.close()
@@ -328,11 +318,10 @@ class ValkeyBackend(Backend):
             keys = [item.key for item in items]
             present = self._present(connection, keys, deadline)
             for item, is_present in zip(items, present, strict=True):
-                yield (
-                    StoreResult.PRESENT
-                    if is_present
-                    else self._set(connection, item, deadline)
-                )
+                if is_present:
+                    yield StoreResult.PRESENT
+                else:
+                    yield self._set(connection, item, deadline)
 
     def delete(self, keys: Sequence[PartKey], deadline: Deadline) -> int:
         """Unlink keys: the server frees their memory in the background."""
@@ -352,7 +341,6 @@ class ValkeyBackend(Backend):
                 return Usage()
             text = memoryview(bytearray(reply.num_bytes))
             connection.receive_into([text], deadline)
-            connection.end_value(deadline)
         used = _info_field(bytes(text), b"used_memory")
         return Usage(used, _info_field(bytes(text), b"maxmemory") or None)
 
@@ -416,12 +404,10 @@ def _receive_part(
     if not isinstance(reply, BulkReply):
         raise _refused(reply)
     if reply.num_bytes != item.record_bytes:
-        connection.skip(reply.num_bytes, deadline)
-        connection.end_value(deadline)
+        connection.skip(reply, deadline)
         return REJECTED
     header = memoryview(bytearray(HEADER_BYTES))
     connection.receive_into([header, *item.buffers], deadline)
-    connection.end_value(deadline)
     return item.result_of(header)
 
 
