@@ -117,7 +117,7 @@ class ThreadPoolTier:
 
     def health(self) -> TierHealth:
         """See `Tier.health`."""
-        state = self._breaker.state()
+        state = self._breaker.state
         with self._lock:
             counters, usage = TierCounters(**self._counts), self._usage
         counters.failures = state.num_failures
@@ -144,7 +144,7 @@ class ThreadPoolTier:
         self._backend.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else self._breaker.state()
+        state = "closed" if self._closed else self._breaker.state
         return f"<ThreadPoolTier {self.name} {state}>"
 
     # -- batches ------------------------------------------------------------------
@@ -183,8 +183,7 @@ class ThreadPoolTier:
                         # the next call tries again.
                         executor.submit(run)
                 return results.future
-        results.skip(len(items))
-        self._count_failed(failed, len(items))
+        self._skip(results, len(items))
         return results.future
 
     def _run(
@@ -214,8 +213,7 @@ class ThreadPoolTier:
             else:
                 self._record_failure(error)
         finally:
-            self._count_failed(results.failed, len(items) - num_done)
-            results.skip(len(items) - num_done)
+            self._skip(results, len(items) - num_done)
 
     def _record_failure(self, error: Exception) -> None:
         if not isinstance(error, KVError):
@@ -268,11 +266,13 @@ class ThreadPoolTier:
         with self._lock:
             self._counts[name] += number
 
-    def _count_failed(self, failed: object, number: int) -> None:
-        if failed is FAILED:
+    def _skip(self, results: _BatchResults[OutcomeT], number: int) -> None:
+        """Count `number` items of a load or store as failed, and end them."""
+        if results.failed is FAILED:
             self._count(LoadOutcome.FAILED.value, number)
-        elif failed is StoreResult.FAILED:
+        elif results.failed is StoreResult.FAILED:
             self._count(StoreResult.FAILED.value, number)
+        results.skip(number)
 
 
 class _BatchResults(Generic[OutcomeT]):
@@ -338,7 +338,7 @@ class CircuitBreaker:
         """Failures in a row; 0 is closed."""
         self._retry_at = 0.0
         self._probing = False
-        self._state = BreakerState(False, time.time(), "it has not answered yet", 0)
+        self.state = BreakerState(False, time.time(), "it has not answered yet", 0)
 
     def admit(self) -> bool:
         """Return whether a call may proceed; its caller MUST report its end."""
@@ -354,12 +354,12 @@ class CircuitBreaker:
 
     def succeed(self) -> bool:
         """Record an answer; return whether the store was down until now."""
-        if self._state.up:
+        if self.state.up:
             return False
         with self._lock:
-            was = self._state
+            was = self.state
             error = was.last_error if was.num_failures else ""
-            self._state = BreakerState(True, time.time(), error, was.num_failures)
+            self.state = BreakerState(True, time.time(), error, was.num_failures)
             self._tries = 0
             self._probing = False
             return not was.up
@@ -369,16 +369,12 @@ class CircuitBreaker:
         with self._lock:
             if self._tries and not self._probing:
                 return False  # One of many calls that met the same failure.
-            since, num_failures = self._state.since, self._state.num_failures
+            since, num_failures = self.state.since, self.state.num_failures
             if not self._tries:
                 since, num_failures = time.time(), num_failures + 1
-            self._state = BreakerState(False, since, error, num_failures)
+            self.state = BreakerState(False, since, error, num_failures)
             factor = min(2**self._tries, _MAX_BACKOFF)
             self._tries += 1
             self._probing = False
             self._retry_at = self._clock() + self._backoff_s * factor
             return self._tries == 1
-
-    def state(self) -> BreakerState:
-        """Return the current state."""
-        return self._state

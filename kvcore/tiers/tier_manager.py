@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 
@@ -12,7 +12,7 @@ from kvcore.config import PrefetchConfig, ServerConfig, WriteBackConfig
 from kvcore.engine.tiering import OpenTiering, Tiering
 from kvcore.errors import SetupError
 from kvcore.keys import ChunkHash, SessionKey
-from kvcore.status import PrefetchStatus, TierStatus, WriteBackStatus
+from kvcore.status import PrefetchStatus, TierStatus
 from kvcore.storage.arena import Arena
 from kvcore.storage.l1 import L1, Chunk
 from kvcore.storage.required_parts import RequiredParts
@@ -82,28 +82,14 @@ class TierManager(Tiering):
             tier.attach(arena.name, arena.array)
         self._timer_thread = coordinator or TimerThread("manager")
         self.write_back = WriteBack(
-            l1,
-            arena.array,
-            tiers,
-            self._timer_thread,
-            write_back,
+            l1, arena.array, tiers, self._timer_thread, write_back
         )
         self.prefetcher = Prefetcher(
-            l1,
-            arena.array,
-            tiers,
-            self.write_back,
-            self._timer_thread,
-            prefetch,
+            l1, arena.array, tiers, self.write_back, self._timer_thread, prefetch
         )
         self._timer_thread.post(self._probe)
         if coordinator is None:
             self._timer_thread.start()
-
-    @property
-    def clock(self) -> Callable[[], float]:
-        """The clock of deadlines, in seconds."""
-        return self._timer_thread.clock
 
     def prefetch(
         self,
@@ -116,7 +102,8 @@ class TierManager(Tiering):
     ) -> PrefetchJob:
         """Load the leading chunks of `hashes` missing in L1; see `Tiering.prefetch`.
 
-        `parts` names every part of a chunk; `deadline` is a time of `clock`.
+        `parts` names every part of a chunk; `deadline` is a time of the timer
+        thread's clock.
         """
         most = self._max_bytes // max(parts.chunk_bytes, 1) + 1
         job = PrefetchJob(
@@ -141,7 +128,7 @@ class TierManager(Tiering):
         for tier in self._tiers:
             if not tier.health().up:
                 tier.probe()
-        self._timer_thread.at(self.clock() + PROBE_S, self._probe)
+        self._timer_thread.at(self._timer_thread.clock() + PROBE_S, self._probe)
 
     def status(self) -> tuple[TierStatus, ...]:
         """Describe the tiers and their write queues, as known so far.
@@ -150,8 +137,10 @@ class TierManager(Tiering):
         """
         for tier in self._tiers:
             tier.probe()
-        queues = self.write_back.status()
-        return tuple(map(_describe, self._tiers, queues))
+        return tuple(
+            TierStatus(**msgspec.to_builtins(tier.health()), write_back=queue)
+            for tier, queue in zip(self._tiers, self.write_back.status(), strict=True)
+        )
 
     def prefetches(self, limit: int) -> tuple[PrefetchStatus, ...]:
         """Describe the `limit` oldest prefetch jobs."""
@@ -170,9 +159,3 @@ class TierManager(Tiering):
             stack.callback(self._timer_thread.close)
             for tier in self._tiers:
                 stack.callback(tier.close)
-
-
-def _describe(tier: Tier, queue: WriteBackStatus) -> TierStatus:
-    health = tier.health()
-    fields = msgspec.to_builtins(health)
-    return TierStatus(**fields, write_back=queue)

@@ -54,7 +54,7 @@ def test_one_probe_ends_a_back_off() -> None:
     assert [breaker.admit(), breaker.admit()] == [True, False]
     breaker.succeed()
     assert [breaker.admit(), breaker.admit()] == [True, True]
-    assert breaker.state().last_error == "gone"
+    assert breaker.state.last_error == "gone"
 
 
 def test_back_off_doubles_to_a_bound() -> None:
@@ -68,7 +68,7 @@ def test_back_off_doubles_to_a_bound() -> None:
         clock.now += 0.5
         assert breaker.admit()
         assert not breaker.fail("still gone")
-    assert breaker.state().num_failures == 1
+    assert breaker.state.num_failures == 1
 
 
 def test_one_failure_met_by_many_counts_once() -> None:
