@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Annotated, Protocol
 
@@ -14,6 +16,13 @@ from msgspec import Meta
 
 from kvctl.lab.config.scenario import Fault
 from kvctl.lab.engine.engine_statistics import Outcome, Records
+
+SIGNALS = {
+    "stop": signal.SIGSTOP,
+    "kill": signal.SIGKILL,
+    "restart": signal.SIGTERM,
+}
+"""Signal of each action."""
 
 
 class FaultReport(msgspec.Struct, frozen=True):
@@ -56,25 +65,13 @@ class FaultNotice:
 
 
 class FaultTarget(Protocol):
-    """A process into which faults can be injected.
+    """A process into which faults can be injected."""
 
-    A method that injects a fault may return a notice, which is completed later.
-    """
-
-    def kill(self) -> FaultNotice | None:
-        """Send SIGKILL."""
-
-    def terminate(self) -> FaultNotice | None:
-        """Send SIGTERM."""
-
-    def suspend(self) -> FaultNotice | None:
-        """Send SIGSTOP."""
-
-    def resume(self) -> None:
-        """Send SIGCONT."""
+    def send_signal(self, number: signal.Signals) -> FaultNotice | None:
+        """Send a signal; a notice that is returned may be completed later."""
 
     def start_again(self) -> None:
-        """Start the process again after `kill` or `terminate`."""
+        """Start the process again, after a signal that ends it."""
 
 
 @dataclass(slots=True)
@@ -122,16 +119,14 @@ class FaultInjector:
         injected = InjectedFault(fault, self.clock())
         self.injected.append(injected)
         self.num_active += 1
-        inject = {
-            "stop": target.suspend,
-            "kill": target.kill,
-            "restart": target.terminate,
-        }[fault.action]
-        injected.notice = inject() or injected.notice
-        restore = target.resume if fault.action == "stop" else target.start_again
+        notice = target.send_signal(SIGNALS[fault.action])
+        injected.notice = notice or injected.notice
+        restore: Callable[[], object] = target.start_again
+        if fault.action == "stop":
+            restore = partial(target.send_signal, signal.SIGCONT)
         self._add(injected.at_s + fault.for_s, lambda: self._restore(injected, restore))
 
-    def _restore(self, injected: InjectedFault, restore: Callable[[], None]) -> None:
+    def _restore(self, injected: InjectedFault, restore: Callable[[], object]) -> None:
         restore()
         injected.back_s = self.clock()
         self.num_active -= 1

@@ -16,8 +16,8 @@ from kvctl.lab.config.scenario import Fault
 from kvctl.lab.process_messages import Stop, send
 from kvctl.lab.run.fault_injection import FaultNotice, FaultTarget
 from kvctl.lab.run.process_monitor import RunMonitor
-from kvctl.lab.run.run_processes import RunProcess, RunProcesses
-from kvctl.lab.systems.child_processes import RunningService
+from kvctl.lab.run.run_processes import RunProcesses
+from kvctl.lab.systems.child_processes import ENDING, RunningService
 from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.systems.system_interface import Client
 
@@ -66,21 +66,14 @@ class WorkerTarget:
     client: Client
     fault: Fault
 
-    def kill(self) -> FaultNotice:
-        """Send SIGKILL; return when the server has noticed."""
-        return self._end(signal.SIGKILL)
-
-    def terminate(self) -> FaultNotice:
-        """Send SIGTERM, which ends a rank too."""
-        return self._end(signal.SIGTERM)
-
-    def suspend(self) -> None:
-        """Send SIGSTOP."""
-        self._send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Send SIGCONT."""
-        self._send_signal(signal.SIGCONT)
+    def send_signal(self, number: signal.Signals) -> FaultNotice | None:
+        """Send a signal; if it ends the rank, wait until the server has noticed."""
+        process = self.processes.rank_of(self.fault.engine, self.fault.rank)
+        ends = number in ENDING
+        process.ended_by_fault |= ends
+        if (pid := process.process.pid) is not None:
+            os.kill(pid, number)
+        return self._await_unregistered(process.engine_id) if ends else None
 
     def start_again(self) -> None:
         """Start the engine again, from its position in the workload."""
@@ -102,12 +95,8 @@ class WorkerTarget:
         )
         self.processes.start_engine(plan)
 
-    def _end(self, number: signal.Signals) -> FaultNotice:
-        """End the rank; wait until the server has unregistered it."""
-        process = self._process()
-        instance_id = f"{process.engine_id}/{self.fault.rank}"
-        process.ended_by_fault = True
-        self._send_signal(number)
+    def _await_unregistered(self, engine_id: str) -> FaultNotice:
+        instance_id = f"{engine_id}/{self.fault.rank}"
         deadline, pause = monotonic() + NOTICE_S, threading.Event()
         while monotonic() < deadline:
             instances = self.client.status(0).instances
@@ -115,14 +104,6 @@ class WorkerTarget:
                 return FaultNotice(monotonic())
             pause.wait(POLL_S)
         return FaultNotice()
-
-    def _send_signal(self, number: signal.Signals) -> None:
-        pid = self._process().process.pid
-        if pid is not None:
-            os.kill(pid, number)
-
-    def _process(self) -> RunProcess:
-        return self.processes.rank_of(self.fault.engine, self.fault.rank)
 
 
 @dataclass(slots=True)
@@ -133,25 +114,11 @@ class ServiceTarget:
     client: Client
     tiers: Sequence[int]
 
-    def kill(self) -> FaultNotice:
-        """Send SIGKILL, and watch the server's tiers."""
-        self.service.kill()
-        return self._watch_tiers()
-
-    def terminate(self) -> FaultNotice:
-        """Send SIGTERM and wait for the end, and watch the server's tiers."""
-        notice = self._watch_tiers()
-        self.service.terminate()
+    def send_signal(self, number: signal.Signals) -> FaultNotice | None:
+        """Send a signal; if the service does not serve after it, watch the tiers."""
+        notice = None if number == signal.SIGCONT else self._watch_tiers()
+        self.service.send_signal(number)
         return notice
-
-    def suspend(self) -> FaultNotice:
-        """Send SIGSTOP, and watch the server's tiers."""
-        self.service.suspend()
-        return self._watch_tiers()
-
-    def resume(self) -> None:
-        """Send SIGCONT."""
-        self.service.resume()
 
     def start_again(self) -> None:
         """Start the service again."""

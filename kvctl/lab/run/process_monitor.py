@@ -136,7 +136,7 @@ class RunMonitor:
     def step(self, processes: RunProcesses) -> None:
         """Wait for messages and exits, at most `POLL_S`, and handle them."""
         sources = {p.control: p for p in processes.all if not p.control.closed}
-        servers = {one.exited: one for one in self.servers if not one.is_down}
+        servers = {one.exited.fileno(): one for one in self.servers if not one.is_down}
         exits = {} if self.server_gone else servers
         for source in wait([*sources, *exits], self._timeout_s()):
             if isinstance(source, Connection):

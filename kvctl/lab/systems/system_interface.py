@@ -1,19 +1,24 @@
 """The interface of a system under test.
 
-A driver of another system is an `ExternalClient` and a function that starts its
-server, both listed in `system_registry`. This project's is `kvcore.client.KVClient`.
+A driver of another system is an `ExternalClient`, listed in `system_registry`. This
+project's is `kvcore.client.KVClient`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
+import numpy as np
 
 from kvcore.client import KVClient
 from kvcore.client.client import BlockLists
+from kvcore.config import ServerConfig
+from kvcore.errors import ChunksMissing
 from kvcore.keys import SessionKey, Tokens
 from kvcore.protocol import (
     BootToken,
@@ -26,19 +31,59 @@ from kvcore.protocol import (
     StoreReply,
 )
 from kvcore.status import L1Status
+from kvctl.lab.config.model_geometry import Indices
+from kvctl.lab.config.scenario import SystemSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StartedSystem:
+    """Command and address of another system's server."""
+
+    command: tuple[str, ...]
+    address: str
+    """`unix://PATH` or `tcp://HOST:PORT`; accepts connections when ready."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRange:
+    """The chunks of tokens [start, end) of a session, and their blocks."""
+
+    session: SessionKey
+    start: int
+    end: int
+    blocks: Indices
+    """Of the one cache group, `[chunks x blocks per chunk]`."""
+    tokens: Tokens
+    """Of the session from its first one."""
 
 
 class ExternalClient(ABC):
     """A client of another system, used by a scheduler (several threads) or one rank.
 
-    `tokens` are those of the session from its first one; ranges are whole chunks. A
-    driver MUST copy the bytes of the blocks: the lab checks each of them.
+    Ranges are whole chunks. A driver MUST copy the bytes of the blocks: the lab checks
+    each of them.
     """
 
     chunk_size: int
     server: None = None
     has_sessions = True
     """False if `end_session` sends nothing, and is not worth timing."""
+
+    @abstractmethod
+    def __init__(
+        self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
+    ) -> None:
+        """Connect to a server."""
+
+    @staticmethod
+    @abstractmethod
+    def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
+        """Return how the server is started; its files belong into the folder.
+
+        Raises:
+            SetupError: the system is not installed.
+        """
 
     @property
     def last_call_s(self) -> float | None:
@@ -58,7 +103,6 @@ class ExternalClient(ABC):
     ) -> LookupReply:
         """Return the leading chunks that every rank can retrieve."""
 
-    @abstractmethod
     def store(
         self,
         session: SessionKey,
@@ -69,8 +113,16 @@ class ExternalClient(ABC):
         tokens: Tokens | None = None,
     ) -> StoreReply:
         """Store the blocks of tokens [start, end); retrievable after the call."""
+        del instance_id
+        num_chunks = (end - start) // self.chunk_size
+        if self.store_chunks(_chunk_range(session, start, end, blocks, tokens)):
+            return StoreReply(num_chunks, 0, 0)
+        return StoreReply(0, 0, num_chunks)
 
     @abstractmethod
+    def store_chunks(self, chunks: ChunkRange) -> bool:
+        """Store; return whether all chunks can be retrieved now."""
+
     def retrieve(
         self,
         session: SessionKey,
@@ -85,6 +137,14 @@ class ExternalClient(ABC):
         Raises:
             ChunksMissing: chunks have been evicted since the lookup.
         """
+        del instance_id
+        if not self.retrieve_chunks(_chunk_range(session, start, end, blocks, tokens)):
+            raise ChunksMissing("the retrieve failed: chunks were evicted")
+        return RetrieveReply(end - start)
+
+    @abstractmethod
+    def retrieve_chunks(self, chunks: ChunkRange) -> bool:
+        """Fill the blocks; return whether all chunks were there."""
 
     @abstractmethod
     def end_session(self, session: SessionKey) -> None:
@@ -127,6 +187,18 @@ class ExternalClient(ABC):
 Client = KVClient | ExternalClient
 
 
+def _chunk_range(
+    session: SessionKey,
+    start: int,
+    end: int,
+    blocks: BlockLists,
+    tokens: Tokens | None,
+) -> ChunkRange:
+    ids = np.asarray(blocks[0], np.int32)
+    prompt = np.empty(0, np.uint32) if tokens is None else tokens
+    return ChunkRange(session, start, end, ids, prompt)
+
+
 def shared_memory_handles(request: RegisterKVCache) -> list[PosixShm]:
     """Return the handles of a cache in host memory."""
     return [one for one in request.handles if isinstance(one, PosixShm)]
@@ -140,13 +212,3 @@ def call_duration_s(client: Client, measured_s: float) -> float:
     if isinstance(client, ExternalClient) and client.last_call_s is not None:
         return client.last_call_s
     return measured_s
-
-
-class StartedSystem(msgspec.Struct, frozen=True):
-    """Command and address of another system's server."""
-
-    command: tuple[str, ...]
-    address: str
-    environment: dict[str, str] = {}
-    ready_address: str = ""
-    """`unix://PATH` or `tcp://HOST:PORT`, which accepts connections when ready."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
 
 from kvcore.client import KVClient
 from kvcore.config import ServerConfig
@@ -12,30 +11,20 @@ from kvcore.errors import SetupError, Unavailable
 from kvcore.worker.copying_client import CopyingClient
 from kvctl.lab.config.scenario import OURS, SystemSpec
 from kvctl.lab.process_messages import EnginePlan
-from kvctl.lab.systems import lmcache, valkey
 from kvctl.lab.systems.child_processes import ExternalServer
+from kvctl.lab.systems.lmcache import LMCacheClient
 from kvctl.lab.systems.local_server import LocalServer
-from kvctl.lab.systems.system_interface import Client, ExternalClient, StartedSystem
+from kvctl.lab.systems.system_interface import Client, ExternalClient
+from kvctl.lab.systems.valkey import ValkeyClient
 
 RECONNECT_S = 30.0
 """Timeout for a server that is restarted by a fault."""
 
 
-class Driver(Protocol):
-    """A module that drives another system."""
-
-    def start(
-        self, spec: SystemSpec, config: ServerConfig, folder: Path
-    ) -> StartedSystem:
-        """Return how its server is started; its files belong into the folder."""
-
-    def connect(
-        self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
-    ) -> ExternalClient:
-        """Return a connected client."""
-
-
-DRIVERS: dict[str, Driver] = {"lmcache": lmcache, "valkey": valkey}
+DRIVERS: dict[str, type[ExternalClient]] = {
+    "lmcache": LMCacheClient,
+    "valkey": ValkeyClient,
+}
 NAMES = (OURS, *DRIVERS)
 
 
@@ -93,4 +82,4 @@ def connect_driver(
     """Connect the driver of a run to any system by its address."""
     if spec.is_ours:
         return KVClient(address, label="bench driver", timeout_s=timeout_s)
-    return DRIVERS[spec.name].connect(spec, address, config, timeout_s)
+    return DRIVERS[spec.name](spec, address, config, timeout_s)

