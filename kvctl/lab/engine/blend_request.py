@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
 
 from kvcore.blend.blend_client import BlendClient
 from kvcore.client import KVClient
-from kvcore.errors import Closed, KVError, SetupError, Unavailable
-from kvcore.keys import ChunkHash, HashChain, chain_seed
+from kvcore.errors import SetupError
+from kvcore.keys import chain_seed
 from kvcore.protocol import CBLookupReply
 from kvctl.lab.engine.engine_state import EngineState
 from kvctl.lab.engine.engine_statistics import HEAD_BYTES, Outcome
-from kvctl.lab.engine.request_lifecycle import (
-    HASH_SLICE,
-    RequestLifecycle,
-    RequestProgress,
-)
+from kvctl.lab.engine.request_lifecycle import RequestLifecycle, RequestProgress
 from kvctl.lab.process_messages import RunDocuments, StoredDocument, Tally
 
 
@@ -63,22 +60,10 @@ class BlendRequest(RequestLifecycle):
             self._engine.pool.free(blocks)
 
     def _look_up_documents(self, request: RequestProgress) -> CBLookupReply | None:
-        begun = self._clock.now()
-        try:
-            found = self._blend.lookup_pre_computed(
-                request.session,
-                self._engine.plan.model,
-                self._world_size,
-                request.tokens,
-            )
-        except (Unavailable, Closed):
-            raise
-        except KVError as error:
-            message = f"document_lookup: {error.code}: {error.message}"
-            self._engine.count_error(message, request.paced)
-            return None
-        request.durations["document_lookup"] = self._clock.now() - begun
-        return found
+        model, key = self._engine.plan.model, request.session
+        arguments = (key, model, self._world_size, request.tokens)
+        lookup = partial(self._blend.lookup_pre_computed, *arguments)
+        return self._timed_call(request, "document_lookup", lookup)
 
     def _documents_task(
         self, request: RequestProgress, found: CBLookupReply
@@ -90,7 +75,8 @@ class BlendRequest(RequestLifecycle):
             is_found[each.start : each.end] = True
         missing, heads, num_hit = [], [], 0
         for document in request.paced.access.documents:
-            hashes = self._hashes_of(request, document.start, document.end)
+            part = tokens[document.start : document.end]
+            hashes = self._hash(self._document_seed, part)
             end = document.start + len(hashes) * chunk_size
             chunks_found = is_found[document.start : end]
             num_hit += int(np.count_nonzero(chunks_found)) // chunk_size
@@ -113,11 +99,3 @@ class BlendRequest(RequestLifecycle):
             documents=tuple(missing),
             hashes=b"".join(request.hashes),
         )
-
-    def _hashes_of(
-        self, request: RequestProgress, start: int, end: int
-    ) -> list[ChunkHash]:
-        chain = HashChain(self._document_seed, self._engine.chunk_size)
-        for _ in chain.extend(request.tokens[start:end].tobytes(), HASH_SLICE):
-            pass
-        return chain.hashes

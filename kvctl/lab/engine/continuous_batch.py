@@ -14,24 +14,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 
 from kvctl.lab.config.scenario import EngineModel
 from kvctl.lab.engine.request_pacer import Clock
 
 
-class BatchEvent(Enum):
-    """Effect of a step on a request."""
-
-    FIRST_TOKEN = "first_token"
-    FINISHED = "finished"
-    PREEMPTED = "preempted"
-    """Its blocks were freed: it has to begin again, with its output as prompt."""
-
-
 @dataclass(slots=True, eq=False)
 class BatchSequence:
-    """One request in the engine, since its last submission."""
+    """One request in the engine, since its last submission. Times are of the clock."""
 
     prompt_tokens: int
     computed_tokens: int
@@ -39,20 +29,15 @@ class BatchSequence:
     output_tokens: int
     """Tokens to produce; the prefill produces the first."""
     produced_tokens: int = 0
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    preempted: bool = False
+    """Its blocks were freed: it has to begin again, with its output as prompt."""
 
     @property
     def prefilled(self) -> bool:
         """Whether the whole prompt is computed: the request decodes."""
         return self.computed_tokens >= self.prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TimedEvent:
-    """An event of one request, at the end of a step."""
-
-    sequence: BatchSequence
-    event: BatchEvent
-    at_s: float
 
 
 @dataclass(slots=True)
@@ -92,30 +77,31 @@ class ContinuousBatch:
             if sequence in self._step.decodes:
                 self._step.decodes.remove(sequence)
 
-    def advance(self, now_s: float) -> list[TimedEvent]:
-        """Complete the steps that have ended, and return their events.
+    def advance(self, now_s: float) -> bool:
+        """Complete the steps that have ended.
 
+        Return whether a request has its first or its last token, or was preempted.
         Call it after `add` and at `next_s`. Steps follow each other without a gap,
         also if the call is late.
         """
-        events: list[TimedEvent] = []
+        changed = False
         while self._step is None or self._step.end_s <= now_s:
             begin_s = now_s if self._step is None else self._step.end_s
             if self._step is not None:
-                events += self._end(self._step)
-            self._step = self._begin(begin_s, events)
+                changed |= self._end(self._step)
+            changed |= self._preempt()
+            self._step = self._begin(begin_s)
             if self._step is None:
                 break
-        return events
+        return changed
 
     @property
     def next_s(self) -> float | None:
         """End of the current step; None without requests."""
         return self._step.end_s if self._step else None
 
-    def _begin(self, now_s: float, events: list[TimedEvent]) -> _BatchStep | None:
+    def _begin(self, now_s: float) -> _BatchStep | None:
         step = _BatchStep(now_s)
-        self._preempt(now_s, events)
         step.decodes = [one for one in self._running if one.prefilled]
         budget = self._model.max_batched_tokens - len(step.decodes)
         for sequence in self._running:
@@ -155,12 +141,16 @@ class ContinuousBatch:
         )
         return fits and len(self._running) < self._model.max_batch
 
-    def _preempt(self, now_s: float, events: list[TimedEvent]) -> None:
-        """Remove the youngest requests until each other one can grow by a token."""
+    def _preempt(self) -> bool:
+        """Remove the youngest requests until each other one can grow by a token.
+
+        Return whether there was one.
+        """
+        before = self.num_preempted
         while len(self._running) > 1 and self._used_blocks(1) > self._num_blocks:
-            youngest = self._running.pop()
+            self._running.pop().preempted = True
             self.num_preempted += 1
-            events.append(TimedEvent(youngest, BatchEvent.PREEMPTED, now_s))
+        return self.num_preempted > before
 
     def _used_blocks(self, more: int = 0) -> int:
         """Return the blocks of running requests; a prompt's are allocated at once."""
@@ -172,36 +162,24 @@ class ContinuousBatch:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _end(self, step: _BatchStep) -> list[TimedEvent]:
-        events: list[TimedEvent] = []
+    def _end(self, step: _BatchStep) -> bool:
+        producing = list(step.decodes)
         for sequence, num_tokens in step.prefills.items():
             sequence.computed_tokens += num_tokens
             if sequence.prefilled:
-                events += self._produce(sequence, step.end_s)
-        for sequence in step.decodes:
-            events += self._produce(sequence, step.end_s)
-        return events
+                producing.append(sequence)
+        changes = [self._produce(one, step.end_s) for one in producing]
+        return any(changes)
 
-    def _produce(self, sequence: BatchSequence, now_s: float) -> list[TimedEvent]:
-        """Add an output token."""
+    def _produce(self, sequence: BatchSequence, now_s: float) -> bool:
+        """Add an output token; return whether it is the first or the last."""
         sequence.produced_tokens += 1
-        events = []
         if sequence.produced_tokens == 1:
-            events.append(TimedEvent(sequence, BatchEvent.FIRST_TOKEN, now_s))
+            sequence.first_token_s = now_s
         if sequence.produced_tokens >= sequence.output_tokens:
             self._running.remove(sequence)
-            events.append(TimedEvent(sequence, BatchEvent.FINISHED, now_s))
-        return events
-
-
-@dataclass(slots=True, eq=False)
-class BatchProgress:
-    """Progress of a request in the engine."""
-
-    sequence: BatchSequence
-    first_token_s: float | None = None
-    finished_s: float | None = None
-    preempted: bool = False
+            sequence.finished_s = now_s
+        return sequence.produced_tokens == 1 or sequence.finished_s is not None
 
 
 class BatchClock:
@@ -215,40 +193,35 @@ class BatchClock:
         self._batch = batch
         self._clock = clock or Clock()
         self._changed = threading.Condition()
-        self._progress: dict[BatchSequence, BatchProgress] = {}
         self._has_leader = False
         self._stopped = False
 
-    def submit(self, sequence: BatchSequence) -> BatchProgress:
+    def submit(self, sequence: BatchSequence) -> None:
         """Queue a request."""
         with self._changed:
             # Steps that have ended by now did not include it.
             self._advance()
-            progress = self._progress[sequence] = BatchProgress(sequence)
             self._batch.add(sequence)
             self._advance()
             self._changed.notify_all()
-            return progress
 
-    def await_first_token(self, progress: BatchProgress) -> None:
+    def await_first_token(self, sequence: BatchSequence) -> None:
         """Wait for the first token, a preemption, or `stop`."""
-        self._await(progress, lambda: progress.first_token_s is not None)
+        self._await(sequence, lambda: sequence.first_token_s is not None)
 
-    def await_end(self, progress: BatchProgress, max_tokens: int | None = None) -> None:
+    def await_end(self, sequence: BatchSequence, max_tokens: int | None = None) -> None:
         """Wait until a request finishes, is preempted, or has `max_tokens` tokens."""
 
         def ended() -> bool:
-            produced = progress.sequence.produced_tokens
-            enough = max_tokens is not None and produced >= max_tokens
-            return progress.finished_s is not None or enough
+            enough = max_tokens is not None and sequence.produced_tokens >= max_tokens
+            return sequence.finished_s is not None or enough
 
-        self._await(progress, ended)
+        self._await(sequence, ended)
 
-    def abort(self, progress: BatchProgress) -> None:
+    def abort(self, sequence: BatchSequence) -> None:
         """Remove a request: its output is not needed any more."""
         with self._changed:
-            self._progress.pop(progress.sequence, None)
-            self._batch.remove(progress.sequence)
+            self._batch.remove(sequence)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -257,9 +230,9 @@ class BatchClock:
             self._stopped = True
             self._changed.notify_all()
 
-    def _await(self, progress: BatchProgress, ended: Callable[[], bool]) -> None:
+    def _await(self, sequence: BatchSequence, ended: Callable[[], bool]) -> None:
         with self._changed:
-            while not (ended() or progress.preempted or self._stopped):
+            while not (ended() or sequence.preempted or self._stopped):
                 lead = not self._has_leader
                 self._has_leader = True
                 try:
@@ -275,22 +248,5 @@ class BatchClock:
         return None if next_s is None else max(0.0, next_s - self._clock.now())
 
     def _advance(self) -> None:
-        events = self._batch.advance(self._clock.now())
-        for event in events:
-            self._record(event)
-        if events:
+        if self._batch.advance(self._clock.now()):
             self._changed.notify_all()
-
-    def _record(self, timed: TimedEvent) -> None:
-        progress = self._progress.get(timed.sequence)
-        if progress is None:
-            return
-        match timed.event:
-            case BatchEvent.FIRST_TOKEN:
-                progress.first_token_s = timed.at_s
-            case BatchEvent.FINISHED:
-                progress.finished_s = timed.at_s
-                del self._progress[timed.sequence]
-            case BatchEvent.PREEMPTED:
-                progress.preempted = True
-                del self._progress[timed.sequence]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -17,25 +17,6 @@ from kvctl.lab.process_messages import EngineReport, Tally
 MAX_ERROR_MESSAGES = 10
 HEAD_BYTES = 8
 """Leading bytes of a chunk hash that a report contains."""
-
-RECORD = np.dtype(
-    [
-        ("due_s", "f8"),
-        ("begun_s", "f8"),
-        ("ended_s", "f8"),
-        ("lag_s", "f8"),
-        ("ttft_s", "f8"),
-        ("tokens", "i8"),
-        ("tokens_hit", "i8"),
-        ("session", "u8"),
-        ("engine", "i4"),
-        ("step", "i4"),
-        ("preemptions", "i4"),
-        ("outcome", "u1"),
-        ("warm_up", "u1"),
-    ]
-)
-"""Times are of the host's monotonic clock; `ttft_s` is a duration, NaN if unknown."""
 
 Records = npt.NDArray[np.void]
 
@@ -50,13 +31,14 @@ class Outcome(IntEnum):
 
 @dataclass(slots=True)
 class RequestEntry:
-    """One request; the fields are those of `RECORD`, in its order."""
+    """One request. Times are of the host's monotonic clock."""
 
     due_s: float
     begun_s: float
     ended_s: float
     lag_s: float
     ttft_s: float
+    """A duration; NaN if unknown."""
     tokens: int
     tokens_hit: int
     session: int
@@ -65,6 +47,11 @@ class RequestEntry:
     preemptions: int = 0
     outcome: Outcome = Outcome.DONE
     warm_up: bool = False
+
+
+TYPES = {"float": "f8", "int": "i8", "Outcome": "u1", "bool": "u1"}
+RECORD = np.dtype([(one.name, TYPES[str(one.type)]) for one in fields(RequestEntry)])
+"""A request in a packed log."""
 
 
 class RequestLog:

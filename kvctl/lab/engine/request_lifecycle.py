@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from hashlib import blake2b
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import msgspec
 
@@ -15,7 +17,7 @@ from kvcore.errors import Closed, KVError, Unavailable
 from kvcore.keys import ChunkHash, HashChain, SessionKey, pack_tokens
 from kvcore.protocol import LookupReply
 from kvctl.lab.config.model_geometry import Indices
-from kvctl.lab.engine.continuous_batch import BatchClock, BatchProgress, BatchSequence
+from kvctl.lab.engine.continuous_batch import BatchClock, BatchSequence
 from kvctl.lab.engine.engine_state import EngineState
 from kvctl.lab.engine.engine_statistics import HEAD_BYTES, Outcome, RequestEntry
 from kvctl.lab.engine.request_pacer import PacedRequest
@@ -32,6 +34,7 @@ from kvctl.lab.traces.trace_rows import Tokens
 HASH_SLICE = 1 << 20
 """Chunks hashed per step: this thread has nothing else to do."""
 NAN = float("nan")
+R = TypeVar("R")
 
 _reply_decoder = msgspec.msgpack.Decoder(RequestDone)
 
@@ -43,12 +46,12 @@ class AbortPoint(Enum):
     """Found chunks are never retrieved: the lease ends with the session."""
     PREFILL = 1
     DECODE = 2
-    """Half of the output has been produced, and a store may be in progress."""
+    """Half of the output has been produced, and a store may be in sequence."""
 
 
 @dataclass(slots=True)
 class RequestProgress:
-    """One request in progress."""
+    """One request in sequence."""
 
     paced: PacedRequest
     session: SessionKey
@@ -142,29 +145,41 @@ class RequestLifecycle:
 
     # -- calls ----------------------------------------------------------------------
 
-    def _lookup(self, request: RequestProgress) -> LookupReply | None:
-        """Look up; count an error of the server and return None."""
-        engine, tokens = self._engine, request.tokens
+    def _timed_call(
+        self, request: RequestProgress, name: str, call: Callable[[], R]
+    ) -> R | None:
+        """Call the server; count an error of the server and return None.
+
+        The first call of a name is the one whose duration is recorded: a preempted
+        request makes another lookup.
+        """
         begun = self._clock.now()
         try:
-            found = engine.client.lookup(
-                request.session, engine.plan.model, engine.plan.scenario.ranks, tokens
-            )
+            reply = call()
         except (Unavailable, Closed):
             raise
         except KVError as error:
-            engine.count_error(f"lookup: {error.code}: {error.message}", request.paced)
+            message = f"{name}: {error.code}: {error.message}"
+            self._engine.count_error(message, request.paced)
             return None
-        lookup_s = call_duration_s(engine.client, self._clock.now() - begun)
-        request.waited_s += lookup_s
-        if request.hit is None:
+        duration_s = call_duration_s(self._engine.client, self._clock.now() - begun)
+        request.waited_s += duration_s
+        request.durations.setdefault(name, duration_s)
+        return reply
+
+    def _lookup(self, request: RequestProgress) -> LookupReply | None:
+        """Look up; None after an error of the server."""
+        plan, key = self._engine.plan, request.session
+        arguments = (key, plan.model, plan.scenario.ranks, request.tokens)
+        lookup = partial(self._engine.client.lookup, *arguments)
+        found = self._timed_call(request, "lookup", lookup)
+        if found is not None and request.hit is None:
             request.hit = found
-            request.durations["lookup"] = lookup_s
-            request.hashes = self._hashes(tokens)
+            request.hashes = self._hash(self._engine.seed, request.tokens)
         return found
 
-    def _hashes(self, tokens: Tokens) -> list[ChunkHash]:
-        chain = HashChain(self._engine.seed, self._engine.chunk_size)
+    def _hash(self, seed: ChunkHash, tokens: Tokens) -> list[ChunkHash]:
+        chain = HashChain(seed, self._engine.chunk_size)
         for _ in chain.extend(pack_tokens(tokens), HASH_SLICE):
             pass
         return chain.hashes
@@ -240,18 +255,18 @@ class RequestLifecycle:
             if hit:
                 self._send(self._task(request, hit, blocks, store=False))
                 hit = hit if self._receive(request) else 0
-            progress = self._submit(request, hit, batch_clock)
+            sequence = self._submit(request, hit, batch_clock)
             if request.abort is AbortPoint.PREFILL:
-                batch_clock.abort(progress)
+                batch_clock.abort(sequence)
                 return Outcome.ABORTED
-            batch_clock.await_first_token(progress)
-            if progress.preempted:
+            batch_clock.await_first_token(sequence)
+            if sequence.preempted:
                 return None
-            self._record_first_token(request, progress)
+            self._record_first_token(request, sequence)
             if hit < len(request.hashes) * self._engine.chunk_size:
                 self._send(self._task(request, hit, blocks, retrieve=False))
                 storing = True
-            return self._decode(request, progress, batch_clock)
+            return self._decode(request, sequence, batch_clock)
         finally:
             try:
                 if storing:
@@ -261,42 +276,42 @@ class RequestLifecycle:
 
     def _submit(
         self, request: RequestProgress, hit: int, batch_clock: BatchClock
-    ) -> BatchProgress:
+    ) -> BatchSequence:
         """Queue the missing tokens: at least the last one, whose logits are needed."""
         prompt = len(request.tokens) + request.num_produced
         output = request.paced.access.output_length - request.num_produced
         request.submitted_s = self._clock.now()
-        return batch_clock.submit(
-            BatchSequence(prompt, min(hit, prompt - 1), max(1, output))
-        )
+        sequence = BatchSequence(prompt, min(hit, prompt - 1), max(1, output))
+        batch_clock.submit(sequence)
+        return sequence
 
     def _record_first_token(
-        self, request: RequestProgress, progress: BatchProgress
+        self, request: RequestProgress, sequence: BatchSequence
     ) -> None:
         """Record the time to the first token: queueing, calls, and computation.
 
         The time in which bytes are checked is excluded: no engine does that.
         """
-        if request.num_produced or progress.first_token_s is None:
+        if request.num_produced or sequence.first_token_s is None:
             return
         queued_s = request.paced.begun_s - request.paced.due_s
-        computed_s = progress.first_token_s - request.submitted_s
+        computed_s = sequence.first_token_s - request.submitted_s
         request.ttft_s = queued_s + request.waited_s + computed_s
         request.durations["ttft"] = request.ttft_s
 
     def _decode(
-        self, request: RequestProgress, progress: BatchProgress, batch_clock: BatchClock
+        self, request: RequestProgress, sequence: BatchSequence, batch_clock: BatchClock
     ) -> Outcome | None:
         if request.abort is AbortPoint.DECODE:
-            half = progress.sequence.output_tokens // 2
-            batch_clock.await_end(progress, half)
-            batch_clock.abort(progress)
+            half = sequence.output_tokens // 2
+            batch_clock.await_end(sequence, half)
+            batch_clock.abort(sequence)
             return Outcome.ABORTED
-        batch_clock.await_end(progress)
-        request.num_produced += progress.sequence.produced_tokens
-        if progress.preempted:
+        batch_clock.await_end(sequence)
+        request.num_produced += sequence.produced_tokens
+        if sequence.preempted:
             return None
-        request.ended_s = progress.finished_s or self._clock.now()
+        request.ended_s = sequence.finished_s or self._clock.now()
         if self._engine.overlap_stores:
             self._release(request)
         return Outcome.DONE
