@@ -338,7 +338,6 @@ def _run(one: RunOptions, out: Path, repeat: int, turns: str | None) -> bool:
     from kvctl.lab import runner as driver
     from kvctl.lab.report import result_tables
     from kvctl.lab.results.result import check_folder
-    from kvctl.lab.runner import ConsoleProgress
 
     name, scenario = one.scenario.stem, one.read()
     check_folder(out)
@@ -350,7 +349,7 @@ def _run(one: RunOptions, out: Path, repeat: int, turns: str | None) -> bool:
                 scenario,
                 one.seed,
                 one.server,
-                ConsoleProgress(progress),
+                progress.update,
                 turns,
                 one.system,
             )
@@ -367,8 +366,8 @@ def _run_pairs(
     base: RunOptions, new: RunOptions, repeat: int, folder: Path
 ) -> Comparison:
     from kvctl.lab.compare.paired_runs import Command, InterleavedRuns, PairedRuns
-    from kvctl.lab.interleaving import can_interleave, fit_in_memory
     from kvctl.lab.results.result import check_folder
+    from kvctl.lab.run_turns import can_interleave, fit_in_memory
 
     sides = base.read(), new.read()
     in_turns = all(map(can_interleave, sides)) and fit_in_memory(*sides)

@@ -32,7 +32,7 @@ class EnginePlan(msgspec.Struct, frozen=True):
     """First request of the workload, for an engine that was restarted."""
     system: SystemSpec = SystemSpec()
     turns: str | None = None
-    """Rendezvous address of the interleaved run; see `interleaving`."""
+    """Rendezvous address of the interleaved run; see `run_turns`."""
     host: int = 0
     """Index of the simulated host, and of its server."""
 
@@ -125,7 +125,7 @@ class EngineReport(msgspec.Struct, frozen=True, tag=True):
     host: int = 0
     """Index of the simulated host, and of its server."""
     journal: bytes = b""
-    """`kvctl.lab.engine.engine_statistics.RECORD`s: one a request, warm-up included."""
+    """Packed `engine_statistics.RECORD`s, one per request, warm-up included."""
 
 
 class RunRequest(msgspec.Struct, frozen=True, tag=True):
@@ -184,14 +184,6 @@ class MeasureIsolatedCalls(msgspec.Struct, frozen=True, tag=True):
     seed: int
 
 
-class IsolatedCallTimes(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: durations of its calls and of plain copies of equal size."""
-
-    num_bytes: int
-    samples: LatencySamples
-    bytes_wrong: int = 0
-
-
 class MeasureCopies(msgspec.Struct, frozen=True, tag=True):
     """To a rank, after the load: make the calls of this setting."""
 
@@ -203,8 +195,8 @@ class WarmedUp(msgspec.Struct, frozen=True, tag=True):
     """From a rank: its warm-up calls are done; it waits for `Start`."""
 
 
-class CopyTimes(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: durations of a setting's calls and of plain copies."""
+class CallTimes(msgspec.Struct, frozen=True, tag=True):
+    """From a rank: durations of isolated calls and of plain copies of equal size."""
 
     num_bytes: int
     chunk_bytes: int
@@ -213,6 +205,7 @@ class CopyTimes(msgspec.Struct, frozen=True, tag=True):
     products_per_s: tuple[float, float] | None = None
     """Matrix products, without and during the calls."""
     ways: dict[str, int] = {}
+    """Copies on a GPU by the rank's process, by method and direction."""
     """Copies that the rank made on a GPU, by method and direction."""
 
 
@@ -236,10 +229,9 @@ Control = (
     | Tally
     | EngineReport
     | MeasureIsolatedCalls
-    | IsolatedCallTimes
+    | CallTimes
     | MeasureCopies
     | WarmedUp
-    | CopyTimes
     | RegisterRepeatedly
     | RegistrationTimes
 )

@@ -25,11 +25,11 @@ from kvctl.lab.compare.paired_runs import (
     PairedRuns,
 )
 from kvctl.lab.config.scenario import read as read_scenario
-from kvctl.lab.interleaving import can_interleave, fit_in_memory
 from kvctl.lab.page.html_page import save_page
 from kvctl.lab.report import comparison_report
 from kvctl.lab.report.result_collection import ResultCollection
 from kvctl.lab.results.result import Result, make_folder, read
+from kvctl.lab.run_turns import can_interleave, fit_in_memory
 
 BASELINES = Path("results/baselines")
 FAILING = (CountVerdict.WORSE, CountVerdict.DIFFERS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,16 +13,14 @@ from kvcore.client import KVClient
 from kvcore.config import ServerConfig
 from kvcore.errors import SetupError
 from kvcore.shm import remove_dead
-from kvctl.console import Progress
-from kvctl.lab.config.scenario import Scenario, Service, SystemSpec
-from kvctl.lab.interleaving import can_interleave
-from kvctl.lab.process_messages import Tally
-from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
+from kvctl.lab.config.scenario import Scenario, SystemSpec
+from kvctl.lab.rank.rank_cache import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result
 from kvctl.lab.results.result_builder import summarise
-from kvctl.lab.run.load_driver import LoadDriver
-from kvctl.lab.run.process_monitor import Interrupts, RunMonitor, RunWatcher
 from kvctl.lab.run.raw_measurements import RawMeasurements
+from kvctl.lab.run.run_controller import RunController
+from kvctl.lab.run.run_monitor import Interrupts, RunMonitor
+from kvctl.lab.run_turns import can_interleave
 from kvctl.lab.systems.child_processes import ExternalServer, RunningService, fill
 from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.systems.system_registry import start_server
@@ -32,26 +30,8 @@ PING_S = 5.0
 """Timeout for the first reply of a server that is already running."""
 
 
-class ConsoleProgress(RunWatcher):
-    """Shows requests, hit rate and errors in a progress bar."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._share = 0.0
-
-    def phase(self, name: str) -> None:
-        """Show the phase."""
-        self._progress.update(self._share, name)
-
-    def progress(self, done: Tally, planned: Survey) -> None:
-        """Show the counts."""
-        self._share = done.requests / planned.num_requests
-        rate = done.tokens_hit / done.tokens if done.tokens else 0.0
-        self._progress.update(
-            self._share,
-            f"{done.requests:,} of {planned.num_requests:,} requests, hit rate "
-            f"{rate:.3f}, {done.errors} errors, {done.bytes_wrong} bytes wrong",
-        )
+def _ignore(share: float, note: str) -> None:
+    """Report no progress."""
 
 
 def run(
@@ -59,21 +39,22 @@ def run(
     scenario: Scenario,
     seed: int,
     address: str | None,
-    watcher: RunWatcher | None = None,
+    report_progress: Callable[[float, str], None] = _ignore,
     turns: str | None = None,
     system: SystemSpec | None = None,
 ) -> Result:
     """Run a scenario on new servers, or on the server at `address`.
 
-    With `turns` the run is interleaved with another one; see `interleaving`. Errors
+    `report_progress` receives the completed share, 0 to 1, and a note. With `turns` the
+    run is interleaved with another one; see `run_turns`. Errors
     during the run are part of the result.
 
     Raises:
         SetupError: the run could not begin.
         Unavailable: no server answers at the address.
     """
-    watcher, spec = watcher or RunWatcher(), system or SystemSpec()
-    watcher.phase("starting")
+    spec = system or SystemSpec()
+    report_progress(0.0, "starting")
     planned = _survey(scenario, seed)
     _check_options(scenario, address, turns, spec)
     if address and spec.is_ours:
@@ -83,7 +64,7 @@ def run(
     interrupts = Interrupts()
     with interrupts.caught(), ExitStack() as stack:
         services = {
-            service.name: stack.enter_context(_running(service))
+            service.name: stack.enter_context(closing(RunningService(service)))
             for service in scenario.services
         }
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="kvlab-")))
@@ -92,9 +73,15 @@ def run(
         with _serving(spec, configs, folder, evidence.failures) as servers:
             addresses = [address] if address else [one.address for one in servers]
             monitor = RunMonitor(
-                evidence, addresses, servers, services, planned, interrupts, watcher
+                evidence,
+                addresses,
+                servers,
+                services,
+                planned,
+                interrupts,
+                report_progress,
             )
-            LoadDriver(monitor).run()
+            RunController(monitor).run()
         return summarise(evidence)
 
 
@@ -134,24 +121,14 @@ def _server_configs(
     scenario: Scenario, services: dict[str, RunningService], folder: Path
 ) -> list[ServerConfig]:
     """Return the configuration of each host's server."""
-    if scenario.hosts == 1:
-        return [_fill_tiers(scenario.server, services, folder, "127.0.0.1")]
     hosts = [f"127.0.0.{number}" for number in range(1, scenario.hosts + 1)]
+    configs = [_fill_tiers(scenario.server, services, folder, host) for host in hosts]
+    if len(configs) == 1:
+        return configs
     return [
-        _fill_tiers(
-            replace(scenario.server, address=f"tcp://{host}:0"), services, folder, host
-        )
-        for host in hosts
+        replace(config, address=f"tcp://{host}:0")
+        for config, host in zip(configs, hosts, strict=True)
     ]
-
-
-@contextmanager
-def _running(service: Service) -> Iterator[RunningService]:
-    running = RunningService(service)
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 def _fill_tiers(

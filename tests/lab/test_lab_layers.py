@@ -25,7 +25,7 @@ LAYERS = (
     ("systems",),
     ("workload",),
     ("traces",),
-    ("process_messages", "interleaving"),
+    ("process_messages", "run_turns"),
     ("config",),
     ("ceilings",),
     ("latency",),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvcore.errors import SetupError
 
-INTERLEAVING_CHECK = "import kvctl.lab.interleaving"
+INTERLEAVING_CHECK = "import kvctl.lab.run_turns"
 
 
 @dataclass(frozen=True, slots=True)

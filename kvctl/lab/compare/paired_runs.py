@@ -18,8 +18,8 @@ from msgspec.structs import replace
 
 from kvcore.errors import SetupError
 from kvctl.lab.compare.comparison import Comparison, compare
-from kvctl.lab.interleaving import FIRST, SECOND
 from kvctl.lab.results.result import Repetition, Result, read
+from kvctl.lab.run_turns import FIRST, SECOND
 
 BASE, NEW = "base", "new"
 EXIT_WRONG_USE = 2

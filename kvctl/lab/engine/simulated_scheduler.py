@@ -20,7 +20,6 @@ from kvctl.lab.engine.blend_request import BlendRequest
 from kvctl.lab.engine.engine_state import EngineState
 from kvctl.lab.engine.request_lifecycle import RequestLifecycle
 from kvctl.lab.engine.request_pacer import Clock, PacedRequest
-from kvctl.lab.interleaving import Interleaving
 from kvctl.lab.process_messages import (
     EnginePlan,
     Ready,
@@ -30,12 +29,11 @@ from kvctl.lab.process_messages import (
     send,
     send_failed,
 )
+from kvctl.lab.run_turns import RunTurns
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.systems.system_registry import connect
 
 PROGRESS_S = 0.5
-INTERLEAVED_REQUESTS = 1
-"""Requests of one run before the other run's turn."""
 
 
 class SimulatedScheduler(EngineState):
@@ -46,7 +44,7 @@ class SimulatedScheduler(EngineState):
     ) -> None:
         super().__init__(plan, client, clock)
         self._slots = count()
-        self.interleaving: Interleaving | None = None
+        self.turns: RunTurns | None = None
 
     def connect_interleaved_run(self) -> None:
         """Connect to the interleaved run, if there is one.
@@ -55,9 +53,7 @@ class SimulatedScheduler(EngineState):
             SetupError, Unavailable: it does not connect.
         """
         if self.plan.turns is not None:
-            self.interleaving = Interleaving(
-                self.plan.turns, INTERLEAVED_REQUESTS, self.statistics.end_window
-            )
+            self.turns = RunTurns(self.plan.turns)
 
     def run_slot(self, ranks: Sequence[Connection]) -> None:
         """Execute requests until there are no more; a fatal error stops every slot."""
@@ -74,8 +70,8 @@ class SimulatedScheduler(EngineState):
         finally:
             if crashed:  # A defect of this program: the traceback is on stderr.
                 self.fail(f"engine {self.plan.engine} crashed")
-            if self.interleaving:
-                self.interleaving.close()
+            if self.turns:
+                self.turns.close()
             for rank in ranks:
                 rank.close()
 
@@ -85,8 +81,8 @@ class SimulatedScheduler(EngineState):
         return RequestLifecycle(self, ranks)
 
     def _next_request(self) -> PacedRequest | None:
-        if self.interleaving:
-            self.interleaving.acquire()
+        if self.turns:
+            self.turns.acquire()
         return self.pacer.take()
 
     def _execute(self, lifecycle: RequestLifecycle, request: PacedRequest) -> None:
@@ -95,8 +91,9 @@ class SimulatedScheduler(EngineState):
         at_s = self.clock.now() - self.pacer.epoch_s
         if self.saturation.end(request.step, at_s):
             self.pacer.stop()
-        if self.interleaving:
-            self.interleaving.release()
+        if self.turns:
+            self.statistics.end_window()
+            self.turns.release()
 
 
 def run(
@@ -147,7 +144,7 @@ def _run_slots(
                 return
         if deadline is not None and monotonic() >= deadline:
             scheduler.pacer.stop()
-        if scheduler.interleaving is None:
+        if scheduler.turns is None:
             scheduler.statistics.end_window()
         send(control, scheduler.statistics.tally())
 

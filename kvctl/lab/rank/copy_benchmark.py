@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from kvcore.errors import KVError, SetupError
-from kvcore.protocol import RegisterKVCache
+from msgspec.structs import replace
+
+from kvcore.errors import SetupError
 from kvctl.lab.config.copy_settings import Copies, CopyRow, Setting
 from kvctl.lab.latency import LatencySamples
-from kvctl.lab.process_messages import (
-    CopyTimes,
-    EnginePlan,
-    IsolatedCallTimes,
-    MeasureCopies,
-)
-from kvctl.lab.rank.isolated_calls import Caller, IsolatedCalls
-from kvctl.lab.rank.rank_cache import make_cache, register
+from kvctl.lab.process_messages import CallTimes, EnginePlan
+from kvctl.lab.rank.isolated_calls import IsolatedCalls
+from kvctl.lab.rank.registered_cache import RegisteredCache
 from kvctl.lab.systems.system_interface import Client
 
 if TYPE_CHECKING:
@@ -39,9 +35,10 @@ def measure_copies(
     client: Client,
     plan: EnginePlan,
     index: int,
-    task: MeasureCopies,
+    setting: Setting,
+    seed: int,
     begin: Callable[[], None],
-) -> CopyTimes:
+) -> CallTimes:
     """Execute one worker's part of a setting; `begin` waits for the other workers.
 
     Raises:
@@ -49,35 +46,39 @@ def measure_copies(
         SetupError: `busy` is set, and torch is not installed.
     """
     copies = plan.scenario.copies or Copies()
-    with _registered_cache(client, plan, index, task.setting, copies) as caller:
-        scattered = task.setting.order == "scattered"
+    geometry = setting.geometry(copies.chunk, client.chunk_size)
+    chunk_blocks = client.chunk_size // geometry.block_size
+    registered = RegisteredCache(
+        client,
+        plan,
+        geometry,
+        CALLS_PER_CACHE * copies.chunks * chunk_blocks,
+        name=f"copies-{index}",
+        model=f"{geometry.model}@{plan.model}",
+        world_size=1,
+        rank=0,
+        index=index,
+    )
+    with closing(registered):
+        scattered = setting.order == "scattered"
         calls = IsolatedCalls(
-            caller, copies.chunks, task.seed, scattered=scattered, both=True
+            registered, copies.chunks, seed, scattered=scattered, both=True
         )
         counts_before: Counter[str] = Counter()
 
         def begin_all() -> None:
             begin()
-            counts_before.update(caller.cache.copy_counts())
+            counts_before.update(registered.cache.copy_counts())
 
-        def times(
-            measured: IsolatedCallTimes, products: tuple[float, float] | None = None
-        ) -> CopyTimes:
-            return CopyTimes(
-                measured.num_bytes,
-                caller.chunk_bytes,
-                measured.samples,
-                measured.bytes_wrong,
-                products,
-                dict(Counter(caller.cache.copy_counts()) - counts_before),
-            )
-
-        if not copies.busy:
-            return times(calls.measure(copies.rounds, begin_all))
-        with _matrix_products(plan.scenario.device) as products:
-            rate_alone = products.rate()
-            measured = calls.measure(copies.rounds, begin_all)
-            return times(measured, (rate_alone, products.rate_in(calls.spans)))
+        if copies.busy:
+            with _matrix_products(plan.scenario.device) as products:
+                rate_alone = products.rate()
+                times = calls.measure(copies.rounds, begin_all)
+                rates = rate_alone, products.rate_in(calls.spans)
+        else:
+            times, rates = calls.measure(copies.rounds, begin_all), None
+        ways = dict(Counter(registered.cache.copy_counts()) - counts_before)
+        return replace(times, products_per_s=rates, ways=ways)
 
 
 def _matrix_products(device: str) -> MatrixProducts:
@@ -88,47 +89,9 @@ def _matrix_products(device: str) -> MatrixProducts:
     return MatrixProducts(device)
 
 
-@contextmanager
-def _registered_cache(
-    client: Client, plan: EnginePlan, index: int, setting: Setting, copies: Copies
-) -> Iterator[Caller]:
-    """Register a cache of the setting while the block runs."""
-    geometry = setting.geometry(copies.chunk, client.chunk_size)
-    chunk_blocks = client.chunk_size // geometry.block_size
-    num_blocks = CALLS_PER_CACHE * copies.chunks * chunk_blocks
-    cache = make_cache(
-        plan.scenario.device,
-        f"kvlab-{plan.engine_id}-{index}-copies",
-        geometry.groups(num_blocks, 0, 1),
-        index,
-    )
-    registration = RegisterKVCache(
-        instance_id=f"{plan.engine_id}/copies-{index}",
-        engine_id=plan.engine_id,
-        model=f"{geometry.model}@{plan.model}",
-        world_size=1,
-        rank=0,
-        handles=cache.handles,
-        groups=cache.groups,
-    )
-    try:
-        yield Caller(
-            client,
-            cache,
-            [cache.pattern(0, 0, chunk_blocks)],
-            registration,
-            register(client, registration, cache).chunk_bytes,
-            geometry.block_size,
-        )
-    finally:
-        with suppress(KVError):
-            client.unregister_kv_cache(registration.instance_id)
-        cache.close()
-
-
 def make_row(
     setting: Setting,
-    reports: Sequence[CopyTimes],
+    reports: Sequence[CallTimes],
     *,
     server_s: float | None,
     ways: Mapping[str, int],

@@ -20,7 +20,7 @@ from kvcore.protocol import CBRegisterKVCache, StoreReply
 from kvctl.lab.config.model_geometry import Indices, RankCache
 from kvctl.lab.process_messages import EnginePlan, RequestDone, RunDocuments, Tally
 from kvctl.lab.rank.byte_patterns import HostPattern, chunk_seeds
-from kvctl.lab.rank.rank_cache import HostCache
+from kvctl.lab.rank.rank_cache import SEGMENT_PREFIX, HostCache
 from kvctl.lab.systems.system_interface import Client, call_duration_s
 
 R = TypeVar("R")
@@ -74,9 +74,7 @@ class DocumentBuffer:
     Chunks have the same bytes as in the rank's paged cache.
     """
 
-    def __init__(
-        self, name: str, plan: EnginePlan, rank: int, client: KVClient
-    ) -> None:
+    def __init__(self, plan: EnginePlan, rank: int, client: KVClient) -> None:
         scenario, geometry = plan.scenario, plan.geometry
         self.client = BlendClient(client)
         self.chunk_size = client.chunk_size
@@ -87,6 +85,7 @@ class DocumentBuffer:
         row = geometry.token_bytes(scenario.ranks) // (num_kv * geometry.num_layers)
         shape = (num_kv, geometry.num_layers, num_tokens, row // item)
         group = token_buffer(shape, geometry.dtype)
+        name = f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}-documents"
         self.cache = HostCache(name, RankCache((group,), (math.prod(shape) * item,)))
         self.pattern = HostPattern(
             self.cache.views[0], 0, None if geometry.latent else rank, self.chunk_size

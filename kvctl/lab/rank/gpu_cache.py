@@ -18,7 +18,6 @@ from kvcore.cuda.ipc import export, open_caches
 from kvcore.cuda.worker_device_memory import CudaWorkerMemory, DeviceWorkerMemory
 from kvcore.errors import SetupError
 from kvcore.layout import KVLayout
-from kvcore.protocol import MemoryHandle
 from kvcore.shm import Bytes
 from kvctl.lab.config.model_geometry import (
     BlockGrid,
@@ -35,11 +34,12 @@ from kvctl.lab.rank.byte_patterns import (
     batch_chunks_of,
     salts_of,
 )
+from kvctl.lab.rank.rank_cache import RankCacheMemory
 
 WORD_BITS = 64
 
 
-class GpuCache:
+class GpuCache(RankCacheMemory):
     """One rank's cache in one allocation on one GPU.
 
     `index`, the rank's number on the host, selects the GPU.
@@ -48,34 +48,30 @@ class GpuCache:
         SetupError: torch finds no CUDA device.
     """
 
-    def __init__(self, cache: RankCache, index: int) -> None:
+    def __init__(self, layout: RankCache, index: int) -> None:
         if not torch.cuda.is_available():
             raise SetupError('device = "cuda": torch finds no CUDA device')
+        super().__init__(layout)
         number = index % torch.cuda.device_count()
         self.device = torch.device("cuda", number)
         torch.cuda.set_device(self.device)
         self._whole = torch.full(
-            (sum(cache.handle_bytes),), POISON, dtype=torch.uint8, device=self.device
+            (self.num_bytes,), POISON, dtype=torch.uint8, device=self.device
         )
         torch.cuda.synchronize(self.device)
-        self._lay_out(cache)
-        self.memory = tuple(self._whole.split(list(cache.handle_bytes)))
-        self._gpu = open_devices()[number]
-        self.handles: tuple[MemoryHandle, ...] = tuple(
-            export(part.data_ptr(), part.nbytes, self._gpu) for part in self.memory
-        )
-        self._worker_memory: DeviceWorkerMemory | None = None
-        self._host = torch.empty(0, dtype=torch.uint8)
-        self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
-
-    def _lay_out(self, cache: RankCache) -> None:
-        self.groups = cache.groups
-        self.num_bytes = sum(cache.handle_bytes)
-        starts = handle_starts(cache)
+        starts = handle_starts(layout)
         self.views = tuple(
             device_view(self._whole, BlockGrid.of(group, starts))
             for group in self.groups
         )
+        self.memory = tuple(self._whole.split(list(layout.handle_bytes)))
+        gpu = open_devices()[number]
+        self.handles = tuple(
+            export(part.data_ptr(), part.nbytes, gpu) for part in self.memory
+        )
+        self._worker_memory: DeviceWorkerMemory | None = None
+        self._host = torch.empty(0, dtype=torch.uint8)
+        self._spare = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def open(
         self, layouts: Sequence[KVLayout], memory: Sequence[torch.Tensor], arena: Bytes
@@ -91,15 +87,6 @@ class GpuCache:
     def copy_counts(self) -> dict[str, int]:
         """Return this process's copies on the GPU, by method and direction."""
         return self._worker_memory.status().copies if self._worker_memory else {}
-
-    def num_blocks(self, group: int) -> int:
-        """Return the blocks of a group."""
-        return len(self.views[group])
-
-    def block_bytes(self, group: int) -> int:
-        """Return the bytes of a block in all layers of a group."""
-        view = self.views[group]
-        return int(view[0].numel() * view.element_size())
 
     def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> DevicePattern:
         """Return the pattern of a group; see `RankCacheMemory`."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from kvcore.errors import SetupError
-from kvcore.layout import CacheGroup, KVLayout
-from kvcore.protocol import MemoryHandle, PosixShm, RegisterKVCache, RegisterReply
+from kvcore.layout import KVLayout
+from kvcore.protocol import MemoryHandle, PosixShm
 from kvcore.shm import Bytes, Segment
-from kvcore.worker.copying_client import CopyingClient
 from kvcore.worker.mapped_arena import HostWorkerMemory, WorkerMemory
 from kvctl.lab.config.model_geometry import (
     BlockGrid,
@@ -22,8 +21,9 @@ from kvctl.lab.config.model_geometry import (
     handle_starts,
 )
 from kvctl.lab.rank.byte_patterns import POISON, HostPattern
-from kvctl.lab.systems.system_interface import Client
 
+SEGMENT_PREFIX = "kvlab-"
+"""Of the shared memory of every simulated cache."""
 WARM_COPY_BYTES = 16 << 20
 """Plain copies up to this size find their host memory touched."""
 
@@ -38,15 +38,20 @@ class Pattern(Protocol):
         """Return the wrong bytes of the chunks' blocks, except null blocks (-1)."""
 
 
-class RankCacheMemory(Protocol):
+class RankCacheMemory(ABC):
     """The cache of one rank. Every write or copy has finished when its call returns."""
 
-    groups: tuple[CacheGroup, ...]
     handles: tuple[MemoryHandle, ...]
     memory: tuple[Any, ...]
     """Memory of each handle, for a client that copies in its own process."""
-    num_bytes: int
+    views: tuple[Any, ...]
+    """Blocks of each group, `[N, L, K, S, H, words]`."""
 
+    def __init__(self, layout: RankCache) -> None:
+        self.groups = layout.groups
+        self.num_bytes = sum(layout.handle_bytes)
+
+    @abstractmethod
     def open(
         self, layouts: Sequence[KVLayout], memory: Sequence[Any], arena: Bytes
     ) -> WorkerMemory:
@@ -54,48 +59,54 @@ class RankCacheMemory(Protocol):
 
     def copy_counts(self) -> dict[str, int]:
         """Return this process's copies on a GPU, by method and direction."""
+        return {}
 
     def num_blocks(self, group: int) -> int:
         """Return the blocks of a group."""
+        return len(self.views[group])
 
     def block_bytes(self, group: int) -> int:
         """Return the bytes of a block in all layers of a group."""
+        return int(self.views[group][0].nbytes)
 
+    @abstractmethod
     def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> Pattern:
         """Return the pattern of a group; `rank` is None if all ranks are equal."""
 
+    @abstractmethod
     def poison(self, group: int, blocks: Indices) -> None:
         """Overwrite blocks, except null blocks (-1)."""
 
+    @abstractmethod
     def copy_out(self, number: int, num_bytes: int) -> None:
         """Make a plain copy to memory that stands for the server's.
 
         Different numbers use different places, as calls use different blocks.
         """
 
+    @abstractmethod
     def copy_in(self, number: int, num_bytes: int) -> None:
         """Make a plain copy in the other direction; no block changes."""
 
+    @abstractmethod
     def copy_both(self, number: int, num_bytes: int) -> None:
         """Make a plain copy in each direction, concurrently."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release the memory."""
 
 
-class HostCache:
+class HostCache(RankCacheMemory):
     """A cache in a shared-memory segment, which the server can map."""
 
-    def __init__(self, name: str, cache: RankCache) -> None:
-        self.groups = cache.groups
-        self.num_bytes = sum(cache.handle_bytes)
+    def __init__(self, name: str, layout: RankCache) -> None:
+        super().__init__(layout)
         self.segment = Segment.create(name, self.num_bytes, touch=True)
         array = self.segment.array
-        starts = handle_starts(cache)
-        spans = list(zip(starts, cache.handle_bytes, strict=True))
-        self.handles: tuple[MemoryHandle, ...] = tuple(
-            PosixShm(name, start, length) for start, length in spans
-        )
+        starts = handle_starts(layout)
+        spans = list(zip(starts, layout.handle_bytes, strict=True))
+        self.handles = tuple(PosixShm(name, start, length) for start, length in spans)
         self.memory = tuple(array[start : start + length] for start, length in spans)
         self.views = tuple(
             BlockGrid.of(group, starts).view(array) for group in self.groups
@@ -108,18 +119,6 @@ class HostCache:
     ) -> HostWorkerMemory:
         """Return access to the memory for a client that copies in its own process."""
         return HostWorkerMemory(layouts, memory, arena)
-
-    def copy_counts(self) -> dict[str, int]:
-        """Return nothing: there is no GPU."""
-        return {}
-
-    def num_blocks(self, group: int) -> int:
-        """Return the blocks of a group."""
-        return len(self.views[group])
-
-    def block_bytes(self, group: int) -> int:
-        """Return the bytes of a block in all layers of a group."""
-        return int(self.views[group][0].nbytes)
 
     def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> HostPattern:
         """Return the pattern of a group; see `RankCacheMemory`."""
@@ -134,8 +133,9 @@ class HostCache:
         """Make a plain copy from the cache to private memory."""
         np.copyto(*self._copy_operands(number, num_bytes))
 
-    # In host memory both directions cost the same, and this one changes no block.
-    copy_in = copy_out
+    def copy_in(self, number: int, num_bytes: int) -> None:
+        """Do the same: in host memory both directions cost the same."""
+        self.copy_out(number, num_bytes)
 
     def copy_both(self, number: int, num_bytes: int) -> None:
         """Make two plain copies, each in a thread."""
@@ -170,30 +170,3 @@ def _rotating_slice(array: Bytes, number: int, num_bytes: int) -> Bytes:
     """
     start = number % (array.size // num_bytes) * num_bytes
     return array[start : start + num_bytes]
-
-
-def make_cache(device: str, name: str, cache: RankCache, index: int) -> RankCacheMemory:
-    """Allocate a rank's cache.
-
-    `name` is that of its segment in host memory; `index`, the rank's number on the
-    host, selects the GPU.
-
-    Raises:
-        SetupError: the device, or torch, does not exist.
-    """
-    if device == "cpu":
-        return HostCache(name, cache)
-    try:
-        from kvctl.lab.rank.gpu_cache import GpuCache
-    except ImportError as error:
-        raise SetupError(f'device = "{device}": {error}; see docs/gpu.md') from None
-    return GpuCache(cache, index)
-
-
-def register(
-    client: Client, request: RegisterKVCache, cache: RankCacheMemory
-) -> RegisterReply:
-    """Register a cache: by its memory if the client copies, else by its handles."""
-    if isinstance(client, CopyingClient):
-        return client.register_kv_cache(request, cache.memory, cache.open)
-    return client.register_kv_cache(request)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
@@ -19,7 +18,6 @@ import numpy as np
 
 from kvcore.client import KVClient
 from kvcore.errors import KVError, SetupError, Unavailable
-from kvcore.protocol import RegisterKVCache
 from kvctl.lab.config.model_geometry import Indices
 from kvctl.lab.config.workload_config import Documents
 from kvctl.lab.latency import LatencySamples
@@ -42,18 +40,11 @@ from kvctl.lab.process_messages import (
 from kvctl.lab.rank.byte_patterns import chunk_seeds
 from kvctl.lab.rank.copy_benchmark import measure_copies
 from kvctl.lab.rank.document_buffer import DocumentBuffer, RankRequest
-from kvctl.lab.rank.isolated_calls import Caller, measure_isolated_calls
-from kvctl.lab.rank.rank_cache import (
-    WARM_COPY_BYTES,
-    RankCacheMemory,
-    make_cache,
-    register,
-)
+from kvctl.lab.rank.isolated_calls import ROUNDS, IsolatedCalls
+from kvctl.lab.rank.rank_cache import WARM_COPY_BYTES
+from kvctl.lab.rank.registered_cache import RegisteredCache
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.systems.system_registry import connect
-
-SEGMENT_PREFIX = "kvlab-"
-"""Of the shared memory of every simulated cache."""
 
 COPY_EVERY = 8
 """Requests per plain copy, the reference of the calls' rates."""
@@ -61,54 +52,30 @@ COPY_EVERY = 8
 _task_decoder = msgspec.msgpack.Decoder(RunRequest | RunDocuments)
 
 
-class SimulatedRank:
-    """A registered cache and the patterns of its groups."""
+class SimulatedRank(RegisteredCache):
+    """A rank that executes the tasks of its scheduler."""
 
     def __init__(self, plan: EnginePlan, rank: int, client: Client) -> None:
-        geometry, ranks = plan.geometry, plan.scenario.ranks
+        ranks = plan.scenario.ranks
         self.plan = plan
-        self.client = client
-        self.chunk_size = client.chunk_size
-        self.block_size = geometry.block_size
         self.index = plan.engine * ranks + rank
-        self.instance_id = f"{plan.engine_id}/{rank}"
-        name = f"{SEGMENT_PREFIX}{plan.engine_id}-{rank}"
-        layout = geometry.groups(plan.scenario.cache_blocks, rank, ranks)
-        self.cache: RankCacheMemory = make_cache(
-            plan.scenario.device, name, layout, self.index
-        )
-        self.num_executed = 0
-        chunk_blocks = self.chunk_size // self.block_size
-        self.patterns = [
-            self.cache.pattern(number, None if group.replicated else rank, chunk_blocks)
-            for number, group in enumerate(self.cache.groups)
-        ]
-        self._registration = RegisterKVCache(
-            instance_id=self.instance_id,
-            engine_id=plan.engine_id,
+        super().__init__(
+            client,
+            plan,
+            plan.geometry,
+            plan.scenario.cache_blocks,
+            name=str(rank),
             model=plan.model,
             world_size=ranks,
             rank=rank,
-            handles=self.cache.handles,
-            groups=self.cache.groups,
+            index=self.index,
         )
-        self.chunk_bytes = register(client, self._registration, self.cache).chunk_bytes
+        self.num_executed = 0
         self.documents: DocumentBuffer | None = None
         if isinstance(plan.scenario.workload, Documents):
             if not isinstance(client, KVClient):
                 raise SetupError("workload documents: only kvctl's server supports it")
-            self.documents = DocumentBuffer(f"{name}-documents", plan, rank, client)
-
-    def caller(self) -> Caller:
-        """Return what isolated calls need."""
-        return Caller(
-            self.client,
-            self.cache,
-            self.patterns,
-            self._registration,
-            self.chunk_bytes,
-            self.block_size,
-        )
+            self.documents = DocumentBuffer(plan, rank, client)
 
     def execute(self, task: RunRequest | RunDocuments) -> RequestDone:
         """Retrieve and check, then write and store; return counts and errors."""
@@ -140,8 +107,7 @@ class SimulatedRank:
             )
             for group, ids in zip(self.cache.groups, _block_ids(task), strict=True)
         ]
-        for number, ids in enumerate(blocks):
-            self.cache.poison(number, ids)
+        self.poison(blocks)
         call = partial(
             self.client.retrieve,
             *(task.session, self.instance_id, 0, hit, blocks, _tokens(task)),
@@ -152,10 +118,7 @@ class SimulatedRank:
         tally.retrieve_s = request.durations["retrieve"]
         tally.retrieve_bytes = self._num_bytes(blocks)
         seeds = chunk_seeds(task.hashes)[: hit // self.chunk_size]
-        tally.bytes_wrong = sum(
-            pattern.count_wrong_bytes(seeds, ids)
-            for pattern, ids in zip(self.patterns, blocks, strict=True)
-        )
+        tally.bytes_wrong = self.count_wrong_bytes(seeds, blocks)
         return True
 
     def _num_bytes(self, blocks: Sequence[Indices]) -> int:
@@ -170,8 +133,7 @@ class SimulatedRank:
         seeds = chunk_seeds(task.hashes)
         seeds = seeds[start // self.chunk_size : end // self.chunk_size]
         blocks = [ids[first:last] for ids in _block_ids(task)]
-        for pattern, ids in zip(self.patterns, blocks, strict=True):
-            pattern.write(seeds, ids)
+        self.write(seeds, blocks)
         call = partial(
             self.client.store,
             *(task.session, self.instance_id, start, end, blocks, _tokens(task)),
@@ -203,20 +165,16 @@ class SimulatedRank:
             begun = perf_counter()
             self.client.unregister_kv_cache(self.instance_id)
             unregistered = perf_counter()
-            register(self.client, self._registration, self.cache)
+            self.register()
             durations["unregister"].append(unregistered - begun)
             durations["register"].append(perf_counter() - unregistered)
         return RegistrationTimes(LatencySamples.pack(durations))
 
     def close(self) -> None:
-        """Unregister and release the cache."""
+        """Unregister and release the cache and the buffer of documents."""
         if self.documents is not None:
             self.documents.close()
-        with suppress(KVError):
-            _ = self.client.server  # Raises if the server, and the registration, ended.
-            self.client.unregister_kv_cache(self.instance_id)
-        self.patterns.clear()
-        self.cache.close()
+        super().close()
 
 
 def _block_ids(task: RunRequest) -> list[Indices]:
@@ -284,11 +242,15 @@ def _serve(rank: SimulatedRank, control: Connection, slots: list[Connection]) ->
 
 def _execute_control(rank: SimulatedRank, control: Connection) -> None:
     match receive(control):
-        case MeasureIsolatedCalls() as task:
-            send(control, measure_isolated_calls(rank.caller(), task))
-        case MeasureCopies() as task:
+        case MeasureIsolatedCalls(max_bytes, seed):
+            num_chunks = max(1, max_bytes // rank.chunk_bytes)
+            calls = IsolatedCalls(rank, num_chunks, seed)
+            send(control, calls.measure(ROUNDS))
+        case MeasureCopies(setting, seed):
             begin = partial(_await_other_ranks, control)
-            times = measure_copies(rank.client, rank.plan, rank.index, task, begin)
+            times = measure_copies(
+                rank.client, rank.plan, rank.index, setting, seed, begin
+            )
             send(control, times)
         case RegisterRepeatedly(rounds):
             send(control, rank.register_repeatedly(rounds))

@@ -15,7 +15,7 @@ from kvcore.errors import KVError, SetupError
 from kvctl.lab.config.scenario import Fault
 from kvctl.lab.process_messages import Stop, send
 from kvctl.lab.run.fault_injection import FaultNotice, FaultTarget
-from kvctl.lab.run.process_monitor import RunMonitor
+from kvctl.lab.run.run_monitor import RunMonitor
 from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.systems.child_processes import ENDING, RunningService
 from kvctl.lab.systems.local_server import LocalServer

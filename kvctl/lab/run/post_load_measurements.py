@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
+from statistics import median_low
 from time import perf_counter
 
 from kvcore.errors import KVError
 from kvcore.keys import SessionKey
 from kvctl.lab import ceilings
-from kvctl.lab.config.copy_settings import CopyRow, Setting
+from kvctl.lab.config.copy_settings import Setting
 from kvctl.lab.latency import time_calls
-from kvctl.lab.process_messages import MeasureCopies, MeasureIsolatedCalls, Start, send
-from kvctl.lab.rank import isolated_calls
+from kvctl.lab.process_messages import (
+    CallTimes,
+    MeasureCopies,
+    MeasureIsolatedCalls,
+    Start,
+    send,
+)
 from kvctl.lab.rank.copy_benchmark import cpu_s, make_row
-from kvctl.lab.run.process_monitor import RunMonitor
+from kvctl.lab.rank.isolated_calls import COPY_BYTES, IsolatedLookups
+from kvctl.lab.run.run_monitor import RunMonitor
 from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.workload.access_generators import accesses
@@ -43,15 +50,14 @@ class PostLoadMeasurements:
         evidence, monitor = self._evidence, self._monitor
         if evidence.interrupted or monitor.failed or monitor.server_gone:
             return
-        monitor.watcher.phase("isolated calls")
+        monitor.show("isolated calls")
         try:
             total_bytes = self._client.status(0).l1.total_bytes
-            max_bytes = min(isolated_calls.COPY_BYTES, total_bytes // 8)
+            max_bytes = min(COPY_BYTES, total_bytes // 8)
             for number, rank in enumerate(processes.ranks[:MAX_RANKS], 1):
                 # Each rank has its own tokens: chunks that exist are not copied.
                 send(rank.control, MeasureIsolatedCalls(max_bytes, number))
-                while len(evidence.alone) < number and not monitor.failed:
-                    monitor.step(processes)
+                evidence.alone += self._await_call_times(processes, 1)
             self._measure_lookups()
         except (KVError, OSError) as error:
             evidence.failures.append(f"isolated calls: {error}")
@@ -62,50 +68,57 @@ class PostLoadMeasurements:
         copies = evidence.scenario.copies
         if copies is None or monitor.failed or monitor.server_gone:
             return
-        monitor.watcher.phase("copying")
+        monitor.show("copying")
         for number, setting in enumerate(copies.settings()):
             if monitor.interrupts.received:
                 evidence.interrupted = True
                 return
-            row = self._copy(processes, setting, number)
-            if row is None:
+            self._copy(processes, setting, number)
+            if monitor.failed:
                 return
-            evidence.copies.append(row)
-            evidence.copies_wrong += sum(one.bytes_wrong for one in evidence.copied)
 
-    def _copy(
-        self, processes: RunProcesses, setting: Setting, number: int
-    ) -> CopyRow | None:
-        """Measure one setting; return None if a process failed.
+    def _await_call_times(
+        self, processes: RunProcesses, num_ranks: int
+    ) -> list[CallTimes]:
+        """Return the times of `num_ranks` ranks; fewer after a failure."""
+        received = self._monitor.call_times
+        while len(received) < num_ranks and not self._monitor.failed:
+            self._monitor.step(processes)
+        times = list(received)
+        received.clear()
+        return times
+
+    def _copy(self, processes: RunProcesses, setting: Setting, number: int) -> None:
+        """Measure one setting; no row is added if a process failed.
 
         The ranks begin together, after all have warmed up: the server compiles kernels
         then, and the last rank to register would not share the link.
         """
         evidence, monitor = self._evidence, self._monitor
         ranks = processes.ranks[: setting.workers]
-        evidence.copied.clear()
-        evidence.num_warm = 0
+        monitor.num_warm = 0
         for index, rank in enumerate(ranks):
             # Each rank has its own tokens: chunks that exist are not copied.
             seed = number * len(processes.ranks) + index
             send(rank.control, MeasureCopies(setting, seed))
-        while evidence.num_warm < len(ranks) and not monitor.failed:
+        while monitor.num_warm < len(ranks) and not monitor.failed:
             monitor.step(processes)
         if monitor.failed:
-            return None
+            return
         cpu_before, copies_before = self._server_cpu_s(), self._server_copies()
         for rank in ranks:
             send(rank.control, Start())
-        while len(evidence.copied) < len(ranks) and not monitor.failed:
-            monitor.step(processes)
+        times = self._await_call_times(processes, len(ranks))
         if monitor.failed:
-            return None
-        return make_row(
+            return
+        evidence.copies_wrong += sum(one.bytes_wrong for one in times)
+        row = make_row(
             setting,
-            evidence.copied,
+            times,
             server_s=self._server_cpu_s() - cpu_before if monitor.servers else None,
             ways=self._server_copies() - copies_before,
         )
+        evidence.copies.append(row)
 
     def _server_copies(self) -> Counter[str]:
         """Return the server's copies on GPUs, by method and direction."""
@@ -132,9 +145,8 @@ class PostLoadMeasurements:
             self._client.end_session(session)
             return duration_s
 
-        self._evidence.lookup_alone = isolated_calls.median_of(
-            lookup_s, NUM_LOOKUPS, len(tokens)
-        )
+        seconds = median_low(map(lookup_s, range(NUM_LOOKUPS)))
+        self._evidence.lookup_alone = IsolatedLookups(len(tokens), seconds)
 
     def _mean_tokens(self) -> int:
         planned = self._monitor.planned
@@ -143,7 +155,7 @@ class PostLoadMeasurements:
     def measure_ceilings(self) -> None:
         """After the engines have ended: count leaked leases, measure the ceilings."""
         evidence = self._evidence
-        self._monitor.watcher.phase("measuring ceilings")
+        self._monitor.show("measuring ceilings")
         try:
             evidence.leases_leaked = sum(map(self._num_leaked, self._clients))
             evidence.devices = self._client.status(0).devices

@@ -11,7 +11,7 @@ from kvctl.lab.ceilings import Ceilings
 from kvctl.lab.config.copy_settings import CopyRow
 from kvctl.lab.config.scenario import Scenario, SystemSpec
 from kvctl.lab.latency import Latency, LatencySamples
-from kvctl.lab.process_messages import CopyTimes, EngineReport, IsolatedCallTimes, Tally
+from kvctl.lab.process_messages import CallTimes, EngineReport, Tally
 from kvctl.lab.rank.isolated_calls import IsolatedLookups
 from kvctl.lab.run.fault_injection import InjectedFault
 
@@ -40,13 +40,9 @@ class RawMeasurements:
     leases_leaked: int = 0
     pings: Latency | None = None
     ceilings: Ceilings | None = None
-    alone: list[IsolatedCallTimes] = field(default_factory=list)
+    alone: list[CallTimes] = field(default_factory=list)
     """Isolated calls of ranks after the load; `lookup_alone` are those of lookups."""
     lookup_alone: IsolatedLookups | None = None
-    num_warm: int = 0
-    """Ranks that have warmed up for the current setting of the copy benchmark."""
-    copied: list[CopyTimes] = field(default_factory=list)
-    """Reports of ranks for the current setting of the copy benchmark."""
     copies: list[CopyRow] = field(default_factory=list)
     copies_wrong: int = 0
     devices: tuple[DeviceStatus, ...] = ()

@@ -17,6 +17,7 @@ from kvcore.shm import remove_dead
 from kvctl.lab.engine import simulated_scheduler as scheduler
 from kvctl.lab.process_messages import EnginePlan, send
 from kvctl.lab.rank import simulated_rank
+from kvctl.lab.rank.rank_cache import SEGMENT_PREFIX
 
 STOP_S = 5.0
 """Timeout for the end of a process after its driver has disconnected."""
@@ -145,7 +146,7 @@ class RunProcesses:
             if one.process.is_alive():
                 one.process.kill()
                 one.process.join()
-        remove_dead(f"{simulated_rank.SEGMENT_PREFIX}{self._run_prefix}")
+        remove_dead(f"{SEGMENT_PREFIX}{self._run_prefix}")
 
 
 def _close_all(ends: Iterable[Connection]) -> None:

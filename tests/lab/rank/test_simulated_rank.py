@@ -22,7 +22,7 @@ from kvctl.lab.config.workload_config import Chat
 from kvctl.lab.engine import simulated_scheduler as scheduler
 from kvctl.lab.process_messages import EnginePlan, RunRequest
 from kvctl.lab.rank import simulated_rank as worker
-from kvctl.lab.rank.rank_cache import make_cache
+from kvctl.lab.rank.registered_cache import make_cache
 from kvctl.lab.rank.simulated_rank import COPY_EVERY, SimulatedRank
 
 CHUNK = 256

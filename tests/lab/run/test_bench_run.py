@@ -14,7 +14,7 @@ import pytest
 
 from kvcore.shm import SHM_DIR
 from kvctl.cli import main
-from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
+from kvctl.lab.rank.rank_cache import SEGMENT_PREFIX
 from kvctl.lab.results.result import Result, read
 from tests.system.server_fixture import wait_until
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from time import process_time
 
@@ -17,10 +17,9 @@ from kvctl.lab import runner
 from kvctl.lab.config.scenario import read
 from kvctl.lab.rank.copy_benchmark import cpu_s
 from kvctl.lab.rank.isolated_calls import WARM_UP_ROUNDS, IsolatedCalls
-from kvctl.lab.rank.simulated_rank import SEGMENT_PREFIX
+from kvctl.lab.rank.rank_cache import SEGMENT_PREFIX
 from kvctl.lab.report import result_tables
 from kvctl.lab.results.result import Result
-from kvctl.lab.run.process_monitor import RunWatcher
 from tests.lab.rank.test_simulated_rank import FakeClient, make
 from tests.lab.run.test_bench_run import command_of, descendants
 
@@ -44,16 +43,16 @@ rounds = 2
 SMALL = ("engines=1", "copies.workers=[1]")
 
 
-class SignalWhenCopying(RunWatcher):
+class SignalWhenCopying:
     """Sends a signal to this process or to the server when copies begin."""
 
     def __init__(self, to: str) -> None:
         self.to = to
         self.server = 0
 
-    def phase(self, name: str) -> None:
+    def __call__(self, _share: float, note: str) -> None:
         """Send the signal."""
-        if name != "copying":
+        if note != "copying":
             return
         own_pid = os.getpid()
         if self.to == "us":
@@ -66,7 +65,11 @@ class SignalWhenCopying(RunWatcher):
         os.kill(self.server, signal.SIGKILL)
 
 
-def run(tmp_path: Path, *settings: str, watcher: RunWatcher | None = None) -> Result:
+def run(
+    tmp_path: Path,
+    *settings: str,
+    watcher: Callable[[float, str], None] = lambda _share, _note: None,
+) -> Result:
     """Measure two piece sizes in two orders, and one of them with two workers."""
     path = tmp_path / "copies.toml"
     path.write_text(SCENARIO)
@@ -138,9 +141,9 @@ def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
     rank, _ = make("tiny-llama")
     client = CorruptingClient()
     client.rank = rank
-    caller = replace(rank.caller(), client=client)
+    rank.client = client  # type: ignore[assignment]
     try:
-        calls = IsolatedCalls(caller, 2, 0, scattered=scattered, both=True)
+        calls = IsolatedCalls(rank, 2, 0, scattered=scattered, both=True)
         assert not np.intersect1d(calls.blocks[0], calls.other_blocks[0]).size
         begun: list[int] = []
         done = calls.measure(1, lambda: begun.append(len(calls.spans)))

@@ -11,7 +11,7 @@ from kvcore.errors import SetupError
 from kvcore.option_structs import ByteSize
 from kvctl.lab.config.copy_settings import Copies, Setting
 from kvctl.lab.latency import LatencySamples
-from kvctl.lab.process_messages import CopyTimes
+from kvctl.lab.process_messages import CallTimes
 from kvctl.lab.rank.copy_benchmark import make_row
 
 KIB = 1 << 10
@@ -52,7 +52,7 @@ def test_invalid_copy_settings_are_refused(given: dict[str, object], key: str) -
         Copies(**given)  # type: ignore[arg-type]
 
 
-def done(store_s: float, products: tuple[float, float] | None = None) -> CopyTimes:
+def done(store_s: float, products: tuple[float, float] | None = None) -> CallTimes:
     """Return times of a worker whose plain copies took half as long as its calls."""
     seconds = {
         "store": store_s, "plain_store": store_s / 2,
@@ -61,7 +61,7 @@ def done(store_s: float, products: tuple[float, float] | None = None) -> CopyTim
     samples = LatencySamples.pack(
         {name: array("d", [s] * 4) for name, s in seconds.items()}
     )
-    return CopyTimes(10**9, 10**8, samples, 0, products)
+    return CallTimes(10**9, 10**8, samples, 0, products)
 
 
 def test_a_row_has_shares_spread_and_slowdown() -> None:

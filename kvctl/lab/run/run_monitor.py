@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -16,11 +16,10 @@ from msgspec.structs import replace
 
 from kvctl.lab.config.scenario import Scenario
 from kvctl.lab.process_messages import (
-    CopyTimes,
+    CallTimes,
     EnginePlan,
     EngineReport,
     Failed,
-    IsolatedCallTimes,
     Ready,
     RegistrationTimes,
     Start,
@@ -38,16 +37,6 @@ from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.workload.access_generators import Survey
 
 POLL_S = 0.5
-
-
-class RunWatcher:
-    """Observes the progress of a run. This one does nothing."""
-
-    def phase(self, name: str) -> None:
-        """Observe the begin of a phase."""
-
-    def progress(self, done: Tally, planned: Survey) -> None:
-        """Observe the counts so far."""
 
 
 @dataclass(slots=True)
@@ -86,7 +75,8 @@ class RunMonitor:
     services: Mapping[str, RunningService]
     planned: Survey
     interrupts: Interrupts
-    watcher: RunWatcher
+    report_progress: Callable[[float, str], None]
+    """Receives the completed share of the requests, 0 to 1, and a note."""
     run_id: str = field(default_factory=lambda: f"{os.getpid()}.{secrets.token_hex(3)}")
     tallies: dict[str, Tally] = field(default_factory=dict)
     """By engine id: a restarted engine has a new one."""
@@ -96,6 +86,10 @@ class RunMonitor:
     chunk_bytes: int = 0
     server_gone: bool = False
     faults: FaultInjector | None = None
+    call_times: list[CallTimes] = field(default_factory=list)
+    """Received and not yet evaluated."""
+    num_warm: int = 0
+    """Ranks that have warmed up for the current setting of the copy benchmark."""
     registrations_pending: int = 0
     """Ranks whose `RegistrationTimes` are still to come."""
 
@@ -162,13 +156,11 @@ class RunMonitor:
                 self.evidence.failures.append(f"{process.name}: {text}")
             case Tally():
                 self.tallies[process.engine_id] = message
-                self._show_progress()
-            case IsolatedCallTimes():
-                self.evidence.alone.append(message)
+                self._show_counts()
             case WarmedUp():
-                self.evidence.num_warm += 1
-            case CopyTimes():
-                self.evidence.copied.append(message)
+                self.num_warm += 1
+            case CallTimes():
+                self.call_times.append(message)
             case RegistrationTimes(samples):
                 self.registrations_pending -= 1
                 self.evidence.storms.append(samples)
@@ -196,8 +188,17 @@ class RunMonitor:
         if not process.is_rank:
             self.reported.setdefault(process.engine, None)
 
-    def _show_progress(self) -> None:
-        total = Tally()
+    def show(self, note: str) -> None:
+        """Report a note beside the completed share of the requests."""
+        num_done = sum(tally.requests for tally in self.tallies.values())
+        self.report_progress(num_done / self.planned.num_requests, note)
+
+    def _show_counts(self) -> None:
+        done = Tally()
         for tally in self.tallies.values():
-            total.add(tally)
-        self.watcher.progress(total, self.planned)
+            done.add(tally)
+        rate = done.tokens_hit / done.tokens if done.tokens else 0.0
+        self.show(
+            f"{done.requests:,} of {self.planned.num_requests:,} requests, hit rate "
+            f"{rate:.3f}, {done.errors} errors, {done.bytes_wrong} bytes wrong"
+        )

@@ -1,15 +1,15 @@
-"""Interleaving of two runs, request by request, so that background load affects both.
+"""Turns of two interleaved runs, so that background load affects both.
 
 The two runs meet at a Unix socket and pass a token over it; the run that holds it may
 begin a request. When one run ends, the other continues without it. Each run may have
-only one request in progress, because a run passes the token between requests.
+only one request in progress, because a run passes the token after each request.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from shutil import disk_usage
@@ -26,24 +26,18 @@ CONNECT_S = 60.0
 RETRY_S = 0.02
 
 
-class Interleaving:
-    """One run's side. `address` is `first:PATH` or `second:PATH`; first begins."""
+class RunTurns:
+    """The turns of one run. `address` is `first:PATH` or `second:PATH`; first begins.
 
-    def __init__(
-        self, address: str, batch: int, batch_ended: Callable[[], None]
-    ) -> None:
-        """Connect to the other run; `batch_ended` is called after `batch` requests.
+    Raises:
+        SetupError: the address has another form.
+        Unavailable: the other run does not connect.
+    """
 
-        Raises:
-            SetupError: the address has another form.
-            Unavailable: the other run does not connect.
-        """
+    def __init__(self, address: str) -> None:
         side, _, path = address.partition(":")
         if side not in (FIRST, SECOND) or not path:
             raise SetupError(f"--turns {address}: give first:PATH or second:PATH")
-        self._batch = batch
-        self._batch_ended = batch_ended
-        self._num_done = 0
         self._has_token = side == FIRST
         self._peer = _accept_peer(path) if self._has_token else _connect_peer(path)
         self._peer_ended = False
@@ -58,13 +52,7 @@ class Interleaving:
         self._has_token = True
 
     def release(self) -> None:
-        """Count a finished request; after a batch pass the token to the other run."""
-        self._num_done += 1
-        if self._num_done % self._batch == 0:
-            self._batch_ended()
-            self._pass_token()
-
-    def _pass_token(self) -> None:
+        """Pass the token to the other run."""
         if self._peer_ended:
             return
         self._has_token = False
@@ -82,13 +70,10 @@ def run_exclusively(address: str | None) -> Iterator[None]:
     if address is None:
         yield
         return
-    interleaving = Interleaving(f"{address}.after", 1, lambda: None)
-    try:
-        interleaving.acquire()
+    with closing(RunTurns(f"{address}.after")) as turns:
+        turns.acquire()
         yield
-        interleaving.release()
-    finally:
-        interleaving.close()
+        turns.release()
 
 
 def can_interleave(scenario: Scenario) -> bool:

@@ -1,10 +1,11 @@
-"""Interleaving of two runs."""
+"""Turns of two interleaved runs."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,21 @@ from kvcore.errors import SetupError
 from kvcore.option_structs import ByteSize
 from kvctl.lab.config.scenario import ModelConfig, Scenario
 from kvctl.lab.config.workload_config import Chat
-from kvctl.lab.interleaving import Interleaving, fit_in_memory
+from kvctl.lab.run_turns import RunTurns, fit_in_memory
 
 JOIN_S = 20
 
 
 def run(address: str, num_requests: int, execute: Callable[[], None]) -> list[int]:
-    """Run requests in batches of two; return the requests done after each batch."""
+    """Run two requests per turn; return the requests done after each full turn."""
     counts: list[int] = []
-    num_done = 0
-
-    def batch_ended() -> None:
-        counts.append(num_done)
-
-    interleaving = Interleaving(address, 2, batch_ended)
-    for _ in range(num_requests):
-        interleaving.acquire()
-        execute()
-        num_done += 1
-        interleaving.release()
-    interleaving.close()
+    with closing(RunTurns(address)) as turns:
+        for number in range(1, num_requests + 1):
+            turns.acquire()
+            execute()
+            if number % 2 == 0:
+                counts.append(number)
+                turns.release()
     return counts
 
 
@@ -56,7 +52,7 @@ def test_a_run_continues_after_the_end_of_the_other(tmp_path: Path) -> None:
     met = threading.Event()
 
     def die() -> None:
-        Interleaving(f"second:{path}", 2, lambda: None).close()
+        RunTurns(f"second:{path}").close()
         met.set()
 
     with ThreadPoolExecutor(1) as pool:
@@ -70,7 +66,7 @@ def test_a_run_continues_after_the_end_of_the_other(tmp_path: Path) -> None:
 def test_a_wrong_address_is_a_setup_error(address: str) -> None:
     """The error describes the format."""
     with pytest.raises(SetupError, match="first:PATH or second:PATH"):
-        Interleaving(address, 1, lambda: None)
+        RunTurns(address)
 
 
 def test_runs_without_memory_for_both_are_not_interleaved() -> None:

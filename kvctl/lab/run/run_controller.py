@@ -1,4 +1,4 @@
-"""The driver of a run: starts the engines, the load and the faults, and stops them."""
+"""The controller of a run: starts engines, applies load and faults, and stops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 from kvcore.errors import KVError, SetupError, Unavailable
 from kvcore.protocol import StatusReply
-from kvctl.lab.interleaving import run_exclusively
 from kvctl.lab.latency import LatencySamples
 from kvctl.lab.process_messages import (
     EngineReport,
@@ -25,9 +24,10 @@ from kvctl.lab.run.environment import anonymous_bytes
 from kvctl.lab.run.fault_injection import FaultInjector
 from kvctl.lab.run.fault_targets import FaultTargets
 from kvctl.lab.run.post_load_measurements import PostLoadMeasurements
-from kvctl.lab.run.process_monitor import RunMonitor
 from kvctl.lab.run.raw_measurements import TierBytes
+from kvctl.lab.run.run_monitor import RunMonitor
 from kvctl.lab.run.run_processes import RunProcesses
+from kvctl.lab.run_turns import run_exclusively
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.systems.system_registry import connect_driver
 
@@ -40,8 +40,8 @@ SERVERLESS_GRACE_S = 3.0
 """The same without a server: calls in progress wait in vain."""
 
 
-class LoadDriver:
-    """Drives one run. `run` fills the monitor's evidence."""
+class RunController:
+    """Controls one run. `run` fills the monitor's evidence."""
 
     def __init__(self, monitor: RunMonitor) -> None:
         self._monitor = monitor
@@ -106,14 +106,14 @@ class LoadDriver:
                 raise SetupError("; ".join(self._evidence.failures))
             if monotonic() > deadline:
                 raise Unavailable(f"the engines were not ready in {timeout_s:.0f} s")
-        self._monitor.watcher.phase("running")
+        self._monitor.show("running")
 
     def _register_repeatedly(self, processes: RunProcesses) -> None:
         """Let all ranks register at the same time, `storm` times."""
         rounds = self._evidence.scenario.storm
         if not rounds or self._monitor.interrupts.received:
             return
-        self._monitor.watcher.phase("registering")
+        self._monitor.show("registering")
         self._monitor.registrations_pending = len(processes.ranks)
         for rank in processes.ranks:
             send(rank.control, RegisterRepeatedly(rounds))
@@ -149,7 +149,7 @@ class LoadDriver:
     def _request_stop(self, processes: RunProcesses) -> None:
         if self._stop_by is None:
             server_gone = self._monitor.server_gone
-            self._monitor.watcher.phase("stopping")
+            self._monitor.show("stopping")
             grace_s = SERVERLESS_GRACE_S if server_gone else GRACE_S
             self._stop_by = monotonic() + grace_s
             processes.send_schedulers(Stop(server_gone))
