@@ -72,7 +72,7 @@ def play(load: Load, num_requests: int) -> tuple[float, LoadReport | None]:
     engine.run_slot([ours])
     taken = time.perf_counter() - begun
     rank.join()
-    journal = unpack([engine.statistics.log.packed()])
+    journal = unpack([engine.statistics.report().journal])
     return num_requests / taken, report_load(scenario, journal, 0.0)
 
 

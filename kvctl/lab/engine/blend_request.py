@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -62,8 +61,8 @@ class BlendRequest(RequestLifecycle):
     def _look_up_documents(self, request: RequestProgress) -> CBLookupReply | None:
         model, key = self._engine.plan.model, request.session
         arguments = (key, model, self._world_size, request.tokens)
-        lookup = partial(self._blend.lookup_pre_computed, *arguments)
-        return self._timed_call(request, "document_lookup", lookup)
+        lookup = self._blend.lookup_pre_computed
+        return self._timed_call(request, "document_lookup", lookup, *arguments)
 
     def _documents_task(
         self, request: RequestProgress, found: CBLookupReply

@@ -138,12 +138,6 @@ class EngineState:
         self.failure: str | None = None
         self._chunk_blocks = self.chunk_size // geometry.block_size
 
-    @property
-    def overlap_stores(self) -> bool:
-        """Whether a session's next request may begin during a store."""
-        model = self.plan.scenario.engine
-        return model is not None and model.overlap_stores
-
     def allocate(self, num_chunks: int) -> Indices:
         """Return the blocks of `num_chunks` chunks; wait until they are free."""
         return self.pool.allocate(num_chunks * self._chunk_blocks)

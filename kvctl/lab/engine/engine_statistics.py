@@ -54,25 +54,6 @@ RECORD = np.dtype([(one.name, TYPES[str(one.type)]) for one in fields(RequestEnt
 """A request in a packed log."""
 
 
-class RequestLog:
-    """Collects entries. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._rows: list[tuple[object, ...]] = []
-
-    def add(self, entry: RequestEntry) -> None:
-        """Add a request that has ended."""
-        row = astuple(entry)
-        with self._lock:
-            self._rows.append(row)
-
-    def packed(self) -> bytes:
-        """Return all entries as packed `RECORD`s."""
-        with self._lock:
-            return np.array(self._rows, RECORD).tobytes()
-
-
 def unpack(logs: Iterable[bytes]) -> Records:
     """Return the records of several packed logs, in order of their ends."""
     records = np.frombuffer(b"".join(logs), RECORD)
@@ -93,7 +74,7 @@ class EngineStatistics:
         self._warm_heads: set[bytes] = set()
         self._document_heads: set[bytes] = set()
         self._errors: list[str] = []
-        self.log = RequestLog()
+        self._rows: list[tuple[object, ...]] = []
 
     def add(
         self,
@@ -124,6 +105,12 @@ class EngineStatistics:
         with self._lock:
             self._document_heads.update(heads)
             self._tally.add(tally)
+
+    def add_entry(self, entry: RequestEntry) -> None:
+        """Add a request that has ended to the log."""
+        row = astuple(entry)
+        with self._lock:
+            self._rows.append(row)
 
     def tally(self) -> Tally:
         """Return a copy of the counts so far."""
@@ -158,7 +145,7 @@ class EngineStatistics:
                 warm_heads=b"".join(sorted(self._warm_heads)),
                 document_heads=b"".join(sorted(self._document_heads)),
                 host=host,
-                journal=self.log.packed(),
+                journal=np.array(self._rows, RECORD).tobytes(),
             )
 
 

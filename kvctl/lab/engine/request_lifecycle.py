@@ -6,10 +6,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from hashlib import blake2b
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -34,6 +33,7 @@ from kvctl.lab.traces.trace_rows import Tokens
 HASH_SLICE = 1 << 20
 """Chunks hashed per step: this thread has nothing else to do."""
 NAN = float("nan")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 _reply_decoder = msgspec.msgpack.Decoder(RequestDone)
@@ -146,7 +146,12 @@ class RequestLifecycle:
     # -- calls ----------------------------------------------------------------------
 
     def _timed_call(
-        self, request: RequestProgress, name: str, call: Callable[[], R]
+        self,
+        request: RequestProgress,
+        name: str,
+        call: Callable[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> R | None:
         """Call the server; count an error of the server and return None.
 
@@ -155,7 +160,7 @@ class RequestLifecycle:
         """
         begun = self._clock.now()
         try:
-            reply = call()
+            reply = call(*args, **kwargs)
         except (Unavailable, Closed):
             raise
         except KVError as error:
@@ -171,8 +176,8 @@ class RequestLifecycle:
         """Look up; None after an error of the server."""
         plan, key = self._engine.plan, request.session
         arguments = (key, plan.model, plan.scenario.ranks, request.tokens)
-        lookup = partial(self._engine.client.lookup, *arguments)
-        found = self._timed_call(request, "lookup", lookup)
+        lookup = self._engine.client.lookup
+        found = self._timed_call(request, "lookup", lookup, *arguments)
         if found is not None and request.hit is None:
             request.hit = found
             request.hashes = self._hash(self._engine.seed, request.tokens)
@@ -312,7 +317,8 @@ class RequestLifecycle:
         if sequence.preempted:
             return None
         request.ended_s = sequence.finished_s or self._clock.now()
-        if self._engine.overlap_stores:
+        model = self._engine.plan.scenario.engine
+        if model is not None and model.overlap_stores:
             self._release(request)
         return Outcome.DONE
 
@@ -344,7 +350,7 @@ class RequestLifecycle:
         warm_up = paced.warm_up
         statistics = self._engine.statistics
         statistics.add(tally, request.durations, heads, warm_up=warm_up)
-        statistics.log.add(
+        statistics.add_entry(
             RequestEntry(
                 due_s=paced.due_s,
                 begun_s=paced.begun_s,

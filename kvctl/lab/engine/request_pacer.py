@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic
 
+import numpy as np
+
 from kvctl.lab.traces.trace_rows import Tokens
 from kvctl.lab.workload.access_generators import Access
 from kvctl.lab.workload.arrivals import Due
@@ -40,14 +42,6 @@ class PacedRequest:
     warm_up: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _ReleasedRequest:
-    """A parked request whose session has no other request since `due_s`."""
-
-    head: Due
-    due_s: float
-
-
 class RequestPacer:
     """The queue of one engine's requests, from which its slots take. Thread-safe.
 
@@ -72,14 +66,15 @@ class RequestPacer:
         self._warmup_s = warmup_s
         self.epoch_s = self._clock.now()
         self._head: Due | None = None
-        self._head_tokens: Tokens | None = None
+        self._head_tokens: Tokens = np.empty(0, np.uint32)
         self._exhausted = False
         self._has_leader = False
         """A slot sleeps until the head is due; the others wait for it."""
         self._active: set[str] = set()
         self._parked: dict[str, deque[Due]] = {}
         """Due, but their session has another request in progress."""
-        self._released: deque[_ReleasedRequest] = deque()
+        self._released: deque[tuple[Due, float]] = deque()
+        """Requests that were parked, and when their session's previous one ended."""
         self._stopped = False
         self.next_index = 0
         """Index in the workload after the last request that began."""
@@ -112,9 +107,11 @@ class RequestPacer:
         with self._changed:
             session = request.access.session
             self._active.discard(session)
-            waiting = self._parked.get(session)
-            if waiting:
-                self._release(session, waiting)
+            if waiting := self._parked.get(session):
+                self._active.add(session)
+                self._released.append((waiting.popleft(), self._clock.now()))
+                if not waiting:
+                    del self._parked[session]
             self._changed.notify_all()
 
     @property
@@ -148,9 +145,9 @@ class RequestPacer:
     def _pop_released(self, free_s: float) -> PacedRequest | None:
         if not self._released:
             return None
-        released = self._released.popleft()
-        lag_s = self._clock.now() - max(released.due_s, free_s)
-        return self._make(released.head, None, released.due_s, lag_s)
+        head, due_s = self._released.popleft()
+        lag_s = self._clock.now() - max(due_s, free_s)
+        return self._make(head, head.access.tokens(), due_s, lag_s)
 
     def _pop_head(self, free_s: float) -> PacedRequest | None:
         """Return the head if it is due; park it while its session is busy."""
@@ -180,25 +177,17 @@ class RequestPacer:
         return self._head
 
     def _pop(self, head: Due, due_s: float, lag_s: float) -> PacedRequest:
-        tokens, self._head, self._head_tokens = self._head_tokens, None, None
+        tokens, self._head = self._head_tokens, None
         return self._make(head, tokens, due_s, lag_s)
 
-    def _release(self, session: str, waiting: deque[Due]) -> None:
-        """Release a session's next request, due now."""
-        head = waiting.popleft()
-        if not waiting:
-            del self._parked[session]
-        self._active.add(session)
-        self._released.append(_ReleasedRequest(head, self._clock.now()))
-
     def _make(
-        self, head: Due, tokens: Tokens | None, due_s: float, lag_s: float
+        self, head: Due, tokens: Tokens, due_s: float, lag_s: float
     ) -> PacedRequest:
         now = self._clock.now()
         self.next_index = max(self.next_index, head.index + 1)
         return PacedRequest(
             access=head.access,
-            tokens=head.access.tokens() if tokens is None else tokens,
+            tokens=tokens,
             due_s=due_s,
             begun_s=now,
             lag_s=lag_s,

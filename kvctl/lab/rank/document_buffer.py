@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from kvctl.lab.rank.byte_patterns import HostPattern, chunk_seeds
 from kvctl.lab.rank.rank_cache import SEGMENT_PREFIX, HostCache
 from kvctl.lab.systems.system_interface import Client, call_duration_s
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -35,7 +35,9 @@ class RankRequest:
     durations: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
-    def timed(self, name: str, call: Callable[[], R]) -> R | None:
+    def timed(
+        self, name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R | None:
         """Call and record the slowest duration; None if the server refuses.
 
         Raises:
@@ -43,7 +45,7 @@ class RankRequest:
         """
         begun = perf_counter()
         try:
-            reply = call()
+            reply = call(*args, **kwargs)
         except Unavailable:
             raise
         except KVError as error:
@@ -53,8 +55,10 @@ class RankRequest:
         self.durations[name] = max(duration_s, self.durations.get(name, 0.0))
         return reply
 
-    def count_store(self, reply: StoreReply) -> None:
-        """Add the parts of a store."""
+    def count_store(self, reply: StoreReply | None) -> None:
+        """Add the parts of a store; None is one that the server refused."""
+        if reply is None:
+            return
         self.tally.parts_stored += reply.num_stored
         self.tally.parts_present += reply.num_present
         self.tally.parts_dropped += reply.num_dropped
@@ -124,14 +128,13 @@ class DocumentBuffer:
         starts = [offset + match.start for match in task.matches]
         blocks = np.concatenate([self._token_blocks(start, 1) for start in starts])
         self.cache.poison(0, blocks)
-        call = partial(
+        retrieved = request.timed(
+            "document_retrieve",
             self.client.retrieve_pre_computed,
-            task.session,
-            self.instance_id,
-            offset,
+            *(task.session, self.instance_id, offset),
             matches=task.matches,
         )
-        if request.timed("document_retrieve", call) is None:
+        if retrieved is None:
             return
         seeds = chunk_seeds(b"".join(match.hash for match in task.matches))
         tally.retrieve_s = request.durations["document_retrieve"]
@@ -143,29 +146,22 @@ class DocumentBuffer:
         for document in task.documents:
             start = self._offset(task) + document.start
             self._write(document.hashes, start)
-            call = partial(
-                self.client.store_pre_computed,
-                self.instance_id,
-                start,
-                tokens[document.start : document.end],
+            part = tokens[document.start : document.end]
+            store = self.client.store_pre_computed
+            request.count_store(
+                request.timed("document_store", store, self.instance_id, start, part)
             )
-            if (reply := request.timed("document_store", call)) is not None:
-                request.count_store(reply)
 
     def _store_final(self, task: RunDocuments, request: RankRequest) -> None:
         """Write the whole prompt, as a model would, and store it."""
         offset = self._offset(task)
         num_chunks = self._write(task.hashes, offset)
-        call = partial(
+        reply = request.timed(
+            "final_store",
             self.client.store_final,
-            task.session,
-            self.instance_id,
-            offset,
-            0,
-            num_chunks * self.chunk_size,
+            *(task.session, self.instance_id, offset, 0, num_chunks * self.chunk_size),
         )
-        if (reply := request.timed("final_store", call)) is not None:
-            request.count_store(reply)
+        request.count_store(reply)
 
     def _write(self, hashes: bytes, start: int) -> int:
         """Write chunks from a token of the buffer on; return their number."""

@@ -5,7 +5,7 @@ Bytes are generated and checked on the device, with the same function as on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -30,9 +30,7 @@ from kvctl.lab.rank.byte_patterns import (
     MIX_1,
     MIX_2,
     POISON,
-    WEYL,
-    batch_chunks_of,
-    salts_of,
+    BlockPattern,
 )
 from kvctl.lab.rank.rank_cache import RankCacheMemory
 
@@ -165,8 +163,8 @@ def device_view(memory: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     return torch.as_strided(flat, grid.shape, strides, grid.offset // grid.word)
 
 
-class DevicePattern:
-    """Writes and checks one group; `byte_patterns.HostPattern` on a device.
+class DevicePattern(BlockPattern):
+    """The pattern of a group in a GPU's memory.
 
     Torch has no arithmetic on unsigned words. Signed words wrap equally; a shift has
     to clear the sign bits.
@@ -175,53 +173,30 @@ class DevicePattern:
     def __init__(
         self, view: torch.Tensor, group: int, rank: int | None, chunk_blocks: int
     ) -> None:
-        self.view = view
-        self.chunk_blocks = chunk_blocks
-        planes = view.shape[1] * view.shape[2]
-        block_bytes = view[0, 0, 0].numel() * view.element_size()
-        self.block_words = block_bytes // view.element_size()
-        num_words = -(-block_bytes // 8)
-        steps = np.arange(chunk_blocks * num_words, dtype=np.uint64) * WEYL
-        self.salts = _words(salts_of(rank, group, planes)).to(view.device)
-        self.steps = _words(steps).to(view.device).view(chunk_blocks, 1, num_words)
-        self.batch_chunks = batch_chunks_of(steps.size * planes)
+        super().__init__(view, group, rank, chunk_blocks)
+        self._device_salts = _words(self.salts).to(view.device)
+        self._device_steps = _words(self.steps).to(view.device)
 
     def write(self, seeds: Seeds, blocks: Indices) -> None:
-        """Write the chunks' bytes into blocks, except null blocks (-1)."""
-        for index, words in self._batches(seeds, blocks):
-            self.view[index] = words
+        """Write the chunks' bytes into blocks, and wait for the device."""
+        super().write(seeds, blocks)
         _finish(self.view)
 
-    def count_wrong_bytes(self, seeds: Seeds, blocks: Indices) -> int:
-        """Return the wrong bytes of the chunks' blocks, except null blocks (-1)."""
-        wrong = 0
-        for index, words in self._batches(seeds, blocks):
-            actual = self.view[index]
-            if not torch.equal(actual, words):
-                different = actual.view(torch.uint8) != words.view(torch.uint8)
-                wrong += int(different.sum())
-        return wrong
-
-    def _batches(
-        self, seeds: Seeds, blocks: Indices
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield block ids and their words, some chunks at a time."""
-        by_chunk = blocks.reshape(len(seeds), self.chunk_blocks)
-        for first in range(0, len(seeds), self.batch_chunks):
-            ids = by_chunk[first : first + self.batch_chunks]
-            valid = _index(self.view, np.flatnonzero(ids >= 0))
-            words = self._make(seeds[first : first + self.batch_chunks])
-            index = _index(self.view, ids.reshape(-1))[valid]
-            yield index, words[valid].contiguous()
-
-    def _make(self, seeds: Seeds) -> torch.Tensor:
-        """Return whole chunks, `[chunks x blocks per chunk, L, K, S, H, words]`."""
+    def _words(self, seeds: Seeds) -> torch.Tensor:
         device_seeds = _words(seeds).to(self.view.device)
-        planes = mix(device_seeds[:, None] + self.salts)
-        made = planes[:, None, :, None] + self.steps
+        planes = mix(device_seeds[:, None] + self._device_salts)
+        made = planes[:, None, :, None] + self._device_steps
         words = made.view(self.view.dtype)[..., : self.block_words]
-        shape = (len(seeds) * self.chunk_blocks, *self.view.shape[1:])
-        return words.reshape(shape)
+        return words.reshape(len(seeds), self.chunk_blocks, *self.view.shape[1:])
+
+    def _index(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return _index(self.view, array)
+
+    def _count_different(self, actual: torch.Tensor, expected: torch.Tensor) -> int:
+        if torch.equal(actual, expected):
+            return 0
+        bytes_expected = expected.contiguous().view(torch.uint8)
+        return int((actual.view(torch.uint8) != bytes_expected).sum())
 
 
 def mix(values: torch.Tensor) -> torch.Tensor:
@@ -241,8 +216,10 @@ def _words(values: Seeds) -> torch.Tensor:
     return torch.from_numpy(values.view(np.int64).copy())
 
 
-def _index(view: torch.Tensor, ids: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
-    return torch.from_numpy(ids.astype(np.int64)).to(view.device)
+def _index(view: torch.Tensor, array: npt.NDArray[Any]) -> torch.Tensor:
+    """Return block ids, or a mask of blocks, on the device of a view."""
+    dtype = np.bool_ if array.dtype == np.bool_ else np.int64
+    return torch.from_numpy(array.astype(dtype)).to(view.device)
 
 
 def _finish(tensor: torch.Tensor) -> None:

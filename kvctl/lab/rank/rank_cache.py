@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,25 +17,14 @@ from kvctl.lab.config.model_geometry import (
     BlockGrid,
     Indices,
     RankCache,
-    Seeds,
     handle_starts,
 )
-from kvctl.lab.rank.byte_patterns import POISON, HostPattern
+from kvctl.lab.rank.byte_patterns import POISON, BlockPattern, HostPattern
 
 SEGMENT_PREFIX = "kvlab-"
 """Of the shared memory of every simulated cache."""
 WARM_COPY_BYTES = 16 << 20
 """Plain copies up to this size find their host memory touched."""
-
-
-class Pattern(Protocol):
-    """Writes and checks the blocks of one group; see `byte_patterns`."""
-
-    def write(self, seeds: Seeds, blocks: Indices) -> None:
-        """Write the chunks' bytes into blocks, except null blocks (-1)."""
-
-    def count_wrong_bytes(self, seeds: Seeds, blocks: Indices) -> int:
-        """Return the wrong bytes of the chunks' blocks, except null blocks (-1)."""
 
 
 class RankCacheMemory(ABC):
@@ -70,7 +59,7 @@ class RankCacheMemory(ABC):
         return int(self.views[group][0].nbytes)
 
     @abstractmethod
-    def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> Pattern:
+    def pattern(self, group: int, rank: int | None, chunk_blocks: int) -> BlockPattern:
         """Return the pattern of a group; `rank` is None if all ranks are equal."""
 
     @abstractmethod

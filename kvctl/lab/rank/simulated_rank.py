@@ -108,11 +108,8 @@ class SimulatedRank(RegisteredCache):
             for group, ids in zip(self.cache.groups, _block_ids(task), strict=True)
         ]
         self.poison(blocks)
-        call = partial(
-            self.client.retrieve,
-            *(task.session, self.instance_id, 0, hit, blocks, _tokens(task)),
-        )
-        if request.timed("retrieve", call) is None:
+        arguments = (task.session, self.instance_id, 0, hit, blocks, _tokens(task))
+        if request.timed("retrieve", self.client.retrieve, *arguments) is None:
             return False
         tally = request.tally
         tally.retrieve_s = request.durations["retrieve"]
@@ -134,15 +131,10 @@ class SimulatedRank(RegisteredCache):
         seeds = seeds[start // self.chunk_size : end // self.chunk_size]
         blocks = [ids[first:last] for ids in _block_ids(task)]
         self.write(seeds, blocks)
-        call = partial(
-            self.client.store,
-            *(task.session, self.instance_id, start, end, blocks, _tokens(task)),
-        )
-        reply = request.timed("store", call)
-        if reply is None:
-            return
+        arguments = (task.session, self.instance_id, start, end, blocks, _tokens(task))
+        reply = request.timed("store", self.client.store, *arguments)
         request.count_store(reply)
-        if reply.num_stored == len(seeds) * len(self.patterns):
+        if reply and reply.num_stored == len(seeds) * len(self.patterns):
             request.tally.store_bytes = len(seeds) * self.chunk_bytes
             request.tally.store_s = request.durations["store"]
 

@@ -94,7 +94,8 @@ class FaultInjector:
     injected: list[InjectedFault] = field(default_factory=list)
     num_active: int = 0
     """Faults whose processes are not back yet."""
-    _due: list[_Action] = field(default_factory=list)
+    _due: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    """A heap of times, numbers in order of scheduling, and actions."""
     _numbers: count[int] = field(default_factory=count)
 
     def schedule(self, fault: Fault) -> None:
@@ -104,15 +105,16 @@ class FaultInjector:
     @property
     def next_s(self) -> float | None:
         """Time of the next action; None if there is none."""
-        return self._due[0].at_s if self._due else None
+        return self._due[0][0] if self._due else None
 
     def inject_due(self) -> None:
         """Execute the actions that are due."""
-        while self._due and self._due[0].at_s <= self.clock():
-            heapq.heappop(self._due).execute()
+        while self._due and self._due[0][0] <= self.clock():
+            _, _, execute = heapq.heappop(self._due)
+            execute()
 
     def _add(self, at_s: float, execute: Callable[[], None]) -> None:
-        heapq.heappush(self._due, _Action(at_s, next(self._numbers), execute))
+        heapq.heappush(self._due, (at_s, next(self._numbers), execute))
 
     def _inject(self, fault: Fault) -> None:
         target = self.target_of(fault)
@@ -130,13 +132,6 @@ class FaultInjector:
         restore()
         injected.back_s = self.clock()
         self.num_active -= 1
-
-
-@dataclass(order=True, frozen=True, slots=True)
-class _Action:
-    at_s: float
-    number: int
-    execute: Callable[[], None] = field(compare=False)
 
 
 def describe(injected: InjectedFault, epoch_s: float, records: Records) -> FaultReport:

@@ -29,32 +29,25 @@ REPORT_S = 40.0
 """Timeout for the report of an engine that lost a rank."""
 
 
-@dataclass(slots=True)
-class FaultTargets:
-    """Finds the target of a fault."""
+def target_of(
+    fault: Fault, monitor: RunMonitor, processes: RunProcesses, client: Client
+) -> FaultTarget:
+    """Return the target of a fault.
 
-    monitor: RunMonitor
-    processes: RunProcesses
-    client: Client
-
-    def of(self, fault: Fault) -> FaultTarget:
-        """Return the target of a fault.
-
-        Raises:
-            SetupError: the server was not started by this run.
-        """
-        if fault.target == "worker":
-            return WorkerTarget(self.monitor, self.processes, self.client, fault)
-        if fault.target == "service":
-            tiers = self.monitor.evidence.scenario.server.tiers
-            variable = f"{{{fault.service}."
-            numbers = [number for number, url in enumerate(tiers) if variable in url]
-            service = self.monitor.services[fault.service]
-            return ServiceTarget(service, self.client, numbers)
-        for server in self.monitor.servers:
-            if isinstance(server, LocalServer):
-                return server
-        raise SetupError("faults: the server was not started by this run")
+    Raises:
+        SetupError: the server was not started by this run.
+    """
+    if fault.target == "worker":
+        return WorkerTarget(monitor, processes, client, fault)
+    if fault.target == "service":
+        tiers = monitor.evidence.scenario.server.tiers
+        variable = f"{{{fault.service}."
+        numbers = [number for number, url in enumerate(tiers) if variable in url]
+        return ServiceTarget(monitor.services[fault.service], client, numbers)
+    for server in monitor.servers:
+        if isinstance(server, LocalServer):
+            return server
+    raise SetupError("faults: the server was not started by this run")
 
 
 @dataclass(slots=True)

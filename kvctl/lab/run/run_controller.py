@@ -22,7 +22,7 @@ from kvctl.lab.process_messages import (
 )
 from kvctl.lab.run.environment import anonymous_bytes
 from kvctl.lab.run.fault_injection import FaultInjector
-from kvctl.lab.run.fault_targets import FaultTargets
+from kvctl.lab.run.fault_targets import target_of
 from kvctl.lab.run.post_load_measurements import PostLoadMeasurements
 from kvctl.lab.run.raw_measurements import TierBytes
 from kvctl.lab.run.run_monitor import RunMonitor
@@ -124,8 +124,9 @@ class RunController:
         """Run until all engines have reported, or the timeout of a stop."""
         monitor, evidence = self._monitor, self._evidence
         evidence.begun_s = begun = monotonic()
-        targets = FaultTargets(monitor, processes, client)
-        monitor.faults = faults = FaultInjector(begun, targets.of, monotonic)
+        monitor.faults = faults = FaultInjector(
+            begun, lambda fault: target_of(fault, monitor, processes, client), monotonic
+        )
         for fault in evidence.scenario.faults:
             faults.schedule(fault)
         processes.send_schedulers(Start(begun))

@@ -99,7 +99,7 @@ def run(scenario: Scenario, server: FakeServer, rank: Connection) -> LoadReport:
     engine = SimulatedScheduler(plan, server, server.clock)
     engine.run_slot([rank])
     assert engine.failure is None
-    report = report_load(scenario, unpack([engine.statistics.log.packed()]), 0.0)
+    report = report_load(scenario, unpack([engine.statistics.report().journal]), 0.0)
     assert report is not None
     return report
 
@@ -139,7 +139,7 @@ def test_only_open_loops_have_a_lag(rank: Connection) -> None:
         EnginePlan("", 0, "e", "m", 0, closed), server, server.clock
     )
     engine.run_slot([rank])
-    ours = unpack([engine.statistics.log.packed()])
+    ours = unpack([engine.statistics.report().journal])
     alone = report_load(closed, ours, 0.0)
     assert alone is not None
     assert (alone.lag, alone.offered_per_s, alone.waited) == (None, None, None)
