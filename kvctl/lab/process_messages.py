@@ -89,7 +89,7 @@ class Tally(msgspec.Struct, tag=True):
     parts_present: int = 0
     parts_dropped: int = 0
     store_bytes: int = 0
-    """Of stores that copied every part; so is `store_s`."""
+    """Of stores that copied every part; `store_s` is their duration."""
     store_s: float = 0.0
     retrieve_bytes: int = 0
     retrieve_s: float = 0.0
@@ -99,7 +99,7 @@ class Tally(msgspec.Struct, tag=True):
     """Full chunks of documents in prompts."""
     document_chunks_hit: int = 0
     copy_bytes: int = 0
-    """Of plain copies in the ranks, timed between calls; so is `copy_s`."""
+    """Of plain copies that ranks make between calls; `copy_s` is their duration."""
     copy_s: float = 0.0
 
     def add(self, other: Tally) -> None:
@@ -205,7 +205,6 @@ class CallTimes(msgspec.Struct, frozen=True, tag=True):
     products_per_s: tuple[float, float] | None = None
     """Matrix products, without and during the calls."""
     ways: dict[str, int] = {}
-    """Copies on a GPU by the rank's process, by method and direction."""
     """Copies that the rank made on a GPU, by method and direction."""
 
 

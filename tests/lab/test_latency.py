@@ -1,4 +1,4 @@
-"""Percentiles are durations that were measured, to three digits."""
+"""Latency histograms: percentiles are measured durations, to three digits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DIGITS = 1e-3
 seconds = st.lists(st.floats(1e-9, 3600), min_size=1, max_size=50)
 
 
-def test_percentiles_of_planted_data() -> None:
+def test_percentiles_of_known_durations() -> None:
     """Of 1..1000 ms in any order, p50 is 500 ms, p99.9 is 999 ms, the max 1 s."""
-    planted = np.random.default_rng(0).permutation(np.arange(1, 1001) / 1000)
-    found = summarise(planted)
+    seconds = np.random.default_rng(0).permutation(np.arange(1, 1001) / 1000)
+    found = summarise(seconds)
     points = (found.p50_s, found.p90_s, found.p99_s, found.p999_s)
     assert points == pytest.approx((0.5, 0.9, 0.99, 0.999), rel=DIGITS)
     assert (found.max_s, found.count) == (1.0, 1000)
@@ -32,14 +32,14 @@ def test_percentiles_of_planted_data() -> None:
 
 
 def test_a_percentile_is_never_between_two_modes() -> None:
-    """Nine fast calls and one slow one: p90 is fast, p99 is slow, nothing between."""
+    """Of nine fast calls and a slow one, p90 is fast and p99 is slow."""
     found = summarise(np.array([0.001] * 9 + [1.0]))
     points = (found.p50_s, found.p90_s, found.p99_s)
     assert points == pytest.approx((0.001, 0.001, 1.0), rel=DIGITS)
 
 
 def test_one_sample_is_every_percentile() -> None:
-    """With one call all figures are that call's."""
+    """All figures of a single call are its duration."""
     found = summarise(np.array([0.25]))
     points = (found.p50_s, found.p999_s, found.max_s, found.mean_s)
     assert points == pytest.approx([0.25] * 4, rel=DIGITS)
@@ -56,7 +56,7 @@ def test_samples_of_processes_merge() -> None:
 
 @given(seconds, seconds)
 def test_histograms_add_up(ours: list[float], theirs: list[float]) -> None:
-    """Merging two is counting all at once, whatever the durations."""
+    """The sum of two histograms is that of all durations."""
     apart = Histogram.merge(
         [Histogram.of(np.array(ours)), Histogram.of(np.array(theirs))]
     )
@@ -68,7 +68,7 @@ def test_histograms_add_up(ours: list[float], theirs: list[float]) -> None:
 
 @given(seconds)
 def test_a_histogram_reads_back_as_it_was_written(durations: list[float]) -> None:
-    """HDR's own format keeps every value and count that ours has."""
+    """The HDR format keeps every value and count."""
     histogram = Histogram.of(np.array(durations))
     read = decode(histogram.encode())
     assert (read.values, read.counts) == (histogram.values, histogram.counts)
@@ -78,8 +78,8 @@ def test_a_histogram_reads_back_as_it_was_written(durations: list[float]) -> Non
     )
 
 
-def test_a_window_holds_what_came_since_the_last_one() -> None:
-    """Durations and counts go to the window under way, with its end on the clock."""
+def test_a_window_has_the_durations_since_the_last_one() -> None:
+    """Durations and counts belong to the current window, which ends now."""
     now = 0.0
     recorder = LatencyRecorder(clock=lambda: now)
     recorder.add({"lookup": 0.1})

@@ -1,4 +1,4 @@
-"""The working tree against a commit: what fails, and what people read of it."""
+"""The regression check: its failures and its reports."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from kvctl.lab.run.raw_measurements import RawMeasurements
 ROOT = Path(__file__).parents[2]
 BASELINE = ROOT / "results" / "baselines" / "regress.json"
 PLAIN = result_of(
-    RawMeasurements("planted", Scenario(ModelConfig("tiny-llama"), Chat()), 0)
+    RawMeasurements("example", Scenario(ModelConfig("tiny-llama"), Chat()), 0)
 )
 
 
 def runs(seconds: float, **counts: int) -> list[Result]:
-    """Twelve runs that take about so long."""
+    """Return twelve runs of about this duration."""
     return [
         replace(
             PLAIN,
@@ -45,20 +45,20 @@ def runs(seconds: float, **counts: int) -> list[Result]:
 
 
 def baseline(folder: Path, **counts: int) -> Path:
-    """A saved result to hold others against."""
+    """Return the path of a saved result."""
     return replace(PLAIN, counts=replace(PLAIN.counts, **counts)).save(folder)
 
 
 def test_counts_of_the_baseline_must_repeat(tmp_path: Path) -> None:
-    """Equal: nothing to say. Otherwise each unlike count, with both figures."""
+    """There is a sentence per count that differs, with both values."""
     path = baseline(tmp_path, tokens_hit=7)
     assert against_baseline(path, runs(1.0, tokens_hit=7)) == []
     (line,) = against_baseline(path, runs(1.0, tokens_hit=5))
     assert line == "tokens_hit: 7 in the baseline, 5 now"
 
 
-def test_a_baseline_of_something_else_is_no_baseline(tmp_path: Path) -> None:
-    """Missing, or made with other settings: it says how to make one."""
+def test_a_missing_or_incomparable_baseline_is_a_failure(tmp_path: Path) -> None:
+    """The sentence has the command that makes a baseline."""
     (line,) = against_baseline(tmp_path / "none.json", runs(1.0))
     assert "is missing: `make baseline`" in line
     other = [replace(one, seed=3) for one in runs(1.0)]
@@ -66,8 +66,8 @@ def test_a_baseline_of_something_else_is_no_baseline(tmp_path: Path) -> None:
     assert "another seed" in line
 
 
-def test_what_fails_is_in_the_summary_and_in_junit() -> None:
-    """A slower operation and an unlike count: both named in both."""
+def test_failures_are_in_the_summary_and_in_junit() -> None:
+    """Both have the slower operation and the count that differs."""
     found = compare(runs(1.0), runs(1.2), ("main", "tree"))
     regression = Regression(
         found, FailRules(DEFAULT).find_regressions(found), ["tokens_hit: 7, 5"]
@@ -82,8 +82,8 @@ def test_what_fails_is_in_the_summary_and_in_junit() -> None:
     assert suite.get("failures") == "2"
 
 
-def test_cannot_tell_is_skipped_and_passes() -> None:
-    """Two runs decide nothing: no failure anywhere."""
+def test_an_undecided_operation_is_skipped_and_passes() -> None:
+    """Two runs are too few for a verdict, and no failure is reported."""
     found = compare(runs(1.0)[:2], runs(2.0)[:2], ("main", "tree"))
     regression = Regression(found, FailRules(DEFAULT).find_regressions(found), [])
     assert not regression.failed
@@ -92,8 +92,8 @@ def test_cannot_tell_is_skipped_and_passes() -> None:
     assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
 
 
-def test_the_committed_baseline_is_of_the_scenario_in_force() -> None:
-    """Else every regression run would fail: `make baseline` renews it."""
+def test_the_committed_baseline_is_of_the_current_scenario() -> None:
+    """Otherwise every regression check would fail; `make baseline` renews it."""
     committed = read(BASELINE)
     scenario = read_scenario(ROOT / "scenarios" / "regress.toml")
     assert committed.scenario == scenario
@@ -101,15 +101,15 @@ def test_the_committed_baseline_is_of_the_scenario_in_force() -> None:
     assert committed.counters["chunks_evicted"] > 0
 
 
-def test_an_unknown_commit_is_wrong_use(tmp_path: Path) -> None:
-    """Told before anything is installed."""
+def test_an_unknown_commit_is_a_setup_error(tmp_path: Path) -> None:
+    """The error is raised before anything is installed."""
     with pytest.raises(SetupError, match="no-such-commit: no such commit"):
         CommitInstalls(ROOT, tmp_path).resolve("no-such-commit")
 
 
 @pytest.mark.long
 def test_two_interleaved_runs_have_equal_counts(tmp_path: Path) -> None:
-    """Two real runs: equal counts, and a median for every turn."""
+    """Two real runs have equal counts, and a median per turn."""
     text = (ROOT / "tests" / "lab" / "compare" / "turns.toml").read_text()
     scenario = tmp_path / "turns.toml"
     scenario.write_text(text)

@@ -46,12 +46,12 @@ class AbortPoint(Enum):
     """Found chunks are never retrieved: the lease ends with the session."""
     PREFILL = 1
     DECODE = 2
-    """Half of the output has been produced, and a store may be in sequence."""
+    """Half of the output has been produced, and a store may be in progress."""
 
 
 @dataclass(slots=True)
 class RequestProgress:
-    """One request in sequence."""
+    """One request in progress."""
 
     paced: PacedRequest
     session: SessionKey
@@ -295,7 +295,7 @@ class RequestLifecycle:
     ) -> None:
         """Record the time to the first token: queueing, calls, and computation.
 
-        The time in which bytes are checked is excluded: no engine does that.
+        The time in which bytes are checked is excluded: engines do not check bytes.
         """
         if request.num_produced or sequence.first_token_s is None:
             return

@@ -176,6 +176,6 @@ class DocumentBuffer:
     def close(self) -> None:
         """Unregister and release the buffer."""
         with suppress(KVError):
-            _ = self.client.client.server  # Raises if the server has gone.
+            _ = self.client.client.server  # Raises if the server has ended.
             self.client.unregister(self.instance_id)
         self.cache.close()

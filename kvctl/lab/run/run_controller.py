@@ -37,7 +37,7 @@ READY_PER_PROCESS_S = 1.0
 GRACE_S = 15.0
 """Timeout for requests in progress, after a stop."""
 SERVERLESS_GRACE_S = 3.0
-"""The same without a server: calls in progress wait in vain."""
+"""The same without a server: calls in progress cannot finish."""
 
 
 class RunController:

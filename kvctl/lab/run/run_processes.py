@@ -137,7 +137,7 @@ class RunProcesses:
     def close(self, *, at_once: bool = False) -> None:
         """End all processes, and remove the shared memory of killed ones.
 
-        `at_once` kills them: calls to a server that has ended would wait in vain.
+        `at_once` kills them: calls to a server that has ended would never return.
         """
         for one in self.all:
             one.control.close()

@@ -79,7 +79,7 @@ class ExternalClient(ABC):
     @staticmethod
     @abstractmethod
     def start(spec: SystemSpec, config: ServerConfig, folder: Path) -> StartedSystem:
-        """Return how the server is started; its files belong into the folder.
+        """Return how the server is started; its files go into the folder.
 
         Raises:
             SetupError: the system is not installed.

@@ -1,4 +1,4 @@
-"""When requests begin: pacing, lag, sessions, warm-up, under a clock that tests set."""
+"""Request pacing with a fake clock: start times, lag, sessions, warm-up."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from tests.lab.fake_clock import FakeClock
 
 
 def due(number: int, at_s: float | None, session: str | None = None) -> Due:
-    """A short request."""
+    """Return a short request with its arrival time."""
     name = session or str(number)
     access = Access(str(number), name, 0, 4, 1, None, lambda: np.zeros(4, np.uint32))
     return Due(access, number, at_s)
 
 
 def names(pacer: RequestPacer) -> Iterator[str]:
-    """Take everything, one after another."""
+    """Take all requests, one after another; return their names."""
     while (taken := pacer.take()) is not None:
         yield taken.access.request_id
         pacer.done(taken)
 
 
 def test_requests_begin_when_they_are_due() -> None:
-    """A free slot waits for each one's time, and nothing lags."""
+    """A free slot waits for the due time of each request, without lag."""
     pacer = RequestPacer(iter([due(0, 0.5), due(1, 2.0)]), clock=FakeClock())
     first, second = pacer.take(), pacer.take()
     assert first
@@ -43,8 +43,8 @@ def test_requests_begin_when_they_are_due() -> None:
     assert pacer.take() is None
 
 
-def test_a_busy_slot_is_not_the_generators_lag() -> None:
-    """What waits for a slot is late by the system: it counts from its due time."""
+def test_waiting_for_a_slot_is_no_lag_of_the_generator() -> None:
+    """The system causes that delay: latency counts from the due time."""
     clock = FakeClock()
     pacer = RequestPacer(iter([due(0, 0.0), due(1, 1.0)]), clock=clock)
     pacer.take()
@@ -54,8 +54,8 @@ def test_a_busy_slot_is_not_the_generators_lag() -> None:
     assert (taken.due_s, taken.begun_s, taken.lag_s) == (1.0, 5.0, 0.0)
 
 
-def test_waking_late_is_the_generators_lag() -> None:
-    """The slot was free and the request due: the rest is the generator's."""
+def test_a_late_start_in_a_free_slot_is_lag() -> None:
+    """The slot was free and the request was due: the generator was late."""
 
     class Late(FakeClock):
         def wait(self, changed: threading.Condition, timeout_s: float | None) -> None:
@@ -67,8 +67,8 @@ def test_waking_late_is_the_generators_lag() -> None:
     assert taken.lag_s == pytest.approx(0.25)
 
 
-def test_an_open_loop_goes_on_beside_a_busy_session() -> None:
-    """A next turn waits for its answer and is due then; others begin meanwhile."""
+def test_an_open_loop_continues_beside_a_busy_session() -> None:
+    """The session's next turn is due after the answer; other sessions continue."""
     clock = FakeClock()
     source = [due(0, 0.0, "a"), due(1, 1.0, "a"), due(2, 2.0, "b")]
     pacer = RequestPacer(iter(source), clock=clock)
@@ -84,7 +84,7 @@ def test_an_open_loop_goes_on_beside_a_busy_session() -> None:
 
 
 def test_a_closed_loop_keeps_the_workloads_order() -> None:
-    """All wait behind a busy session; nothing overtakes."""
+    """All requests wait for a busy session; none overtakes."""
     source = [due(0, None, "a"), due(1, None, "a"), due(2, None, "b")]
     pacer = RequestPacer(iter(source))
     first = pacer.take()
@@ -98,8 +98,8 @@ def test_a_closed_loop_keeps_the_workloads_order() -> None:
     assert taken[0].access.request_id == "1"
 
 
-def test_a_stop_wakes_who_waits() -> None:
-    """After a stop nobody gets anything, not even who waited for a session."""
+def test_a_stop_wakes_waiting_slots() -> None:
+    """After a stop no slot gets a request, also not one that waited for a session."""
     pacer = RequestPacer(iter([due(0, None, "a"), due(1, None, "a")]))
     pacer.take()
     taken: list[PacedRequest | None] = []
@@ -112,8 +112,8 @@ def test_a_stop_wakes_who_waits() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"warmup_requests": 2}, {"warmup_s": 2.0}])
-def test_the_warm_up_is_told_apart(settings: dict[str, float]) -> None:
-    """By number of requests, or by time."""
+def test_requests_of_the_warm_up_are_marked(settings: dict[str, float]) -> None:
+    """The warm-up is a number of requests, or a time."""
     source = iter([due(number, float(number)) for number in range(4)])
     pacer = RequestPacer(source, clock=FakeClock(), **settings)  # type: ignore[arg-type]
     taken = [pacer.take() for _ in range(4)]
@@ -121,7 +121,7 @@ def test_the_warm_up_is_told_apart(settings: dict[str, float]) -> None:
 
 
 def test_engines_share_a_workload_without_overlap() -> None:
-    """Two engines take every access once, sessions whole."""
+    """Two engines take each access once, and all turns of a session."""
     scenario = Scenario(ModelConfig("tiny-llama"), Chat(num_sessions=3), engines=2)
     shares = [
         list(

@@ -1,4 +1,4 @@
-"""A simulated engine with a fake server: reports equal the planted values."""
+"""A simulated engine with a fake server: reports equal the configured values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RETRIEVE_S = 0.02
 
 
 class FakeServer(KVClient):
-    """Answers with planted delays, hits and errors; time is the clock's."""
+    """Answers with configured delays, hits and errors, on a fake clock."""
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
@@ -53,7 +53,7 @@ class FakeServer(KVClient):
     def lookup(  # type: ignore[override]
         self, session: SessionKey, model: str, world_size: int, tokens: Tokens
     ) -> LookupReply:
-        """Advance the clock by the planted duration; return the planted hits."""
+        """Advance the clock by the configured duration; return the configured hits."""
         del session, model, world_size, tokens
         number = self.num_lookups
         self.num_lookups += 1
@@ -64,7 +64,7 @@ class FakeServer(KVClient):
         num_chunks = self.hit_tokens // CHUNK
         return LookupReply(num_chunks, self.hit_tokens, self.num_from_tiers)
 
-    error: KVError = Internal("planted")
+    error: KVError = Internal("configured")
 
     def end_session(self, session: SessionKey) -> None:  # type: ignore[override]
         """Record the request."""
@@ -73,7 +73,7 @@ class FakeServer(KVClient):
 
 @pytest.fixture
 def rank() -> Iterator[Connection]:
-    """A rank that replies immediately with planted durations."""
+    """Return a rank that replies immediately with configured durations."""
     ours, theirs = Pipe()
 
     def reply_to_tasks() -> None:
@@ -114,7 +114,7 @@ def scenario(num_requests: int, rate: float, **more: object) -> Scenario:
     return Scenario(model, workload, load=load, cache_blocks=64, **more)  # type: ignore[arg-type]
 
 
-def test_percentiles_are_those_of_the_planted_latencies(rank: Connection) -> None:
+def test_percentiles_equal_those_of_the_configured_latencies(rank: Connection) -> None:
     """Lookups of 1 to 100 ms, in any order: p50 is 50 ms, p99 is 99 ms."""
     server = FakeServer(FakeClock())
     order = np.random.default_rng(0).permutation(100)
@@ -152,7 +152,7 @@ def test_only_open_loops_have_a_lag(rank: Connection) -> None:
 
 
 def test_a_stall_counts_for_all_that_were_due_in_it(rank: Connection) -> None:
-    """Ten a second, one stalls for 2 s: the next twenty are late by what was left."""
+    """At ten requests per second one stalls for 2 s: the next twenty are delayed."""
     server = FakeServer(FakeClock())
     server.stall_at, server.stall_s = 10, 2.0
     report = run(scenario(100, 10, limits=Limits(request_s=0.5)), server, rank)
@@ -168,7 +168,7 @@ def test_a_stall_counts_for_all_that_were_due_in_it(rank: Connection) -> None:
     assert not report.generator_bound
 
 
-def test_a_planted_error_is_one_failed_request(rank: Connection) -> None:
+def test_an_error_of_the_server_is_one_failed_request(rank: Connection) -> None:
     """The other requests succeed."""
     server = FakeServer(FakeClock())
     server.fail_at = 3
@@ -177,19 +177,19 @@ def test_a_planted_error_is_one_failed_request(rank: Connection) -> None:
 
 
 def test_first_tokens_come_after_lookup_retrieve_and_prefill(rank: Connection) -> None:
-    """32 of 64 tokens are loaded, 32 computed: TTFT is the sum of the planted times."""
+    """32 of 64 tokens are loaded, 32 computed: TTFT is the sum of the times."""
     server = FakeServer(FakeClock())
     server.hit_tokens = 32
     model = EngineModel(prefill_tokens_per_s=1000, step_s=0.005)
     report = run(scenario(5, 1, engine=model), server, rank)
-    planted = LOOKUP_S + RETRIEVE_S + 0.005 + 32 / 1000
+    expected = LOOKUP_S + RETRIEVE_S + 0.005 + 32 / 1000
     assert report.ttft is not None
-    assert report.ttft.p50_s == pytest.approx(planted, rel=0.01)
-    assert report.ttft.max_s == pytest.approx(planted, rel=0.01)
+    assert report.ttft.p50_s == pytest.approx(expected, rel=0.01)
+    assert report.ttft.max_s == pytest.approx(expected, rel=0.01)
 
 
-def test_hit_rates_of_sessions_are_what_was_planted(rank: Connection) -> None:
-    """Turns of 32 and 96 tokens, 32 of each found: 0.5 of a session's 128."""
+def test_hit_rates_of_sessions_equal_the_configured_hits(rank: Connection) -> None:
+    """Turns have 32 and 96 tokens, and 32 of each are found: 0.5 of a session's 128."""
     server = FakeServer(FakeClock())
     server.hit_tokens = 32
     workload = Chat(
@@ -218,7 +218,7 @@ def test_aborted_requests_end_their_sessions(rank: Connection) -> None:
 
 
 def test_a_crash_in_a_slot_fails_the_run(rank: Connection) -> None:
-    """A defect is not mistaken for the end of the workload."""
+    """A defect does not count as the end of the workload."""
     server = FakeServer(FakeClock())
     engine = SimulatedScheduler(EnginePlan("", 0, "e", "m", 0, scenario(3, 10)), server)
     server.clock = None  # type: ignore[assignment]

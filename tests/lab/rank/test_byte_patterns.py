@@ -1,4 +1,4 @@
-"""The pattern shows every way in which bytes can end up in the wrong place."""
+"""The byte pattern detects bytes in any wrong place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS = np.array([11, 3, 7, 0, 5, 9, 2, 14, 1, 13, 6, 10], np.int32)
 def make(
     shape: str = "KNSHD", name: str = "tiny-llama", rank: int | None = 0
 ) -> HostPattern:
-    """A written pattern over plain memory."""
+    """Return a pattern that has been written to host memory."""
     geometry = replace(PRESETS[name], cache_shape=shape)
     cache = geometry.groups(16, 0, 1)
     starts = np.cumsum((0, *cache.handle_bytes[:-1])).tolist()
@@ -34,23 +34,23 @@ def make(
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-mla", "tiny-hybrid"])
 @pytest.mark.parametrize("shape", CACHE_SHAPES)
-def test_what_was_written_checks(name: str, shape: str) -> None:
-    """In every cache shape, chunks written into scattered blocks are found right."""
+def test_written_chunks_have_no_wrong_byte(name: str, shape: str) -> None:
+    """Holds in every cache shape, for chunks in scattered blocks."""
     pattern = make(shape, name)
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) == 0
     assert pattern.view[4].max() == 0
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3, 4, 5])
-def test_swaps_inside_a_block_show(axis: int) -> None:
-    """K and V, layers, slots, heads, or words of a row in each other's place."""
+def test_a_swap_inside_a_block_is_detected(axis: int) -> None:
+    """Swaps of K and V, layers, slots, heads, and words of a row."""
     pattern = make(name="small-hybrid")
     pattern.view[:] = np.flip(pattern.view, axis).copy()
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) > 0
 
 
-def test_a_swapped_block_or_chunk_shows() -> None:
-    """Blocks of a chunk, or whole chunks, in another order."""
+def test_a_swapped_block_or_chunk_is_detected() -> None:
+    """Swaps of a chunk's blocks, and of whole chunks."""
     pattern = make()
     swapped = BLOCKS.copy()
     swapped[:2] = swapped[1::-1]
@@ -58,8 +58,8 @@ def test_a_swapped_block_or_chunk_shows() -> None:
     assert pattern.count_wrong_bytes(SEEDS[::-1], BLOCKS) > 0
 
 
-def test_another_rank_or_group_shows() -> None:
-    """Rank 1's bytes are not rank 0's, and group 1's not group 0's."""
+def test_bytes_of_another_rank_or_group_are_detected() -> None:
+    """The pattern depends on the rank and on the group."""
     pattern = make()
     for group, rank in ((0, 1), (1, 0), (0, None)):
         other = HostPattern(pattern.view, group, rank, CHUNK_BLOCKS)
@@ -67,13 +67,13 @@ def test_another_rank_or_group_shows() -> None:
 
 
 def test_a_single_wrong_byte_is_counted() -> None:
-    """One flipped byte is one wrong byte."""
+    """A changed byte counts once."""
     pattern = make()
     pattern.view[7, 0, 1, 3, 1, 0] ^= 0xFF00
     assert pattern.count_wrong_bytes(SEEDS, BLOCKS) == 1
 
 
-def test_rows_that_are_not_whole_words_check() -> None:
+def test_rows_of_partial_words_are_checked() -> None:
     """Rows of 10 bytes are compared byte by byte."""
     geometry = replace(PRESETS["tiny-llama"], head_dim=5)
     cache = geometry.groups(16, 0, 1)
@@ -106,14 +106,14 @@ def test_mixing_separates_neighbours() -> None:
 
 @pytest.fixture
 def cache() -> Iterator[HostCache]:
-    """A small cache in shared memory."""
+    """Yield a small cache in shared memory."""
     cache = HostCache("kvlab-test-paged", PRESETS["tiny-llama"].groups(16, 0, 1))
     yield cache
     cache.close()
 
 
-def test_poison_overwrites_what_is_there(cache: HostCache) -> None:
-    """A retrieve that writes nothing leaves poison, and poison is wrong."""
+def test_poison_overwrites_blocks(cache: HostCache) -> None:
+    """A retrieve that writes nothing leaves poison, which counts as wrong."""
     pattern = HostPattern(cache.views[0], 0, 0, CHUNK_BLOCKS)
     pattern.write(SEEDS, BLOCKS)
     cache.poison(0, BLOCKS)

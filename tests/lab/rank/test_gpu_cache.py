@@ -1,4 +1,4 @@
-"""A GPU's cache is filled and checked as one in host memory is."""
+"""A cache on a GPU is filled and checked like one in host memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCKS = np.array([11, 3, -1, 0, 5, 9, 2, 14, -1, 13, 6, 10], np.int32)
 
 
 def pair(geometry: Geometry, rank: int | None) -> tuple[HostPattern, DevicePattern]:
-    """Make patterns of both kinds over memories of their own."""
+    """Return a pattern in host memory and one in torch's memory."""
     import torch
 
     from kvctl.lab.rank.gpu_cache import DevicePattern, device_view
@@ -49,7 +49,7 @@ def pair(geometry: Geometry, rank: int | None) -> tuple[HostPattern, DevicePatte
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-mla", "tiny-hybrid"])
 @pytest.mark.parametrize("shape", CACHE_SHAPES)
 def test_both_kinds_write_the_same_bytes(shape: str, name: str) -> None:
-    """In every shape, null blocks left out, and each finds its bytes right."""
+    """Holds in every shape, except for null blocks; no byte is wrong."""
     host, device = pair(replace(PRESETS[name], cache_shape=shape), 3)
     host.write(SEEDS, BLOCKS)
     device.write(SEEDS, BLOCKS)
@@ -58,8 +58,8 @@ def test_both_kinds_write_the_same_bytes(shape: str, name: str) -> None:
     assert device.count_wrong_bytes(SEEDS, BLOCKS) == 0
 
 
-def test_odd_rows_are_written_alike() -> None:
-    """Rows that are no whole words are made of bytes."""
+def test_rows_of_partial_words_are_equal() -> None:
+    """Such rows consist of single bytes."""
     odd = Geometry("odd", num_layers=2, num_kv_heads=1, head_dim=6, dtype="int8")
     host, device = pair(odd, None)
     host.write(SEEDS, BLOCKS)
@@ -69,7 +69,7 @@ def test_odd_rows_are_written_alike() -> None:
 
 
 def test_every_wrong_byte_counts() -> None:
-    """A byte that changed, and blocks in each other's place."""
+    """A changed byte and swapped blocks are detected."""
     host, device = pair(PRESETS["small-llama"], 0)
     del host
     device.write(SEEDS, BLOCKS)

