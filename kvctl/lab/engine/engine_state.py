@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -70,25 +71,21 @@ class BlockPool:
 
 
 @dataclass(slots=True)
-class _StepCount:
-    begun: int = 0
-    in_time: int = 0
-    """Ended before the end of the step plus its grace period."""
-
-
-@dataclass(slots=True)
 class SaturationDetector:
     """Counts how many requests of each sweep step end in time. Thread-safe."""
 
     load: Load
-    _steps: dict[int, _StepCount] = field(default_factory=dict)
+    _begun: Counter[int] = field(default_factory=Counter)
+    """Requests by step."""
+    _in_time: Counter[int] = field(default_factory=Counter)
+    """Requests that ended before the end of their step plus its grace period."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, step: int) -> None:
         """Count a request that begins."""
         if isinstance(self.load, Sweep):
             with self._lock:
-                self._steps.setdefault(step, _StepCount()).begun += 1
+                self._begun[step] += 1
 
     def end(self, step: int, at_s: float) -> bool:
         """Count a request that ends at a time of the load; return whether to stop.
@@ -100,10 +97,9 @@ class SaturationDetector:
         step_s, grace_s = self.load.step_s, self.load.step_s * GRACE
         with self._lock:
             if at_s <= (step + 1) * step_s + grace_s:
-                self._steps.setdefault(step, _StepCount()).in_time += 1
-            ended_step = int((at_s - grace_s) // step_s) - 1
-            count = self._steps.get(ended_step)
-            return count is not None and count.in_time < self.load.kept_up * count.begun
+                self._in_time[step] += 1
+            ended = int((at_s - grace_s) // step_s) - 1
+            return self._in_time[ended] < self.load.kept_up * self._begun[ended]
 
 
 class EngineState:

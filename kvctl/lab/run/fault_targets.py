@@ -16,7 +16,6 @@ from kvctl.lab.config.scenario import Fault
 from kvctl.lab.process_messages import Stop, send
 from kvctl.lab.run.fault_injection import FaultNotice, FaultTarget
 from kvctl.lab.run.run_monitor import RunMonitor
-from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.systems.child_processes import ENDING, RunningService
 from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.systems.system_interface import Client
@@ -29,16 +28,14 @@ REPORT_S = 40.0
 """Timeout for the report of an engine that lost a rank."""
 
 
-def target_of(
-    fault: Fault, monitor: RunMonitor, processes: RunProcesses, client: Client
-) -> FaultTarget:
+def target_of(fault: Fault, monitor: RunMonitor, client: Client) -> FaultTarget:
     """Return the target of a fault.
 
     Raises:
         SetupError: the server was not started by this run.
     """
     if fault.target == "worker":
-        return WorkerTarget(monitor, processes, client, fault)
+        return WorkerTarget(monitor, client, fault)
     if fault.target == "service":
         tiers = monitor.evidence.scenario.server.tiers
         variable = f"{{{fault.service}."
@@ -55,13 +52,12 @@ class WorkerTarget:
     """One rank. Its end also ends its engine, which is then started again."""
 
     monitor: RunMonitor
-    processes: RunProcesses
     client: Client
     fault: Fault
 
     def send_signal(self, number: signal.Signals) -> FaultNotice | None:
         """Send a signal; if it ends the rank, wait until the server has noticed."""
-        process = self.processes.rank_of(self.fault.engine, self.fault.rank)
+        process = self.monitor.processes.rank_of(self.fault.engine, self.fault.rank)
         ends = number in ENDING
         process.ended_by_fault |= ends
         if (pid := process.process.pid) is not None:
@@ -72,12 +68,12 @@ class WorkerTarget:
         """Start the engine again, from its position in the workload."""
         engine, reported = self.fault.engine, self.monitor.reported
         if engine not in reported:
-            send(self.processes.scheduler_of(engine).control, Stop())
+            send(self.monitor.processes.scheduler_of(engine).control, Stop())
         deadline = monotonic() + REPORT_S
         while engine not in reported and monotonic() < deadline:
-            self.monitor.step(self.processes)
+            self.monitor.step()
         report = reported.pop(engine, None)
-        ended = self.processes.of_engine(engine)
+        ended = self.monitor.processes.of_engine(engine)
         for process in ended:
             process.ended_by_fault = True
             process.control.close()
@@ -86,7 +82,7 @@ class WorkerTarget:
             engine_id=f"{self.monitor.run_id}-{engine}.{len(ended)}",
             first_index=report.next_index if report else 0,
         )
-        self.processes.start_engine(plan)
+        self.monitor.processes.start_engine(plan)
 
     def _await_unregistered(self, engine_id: str) -> FaultNotice:
         instance_id = f"{engine_id}/{self.fault.rank}"

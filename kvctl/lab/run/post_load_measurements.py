@@ -23,7 +23,6 @@ from kvctl.lab.process_messages import (
 from kvctl.lab.rank.copy_benchmark import cpu_s, make_row
 from kvctl.lab.rank.isolated_calls import COPY_BYTES, IsolatedLookups
 from kvctl.lab.run.run_monitor import RunMonitor
-from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.workload.access_generators import accesses
 
@@ -45,7 +44,7 @@ class PostLoadMeasurements:
         self._clients = clients
         self._client = clients[0]
 
-    def measure_isolated_calls(self, processes: RunProcesses) -> None:
+    def measure_isolated_calls(self) -> None:
         """Measure calls of one rank after another, and lookups."""
         evidence, monitor = self._evidence, self._monitor
         if evidence.interrupted or monitor.failed or monitor.server_gone:
@@ -54,15 +53,15 @@ class PostLoadMeasurements:
         try:
             total_bytes = self._client.status(0).l1.total_bytes
             max_bytes = min(COPY_BYTES, total_bytes // 8)
-            for number, rank in enumerate(processes.ranks[:MAX_RANKS], 1):
+            for number, rank in enumerate(monitor.processes.ranks[:MAX_RANKS], 1):
                 # Each rank has its own tokens: chunks that exist are not copied.
                 send(rank.control, MeasureIsolatedCalls(max_bytes, number))
-                evidence.alone += self._await_call_times(processes, 1)
+                evidence.alone += self._await_call_times(1)
             self._measure_lookups()
         except (KVError, OSError) as error:
             evidence.failures.append(f"isolated calls: {error}")
 
-    def measure_copies(self, processes: RunProcesses) -> None:
+    def measure_copies(self) -> None:
         """Execute the copy benchmark of the scenario."""
         evidence, monitor = self._evidence, self._monitor
         copies = evidence.scenario.copies
@@ -73,42 +72,40 @@ class PostLoadMeasurements:
             if monitor.interrupts.received:
                 evidence.interrupted = True
                 return
-            self._copy(processes, setting, number)
+            self._copy(setting, number)
             if monitor.failed:
                 return
 
-    def _await_call_times(
-        self, processes: RunProcesses, num_ranks: int
-    ) -> list[CallTimes]:
+    def _await_call_times(self, num_ranks: int) -> list[CallTimes]:
         """Return the times of `num_ranks` ranks; fewer after a failure."""
         received = self._monitor.call_times
         while len(received) < num_ranks and not self._monitor.failed:
-            self._monitor.step(processes)
+            self._monitor.step()
         times = list(received)
         received.clear()
         return times
 
-    def _copy(self, processes: RunProcesses, setting: Setting, number: int) -> None:
+    def _copy(self, setting: Setting, number: int) -> None:
         """Measure one setting; no row is added if a process failed.
 
         The ranks begin together, after all have warmed up: the server compiles kernels
         then, and the last rank to register would not share the link.
         """
         evidence, monitor = self._evidence, self._monitor
-        ranks = processes.ranks[: setting.workers]
+        ranks = monitor.processes.ranks[: setting.workers]
         monitor.num_warm = 0
         for index, rank in enumerate(ranks):
             # Each rank has its own tokens: chunks that exist are not copied.
-            seed = number * len(processes.ranks) + index
+            seed = number * len(monitor.processes.ranks) + index
             send(rank.control, MeasureCopies(setting, seed))
         while monitor.num_warm < len(ranks) and not monitor.failed:
-            monitor.step(processes)
+            monitor.step()
         if monitor.failed:
             return
         cpu_before, copies_before = self._server_cpu_s(), self._server_copies()
         for rank in ranks:
             send(rank.control, Start())
-        times = self._await_call_times(processes, len(ranks))
+        times = self._await_call_times(len(ranks))
         if monitor.failed:
             return
         evidence.copies_wrong += sum(one.bytes_wrong for one in times)

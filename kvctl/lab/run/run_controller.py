@@ -26,7 +26,6 @@ from kvctl.lab.run.fault_targets import target_of
 from kvctl.lab.run.post_load_measurements import PostLoadMeasurements
 from kvctl.lab.run.raw_measurements import TierBytes
 from kvctl.lab.run.run_monitor import RunMonitor
-from kvctl.lab.run.run_processes import RunProcesses
 from kvctl.lab.run_turns import run_exclusively
 from kvctl.lab.systems.system_interface import Client
 from kvctl.lab.systems.system_registry import connect_driver
@@ -46,6 +45,7 @@ class RunController:
     def __init__(self, monitor: RunMonitor) -> None:
         self._monitor = monitor
         self._evidence = monitor.evidence
+        self._processes = monitor.processes
         self._stop_by: float | None = None
         """When to give up waiting, after a stop."""
 
@@ -63,24 +63,25 @@ class RunController:
             server = replace(evidence.scenario.server, chunk_size=chunk_size)
             evidence.scenario = replace(evidence.scenario, server=server)
             after_load = PostLoadMeasurements(monitor, clients)
-            processes = RunProcesses(monitor.plans())
             try:
-                self._await_ready(processes)
-                self._register_repeatedly(processes)
+                for plan in monitor.plans():
+                    self._processes.start_engine(plan)
+                self._await_ready()
+                self._register_repeatedly()
                 before = [client.status(0) for client in clients]
                 bytes_before = self._server_bytes()
-                self._run_load(processes, clients[0])
+                self._run_load(clients[0])
                 if monitor.servers:
                     evidence.server_bytes = bytes_before, self._server_bytes()
                 self._count(clients, before)
                 if evidence.turns is None and evidence.spec.is_ours:
-                    after_load.measure_isolated_calls(processes)
-                    after_load.measure_copies(processes)
+                    after_load.measure_isolated_calls()
+                    after_load.measure_copies()
             except KeyboardInterrupt:
-                processes.close(at_once=True)
+                self._processes.close(at_once=True)
                 raise
             finally:
-                processes.close(at_once=monitor.server_gone)
+                self._processes.close(at_once=monitor.server_gone)
             if not monitor.server_gone:
                 with run_exclusively(evidence.turns):
                     after_load.measure_ceilings()
@@ -95,11 +96,11 @@ class RunController:
         """Return the private memory of all servers."""
         return sum(anonymous_bytes(server.pid) for server in self._monitor.servers)
 
-    def _await_ready(self, processes: RunProcesses) -> None:
-        timeout_s = READY_S + READY_PER_PROCESS_S * len(processes.all)
+    def _await_ready(self) -> None:
+        timeout_s = READY_S + READY_PER_PROCESS_S * len(self._processes.all)
         deadline = monotonic() + timeout_s
-        while len(self._monitor.ready) < len(processes.all):
-            self._monitor.step(processes)
+        while len(self._monitor.ready) < len(self._processes.all):
+            self._monitor.step()
             if self._monitor.interrupts.received:
                 raise KeyboardInterrupt
             if self._monitor.failed:
@@ -108,57 +109,57 @@ class RunController:
                 raise Unavailable(f"the engines were not ready in {timeout_s:.0f} s")
         self._monitor.show("running")
 
-    def _register_repeatedly(self, processes: RunProcesses) -> None:
+    def _register_repeatedly(self) -> None:
         """Let all ranks register at the same time, `storm` times."""
         rounds = self._evidence.scenario.storm
         if not rounds or self._monitor.interrupts.received:
             return
         self._monitor.show("registering")
-        self._monitor.registrations_pending = len(processes.ranks)
-        for rank in processes.ranks:
+        self._monitor.registrations_pending = len(self._processes.ranks)
+        for rank in self._processes.ranks:
             send(rank.control, RegisterRepeatedly(rounds))
         while self._monitor.registrations_pending and not self._monitor.failed:
-            self._monitor.step(processes)
+            self._monitor.step()
 
-    def _run_load(self, processes: RunProcesses, client: Client) -> None:
+    def _run_load(self, client: Client) -> None:
         """Run until all engines have reported, or the timeout of a stop."""
         monitor, evidence = self._monitor, self._evidence
         evidence.begun_s = begun = monotonic()
         monitor.faults = faults = FaultInjector(
-            begun, lambda fault: target_of(fault, monitor, processes, client), monotonic
+            begun, lambda fault: target_of(fault, monitor, client), monotonic
         )
         for fault in evidence.scenario.faults:
             faults.schedule(fault)
-        processes.send_schedulers(Start(begun))
-        while self._unreported(processes) or faults.num_active:
-            monitor.step(processes)
+        self._processes.send_schedulers(Start(begun))
+        while self._unreported() or faults.num_active:
+            monitor.step()
             faults.inject_due()
             if monitor.interrupts.received:
                 evidence.interrupted = True
             if evidence.interrupted or monitor.failed:
-                self._request_stop(processes)
+                self._request_stop()
             if self._stop_by is not None and monotonic() > self._stop_by:
-                self._give_up(processes)
+                self._give_up()
                 break
         evidence.elapsed_s = monotonic() - begun
         evidence.struck = faults.injected
 
-    def _unreported(self, processes: RunProcesses) -> set[int]:
-        engines = {scheduler.engine for scheduler in processes.schedulers}
+    def _unreported(self) -> set[int]:
+        engines = {scheduler.engine for scheduler in self._processes.schedulers}
         return engines - self._monitor.reported.keys()
 
-    def _request_stop(self, processes: RunProcesses) -> None:
+    def _request_stop(self) -> None:
         if self._stop_by is None:
             server_gone = self._monitor.server_gone
             self._monitor.show("stopping")
             grace_s = SERVERLESS_GRACE_S if server_gone else GRACE_S
             self._stop_by = monotonic() + grace_s
-            processes.send_schedulers(Stop(server_gone))
+            self._processes.send_schedulers(Stop(server_gone))
 
-    def _give_up(self, processes: RunProcesses) -> None:
+    def _give_up(self) -> None:
         """Use the last tallies in place of missing reports."""
-        for engine in sorted(self._unreported(processes)):
-            scheduler = processes.scheduler_of(engine)
+        for engine in sorted(self._unreported()):
+            scheduler = self._processes.scheduler_of(engine)
             self._evidence.failures.append(f"{scheduler.name} did not stop")
             tally = self._monitor.tallies.get(scheduler.engine_id, Tally())
             host = self._monitor.host_of(engine)

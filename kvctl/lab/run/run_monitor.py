@@ -78,6 +78,7 @@ class RunMonitor:
     report_progress: Callable[[float, str], None]
     """Receives the completed share of the requests, 0 to 1, and a note."""
     run_id: str = field(default_factory=lambda: f"{os.getpid()}.{secrets.token_hex(3)}")
+    processes: RunProcesses = field(init=False)
     tallies: dict[str, Tally] = field(default_factory=dict)
     """By engine id: a restarted engine has a new one."""
     ready: set[str] = field(default_factory=set)
@@ -92,6 +93,9 @@ class RunMonitor:
     """Ranks that have warmed up for the current setting of the copy benchmark."""
     registrations_pending: int = 0
     """Ranks whose `RegistrationTimes` are still to come."""
+
+    def __post_init__(self) -> None:
+        self.processes = RunProcesses(self.run_id)
 
     @property
     def failed(self) -> bool:
@@ -127,9 +131,9 @@ class RunMonitor:
             turns=self.evidence.turns,
         )
 
-    def step(self, processes: RunProcesses) -> None:
+    def step(self) -> None:
         """Wait for messages and exits, at most `POLL_S`, and handle them."""
-        sources = {p.control: p for p in processes.all if not p.control.closed}
+        sources = {p.control: p for p in self.processes.all if not p.control.closed}
         servers = {one.exited.fileno(): one for one in self.servers if not one.is_down}
         exits = {} if self.server_gone else servers
         for source in wait([*sources, *exits], self._timeout_s()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -48,16 +48,10 @@ class RunProcesses:
     end when their driver does.
     """
 
-    def __init__(self, plans: Sequence[EnginePlan]) -> None:
+    def __init__(self, run_id: str) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._run_prefix = plans[0].engine_id.rpartition("-")[0]
+        self._run_id = run_id
         self.all: list[RunProcess] = []
-        try:
-            for plan in plans:
-                self.start_engine(plan)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def schedulers(self) -> list[RunProcess]:
@@ -146,7 +140,7 @@ class RunProcesses:
             if one.process.is_alive():
                 one.process.kill()
                 one.process.join()
-        remove_dead(f"{SEGMENT_PREFIX}{self._run_prefix}")
+        remove_dead(f"{SEGMENT_PREFIX}{self._run_id}")
 
 
 def _close_all(ends: Iterable[Connection]) -> None:

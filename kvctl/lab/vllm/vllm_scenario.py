@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
@@ -234,13 +235,9 @@ class EngineRunner:
         if not model.startswith(TINY):
             return model
         path = self._folder / model
-        command = [
-            self._python,
-            "-m",
-            "kvcore.vllm.tiny_models",
-            model.removeprefix(TINY),
-        ]
-        made = subprocess.run([*command, str(path)], capture_output=True, text=True)
+        arguments = ["kvcore.vllm.tiny_models", model.removeprefix(TINY), str(path)]
+        command = [self._python, "-m", *arguments]
+        made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
             lines = made.stderr.strip().splitlines()
             last = lines[-1] if lines else made.returncode
@@ -257,9 +254,8 @@ class EngineRunner:
             options += ["--kv-transfer-config", transfer_config(address)]
         with KVClient(address, label="bench driver") as client:
             before = client.status(0).counters
-            engine = VLLMServer(
-                self._python, self._model, options, self._folder / f"{name}.log"
-            )
+            log = self._folder / f"{name}.log"
+            engine = VLLMServer(self._python, self._model, options, log)
             try:
                 if name != PLAIN:
                     self._await_registered(client)
@@ -285,11 +281,8 @@ class EngineRunner:
     def _send(self, engine: VLLMServer) -> list[Answer]:
         scenario = self._scenario
         with ThreadPoolExecutor(scenario.concurrency) as threads:
-            answers = threads.map(
-                lambda prompt: engine.complete(prompt, scenario.output_tokens),
-                self._prompts,
-            )
-            return list(answers)
+            complete = partial(engine.complete, num_output=scenario.output_tokens)
+            return list(threads.map(complete, self._prompts))
 
     def _sum_up(
         self,
