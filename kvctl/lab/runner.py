@@ -21,8 +21,12 @@ from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.run.run_controller import RunController
 from kvctl.lab.run.run_monitor import Interrupts, RunMonitor
 from kvctl.lab.run_turns import can_interleave
-from kvctl.lab.systems.child_processes import ExternalServer, RunningService, fill
-from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.child_processes import (
+    ExternalServer,
+    LocalServer,
+    RunningService,
+    fill,
+)
 from kvctl.lab.systems.system_registry import start_server
 from kvctl.lab.workload.access_generators import Survey, survey
 

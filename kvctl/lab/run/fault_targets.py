@@ -16,8 +16,7 @@ from kvctl.lab.config.scenario import Fault
 from kvctl.lab.process_messages import Stop, send
 from kvctl.lab.run.fault_injection import FaultNotice, FaultTarget
 from kvctl.lab.run.run_monitor import RunMonitor
-from kvctl.lab.systems.child_processes import ENDING, RunningService
-from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.child_processes import ENDING, LocalServer, RunningService
 from kvctl.lab.systems.system_interface import Client
 
 NOTICE_S = 5.0

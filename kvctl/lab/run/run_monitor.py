@@ -32,8 +32,7 @@ from kvctl.lab.process_messages import (
 from kvctl.lab.run.fault_injection import FaultInjector
 from kvctl.lab.run.raw_measurements import RawMeasurements
 from kvctl.lab.run.run_processes import RunProcess, RunProcesses
-from kvctl.lab.systems.child_processes import ExternalServer, RunningService
-from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.child_processes import ChildProcess, RunningService
 from kvctl.lab.workload.access_generators import Survey
 
 POLL_S = 0.5
@@ -70,7 +69,7 @@ class RunMonitor:
     evidence: RawMeasurements
     addresses: Sequence[str]
     """Of the server of each host."""
-    servers: Sequence[LocalServer | ExternalServer]
+    servers: Sequence[ChildProcess]
     """Servers that this run has started."""
     services: Mapping[str, RunningService]
     planned: Survey

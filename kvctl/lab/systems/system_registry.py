@@ -11,9 +11,8 @@ from kvcore.errors import SetupError, Unavailable
 from kvcore.worker.copying_client import CopyingClient
 from kvctl.lab.config.scenario import OURS, SystemSpec
 from kvctl.lab.process_messages import EnginePlan
-from kvctl.lab.systems.child_processes import ExternalServer
+from kvctl.lab.systems.child_processes import ExternalServer, LocalServer
 from kvctl.lab.systems.lmcache import LMCacheClient
-from kvctl.lab.systems.local_server import LocalServer
 from kvctl.lab.systems.system_interface import Client, ExternalClient
 from kvctl.lab.systems.valkey import ValkeyClient
 

@@ -32,7 +32,7 @@ from kvcore.option_structs import ByteSize, Options, encode_hook, load
 from kvctl.console import Table
 from kvctl.lab.config.workload_config import Chat, Workload
 from kvctl.lab.run.environment import Environment, detect
-from kvctl.lab.systems.local_server import LocalServer
+from kvctl.lab.systems.child_processes import LocalServer
 from kvctl.lab.vllm.vllm_server import Answer, VLLMServer
 from kvctl.lab.workload.access_generators import Access, accesses
 

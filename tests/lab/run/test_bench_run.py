@@ -306,7 +306,7 @@ def test_a_given_server_is_used_and_left_running(
     from kvcore.client import KVClient
     from kvcore.config import ServerConfig
     from kvcore.option_structs import load
-    from kvctl.lab.systems.local_server import LocalServer
+    from kvctl.lab.systems.child_processes import LocalServer
 
     settings = ["chunk_size=64", "l1.size=16MiB", "l1.page=4KiB"]
     server = LocalServer(load(ServerConfig, None, settings))
