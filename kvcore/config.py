@@ -43,6 +43,15 @@ class L1Config(Options, frozen=True):
             description="evict after stores until at most this share is used",
         ),
     ] = 1.0
+    engine_share: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="share that the leases and tickets of one engine, or of one "
+            "cache salt, keep from eviction; 1: no limit",
+        ),
+    ] = 0.5
     quotas: Annotated[
         dict[str, ByteSize],
         Meta(description="bytes of `salt:NAME` or `model:NAME` safe from eviction"),

@@ -110,7 +110,11 @@ class Engine:
         self.history = MissHistory(clock)
         self.l1.on_removed(self.history.note_removal)
         self.leases = LeaseTable(
-            self.l1, config.sessions.lease_s, clock, self.history.note_expired
+            self.l1,
+            config.sessions.lease_s,
+            clock,
+            self.history.note_expired,
+            config.l1.engine_share,
         )
         self.hooks = EngineHooks()
         self.sessions = SessionTable(

@@ -15,6 +15,7 @@ from enum import Enum
 from itertools import islice, pairwise
 from typing import NewType
 
+from kvcore.engine.pin_limits import EVERYONE, LeaseCharge, Owner, PinLimits, owners_of
 from kvcore.keys import SessionKey, scope_of
 from kvcore.status import LeaseStatus
 from kvcore.storage.l1 import L1, Chunk
@@ -57,10 +58,12 @@ class _Lease:
     owner: SessionKey
     model: str
     client: Hashable
-    chunks: Sequence[Chunk | None]
+    chunks: Sequence[Chunk]
     runs: list[_LeasedRange]
     granted_at: float
     deadline: float
+    chunk_bytes: int
+    charge: LeaseCharge
 
 
 class LeaseTable:
@@ -76,6 +79,7 @@ class LeaseTable:
         ttl_s: float,
         clock: Callable[[], float] = time.monotonic,
         on_expired: Callable[[SessionKey, int, float], None] | None = None,
+        share: float = 1.0,
     ) -> None:
         self._l1 = l1
         self._ttl_s = ttl_s
@@ -86,29 +90,50 @@ class LeaseTable:
         # walk over its deleted entries to find the first.
         self._leases: OrderedDict[SessionKey, _Lease] = OrderedDict()
         self._by_client: dict[Hashable, dict[SessionKey, None]] = {}
+        self.limits = PinLimits(
+            l1.stats().total_bytes, share, self._count_leased, clock
+        )
         self.num_granted = 0
         self.num_ended = dict.fromkeys(EndReason, 0)
 
     def __len__(self) -> int:
         return len(self._leases)
 
+    def fit(
+        self, owner: SessionKey, salt: str | None, chunk_bytes: int, count: int
+    ) -> int:
+        """Return how many of `count` held chunks the owner's share of L1 allows.
+
+        The session's earlier lease ends: the caller is about to grant another.
+        """
+        earlier = self._leases.get(owner)
+        if earlier is not None:
+            self._end(earlier, EndReason.REPLACED)
+        owners = owners_of(scope_of(owner), salt)
+        allowed = self.limits.room(owners, count * chunk_bytes)
+        return allowed // chunk_bytes if chunk_bytes else count
+
     def grant(
         self,
         owner: SessionKey,
         model: str,
-        chunks: Sequence[Chunk | None],
+        chunks: list[Chunk],
         readers: int,
         client: Hashable,
+        salt: str | None = None,
+        chunk_bytes: int = 0,
     ) -> LeaseNumber | None:
         """Lease acquired chunks to a mask of ranks; return the lease's number.
 
         Takes over the caller's hold. The session's earlier lease ends under that hold,
         so chunks of both are never free in between. Without chunks or readers there is
-        no lease, and the hold ends.
+        no lease, and the hold ends. `chunk_bytes` and the
+        owner's cache salt are for the limits of its share, see `fit`.
         """
         earlier = self._leases.get(owner)
         if earlier is not None:
             self._end(earlier, EndReason.REPLACED)
+        owners = owners_of(scope_of(owner), salt)
         if not chunks or not readers:
             self._l1.release(chunks)
             return None
@@ -117,7 +142,16 @@ class LeaseTable:
         self.num_granted += 1
         number = LeaseNumber(self.num_granted)
         self._leases[owner] = _Lease(
-            number, owner, model, client, chunks, runs, now, now + self._ttl_s
+            number,
+            owner,
+            model,
+            client,
+            chunks,
+            runs,
+            now,
+            now + self._ttl_s,
+            chunk_bytes,
+            self.limits.add_lease(owners, len(chunks) * chunk_bytes),
         )
         self._by_client.setdefault(client, {})[owner] = None
         return number
@@ -222,7 +256,20 @@ class LeaseTable:
         del owners[lease.owner]
         if not owners:
             del self._by_client[lease.client]
+        self.limits.end_lease(lease.charge)
         self.num_ended[reason] += 1
+
+    def _count_leased(self, owner: Owner) -> int:
+        """Return the bytes of the distinct chunks that an owner's leases hold."""
+        seen: set[Chunk] = set()
+        num_bytes = 0
+        for lease in self._leases.values():
+            if owner is EVERYONE or owner in lease.charge.owners:
+                num_before = len(seen)
+                for run in lease.runs:
+                    seen.update(lease.chunks[run.start : run.end])
+                num_bytes += (len(seen) - num_before) * lease.chunk_bytes
+        return num_bytes
 
 
 def _split(run: _LeasedRange, start: int, end: int) -> list[_LeasedRange]:

@@ -21,6 +21,7 @@ from kvcore.engine.sessions import Session, SessionTable
 from kvcore.engine.tiering import PrefetchTask, Tiering
 from kvcore.keys import ChunkHash, SessionKey
 from kvcore.storage.l1 import L1, Chunk
+from kvcore.storage.quotas import owner_salt
 from kvcore.storage.required_parts import RequiredParts, count_hits, num_window_chunks
 
 ACQUIRE_CHUNKS = 256
@@ -202,21 +203,31 @@ class Lookups:
         A session that has ended meanwhile gets no lease: one that exists belongs to a
         later session of its key.
         """
-        for chunks in lookup.held if lookup.needs.windows else ():
-            hit = self._count(chunks, lookup.needs)
+        needs, session = lookup.needs, lookup.session
+        salt = owner_salt(lookup.quota_owner)
+        allowed = sum(map(len, lookup.held))
+        if not session.ended:
+            size = needs.chunk_bytes
+            allowed = self._leases.fit(lookup.lease_owner, salt, size, allowed)
+        for chunks in lookup.held:
+            hit = self._count(chunks[:allowed], needs)
             self._l1.release(chunks[hit:])
             del chunks[hit:]
+            allowed -= hit
         hits = [*chain.from_iterable(lookup.held)]
-        if lookup.session.ended:
+        if session.ended:
             self._l1.release(hits)
         elif hits:
-            space, client = lookup.session.space, lookup.context.client
-            readers = (1 << space.world_size) - 1
+            space, client = session.space, lookup.context.client
             lookup.lease = self._leases.grant(
-                lookup.lease_owner, space.model, hits, readers, client
+                lookup.lease_owner,
+                space.model,
+                hits,
+                (1 << space.world_size) - 1,
+                client,
+                salt,
+                needs.chunk_bytes,
             )
-        else:
-            self._leases.end(lookup.lease_owner)
         self._tiering.used(hits)
 
     def _count(self, chunks: Sequence[Chunk], needs: RequiredParts) -> int:

@@ -257,6 +257,7 @@ class Application:
             "chunks_evicted": stats.num_evicted,
             "chunks_corrupt": stats.num_corrupt,
             "leases_granted": self.engine.leases.num_granted,
+            "pins_limited": self.engine.leases.limits.num_limited,
             **{
                 f"leases_{reason.value}": count
                 for reason, count in self.engine.leases.num_ended.items()

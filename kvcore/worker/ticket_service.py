@@ -20,12 +20,14 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from kvcore.engine.engine import Engine
+from kvcore.engine.pin_limits import owners_of
 from kvcore.engine.registrations import Instance
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.engine.transfers import HeldChunks, PendingStore, TransferPlan
 from kvcore.errors import BadRequest, Overloaded, UnknownTicket
 from kvcore.extensions import RequestService, ServiceHandler
 from kvcore.extents import CHECKSUM_BYTES, Checksum
+from kvcore.keys import scope_of
 from kvcore.protocol import (
     Abort,
     Commit,
@@ -56,19 +58,19 @@ class Ticket(Generic[Work]):
 
     plan: TransferPlan
     work: Work
+    num_bytes: int
     issued_at: float
     resources: ExitStack
     """Closed at the end: aborts or releases `work` and ends the use of the session."""
 
     def status(self) -> TicketStatus:
         """Describe the ticket, its parts and its age."""
-        parts = [place for places in self.work.places for place in places]
         return TicketStatus(
             instance_id=self.work.instance.instance_id,
             request_id=self.plan.session.key.request_id,
             kind=KINDS[type(self.work)],
-            num_parts=len(parts),
-            num_bytes=sum(extent.length for part in parts for extent in part.extents),
+            num_parts=sum(map(len, self.work.places)),
+            num_bytes=self.num_bytes,
             age_s=monotonic() - self.issued_at,
         )
 
@@ -80,6 +82,7 @@ class TicketService(RequestService):
         self._transfers = engine.transfers
         self._arena_name = engine.transfers.arena_name
         self._max_per_client = max_per_client
+        self._limits = engine.leases.limits
         self._tickets: dict[Hashable, dict[int, Ticket[Any]]] = defaultdict(dict)
         engine.hooks.client_end.append(self._end_client)
 
@@ -128,15 +131,26 @@ class TicketService(RequestService):
 
         Raises:
             UnknownInstance: the instance was unregistered meanwhile.
-            Overloaded: concurrent requests have used up the client's tickets.
+            Overloaded: concurrent requests have used up the client's tickets, or the
+                engine's share of L1.
         """
         with plan.session_use.pop_all() as resources:
             resources.callback(end, work)
             self._transfers.check_registered(work.instance)
             self._check_room(client)
+            num_bytes = _num_bytes(work)
+            session = plan.session
+            owners = owners_of(scope_of(session.key), session.owner.salt)
+            if self._limits.room(owners, num_bytes) < num_bytes:
+                raise Overloaded(
+                    f"{num_bytes} bytes more would exceed this engine's share of L1 "
+                    "for leases and tickets, l1.engine_share"
+                )
+            self._limits.add_ticket(owners, num_bytes)
+            resources.callback(self._limits.end_ticket, owners, num_bytes)
             number = secrets.randbits(63) | 1
             self._tickets[client][number] = Ticket(
-                plan, work, monotonic(), resources.pop_all()
+                plan, work, num_bytes, monotonic(), resources.pop_all()
             )
         return number
 
@@ -257,6 +271,11 @@ class TicketService(RequestService):
         if request.num_bytes is None:
             return RetrieveReply(0)
         return self._transfers.count_retrieve(ticket.plan, request.num_bytes)
+
+
+def _num_bytes(work: PendingStore | HeldChunks) -> int:
+    parts = chain.from_iterable(work.places)
+    return sum(extent.length for part in parts for extent in part.extents)
 
 
 def run(lane: Executor, num_chunks: int, call: Callable[[], T]) -> Future[T]:

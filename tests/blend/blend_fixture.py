@@ -101,6 +101,7 @@ class BlendFixture:
                 page=ByteSize(1 << 12),
                 quotas={name: ByteSize(size) for name, size in quotas.items()},
                 keep=f"{folder}/journal" if keep == "l1" else None,
+                engine_share=1.0,
             ),
             wire=WireConfig(slice_chunks=1),
             sessions=SessionConfig(lease_s=60, idle_s=600),

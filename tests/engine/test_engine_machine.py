@@ -176,7 +176,7 @@ class EngineMachine(RuleBasedStateMachine):
             patch.start()
         self.config = config = ServerConfig(
             chunk_size=CHUNK,
-            l1=L1Config(verify=verify, watermark=watermark),
+            l1=L1Config(verify=verify, watermark=watermark, engine_share=1.0),
             wire=WireConfig(slice_chunks=slice_chunks),
             sessions=SessionConfig(lease_s=LEASE_S, idle_s=30.0, max_sessions=4),
             prefetch=PrefetchConfig(

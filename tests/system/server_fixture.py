@@ -18,7 +18,10 @@ from tests.system.fork_server import ForkedCommand
 CHUNK = 64
 """Tokens per chunk of these servers, four blocks."""
 
-OPTIONS = ("--l1-size", "8MiB", "--chunk-size", str(CHUNK), "--set", "l1.page=4KiB")
+OPTIONS = (
+    "--l1-size", "8MiB", "--chunk-size", str(CHUNK), "--set", "l1.page=4KiB",
+    "--set", "l1.engine_share=1",
+)  # fmt: skip
 
 ENGINE_KEY = b"the engine of the tests"
 

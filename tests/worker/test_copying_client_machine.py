@@ -77,7 +77,7 @@ class CopyingMachine(RuleBasedStateMachine):
         quotas = {f"model:{MODEL}": ByteSize(quota)} if quota else {}
         config = ServerConfig(
             chunk_size=CHUNK,
-            l1=L1Config(verify=verify, quotas=quotas),
+            l1=L1Config(verify=verify, quotas=quotas, engine_share=1.0),
             wire=WireConfig(slice_chunks=1),
             sessions=SessionConfig(lease_s=LEASE_S, idle_s=30.0, max_sessions=3),
         )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcore.config import ServerConfig
+from kvcore.config import L1Config, ServerConfig
 from kvcore.engine.engine import Engine
 from kvcore.engine.request_context import DeferredReply, RequestContext
 from kvcore.errors import (
@@ -46,6 +46,7 @@ CHUNK = 16
 PART = 128
 NUM_PAGES = 6
 MAX_TICKETS = 4
+CONFIG = ServerConfig(chunk_size=CHUNK, l1=L1Config(engine_share=1.0))
 GROUP = CacheGroup("NSD", "uint8", 16, (TensorView(0, 0, (4, 16, 8), (PART, 8, 1)),))
 WATCHED = {name: RequestContext(name, os.getpid(), is_watched=True) for name in "ab"}
 
@@ -101,7 +102,7 @@ class Tickets(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
-        self.engine = Engine(ServerConfig(chunk_size=CHUNK), self.arena)
+        self.engine = Engine(CONFIG, self.arena)
         self.service = TicketService(self.engine, MAX_TICKETS)
         self.issued: dict[int, IssuedTicket] = {}
         self.ended: list[int] = []
@@ -291,7 +292,7 @@ class TicketServer:
 def server() -> Iterator[TicketServer]:
     """An empty server."""
     arena = Arena(NUM_PAGES * PART, PART, f"kvtest-{os.getpid()}-tickets")
-    engine = Engine(ServerConfig(chunk_size=CHUNK), arena)
+    engine = Engine(CONFIG, arena)
     yield TicketServer(engine, TicketService(engine, MAX_TICKETS))
     engine.close()
     arena.close()
