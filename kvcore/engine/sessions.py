@@ -14,6 +14,13 @@ from kvcore.keys import ExtraKey, HashChain, SaltedKey, SessionKey, cache_salt
 
 Slices = Generator[None, None, None]
 
+MAX_EXTRA_BYTES = 1 << 20
+"""Most bytes of one session's extra keys."""
+MAX_BYTES = 256 << 20
+"""Memory of all sessions; above it, the longest idle ones end."""
+HASH_BYTES = 80
+"""Memory of one chunk hash in a session's list."""
+
 
 @dataclass(slots=True)
 class Session:
@@ -28,6 +35,8 @@ class Session:
     ended: bool = False
     clients: set[Hashable] = field(default_factory=set)
     """Who has used it: the session ends with the last of them."""
+    num_bytes: int = 0
+    """Memory of its hashes, tail and extras, as last counted by the table."""
     owner: SaltedKey = field(init=False)
     """The key with the salt of its extras: the owner of what it stores and loads."""
 
@@ -59,6 +68,7 @@ class SessionTable:
         self._on_end = on_end
         self._clock = clock
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+        self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -75,6 +85,9 @@ class SessionTable:
         now = self._clock()
         session = self._sessions.get(key)
         if session is None or session.ended:
+            if session is not None:  # Running work of it goes on, uncounted.
+                self._num_bytes -= session.num_bytes
+                del self._sessions[key]
             self._make_room()
             chain = HashChain(space.seed, self._chunk_size)
             session = Session(key, space, chain, now)
@@ -106,8 +119,13 @@ class SessionTable:
 
         Raises:
             TokensNeeded: they leave a gap, or the session still ends before `end`.
-            BadRequest: not whole tokens.
+            BadRequest: not whole tokens, or more than 1 MiB of extras.
         """
+        num_extra = sum(len(extra.material) for extra in extras)
+        if num_extra > MAX_EXTRA_BYTES:
+            raise BadRequest(
+                f"extras: {num_extra} bytes; at most {MAX_EXTRA_BYTES} are accepted"
+            )
         while session.extending:
             yield
         chain = session.chain
@@ -124,6 +142,7 @@ class SessionTable:
                 yield from chain.extend(tokens, self._slice_chunks)
             finally:
                 session.extending = False
+                self._count_bytes(session)
         if chain.num_tokens < end:
             raise TokensNeeded(
                 f"the session has {chain.num_tokens} tokens, the request needs {end}",
@@ -158,6 +177,7 @@ class SessionTable:
             chain.extras = extras
         else:
             session.chain = HashChain(session.space.seed, self._chunk_size, extras)
+        self._count_bytes(session)
         session.adopt_salt()
         return session.chain
 
@@ -211,16 +231,32 @@ class SessionTable:
             return session.last_used + self._idle_s
         return None
 
+    def _count_bytes(self, session: Session) -> None:
+        """Count a session's memory; end idle sessions while all have too much."""
+        chain = session.chain
+        extras = sum(len(extra.material) for extra in chain.extras)
+        num_bytes = HASH_BYTES * len(chain.hashes) + len(chain.tail) + extras
+        if self._sessions.get(session.key) is session:
+            self._num_bytes += num_bytes - session.num_bytes
+            session.num_bytes = num_bytes
+        while self._num_bytes > MAX_BYTES and self._drop_idle():
+            pass
+
     def _make_room(self) -> None:
         """At the limit, end the least recently used session without running work."""
-        if len(self._sessions) < self._max_sessions:
-            return
+        if len(self._sessions) >= self._max_sessions:
+            self._drop_idle()
+
+    def _drop_idle(self) -> bool:
+        """End the least recently used session without running work, if there is one."""
         for session in self._sessions.values():
             if not session.num_running:
                 self._drop(session)
-                return
+                return True
+        return False
 
     def _drop(self, session: Session) -> None:
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
+            self._num_bytes -= session.num_bytes
         self._on_end(session)

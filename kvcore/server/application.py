@@ -61,6 +61,9 @@ log = logging.getLogger(__name__)
 SWITCH_S = 0.0005
 """Longest time that one thread holds the interpreter while another waits."""
 
+MIN_BYTES_PER_CLIENT = 16 << 20
+"""Least limit of the bytes of a client's unanswered requests."""
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -104,6 +107,7 @@ class Application:
                 self.boot,
                 self.clients,
                 config.wire.max_requests_per_client,
+                max(4 * int(config.wire.max_message), MIN_BYTES_PER_CLIENT),
             )
             stack.callback(self.loop.close)
             # Before the loop: copies that end wake it.

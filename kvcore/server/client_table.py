@@ -38,6 +38,8 @@ class Client:
     """Digest of its engine key: clients of one scope share their sessions."""
     num_running: int = 0
     """Requests received and not answered."""
+    running_bytes: int = 0
+    """Bytes of their frames."""
 
 
 @dataclass(slots=True)

@@ -60,6 +60,7 @@ class RequestTask:
     client: Client
     request_id: int
     name: str
+    num_bytes: int
     steps: Generator[None, None, Any] | None = None
     running: DeferredReply | None = None
 
@@ -73,11 +74,13 @@ class EventLoop:
         boot: BootToken,
         clients: ClientTable,
         max_requests_per_client: int,
+        max_bytes_per_client: int,
     ) -> None:
         self._socket = socket
         self._boot = boot
         self._clients = clients
         self._max_requests = max_requests_per_client
+        self._max_bytes = max_bytes_per_client
         self._handlers: dict[str, Handler] = {}
         self._on_gone: Callable[[Client], None]
         self._sliced: deque[RequestTask] = deque()
@@ -186,7 +189,8 @@ class EventLoop:
             envelope = decode_envelope(frame.buffer)
             request_id = envelope.id
             kind, request = decode_request(envelope)
-            client = self._admit(identity, envelope, request)
+            num_bytes = len(frame.buffer)
+            client = self._admit(identity, envelope, request, num_bytes)
         except KVError as error:
             if not request_id:
                 request_id = int(error.details.get("id", 0))
@@ -196,10 +200,14 @@ class EventLoop:
             log.error("a message could not be read", exc_info=error)
             self._send_error(identity, request_id, Internal(type(error).__name__))
             return
-        self._start(client, envelope, kind, request)
+        self._start(client, envelope, kind, request, num_bytes)
 
     def _admit(
-        self, identity: bytes, envelope: RequestEnvelope, request: Request[Any]
+        self,
+        identity: bytes,
+        envelope: RequestEnvelope,
+        request: Request[Any],
+        num_bytes: int,
     ) -> Client:
         """Return the client of a request; HELLO adds it."""
         client = self._clients.get(identity)
@@ -218,6 +226,9 @@ class EventLoop:
             raise Overloaded(
                 f"{client.num_running} requests of this client are unanswered"
             )
+        num_running = client.running_bytes + num_bytes
+        if num_running > self._max_bytes and client.num_running:
+            raise Overloaded(f"{num_running} bytes of requests are unanswered")
         return client
 
     def _start(
@@ -226,9 +237,11 @@ class EventLoop:
         envelope: RequestEnvelope,
         kind: RequestType,
         request: Request[Any],
+        num_bytes: int,
     ) -> None:
-        task = RequestTask(client, envelope.id, kind.name)
+        task = RequestTask(client, envelope.id, kind.name, num_bytes)
         client.num_running += 1
+        client.running_bytes += num_bytes
         deadline = envelope.deadline_ns
         try:
             if kind.request.is_void_late and 0 < deadline < monotonic_ns():
@@ -328,15 +341,19 @@ class EventLoop:
         except Exception as error:  # noqa: BLE001 - becomes an error reply
             self._fail(task, error)
             return
-        task.client.num_running -= 1
+        self._end(task)
         self._send(task.client.identity, frame)
 
     def _fail(self, task: RequestTask, error: Exception) -> None:
-        task.client.num_running -= 1
+        self._end(task)
         if not isinstance(error, KVError):
             log.error("%s failed", task.name, exc_info=error)
             error = Internal(f"{task.name}: {type(error).__name__}: {error}")
         self._send_error(task.client.identity, task.request_id, error)
+
+    def _end(self, task: RequestTask) -> None:
+        task.client.num_running -= 1
+        task.client.running_bytes -= task.num_bytes
 
     def _send_error(self, identity: bytes, request_id: int, error: KVError) -> None:
         self.num_errors += 1

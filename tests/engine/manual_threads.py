@@ -254,7 +254,7 @@ class ManualLoop(EventLoop):
         clock: Callable[[], float],
     ) -> None:
         clients = ClientTable(5.0, self.watch, self.unwatch, clock)
-        super().__init__(None, BootToken(1), clients, 1000)  # type: ignore[arg-type]
+        super().__init__(None, BootToken(1), clients, 1000, 1 << 30)  # type: ignore[arg-type]
         self._answers = answers
         self._num_asked = 0
         self._on_gone = self._undo(engine)
@@ -303,7 +303,7 @@ class ManualLoop(EventLoop):
         envelope = RequestEnvelope(
             number, name, "", self._boot, deadline_ns, msgspec.Raw()
         )
-        self._start(client, envelope, REQUESTS[name], request)
+        self._start(client, envelope, REQUESTS[name], request, 0)
 
     def kill(self, identity: bytes) -> None:
         """Do what is done when a client's pidfd wakes the loop."""
@@ -337,11 +337,11 @@ class ManualLoop(EventLoop):
 
     def _reply(self, task: RequestTask, reply: msgspec.Struct) -> None:
         encode_reply(task.request_id, reply)
-        task.client.num_running -= 1
+        self._end(task)
         self._answers.answered(task.request_id, reply)
 
     def _fail(self, task: RequestTask, error: Exception) -> None:
         if not isinstance(error, KVError):
             raise error
-        task.client.num_running -= 1
+        self._end(task)
         self._answers.answered(task.request_id, error)

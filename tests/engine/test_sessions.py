@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvcore.engine import sessions
 from kvcore.engine.keyspace import Keyspace
 from kvcore.engine.sessions import Session, SessionTable
 from kvcore.errors import BadRequest, TokensNeeded
@@ -203,3 +204,23 @@ def test_what_does_not_fit_is_refused(
     assert session.chain.num_tokens == 0
     fixture.extend(session, TOKENS)
     assert session.chain.hashes == hashes(TOKENS)
+
+
+def test_sessions_end_when_all_need_too_much_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The longest idle first; extras count, and have a limit of their own."""
+    monkeypatch.setattr(sessions, "MAX_BYTES", 1000)
+    bench = SessionFixture()
+    for name in ("first", "second"):
+        session = bench.open(name)
+        extras = (ExtraKey(0, bytes(600)),)
+        for _ in bench.table.extend(session, memoryview(b""), 0, extras, 0):
+            pass
+    assert bench.ended == ["first"]
+    assert bench.table._num_bytes == 600
+    bench.table.end(session)
+    assert bench.table._num_bytes == 0
+    huge = (ExtraKey(0, bytes(sessions.MAX_EXTRA_BYTES + 1)),)
+    with pytest.raises(BadRequest, match="at most 1048576"):
+        next(bench.table.extend(bench.open("third"), memoryview(b""), 0, huge, 0))
