@@ -136,6 +136,9 @@ class HelloReply(msgspec.Struct, frozen=True):
         Meta(description="longest interval between requests of an unwatched client"),
     ]
     max_message_bytes: int
+    max_requests: Annotated[
+        int, Meta(ge=1, description="a client's requests in progress; others wait")
+    ] = 1024
 
 
 class Hello(Request[HelloReply], frozen=True):

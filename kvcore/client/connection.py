@@ -47,7 +47,6 @@ from kvcore.errors import (
     BadRequest,
     Closed,
     KVError,
-    Overloaded,
     StaleBoot,
     TooLarge,
     Unavailable,
@@ -325,11 +324,35 @@ class Connection:
                 self.reconnect.handle_exit(fd)
 
     def _transmit(self, pending: PendingRequest) -> None:
-        """Send a request, or queue it until the handshake has completed."""
+        """Send a request, or queue it until the server accepts it.
+
+        That is after the handshake, and while less than its limit is in progress.
+        """
         if self.reconnect.boot == NO_BOOT:
             self.reconnect.enqueue(pending)
+        elif self._is_full and not pending.request.ends_work:
+            pending.boot = self.reconnect.boot
+            self._pending.wait(pending)
         else:
             self._send_now(pending)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as many requests are in progress as the server accepts."""
+        server = self.reconnect.server
+        return server is not None and len(self._pending.by_id) >= (
+            server.hello.max_requests
+        )
+
+    def _send_waiting(self) -> None:
+        """Send requests that waited for room, the first ones first."""
+        unsent = self._pending.unsent
+        while unsent and (unsent[0].request.ends_work or not self._is_full):
+            first = unsent.popleft()
+            if not first.is_done:  # Its deadline may have passed.
+                self._transmit(first)
+            if unsent and unsent[0] is first:
+                return  # The socket's queue is full.
 
     def _send_now(self, pending: PendingRequest) -> None:
         """Send regardless of the handshake; fail the request if it cannot be sent."""
@@ -355,10 +378,7 @@ class Connection:
         self._pending.add(pending)
         try:
             self._socket.send(frame, zmq.NOBLOCK)
-        except zmq.Again:
-            if not pending.request.ends_work:
-                raise Overloaded("too many requests are waiting to be sent") from None
-            # It releases server resources: sent once the queue has room.
+        except zmq.Again:  # The queue of the socket is full.
             self._pending.defer(pending)
 
     def _receive(self) -> None:
@@ -368,8 +388,8 @@ class Connection:
             except zmq.Again:
                 return
             self._handle_reply(frame)
-            for _ in range(len(self._pending.unsent)):
-                self._transmit(self._pending.unsent.popleft())
+            if self._pending.unsent:
+                self._send_waiting()
             if not self._pending:
                 return
 

@@ -111,7 +111,7 @@ class PendingTable:
     def __init__(self) -> None:
         self.by_id: dict[int, PendingRequest] = {}
         self.unsent: deque[PendingRequest] = deque()
-        """Requests with `ends_work` that did not fit in the socket's queue."""
+        """Requests that wait until the socket and the server have room."""
         self.next_deadline_ns = NEVER_NS
         """A lower bound of all deadlines; replies do not raise it."""
 
@@ -124,10 +124,16 @@ class PendingTable:
         if pending.deadline_ns:
             self.next_deadline_ns = min(self.next_deadline_ns, pending.deadline_ns)
 
-    def defer(self, pending: PendingRequest) -> None:
-        """Move a request that could not be sent to `unsent`."""
-        del self.by_id[pending.id]
+    def wait(self, pending: PendingRequest) -> None:
+        """Add a request to `unsent`."""
         self.unsent.append(pending)
+        if pending.deadline_ns:
+            self.next_deadline_ns = min(self.next_deadline_ns, pending.deadline_ns)
+
+    def defer(self, pending: PendingRequest) -> None:
+        """Move a request that could not be sent to the head of `unsent`."""
+        del self.by_id[pending.id]
+        self.unsent.appendleft(pending)
 
     def has_boot(self, boot: BootToken) -> bool:
         """Return whether the server with this boot token has pending requests."""
@@ -155,6 +161,7 @@ class PendingTable:
         ended = [p for p in all_pending if boot is None or p.boot == boot]
         for pending in ended:
             self.by_id.pop(pending.id, None)
-        self.unsent = deque(p for p in self.unsent if p not in ended)
+        gone = set(ended)
+        self.unsent = deque(p for p in self.unsent if p not in gone)
         for pending in ended:
             pending.fail(error)

@@ -184,6 +184,7 @@ class Application:
             watched=client.pidfd is not None,
             heartbeat_s=self.config.wire.heartbeat_s,
             max_message_bytes=int(self.config.wire.max_message),
+            max_requests=self.config.wire.max_requests_per_client,
         )
 
     def _goodbye(self, request: Goodbye, client: Client, deadline_ns: int) -> Done:

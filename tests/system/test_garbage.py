@@ -312,3 +312,19 @@ def test_a_client_that_never_reads_does_not_block_others(
 
     wait_until(is_full)
     client.ping()
+
+
+def test_a_burst_of_requests_waits_for_room(
+    registered: str, server: Server, client: KVClient
+) -> None:
+    """The client sends as many as the server accepts; none is refused."""
+    tokens = range(2 * CHUNK)
+    num_requests = 4 * MAX_REQUESTS
+    futures = [
+        client.submit_lookup(SessionKey("burst", str(n)), "m", 1, tokens)
+        for n in range(num_requests)
+    ]
+    assert [future.result(20).num_chunks for future in futures] == [0] * num_requests
+    for n in range(num_requests):
+        client.submit_end_session(SessionKey("burst", str(n)))
+    client.ping()
