@@ -3,8 +3,10 @@
 H(t) = sum of t[j] * base**-j modulo 2**64 over the window's tokens j. With prefix sums
 S of t[i] * base**-i, the window at o has H = (S[o + window] - S[o]) * base**o, so all
 windows cost a multiplication, a running sum, a difference and a multiplication. The
-base is odd, hence invertible, and secret: a client without it finds collisions only by
-chance. A collision costs a comparison, and never causes a match.
+base is odd, hence invertible. A secret base makes accidental collisions rare; modulo
+2**64, colliding windows can be constructed that collide for every base. Matches are
+therefore confirmed by SHA-256: a forged collision costs a comparison, and never causes
+a match.
 """
 
 from __future__ import annotations

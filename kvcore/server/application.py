@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import socketpair
 from time import monotonic, monotonic_ns
@@ -371,6 +372,7 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
         SetupError: the address is taken, or there is not enough memory.
     """
     remove_orphans()
+    _raise_file_limit()
     server = Application(config)
     with _stopped_by_signals(server):
         _configure_gc()
@@ -382,6 +384,17 @@ def run(config: ServerConfig, on_ready: Callable[[str], None]) -> None:
             server.close()
             raise
         server.run()
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the process may have.
+
+    Each connection, watched process and mapped segment takes one; the usual limit of
+    1,024 is for programs that use `select`.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

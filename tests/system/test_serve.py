@@ -9,8 +9,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from socket import create_connection
 
 import pytest
 
@@ -242,3 +243,14 @@ def test_only_what_it_prints_first_is_on_stdout(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == 0
         assert process.stdout.read() == ""
+
+
+def test_idle_connections_leave_room_for_clients(serve: Callable[..., Server]) -> None:
+    """The server raises the usual limit of open files."""
+    server = serve(prefix=("prlimit", "--nofile=128:2048"))
+    host, port = server.address.removeprefix("tcp://").split(":")
+    with ExitStack() as idle:
+        for _ in range(300):
+            idle.enter_context(create_connection((host, int(port))))
+        with KVClient(server.address, timeout_s=10) as client:
+            client.ping()
