@@ -100,7 +100,7 @@ class Engine:
             self.kill()
             raise
 
-    def call(self, name: str, **arguments: Any) -> Any:
+    def call(self, name: str, /, **arguments: Any) -> Any:
         """Call a method of `EngineProcess` there; return its result."""
         self._pipe.send((name, arguments))
         return self._answer(ANSWER_S)
