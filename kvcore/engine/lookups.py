@@ -129,7 +129,8 @@ class Lookups:
         """End an owner's lease and pending lookup; note the use of chunks in L1."""
         self._cancel(owner)
         self._leases.end(owner)
-        self._l1.touch(used)
+        if used:
+            self._l1.touch(used)
 
     def cancel_client(self, client: Hashable) -> None:
         """Cancel the pending lookups of a client that ended."""
@@ -205,11 +206,12 @@ class Lookups:
         """
         needs, session = lookup.needs, lookup.session
         salt = owner_salt(lookup.quota_owner)
-        allowed = sum(map(len, lookup.held))
+        allowed = num_held = sum(map(len, lookup.held))
         if not session.ended:
             size = needs.chunk_bytes
             allowed = self._leases.fit(lookup.lease_owner, salt, size, allowed)
-        for chunks in lookup.held:
+        cut = needs.windows or allowed < num_held
+        for chunks in lookup.held if cut else ():
             hit = self._count(chunks[:allowed], needs)
             self._l1.release(chunks[hit:])
             del chunks[hit:]

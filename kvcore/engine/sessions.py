@@ -121,11 +121,8 @@ class SessionTable:
             TokensNeeded: they leave a gap, or the session still ends before `end`.
             BadRequest: not whole tokens, or more than 1 MiB of extras.
         """
-        num_extra = sum(len(extra.material) for extra in extras)
-        if num_extra > MAX_EXTRA_BYTES:
-            raise BadRequest(
-                f"extras: {num_extra} bytes; at most {MAX_EXTRA_BYTES} are accepted"
-            )
+        if extras and _num_bytes(extras) > MAX_EXTRA_BYTES:
+            raise BadRequest(f"extras: more than {MAX_EXTRA_BYTES} bytes")
         while session.extending:
             yield
         chain = session.chain
@@ -234,8 +231,9 @@ class SessionTable:
     def _count_bytes(self, session: Session) -> None:
         """Count a session's memory; end idle sessions while all have too much."""
         chain = session.chain
-        extras = sum(len(extra.material) for extra in chain.extras)
-        num_bytes = HASH_BYTES * len(chain.hashes) + len(chain.tail) + extras
+        num_bytes = HASH_BYTES * len(chain.hashes) + len(chain.tail)
+        if chain.extras:
+            num_bytes += _num_bytes(chain.extras)
         if self._sessions.get(session.key) is session:
             self._num_bytes += num_bytes - session.num_bytes
             session.num_bytes = num_bytes
@@ -260,3 +258,7 @@ class SessionTable:
             del self._sessions[session.key]
             self._num_bytes -= session.num_bytes
         self._on_end(session)
+
+
+def _num_bytes(extras: tuple[ExtraKey, ...]) -> int:
+    return sum(len(extra.material) for extra in extras)

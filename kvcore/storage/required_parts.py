@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvcore.storage.chunk import PartId, PartName
 
@@ -36,11 +36,12 @@ class RequiredParts:
     full: int
     windows: tuple[RequiredWindow, ...]
     parts: tuple[RequiredPart, ...] = ()
+    chunk_bytes: int = field(init=False)
+    """Bytes of all parts of a chunk."""
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of all parts of a chunk."""
-        return sum(need.num_bytes for need in self.parts)
+    def __post_init__(self) -> None:
+        num_bytes = sum(need.num_bytes for need in self.parts)
+        object.__setattr__(self, "chunk_bytes", num_bytes)
 
 
 def count_hits(masks: Sequence[int], needs: RequiredParts, chunk_size: int) -> int:

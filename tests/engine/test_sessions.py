@@ -222,5 +222,5 @@ def test_sessions_end_when_all_need_too_much_memory(
     bench.table.end(session)
     assert bench.table._num_bytes == 0
     huge = (ExtraKey(0, bytes(sessions.MAX_EXTRA_BYTES + 1)),)
-    with pytest.raises(BadRequest, match="at most 1048576"):
+    with pytest.raises(BadRequest, match="more than 1048576"):
         next(bench.table.extend(bench.open("third"), memoryview(b""), 0, huge, 0))
