@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvcore.client import KVClient
-from kvcore.errors import HandleError, RequestError
+from kvcore.errors import HandleError, Overloaded, RequestError
 from kvcore.keys import SessionKey
 from kvcore.layout import CacheGroup, TensorView
 from kvcore.process import pid_namespace, start_time
@@ -215,3 +215,24 @@ def test_another_engines_layout_does_not_hinder_a_model(
         assert squatter.lookup(session, "m", 1, tokens).num_chunks == 0
         assert engine.lookup(session, "m", 1, tokens).num_chunks == 1
         assert twin.lookup(session, "m", 1, tokens).num_chunks == 1
+
+
+def test_a_client_registers_a_bounded_number_of_caches(server: Server) -> None:
+    """Each may start two threads; one that is replaced does not count twice."""
+    with connect(server.address) as client:
+        for number in [*range(16), 0]:
+            client.register_kv_cache(
+                RegisterKVCache(
+                    f"i{number}", "e", "m4", 1, 0, (Private(1 << 16),), (GROUP,)
+                )
+            )
+        with pytest.raises(Overloaded, match="at most 16 and 1024"):
+            client.register_kv_cache(
+                RegisterKVCache(
+                    "one more", "e", "m4", 1, 0, (Private(1 << 16),), (GROUP,)
+                )
+            )
+        client.unregister_kv_cache("i0")
+        client.register_kv_cache(
+            RegisterKVCache("one more", "e", "m4", 1, 0, (Private(1 << 16),), (GROUP,))
+        )
